@@ -1,0 +1,284 @@
+"""Checkpoint folders: what every stage reads and writes.
+
+    out_dir/
+      config.yaml      the resolved config of the run that made it
+      model.json       architecture, fingerprint and lineage (parents, hashes, versions, command)
+      hf/              config, tokenizer and generation files as the source shipped them
+      plan.json        pruned checkpoints only: every kept index
+      step_0000000/    Megatron distributed checkpoint; weights have the parameter table's keys and unpadded global shapes
+      latest           name of the newest complete step, replaced in one move
+
+Nothing in it depends on the layout that wrote it. `latest` moves only after a step is whole on disk and hashed, so a killed
+run leaves its last good step behind.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from minitron_mcore import runtime
+from minitron_mcore.errors import UserError
+from minitron_mcore.models import build, table
+from minitron_mcore.models.architecture import Architecture
+
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader  # isort: skip
+
+SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder."""
+
+    path: Path
+    arch: Architecture
+    fingerprint: str
+    """Names the weights: a hash over the source files, or over the parent's fingerprint and what was done to it."""
+    lineage: dict
+
+    @property
+    def step_dir(self) -> Path:
+        return self.path / (self.path / "latest").read_text().strip()
+
+    @property
+    def hf(self) -> Path:
+        return self.path / "hf"
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint folder's description; no weights are touched.
+
+    Raises:
+        UserError: nothing there, an unfinished run, a description that cannot be read.
+    """
+    path = Path(path)
+    if not (path / "model.json").is_file():
+        raise UserError(f"no checkpoint at {path}: run the stage that makes it, or give the folder of another one.")
+    try:
+        model = json.loads((path / "model.json").read_text())
+        found = Checkpoint(path, Architecture(**model["architecture"]), model["fingerprint"], model["lineage"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'model.json'} is damaged ({error}): make the checkpoint again.") from error
+    if not (path / "latest").is_file() or not found.step_dir.is_dir():
+        raise UserError(f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again.")
+    return found
+
+
+def claim(out_dir: str | Path, config: dict, resume: bool = False) -> bool:
+    """Take `out_dir` for this run and write its config.yaml (rank 0; all ranks agree). Returns True where a run is resumed.
+
+    Raises:
+        UserError: the folder holds another run, or a finished one of a stage that doesn't resume.
+    """
+    out_dir = Path(out_dir)
+    resumed = False
+    with runtime.agreed():
+        if runtime.rank() == 0:
+            held = out_dir / "config.yaml"
+            if held.is_file():
+                same = yaml.safe_load(held.read_text()) == config
+                if not (resume and same):
+                    raise UserError(
+                        f"out_dir {out_dir} already holds {'a' if same else 'another'} run ({held}): "
+                        "choose another out_dir, or remove it."
+                    )
+                resumed = (out_dir / "latest").is_file()
+            elif out_dir.is_dir() and any(out_dir.iterdir()):
+                raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
+            out_dir.mkdir(parents=True, exist_ok=True)
+            replace_text(held, yaml.safe_dump(config, sort_keys=False))
+    box = [resumed]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def release(out_dir: str | Path) -> None:
+    """Undo `claim` after a run that failed before it wrote anything worth keeping (rank 0)."""
+    out_dir = Path(out_dir)
+    if runtime.rank() == 0 and not (out_dir / "latest").is_file():
+        shutil.rmtree(out_dir, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never half of it."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def describe(out_dir: str | Path, arch: Architecture, fingerprint: str, parents: dict, hf: Path, **details) -> None:
+    """Write model.json and hf/ of a checkpoint folder (rank 0). `parents` maps a role to an opened checkpoint's identity."""
+    if runtime.rank() == 0:
+        out_dir = Path(out_dir)
+        (out_dir / "hf").mkdir(parents=True, exist_ok=True)
+        for pattern in SHIPPED:
+            for file in hf.glob(pattern):
+                if not file.name.endswith(".index.json"):
+                    shutil.copy2(file, out_dir / "hf" / file.name)
+        lineage = {"parents": parents, "command": " ".join(sys.argv), "versions": versions(), **details}
+        model = {"architecture": arch.to_json(), "fingerprint": fingerprint, "lineage": lineage}
+        replace_text(out_dir / "model.json", json.dumps(model, indent=1))
+
+
+def identity(checkpoint: Checkpoint) -> dict:
+    return {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint, "step": checkpoint.step_dir.name}
+
+
+def versions() -> dict:
+    import megatron.core
+
+    import minitron_mcore
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron-core": megatron.core.__version__,
+        "minitron_mcore": minitron_mcore.__version__,
+    }
+
+
+def sharded(parameter: table.Parameter, pieces: list[tuple[tuple[int, ...], Tensor]], replica: tuple[int, ...]) -> dict:
+    """Pieces of one parameter as `ShardedTensor`s in a dict.
+
+    Args:
+        parameter: gives key and global shape.
+        pieces: (offset in the global tensor, local tensor); their sizes may differ between ranks.
+        replica: all zeros on the one rank that writes a piece which several hold.
+    """
+    return {
+        f"{parameter.name}@{n}": ShardedTensor(
+            parameter.name, data, data.dtype, tuple(data.shape), parameter.shape, offset, None, replica_id=replica
+        )
+        for n, (offset, data) in enumerate(pieces)
+        if data.numel()
+    }
+
+
+def model_state(model: build.LanguageModel, arch: Architecture, tp_rank: int, tp_size: int) -> dict:
+    """A model's parameters as sharded tensors in the table's terms; each views the parameter's memory.
+
+    A rank's part: its stage's blocks, its tensor-parallel ranges; padding rows of the vocabulary are left out.
+    """
+    by_name = {parameter.name: parameter for parameter in table.parameters(arch)}
+    dp_rank, state = runtime.dp_group().rank(), {}
+    for n, (name, tensor) in enumerate(build.named_parameters(model)):
+        parameter, tp_dim = by_name[name], by_name[name].row.tp_dim
+        tied_copy = name == "embedding.word_embeddings.weight" and not runtime.is_first_stage()
+        replica = (int(tied_copy), 0 if tp_dim is not None else tp_rank, dp_rank)
+        state |= {f"{n}.{k}": v for k, v in sharded(parameter, views(parameter, tensor.data, tp_rank, tp_size), replica).items()}
+    return state
+
+
+def views(parameter: table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int) -> list[tuple[tuple[int, ...], Tensor]]:
+    """(global offset, view) of each range that a rank's local tensor of a parameter is made of."""
+    tp_dim = parameter.row.tp_dim
+    if tp_dim is None:
+        return [((0,) * tensor.dim(), tensor)]
+    pieces, start = [], 0
+    for low, high in table.ranges(parameter.row.axes[tp_dim], parameter.arch, tp_rank, tp_size):
+        offset = tuple(low if dim == tp_dim else 0 for dim in range(tensor.dim()))
+        pieces.append((offset, tensor.narrow(tp_dim, start, high - low)))
+        start += high - low
+    return pieces
+
+
+def save(out_dir: str | Path, step: int, state: dict) -> None:
+    """Write a sharded state dict as `step_N` and point `latest` at it (collective). Older steps are removed after that."""
+    out_dir = Path(out_dir)
+    name = f"step_{step:07d}"
+    part = out_dir / f"{name}.part"
+    if runtime.rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(part), async_strategy="mcore", verify_integrity=True)
+    dist.barrier()
+    if runtime.rank() == 0:
+        os.replace(part, out_dir / name)
+        replace_text(out_dir / "latest", name)
+        for old in out_dir.glob("step_*"):
+            if old.name != name:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(checkpoint: Checkpoint, state: dict) -> dict:
+    """Read a sharded state dict from a checkpoint's newest step (collective); tensors given as data are filled in place.
+
+    Raises:
+        UserError: a shard that is truncated, changed or missing, or a tensor that the checkpoint does not have.
+    """
+    with runtime.agreed():
+        try:
+            # Integrity first: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
+            return dist_checkpointing.load(state, str(checkpoint.step_dir), verify_integrity=True)
+        except (CheckpointingException, CheckpointException, KeyError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0][:300]
+            raise UserError(f"the checkpoint {checkpoint.step_dir} is damaged or incomplete ({reason}): make it again.") from error
+
+
+def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
+    """Set a model's parameters from a checkpoint of any layout (collective); padding rows of the vocabulary become zero.
+
+    Raises:
+        UserError: see `load`; a tensor of zeros or with NaN where weights belong.
+    """
+    tp = runtime.tp_group()
+    for name, parameter in build.named_parameters(model):
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            parameter.data.zero_()
+    state = model_state(model, checkpoint.arch, tp.rank(), tp.size())
+    loaded = load(checkpoint, state)
+    for key, tensor in loaded.items():
+        if tensor.data_ptr() != state[key].data.data_ptr():
+            state[key].data.copy_(tensor)
+    with runtime.agreed():
+        for name, parameter in build.named_parameters(model):
+            peak = parameter.detach().abs().max().item()
+            if not 0 < peak < float("inf"):
+                raise UserError(f"{name} in {checkpoint.path} has largest magnitude {peak}: these are no trained weights.")
+
+
+def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.LanguageModel:
+    """Build a checkpoint's model in a layout and set its weights (collective)."""
+    model = build.build(checkpoint.arch, parallel, dtype)
+    load_weights(model, checkpoint)
+    return model
+
+
+def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[table.Parameter, Tensor]]:
+    """Every parameter whole, one after another, in one process: memory of one tensor. Any layout wrote them.
+
+    Raises:
+        UserError: a tensor that is missing or damaged.
+    """
+    reader = FileSystemReader(checkpoint.step_dir)
+    stored = reader.read_metadata().state_dict_metadata
+    for parameter in table.parameters(checkpoint.arch):
+        if parameter.name not in stored:
+            raise UserError(f"{checkpoint.step_dir} has no tensor {parameter.name}: make the checkpoint again.")
+        tensor = torch.empty(parameter.shape, dtype=stored[parameter.name].properties.dtype)
+        try:
+            torch.distributed.checkpoint.load({parameter.name: tensor}, storage_reader=reader, no_dist=True)
+        except (CheckpointException, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0][:300]
+            raise UserError(f"{parameter.name} in {checkpoint.step_dir} cannot be read ({reason}).") from error
+        yield parameter, tensor

@@ -1,0 +1,87 @@
+"""Lets megatron-core run where there is no CUDA: gloo for NCCL, host memory for device memory.
+
+megatron-core names CUDA in three ways: it asks `torch.cuda` for a device, a stream or a random state; it allocates with
+`device="cuda"`; and its optimizers read `Tensor.type()`. `prepare()` gives each a stand-in that means the CPU. Where CUDA is
+there it changes nothing. Call it before the first megatron import that runs code (every entry of this package does).
+"""
+
+import contextlib
+import functools
+import logging
+import warnings
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "empty_like", "full_like")
+
+
+class _Stream:
+    """A stream on a device that runs everything in order: waiting is already done."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _done(self, *args, **kwargs):
+        return True
+
+    wait_stream = wait_event = record_event = synchronize = record = wait = query = _done
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def allocate(*args, **kwargs):
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return allocate
+
+
+def _cuda_type_name(self, dtype=None, *args, **kwargs):
+    if dtype is not None:
+        return _tensor_type(self, dtype, *args, **kwargs)
+    # megatron-core's optimizers accept a parameter only under its CUDA type name.
+    return _tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+
+_tensor_type = torch.Tensor.type
+
+
+def is_cpu() -> bool:
+    """True where there is no CUDA device, so that this module's stand-ins are in force."""
+    return not torch.cuda.is_available()
+
+
+@functools.cache
+def prepare() -> None:
+    """Put the stand-ins in place, once a process. Does nothing where CUDA is there."""
+    if not is_cpu():
+        return
+    # What follows from the missing GPU is said in one line of our own log (models.spec.describe), not in a dozen warnings.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
+    warnings.filterwarnings("ignore", message=".*CUDA.*", category=UserWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    cpu = torch.device("cpu")
+    cuda = torch.cuda
+    cuda.current_device = lambda: cpu
+    # One function a name: torch's compiler keys its rules by function and refuses one under two names.
+    for name in ("synchronize", "set_device", "empty_cache"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.initial_seed = torch.initial_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = lambda *args, **kwargs: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.type = _cuda_type_name
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

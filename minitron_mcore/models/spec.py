@@ -1,0 +1,132 @@
+"""Which layers the model is made of: Transformer Engine's where it can run, otherwise torch's own. One function decides.
+
+Both specs name their modules alike (norms stand apart from the linear layers), so one parameter table, one set of hooks and
+one checkpoint serve both.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from minitron_mcore import host, runtime
+
+host.prepare()
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules  # noqa: E402
+from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
+
+
+class TorchNorm(nn.Module):
+    """RMSNorm over the last dimension; unlike megatron-core's WrappedTorchNorm it allows sequence parallelism.
+
+    Its weight [H] is replicated over tensor-parallel ranks. Under sequence parallelism they see different tokens, so the
+    weight is marked for the gradient sum that megatron-core makes over those ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=runtime.device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class TorchAttention(nn.Module):
+    """Causal attention by torch's scaled_dot_product_attention, for grouped queries.
+
+    Takes query [S, B, N_r, D], key and value [S, B, G_r, D] of this rank's heads; returns [S, B, N_r D]. Sequences are padded
+    at their end only, so the causal mask already keeps padding out of every real token's context.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused):
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **unused) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class Stack(HybridStack):
+    """HybridStack with the spec's own final norm: megatron-core's always takes Transformer Engine's."""
+
+    def __init__(self, *args, norm: type[nn.Module], **kwargs):
+        super().__init__(*args, **kwargs, post_layer_norm=False)
+        if self.post_process:
+            self.final_norm = norm(
+                config=self.config, hidden_size=self.config.hidden_size, eps=self.config.layernorm_epsilon
+            )
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        hidden = super().forward(*args, **kwargs)
+        return self.final_norm(hidden) if self.post_process else hidden
+
+
+def transformer_engine() -> bool:
+    """True where Transformer Engine is installed and there is a GPU for it."""
+    if host.is_cpu():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def stack_spec() -> ModuleSpec:
+    """The layers for this machine."""
+    if transformer_engine():
+        from megatron.core.extensions import transformer_engine as te
+
+        return _stack(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention)
+    return _stack(TorchNorm, ColumnParallelLinear, RowParallelLinear, TorchAttention)
+
+
+def describe() -> str:
+    """One line: which layers and which optimizer kernels run here."""
+    from megatron.core.optimizer import Adam
+
+    layers = "Transformer Engine" if transformer_engine() else "torch (RMSNorm, scaled_dot_product_attention)"
+    return f"layers: {layers}; optimizer: {Adam.__module__}.{Adam.__name__}; device: {runtime.device().type}"
+
+
+def _stack(norm, column, row, attention) -> ModuleSpec:
+    return ModuleSpec(
+        module=Stack,
+        params={"norm": norm},
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(
+                module=TransformerLayer,
+                submodules=TransformerLayerSubmodules(
+                    input_layernorm=norm,
+                    self_attention=ModuleSpec(
+                        module=SelfAttention,
+                        params={"attn_mask_type": AttnMaskType.causal},
+                        submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=attention, linear_proj=row),
+                    ),
+                    self_attn_bda=get_bias_dropout_add,
+                ),
+            ),
+            mlp_layer=ModuleSpec(
+                module=MLPLayer,
+                submodules=TransformerLayerSubmodules(
+                    pre_mlp_layernorm=norm,
+                    mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+                    mlp_bda=get_bias_dropout_add,
+                ),
+            ),
+        ),
+    )

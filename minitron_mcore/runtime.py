@@ -1,0 +1,170 @@
+"""Where a run lives: process groups, seed, one-sentence errors, clean ends. The only reader of megatron-core's parallel state."""
+
+import contextlib
+import datetime
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from minitron_mcore import host
+from minitron_mcore.config import ParallelConfig
+from minitron_mcore.errors import UserError
+
+host.prepare()
+
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def log(message: str) -> None:
+    """Print one line, on rank 0 only."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live: its CUDA device, or the CPU where there is none."""
+    return torch.device("cpu") if host.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """Ranks pass this block together or fail together: a UserError on any becomes the same UserError on all (collective)."""
+    error = None
+    try:
+        yield
+    except UserError as mistake:
+        error = str(mistake)
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    first = next(((r, e) for r, e in enumerate(errors) if e is not None), None)
+    if first:
+        raise UserError(first[1] if len(set(errors)) == 1 else f"rank {first[0]}: {first[1]}")
+
+
+def check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse a layout that this world or this host cannot hold.
+
+    Raises:
+        UserError: a size below 1, a world that the sizes don't divide, a combination that would be silently wrong.
+    """
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"parallel.{name} is {size}; it must be at least 1.")
+    product = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % product:
+        raise UserError(
+            f"{world_size} processes cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} = {product}: start a multiple of {product} (torchrun --nproc-per-node) or change parallel=..."
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("parallel.sequence needs parallel.tensor > 1: sequence parallelism shards over the tensor-parallel ranks.")
+    if parallel.context > 1 and host.is_cpu():
+        raise UserError(
+            f"parallel.context is {parallel.context}, but the torch layer spec has no context-parallel attention: "
+            "use context 1, or a GPU with Transformer Engine."
+        )
+
+
+@contextlib.contextmanager
+def distributed(parallel: ParallelConfig, seed: int = 1234, store: dist.Store | None = None) -> Iterator[None]:
+    """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
+
+    Args:
+        parallel: sizes of the model-parallel axes; data parallelism takes the rest of the world.
+        seed: megatron-core's model-parallel random state starts from it.
+        store: rendezvous for tests; otherwise the environment's, or a file's where torchrun isn't there.
+
+    Raises:
+        UserError: a layout that doesn't fit (see `check_layout`).
+    """
+    world_size, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    check_layout(parallel, world_size)
+    if not host.is_cpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if store is None and "MASTER_ADDR" not in os.environ:
+        store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
+    dist.init_process_group(
+        "gloo" if host.is_cpu() else "nccl",
+        store=store,
+        rank=this_rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(minutes=10),
+    )
+    try:
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+        )
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        yield
+        dist.barrier()
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def tp_group() -> dist.ProcessGroup:
+    return mpu.get_tensor_model_parallel_group()
+
+
+def pp_group() -> dist.ProcessGroup:
+    return mpu.get_pipeline_model_parallel_group()
+
+
+def dp_group() -> dist.ProcessGroup:
+    return mpu.get_data_parallel_group()
+
+
+def is_first_stage() -> bool:
+    return mpu.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    return mpu.is_pipeline_last_stage()
+
+
+def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """Broadcast `tensor` in place from the last pipeline stage to all stages; returns it."""
+    if pp_group().size() > 1:
+        dist.broadcast(tensor, mpu.get_pipeline_model_parallel_last_rank(), group=pp_group())
+    return tensor
+
+
+class Progress:
+    """A line on rank 0 every few seconds: done / total, rate, time left. `unit` names what is counted."""
+
+    def __init__(self, name: str, total: int, unit: str, every: float = 5.0):
+        self.name, self.total, self.unit, self.every = name, total, unit, every
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: int, extra: str = "") -> None:
+        now = time.monotonic()
+        if now - self.last < self.every and done < self.total:
+            return
+        self.last = now
+        rate = done / max(now - self.start, 1e-9)
+        left = datetime.timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
+        log(f"{self.name}: {done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left} left{extra}")
+
+
+def run(stage: Callable[[], None]) -> None:
+    """Run one stage of a launch file: a UserError becomes its sentence on one rank and exit status 2."""
+    try:
+        stage()
+    except UserError as error:
+        log(f"error: {error}")
+        sys.exit(2)

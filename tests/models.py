@@ -1,0 +1,87 @@
+"""Small random Llama folders with awkward sizes, and what tests do with them on every rank."""
+
+import json
+from pathlib import Path
+
+import torch
+
+SIZES = dict(
+    vocab_size=101,  # odd: padded at any TP > 1
+    hidden_size=36,
+    intermediate_size=30,
+    num_hidden_layers=5,  # uneven over two stages
+    num_attention_heads=12,
+    num_key_value_heads=6,  # divisible by 2 and 3
+    head_dim=8,  # not hidden / heads
+    max_position_embeddings=256,
+)
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def tiny_llama(folder: Path, tied: bool = False, seed: int = 0, **sizes) -> Path:
+    """A random fp32 Llama 3.1 (scaled rotary wavelengths), saved as transformers saves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **(SIZES | sizes),
+        rope_parameters=ROPE | {"original_max_position_embeddings": 64},
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tokens(batch: int = 3, length: int = 12, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hf_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def import_hf(folder, out_dir, parallel) -> None:
+    from minitron_mcore.models import hf
+
+    hf.import_folder(folder, out_dir, parallel)
+
+
+def mcore_logits(checkpoint, parallel, ids: torch.Tensor) -> torch.Tensor | None:
+    """Full logits [B, S, V], padding cut off, on the last stage's tensor-parallel rank 0; None elsewhere."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from minitron_mcore import runtime
+    from minitron_mcore.checkpoint import build_model, open_checkpoint
+    from minitron_mcore.schedule import forward
+
+    opened = open_checkpoint(checkpoint)
+    model = build_model(opened, parallel, "fp32")
+    found = []
+
+    def keep(hidden, batch):
+        logits = hidden
+        found.append(gather_from_tensor_model_parallel_region(logits, group=runtime.tp_group()))
+
+    forward(model, [{"tokens": ids}], keep, headless=False)
+    if runtime.is_last_stage() and runtime.tp_group().rank() == 0:
+        return found[0][..., : opened.arch.vocab]
+    return None
