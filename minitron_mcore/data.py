@@ -1,15 +1,17 @@
 """Token batches: text or Megatron .bin/.idx in, training batches and calibration samples out.
 
-A document is encoded as its tokenizer does it (with the BOS that Llama's adds) and always ends with EOS. Training reads it through
-megatron-core's GPTDataset and BlendedDataset. Files without weights are one pool of documents, shuffled together; files
-with weights ("0.3 path") are shuffled one by one and blended in exact shares.
+A document is encoded as its tokenizer does it (with the BOS that Llama's adds) and always ends with EOS. Training reads
+through megatron-core's GPTDataset and BlendedDataset. Files without weights are one pool of documents, shuffled
+together; files with weights ("0.3 path") are shuffled one by one and blended in exact shares.
 """
 
 import datetime
+import functools
 import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,66 +21,37 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron_mcore import runtime
 from minitron_mcore.errors import UserError
-from minitron_mcore.runtime import agreed, log, rank
 
 from megatron.core.datasets.blended_dataset import BlendedDataset  # isort: skip
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # isort: skip
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder  # isort: skip
 from megatron.core.datasets.utils import Split  # isort: skip
-from transformers import AutoTokenizer, PreTrainedTokenizerFast  # isort: skip
 
 _LINES, _WHOLE = (".jsonl", ".jsonl.gz"), (".txt", ".md", ".py", ".raw")
-_ENCODE_CHARS = 2_000_000  # characters in flight: an encoding takes some hundred bytes a token
-
-
-def _on_rank_0[T](work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 while the others wait; all return its result or raise its UserError (collective)."""
-    if not dist.is_initialized():
-        return work()
-    # A group of its own: tokenising may outlast the minutes that the world's groups wait.
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    box = [None, None]
-    if rank() == 0:
-        try:
-            box[0] = work()
-        except (UserError, OSError) as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
-    dist.destroy_process_group(group)
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
+_ENCODE_CHARS = 2_000_000  # encoded at once: an encoding takes some hundred bytes a token
 
 
 def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
     """Split entries like "0.3 path" into paths and weights; weights are None where no entry has one.
 
     Raises:
-        UserError: no entry, some with a weight and some without, a weight that is not above 0.
+        UserError: no entry, some with a weight and some without, a weight of 0.
     """
-    if not entries:
-        raise UserError("data.train is empty: name at least one text file or .bin/.idx prefix.")
-    paths, weights = [], []
-    for entry in entries:
-        first, _, rest = entry.strip().partition(" ")
-        try:
-            weights.append(float(first) if rest else None)
-        except ValueError:
-            weights.append(None)
-        paths.append(entry.strip() if weights[-1] is None else rest.strip())
-    if all(weight is None for weight in weights):
+    matches = [re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\s+)?(\S.*)", entry.strip()) for entry in entries]
+    if not matches or not all(matches):
+        raise UserError(f"The list of data files, {list(entries)}, is empty or has an empty entry: name text files.")
+    paths, weights = [match[2] for match in matches], [match[1] for match in matches]
+    if not any(weights):
         return paths, None
     for path, weight in zip(paths, weights, strict=True):
-        if weight is None:
-            raise UserError(f"{path} has no weight in a blend that gives others one: give all of them one or none.")
-        if not 0 < weight < float("inf"):
-            raise UserError(
-                f"{path} has weight {weight} in the blend: weights are above 0; leave the file out instead."
-            )
-    return paths, weights
+        if weight is None or float(weight) == 0:
+            raise UserError(f"{path} has weight {weight} in a blend: give every file one above 0, or none of them one.")
+    return paths, [float(weight) for weight in weights]
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
@@ -93,23 +66,36 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"No tokenizer can be read from {folder} ({reason}): give a folder with tokenizer.json."
-        ) from error
+        raise UserError(f"No tokenizer can be read from {folder} ({reason}): give one with tokenizer.json.") from error
     if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer in {folder} is a slow one, without offsets: give a folder with tokenizer.json.")
+        raise UserError(f"The tokenizer in {folder} is a slow one, without offsets: give one with tokenizer.json.")
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"The tokenizer in {folder} has no eos_token, which ends documents: set it in tokenizer_config.json."
+            f"The tokenizer in {folder} has no eos_token to end documents: set it in tokenizer_config.json."
         )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
+def is_prefix(path: str) -> bool:
+    """True where `path` is the prefix of a Megatron .bin/.idx pair."""
+    return IndexedDataset.exists(path)
+
+
+def check_readable(path: str) -> None:
+    """Refuse, with a UserError, what is neither a text file nor the prefix of a .bin/.idx pair."""
+    if is_prefix(path):
+        return
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is neither a file nor the prefix of a .bin/.idx pair: check the path.")
+    if not path.endswith(_LINES + _WHOLE):
+        raise UserError(f"{path} is of no known kind: text files end in {', '.join(_LINES + _WHOLE)}.")
+
+
 def _each_document(path: str) -> Iterator[tuple[str, int]]:
-    """Each document that has text, and the position reached in the file (bytes as stored, so compressed ones for .gz)."""
-    line = 1
+    """Each document that has text, and the position reached in the file (in bytes as stored)."""
+    number = 1
     try:
         if path.endswith(_WHOLE):
             with open(path, "rb") as file:
@@ -117,21 +103,18 @@ def _each_document(path: str) -> Iterator[tuple[str, int]]:
             if data:
                 yield data.decode("utf-8"), len(data)
             return
-        with open(path, "rb") as file, gzip.open(file) if path.endswith(".gz") else file as rows:
-            for line, row in enumerate(rows, 1):
-                if row.strip():
-                    text = json.loads(row)["text"]
+        with open(path, "rb") as file, gzip.open(file) if path.endswith(".gz") else file as lines:
+            for line in lines:
+                if line.strip():
+                    text = json.loads(line)["text"]
                     text.encode("utf-8")  # a lone surrogate passes JSON and stops the tokenizer
                     if text:
                         yield text, file.tell()
+                number += 1
     except (UnicodeError, ValueError) as error:
-        raise UserError(
-            f"{path}, line {line}: {error}: the file must hold UTF-8 text, as JSON where it is .jsonl."
-        ) from error
+        raise UserError(f"{path}, line {number}: {error}: write UTF-8 text, as JSON where it is .jsonl.") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f'{path}, line {line}: no object with a string under "text": write one {{"text": ...}} a line.'
-        ) from error
+        raise UserError(f'{path}, line {number}: no string under "text": write one {{"text": ...}} a line.') from error
     except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} cannot be read to its end ({error}): is it complete?") from error
 
@@ -140,7 +123,7 @@ def documents(path: str) -> Iterator[tuple[list[str], int]]:
     """Documents of a text file, some millions of characters at a time, and the position reached in the file.
 
     Raises:
-        UserError: see `check_readable`; a file that is cut short, not UTF-8 or, where it is .jsonl, not JSON with a "text".
+        UserError: see `check_readable`; a file that is cut short, not UTF-8 or, if .jsonl, not JSON with a "text".
     """
     check_readable(path)
     texts, chars, position = [], 0, 0
@@ -159,26 +142,17 @@ def with_eos(ids: list[int], eos: int) -> list[int]:
     return ids if ids and ids[-1] == eos else [*ids, eos]
 
 
-def check_readable(path: str) -> None:
-    """Refuse, with a UserError, what is neither a text file nor the prefix of a .bin/.idx pair."""
-    if IndexedDataset.exists(path):
-        return
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is neither a file nor the prefix of a .bin/.idx pair: check the path.")
-    if not path.endswith(_LINES + _WHOLE):
-        raise UserError(f"{path} is of no known kind: text files end in {', '.join(_LINES + _WHOLE)}.")
-
-
 def _tokenize_file(path: str, tokenizer: PreTrainedTokenizerFast, fingerprint: bytes, cache: str) -> str:
     with open(path, "rb") as file:
         content = hashlib.file_digest(file, "sha256").digest()
     name = os.path.basename(path).split(".")[0]
     prefix = os.path.join(cache, f"{name}-{hashlib.sha256(content + fingerprint).hexdigest()[:16]}")
-    if IndexedDataset.exists(prefix):
+    if is_prefix(prefix):
         return prefix
     os.makedirs(cache, exist_ok=True)
     unfinished = f"{prefix}.unfinished{os.getpid()}"
     builder = IndexedDatasetBuilder(f"{unfinished}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
+    lengths = builder.sequence_lengths
     progress = runtime.Progress(f"tokenize {name}", round(os.path.getsize(path) / 1e6, 1), "MB")
     try:
         for texts, position in documents(path):
@@ -186,7 +160,7 @@ def _tokenize_file(path: str, tokenizer: PreTrainedTokenizerFast, fingerprint: b
                 ids = with_eos(encoding.ids, tokenizer.eos_token_id)
                 builder.add_document(ids, [len(ids)])
             progress.update(round(position / 1e6, 1))
-        if not builder.sequence_lengths:
+        if not lengths:
             raise UserError(f"{path} holds no text.")
         builder.finalize(f"{unfinished}.idx")
         for suffix in (".bin", ".idx"):  # a prefix counts as there once both are
@@ -196,20 +170,37 @@ def _tokenize_file(path: str, tokenizer: PreTrainedTokenizerFast, fingerprint: b
         for suffix in (".bin", ".idx"):
             if os.path.exists(unfinished + suffix):
                 os.remove(unfinished + suffix)
-    log(
-        f"tokenize {name}: {len(builder.sequence_lengths):,} documents, {sum(builder.sequence_lengths):,} tokens in {prefix}"
-    )
+    runtime.log(f"tokenize {name}: {len(lengths):,} documents, {sum(lengths):,} tokens in {prefix}")
     return prefix
 
 
-def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: str) -> list[str]:
-    """The .bin/.idx prefix of each file: written into `cache` where missing; a prefix that is given passes through (collective).
+def _on_rank_0[T](work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 while the others wait; all return its result or raise its UserError (collective)."""
+    if not dist.is_initialized():
+        return work()
+    # A group of its own: tokenising may outlast the minutes that the world's groups wait.
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    box = [None, None]
+    if runtime.rank() == 0:
+        try:
+            box[0] = work()
+        except (UserError, OSError) as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
+    dist.destroy_process_group(group)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
 
-    Rank 0 writes, under a temporary name, and the others wait. A file is named by the hash of its content and of its tokenizer, so
-    that a changed file is a new one.
+
+def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: str) -> list[str]:
+    """The .bin/.idx prefix of each file, written into `cache` where missing; given prefixes pass through (collective).
+
+    Rank 0 writes, under a temporary name, and the others wait. A prefix is named by the hash of the file's content and
+    of the tokenizer, so a file that changed is a new one.
 
     Raises:
-        UserError: a file that is missing, of no known kind, cut short, not UTF-8 or empty; a cache that ranks don't share.
+        UserError: a file that is missing, of no known kind, damaged or empty; a cache that a rank doesn't see.
     """
 
     def work() -> list[str]:
@@ -217,24 +208,27 @@ def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: st
             check_readable(path)
         described = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.eos_token_id}"
         fingerprint = hashlib.sha256(described.encode()).digest()
-        return [p if IndexedDataset.exists(p) else _tokenize_file(p, tokenizer, fingerprint, cache) for p in files]
+        return [path if is_prefix(path) else _tokenize_file(path, tokenizer, fingerprint, cache) for path in files]
 
     prefixes = _on_rank_0(work)
-    with agreed():
+    with runtime.agreed():
         for prefix in prefixes:
-            if not IndexedDataset.exists(prefix):
+            if not is_prefix(prefix):
                 raise UserError(f"{prefix}.idx is not there: put data.cache and the data where all nodes see them.")
     return prefixes
 
 
 def data_hash(prefixes: Sequence[str]) -> str:
-    """16 hex digits that name the data for lineage, wherever it lies: of each .idx and of 64 blocks of 64 KiB spread over each .bin."""
+    """16 hex digits that name the data for lineage, wherever it lies.
+
+    SHA-256 over each whole .idx and 64 blocks of 64 KiB spread over each .bin, which may be terabytes.
+    """
     digest = hashlib.sha256()
     for prefix in prefixes:
-        with open(f"{prefix}.idx", "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-        size = os.path.getsize(f"{prefix}.bin")
-        with open(f"{prefix}.bin", "rb") as file:
+        with open(f"{prefix}.idx", "rb") as index, open(f"{prefix}.bin", "rb") as file:
+            digest.update(hashlib.file_digest(index, "sha256").digest())
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
             for start in sorted({max(0, size - 65536) * i // 63 for i in range(64)}):
                 file.seek(start)
                 digest.update(file.read(65536))
@@ -242,14 +236,13 @@ def data_hash(prefixes: Sequence[str]) -> str:
 
 
 class TokenStream:
-    """Several .bin/.idx pairs one after the other: a low-level dataset of megatron-core that is also read by token."""
+    """Several .bin/.idx pairs one after the other: a low-level dataset of megatron-core, also read token by token."""
 
     def __init__(self, prefixes: Sequence[str]):
         self.parts = [IndexedDataset(prefix) for prefix in prefixes]
         self.part_starts = np.cumsum([0, *map(len, self.parts)])
         self.sequence_lengths = np.concatenate([part.sequence_lengths for part in self.parts])
-        self.document_starts = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
-        self.num_tokens = int(self.document_starts[-1])
+        self.num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
@@ -258,8 +251,12 @@ class TokenStream:
         part = int(np.searchsorted(self.part_starts, document, side="right")) - 1
         return self.parts[part].get(int(document - self.part_starts[part]), offset, length)
 
+    @functools.cached_property
+    def document_starts(self) -> np.ndarray:
+        return np.cumsum(self.sequence_lengths, dtype=np.int64) - self.sequence_lengths
+
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count of the whole stream, as int64."""
+        """Tokens start .. start + count of the whole stream, int64."""
         pieces, document = [], int(np.searchsorted(self.document_starts, start, side="right")) - 1
         while count:
             offset = start - int(self.document_starts[document])
@@ -272,13 +269,13 @@ class TokenStream:
 class Batch(NamedTuple):
     """One microbatch of one data-parallel rank, on its device; `labels[b, s]` is the token after `tokens[b, s]`."""
 
-    tokens: torch.Tensor
+    tokens: Tensor
     """[B, S] int64"""
-    labels: torch.Tensor
+    labels: Tensor
     """[B, S] int64"""
-    loss_mask: torch.Tensor
+    loss_mask: Tensor
     """[B, S] float32"""
-    position_ids: torch.Tensor
+    position_ids: Tensor
     """[B, S] int64"""
 
 
@@ -302,7 +299,7 @@ def _dataset(streams: list[TokenStream], counts: list[int], sequence_length: int
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        # Samples are read, never encoded, and nothing is masked at EOS, so no tokenizer is needed.
+        # Samples are read, never encoded, and nothing is masked at EOS: there is nothing to ask of a tokenizer.
         tokenizer=SimpleNamespace(eod=None, vocab_size=None, unique_identifiers={}),
     )
     datasets = [
@@ -310,8 +307,7 @@ def _dataset(streams: list[TokenStream], counts: list[int], sequence_length: int
         for i, (stream, count) in enumerate(zip(streams, counts, strict=True))
         if count
     ]
-    counts = [count for count in counts if count]
-    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, counts, None, config)
+    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, [c for c in counts if c], None, config)
 
 
 def train_batches(
@@ -328,65 +324,63 @@ def train_batches(
     dp_rank: int = 0,
     dp_size: int = 1,
 ) -> Iterator[Batch]:
-    """Microbatches of data-parallel rank `dp_rank`, from sample `consumed_samples` to `num_samples` (collective).
+    """Microbatches of one data-parallel rank, from sample `consumed_samples` to `num_samples` (collective).
 
-    Global batch k is samples k * GBS .. (k + 1) * GBS of one order that data, weights, seed, sequence length and num_samples
-    fix, and nothing else. Within it microbatch m of rank r is the micro_batch_size samples from (m * dp_size + r) * micro_batch_size on, as
-    in Megatron's sampler. Tensor- and pipeline-parallel ranks of one dp_rank read the same. Because num_samples is part of the
-    order, a run that is to resume bit for bit is told its whole length from the start.
+    Data, weights, seed, sequence length and num_samples fix one order of samples, whatever the layout. Global batch k
+    is samples k * GBS .. (k + 1) * GBS of it; microbatch m of rank r in it starts at (m * dp_size + r) * micro_batch_size
+    as in Megatron's sampler. Tensor- and pipeline-parallel ranks of one dp_rank read the same. num_samples is that of
+    the whole run, so that a resumed run goes on in the same order.
 
     Raises:
-        UserError: a batch that micro_batch_size x dp_size doesn't divide, data shorter than one sample of S + 1 tokens.
+        UserError: a global batch that micro_batch_size * dp_size doesn't divide; data below one sample (S + 1 tokens).
     """
     step = micro_batch_size * dp_size
     if global_batch_size % step:
         raise UserError(
-            f"A global batch of {global_batch_size} cannot be shared by {dp_size} data-parallel ranks in microbatches of "
-            f"{micro_batch_size}: make it a multiple of {step}."
+            f"A global batch of {global_batch_size} cannot be made of microbatches of {micro_batch_size} on {dp_size} "
+            f"data-parallel ranks: make it a multiple of {step}."
         )
     groups = [list(prefixes)] if weights is None else [[prefix] for prefix in prefixes]
     streams = [TokenStream(group) for group in groups]
     for group, stream in zip(groups, streams, strict=True):
         if stream.num_tokens <= sequence_length:
-            raise UserError(
-                f"{', '.join(group)}: {stream.num_tokens} tokens are fewer than one sample of {sequence_length} + 1: "
-                "give more text or a shorter sequence."
-            )
+            size = f"{stream.num_tokens} tokens are fewer than one sample of {sequence_length} + 1"
+            raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
     counts = _apportion(weights or [1.0], num_samples)
-
-    def build() -> str:
-        order = json.dumps([data_hash(prefixes), weights, counts, seed, sequence_length])
-        folder = os.path.join(cache, f"order-{hashlib.sha256(order.encode()).hexdigest()[:16]}")
-        if not os.path.isdir(folder):
-            # Renamed when complete: megatron-core takes an index file that a killed run cut short for a whole one.
-            unfinished = f"{folder}.unfinished{os.getpid()}"
-            _dataset(streams, counts, sequence_length, seed, unfinished)
-            try:
-                os.rename(unfinished, folder)
-            except OSError:  # another run was faster
-                shutil.rmtree(unfinished)
-        return folder
-
-    dataset = _dataset(streams, counts, sequence_length, seed, _on_rank_0(build))
+    order = json.dumps([data_hash(prefixes), weights, counts, seed, sequence_length])
+    folder = os.path.join(cache, f"order-{hashlib.sha256(order.encode()).hexdigest()[:16]}")
+    build = functools.partial(_dataset, streams, counts, sequence_length, seed)
+    _on_rank_0(lambda: _make_folder(folder, build))
+    dataset = build(folder)
     end = num_samples - (num_samples - consumed_samples) % global_batch_size
     starts = range(consumed_samples + dp_rank * micro_batch_size, end, step)
     return (_collate([dataset[i] for i in range(start, start + micro_batch_size)]) for start in starts)
 
 
-def _collate(samples: list[dict[str, torch.Tensor]]) -> Batch:
+def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
+    """Fill a folder and give it its name when complete: megatron-core takes an index that was cut short for a whole."""
+    if not os.path.isdir(folder):
+        unfinished = f"{folder}.unfinished{os.getpid()}"
+        fill(unfinished)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:  # another run was faster
+            shutil.rmtree(unfinished)
+
+
+def _collate(samples: list[dict[str, Tensor]]) -> Batch:
     return Batch(*(torch.stack([sample[key] for sample in samples]).to(runtime.device()) for key in Batch._fields))
 
 
 def calibration(
     prefixes: Sequence[str], *, sequence_length: int, num_samples: int, seed: int, whole_documents: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """N samples drawn at random, without repetition, from all the data in proportion to its tokens (blend weights don't count).
+) -> tuple[Tensor, Tensor]:
+    """N samples drawn at random, without repetition, from all the data in proportion to its tokens (blend or not).
 
-    A sample is one of the stream's disjoint stretches of S tokens or, with `whole_documents`, the first S tokens of one document.
+    A sample is one of the disjoint stretches of S tokens or, with `whole_documents`, the first S tokens of a document.
 
     Returns:
-        tokens [N, S] int64 and mask [N, S] bool (False on padding, which is at the end), on the CPU; the same on every rank and
-        in every layout.
+        tokens [N, S] int64 and mask [N, S] bool, False on the padding at the end; on the CPU, the same on every rank.
 
     Raises:
         UserError: fewer stretches or documents than num_samples.
@@ -395,9 +389,7 @@ def calibration(
     available = len(stream) if whole_documents else stream.num_tokens // sequence_length
     if available < num_samples:
         kind = "documents" if whole_documents else f"stretches of {sequence_length} tokens"
-        raise UserError(
-            f"The data holds {available} {kind}, not {num_samples}: ask for fewer samples or give more text."
-        )
+        raise UserError(f"The data holds {available} {kind}, not {num_samples}: take fewer samples or more text.")
     tokens = torch.zeros(num_samples, sequence_length, dtype=torch.int64)
     mask = torch.zeros(num_samples, sequence_length, dtype=torch.bool)
     for row, i in enumerate(np.random.default_rng(seed).choice(available, num_samples, replace=False).tolist()):

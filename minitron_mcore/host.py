@@ -11,9 +11,7 @@ import logging
 import warnings
 
 import torch
-
-_FACTORIES = ("tensor", "zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "empty_like", "full_like")
-
+from torch.overrides import TorchFunctionMode
 
 class _Stream:
     """A stream on a device that runs everything in order: waiting is already done."""
@@ -27,15 +25,15 @@ class _Stream:
     wait_stream = wait_event = record_event = synchronize = record = wait = query = _done
 
 
-def _on_cpu(factory):
-    @functools.wraps(factory)
-    def allocate(*args, **kwargs):
+class _OnCpu(TorchFunctionMode):
+    """Turns `device="cuda"` into the CPU. A mode, since torch keeps some of its tables by function identity."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return factory(*args, **kwargs)
-
-    return allocate
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def _cuda_type_name(self, dtype=None, *args, **kwargs):
@@ -62,8 +60,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
     warnings.filterwarnings("ignore", message=".*CUDA.*", category=UserWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _OnCpu().__enter__()
     cpu = torch.device("cpu")
     cuda = torch.cuda
     cuda.current_device = lambda: cpu

@@ -27,7 +27,7 @@ def forward(
 
     def step(iterator, model):
         batch = next(iterator)
-        output = model(batch["tokens"], None, None, headless=headless)
+        output = model(batch["tokens"], None, None, headless=headless, loss_mask=batch.get("mask"))
 
         def collect(output: Tensor, non_loss_data: bool) -> None:
             on_output(output, batch)

@@ -1,16 +1,16 @@
-"""Forward KL from teacher to student over a tensor-parallel vocabulary, from hidden states, without ever holding the logits.
+"""Forward KL from teacher to student over a tensor-parallel vocabulary, from hidden states, never holding the logits.
 
-Tokens are worked off in chunks: two matrix products give a chunk's logits, the loss's gradient then takes the place of the
-student's, and two more products carry it to the hidden states and to the head. Nothing is left for the backward pass but to
-scale. Between the products a chunk is cut into tiles that stay in the cache, each with one small collective.
+Tokens are worked off in chunks: two matrix products give a chunk's logits, the loss's gradient then takes the place of
+the student's, and two more products carry it to the hidden states and to the head. Nothing is left for the backward
+pass but to scale. Between the products a chunk is cut into tiles that stay in the cache, each with a small collective.
 
-What crosses ranks follows from the chain rule of KL: with w_r the probability of rank r's part of the vocabulary and t_r, s_r
-the distributions within it,
+What crosses ranks follows from the chain rule of KL: with w_r the probability of rank r's part of the vocabulary and
+t_r, s_r the distributions within it,
 
     KL(t || s) = sum_r w^t_r (KL(t_r || s_r) + log w^t_r - log w^s_r),    H(t) = sum_r w^t_r (H(t_r) - log w^t_r),
 
-so a rank gives the two log-sum-exps that w is made of, its own KL and entropy, and the label's logit: five floats a token (six
-where the temperature isn't 1).
+so a rank gives the log-sum-exps that w is made of (teacher's, student's, student's at temperature 1), its own KL and
+entropy, and the label's logit: six floats a token.
 """
 
 import math
@@ -57,20 +57,21 @@ def distillation_loss(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of mask * (kd_weight * temperature^2 * KL(teacher || student) + lm_weight * cross-entropy), in nats.
+    """Sum over tokens of mask * (kd_weight * temperature^2 * KL(teacher || student) + lm_weight * cross-entropy).
 
-    KL is taken between softmax(logits / temperature) of both (Hinton et al. 2015; the factor keeps the gradient's size as the
-    temperature grows), cross-entropy at temperature 1. Logits are products in the inputs' dtype; all that follows is fp32
-    (fp64 for fp64). The gradients are formed here; backward only scales them, and only once (no `retain_graph`).
+    KL is taken between softmax(logits / temperature) of both (Hinton et al. 2015; the factor keeps the gradient's size
+    as the temperature grows), cross-entropy at temperature 1; nats. Logits are products in the inputs' dtype, all that
+    follows is fp32 (fp64 for fp64). The gradients are formed here; backward only scales them, and only once (no
+    `retain_graph`).
 
     What each tensor-parallel rank r holds (T tokens, V_r = padded vocabulary / TP):
 
-        student_hidden [T, H_s]  the same on all ranks. Its gradient is THIS RANK'S PARTIAL SUM over the vocabulary: take the
-                                 hidden states from megatron's copy_to_tensor_model_parallel_region or
+        student_hidden [T, H_s]  the same on all ranks. Its gradient is THIS RANK'S PARTIAL SUM over the vocabulary:
+                                 take the hidden states from megatron's copy_to_tensor_model_parallel_region or
                                  gather_from_sequence_parallel_region, whose backward adds the ranks' parts
-        student_head [V_r, H_s]  rows r * V_r .. (r + 1) * V_r; those from `vocab_size` on are padding: in no softmax, gradient 0
-        teacher_hidden [T, H_t], teacher_head [V_r, H_t]  likewise, no gradient; both None leaves the LM loss (kd_weight 0)
-        labels [T] int64, mask [T] float  the same on all ranks; where the mask is 0, all inputs may hold anything (NaN, -100)
+        student_head [V_r, H_s]  rows r * V_r .. (r + 1) * V_r; from `vocab_size` on padding: no softmax, gradient 0
+        teacher_hidden [T, H_t], teacher_head [V_r, H_t]  likewise, no gradient; both None with kd_weight 0: LM loss
+        labels [T] int64, mask [T] float  the same on all ranks. Tokens of mask 0 may hold anything anywhere (NaN, -100)
 
     Args:
         vocab_size: global, without padding.
@@ -78,35 +79,36 @@ def distillation_loss(
         chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 128 MiB (512 MiB on CUDA).
 
     Returns:
-        (loss [], stats [3]): the loss; the masked sums of KL (without its factors), cross-entropy and the teacher's entropy,
-        detached, 0 for what needs a teacher that isn't there. fp32, the same on all ranks.
+        (loss [], stats [3]): the loss; the masked sums of KL (without its factors), cross-entropy and the teacher's
+        entropy, detached, the first and last 0 without a teacher. fp32, the same on all ranks.
 
     Raises:
-        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads, a temperature not above 0.
+        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads, temperature <= 0.
     """
     tp = tp_group.size() if tp_group else 1
+    _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight, temperature)
+    with_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
+    temperature = temperature if teacher_head is not None else 1.0
+    group = tp_group if tp > 1 else None
+    settings = _Settings(vocab_size, group, kd_weight, lm_weight, temperature, chunk_tokens, with_gradient)
+    return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
+
+
+def _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight, temperature) -> None:
     if (teacher_hidden is None) != (teacher_head is None) or (teacher_hidden is None and kd_weight != 0):
-        raise UserError(f"kd_weight is {kd_weight} without a whole teacher: give its hidden states and its head, or set kd_weight to 0.")
+        raise UserError(
+            f"kd_weight is {kd_weight} without a whole teacher: give its hidden states and its head, or kd_weight 0."
+        )
+    rows = tp * len(student_head)
     if teacher_head is not None and len(teacher_head) != len(student_head):
         raise UserError(
-            f"The padded vocabularies differ: teacher {tp * len(teacher_head)}, student {tp * len(student_head)}; "
+            f"The teacher's padded vocabulary has {tp * len(teacher_head)} rows, the student's {rows}: "
             "pad both to the same size."
         )
-    if not 0 < vocab_size <= tp * len(student_head):
-        raise UserError(f"vocab_size is {vocab_size}; it must be between 1 and the heads' {tp * len(student_head)} rows.")
+    if not 0 < vocab_size <= rows:
+        raise UserError(f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {rows} rows.")
     if temperature <= 0:
         raise UserError(f"temperature is {temperature}; it must be above 0 (1 leaves the logits as they are).")
-    with_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
-    settings = _Settings(
-        vocab_size=vocab_size,
-        tp_group=tp_group if tp > 1 else None,
-        kd_weight=kd_weight,
-        lm_weight=lm_weight,
-        temperature=temperature if teacher_head is not None else 1.0,
-        chunk_tokens=chunk_tokens,
-        with_gradient=with_gradient,
-    )
-    return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -118,7 +120,7 @@ class _DistillationLoss(torch.autograd.Function):
         mask, ignored = mask.to(tile.dtype), (mask == 0)[:, None]
         per_token = mask.new_zeros(3, num_tokens)
         d_hidden = torch.zeros_like(student_hidden) if need[0] else None
-        # A product adds up in fp32 within a chunk; over several chunks this tensor does.
+        # A product sums in fp32 over its chunk; this tensor does over several chunks.
         d_head = torch.zeros_like(student_head, dtype=tile.dtype if chunk < num_tokens else None) if need[1] else None
         for at in _slices(num_tokens, chunk):
             # Ignored rows become zeros: all that follows is finite there, and their weight of 0 then silences them.
@@ -143,8 +145,36 @@ class _DistillationLoss(torch.autograd.Function):
         # Scaled in place and given away, so that no second copy of the head's gradient ever exists.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("distillation_loss gives its gradients away: its graph can be walked back once only.")
+            raise RuntimeError("distillation_loss gives its gradients away: call backward through it only once.")
         return *(None if x is None else x.mul_(d_loss) for x in gradients), None, None, None, None, None
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, length)) for first in range(0, length, size))
+
+
+def _chunk_tokens(num_tokens: int, student_head: Tensor, teacher_head: Tensor | None) -> int:
+    """Tokens whose logits fit into the budget, evened out over the chunks."""
+    bytes_a_token = sum(len(head) * head.element_size() for head in (student_head, teacher_head) if head is not None)
+    most = max(1, _CHUNK_BYTES[student_head.device.type] // bytes_a_token)
+    return max(1, math.ceil(num_tokens / max(1, math.ceil(num_tokens / most))))
+
+
+def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int) -> None:
+    """total [V_r, H] += d_logits^T [V_r, T] @ hidden [T, H], in blocks of rows that are added while in the cache."""
+    for rows in _slices(len(total), max(1, 4 * elements // hidden.shape[1])):
+        total[rows] += d_logits[:, rows].t() @ hidden
+
+
+def _exponentials(logits: Tensor, temperature: float, shifted: Tensor, exps: Tensor) -> tuple[Tensor, Tensor]:
+    """`shifted` [T, V] := logits / temperature - their maximum, `exps` := e to that; returns its sum and log-sum-exp."""
+    shifted.copy_(logits)
+    if temperature != 1:
+        shifted.div_(temperature)
+    largest = shifted.amax(-1, keepdim=True)
+    # Not torch.softmax: on a CPU it sums one by one, which is 1e-5 off at 128 k entries.
+    total = torch.exp(shifted.sub_(largest), out=exps).sum(-1)
+    return total, largest.squeeze(-1) + total.log()
 
 
 class _Tile:
@@ -156,14 +186,60 @@ class _Tile:
         self.width = min(max(settings.vocab_size - self.start, 0), num_rows)
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.elements = _TILE_ELEMENTS[like.device.type]
-        self.num_tokens = max(1, min(self.elements // num_rows, len(like)))  # of num_rows: the same on all ranks
+        self.num_tokens = max(1, min(self.elements // num_rows, len(like)))  # not by width: the same on all ranks
         self.buffers = torch.empty(4, self.num_tokens, self.width, dtype=self.dtype, device=like.device)
 
     def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
-        """[KL, cross-entropy, teacher's entropy] of each token; writes the loss's gradient over `logits_s` [T, width]."""
-        own = self._own_part(logits_s, logits_t, labels) if self.width else self._no_part(logits_t, mask)
+        """[KL, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
+        group, place = self.settings.tp_group, labels - self.start
+        inside = (place >= 0) & (place < self.width)
+        place = place.clamp(0, max(self.width - 1, 0))[:, None]
+        own, sums = self._own_part(logits_s, logits_t, place, inside)
         parts = own[None]
-        if self.settings.tp_group:
-            parts = own.new_empty(self.settings.tp_group.size(), *own.shape)
-            dist.all_gather_into_tensor(parts, own, group=self.settings.tp_group)
-        ...
+        if group:
+            parts = own.new_empty(group.size(), *own.shape)
+            dist.all_gather_into_tensor(parts.view(-1), own.view(-1), group=group)
+        lse, kl, entropy, label = parts[:, :3], parts[:, 3], parts[:, 4], parts[:, 5]
+        log_share = lse - lse.logsumexp(0)  # [TP, 3, T]: how much of each of the three softmaxes each rank holds
+        share = log_share.exp()
+        if self.settings.with_gradient and self.width:
+            self._write_gradient(logits_s, logits_t, place, inside, mask, share[self.rank] / sums)
+        lm_loss = lse[:, 2].logsumexp(0) - label.sum(0)
+        if logits_t is None:
+            return torch.stack((torch.zeros_like(lm_loss), lm_loss, torch.zeros_like(lm_loss)))
+        kl = (share[:, 1] * (kl + log_share[:, 1] - log_share[:, 0])).sum(0)
+        return torch.stack((kl, lm_loss, (share[:, 1] * (entropy - log_share[:, 1])).sum(0)))
+
+    def _own_part(self, logits_s, logits_t, place, inside) -> tuple[Tensor, Tensor]:
+        """[log-sum-exp of student, teacher, student at temperature 1; KL; entropy; label's logit]; sums of e [3, T]."""
+        temperature, num_tokens = self.settings.temperature, len(logits_s)
+        own, sums = self.buffers.new_zeros(6, num_tokens), self.buffers.new_ones(3, num_tokens)
+        if not self.width:
+            own[:3] = _NOTHING
+            return own, sums
+        x_s, e_s, x_t, e_t = self.buffers[:, :num_tokens]
+        sums[0], own[0] = sums[2], own[2] = _exponentials(logits_s, temperature, x_s, e_s)
+        if logits_t is not None:
+            sums[1], own[1] = _exponentials(logits_t, temperature, x_t, e_t)
+            own[3] = torch.sub(x_t, x_s, out=x_s).mul_(e_t).sum(-1) / sums[1] + (sums[0] / sums[1]).log()
+            own[4] = sums[1].log() - x_t.mul_(e_t).sum(-1) / sums[1]
+        if temperature != 1:
+            sums[2], own[2] = _exponentials(logits_s, 1.0, x_s, x_t)
+        own[5] = torch.where(inside, logits_s.gather(1, place).squeeze(1), 0)
+        return own, sums
+
+    def _write_gradient(self, logits_s, logits_t, place, inside, mask, scale: Tensor) -> None:
+        """The exponentials that `_own_part` left in the buffers, times `scale` [3, T], become d loss / d logits_s."""
+        s = self.settings
+        _, e_s, e_1, e_t = self.buffers[:, : len(logits_s)]
+        kd, lm = s.kd_weight * s.temperature * mask, s.lm_weight * mask
+        scale_s, scale_t, scale_1 = (torch.stack((kd, kd, lm)) * scale)[:, :, None]
+        if s.temperature == 1:
+            e_s.mul_(scale_s + scale_1)
+        else:
+            e_s.mul_(scale_s).addcmul_(e_1, scale_1)
+        if logits_t is not None:
+            e_s.addcmul_(e_t, scale_t, value=-1)
+        if s.lm_weight:
+            e_s.scatter_add_(1, place, -(lm * inside)[:, None])
+        logits_s.copy_(e_s)

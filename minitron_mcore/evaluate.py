@@ -1,0 +1,219 @@
+"""Perplexity and bits per byte on text, for any model that gives tokens a likelihood; and one from transformers."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from minitron_mcore import data, runtime
+from minitron_mcore.errors import UserError
+
+Nll = Callable[[Tensor, Tensor], Tensor]
+"""(tokens [B, S], mask [B, S]) -> the sum, in nats, of -log p(tokens[b, s] | tokens[b, :s]) where the mask is True."""
+
+_CHUNK_LOGITS = 2**25  # fp32 logits held at once: 128 MB
+
+
+class Windows(NamedTuple):
+    """A text cut into n windows of S tokens. `mask` names those predicted, each from the ones before it in its window."""
+
+    tokens: Tensor
+    """[n, S] int64"""
+    mask: Tensor
+    """[n, S] bool; False on each window's first token, on EOS and BOS that the text doesn't hold, and on padding"""
+    num_bytes: Tensor
+    """[n] int64, UTF-8 bytes of exactly the predicted tokens"""
+
+
+def _token_bytes(text: str, offsets: Sequence[tuple[int, int]], special: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes [T] that each token stands for; their sum is the text's.
+
+    Characters that no token covers count with the next one, or the last; a character split over tokens with its first.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    utf8_ends = np.cumsum(np.concatenate([[0], 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)]))
+    token_ends = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
+    text_tokens = np.flatnonzero(~special)
+    if len(text_tokens):
+        token_ends[text_tokens[-1] :] = len(text)
+    return np.diff(utf8_ends[token_ends], prepend=0)
+
+
+def windows(path: str, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Windows:
+    """The windows of a text file: its documents, each followed by EOS, as one stream that is cut every S tokens.
+
+    The last window is padded with EOS. Windows without a token to predict are left out.
+
+    Raises:
+        UserError: a file that is missing, not text, or without a token to predict.
+    """
+    if data.is_prefix(path):
+        raise UserError(f"{path} is a .bin/.idx pair, whose bytes of text are not known: evaluate on the text itself.")
+    eos, ids, predicted, sizes = tokenizer.eos_token_id, [], [], []
+    for texts, _ in data.documents(path):
+        for text, encoding in zip(texts, tokenizer.backend_tokenizer.encode_batch(texts), strict=True):
+            special = np.asarray(encoding.special_tokens_mask, dtype=bool)
+            ids.append(np.asarray(data.with_eos(encoding.ids, eos), dtype=np.int64))
+            added = (0, len(ids[-1]) - len(special))
+            predicted.append(np.pad(~special, added))
+            sizes.append(np.pad(_token_bytes(text, encoding.offsets, special), added))
+
+    def cut(pieces: list[np.ndarray], fill: int) -> Tensor:
+        flat = np.concatenate(pieces)
+        padded = np.pad(flat, (0, -len(flat) % sequence_length), constant_values=fill)
+        return torch.from_numpy(padded).reshape(-1, sequence_length)
+
+    if not ids:
+        raise UserError(f"{path} holds no text.")
+    tokens, mask, num_bytes = cut(ids, eos), cut(predicted, False), cut(sizes, 0)
+    mask[:, 0] = False
+    used = mask.any(dim=1)
+    if not used.any():
+        raise UserError(f"{path} holds no token to predict: windows of {sequence_length} need two tokens of text.")
+    return Windows(tokens[used], mask[used], (num_bytes * mask).sum(dim=1)[used])
+
+
+def evaluate_text(
+    files: Sequence[str],
+    tokenizer_folder: str,
+    nll: Nll,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    max_windows: int | None = None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+) -> list[dict]:
+    """How well `nll` predicts each file: one row a file, the same on every rank (collective over `group`).
+
+    Data-parallel rank r is given microbatches r, r + dp_size, ... as [micro_batch, S], all ranks equally many: the last
+    are filled up with windows whose mask is all False. Ranks of one `dp_rank` work together in `nll` on the same ones.
+
+    Args:
+        max_windows: how many windows of each file to take, spread evenly over it; None takes all.
+        group: the data-parallel group, where dp_size > 1.
+
+    Returns:
+        rows {file, tokens, bytes, loss, perplexity, bits_per_byte, tokens_per_second}: predicted tokens and their
+        bytes, loss in nats a token, speed of all ranks together.
+
+    Raises:
+        UserError: see `windows` and `data.load_tokenizer`.
+    """
+    tokenizer = data.load_tokenizer(tokenizer_folder)
+    cuts = [windows(path, tokenizer, sequence_length) for path in files]
+    rows = []
+    for path, (tokens, mask, num_bytes) in zip(files, cuts, strict=True):
+        if max_windows is not None and len(tokens) > max_windows:
+            kept = torch.arange(max_windows) * len(tokens) // max_windows
+            tokens, mask, num_bytes = tokens[kept], mask[kept], num_bytes[kept]
+        start = time.monotonic()
+        total = _sum_nll(os.path.basename(path), tokens, mask, nll, micro_batch, dp_rank, dp_size)
+        if dp_size > 1:
+            dist.all_reduce(total, group=group)
+        count, size = int(mask.sum()), int(num_bytes.sum())
+        loss = float(total) / count
+        rows.append(
+            {
+                "file": path,
+                "tokens": count,
+                "bytes": size,
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),  # beyond, a float overflows
+                "bits_per_byte": float(total) / math.log(2) / size,
+                "tokens_per_second": count / (time.monotonic() - start),
+            }
+        )
+    return rows
+
+
+def _sum_nll(name: str, tokens: Tensor, mask: Tensor, nll: Nll, micro_batch: int, dp_rank: int, dp_size: int) -> Tensor:
+    """This data-parallel rank's part of the sum, fp64."""
+    rows = -len(tokens) % (micro_batch * dp_size)
+    tokens, mask = F.pad(tokens, (0, 0, 0, rows)), F.pad(mask, (0, 0, 0, rows))
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device())
+    progress = runtime.Progress(f"evaluate {name}", len(tokens), "windows")
+    for start in range(0, len(tokens), micro_batch * dp_size):
+        part = slice(start + dp_rank * micro_batch, start + (dp_rank + 1) * micro_batch)
+        total += nll(tokens[part].to(total.device), mask[part].to(total.device))
+        progress.update(start + micro_batch * dp_size)
+    return total
+
+
+class HFModel:
+    """A Hugging Face folder in plain transformers (no remote code, safetensors only), on this rank's device.
+
+    Raises:
+        UserError: a folder without config or weights; weights that are cut short or lack a parameter; an architecture
+            that transformers doesn't know or that changes its logits after the head.
+    """
+
+    def __init__(self, folder: str, dtype: torch.dtype = torch.float32):
+        _check_folder(folder)
+        transformers_logging.disable_progress_bar()
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{folder} cannot be loaded by transformers: {reason}") from error
+        # transformers fills what the files leave out with random numbers.
+        for problem in ("missing_keys", "mismatched_keys"):
+            if loading[problem]:
+                name = sorted(map(str, loading[problem]))[0]
+                raise UserError(f"{folder}: the weights don't fit its config.json ({problem}: {name} and maybe more).")
+        self.model = model.to(runtime.device()).eval()
+        self.parameters = model.num_parameters()
+        """Number of parameters; tied ones count once."""
+        probe = torch.zeros(1, 2, dtype=torch.int64, device=runtime.device())
+        with torch.inference_mode():
+            logits = self.model(probe, use_cache=False).logits
+            if not torch.allclose(self._head(self._body(probe)), logits, rtol=0, atol=0, equal_nan=True):
+                raise UserError(
+                    f"{folder}: {model.config.model_type} changes its logits after the head; not supported here."
+                )
+
+    def _body(self, tokens: Tensor) -> Tensor:
+        return self.model.base_model(tokens, use_cache=False).last_hidden_state
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)
+
+    @torch.inference_mode()
+    def nll(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """See `Nll`. Logits exist for the predicted tokens only, a chunk at a time; log-softmax is fp32.
+
+        Raises:
+            UserError: a token that the vocabulary lacks.
+        """
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        if tokens.max() >= vocab_size:
+            raise UserError(
+                f"Token {int(tokens.max())} is outside the model's vocabulary of {vocab_size}: whose tokenizer is it?"
+            )
+        predicted = mask[:, 1:]
+        hidden, targets = self._body(tokens)[:, :-1][predicted], tokens[:, 1:][predicted]
+        rows = max(1, _CHUNK_LOGITS // vocab_size)
+        total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+        for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+            total += F.cross_entropy(self._head(chunk).float(), target, reduction="none").double().sum()
+        return total
+
+
+def _check_folder(folder: str) -> None:
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json.")
+    if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        raise UserError(f"{folder} has no weights: put its *.safetensors there.")

@@ -1,0 +1,186 @@
+"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline and data parallelism.
+
+For every channel c the paper's choice (arXiv 2407.14679, section 2.2 and table 11) is mean over the sequence, L2 over samples:
+
+    score_c = sqrt( sum_b ( 1/S_b sum_s |a[b, s, c]| )^2 )
+
+    hidden    a = output of each norm before attention and MLP; one vector a norm, summed over norms
+    ffn       a = input of the down projection (after the gate), per block
+    heads     a = L2 norm over head_dim of each head's attention output, per block
+    depth     1 - mean over tokens of cos(layer input, layer output), for attention, MLP and the whole block
+
+What a rank sees, and what completes it:
+
+    input of linear_fc2 / linear_proj   [S, B, own channels]   nothing: tensor-parallel ranks own disjoint channels
+    norm output, sequence parallel      [S_r, B, H]            the sum over S, over tensor-parallel ranks, before it is squared
+    norm output otherwise               [S, B, H] replicated   nothing: a reduction would count it tp times
+    different samples                                          the sum over b, over data-parallel ranks, once at the end
+    different blocks                                           own entries; hidden sums over pipeline stages at the end
+
+Sums are fp32 (bf16 overflows), padding is masked out of every mean, nothing leaves the device before the end, and a
+micro-batch costs at most one collective (sequence parallelism only).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minitron_mcore import runtime
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.build import LanguageModel
+
+
+def _sum_abs(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, ord=1, dim=0, dtype=torch.float32)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
+
+
+class Collector:
+    """Accumulators of one rank: a [C] vector of squares for each hook, a scalar sum of cosines for each layer."""
+
+    def __init__(self, model: LanguageModel, arch: Architecture):
+        self.model, self.arch = model, arch
+        self.sequence_parallel = model.config.sequence_parallel
+        self.squares: dict[str, Tensor] = {}
+        self.cosines: dict[str, Tensor] = {}
+        self.tokens = torch.zeros((), dtype=torch.int64, device=runtime.device())
+        self.samples = 0
+        self._open: dict[str, Tensor] = {}  # per-sample sums over S of this micro-batch, not yet squared
+        self._split: set[str] = set()  # those of `_open` whose S is spread over tensor-parallel ranks
+        self._mask: Tensor | None = None  # [S, B, 1], or None where nothing is padding
+        self._block_input: Tensor | None = None
+
+    def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Register every hook; yields their handles."""
+        yield self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        yield self.model.register_forward_hook(self._end)
+        for layer in self.model.decoder.layers:
+            block, is_mlp = divmod(layer.layer_number - 1, 2)
+            at = f"blocks.{block}"
+            part = "mlp" if is_mlp else "attention"
+            norm = layer.pre_mlp_layernorm if is_mlp else layer.input_layernorm
+            yield norm.register_forward_hook(self._norm(f"{at}.{part}.norm"))
+            if is_mlp:
+                yield layer.mlp.linear_fc2.register_forward_pre_hook(self._channels(f"{at}.ffn"))
+            else:
+                yield layer.self_attention.linear_proj.register_forward_pre_hook(self._heads(f"{at}.heads"))
+            yield layer.register_forward_hook(self._layer(at, part), with_kwargs=True)
+
+    def _begin(self, module, args, kwargs) -> None:
+        mask = kwargs.get("loss_mask")  # [B, S]; True where a token is real
+        ids = args[0]
+        self.samples += len(ids)
+        self._mask = None
+        self._lengths = torch.full((len(ids), 1), ids.shape[1], device=ids.device, dtype=torch.float32)
+        if mask is not None:
+            self._lengths = mask.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1)
+            self._mask = mask.t()[..., None]
+        self.tokens += (mask.sum() if mask is not None else ids.numel())
+
+    def _own(self, rows: int) -> Tensor | None:
+        """The mask's rows that go with a tensor of `rows` sequence positions on this rank."""
+        if self._mask is None or rows == len(self._mask):
+            return self._mask
+        return self._mask.narrow(0, runtime.tp_group().rank() * rows, rows)
+
+    def _add(self, name: str, x: Tensor, split: bool = False) -> None:
+        mask = self._own(len(x))
+        self._open[name] = _sum_abs(x if mask is None else x * mask.to(x.dtype))
+        if split:
+            self._split.add(name)
+
+    def _norm(self, name):
+        return lambda module, args, output: self._add(name, output, split=self.sequence_parallel)
+
+    def _channels(self, name):
+        return lambda module, args: self._add(name, args[0])
+
+    def _heads(self, name):
+        def hook(module, args) -> None:
+            per_head = args[0].unflatten(-1, (-1, self.arch.head_dim))
+            self._add(name, torch.linalg.vector_norm(per_head, dim=-1, dtype=torch.float32))
+
+        return hook
+
+    def _layer(self, at, part):
+        def hook(module, args, kwargs, output) -> None:
+            source = kwargs.get("hidden_states", args[0] if args else None)
+            output = output[0] if isinstance(output, tuple) else output
+            self._add_cosine(f"{at}.{part}", source, output)
+            if part == "attention":
+                self._block_input = source
+            else:
+                self._add_cosine(f"{at}.block", self._block_input, output)
+                self._block_input = None
+
+        return hook
+
+    def _add_cosine(self, name: str, source: Tensor, output: Tensor) -> None:
+        cosine, mask = _cosine(source, output), self._own(len(source))
+        total = cosine.sum() if mask is None else (cosine * mask[..., 0]).sum()
+        self.cosines[name] = self.cosines.get(name, 0) + total
+
+    def _end(self, module, args, output) -> None:
+        if self._split:
+            names = sorted(self._split)
+            stacked = torch.stack([self._open[name] for name in names])
+            dist.all_reduce(stacked, group=runtime.tp_group())
+            self._open |= dict(zip(names, stacked, strict=True))
+        for name, sums in self._open.items():
+            squares = (sums / self._lengths).square().sum(0)
+            self.squares[name] = self.squares.get(name, 0) + squares
+        self._open.clear()
+        self._split.clear()
+
+    def scores(self) -> dict[str, Tensor]:
+        """Reduce over all ranks and gather the global vectors; the same result on every rank (collective).
+
+        Returns:
+            `hidden` [H], `blocks.i.ffn` [F], `blocks.i.heads` [N], `blocks.i.{attention,mlp,block}` []; fp32 on the CPU.
+        """
+        for squares in self.squares.values():
+            dist.all_reduce(squares, group=runtime.dp_group())
+        dist.all_reduce(self.tokens, group=runtime.dp_group())
+        cosines = torch.stack([self.cosines[name] for name in sorted(self.cosines)])
+        dist.all_reduce(cosines, group=runtime.dp_group())
+        if self.sequence_parallel:
+            dist.all_reduce(cosines, group=runtime.tp_group())
+
+        found, hidden = {}, torch.zeros(self.arch.hidden, device=runtime.device())
+        for name, squares in self.squares.items():
+            if name.endswith(".norm"):
+                hidden += squares.sqrt()
+            else:
+                found[name] = _gather(squares.sqrt())
+        for name, cosine in zip(sorted(self.cosines), cosines, strict=True):
+            found[name] = 1 - cosine / self.tokens
+        dist.all_reduce(hidden, group=runtime.pp_group())
+        stages: list = [None] * runtime.pp_group().size()
+        dist.all_gather_object(stages, {k: v.cpu() for k, v in found.items()}, group=runtime.pp_group())
+        return {"hidden": hidden.cpu()} | {name: vector for stage in stages for name, vector in stage.items()}
+
+
+def _gather(shard: Tensor) -> Tensor:
+    """Tensor-parallel ranks' disjoint channels, in order."""
+    group = runtime.tp_group()
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(parts, shard.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+@contextmanager
+def collecting(model: LanguageModel, arch: Architecture) -> Iterator[Collector]:
+    """Collect importance from every forward pass of `model` inside the block; its hooks are gone after it."""
+    collector = Collector(model, arch)
+    handles = list(collector.hooks())
+    try:
+        yield collector
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,77 @@
+"""The scores artefact: named global vectors in one safetensors file that no parallel layout made a mark on."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitron_mcore.errors import UserError
+from minitron_mcore.models.architecture import Architecture
+
+FILE = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`vectors`: hidden [H], blocks.i.ffn [F], blocks.i.heads [N], blocks.i.{attention,mlp,block} []; `metadata`: strings."""
+
+    vectors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def digest(self) -> str:
+        hasher = hashlib.sha256(repr(sorted(self.metadata.items())).encode())
+        for name in sorted(self.vectors):
+            hasher.update(name.encode() + self.vectors[name].numpy().tobytes())
+        return hasher.hexdigest()[:16]
+
+
+def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"hidden": (arch.hidden,)}
+    for block in range(arch.blocks):
+        shapes |= {f"blocks.{block}.ffn": (arch.ffn,), f"blocks.{block}.heads": (arch.heads,)}
+        shapes |= {f"blocks.{block}.{part}": () for part in ("attention", "mlp", "block")}
+    return shapes
+
+
+def save_scores(out_dir: Path, scores: Scores) -> Path:
+    path = Path(out_dir) / FILE
+    save_file({k: v.contiguous() for k, v in scores.vectors.items()}, path, metadata=scores.metadata)
+    return path
+
+
+def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Scores:
+    """Read scores and hold them against the model they are to cut.
+
+    Args:
+        path: the file, or the folder that an importance run wrote.
+        arch, fingerprint: of the checkpoint that will be pruned.
+
+    Raises:
+        UserError: no such file, a damaged one, scores of another model, a vector that is missing, misshapen or not finite.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no scores at {path}: run launch/importance.py first, or give scores=/path/to/{FILE}.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+    except Exception as error:  # safetensors raises its own type for a cut or foreign file
+        raise UserError(f"{path} is not a whole safetensors file ({error}): run launch/importance.py again.") from error
+    if metadata.get("fingerprint") != fingerprint:
+        raise UserError(
+            f"the scores in {path} belong to model {metadata.get('fingerprint')}, but the source is {fingerprint}: "
+            "run launch/importance.py on this source."
+        )
+    for name, shape in expected_shapes(arch).items():
+        if name not in vectors or tuple(vectors[name].shape) != shape:
+            found = tuple(vectors[name].shape) if name in vectors else "nothing"
+            raise UserError(f"{path} has {found} for {name}, expected shape {shape}: run launch/importance.py again.")
+        if not torch.isfinite(vectors[name]).all():
+            raise UserError(f"{path} holds a value that is not finite in {name}: check the model and its data, then score again.")
+    return Scores(vectors, metadata)

@@ -1,0 +1,1 @@
+"""Plans: which indices of each axis a pruned model keeps, from scores and targets."""

@@ -1,0 +1,168 @@
+"""A plan: the kept indices of every axis, chosen from scores by targets. JSON that a person can read and diff."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minitron_mcore.config import PruneConfig
+from minitron_mcore.errors import UserError
+from minitron_mcore.importance.scores import Scores
+from minitron_mcore.models import table
+from minitron_mcore.models.architecture import Architecture
+
+FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept indices, ascending, counted from 0 in the source; `ffn` and `heads` by source block."""
+
+    source: Architecture
+    target: Architecture
+    fingerprint: str
+    """The source checkpoint's."""
+    scores: str
+    """Digest of the scores that ranked."""
+    hidden: list[int]
+    blocks: list[int]
+    ffn: dict[int, list[int]]
+    heads: dict[int, list[int]]
+
+    def __post_init__(self):
+        sizes = {"hidden": (self.hidden, self.source.hidden, self.target.hidden)}
+        sizes["blocks"] = (self.blocks, self.source.blocks, self.target.blocks)
+        for block in self.blocks:
+            sizes[f"ffn of block {block}"] = (self.ffn.get(block, []), self.source.ffn, self.target.ffn)
+            sizes[f"heads of block {block}"] = (self.heads.get(block, []), self.source.heads, self.target.heads)
+        for name, (kept, total, wanted) in sizes.items():
+            if sorted(set(kept)) != list(kept) or len(kept) != wanted or not 0 <= kept[0] <= kept[-1] < total:
+                raise UserError(f"the plan's {name} must be {wanted} ascending indices below {total}; it has {len(kept)}.")
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """One line a list of indices, so that a diff shows which block changed."""
+        data = dataclasses.asdict(self)
+        data["parameters"] = {"source": table.count(self.source), "target": table.count(self.target)}
+        lines = []
+        for key, value in data.items():
+            if key in ("ffn", "heads"):
+                rows = ",\n".join(f'  "{block}": {json.dumps(kept)}' for block, kept in value.items())
+                lines.append(f'"{key}": {{\n{rows}\n }}')
+            else:
+                lines.append(f'"{key}": {json.dumps(value)}')
+        return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+    def summary(self) -> list[dict]:
+        """Rows for a table: axis, kept, total, share."""
+        s, t = self.source, self.target
+        pairs = {
+            "blocks": (t.blocks, s.blocks),
+            "hidden": (t.hidden, s.hidden),
+            "ffn": (t.ffn, s.ffn),
+            "heads": (t.heads, s.heads),
+            "key/value groups": (t.groups, s.groups),
+            "parameters": (table.count(t), table.count(s)),
+            "without embeddings": (table.count(t, embeddings=False), table.count(s, embeddings=False)),
+        }
+        return [{"axis": k, "kept": f"{a:,}", "of": f"{b:,}", "share": f"{a / b:.3f}"} for k, (a, b) in pairs.items()]
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read plan.json (or the folder of a plan run).
+
+    Raises:
+        UserError: no such file, or not a plan.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no plan at {path}: run launch/plan.py first, or give plan=/path/to/{FILE}.")
+    try:
+        data = json.loads(path.read_text())
+        data.pop("parameters")
+        for key in ("source", "target"):
+            data[key] = Architecture(**data[key])
+        for key in ("ffn", "heads"):
+            data[key] = {int(block): kept for block, kept in data[key].items()}
+        return Plan(**data)
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path} is not a plan ({type(error).__name__}: {error}): run launch/plan.py again.") from error
+
+
+def resolve(target: float | None, total: int, name: str) -> int:
+    """A target as a count: a whole number is itself, a fraction below 1 a share of `total`, None all of it.
+
+    Raises:
+        UserError: a target below 1 unit or above the source.
+    """
+    if target is None:
+        return total
+    count = round(target * total) if 0 < target < 1 else target
+    if count != int(count) or not 1 <= count <= total:
+        raise UserError(f"prune.{name} is {target:g}, but the source has {total}: give 1 to {total}, or a share between 0 and 1.")
+    return int(count)
+
+
+def target_architecture(source: Architecture, prune: PruneConfig) -> Architecture:
+    """The sizes that a prune config asks for.
+
+    Raises:
+        UserError: a size above the source's, heads that the groups don't divide.
+    """
+    heads = resolve(prune.heads, source.heads, "heads")
+    if heads % source.groups:
+        near = max(1, heads // source.groups) * source.groups
+        raise UserError(f"prune.heads {heads} is not a multiple of the {source.groups} key/value groups: give {near}.")
+    blocks = source.blocks - len(prune.drop_blocks) if prune.drop_blocks else resolve(prune.blocks, source.blocks, "blocks")
+    return dataclasses.replace(
+        source,
+        hidden=resolve(prune.hidden, source.hidden, "hidden"),
+        ffn=resolve(prune.ffn, source.ffn, "ffn"),
+        heads=heads,
+        blocks=blocks,
+    )
+
+
+def top(scores: Tensor, count: int) -> list[int]:
+    """Indices of the `count` highest, ascending; of equals the first."""
+    return sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist())
+
+
+def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: PruneConfig) -> Plan:
+    """Rank every axis by its scores and keep the best: hidden over the whole model, ffn and heads in each block (heads an equal
+    number in each group), blocks by the cosine between their input and output, or all but the ones named.
+
+    Raises:
+        UserError: targets that the source cannot meet.
+    """
+    target = target_architecture(source, prune)
+    vectors = scores.vectors
+    if prune.drop_blocks:
+        wrong = [block for block in prune.drop_blocks if not 0 <= block < source.blocks]
+        if wrong or len(set(prune.drop_blocks)) != len(prune.drop_blocks):
+            raise UserError(f"prune.drop_blocks {prune.drop_blocks}: give different blocks from 0 to {source.blocks - 1}.")
+        blocks = [block for block in range(source.blocks) if block not in prune.drop_blocks]
+    else:
+        blocks = top(torch.stack([vectors[f"blocks.{i}.block"] for i in range(source.blocks)]), target.blocks)
+    per_group = target.heads_per_group
+    heads = {}
+    for block in blocks:
+        grouped = vectors[f"blocks.{block}.heads"].view(source.groups, -1)
+        heads[block] = [g * source.heads_per_group + h for g, row in enumerate(grouped) for h in top(row, per_group)]
+    return Plan(
+        source=source,
+        target=target,
+        fingerprint=fingerprint,
+        scores=scores.digest(),
+        hidden=top(vectors["hidden"], target.hidden),
+        blocks=blocks,
+        ffn={block: top(vectors[f"blocks.{block}.ffn"], target.ffn) for block in blocks},
+        heads=heads,
+    )

@@ -1,0 +1,157 @@
+"""Pruned checkpoints against weights cut by hand in Hugging Face's own layout: a failure means wrong rows or columns survive."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.errors import UserError
+from minitron_mcore.importance.scores import Scores, expected_shapes
+from minitron_mcore.models import hf
+from minitron_mcore.plan.plan import Plan, load_plan, make_plan
+from minitron_mcore.testing import WorkerError
+from tests import models
+from tests.test_models import LAYOUTS
+
+ONE = ParallelConfig()
+
+
+def random_scores(arch, seed=3) -> Scores:
+    g = torch.Generator().manual_seed(seed)
+    return Scores({name: torch.rand(shape, generator=g) for name, shape in expected_shapes(arch).items()}, {})
+
+
+def run_prune(source, plan: Plan, out_dir, parallel) -> None:
+    from minitron_mcore.prune import prune
+
+    prune(open_checkpoint(source), plan, out_dir, parallel)
+
+
+@pytest.fixture
+def parent(pool, tmp_path):
+    folder = models.tiny_llama(tmp_path / "hf")
+    pool.run(models.import_hf, 1, ONE, folder, tmp_path / "parent", ONE)
+    return tmp_path / "parent"
+
+
+def export(checkpoint, out_dir):
+    out_dir.mkdir()
+    hf.export_folder(open_checkpoint(checkpoint), out_dir)
+    return models.weights(out_dir)
+
+
+def cut_by_hand(weights: dict, plan: Plan) -> dict:
+    """The plan applied to Hugging Face tensors by name, written apart from the product's table."""
+    d, hidden = plan.source.head_dim, torch.tensor(plan.hidden)
+    cut = {k: weights[k][..., hidden] for k in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+    for new, old in enumerate(plan.blocks):
+        w = {k.split(f"layers.{old}.")[1]: v for k, v in weights.items() if f"layers.{old}." in k}
+        rows = torch.cat([torch.arange(h * d, h * d + d) for h in plan.heads[old]])
+        ffn = torch.tensor(plan.ffn[old])
+        block = {n: w[n][hidden] for n in ("input_layernorm.weight", "post_attention_layernorm.weight")}
+        block["self_attn.q_proj.weight"] = w["self_attn.q_proj.weight"][rows][:, hidden]
+        block |= {f"self_attn.{x}_proj.weight": w[f"self_attn.{x}_proj.weight"][:, hidden] for x in "kv"}
+        block["self_attn.o_proj.weight"] = w["self_attn.o_proj.weight"][:, rows][hidden]
+        block |= {f"mlp.{x}_proj.weight": w[f"mlp.{x}_proj.weight"][ffn][:, hidden] for x in ("gate", "up")}
+        block["mlp.down_proj.weight"] = w["mlp.down_proj.weight"][:, ffn][hidden]
+        cut |= {f"model.layers.{new}.{k}": v for k, v in block.items()}
+    return cut
+
+
+def test_round_trip_is_bit_equal(pool, tmp_path):
+    folder = models.tiny_llama(tmp_path / "hf", tied=True)
+    for name, (world, parallel) in LAYOUTS.items():
+        pool.run(models.import_hf, world, parallel, folder, tmp_path / name, parallel)
+        back = export(tmp_path / name, tmp_path / f"{name}_hf")
+        expected = models.weights(folder)
+        assert back.keys() == expected.keys()
+        assert all(torch.equal(back[k], expected[k]) for k in expected)
+    ids = models.tokens()
+    assert torch.equal(models.hf_logits(tmp_path / f"{name}_hf", ids), models.hf_logits(folder, ids))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pruned_equals_cut_by_hand(pool, tmp_path, parent, layout):
+    world, parallel = LAYOUTS[layout]
+    opened = open_checkpoint(parent)
+    # Counts per rank come out uneven: nothing here is divisible by 2 or 3 in each shard.
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=17, heads=6, blocks=3))
+    pool.run(run_prune, world, parallel, parent, plan, tmp_path / "pruned", parallel)
+    found, expected = export(tmp_path / "pruned", tmp_path / "pruned_hf"), cut_by_hand(models.weights(tmp_path / "hf"), plan)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    assert load_plan(tmp_path / "pruned") == plan
+
+
+def test_keep_everything_changes_nothing(pool, tmp_path, parent):
+    opened, parallel = open_checkpoint(parent), ParallelConfig(tensor=3)
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig())
+    pool.run(run_prune, 3, parallel, parent, plan, tmp_path / "same", parallel)
+    found, expected = export(tmp_path / "same", tmp_path / "same_hf"), models.weights(tmp_path / "hf")
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    ids = models.tokens()
+    before, after = (pool.run(models.mcore_logits, 3, parallel, p, parallel, ids)[0] for p in (parent, tmp_path / "same"))
+    assert torch.equal(before, after)
+
+
+def test_zeroed_parent_gives_the_pruned_logits(pool, tmp_path, parent):
+    """Dropping ffn channels, heads and blocks is zeroing them (not so hidden channels: the norm's mean changes)."""
+    from safetensors.torch import save_file
+
+    opened = open_checkpoint(parent)
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=18, heads=6, blocks=4))
+    pool.run(run_prune, 3, ParallelConfig(tensor=3), parent, plan, tmp_path / "pruned", ParallelConfig(tensor=3))
+    weights, d = models.weights(tmp_path / "hf"), opened.arch.head_dim
+    for block in range(opened.arch.blocks):
+        at, gone = f"model.layers.{block}.", block not in plan.blocks
+        dropped_ffn = [i for i in range(opened.arch.ffn) if gone or i not in plan.ffn[block]]
+        dropped_rows = [i for i in range(opened.arch.heads * d) if gone or i // d not in plan.heads[block]]
+        weights[at + "mlp.down_proj.weight"][:, dropped_ffn] = 0
+        weights[at + "self_attn.o_proj.weight"][:, dropped_rows] = 0
+    shutil.copytree(tmp_path / "hf", tmp_path / "zeroed")
+    save_file(weights, tmp_path / "zeroed" / "model.safetensors", metadata={"format": "pt"})
+    ids, parallel = models.tokens(), ParallelConfig(tensor=2, pipeline=2)
+    found = pool.run(models.mcore_logits, 4, parallel, tmp_path / "pruned", parallel, ids)[2]
+    assert (found - models.hf_logits(tmp_path / "zeroed", ids)).abs().max() <= 2e-4
+
+
+def test_plan_of_another_model_is_refused(pool, tmp_path, parent):
+    opened = open_checkpoint(parent)
+    plan = make_plan(opened.arch, "someone else", random_scores(opened.arch), PruneConfig(ffn=18))
+    with pytest.raises(WorkerError, match="plan cuts model someone else"):
+        pool.run(run_prune, 1, ONE, parent, plan, tmp_path / "pruned", ONE)
+    assert not (tmp_path / "pruned" / "latest").exists()
+
+
+@pytest.mark.parametrize(
+    ("prune", "sentence"),
+    [
+        (PruneConfig(hidden=37), "prune.hidden is 37, but the source has 36"),
+        (PruneConfig(ffn=0), "prune.ffn is 0"),
+        (PruneConfig(heads=7), "not a multiple of the 6 key/value groups: give 6"),
+        (PruneConfig(blocks=6), "prune.blocks is 6"),
+        (PruneConfig(drop_blocks=[1, 5]), "different blocks from 0 to 4"),
+    ],
+)
+def test_impossible_targets_are_refused(parent, prune, sentence):
+    arch = open_checkpoint(parent).arch
+    with pytest.raises(UserError, match=sentence):
+        make_plan(arch, "x", random_scores(arch), prune)
+
+
+def test_shares_and_named_blocks(parent):
+    arch = open_checkpoint(parent).arch
+    plan = make_plan(arch, "x", random_scores(arch), PruneConfig(hidden=2 / 3, drop_blocks=[1, 3]))
+    assert plan.target == dataclasses.replace(arch, hidden=24, blocks=3)
+    assert plan.blocks == [0, 2, 4]
+
+
+def test_truncated_shard_is_refused_on_every_rank(pool, tmp_path, parent):
+    shard = max(parent.glob("step_*/*.distcp"), key=lambda file: file.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    parallel = ParallelConfig(tensor=2)
+    with pytest.raises(WorkerError, match="damaged or incomplete"):
+        pool.run(models.mcore_logits, 2, parallel, parent, parallel, models.tokens())
