@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,7 +278,9 @@ def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[table.Parameter, Tens
             raise UserError(f"{checkpoint.step_dir} has no tensor {parameter.name}: make the checkpoint again.")
         tensor = torch.empty(parameter.shape, dtype=stored[parameter.name].properties.dtype)
         try:
-            torch.distributed.checkpoint.load({parameter.name: tensor}, storage_reader=reader, no_dist=True)
+            with warnings.catch_warnings():  # one process is what we want here
+                warnings.simplefilter("ignore")
+                torch.distributed.checkpoint.load({parameter.name: tensor}, storage_reader=reader, no_dist=True)
         except (CheckpointException, RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0][:300]
             raise UserError(f"{parameter.name} in {checkpoint.step_dir} cannot be read ({reason}).") from error

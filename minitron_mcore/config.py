@@ -1,6 +1,14 @@
-"""What a run is told: one dataclass a config group. No torch import, so that `--help` and `--cfg job` answer at once."""
+"""What a run is told: one dataclass a config group and one a launch file. No torch import, so `--help` answers at once."""
 
 from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Dtype(str, Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
 
 
 @dataclass
@@ -18,6 +26,41 @@ class ParallelConfig:
 
 
 @dataclass
+class ModelConfig:
+    """The model that a run starts from."""
+
+    name: str = MISSING
+    """Names its folder below runs/."""
+    hf: str = MISSING
+    """Hugging Face folder: config.json, *.safetensors, tokenizer files."""
+
+
+@dataclass
+class DataConfig:
+    """Text. A file is .jsonl or .jsonl.gz (documents under "text"), plain text, or the prefix of a Megatron .bin/.idx pair;
+    "0.3 path" gives a file its weight in the blend."""
+
+    train: list[str] = field(default_factory=list)
+    heldout: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    """Hugging Face tokenizer folder; null takes the one that came with the checkpoint."""
+    cache: str = "runs/cache"
+    """Tokenised files and sample indices, reused between runs."""
+    seed: int = 1234
+
+
+@dataclass
+class ImportanceConfig:
+    """Calibration: batch L2 over sequence mean (arXiv 2407.14679, section 2.2)."""
+
+    samples: int = 1024
+    sequence_length: int = 8192
+    micro_batch: int = 1
+    whole_documents: bool = False
+    """One document a sample, padded at its end, instead of unbroken runs of tokens."""
+
+
+@dataclass
 class PruneConfig:
     """Targets: a whole number is a size, a fraction below 1 a share of the source, null keeps all."""
 
@@ -31,3 +74,114 @@ class PruneConfig:
     """Blocks; those whose output is nearest their input (by cosine) go first."""
     drop_blocks: list[int] = field(default_factory=list)
     """Blocks to drop by number, counted from 0, instead of by score (the papers count from 1)."""
+
+
+@dataclass
+class DistillConfig:
+    """Training the student on the teacher's distribution; defaults are Llama-3.1-Minitron-4B's (arXiv 2408.11796, table 4)."""
+
+    steps: int = 9960
+    """94 B tokens at the default batch."""
+    global_batch: int = 1152
+    micro_batch: int = 1
+    sequence_length: int = 8192
+    peak_lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 40
+    """Linear, then cosine down to min_lr at the last step."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    kd_weight: float = 1.0
+    """Weight of the forward KL divergence; 0 trains without a teacher."""
+    lm_weight: float = 0.0
+    """Weight of the next-token cross-entropy, which is logged either way."""
+    temperature: float = 1.0
+    teacher_ahead: int = 1
+    """Micro-batches the teacher runs ahead of the student; with pipeline parallelism always a whole step's."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    log_every: int = 1
+    save_every: int = 500
+    stop_after: int | None = None
+    """Save and stop after this step; the same command without it goes on."""
+
+
+@dataclass
+class EvaluateConfig:
+    sequence_length: int = 1024
+    micro_batch: int = 4
+    max_windows: int | None = None
+    """Windows of each file; null takes all."""
+
+
+@dataclass
+class Run:
+    """What every launch file knows."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    work_dir: str = MISSING
+    """Folder that the stages' default paths share."""
+    out_dir: str = MISSING
+    """What this run writes; it must be new, or hold the same run to go on with."""
+    dtype: Dtype = Dtype.bf16
+    seed: int = 1234
+
+
+@dataclass
+class ConvertRun(Run):
+    pass
+
+
+@dataclass
+class ImportanceRun(Run):
+    source: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+
+
+@dataclass
+class PlanRun(Run):
+    source: str = MISSING
+    scores: str = MISSING
+    prune: PruneConfig = field(default_factory=PruneConfig)
+
+
+@dataclass
+class PruneRun(Run):
+    source: str = MISSING
+    plan: str = MISSING
+
+
+@dataclass
+class DistillRun(Run):
+    student: str = MISSING
+    teacher: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+@dataclass
+class ExportRun(Run):
+    source: str = MISSING
+
+
+@dataclass
+class EvaluateRun(Run):
+    source: str = MISSING
+    """A Hugging Face folder (plain transformers) or a checkpoint of ours (sharded)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+STAGES = {
+    "convert": ConvertRun,
+    "importance": ImportanceRun,
+    "plan": PlanRun,
+    "prune": PruneRun,
+    "distill": DistillRun,
+    "export": ExportRun,
+    "evaluate": EvaluateRun,
+}

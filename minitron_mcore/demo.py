@@ -177,7 +177,7 @@ def _topics() -> Iterator[tuple[str, str]]:
         paragraphs = text.split("\n\n")
         known = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
         seen.update(paragraphs)
-        if True:
+        if known < len(text) / 2:
             yield f"pydoc_data/topics/{name}", text
 
 

@@ -25,7 +25,7 @@ _CHUNK_LOGITS = 2**25  # fp32 logits held at once: 128 MB
 
 
 class Windows(NamedTuple):
-    """A text cut into n windows of S tokens. `mask` names those predicted, each from the ones before it in its window."""
+    """A text cut into n windows of S tokens. `mask` names those predicted, each from what comes before it there."""
 
     tokens: Tensor
     """[n, S] int64"""

@@ -13,6 +13,7 @@ import warnings
 import torch
 from torch.overrides import TorchFunctionMode
 
+
 class _Stream:
     """A stream on a device that runs everything in order: waiting is already done."""
 
@@ -40,7 +41,7 @@ def _cuda_type_name(self, dtype=None, *args, **kwargs):
     if dtype is not None:
         return _tensor_type(self, dtype, *args, **kwargs)
     # megatron-core's optimizers accept a parameter only under its CUDA type name.
-    return _tensor_type(self).replace("torch.", "torch.cuda.", 1)
+    return f"torch.cuda.{_tensor_type(self).rsplit('.', 1)[-1]}"
 
 
 _tensor_type = torch.Tensor.type

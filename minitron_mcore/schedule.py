@@ -1,6 +1,6 @@
 """Megatron-Core's pipeline schedules, called with batches in and a function on the last stage's output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,19 +37,24 @@ def forward(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        _run(step, model, batches, forward_only=True, collect_non_loss_data=True)
+        _run(step, model, batches, batches[0], len(batches), forward_only=True, collect_non_loss_data=True)
     model.train(was_training)
 
 
 def forward_backward(
-    model: torch.nn.Module, batches: Sequence[Batch], loss: Callable[[Tensor, Batch], tuple[Tensor, Tensor, Tensor]]
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[Tensor, Batch], tuple[Tensor, Tensor, Tensor]],
+    like: Batch,
+    count: int,
 ) -> list[Tensor]:
     """One training step's forward and backward passes, gradients finalized over all ranks (collective).
 
     Args:
         model: this rank's part under megatron-core's DDP.
-        batches: the step's micro-batches of this data-parallel rank, one shape.
+        batches: `count` micro-batches of this data-parallel rank, taken one by one as the schedule asks for them.
         loss: on last-stage ranks, (hidden states, batch) -> (summed loss, number of tokens int32, statistics).
+        like: a micro-batch of their shape.
 
     Returns:
         The statistics of every micro-batch on last-stage ranks, an empty list elsewhere.
@@ -59,16 +64,16 @@ def forward_backward(
         batch = next(iterator)
         return model(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)
 
-    return _run(step, model, batches, forward_only=False)
+    return _run(step, model, batches, like, count, forward_only=False)
 
 
-def _run(step, model, batches, **kwargs) -> list:
-    micro_batch, length = batches[0]["tokens"].shape
+def _run(step, model, batches, like: Batch, count: int, **kwargs) -> list:
+    micro_batch, length = like["tokens"].shape
     results = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(batches),
         model=[model],
-        num_microbatches=len(batches),
+        num_microbatches=count,
         seq_length=length,
         micro_batch_size=micro_batch,
         **kwargs,

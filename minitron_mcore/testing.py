@@ -7,7 +7,9 @@ The workers live as long as the pool and import torch and megatron-core once; ev
 """
 
 import os
+import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -43,40 +45,57 @@ class WorkerError(Exception):
 
 
 class Pool:
-    """`size` worker processes on gloo, started at once and kept until `close`."""
+    """`size` worker processes on gloo, started at once and kept until `close`; replaced when one dies."""
 
     def __init__(self, size: int):
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = mp.get_context("spawn")
         self.outbox = context.Queue()
-        self.inboxes = [context.Queue() for _ in range(size)]
-        self.workers = [
-            context.Process(target=_work, args=(r, q, self.outbox), daemon=False) for r, q in enumerate(self.inboxes)
-        ]
+        self.inboxes = [context.Queue() for _ in range(self.size)]
+        self.workers = [context.Process(target=_work, args=(r, q, self.outbox)) for r, q in enumerate(self.inboxes)]
         for worker in self.workers:
             worker.start()
 
     def run(self, fn: Callable, world_size: int, parallel: ParallelConfig, *args: Any, timeout: float = 300) -> list:
-        """`fn(*args)` on ranks 0..world_size-1 within the layout `parallel`; its results (numbers, tensors on CPU) in rank order.
+        """`fn(*args)` on ranks 0..world_size-1 within the layout `parallel`; its results (numbers, CPU tensors) in rank order.
 
         Raises:
-            WorkerError: the first rank that failed.
+            WorkerError: the first rank that failed, died or did not answer in `timeout` seconds.
         """
+        results, failed = [None] * world_size, []
         with tempfile.TemporaryDirectory() as folder:
             for inbox in self.inboxes[:world_size]:
                 inbox.put((fn, world_size, parallel, os.path.join(folder, "store"), args))
-            results, failed = [None] * world_size, []
-            for _ in range(world_size):
-                rank, result, error = self.outbox.get(timeout=timeout)
+            waiting, deadline = set(range(world_size)), time.monotonic() + timeout
+            while waiting:
+                try:
+                    rank, result, error = self.outbox.get(timeout=1)
+                except queue.Empty:
+                    dead = [r for r in waiting if not self.workers[r].is_alive()]
+                    late = time.monotonic() > deadline
+                    # Others may wait for ever on one that failed or died.
+                    if dead or late or (failed and time.monotonic() > failed_at + 20):
+                        self.close(wait=False)
+                        self._start()
+                        rank = dead[0] if dead else min(waiting)
+                        failed.append((rank, "Lost", "died" if dead else "did not answer", "no answer"))
+                        break
+                    continue
                 results[rank] = result
-                failed += [(rank, *error)] if error else []
+                waiting.discard(rank)
+                if error:
+                    failed.append((rank, *error))
+                    failed_at = time.monotonic()
         if failed:
-            raise WorkerError(*min(failed))
+            raise WorkerError(*failed[0])
         return results
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         for inbox in self.inboxes:
             inbox.put(None)
         for worker in self.workers:
-            worker.join(timeout=10)
-            if worker.is_alive():
-                worker.kill()
+            worker.join(timeout=10 if wait else 0)
+            worker.kill()

@@ -123,7 +123,6 @@ def relative_errors(case: Case, results: list[tuple]) -> list[float]:
 def test_value_and_gradients_equal_dense_fp64(pool, name, tp):
     case = Case(**{**vars(CASES[name]), "tp": tp})
     errors = relative_errors(case, pool.run(on_rank, tp, ParallelConfig(tensor=tp), case))
-    print(name,tp,['%.1e'%x for x in errors])
     assert max(errors) <= 1e-5, errors
 
 
@@ -154,11 +153,10 @@ def test_all_tokens_masked_give_exact_zeros(pool, tp):
 
 @pytest.mark.parametrize("tp", [1, 3])
 def test_bf16(pool, tp):
-    """Logits of bf16 carry an error of up to 2^-9 of their size; these bounds are twice what was measured (see benchmarks)."""
+    """Rounding to bf16 moves a logit by up to 2^-9 of its size. Measured here: 3e-4 in values, 7e-3 in gradients."""
     case = Case(dtype=torch.bfloat16, lm_weight=0.5, masked=0.2, chunk_tokens=10, tp=tp)
     errors = relative_errors(case, pool.run(on_rank, tp, ParallelConfig(tensor=tp), case))
-    print(errors)
-    assert 0
+    assert max(errors[:4]) <= 1e-3 and max(errors[4:]) <= 1.5e-2, errors
 
 
 def tied_on_rank(case: Case) -> Tensor:

@@ -115,26 +115,26 @@ class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings: _Settings):
         num_tokens, need = len(student_hidden), [settings.with_gradient and x for x in ctx.needs_input_grad[:2]]
-        tile = _Tile(settings, student_hidden, len(student_head))
+        tiles = _Tiles(settings, student_hidden, len(student_head))
         chunk = settings.chunk_tokens or _chunk_tokens(num_tokens, student_head, teacher_head)
-        mask, ignored = mask.to(tile.dtype), (mask == 0)[:, None]
+        mask, ignored = mask.to(tiles.dtype), (mask == 0)[:, None]
         per_token = mask.new_zeros(3, num_tokens)
         d_hidden = torch.zeros_like(student_hidden) if need[0] else None
         # A product sums in fp32 over its chunk; this tensor does over several chunks.
-        d_head = torch.zeros_like(student_head, dtype=tile.dtype if chunk < num_tokens else None) if need[1] else None
+        d_head = torch.zeros_like(student_head, dtype=tiles.dtype if chunk < num_tokens else None) if need[1] else None
+        head = student_head[: tiles.width]
         for at in _slices(num_tokens, chunk):
             # Ignored rows become zeros: all that follows is finite there, and their weight of 0 then silences them.
             hidden = student_hidden[at].masked_fill(ignored[at], 0)
-            logits_s, logits_t = hidden @ student_head[: tile.width].t(), None
+            logits_s, logits_t = hidden @ head.t(), None
             if teacher_head is not None:
-                logits_t = teacher_hidden[at].masked_fill(ignored[at], 0) @ teacher_head[: tile.width].t()
-            for part in _slices(len(hidden), tile.num_tokens):
-                inputs = (None if x is None else x[part] for x in (logits_s, logits_t, labels[at], mask[at]))
-                per_token[:, at][:, part] = tile.run(*inputs)
+                logits_t = teacher_hidden[at].masked_fill(ignored[at], 0) @ teacher_head[: tiles.width].t()
+            per_token[:, at] = tiles.run(logits_s, logits_t, labels[at], mask[at])
             if need[0]:
-                torch.mm(logits_s, student_head[: tile.width], out=d_hidden[at])
+                torch.mm(logits_s, head, out=d_hidden[at])
             if need[1]:
-                _add_head_gradient(d_head[: tile.width], logits_s, hidden, tile.elements)
+                _add_head_gradient(d_head[: tiles.width], logits_s, hidden, tiles.elements)
+            del logits_s, logits_t  # before the next chunk's, and before the head's gradient is cast
         ctx.gradients = d_hidden, None if d_head is None else d_head.to(student_head.dtype)
         stats = (per_token * mask).sum(1)
         ctx.mark_non_differentiable(stats)
@@ -167,7 +167,7 @@ def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements
 
 
 def _exponentials(logits: Tensor, temperature: float, shifted: Tensor, exps: Tensor) -> tuple[Tensor, Tensor]:
-    """`shifted` [T, V] := logits / temperature - their maximum, `exps` := e to that; returns its sum and log-sum-exp."""
+    """`shifted` [T, V] := logits / temperature - its maximum, `exps` := e to that; returns its sum and log-sum-exp."""
     shifted.copy_(logits)
     if temperature != 1:
         shifted.div_(temperature)
@@ -177,7 +177,7 @@ def _exponentials(logits: Tensor, temperature: float, shifted: Tensor, exps: Ten
     return total, largest.squeeze(-1) + total.log()
 
 
-class _Tile:
+class _Tiles:
     """The work between the products, on a few tokens at a time, in buffers that are used again and again."""
 
     def __init__(self, settings: _Settings, like: Tensor, num_rows: int):
@@ -191,6 +191,11 @@ class _Tile:
 
     def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
         """[KL, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
+        split = (x.split(self.num_tokens) for x in (logits_s, labels, mask))
+        teacher = repeat(None) if logits_t is None else logits_t.split(self.num_tokens)
+        return torch.cat([self._tile(s, t, *rest) for (s, *rest), t in zip(zip(*split), teacher)], 1)
+
+    def _tile(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
         group, place = self.settings.tp_group, labels - self.start
         inside = (place >= 0) & (place < self.width)
         place = place.clamp(0, max(self.width - 1, 0))[:, None]
@@ -198,13 +203,14 @@ class _Tile:
         parts = own[None]
         if group:
             parts = own.new_empty(group.size(), *own.shape)
-            dist.all_gather_into_tensor(parts.view(-1), own.view(-1), group=group)
+            dist.all_gather(list(parts), own, group=group)
         lse, kl, entropy, label = parts[:, :3], parts[:, 3], parts[:, 4], parts[:, 5]
-        log_share = lse - lse.logsumexp(0)  # [TP, 3, T]: how much of each of the three softmaxes each rank holds
+        lse_all = lse.logsumexp(0)
+        log_share = lse - lse_all  # [TP, 3, T]: how much of each of the three softmaxes each rank holds
         share = log_share.exp()
         if self.settings.with_gradient and self.width:
             self._write_gradient(logits_s, logits_t, place, inside, mask, share[self.rank] / sums)
-        lm_loss = lse[:, 2].logsumexp(0) - label.sum(0)
+        lm_loss = lse_all[2] - label.sum(0)
         if logits_t is None:
             return torch.stack((torch.zeros_like(lm_loss), lm_loss, torch.zeros_like(lm_loss)))
         kl = (share[:, 1] * (kl + log_share[:, 1] - log_share[:, 0])).sum(0)

@@ -1,0 +1,184 @@
+"""Distillation loss from hidden states to gradients: time, extra peak memory, collectives, beside torch and ModelOpt.
+
+All three get the same bf16 hidden states and heads and give the loss and its gradients to the student's hidden states
+and head:
+
+    minitron   minitron_mcore.distill.losses.distillation_loss
+    torch      both logits, gathered over the vocabulary, log_softmax and kl_div in fp32
+    modelopt   both logits, LogitsKLLoss of modelopt.torch.distill.plugins.megatron
+
+Time is the median over interleaved repetitions, of the slowest rank, with cores / TP threads a rank. Memory is the peak
+beyond the inputs (and beyond the two bf16 logits of torch and modelopt) over tokens x this rank's vocabulary; each
+figure comes from processes of its own unless --quick. Collectives are those of one call, forward and backward, less the
+reduction of the hidden states' gradient, which all need alike.
+"""
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from common import Figure, arguments, peak_bytes, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from minitron_mcore import runtime
+from minitron_mcore.config import ParallelConfig
+from minitron_mcore.testing import Pool
+
+VOCAB, STUDENT_HIDDEN, TEACHER_HIDDEN = 49_152, 504, 576
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor")
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def minitron() -> Loss:
+    from minitron_mcore.distill.losses import distillation_loss
+
+    def loss(hidden, head, teacher_hidden, teacher_head):
+        labels, mask = torch.zeros(len(hidden), dtype=torch.int64), torch.ones(len(hidden))
+        inputs = hidden, head, teacher_hidden, teacher_head, labels, mask
+        return distillation_loss(*inputs, vocab_size=VOCAB, tp_group=runtime.tp_group())[0]
+
+    return loss
+
+
+def dense() -> Loss:
+    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region as gather
+
+    def loss(hidden, head, teacher_hidden, teacher_head):
+        student, teacher = gather(hidden @ head.t()), gather(teacher_hidden @ teacher_head.t())
+        student, teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        return torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
+
+    return loss
+
+
+def modelopt() -> Loss:
+    from megatron.core.transformer import TransformerConfig
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    tp = runtime.tp_group().size()
+    criterion = LogitsKLLoss(
+        TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, tensor_model_parallel_size=tp)
+    )
+
+    def loss(hidden, head, teacher_hidden, teacher_head):
+        per_token, tp_reduce, _ = criterion((hidden @ head.t())[:, None], (teacher_hidden @ teacher_head.t())[:, None])
+        total = per_token.sum()
+        if tp_reduce and tp > 1:  # as Megatron-LM's loss function does: for the value, not for the gradient
+            value = total.detach().clone()
+            dist.all_reduce(value, group=runtime.tp_group())
+            total = total + (value - total.detach())
+        return total
+
+    return loss
+
+
+IMPLEMENTATIONS = {"minitron": minitron, "torch": dense, "modelopt": modelopt}
+
+
+def inputs(tokens: int) -> Inputs:
+    """The same hidden states on all ranks, this rank's rows of both heads; logits spread like a language model's."""
+    group = runtime.tp_group()
+    torch.set_num_threads(max(1, os.cpu_count() // group.size()))
+    g = torch.Generator().manual_seed(0)
+
+    def states(width: int) -> tuple[Tensor, Tensor]:
+        hidden, head = torch.randn(tokens, width, generator=g), torch.randn(VOCAB, width, generator=g) * 3 / width**0.5
+        return hidden.bfloat16(), head.chunk(group.size())[group.rank()].bfloat16()
+
+    (hidden, head), teacher = states(STUDENT_HIDDEN), states(TEACHER_HIDDEN)
+    return hidden.requires_grad_(), head.requires_grad_(), *teacher
+
+
+def step(loss: Loss, tensors: Inputs, reduce_hidden: bool = True) -> Tensor:
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+    hidden, head, *teacher = tensors
+    hidden.grad = head.grad = None
+    value = loss(copy_to_tensor_model_parallel_region(hidden) if reduce_hidden else hidden, head, *teacher)
+    value.backward()
+    return value.detach()
+
+
+def memory_on_rank(name: str, tokens: int) -> float:
+    """Bytes for each of this rank's tokens x vocabulary entries."""
+    tensors, loss = inputs(tokens), IMPLEMENTATIONS[name]()
+    step(loss, inputs(16))  # what libraries set up on first use is no part of the loss
+    elements = tokens * len(tensors[1])
+    return peak_bytes(lambda: step(loss, tensors)) / elements - (0 if name == "minitron" else 4)
+
+
+def collectives_on_rank(name: str, tokens: int) -> int:
+    """Every collective is an operator of torch's c10d namespace: the profiler counts them wherever they come from."""
+    tensors, loss = inputs(tokens), IMPLEMENTATIONS[name]()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(loss, tensors, reduce_hidden=False)
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("c10d::"))
+
+
+def times_on_rank(tokens: int, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each repetition, which take the implementations in turn, after one that checks that they agree."""
+    tensors = inputs(tokens)
+    losses = {name: make() for name, make in IMPLEMENTATIONS.items()}
+    seconds, found = {name: [] for name in losses}, {}
+    for repetition in range(repetitions + 1):
+        for name, loss in losses.items():
+            dist.barrier()
+            start = time.perf_counter()
+            value = step(loss, tensors)
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                found[name] = value, tensors[0].grad.float(), tensors[1].grad.float()
+    for name, results in found.items():
+        for ours, theirs in zip(found["minitron"], results, strict=True):
+            difference = ((ours - theirs).norm() / ours.norm()).item()
+            assert difference < 0.02, f"minitron and {name} disagree by {difference:.3g}"
+    return seconds
+
+
+def measure(tp: int, tokens: int, repetitions: int, own_processes: bool) -> tuple[list[Figure], dict[str, float]]:
+    """The figures at one tensor-parallel size, and each time over ModelOpt's (the median of the repetitions' ratios)."""
+    figures, layout = [], ParallelConfig(tensor=tp)
+
+    def add(name: str, metric: str, value: float, unit: str) -> None:
+        figures.append(Figure("kd_loss", f"tp{tp}, {tokens} tokens x {VOCAB}, bf16", name, metric, value, unit))
+
+    with contextlib.closing(Pool(tp)) as pool:
+        for name in IMPLEMENTATIONS:
+            with contextlib.closing(Pool(tp)) if own_processes else contextlib.nullcontext(pool) as workers:
+                add(name, "extra_peak_bytes_per_element", max(workers.run(memory_on_rank, tp, layout, name, tokens)), "B")
+            add(name, "collectives", pool.run(collectives_on_rank, tp, layout, name, tokens)[0], "calls")
+        ranks = pool.run(times_on_rank, tp, layout, tokens, repetitions)
+    slowest = {name: [max(rank[name][i] for rank in ranks) for i in range(repetitions)] for name in IMPLEMENTATIONS}
+    for name, seconds in slowest.items():
+        add(name, "time", statistics.median(seconds), "s")
+    pairs = {name: zip(seconds, slowest["modelopt"], strict=True) for name, seconds in slowest.items()}
+    return figures, {name: statistics.median(own / peer for own, peer in pair) for name, pair in pairs.items()}
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0])
+    tokens, repetitions = (512, 2) if options.quick else (2048, 7)
+    table = Table("case", "implementation", "time [s]", "of ModelOpt's", "extra peak [B/element]", "collectives")
+    figures = []
+    for tp in (1, 2):
+        found, ratios = measure(tp, tokens, repetitions, own_processes=not options.quick)
+        figures += found
+        values = {(figure.implementation, figure.metric): figure.value for figure in found}
+        for name, ratio in ratios.items():
+            metrics = ("time", "extra_peak_bytes_per_element", "collectives")
+            seconds, peak, calls = (values[name, metric] for metric in metrics)
+            table.add_row(found[0].case, name, f"{seconds:.2f}", f"{ratio:.2f}", f"{peak:.1f}", f"{calls:g}")
+    Console().print(table)
+    write(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The distillation loop: megatron-core's schedule, DDP, optimizer and learning-rate schedule around our objective."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from minitron_mcore import checkpoint, runtime, schedule
+from minitron_mcore.checkpoint import Checkpoint
+from minitron_mcore.config import DistillConfig, ParallelConfig
+from minitron_mcore.distill.objective import Objective
+from minitron_mcore.distill.teacher import Teacher
+from minitron_mcore.errors import UserError
+from minitron_mcore.models import build, table
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.schedule import Batch
+
+from megatron.core.distributed import (  # isort: skip
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
+
+# Optimizer state by parameter, so that a checkpoint resumes at another data-parallel size too.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig, dp_size: int) -> None:
+    """Refuse what cannot train before a model is built.
+
+    Raises:
+        UserError: vocabularies that differ, a batch that the ranks don't divide, a warm-up as long as the run.
+    """
+    if teacher and teacher.arch.vocab != student.arch.vocab:
+        raise UserError(
+            f"the teacher's vocabulary has {teacher.arch.vocab} tokens, the student's {student.arch.vocab}: "
+            "distillation on logits needs the same tokenizer."
+        )
+    unit = config.micro_batch * dp_size
+    if config.global_batch % unit:
+        raise UserError(
+            f"distill.global_batch {config.global_batch} is not a multiple of micro_batch {config.micro_batch} x {dp_size} "
+            f"data-parallel ranks = {unit}: give {max(1, config.global_batch // unit) * unit}."
+        )
+    if not 0 <= config.warmup_steps < config.steps:
+        raise UserError(f"distill.warmup_steps is {config.warmup_steps}; it must be below distill.steps {config.steps}.")
+    if config.kd_weight == 0 and config.lm_weight == 0:
+        raise UserError("distill.kd_weight and distill.lm_weight are both 0: there is nothing to train on.")
+
+
+class Trainer:
+    """Student, teacher, optimizer and schedule of one run, each sharded by megatron-core as the layout says."""
+
+    def __init__(
+        self, student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig, parallel: ParallelConfig, dtype: str
+    ):
+        """Build both models and load their weights (collective).
+
+        Raises:
+            UserError: see `check`; a layout that doesn't divide a model; a damaged checkpoint.
+        """
+        check(student, teacher, config, runtime.dp_group().size())
+        self.config, self.arch, self.step = config, student.arch, 0
+        self.teacher_arch = teacher.arch if teacher else None
+        model = checkpoint.build_model(student, parallel, dtype)
+        self.teacher = Teacher(checkpoint.build_model(teacher, parallel, dtype), config.teacher_ahead) if teacher else None
+        self.objective = Objective(model, self.teacher, student.arch.vocab, config)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=config.distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=runtime.device().type == "cuda",
+        )
+        self.model = DistributedDataParallel(model.config, ddp, model)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=config.peak_lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                clip_grad=config.clip_grad,
+                bf16=dtype == "bf16",
+                params_dtype=build.DTYPES[dtype],
+                use_distributed_optimizer=config.distributed_optimizer,
+            ),
+            [self.model],
+            use_gloo_process_groups=False,
+        )
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        model.config.no_sync_func = self.model.no_sync
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.peak_lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=config.steps,
+            lr_decay_style="cosine",
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def train_step(self, batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.
+
+        Raises:
+            UserError: a loss or gradient that is not finite; the weights are still those of the step before.
+        """
+        start = time.monotonic()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        fed = self.teacher.feed(batches) if self.teacher else batches
+        sums = torch.zeros(4, device=runtime.device())
+        for part in schedule.forward_backward(self.model, fed, self.objective, batches[0], len(batches)):
+            sums += part
+        kd, lm, entropy, tokens = self._total(sums).tolist()
+        if not torch.isfinite(torch.tensor([kd, lm])).all():
+            raise UserError(f"the loss of step {self.step + 1} is not finite (kd {kd}, lm {lm}): nothing was changed; lower distill.peak_lr.")
+        self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
+        updated, norm, _ = self.optimizer.step()
+        if not updated or not 0 <= norm < float("inf"):
+            raise UserError(f"the gradient of step {self.step + 1} is not finite (norm {norm}): lower distill.peak_lr.")
+        self.step += 1
+        seconds, count = time.monotonic() - start, max(tokens, 1.0)
+        return {
+            "step": self.step,
+            "tokens": self.step * self.config.global_batch * self.config.sequence_length,
+            "kd_loss": kd / count,
+            "lm_loss": lm / count,
+            "teacher_entropy": entropy / count,
+            "grad_norm": float(norm),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": count / seconds,
+            "student_tflops": 3 * self._flops(self.arch) * count / seconds / 1e12,
+            "teacher_tflops": self._flops(self.teacher_arch) * count / seconds / 1e12 if self.teacher else 0.0,
+        }
+
+    def _total(self, sums: Tensor) -> Tensor:
+        dist.all_reduce(sums, group=runtime.dp_group())
+        return runtime.from_last_stage(sums)
+
+    def _flops(self, arch: Architecture) -> float:
+        """Forward FLOPs a token: two a weight of every matrix and the head, and causal attention's two products."""
+        matrices = table.count(arch, embeddings=False) + arch.vocab * arch.hidden
+        return 2 * matrices + 2 * arch.blocks * self.config.sequence_length * arch.heads * arch.head_dim
+
+    def _state(self, loading: bool) -> dict:
+        tp, model = runtime.tp_group(), self.model.module
+        optimizer = self.optimizer.sharded_state_dict(model.sharded_state_dict(), is_loading=loading, metadata=SHARDING)
+        weights = checkpoint.model_state(model, self.arch, tp.rank(), tp.size())
+        # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
+        return {"weights": weights, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": self.step}
+
+    def save(self, out_dir: Path) -> None:
+        checkpoint.save(out_dir, self.step, self._state(loading=False))
+
+    def resume(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint of this run (collective). Weights are filled in place."""
+        state = checkpoint.load(found, self._state(loading=True))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step = state["step"]
+
+
+def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dict[str, float]]:
+    """Run to `config.steps` (or `stop_after`), writing metrics.jsonl, tensorboard events and checkpoints (collective).
+
+    Args:
+        trainer: fresh, or resumed.
+        batches: micro-batches of this data-parallel rank, from the trainer's position on.
+        out_dir: claimed and described folder.
+
+    Returns:
+        The figures of the steps that this call ran.
+    """
+    config, history = trainer.config, []
+    last = min(config.steps, config.stop_after or config.steps)
+    per_step = config.global_batch // (config.micro_batch * runtime.dp_group().size())
+    record = _Record(out_dir, trainer.step) if runtime.rank() == 0 else None
+    progress = runtime.Progress("distill", last - trainer.step, "steps")
+    first = trainer.step
+    while trainer.step < last:
+        figures = trainer.train_step([next(batches) for _ in range(per_step)])
+        history.append(figures)
+        if record and (trainer.step % config.log_every == 0 or trainer.step == last):
+            record.write(figures)
+        progress.update(
+            trainer.step - first,
+            f", kd {figures['kd_loss']:.3f}, lm {figures['lm_loss']:.3f}, {figures['tokens_per_second']:.0f} tokens/s",
+        )
+        if trainer.step % config.save_every == 0 or trainer.step == last:
+            trainer.save(out_dir)
+    if record:
+        record.close()
+    return history
+
+
+class _Record:
+    """metrics.jsonl and tensorboard; a resumed run drops the lines after its checkpoint, so that no step appears twice."""
+
+    def __init__(self, out_dir: Path, step: int):
+        path = out_dir / "metrics.jsonl"
+        kept = path.read_text().splitlines() if path.is_file() else []
+        checkpoint.replace_text(path, "".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= step))
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, figures: dict[str, float]) -> None:
+        print(json.dumps(figures), file=self.file, flush=True)
+        for name in figures.keys() - {"step"}:
+            self.board.add_scalar(f"distill/{name}", figures[name], figures["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def fingerprint(student: Checkpoint, teacher: Checkpoint | None, config: dict, data: str) -> str:
+    """Names a distilled model by all that made it."""
+    made = [student.fingerprint, teacher.fingerprint if teacher else None, config, data]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,67 @@
+"""From a command line to a stage: Hydra composes and checks the config, mistakes end in one sentence."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from minitron_mcore.config import STAGES
+from minitron_mcore.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
+    """Make `fn(config)` the main function of launch/`stage`.py; `config` is that stage's dataclass from `config.STAGES`."""
+    ConfigStore.instance().store(name=f"{stage}_schema", node=STAGES[stage])
+
+    def decorate(fn: Callable) -> Callable[[], None]:
+        @hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)
+        @functools.wraps(fn)
+        def main(raw: DictConfig) -> None:
+            from minitron_mcore import runtime  # imports torch: not needed for --help or --cfg
+
+            runtime.run(lambda: fn(resolve(raw)))
+
+        return main
+
+    return decorate
+
+
+def resolve(raw: DictConfig):
+    """The composed config as its dataclass, every interpolation resolved.
+
+    Raises:
+        UserError: a value that is asked for and not given.
+    """
+    try:
+        return OmegaConf.to_object(raw)
+    except (MissingMandatoryValue, OmegaConfBaseException) as error:
+        known = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+        key = error.full_key or "model"
+        raise UserError(f"{key} is not given: say {key}=..., or name a model with +model=NAME (one of {known}).") from error
+
+
+def plain(config) -> dict:
+    """A config dataclass as YAML-ready values, as it goes into config.yaml; `stop_after` says only when to pause and stays out."""
+    data = dataclasses.asdict(config)
+    data.get("distill", {}).pop("stop_after", None)
+
+    def simple(value):
+        if isinstance(value, dict):
+            return {k: simple(v) for k, v in value.items()}
+        return value.value if isinstance(value, Enum) else value
+
+    return {"stage": type(config).__name__.removesuffix("Run").lower(), **simple(data)}
+
+
+def alone() -> bool:
+    """True on the one process that does a stage which needs no others; the rest of a torchrun world has nothing to do."""
+    return int(os.environ.get("RANK", 0)) == 0

@@ -1,0 +1,280 @@
+"""Training data: what a sample is, its order and its resumption. A failure here means a run that trains on other text than it says."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from minitron_mcore import data, runtime
+from minitron_mcore.config import ParallelConfig
+from minitron_mcore.errors import UserError
+from minitron_mcore.testing import WorkerError
+
+WORDS = "the cat sat on a mat\nand naïve 日本語 dogs 😀 ran\tfar away , 12 34 .".split(" ")
+
+
+def write_tokenizer(folder, bos: bool = False) -> str:
+    """A byte-level BPE trained on the spot; with `bos`, one that puts BOS in front of a text, as Llama's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 10, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return str(folder)
+
+
+def texts(count: int, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 60))) for _ in range(count)]
+
+
+def write_jsonl(path, rows: list[str]) -> str:
+    content = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """(tokenizer folder, prefixes of two tokenised files, their texts, cache)"""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    rows = [texts(40, 1), texts(25, 2)]
+    files = [write_jsonl(folder / "a.jsonl", rows[0]), write_jsonl(folder / "b.jsonl.gz", rows[1])]
+    cache = str(folder / "cache")
+    return tokenizer, data.tokenize(files, data.load_tokenizer(tokenizer), cache), rows, cache
+
+
+def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[data.Batch]:
+    arguments = dict(seed=5, sequence_length=16, micro_batch_size=2, global_batch_size=12, num_samples=12 * 9)
+    return list(
+        data.train_batches(prefixes, weights, cache=cache, dp_rank=dp_rank, dp_size=dp_size, **arguments | changes)
+    )
+
+
+def equal(a: list[data.Batch], b: list[data.Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
+    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path / "tokenizer", bos))
+    rows = ["naïve 😀 日本語\r\n", " cat", "cat</s>", "x" * 3000]
+    whole = tmp_path / "whole.md"
+    whole.write_bytes("# cat\r\n\r\n日本\n".encode())
+    files = [write_jsonl(tmp_path / "rows.jsonl.gz", [*rows[:2], "", *rows[2:]]), str(whole)]
+    for prefix, expected in zip(
+        data.tokenize(files, tokenizer, str(tmp_path / "cache")), [rows, ["# cat\r\n\r\n日本\n"]]
+    ):
+        stored = IndexedDataset(prefix)
+        assert stored[0].dtype == np.uint16 and len(stored) == len(expected)
+        for document, text in zip(stored, expected, strict=True):
+            ids = document.tolist()
+            assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+            assert (ids[0] == tokenizer.bos_token_id) == bos
+            assert tokenizer.decode(ids[int(bos) : -1]) == text.removesuffix("</s>")
+
+
+def test_tokenized_files_are_kept_and_changed_ones_made_anew(tmp_path, corpus):
+    tokenizer, cache = data.load_tokenizer(corpus[0]), str(tmp_path / "cache")
+    file = write_jsonl(tmp_path / "f.jsonl", ["the cat"])
+    first = data.tokenize([file, corpus[1][0]], tokenizer, cache)
+    assert first[1] == corpus[1][0]
+    (tmp_path / "elsewhere").mkdir()
+    copy = write_jsonl(tmp_path / "elsewhere" / "f.jsonl", ["the cat"])
+    assert data.tokenize([copy], tokenizer, cache) == first[:1]
+    write_jsonl(tmp_path / "f.jsonl", ["the dog"])
+    assert data.tokenize([file], tokenizer, cache) != first[:1]
+    other = data.load_tokenizer(write_tokenizer(tmp_path / "other", bos=True))
+    assert data.tokenize([copy], other, cache) != first[:1]
+
+
+def test_data_hash_names_content_not_place(tmp_path, corpus):
+    tokenizer, prefix = data.load_tokenizer(corpus[0]), corpus[1][0]
+    moved = tmp_path / "moved"
+    for suffix in (".bin", ".idx"):
+        moved.with_suffix(suffix).write_bytes(open(prefix + suffix, "rb").read())
+    assert data.data_hash([prefix]) == data.data_hash([str(moved)])
+    content = bytearray(moved.with_suffix(".bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    moved.with_suffix(".bin").write_bytes(content)
+    assert data.data_hash([prefix]) != data.data_hash([str(moved)])
+    assert data.data_hash(corpus[1]) != data.data_hash(corpus[1][::-1])
+    assert tokenizer.eos_token_id is not None
+
+
+def test_labels_follow_tokens_and_an_epoch_holds_every_token_once(corpus):
+    _, prefixes, _, cache = corpus
+    stream = data.TokenStream(prefixes)
+    num_samples = (stream.num_tokens - 1) // 16
+    seen = batches(prefixes, None, cache, global_batch_size=1, micro_batch_size=1, num_samples=num_samples)
+    assert len(seen) == num_samples
+    for batch in seen:
+        assert torch.equal(batch.labels[:, :-1], batch.tokens[:, 1:])
+        assert batch.loss_mask.dtype == torch.float32 and batch.loss_mask.all()
+        assert torch.equal(batch.position_ids, torch.arange(16)[None])
+    # The samples are one shuffled concatenation of both files' documents: all tokens but the few that don't fill a sample.
+    drawn = np.bincount(torch.cat([batch.tokens for batch in seen]).flatten().numpy(), minlength=400)
+    held = np.bincount(stream.tokens(0, stream.num_tokens), minlength=400)
+    assert (drawn <= held).all() and held.sum() - drawn.sum() <= 16
+
+
+@pytest.mark.parametrize("weights", [None, [0.3, 0.7]])
+@pytest.mark.parametrize("dp_size", [2, 3])
+def test_the_order_of_samples_does_not_depend_on_data_parallelism(corpus, weights, dp_size):
+    _, prefixes, _, cache = corpus
+    alone = batches(prefixes, weights, cache, global_batch_size=12, micro_batch_size=12)
+    ranks = [batches(prefixes, weights, cache, r, dp_size) for r in range(dp_size)]
+    microbatches = 12 // (2 * dp_size)
+    for k, expected in enumerate(alone):
+        step = slice(k * microbatches, (k + 1) * microbatches)
+        parts = [ranks[r][step][m] for m in range(microbatches) for r in range(dp_size)]
+        assert equal([data.Batch(*(torch.cat(field) for field in zip(*parts, strict=True)))], [expected])
+
+
+def test_resuming_goes_on_where_the_run_stopped(corpus, tmp_path):
+    _, prefixes, _, cache = corpus
+    whole = batches(prefixes, [2.0, 1.0], cache, 1, 2)
+    again = batches(prefixes, [2.0, 1.0], str(tmp_path), 1, 2, consumed_samples=12 * 4)
+    assert equal(whole[4 * 3 :], again) and len(again) == 5 * 3
+    assert not equal(whole, batches(prefixes, [2.0, 1.0], cache, 1, 2, seed=6))
+
+
+def test_blend_gives_each_file_its_exact_share(tmp_path, corpus):
+    tokenizer, cache = data.load_tokenizer(corpus[0]), str(tmp_path / "cache")
+    files = [write_jsonl(tmp_path / f"{c}.jsonl", [f"{c}{c}{c}{c}{c}" * 40] * 3) for c in "QXZ"]
+    entries = [f"{w} {file}" for w, file in zip((0.3, 0.6, 0.1), files, strict=True)]
+    paths, weights = data.parse_blend(entries)
+    assert paths == files and weights == [0.3, 0.6, 0.1]
+    seen = batches(data.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
+    rows = ["".join(tokenizer.decode(row)) for batch in seen for row in batch.tokens]
+    assert [sum(c in row for row in rows) for c in "QXZ"] == [36, 72, 12]
+    assert [sum("X" in row for row in rows[i : i + 20]) for i in range(0, 120, 20)] == [
+        12
+    ] * 6  # interleaved, not in blocks
+    assert data.parse_blend(["0.5.txt", "a b.txt"]) == (["0.5.txt", "a b.txt"], None)
+
+
+def test_tiny_files_without_weights_are_one_pool(tmp_path, corpus):
+    tokenizer, cache = data.load_tokenizer(corpus[0]), str(tmp_path / "cache")
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", [text]) for i, text in enumerate(texts(30, 3))]
+    seen = batches(data.tokenize(files, tokenizer, cache), None, cache)
+    assert len(seen) == 9 * 6
+
+
+def _on_rank(prefixes, weights, cache, files, tokenizer):
+    rank, size = runtime.dp_group().rank(), runtime.dp_group().size()
+    made = data.tokenize(files, data.load_tokenizer(tokenizer), cache)
+    return made, batches(prefixes, weights, cache, rank, size), data.calibration(prefixes, **CALIBRATION)
+
+
+CALIBRATION = dict(sequence_length=16, num_samples=8, seed=3)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2)])
+def test_ranks_of_a_world_read_what_one_process_reads(pool, corpus, tmp_path, parallel):
+    tokenizer, prefixes, _, cache = corpus
+    files = [write_jsonl(tmp_path / "new.jsonl", texts(5, 9))]
+    new_cache = str(tmp_path / "cache")
+    results = pool.run(_on_rank, 4, parallel, prefixes, [1.0, 1.0], new_cache, files, tokenizer)
+    dp_size = 4 // parallel.tensor
+    for rank, (made, seen, drawn) in enumerate(results):
+        assert made == results[0][0] and IndexedDataset.exists(made[0])
+        changes = {"global_batch_size": 24} if dp_size == 4 else {}
+        assert changes or equal(seen, batches(prefixes, [1.0, 1.0], cache, rank // parallel.tensor, dp_size))
+        assert all(torch.equal(a, b) for a, b in zip(drawn, data.calibration(prefixes, **CALIBRATION), strict=True))
+    assert not list(tmp_path.glob("cache/*unfinished*"))
+
+
+def test_a_mistake_on_rank_0_is_everyones(pool, corpus, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "the cat"}\n{"txt": "the cat"}\n')
+    with pytest.raises(WorkerError, match="line 2") as error:
+        pool.run(_on_rank, 2, ParallelConfig(), corpus[1], None, str(tmp_path / "cache"), [str(file)], corpus[0])
+    assert error.value.kind == "UserError"
+    assert not list(tmp_path.glob("cache/*"))  # nothing half written stays
+
+
+def test_calibration_draws_stretches_without_repetition(corpus):
+    _, prefixes, _, _ = corpus
+    stream = data.TokenStream(prefixes)
+    flat = stream.tokens(0, stream.num_tokens)
+    expected = np.concatenate([np.concatenate(list(IndexedDataset(prefix))) for prefix in prefixes])
+    assert np.array_equal(flat, expected)
+    available = stream.num_tokens // 16
+    tokens, mask = data.calibration(prefixes, sequence_length=16, num_samples=available, seed=0)
+    assert mask.all() and tokens.dtype == torch.int64
+    rows = {tuple(row) for row in flat[: available * 16].reshape(-1, 16).tolist()}
+    assert {tuple(row) for row in tokens.tolist()} == rows
+    assert not torch.equal(tokens, torch.from_numpy(flat[: available * 16].reshape(-1, 16)))
+    again = data.calibration(prefixes, sequence_length=16, num_samples=5, seed=0)
+    other = data.calibration(prefixes, sequence_length=16, num_samples=5, seed=1)
+    assert torch.equal(again[0], data.calibration(prefixes, sequence_length=16, num_samples=5, seed=0)[0])
+    assert not torch.equal(again[0], other[0])
+
+
+def test_calibration_on_whole_documents_pads_at_the_end(corpus):
+    _, prefixes, rows, _ = corpus
+    tokens, mask = data.calibration(prefixes, sequence_length=50, num_samples=65, seed=0, whole_documents=True)
+    starts = [np.asarray(d)[:50].tolist() for prefix in prefixes for d in IndexedDataset(prefix)]
+    assert len(starts) == sum(map(len, rows)) == 65
+    assert sorted(row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)) == sorted(starts)
+    assert (mask.int().diff(dim=1) <= 0).all() and not mask.all() and (tokens[~mask] == 0).all()
+
+
+def test_bad_input_is_one_sentence(tmp_path, corpus):
+    tokenizer, prefixes, _, cache = corpus
+    loaded = data.load_tokenizer(tokenizer)
+
+    def refused(name: str, content: bytes, match: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=match):
+            data.tokenize([str(path)], loaded, cache)
+
+    refused("a.pdf", b"x", "no known kind")
+    refused("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2")
+    refused("b.jsonl", b'["x"]', 'line 1: no string under "text"')
+    refused("c.jsonl", b'{"text": 3}', 'no string under "text"')
+    refused("d.jsonl", b'{"text": "\\ud800"}', "UTF-8")
+    refused("e.txt", b"\xff\xfe", "UTF-8")
+    refused("f.txt", b"", "no text")
+    refused("g.jsonl", b"\n\n", "no text")
+    refused("h.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "is it complete")
+    refused("i.jsonl.gz", b'{"text": "x"}', "is it complete")
+    with pytest.raises(UserError, match="neither a file"):
+        data.tokenize([str(tmp_path / "absent.txt")], loaded, cache)
+    for entries, match in ([], "empty"), ([" "], "empty"), (["0.3 a", "b"], "b has weight None"), (["0 a"], "weight 0"):
+        with pytest.raises(UserError, match=match):
+            data.parse_blend(entries)
+    with pytest.raises(UserError, match=r"tokens are fewer than one sample of 100000 \+ 1"):
+        batches(prefixes, None, cache, sequence_length=100000)
+    with pytest.raises(UserError, match="multiple of 10"):
+        batches(prefixes, None, cache, dp_size=5)
+    with pytest.raises(UserError, match="stretches of 16 tokens, not 9999"):
+        data.calibration(prefixes, sequence_length=16, num_samples=9999, seed=0)
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UserError, match="No tokenizer can be read"):
+            data.load_tokenizer(str(folder))
+
+
+def test_an_index_that_was_cut_short_is_made_again(corpus, tmp_path):
+    """megatron-core writes its index files in place: a run killed there must not poison the next."""
+    _, prefixes, _, _ = corpus
+    cache = tmp_path / "cache"
+    expected = batches(prefixes, None, str(cache))
+    (folder,) = cache.glob("order-*")
+    half = folder.rename(f"{folder}.unfinished1")
+    next(half.glob("*shuffle_index.npy")).write_bytes(b"")
+    assert equal(batches(prefixes, None, str(cache)), expected)

@@ -1,0 +1,125 @@
+"""Whole training steps: a failure means that a layout, or a pause, changes what the student learns."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import DistillConfig, ParallelConfig, PruneConfig
+from minitron_mcore.models import hf
+from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.testing import WorkerError
+from tests import models
+from tests.test_models import LAYOUTS
+from tests.test_prune import ONE, export, random_scores, run_prune
+
+CONFIG = DistillConfig(
+    steps=4, global_batch=4, micro_batch=1, sequence_length=12, peak_lr=1e-2, min_lr=1e-3, warmup_steps=1, save_every=100
+)
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def pair(request, pool, tmp_path):
+    """A teacher and its pruned student on disk."""
+    folder = models.tiny_llama(tmp_path / "hf", tied=request.param)
+    pool.run(models.import_hf, 1, ONE, folder, tmp_path / "teacher", ONE)
+    opened = open_checkpoint(tmp_path / "teacher")
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=18))
+    pool.run(run_prune, 1, ONE, tmp_path / "teacher", plan, tmp_path / "student", ONE)
+    return tmp_path / "student", tmp_path / "teacher"
+
+
+def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int):
+    """Samples in one global order, shared out as Megatron's sampler does; some labels masked."""
+    g = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, models.SIZES["vocab_size"], (config.steps * config.global_batch, config.sequence_length + 1), generator=g)
+    mask = (torch.rand(ids.shape, generator=g) > 0.2).float()[:, 1:]
+    for first in range(start + dp_rank * config.micro_batch, len(ids), config.micro_batch * dp_size):
+        rows = slice(first, first + config.micro_batch)
+        yield {"tokens": ids[rows, :-1], "labels": ids[rows, 1:], "loss_mask": mask[rows]}
+
+
+def distill(student, teacher, config, parallel, out_dir, resume=False):
+    """Train and save; the history, on every rank."""
+    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.distill.train import Trainer, train
+
+    opened, teacher = open_checkpoint(student), open_checkpoint(teacher) if teacher else None
+    trainer = Trainer(opened, teacher, config, parallel, "fp32")
+    if resume:
+        trainer.resume(open_checkpoint(out_dir))
+    checkpoint.describe(out_dir, opened.arch, "test", {}, opened.hf)
+    dp = runtime.dp_group()
+    batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
+    return train(trainer, batches, Path(out_dir))
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
+def test_every_layout_trains_as_one_process(pool, tmp_path, pair, layout):
+    world, parallel = LAYOUTS[layout]
+    alone = pool.run(distill, 1, ONE, *pair, CONFIG, ONE, tmp_path / "one")[0]
+    for history in pool.run(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / layout):
+        for a, b in zip(alone, history, strict=True):
+            for key in ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr"):
+                assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
+    found, expected = export(tmp_path / layout, tmp_path / "a"), export(tmp_path / "one", tmp_path / "b")
+    for name, weight in expected.items():
+        # Adam divides by the gradient's size, so where that is near 0 rounding shows: compare what a step can move.
+        assert (found[name] - weight).abs().max() <= 0.02 * CONFIG.peak_lr * CONFIG.steps, name
+
+
+def test_first_step_is_the_dense_loss(pool, tmp_path, pair):
+    """KL and cross-entropy of step 1 from transformers' own logits in fp64."""
+    step = pool.run(distill, 3, ParallelConfig(tensor=3), *pair, CONFIG, ParallelConfig(tensor=3), tmp_path / "run")[0][0]
+    for name in ("student", "teacher"):
+        (tmp_path / f"{name}_hf").mkdir()
+        hf.export_folder(open_checkpoint(tmp_path / name), tmp_path / f"{name}_hf")
+    batch = [next(b) for b in [micro_batches(dataclasses.replace(CONFIG, micro_batch=4), 0, 0, 1)]][0]
+    s, t = (models.hf_logits(tmp_path / f"{n}_hf", batch["tokens"]).double().log_softmax(-1) for n in ("student", "teacher"))
+    mask, tokens = batch["loss_mask"], batch["loss_mask"].sum()
+    kd = ((t.exp() * (t - s)).sum(-1) * mask).sum() / tokens
+    lm = -(s.gather(-1, batch["labels"][..., None])[..., 0] * mask).sum() / tokens
+    assert math.isclose(step["kd_loss"], kd.item(), rel_tol=1e-5) and math.isclose(step["lm_loss"], lm.item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["tp3", "dp2", "pp2"])
+def test_resumed_run_is_bit_equal(pool, tmp_path, pair, layout):
+    world, parallel = LAYOUTS[layout]
+    whole = pool.run(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "whole")[0]
+    half = dataclasses.replace(CONFIG, stop_after=2)
+    first = pool.run(distill, world, parallel, *pair, half, parallel, tmp_path / "parts")[0]
+    second = pool.run(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "parts", True)[0]
+    for a, b in zip(whole, first + second, strict=True):
+        assert all(a[key] == b[key] for key in ("step", "tokens", "kd_loss", "lm_loss", "grad_norm", "lr"))
+    found, expected = export(tmp_path / "parts", tmp_path / "a"), export(tmp_path / "whole", tmp_path / "b")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == CONFIG.steps
+
+
+def test_student_that_is_the_teacher_has_nothing_to_learn(pool, tmp_path, pair):
+    parallel = ParallelConfig(tensor=2)
+    history = pool.run(distill, 2, parallel, pair[1], pair[1], dataclasses.replace(CONFIG, weight_decay=0.0, steps=2), parallel, tmp_path / "x")[0]
+    assert history[0]["kd_loss"] < 1e-6 and history[0]["grad_norm"] < 1e-5
+
+
+def test_cross_entropy_needs_no_teacher(pool, tmp_path, pair):
+    config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0)
+    history = pool.run(distill, 2, ParallelConfig(), pair[0], None, config, ParallelConfig(), tmp_path / "x")[0]
+    assert history[-1]["lm_loss"] < history[0]["lm_loss"] and history[0]["teacher_tflops"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"global_batch": 3}, "global_batch 3 is not a multiple of micro_batch 1 x 2 data-parallel ranks = 2: give 2"),
+        ({"warmup_steps": 4}, "warmup_steps is 4; it must be below distill.steps 4"),
+        ({"kd_weight": 0.0}, "nothing to train on"),
+    ],
+)
+def test_impossible_settings_are_refused(pool, tmp_path, pair, change, sentence):
+    with pytest.raises(WorkerError, match=sentence):
+        pool.run(distill, 2, ParallelConfig(), *pair, dataclasses.replace(CONFIG, **change), ParallelConfig(), tmp_path / "x")
