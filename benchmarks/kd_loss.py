@@ -25,6 +25,7 @@ from common import Figure, arguments, peak_bytes, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from minitron_mcore import runtime
 from minitron_mcore.config import ParallelConfig
@@ -114,37 +115,30 @@ def memory_on_rank(name: str, tokens: int) -> float:
     return peak_bytes(lambda: step(loss, tensors)) / elements - (0 if name == "minitron" else 4)
 
 
-def collectives_on_rank(name: str, tokens: int) -> int:
-    """Every collective is an operator of torch's c10d namespace: the profiler counts them wherever they come from."""
-    tensors, loss = inputs(tokens), IMPLEMENTATIONS[name]()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(loss, tensors, reduce_hidden=False)
-    return sum(event.count for event in profile.key_averages() if event.key.startswith("c10d::"))
-
-
-def times_on_rank(tokens: int, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each repetition, which take the implementations in turn, after one that checks that they agree."""
+def times_on_rank(tokens: int, repetitions: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each repetition, the implementations in turn; collectives of one call. Fails if they disagree."""
     tensors = inputs(tokens)
     losses = {name: make() for name, make in IMPLEMENTATIONS.items()}
-    seconds, found = {name: [] for name in losses}, {}
-    for repetition in range(repetitions + 1):
+    seconds, collectives, found = {name: [] for name in losses}, {}, {}
+    for name, loss in losses.items():
+        with CommDebugMode() as counter:
+            value = step(loss, tensors, reduce_hidden=False)
+        collectives[name] = counter.get_total_counts()
+        found[name] = value, tensors[0].grad.float(), tensors[1].grad.float()
+        for ours, theirs in zip(found["minitron"], found[name], strict=True):
+            difference = ((ours - theirs).norm() / ours.norm()).item()
+            assert difference < 0.02, f"minitron and {name} disagree by {difference:.3g}"
+    for _ in range(repetitions):
         for name, loss in losses.items():
             dist.barrier()
             start = time.perf_counter()
-            value = step(loss, tensors)
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-            else:
-                found[name] = value, tensors[0].grad.float(), tensors[1].grad.float()
-    for name, results in found.items():
-        for ours, theirs in zip(found["minitron"], results, strict=True):
-            difference = ((ours - theirs).norm() / ours.norm()).item()
-            assert difference < 0.02, f"minitron and {name} disagree by {difference:.3g}"
-    return seconds
+            step(loss, tensors)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds, collectives
 
 
 def measure(tp: int, tokens: int, repetitions: int, own_processes: bool) -> tuple[list[Figure], dict[str, float]]:
-    """The figures at one tensor-parallel size, and each time over ModelOpt's (the median of the repetitions' ratios)."""
+    """The figures at one tensor-parallel size; each time over ModelOpt's (the median of the repetitions' ratios)."""
     figures, layout = [], ParallelConfig(tensor=tp)
 
     def add(name: str, metric: str, value: float, unit: str) -> None:
@@ -153,20 +147,21 @@ def measure(tp: int, tokens: int, repetitions: int, own_processes: bool) -> tupl
     with contextlib.closing(Pool(tp)) as pool:
         for name in IMPLEMENTATIONS:
             with contextlib.closing(Pool(tp)) if own_processes else contextlib.nullcontext(pool) as workers:
-                add(name, "extra_peak_bytes_per_element", max(workers.run(memory_on_rank, tp, layout, name, tokens)), "B")
-            add(name, "collectives", pool.run(collectives_on_rank, tp, layout, name, tokens)[0], "calls")
+                peak = max(workers.run(memory_on_rank, tp, layout, name, tokens))
+            add(name, "extra_peak_bytes_per_element", peak, "B")
         ranks = pool.run(times_on_rank, tp, layout, tokens, repetitions)
-    slowest = {name: [max(rank[name][i] for rank in ranks) for i in range(repetitions)] for name in IMPLEMENTATIONS}
+    slowest = {name: [max(step) for step in zip(*(r[0][name] for r in ranks), strict=True)] for name in IMPLEMENTATIONS}
     for name, seconds in slowest.items():
         add(name, "time", statistics.median(seconds), "s")
+        add(name, "collectives", ranks[0][1][name], "calls")
     pairs = {name: zip(seconds, slowest["modelopt"], strict=True) for name, seconds in slowest.items()}
     return figures, {name: statistics.median(own / peer for own, peer in pair) for name, pair in pairs.items()}
 
 
 def main() -> None:
     options = arguments(__doc__.splitlines()[0])
-    tokens, repetitions = (512, 2) if options.quick else (2048, 7)
-    table = Table("case", "implementation", "time [s]", "of ModelOpt's", "extra peak [B/element]", "collectives")
+    tokens, repetitions = (1024, 2) if options.quick else (2048, 7)
+    table = Table("", "implementation", "time [s]", "of ModelOpt's", "extra peak [B/element]", "collectives")
     figures = []
     for tp in (1, 2):
         found, ratios = measure(tp, tokens, repetitions, own_processes=not options.quick)
@@ -175,8 +170,8 @@ def main() -> None:
         for name, ratio in ratios.items():
             metrics = ("time", "extra_peak_bytes_per_element", "collectives")
             seconds, peak, calls = (values[name, metric] for metric in metrics)
-            table.add_row(found[0].case, name, f"{seconds:.2f}", f"{ratio:.2f}", f"{peak:.1f}", f"{calls:g}")
-    Console().print(table)
+            table.add_row(f"TP {tp}", name, f"{seconds:.2f}", f"{ratio:.2f}", f"{peak:.1f}", f"{calls:g}")
+    Console().print(f"{tokens} tokens, vocabulary {VOCAB}, hidden {STUDENT_HIDDEN} / {TEACHER_HIDDEN}, bf16", table)
     write(figures, options.json)
 
 

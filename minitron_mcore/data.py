@@ -327,8 +327,8 @@ def train_batches(
     """Microbatches of one data-parallel rank, from sample `consumed_samples` to `num_samples` (collective).
 
     Data, weights, seed, sequence length and num_samples fix one order of samples, whatever the layout. Global batch k
-    is samples k * GBS .. (k + 1) * GBS of it; in it, rank r's microbatch m starts at (m * dp_size + r) * micro_batch_size
-    as in Megatron's sampler. Tensor- and pipeline-parallel ranks of one dp_rank read the same. num_samples is that of
+    is samples k * GBS .. (k + 1) * GBS; microbatch m of rank r starts (m * dp_size + r) * micro_batch_size into it, as
+    in Megatron's sampler. Tensor- and pipeline-parallel ranks of one dp_rank read the same. num_samples is that of
     the whole run, so that a resumed run goes on in the same order.
 
     Raises:

@@ -191,9 +191,9 @@ class _Tiles:
 
     def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
         """[KL, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
-        split = (x.split(self.num_tokens) for x in (logits_s, labels, mask))
-        teacher = repeat(None) if logits_t is None else logits_t.split(self.num_tokens)
-        return torch.cat([self._tile(s, t, *rest) for (s, *rest), t in zip(zip(*split), teacher)], 1)
+        tensors = logits_s, logits_t, labels, mask
+        parts = _slices(len(logits_s), self.num_tokens)
+        return torch.cat([self._tile(*(None if x is None else x[at] for x in tensors)) for at in parts], 1)
 
     def _tile(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
         group, place = self.settings.tp_group, labels - self.start

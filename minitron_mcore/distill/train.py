@@ -26,7 +26,7 @@ from megatron.core.distributed import (  # isort: skip
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer import Adam, OptimizerConfig, get_megatron_optimizer  # isort: skip
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
 
 # Optimizer state by parameter, so that a checkpoint resumes at another data-parallel size too.
@@ -168,10 +168,25 @@ class Trainer:
 
     def resume(self, found: Checkpoint) -> None:
         """Go on from a checkpoint of this run (collective). Weights are filled in place."""
+        torch_adam = self.config.distributed_optimizer and Adam.__module__.startswith("torch.")
+        for optimizer in self.optimizer.chained_optimizers if torch_adam else ():
+            _prepare_torch_adam(optimizer)
         state = checkpoint.load(found, self._state(loading=True))
         self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer in self.optimizer.chained_optimizers if torch_adam else ():
+            for entry in optimizer.optimizer.state.values():
+                entry["step"] = entry["step"].clone()  # megatron-core gives all parameters one counter; each would advance it
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
+
+
+def _prepare_torch_adam(optimizer) -> None:
+    """Let a DistributedOptimizer around torch's Adam load a checkpoint (Apex's and Transformer Engine's need none of this)."""
+    # It has no state to load into before its first step; this one moves nothing, for the learning rate is still 0.
+    optimizer._init_optimizer_states_with_dummy_values()
+    # It counts steps in a tensor, which the checkpoint keeps elsewhere: tell the loader to leave it alone.
+    restore = optimizer._set_main_param_and_optimizer_states
+    optimizer._set_main_param_and_optimizer_states = lambda param, tensors: restore(param, {"step": None} | tensors)
 
 
 def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dict[str, float]]:

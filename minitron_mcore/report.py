@@ -1,0 +1,180 @@
+"""What every stage ends with: a table, a JSON file, a picture."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors.numpy import load_file
+
+from minitron_mcore import checkpoint, runtime
+
+# Okabe and Ito's palette: colour-blind readers tell its members apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_PIPED_WIDTH = 160
+_DPI = 130
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> None:
+    """Print rows under the union of their keys, then the notes, on rank 0; plain text of fixed width where piped."""
+    if runtime.rank() != 0:
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, no_color=True, width=_PIPED_WIDTH)
+    shown = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        shown.add_column(column.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(_cell(row.get(column))) for column in columns))
+    console.print(shown)
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Write `value` so that a reader sees the old file or the whole new one."""
+    checkpoint.replace_text(Path(path), json.dumps(value, indent=1) + "\n")
+
+
+def _by_block(scores: Mapping[str, np.ndarray], kind: str) -> dict[int, np.ndarray]:
+    """The vectors named blocks.{i}.{kind}, by block."""
+    found = {m[1]: name for name in scores if (m := re.fullmatch(rf"blocks\.(\d+)\.{kind}", name))}
+    return {int(i): scores[found[i]] for i in sorted(found, key=int)}
+
+
+def _heat(axes: Axes, rows: dict[int, np.ndarray], extent_x: tuple[float, float], **labels: str) -> None:
+    """A heat map on a log scale, one row a block."""
+    grid = np.stack(list(rows.values()))
+    positive = grid[grid > 0]
+    low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    extent = (*extent_x, max(rows) + 0.5, min(rows) - 0.5)
+    image = axes.imshow(
+        np.maximum(grid, low),
+        norm=LogNorm(low, max(high, low * 1.01)),
+        cmap="cividis",
+        aspect="auto",
+        interpolation="nearest",
+        extent=extent,
+    )
+    axes.figure.colorbar(image, ax=axes, label="score (mean over S, L2 over B)")
+    axes.set(ylabel="block (from 0)", **labels)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _hidden(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
+    if "hidden" not in scores:
+        return False
+    ordered = np.sort(scores["hidden"])[::-1]
+    axes.semilogy(np.arange(1, len(ordered) + 1), ordered, color=_COLOURS[0])
+    axes.set(title=f"Hidden channels (H = {len(ordered)})", xlabel="channels, most important first")
+    axes.set_ylabel("score (summed over norms)")
+    axes.grid(alpha=0.3)
+    return True
+
+
+def _ffn(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
+    if not (rows := _by_block(scores, "ffn")):
+        return False
+    quantiles = {i: np.quantile(row, np.linspace(0, 1, 101)) for i, row in rows.items()}
+    channels = max(map(len, rows.values()))
+    _heat(axes, quantiles, (0, 100), title=f"FFN channels (F = {channels})", xlabel="quantile within the block (%)")
+    return True
+
+
+def _heads(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
+    if not (rows := _by_block(scores, "heads")):
+        return False
+    heads = max(map(len, rows.values()))
+    padded = {i: np.pad(row, (0, heads - len(row))) for i, row in rows.items()}
+    _heat(axes, padded, (-0.5, heads - 0.5), title=f"Attention heads (N = {heads})", xlabel="head (from 0)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return True
+
+
+def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
+    if not (blocks := _by_block(scores, "block")):
+        return False
+    axes.bar(list(blocks), [float(value) for value in blocks.values()], color=_COLOURS[5], label="block")
+    for kind, marker, colour in (("attention", "o", _COLOURS[1]), ("mlp", "^", _COLOURS[2])):
+        if values := _by_block(scores, kind):
+            axes.plot(
+                list(values), [float(v) for v in values.values()], marker, ms=4, color=colour, label=f"its {kind}"
+            )
+    axes.set_yscale("log")
+    axes.set(title="Depth", xlabel="block (from 0)", ylabel="1 - cosine of input and output")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(ncols=3, fontsize="small")
+    return True
+
+
+def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> None:
+    """One picture of a scores.safetensors: hidden (sorted), FFN (quantiles by block), heads and depth, where scored."""
+    scores = load_file(scores_file)
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    for axes, draw in zip(figure.subplots(2, 2).flat, (_hidden, _ffn, _heads, _depth), strict=True):
+        if not draw(axes, scores):
+            axes.set_axis_off()
+    figure.savefig(png, dpi=_DPI)
+
+
+def _read_metrics(path: str | os.PathLike) -> list[dict]:
+    """Lines of a metrics.jsonl by step; of two the later counts, as a resumed run repeats steps after its checkpoint."""
+    rows, lines = {}, Path(path).read_text().splitlines()
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise
+            continue  # a killed run may leave half a line
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -> None:
+    """KD and LM loss and learning rate of labelled runs (label -> metrics.jsonl) against tokens.
+
+    Pale lines are single steps, full ones a running mean over a twentieth of the run.
+    """
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
+    names = (("kd_loss", "KD loss (nats / token)"), ("lm_loss", "LM loss (nats / token)"), ("lr", "learning rate"))
+    for axes, (key, label) in zip(panels, names, strict=True):
+        for i, (run, path) in enumerate(runs.items()):
+            rows = [row for row in _read_metrics(path) if row.get(key) is not None]
+            tokens, values = np.array([row["tokens"] for row in rows]), np.array([row[key] for row in rows])
+            colour, width = _COLOURS[i % len(_COLOURS)], max(1, len(rows) // 20)
+            if key != "lr" and width > 1:
+                axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
+                values = np.convolve(values, np.full(width, 1 / width), mode="valid")
+                tokens = tokens[width - 1 :]
+            axes.plot(tokens, values, color=colour, label=run)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_yscale("log")
+    panels[0].legend()
+    panels[-1].set_xlabel("tokens trained on")
+    panels[-1].xaxis.set_major_formatter(EngFormatter())
+    panels[-1].yaxis.set_major_formatter(EngFormatter())
+    figure.savefig(png, dpi=_DPI)
