@@ -19,6 +19,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,40 +79,48 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return found
 
 
-def claim(out_dir: str | Path, config: dict, resume: bool = False) -> bool:
-    """Take `out_dir` for this run and write its config.yaml (rank 0; all ranks agree). Returns True where a run is resumed.
+@contextmanager
+def claimed(out_dir: str | Path, config: dict, resume: bool = False) -> Iterator[bool]:
+    """Take `out_dir` for a run (collective where there are groups): config.yaml is written, a failure leaves no empty claim.
+
+    Yields True where a stopped run of the same config is to go on (`resume`). What an interrupted run that doesn't resume left
+    behind under the same config is thrown away.
 
     Raises:
-        UserError: the folder holds another run, or a finished one of a stage that doesn't resume.
+        UserError: the folder holds another run, a finished one, or something that isn't ours.
     """
-    out_dir = Path(out_dir)
-    resumed = False
+    out_dir, box = Path(out_dir), [False]
     with runtime.agreed():
         if runtime.rank() == 0:
-            held = out_dir / "config.yaml"
-            if held.is_file():
-                same = yaml.safe_load(held.read_text()) == config
-                if not (resume and same):
-                    raise UserError(
-                        f"out_dir {out_dir} already holds {'a' if same else 'another'} run ({held}): "
-                        "choose another out_dir, or remove it."
-                    )
-                resumed = (out_dir / "latest").is_file()
-            elif out_dir.is_dir() and any(out_dir.iterdir()):
-                raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
-            out_dir.mkdir(parents=True, exist_ok=True)
-            replace_text(held, yaml.safe_dump(config, sort_keys=False))
-    box = [resumed]
+            box = [_claim(out_dir, config, resume)]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
-    return box[0]
+    try:
+        yield box[0]
+    except BaseException:
+        if runtime.rank() == 0 and not (out_dir / "latest").is_file():
+            shutil.rmtree(out_dir, ignore_errors=True)
+        raise
+    if runtime.rank() == 0:
+        (out_dir / ".complete").touch()
 
 
-def release(out_dir: str | Path) -> None:
-    """Undo `claim` after a run that failed before it wrote anything worth keeping (rank 0)."""
-    out_dir = Path(out_dir)
-    if runtime.rank() == 0 and not (out_dir / "latest").is_file():
-        shutil.rmtree(out_dir, ignore_errors=True)
+def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
+    held = out_dir / "config.yaml"
+    if not held.is_file() and out_dir.is_dir() and any(out_dir.iterdir()):
+        raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
+    if held.is_file():
+        same = yaml.safe_load(held.read_text()) == config
+        if not same or (not resume and (out_dir / ".complete").is_file()):
+            raise UserError(
+                f"out_dir {out_dir} already holds {'this finished' if same else 'another'} run ({held}): "
+                "choose another out_dir, or remove it."
+            )
+        if not resume:
+            shutil.rmtree(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(held, yaml.safe_dump(config, sort_keys=False))
+    return (out_dir / "latest").is_file()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron_mcore import runtime
+from minitron_mcore.config import DataConfig
 from minitron_mcore.errors import UserError
 
 from megatron.core.datasets.blended_dataset import BlendedDataset  # isort: skip
@@ -54,7 +55,7 @@ def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
     return paths, [float(weight) for weight in weights]
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face folder, read offline and without remote code.
 
     Raises:
@@ -142,36 +143,36 @@ def with_eos(ids: list[int], eos: int) -> list[int]:
     return ids if ids and ids[-1] == eos else [*ids, eos]
 
 
-def _tokenize_file(path: str, tokenizer: PreTrainedTokenizerFast, fingerprint: bytes, cache: str) -> str:
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").digest()
-    name = os.path.basename(path).split(".")[0]
-    prefix = os.path.join(cache, f"{name}-{hashlib.sha256(content + fingerprint).hexdigest()[:16]}")
-    if is_prefix(prefix):
-        return prefix
-    os.makedirs(cache, exist_ok=True)
-    unfinished = f"{prefix}.unfinished{os.getpid()}"
-    builder = IndexedDatasetBuilder(f"{unfinished}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
+def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
+    """Fill a folder and name it when complete: what a killed run leaves is never taken for the whole."""
+    if os.path.isdir(folder):
+        return
+    unfinished = f"{folder}.unfinished{os.getpid()}"
+    try:
+        os.makedirs(unfinished)
+        fill(unfinished)
+        os.rename(unfinished, folder)
+    except OSError:
+        if not os.path.isdir(folder):  # else another run was faster
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _tokenize_file(path: str, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
+    name = os.path.basename(path)
+    builder = IndexedDatasetBuilder(f"{folder}/tokens.bin", dtype=DType.optimal_dtype(len(tokenizer)))
     lengths = builder.sequence_lengths
     progress = runtime.Progress(f"tokenize {name}", round(os.path.getsize(path) / 1e6, 1), "MB")
-    try:
-        for texts, position in documents(path):
-            for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts):
-                ids = with_eos(encoding.ids, tokenizer.eos_token_id)
-                builder.add_document(ids, [len(ids)])
-            progress.update(round(position / 1e6, 1))
-        if not lengths:
-            raise UserError(f"{path} holds no text.")
-        builder.finalize(f"{unfinished}.idx")
-        for suffix in (".bin", ".idx"):  # a prefix counts as there once both are
-            os.replace(unfinished + suffix, prefix + suffix)
-    finally:
-        builder.data_file.close()
-        for suffix in (".bin", ".idx"):
-            if os.path.exists(unfinished + suffix):
-                os.remove(unfinished + suffix)
-    runtime.log(f"tokenize {name}: {len(lengths):,} documents, {sum(lengths):,} tokens in {prefix}")
-    return prefix
+    for texts, position in documents(path):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts):
+            ids = with_eos(encoding.ids, tokenizer.eos_token_id)
+            builder.add_document(ids, [len(ids)])
+        progress.update(round(position / 1e6, 1))
+    if not lengths:
+        raise UserError(f"{path} holds no text.")
+    builder.finalize(f"{folder}/tokens.idx")
+    runtime.log(f"tokenize {name}: {len(lengths):,} documents, {sum(lengths):,} tokens")
 
 
 def _on_rank_0[T](work: Callable[[], T]) -> T:
@@ -196,19 +197,29 @@ def _on_rank_0[T](work: Callable[[], T]) -> T:
 def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: str) -> list[str]:
     """The .bin/.idx prefix of each file, written into `cache` where missing; given prefixes pass through (collective).
 
-    Rank 0 writes, under a temporary name, and the others wait. A prefix is named by the hash of the file's content and
-    of the tokenizer, so a file that changed is a new one.
+    Rank 0 writes and the others wait. The hash of the file's content and of the tokenizer is part of the name, so that
+    a file that changed is a new one.
 
     Raises:
         UserError: a file that is missing, of no known kind, damaged or empty; a cache that a rank doesn't see.
     """
+
+    def prefix(path: str, fingerprint: bytes) -> str:
+        if is_prefix(path):
+            return path
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").digest()
+        name = f"{os.path.basename(path).split('.')[0]}-{hashlib.sha256(content + fingerprint).hexdigest()[:16]}"
+        folder = os.path.join(cache, name)
+        _make_folder(folder, functools.partial(_tokenize_file, path, tokenizer))
+        return os.path.join(folder, "tokens")
 
     def work() -> list[str]:
         for path in files:
             check_readable(path)
         described = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.eos_token_id}"
         fingerprint = hashlib.sha256(described.encode()).digest()
-        return [path if is_prefix(path) else _tokenize_file(path, tokenizer, fingerprint, cache) for path in files]
+        return [prefix(path, fingerprint) for path in files]
 
     prefixes = _on_rank_0(work)
     with runtime.agreed():
@@ -216,6 +227,12 @@ def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: st
             if not is_prefix(prefix):
                 raise UserError(f"{prefix}.idx is not there: put data.cache and the data where all nodes see them.")
     return prefixes
+
+
+def prepare(config: DataConfig, tokenizer_folder: str | os.PathLike) -> tuple[list[str], list[float] | None]:
+    """`config.train` tokenised: prefixes and blend weights (collective); errors are those of the three steps."""
+    files, weights = parse_blend(config.train)
+    return tokenize(files, load_tokenizer(config.tokenizer or tokenizer_folder), config.cache), weights
 
 
 def data_hash(prefixes: Sequence[str]) -> str:
@@ -336,10 +353,8 @@ def train_batches(
     """
     step = micro_batch_size * dp_size
     if global_batch_size % step:
-        raise UserError(
-            f"A global batch of {global_batch_size} cannot be made of microbatches of {micro_batch_size} on {dp_size} "
-            f"data-parallel ranks: make it a multiple of {step}."
-        )
+        parts = f"microbatches of {micro_batch_size} on {dp_size} data-parallel ranks"
+        raise UserError(f"A global batch of {global_batch_size} cannot be made of {parts}: give a multiple of {step}.")
     groups = [list(prefixes)] if weights is None else [[prefix] for prefix in prefixes]
     streams = [TokenStream(group) for group in groups]
     for group, stream in zip(groups, streams, strict=True):
@@ -354,21 +369,11 @@ def train_batches(
     dataset = build(folder)
     end = num_samples - (num_samples - consumed_samples) % global_batch_size
     starts = range(consumed_samples + dp_rank * micro_batch_size, end, step)
-    return (_collate([dataset[i] for i in range(start, start + micro_batch_size)]) for start in starts)
+    return (_collate(dataset, range(start, start + micro_batch_size)) for start in starts)
 
 
-def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
-    """Fill a folder and give it its name when complete: megatron-core takes an index that was cut short for a whole."""
-    if not os.path.isdir(folder):
-        unfinished = f"{folder}.unfinished{os.getpid()}"
-        fill(unfinished)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:  # another run was faster
-            shutil.rmtree(unfinished)
-
-
-def _collate(samples: list[dict[str, Tensor]]) -> Batch:
+def _collate(dataset, rows: range) -> Batch:
+    samples = [dataset[row] for row in rows]
     return Batch(*(torch.stack([sample[key] for sample in samples]).to(runtime.device()) for key in Batch._fields))
 
 
@@ -391,7 +396,7 @@ def calibration(
         kind = "documents" if whole_documents else f"stretches of {sequence_length} tokens"
         raise UserError(f"The data holds {available} {kind}, not {num_samples}: take fewer samples or more text.")
     tokens = torch.zeros(num_samples, sequence_length, dtype=torch.int64)
-    mask = torch.zeros(num_samples, sequence_length, dtype=torch.bool)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
     for row, i in enumerate(np.random.default_rng(seed).choice(available, num_samples, replace=False).tolist()):
         length = min(sequence_length, int(stream.sequence_lengths[i])) if whole_documents else sequence_length
         start = int(stream.document_starts[i]) if whole_documents else i * sequence_length

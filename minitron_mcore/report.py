@@ -30,7 +30,7 @@ def _cell(value: object) -> str:
         return "" if value is None else str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:#.4g}"
 
 
 def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> None:
@@ -64,20 +64,13 @@ def _by_block(scores: Mapping[str, np.ndarray], kind: str) -> dict[int, np.ndarr
 
 
 def _heat(axes: Axes, rows: dict[int, np.ndarray], extent_x: tuple[float, float], **labels: str) -> None:
-    """A heat map on a log scale, one row a block."""
+    """A heat map on a log scale, one row a block; the outermost hundredths share the end colours."""
     grid = np.stack(list(rows.values()))
-    positive = grid[grid > 0]
-    low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    low, high = np.quantile(grid[grid > 0], (0.01, 0.99)) if grid.any() else (1.0, 1.0)
+    norm = LogNorm(low, max(high, low * 1.01), clip=True)
     extent = (*extent_x, max(rows) + 0.5, min(rows) - 0.5)
-    image = axes.imshow(
-        np.maximum(grid, low),
-        norm=LogNorm(low, max(high, low * 1.01)),
-        cmap="cividis",
-        aspect="auto",
-        interpolation="nearest",
-        extent=extent,
-    )
-    axes.figure.colorbar(image, ax=axes, label="score (mean over S, L2 over B)")
+    image = axes.imshow(grid, norm=norm, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent)
+    axes.figure.colorbar(image, ax=axes, label="score (mean over S, L2 over B)", extend="both")
     axes.set(ylabel="block (from 0)", **labels)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -88,7 +81,8 @@ def _hidden(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
     ordered = np.sort(scores["hidden"])[::-1]
     axes.semilogy(np.arange(1, len(ordered) + 1), ordered, color=_COLOURS[0])
     axes.set(title=f"Hidden channels (H = {len(ordered)})", xlabel="channels, most important first")
-    axes.set_ylabel("score (summed over norms)")
+    axes.set(ylabel="score (summed over norms)")
+    axes.margins(x=0.01)
     axes.grid(alpha=0.3)
     return True
 
@@ -116,11 +110,10 @@ def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
     if not (blocks := _by_block(scores, "block")):
         return False
     axes.bar(list(blocks), [float(value) for value in blocks.values()], color=_COLOURS[5], label="block")
-    for kind, marker, colour in (("attention", "o", _COLOURS[1]), ("mlp", "^", _COLOURS[2])):
+    for kind, name, marker, colour in (("attention", "attention", "o", _COLOURS[1]), ("mlp", "MLP", "^", _COLOURS[2])):
         if values := _by_block(scores, kind):
-            axes.plot(
-                list(values), [float(v) for v in values.values()], marker, ms=4, color=colour, label=f"its {kind}"
-            )
+            heights = [float(value) for value in values.values()]
+            axes.plot(list(values), heights, marker, markersize=4, color=colour, label=f"its {name}")
     axes.set_yscale("log")
     axes.set(title="Depth", xlabel="block (from 0)", ylabel="1 - cosine of input and output")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -138,20 +131,6 @@ def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> N
     figure.savefig(png, dpi=_DPI)
 
 
-def _read_metrics(path: str | os.PathLike) -> list[dict]:
-    """Lines of a metrics.jsonl by step; of two the later counts, as a resumed run repeats steps after its checkpoint."""
-    rows, lines = {}, Path(path).read_text().splitlines()
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines) - 1:
-                raise
-            continue  # a killed run may leave half a line
-        rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
-
-
 def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -> None:
     """KD and LM loss and learning rate of labelled runs (label -> metrics.jsonl) against tokens.
 
@@ -162,19 +141,21 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
     names = (("kd_loss", "KD loss (nats / token)"), ("lm_loss", "LM loss (nats / token)"), ("lr", "learning rate"))
     for axes, (key, label) in zip(panels, names, strict=True):
         for i, (run, path) in enumerate(runs.items()):
-            rows = [row for row in _read_metrics(path) if row.get(key) is not None]
+            rows = [row for row in map(json.loads, Path(path).read_text().splitlines()) if row.get(key) is not None]
             tokens, values = np.array([row["tokens"] for row in rows]), np.array([row[key] for row in rows])
             colour, width = _COLOURS[i % len(_COLOURS)], max(1, len(rows) // 20)
             if key != "lr" and width > 1:
                 axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
                 values = np.convolve(values, np.full(width, 1 / width), mode="valid")
-                tokens = tokens[width - 1 :]
+                tokens = tokens[width // 2 :][: len(values)]
             axes.plot(tokens, values, color=colour, label=run)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter("{x:g}")
     panels[0].legend()
     panels[-1].set_xlabel("tokens trained on")
     panels[-1].xaxis.set_major_formatter(EngFormatter())
-    panels[-1].yaxis.set_major_formatter(EngFormatter())
+    panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     figure.savefig(png, dpi=_DPI)

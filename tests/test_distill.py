@@ -71,18 +71,30 @@ def test_every_layout_trains_as_one_process(pool, tmp_path, pair, layout):
         assert (found[name] - weight).abs().max() <= 0.02 * CONFIG.peak_lr * CONFIG.steps, name
 
 
-def test_first_step_is_the_dense_loss(pool, tmp_path, pair):
-    """KL and cross-entropy of step 1 from transformers' own logits in fp64."""
-    step = pool.run(distill, 3, ParallelConfig(tensor=3), *pair, CONFIG, ParallelConfig(tensor=3), tmp_path / "run")[0][0]
-    for name in ("student", "teacher"):
+@pytest.mark.parametrize("kd_weight", [1.0, 0.0], ids=["kl", "cross_entropy"])
+def test_first_step_is_the_dense_one(pool, tmp_path, pair, kd_weight):
+    """Both losses and the gradient's norm over the whole model, from transformers' own modules in fp64."""
+    from transformers import AutoModelForCausalLM
+
+    config, parallel = dataclasses.replace(CONFIG, kd_weight=kd_weight, lm_weight=1 - kd_weight), ParallelConfig(tensor=3)
+    teacher = pair[1] if kd_weight else None
+    step = pool.run(distill, 3, parallel, pair[0], teacher, config, parallel, tmp_path / "run")[0][0]
+    batch = next(micro_batches(dataclasses.replace(CONFIG, micro_batch=4), 0, 0, 1))
+    logs = []
+    for name in ("teacher", "student"):
         (tmp_path / f"{name}_hf").mkdir()
         hf.export_folder(open_checkpoint(tmp_path / name), tmp_path / f"{name}_hf")
-    batch = [next(b) for b in [micro_batches(dataclasses.replace(CONFIG, micro_batch=4), 0, 0, 1)]][0]
-    s, t = (models.hf_logits(tmp_path / f"{n}_hf", batch["tokens"]).double().log_softmax(-1) for n in ("student", "teacher"))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}_hf", dtype=torch.float64)
+        logs.append(model(batch["tokens"]).logits.log_softmax(-1))
+    t, s = logs[0].detach(), logs[1]
     mask, tokens = batch["loss_mask"], batch["loss_mask"].sum()
     kd = ((t.exp() * (t - s)).sum(-1) * mask).sum() / tokens
     lm = -(s.gather(-1, batch["labels"][..., None])[..., 0] * mask).sum() / tokens
-    assert math.isclose(step["kd_loss"], kd.item(), rel_tol=1e-5) and math.isclose(step["lm_loss"], lm.item(), rel_tol=1e-5)
+    (kd if kd_weight else lm).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert math.isclose(step["lm_loss"], lm.item(), rel_tol=1e-5)
+    assert math.isclose(step["kd_loss"], kd.item() * (kd_weight > 0), rel_tol=1e-5)
+    assert math.isclose(step["grad_norm"], norm.item(), rel_tol=2e-5)
 
 
 @pytest.mark.parametrize("layout", ["tp3", "dp2", "pp2"])
@@ -104,12 +116,6 @@ def test_student_that_is_the_teacher_has_nothing_to_learn(pool, tmp_path, pair):
     parallel = ParallelConfig(tensor=2)
     history = pool.run(distill, 2, parallel, pair[1], pair[1], dataclasses.replace(CONFIG, weight_decay=0.0, steps=2), parallel, tmp_path / "x")[0]
     assert history[0]["kd_loss"] < 1e-6 and history[0]["grad_norm"] < 1e-5
-
-
-def test_cross_entropy_needs_no_teacher(pool, tmp_path, pair):
-    config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0)
-    history = pool.run(distill, 2, ParallelConfig(), pair[0], None, config, ParallelConfig(), tmp_path / "x")[0]
-    assert history[-1]["lm_loss"] < history[0]["lm_loss"] and history[0]["teacher_tflops"] == 0
 
 
 @pytest.mark.parametrize(

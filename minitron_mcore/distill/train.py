@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from minitron_mcore import checkpoint, runtime, schedule
 from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.config import DistillConfig, ParallelConfig
+from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
 from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import UserError
@@ -111,6 +111,21 @@ class Trainer:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+
+    def data_position(self, data: DataConfig) -> dict:
+        """Arguments of `data.train_batches` for this rank, from the sample where the next step begins."""
+        config, dp = self.config, runtime.dp_group()
+        return {
+            "cache": data.cache,
+            "seed": data.seed,
+            "sequence_length": config.sequence_length,
+            "micro_batch_size": config.micro_batch,
+            "global_batch_size": config.global_batch,
+            "num_samples": config.steps * config.global_batch,
+            "consumed_samples": self.step * config.global_batch,
+            "dp_rank": dp.rank(),
+            "dp_size": dp.size(),
+        }
 
     def train_step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.
@@ -220,6 +235,14 @@ def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dic
     if record:
         record.close()
     return history
+
+
+def summary(history: list[dict[str, float]]) -> list[dict]:
+    """Rows for a table: the first and the last step that a run made, and its speed."""
+    rows = [history[0], history[-1]]
+    speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
+    shown = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr")
+    return [{k: row[k] for k in shown} | {"median tokens/s": speed} for row in rows]
 
 
 class _Record:

@@ -29,8 +29,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_mcore import runtime
+from minitron_mcore.checkpoint import Checkpoint
+from minitron_mcore.errors import UserError
+from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import LanguageModel
+from minitron_mcore.schedule import forward
 
 
 def _sum_abs(x: Tensor) -> Tensor:
@@ -184,3 +188,38 @@ def collecting(model: LanguageModel, arch: Architecture) -> Iterator[Collector]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def score(model: LanguageModel, source: Checkpoint, tokens: Tensor, mask: Tensor, micro_batch: int) -> Scores:
+    """Score a model on calibration samples (collective); the same result on every rank.
+
+    Args:
+        model: this rank's part of `source`.
+        tokens, mask: [N, S] int64 and bool, the same on all ranks; data-parallel rank r takes samples r, r + dp, ...
+        micro_batch: samples a forward pass; the last pass takes what is left.
+
+    Raises:
+        UserError: fewer samples than data-parallel ranks.
+    """
+    dp = runtime.dp_group()
+    if len(tokens) < dp.size():
+        raise UserError(f"importance.samples is {len(tokens)}, fewer than the {dp.size()} data-parallel ranks: give at least that many.")
+    mine, whole = slice(dp.rank(), None, dp.size()), bool(mask.all())
+    batches = [
+        {"tokens": t.to(runtime.device())} if whole else {"tokens": t.to(runtime.device()), "mask": m.to(runtime.device())}
+        for t, m in zip(tokens[mine].split(micro_batch), mask[mine].split(micro_batch), strict=True)
+    ]
+    progress = runtime.Progress("importance", len(batches), "micro-batches")
+    with collecting(model, source.arch) as collector:
+        for done, batch in enumerate(batches, 1):
+            forward(model, [batch], lambda hidden, batch: None)
+            progress.update(done)
+    metadata = {
+        "fingerprint": source.fingerprint,
+        "architecture": source.arch.digest(),
+        "metric": "activation; depth by cosine",
+        "aggregation": "batch l2, sequence mean",
+        "samples": str(len(tokens)),
+        "tokens": str(int(mask.sum())),
+    }
+    return Scores(collector.scores(), metadata)

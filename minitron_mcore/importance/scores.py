@@ -75,3 +75,19 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
         if not torch.isfinite(vectors[name]).all():
             raise UserError(f"{path} holds a value that is not finite in {name}: check the model and its data, then score again.")
     return Scores(vectors, metadata)
+
+
+def summary(scores: Scores) -> list[dict]:
+    """Rows for a table: spread of the hidden scores, and by block those of ffn, heads and depth."""
+    rows = [_spread("hidden", scores.vectors["hidden"])]
+    blocks = sum(name.endswith(".block") for name in scores.vectors)
+    for i in range(blocks):
+        at = f"blocks.{i}"
+        depth = {part: scores.vectors[f"{at}.{part}"].item() for part in ("block", "attention", "mlp")}
+        rows.append(_spread(f"{at}.ffn", scores.vectors[f"{at}.ffn"]) | depth)
+    return rows
+
+
+def _spread(name: str, vector: Tensor) -> dict:
+    low, middle, high = torch.quantile(vector, torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return {"scores": name, "10 %": low, "median": middle, "90 %": high}

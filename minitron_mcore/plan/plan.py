@@ -59,6 +59,9 @@ class Plan:
                 lines.append(f'"{key}": {json.dumps(value)}')
         return "{\n " + ",\n ".join(lines) + "\n}\n"
 
+    def dropped_blocks(self) -> list[int]:
+        return [block for block in range(self.source.blocks) if block not in self.blocks]
+
     def summary(self) -> list[dict]:
         """Rows for a table: axis, kept, total, share."""
         s, t = self.source, self.target
@@ -71,7 +74,7 @@ class Plan:
             "parameters": (table.count(t), table.count(s)),
             "without embeddings": (table.count(t, embeddings=False), table.count(s, embeddings=False)),
         }
-        return [{"axis": k, "kept": f"{a:,}", "of": f"{b:,}", "share": f"{a / b:.3f}"} for k, (a, b) in pairs.items()]
+        return [{"axis": k, "kept": a, "of": b, "share": a / b} for k, (a, b) in pairs.items()]
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -1,0 +1,38 @@
+"""Score hidden channels, ffn channels, heads and blocks by forward passes over calibration text.
+
+torchrun --nproc-per-node 3 launch/importance.py +model=smollm2_135m parallel=tp3 data.train=[text.jsonl]
+"""
+
+from minitron_mcore.config import ImportanceRun
+from minitron_mcore.launching import entry, plain
+
+
+@entry("importance")
+def main(config: ImportanceRun) -> None:
+    from minitron_mcore import checkpoint, data, report, runtime
+    from minitron_mcore.importance import scores
+    from minitron_mcore.importance.collect import score
+
+    settings = config.importance
+    with runtime.distributed(config.parallel, config.seed):
+        source = checkpoint.open_checkpoint(config.source)
+        with checkpoint.claimed(config.out_dir, plain(config)):
+            prefixes, _ = data.prepare(config.data, source.hf)
+            tokens, mask = data.calibration(
+                prefixes,
+                sequence_length=settings.sequence_length,
+                num_samples=settings.samples,
+                seed=config.data.seed,
+                whole_documents=settings.whole_documents,
+            )
+            model = checkpoint.build_model(source, config.parallel, config.dtype.value)
+            found = score(model, source, tokens, mask, settings.micro_batch)
+            found.metadata["data"] = data.data_hash(prefixes)
+            if runtime.rank() == 0:
+                file = scores.save_scores(config.out_dir, found)
+                report.plot_importance(file, f"{config.out_dir}/importance.png")
+                report.table("importance", scores.summary(found), [f"scores: {file}", f"picture: {config.out_dir}/importance.png"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Scores and targets -> the kept indices. One process; no weights are read.
+
+python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
+
+`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
+"""
+
+from minitron_mcore.config import PlanRun
+from minitron_mcore.launching import alone, entry, plain
+
+
+@entry("plan")
+def main(config: PlanRun) -> None:
+    from pathlib import Path
+
+    from minitron_mcore import checkpoint, report
+    from minitron_mcore.importance.scores import load_scores
+    from minitron_mcore.models import architecture, build
+    from minitron_mcore.plan import plan as plans
+
+    if not alone():
+        return
+    source = checkpoint.open_checkpoint(config.source)
+    scores = load_scores(config.scores, source.arch, source.fingerprint)
+    plan = plans.make_plan(source.arch, source.fingerprint, scores, config.prune)
+    build.check_shardable(plan.target, config.parallel)
+    architecture.check_exportable(plan.target)
+    with checkpoint.claimed(config.out_dir, plain(config)):
+        checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
+    report.table("plan", plan.summary(), [f"plan: {config.out_dir}/{plans.FILE}", f"dropped blocks: {plan.dropped_blocks() or 'none'}"])
+
+
+if __name__ == "__main__":
+    main()
