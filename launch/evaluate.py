@@ -19,7 +19,7 @@ def main(config: EvaluateRun) -> None:
         with checkpoint.claimed(config.out_dir, plain(config)):
             rows = evaluate.evaluate_run(model, config)
             if runtime.rank() == 0:
-                report.write_json(Path(config.out_dir) / "evaluation.json", {"source": config.source, "files": rows})
+                report.write_json(Path(config.out_dir) / "evaluation.json", {"source": config.source, "parameters": model.parameters, "files": rows})
         report.table(f"evaluation of {config.source}", rows, [f"figures: {config.out_dir}/evaluation.json"])
 
 

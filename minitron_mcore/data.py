@@ -13,10 +13,11 @@ import json
 import os
 import re
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from minitron_mcore import runtime
 from minitron_mcore.config import DataConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.schedule import Batch
 
 from megatron.core.datasets.blended_dataset import BlendedDataset  # isort: skip
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # isort: skip
@@ -34,6 +36,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron.core.datasets.utils import Split  # isort: skip
 
 _LINES, _WHOLE = (".jsonl", ".jsonl.gz"), (".txt", ".md", ".py", ".raw")
+_FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 _ENCODE_CHARS = 2_000_000  # encoded at once: an encoding takes some hundred bytes a token
 
 
@@ -99,9 +102,7 @@ def _each_document(path: str) -> Iterator[tuple[str, int]]:
     number = 1
     try:
         if path.endswith(_WHOLE):
-            with open(path, "rb") as file:
-                data = file.read()
-            if data:
+            if data := Path(path).read_bytes():
                 yield data.decode("utf-8"), len(data)
             return
         with open(path, "rb") as file, gzip.open(file) if path.endswith(".gz") else file as lines:
@@ -147,7 +148,7 @@ def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
     """Fill a folder and name it when complete: what a killed run leaves is never taken for the whole."""
     if os.path.isdir(folder):
         return
-    unfinished = f"{folder}.unfinished{os.getpid()}"
+    unfinished = f"{folder}.unfinished-{uuid.uuid4().hex[:8]}"
     try:
         os.makedirs(unfinished)
         fill(unfinished)
@@ -204,7 +205,7 @@ def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: st
         UserError: a file that is missing, of no known kind, damaged or empty; a cache that a rank doesn't see.
     """
 
-    def prefix(path: str, fingerprint: bytes) -> str:
+    def tokens_of(path: str, fingerprint: bytes) -> str:
         if is_prefix(path):
             return path
         with open(path, "rb") as file:
@@ -219,7 +220,7 @@ def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: st
             check_readable(path)
         described = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.eos_token_id}"
         fingerprint = hashlib.sha256(described.encode()).digest()
-        return [prefix(path, fingerprint) for path in files]
+        return [tokens_of(path, fingerprint) for path in files]
 
     prefixes = _on_rank_0(work)
     with runtime.agreed():
@@ -283,19 +284,6 @@ class TokenStream:
         return np.concatenate(pieces)
 
 
-class Batch(NamedTuple):
-    """One microbatch of one data-parallel rank, on its device; `labels[b, s]` is the token after `tokens[b, s]`."""
-
-    tokens: Tensor
-    """[B, S] int64"""
-    labels: Tensor
-    """[B, S] int64"""
-    loss_mask: Tensor
-    """[B, S] float32"""
-    position_ids: Tensor
-    """[B, S] int64"""
-
-
 def _apportion(weights: Sequence[float], total: int) -> list[int]:
     """Whole shares of `total` in proportion to the weights, by largest remainder."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights) * total
@@ -348,6 +336,9 @@ def train_batches(
     in Megatron's sampler. Tensor- and pipeline-parallel ranks of one dp_rank read the same. num_samples is that of
     the whole run, so that a resumed run goes on in the same order.
 
+    Yields:
+        tokens, labels (the tokens that follow) and position_ids [B, S] int64, loss_mask [B, S] float32, on the device.
+
     Raises:
         UserError: a global batch that micro_batch_size * dp_size doesn't divide; data below one sample (S + 1 tokens).
     """
@@ -374,7 +365,7 @@ def train_batches(
 
 def _collate(dataset, rows: range) -> Batch:
     samples = [dataset[row] for row in rows]
-    return Batch(*(torch.stack([sample[key] for sample in samples]).to(runtime.device()) for key in Batch._fields))
+    return {key: torch.stack([sample[key] for sample in samples]).to(runtime.device()) for key in _FIELDS}
 
 
 def calibration(

@@ -15,8 +15,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from minitron_mcore import data, runtime
+from minitron_mcore import checkpoint, data, runtime
+from minitron_mcore.checkpoint import Checkpoint
+from minitron_mcore.config import EvaluateRun, ParallelConfig
+from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
+from minitron_mcore.models import table
+from minitron_mcore.models.build import DTYPES
+from minitron_mcore.schedule import forward
+
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
 
 Nll = Callable[[Tensor, Tensor], Tensor]
 """(tokens [B, S], mask [B, S]) -> the sum, in nats, of -log p(tokens[b, s] | tokens[b, :s]) where the mask is True."""
@@ -180,6 +188,7 @@ class HFModel:
                 name = sorted(map(str, loading[problem]))[0]
                 raise UserError(f"{folder}: the weights don't fit its config.json ({problem}: {name} and maybe more).")
         self.model = model.to(runtime.device()).eval()
+        self.tokenizer_folder = folder
         self.parameters = model.num_parameters()
         """Number of parameters; tied ones count once."""
         probe = torch.arange(1, 9, device=runtime.device())[None]
@@ -222,3 +231,73 @@ def _check_folder(folder: str) -> None:
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json.")
     if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
         raise UserError(f"{folder} has no weights: put its *.safetensors there.")
+
+
+class ShardedModel:
+    """A checkpoint of ours in the running layout; each rank holds its shards. `parameters` counts the whole model."""
+
+    def __init__(self, source: Checkpoint, parallel: ParallelConfig, dtype: str):
+        self.arch, self.tokenizer_folder = source.arch, str(source.hf)
+        self.model = checkpoint.build_model(source, parallel, dtype)
+        self.parameters = table.count(source.arch)
+
+    def nll(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """See `Nll`; collective over the ranks of a model replica, the same on all of them. Logits are never held."""
+        total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+        labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).t().reshape(-1)
+        predicted = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1).t().reshape(-1).float()
+
+        def on_output(hidden: Tensor, batch: dict) -> None:
+            if self.model.config.sequence_parallel:
+                hidden = gather_from_sequence_parallel_region(hidden, group=runtime.tp_group())
+            _, sums = distillation_loss(
+                hidden.flatten(0, 1),
+                self.model.head(),
+                None,
+                None,
+                labels,
+                predicted,
+                vocab_size=self.arch.vocab,
+                tp_group=runtime.tp_group(),
+                kd_weight=0.0,
+                lm_weight=1.0,
+            )
+            total.add_(sums[1])
+
+        forward(self.model, [{"tokens": tokens}], on_output)
+        return runtime.from_last_stage(total)
+
+
+def open_model(source: str, parallel: ParallelConfig, dtype: str) -> HFModel | ShardedModel:
+    """What lies at `source`: a checkpoint of ours, sharded over this layout, or a Hugging Face folder, whole on each rank.
+
+    Raises:
+        UserError: neither; a Hugging Face folder in a layout that shards models.
+    """
+    if os.path.isfile(os.path.join(source, "model.json")):
+        return ShardedModel(checkpoint.open_checkpoint(source), parallel, dtype)
+    if parallel.tensor * parallel.pipeline * parallel.context > 1:
+        raise UserError(f"{source} is no checkpoint of ours, and transformers shards nothing: convert it, or use parallel=single.")
+    return HFModel(source, DTYPES[dtype])
+
+
+def evaluate_run(model: HFModel | ShardedModel, config: EvaluateRun) -> list[dict]:
+    """The rows of `evaluate_text` for a run's held-out files (collective).
+
+    Raises:
+        UserError: no held-out files; see `evaluate_text`.
+    """
+    if not config.data.heldout:
+        raise UserError("data.heldout is empty: give text files, data.heldout=[a.jsonl,b.txt].")
+    dp = runtime.dp_group()
+    return evaluate_text(
+        config.data.heldout,
+        config.data.tokenizer or model.tokenizer_folder,
+        model.nll,
+        sequence_length=config.evaluate.sequence_length,
+        micro_batch=config.evaluate.micro_batch,
+        max_windows=config.evaluate.max_windows,
+        dp_rank=dp.rank(),
+        dp_size=dp.size(),
+        group=dp,
+    )

@@ -40,13 +40,14 @@ def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> Non
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, no_color=True, width=_PIPED_WIDTH)
-    shown = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(box=box.SIMPLE_HEAD)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
         shown.add_column(column.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(_cell(row.get(column))) for column in columns))
+    console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(shown)
     for note in notes:
         console.print(Text(note), soft_wrap=True)

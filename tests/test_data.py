@@ -73,17 +73,15 @@ def corpus(tmp_path_factory):
     return tokenizer, data.tokenize(files, data.load_tokenizer(tokenizer), cache), rows, cache
 
 
-def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[data.Batch]:
+def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[dict[str, torch.Tensor]]:
     arguments = dict(seed=5, sequence_length=16, micro_batch_size=2, global_batch_size=12, num_samples=12 * 9)
     return list(
         data.train_batches(prefixes, weights, cache=cache, dp_rank=dp_rank, dp_size=dp_size, **arguments | changes)
     )
 
 
-def equal(a: list[data.Batch], b: list[data.Batch]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
-    )
+def equal(a: list[dict], b: list[dict]) -> bool:
+    return len(a) == len(b) and all(torch.equal(p[key], q[key]) for p, q in zip(a, b, strict=True) for key in p | q)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -138,11 +136,11 @@ def test_labels_follow_tokens_and_an_epoch_holds_every_token_once(corpus):
     seen = batches(prefixes, None, cache, global_batch_size=1, micro_batch_size=1, num_samples=num_samples)
     assert len(seen) == num_samples
     for batch in seen:
-        assert torch.equal(batch.labels[:, :-1], batch.tokens[:, 1:])
-        assert batch.loss_mask.dtype == torch.float32 and batch.loss_mask.all()
-        assert torch.equal(batch.position_ids, torch.arange(16)[None])
+        assert torch.equal(batch["labels"][:, :-1], batch["tokens"][:, 1:])
+        assert batch["loss_mask"].dtype == torch.float32 and batch["loss_mask"].all()
+        assert torch.equal(batch["position_ids"], torch.arange(16)[None])
     # One shuffled concatenation of both files' documents: every token but the few that don't fill a sample.
-    drawn = np.bincount(torch.cat([batch.tokens for batch in seen]).flatten().numpy(), minlength=400)
+    drawn = np.bincount(torch.cat([batch["tokens"] for batch in seen]).flatten().numpy(), minlength=400)
     held = np.bincount(stream.tokens(0, stream.num_tokens), minlength=400)
     assert (drawn <= held).all() and held.sum() - drawn.sum() <= 16
 
@@ -157,7 +155,7 @@ def test_the_order_of_samples_does_not_depend_on_data_parallelism(corpus, weight
     for k, expected in enumerate(alone):
         step = slice(k * microbatches, (k + 1) * microbatches)
         parts = [ranks[r][step][m] for m in range(microbatches) for r in range(dp_size)]
-        assert equal([data.Batch(*(torch.cat(field) for field in zip(*parts, strict=True)))], [expected])
+        assert equal([{key: torch.cat([part[key] for part in parts]) for key in expected}], [expected])
 
 
 def test_resuming_goes_on_where_the_run_stopped(corpus, tmp_path):
@@ -175,7 +173,7 @@ def test_blend_gives_each_file_its_exact_share(tmp_path, corpus):
     paths, weights = data.parse_blend(entries)
     assert paths == files and weights == [0.3, 0.6, 0.1]
     seen = batches(data.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
-    rows = ["".join(tokenizer.decode(row)) for batch in seen for row in batch.tokens]
+    rows = ["".join(tokenizer.decode(row)) for batch in seen for row in batch["tokens"]]
     assert [sum(c in row for row in rows) for c in "QXZ"] == [36, 72, 12]
     assert [sum("X" in row for row in rows[i : i + 20]) for i in range(0, 120, 20)] == [
         12

@@ -63,7 +63,7 @@ class Case:
 
 CASES = {
     "kl, chunks that don't divide the tokens": Case(chunk_tokens=10),
-    "several tiles and row blocks": Case(61, 49_999, 50_004, 128, 8, chunk_tokens=45),
+    "several tiles and row blocks": Case(131, 49_999, 50_004, 128, 8),
     "masked": Case(masked=0.4, lm_weight=1.0, chunk_tokens=10),
     "kl and lm mixed": Case(kd_weight=0.7, lm_weight=0.3),
     "temperature": Case(temperature=2.0),

@@ -25,8 +25,8 @@ from minitron_mcore.runtime import UserError
 
 # Both logits of a chunk together. More makes longer products and adds to the head's gradient less often.
 _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-# Elements of a tile: four fp32 buffers of this size stay in a CPU's last-level cache, and are enough to fill a GPU.
-_TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+# Elements of a tile: its four fp32 buffers all but stay in a CPU's last-level cache, or are enough to fill a GPU.
+_TILE_ELEMENTS = {"cpu": 2 << 20, "cuda": 32 << 20}
 # Log-sum-exp of a rank that holds only padding: finite, and so far below any other that its weight is exactly 0.
 _NOTHING = -1e30
 
@@ -162,7 +162,7 @@ def _chunk_tokens(num_tokens: int, student_head: Tensor, teacher_head: Tensor | 
 
 def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int) -> None:
     """total [V_r, H] += d_logits^T [V_r, T] @ hidden [T, H], in blocks of rows that are added while in the cache."""
-    for rows in _slices(len(total), max(1, 4 * elements // hidden.shape[1])):
+    for rows in _slices(len(total), max(1, 2 * elements // hidden.shape[1])):
         total[rows] += d_logits[:, rows].t() @ hidden
 
 
