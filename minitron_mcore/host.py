@@ -52,9 +52,18 @@ def is_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
+def _quiet() -> None:
+    """Libraries' notes to their own developers: deprecations inside megatron-core and torch that a user can't act on."""
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    for module in (r"torch\.distributed", r"megatron\.core", r"torch\.nn\.parallel"):
+        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf.*")
+
+
 @functools.cache
 def prepare() -> None:
-    """Put the stand-ins in place, once a process. Does nothing where CUDA is there."""
+    """Put the stand-ins in place, once a process. Where CUDA is there, only the libraries' chatter goes."""
+    _quiet()
     if not is_cpu():
         return
     # What follows from the missing GPU is said in one line of our own log (models.spec.describe), not in a dozen warnings.

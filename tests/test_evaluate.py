@@ -83,9 +83,9 @@ def test_bytes_do_not_depend_on_how_a_tokenizer_treats_spaces(tmp_path):
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path)
     (tmp_path / "f.txt").write_bytes("  the naïve\n日本 cat \n".encode())
-    cut = evaluate.windows(str(tmp_path / "f.txt"), data.load_tokenizer(str(tmp_path)), 3)
-    assert cut.tokens.tolist() == [[1, 0, 0]]  # the window of "cat" alone has nothing to predict
-    assert cut.num_bytes.tolist() == [len("\u0020naïve\n日本".encode())]
+    cut = evaluate.windows(str(tmp_path / "f.txt"), data.load_tokenizer(str(tmp_path)), 4)
+    assert cut.tokens.tolist() == [[1, 0, 0, 2]]  # the window of EOS alone has nothing to predict
+    assert cut.num_bytes.tolist() == [len(" naïve\n日本 cat \n".encode())]
 
 
 def test_evaluate_text_equals_cross_entropy_in_fp64(files, llama, monkeypatch):

@@ -24,7 +24,7 @@ from torch import Tensor
 from minitron_mcore.runtime import UserError
 
 # Both logits of a chunk together. More makes longer products and adds to the head's gradient less often.
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 # Elements of a tile: its four fp32 buffers all but stay in a CPU's last-level cache, or are enough to fill a GPU.
 _TILE_ELEMENTS = {"cpu": 2 << 20, "cuda": 32 << 20}
 # Log-sum-exp of a rank that holds only padding: finite, and so far below any other that its weight is exactly 0.
@@ -76,7 +76,7 @@ def distillation_loss(
     Args:
         vocab_size: global, without padding.
         tp_group: the ranks that share the vocabulary; None: the heads are whole.
-        chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 128 MiB (512 MiB on CUDA).
+        chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 64 MiB (512 MiB on CUDA).
 
     Returns:
         (loss [], stats [3]): the loss; the masked sums of KL (without its factors), cross-entropy and the teacher's

@@ -1,0 +1,139 @@
+"""The launch files as users type them: a failure means a spelling, a default or an error message broke."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import PruneConfig
+from minitron_mcore.importance.scores import Scores, save_scores
+from tests import models
+from tests.test_prune import random_scores
+
+ROOT = Path(__file__).parents[1]
+STAGES = ["convert", "importance", "plan", "prune", "distill", "export", "evaluate"]
+
+
+def launch(cwd, stage, *overrides, processes=1, fails=False) -> str:
+    """Run a launch file under torchrun in an empty folder; its whole output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(ROOT / "launch" / f"{stage}.py"), *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output
+    return output
+
+
+def compose(stage, *overrides) -> dict:
+    from hydra import compose, initialize_config_dir
+
+    import minitron_mcore.launching as launching
+
+    launching.entry(stage)(lambda config: None)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return launching.plain(launching.resolve(compose(stage, overrides=list(overrides))))
+
+
+def test_distill_defaults_are_the_papers():
+    """Llama-3.1-Minitron-4B: arXiv 2408.11796, table 4."""
+    found = compose("distill", "+model=llama31_8b")
+    expected = dict(
+        peak_lr=1e-4, min_lr=1e-5, warmup_steps=40, global_batch=1152, sequence_length=8192, adam_beta1=0.9, adam_beta2=0.95,
+        weight_decay=0.1, clip_grad=1.0, kd_weight=1.0, lm_weight=0.0, temperature=1.0,
+    )  # fmt: skip
+    assert expected.items() <= found["distill"].items()
+    assert found["teacher"] == "runs/llama31_8b/convert"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_composes_and_is_short(stage):
+    assert compose(stage, "+model=smollm2_135m", "parallel=tp3")["parallel"]["tensor"] == 3
+    assert len((ROOT / "launch" / f"{stage}.py").read_text().splitlines()) < 50
+
+
+def test_help_and_cfg_job(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for flags, expected in ((["--help"], "prune: keep, llama31_4b_depth"), (["+model=llama31_8b", "--cfg", "job"], "hidden: null")):
+        command = [sys.executable, str(ROOT / "launch" / "plan.py"), *flags]
+        assert expected in subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_typos_are_caught_at_compose_time():
+    with pytest.raises(Exception, match="warmup"):
+        compose("distill", "+model=smollm2_135m", "distill.warmup=3")
+
+
+def test_missing_weights_are_one_sentence(tmp_path):
+    output = launch(tmp_path, "convert", "+model=llama31_8b", processes=2, fails=True)
+    sentences = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(sentences) == 1 and "Llama-3.1-8B" in sentences[0] and "model.hf=" in sentences[0]
+    assert "Traceback (most recent call last)" not in output.split("ChildFailedError")[0].split("torch.distributed.elastic")[0]
+
+
+def test_missing_checkpoint_is_one_sentence(tmp_path):
+    output = launch(tmp_path, "distill", "+model=llama31_8b", fails=True)
+    assert "error: no checkpoint at runs/llama31_8b/prune" in output
+
+
+def word_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, models.SIZES["vocab_size"])}
+    tokenizer = Tokenizer(kinds.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+
+
+def test_whole_way_on_two_ranks(tmp_path):
+    """Hugging Face in, smaller Hugging Face out, through every launch file; then the same commands against the wrong things."""
+    models.tiny_llama(tmp_path / "hf")
+    word_tokenizer(tmp_path / "hf")
+    g = torch.Generator().manual_seed(0)
+    lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model, two = ["+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "dtype=fp32"], ["parallel=tp2"]
+    data = ["data.train=[text.jsonl]", "data.heldout=[text.jsonl]"]
+    small = ["distill.steps=4", "distill.global_batch=4", "distill.sequence_length=16", "distill.warmup_steps=1", "distill.log_every=1"]
+    launch(tmp_path, "convert", *model, *two, processes=2)
+    launch(tmp_path, "importance", *model, *two, *data, "importance.samples=8", "importance.sequence_length=16", processes=2)
+    launch(tmp_path, "plan", *model, *two, "prune.hidden=24", "prune.ffn=18")
+    launch(tmp_path, "prune", *model, *two, processes=2)
+    launch(tmp_path, "distill", *model, *two, *data, *small, "distill.stop_after=2", processes=2)
+    resumed = launch(tmp_path, "distill", *model, *two, *data, *small, processes=2)
+    assert "going on after step 2" in resumed
+    launch(tmp_path, "export", *model)
+    output = launch(tmp_path, "evaluate", *model, *data, "evaluate.sequence_length=32")
+    assert "bits per byte" in output
+
+    run = tmp_path / "runs/tiny"
+    config = json.loads((run / "hf/config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["head_dim"]) == (24, 18, 8)
+    assert len((run / "distill/metrics.jsonl").read_text().splitlines()) == 4
+    lineage = open_checkpoint(run / "distill").lineage
+    assert lineage["parents"]["teacher"]["fingerprint"] == open_checkpoint(run / "convert").fingerprint
+    assert yaml.safe_load((run / "plan/config.yaml").read_text())["prune"]["hidden"] == 24
+    assert (run / "importance/importance.png").stat().st_size > 10_000
+
+    again = launch(tmp_path, "convert", *model, *two, processes=2, fails=True)
+    assert "already holds this finished run" in again
+    other = launch(tmp_path, "distill", *model, *two, *data, *small, "distill.peak_lr=1e-3", processes=2, fails=True)
+    assert "already holds another run" in other and (run / "distill/latest").is_file()
+    foreign = Scores(random_scores(open_checkpoint(run / "prune").arch).vectors, {"fingerprint": "another"})
+    (tmp_path / "foreign").mkdir()
+    save_scores(tmp_path / "foreign", foreign)
+    output = launch(tmp_path, "plan", *model, "scores=foreign", "out_dir=p2", "prune.ffn=18", fails=True)
+    assert "belong to model another" in output and not (tmp_path / "p2").exists()
+    output = launch(tmp_path, "plan", *model, *two, "out_dir=p3", "prune.ffn=17", fails=True)
+    assert "parallel.tensor 2 does not divide ffn 17 (next: 18)" in output
+
+
+def test_prune_config_and_its_yaml_agree():
+    assert compose("plan", "+model=llama31_8b")["prune"] == PruneConfig().__dict__
