@@ -74,7 +74,6 @@ def test_missing_weights_are_one_sentence(tmp_path):
     output = launch(tmp_path, "convert", "+model=llama31_8b", processes=2, fails=True)
     sentences = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(sentences) == 1 and "Llama-3.1-8B" in sentences[0] and "model.hf=" in sentences[0]
-    assert "Traceback (most recent call last)" not in output.split("ChildFailedError")[0].split("torch.distributed.elastic")[0]
 
 
 def test_missing_checkpoint_is_one_sentence(tmp_path):

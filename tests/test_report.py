@@ -16,7 +16,13 @@ from minitron_mcore import report, runtime
 from minitron_mcore.config import ParallelConfig
 
 ROWS = [
-    {"model": "teacher [a]", "parameters": 134515008, "perplexity": 23.3123, "tokens_per_second": 1234.56},
+    {
+        "model": "teacher [a]",
+        "parameters": 134515008,
+        "perplexity": 23.3123,
+        "tokens_per_second": 1234.56,
+        "where": "runs/" + 70 * "x",
+    },
     {"model": "student", "parameters": None, "perplexity": float("inf"), "note": True},
 ]
 
@@ -28,7 +34,7 @@ def test_table_is_plain_when_piped(capfd):
     lines = [line.rstrip() for line in out.splitlines() if line.strip()]
     assert lines[0] == "Held-out [text]"
     assert lines[1].split("  ")[1:] and "tokens per second" in lines[1] and "note" in lines[1]
-    assert lines[3].split() == ["teacher", "[a]", "134,515,008", "23.31", "1,235"]
+    assert lines[3].split() == ["teacher", "[a]", "134,515,008", "23.31", "1,235", ROWS[0]["where"]]
     assert lines[4].split() == ["student", "inf", "True"]
     assert lines[5] == "a note that is [not] markup " + "x" * 300  # not broken
     ends = [line.index(value) + len(value) for line, value in ((lines[3], "23.31"), (lines[4], "inf"))]
