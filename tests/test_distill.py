@@ -129,3 +129,33 @@ def test_student_that_is_the_teacher_has_nothing_to_learn(pool, tmp_path, pair):
 def test_impossible_settings_are_refused(pool, tmp_path, pair, change, sentence):
     with pytest.raises(WorkerError, match=sentence):
         pool.run(distill, 2, ParallelConfig(), *pair, dataclasses.replace(CONFIG, **change), ParallelConfig(), tmp_path / "x")
+
+
+def distill_signalled(student, teacher, config, parallel, out_dir):
+    """Rank 0 gets SIGUSR1 during its second step."""
+    import os
+    import signal
+
+    from minitron_mcore import runtime
+    from minitron_mcore.distill.train import Trainer
+
+    steps, whole_step = [], Trainer.train_step
+
+    def step(self, batches):
+        steps.append(self.step)
+        if len(steps) == 2 and runtime.rank() == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return whole_step(self, batches)
+
+    Trainer.train_step = step
+    try:
+        return distill(student, teacher, config, parallel, out_dir)
+    finally:
+        Trainer.train_step = whole_step
+
+
+def test_signal_saves_the_step_and_ends(pool, tmp_path, pair):
+    parallel = ParallelConfig()
+    for history in pool.run(distill_signalled, 2, parallel, *pair, CONFIG, parallel, tmp_path / "run"):
+        assert len(history) == 2
+    assert open_checkpoint(tmp_path / "run").step_dir.name == "step_0000002"

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,8 +222,9 @@ def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dic
     per_step = config.global_batch // (config.micro_batch * runtime.dp_group().size())
     record = _Record(out_dir, trainer.step) if runtime.rank() == 0 else None
     progress = runtime.Progress("distill", last - trainer.step, "steps")
-    first = trainer.step
-    while trainer.step < last:
+    first = saved = trainer.step
+    stop = _Stop()
+    while trainer.step < last and not stop.agreed():
         figures = trainer.train_step([next(batches) for _ in range(per_step)])
         history.append(figures)
         if record and (trainer.step % config.log_every == 0 or trainer.step == last):
@@ -232,6 +235,10 @@ def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dic
         )
         if trainer.step % config.save_every == 0 or trainer.step == last:
             trainer.save(out_dir)
+            saved = trainer.step
+    if trainer.step > saved:
+        trainer.save(out_dir)
+        runtime.log(f"told to stop: saved step {trainer.step}; the same command goes on from there")
     if record:
         record.close()
     return history
@@ -243,6 +250,22 @@ def summary(history: list[dict[str, float]]) -> list[dict]:
     speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
     shown = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr")
     return [{k: row[k] for k in shown} | {"median tokens/s": speed} for row in rows]
+
+
+class _Stop:
+    """SIGUSR1 (SLURM's warning, see launch/slurm) or SIGTERM on any rank: all ranks save after the step and end well."""
+
+    def __init__(self):
+        self.asked = torch.zeros(1, device=runtime.device())
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                signal.signal(number, lambda *_: self.asked.fill_(1))
+
+    def agreed(self) -> bool:
+        """Collective."""
+        asked = self.asked.clone()
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
 
 
 class _Record:
