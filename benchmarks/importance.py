@@ -63,12 +63,18 @@ def main() -> None:
     shown = Table("layout", "forward (s)", "collecting (s)", "overhead")
     for name in layouts:
         world, parallel = LAYOUTS[name]
-        pairs = pool.run(measure, world, parallel, SMOLLM2, parallel, max(1, os.cpu_count() // world), rounds, timeout=900)[0]
+        pairs = pool.run(
+            measure, world, parallel, SMOLLM2, parallel, max(1, os.cpu_count() // world), rounds, timeout=900
+        )[0]
         without, collecting = (median(column) for column in zip(*pairs, strict=True))
         overhead = median(b / a for a, b in pairs) - 1
         shown.add_row(name, f"{without:.3f}", f"{collecting:.3f}", f"{overhead:.1%}")
         case = f"smollm2_135m bf16 4x512 {name}"
-        for metric, value, unit in (("time", without, "s"), ("time_collecting", collecting, "s"), ("overhead", overhead, "1")):
+        for metric, value, unit in (
+            ("time", without, "s"),
+            ("time_collecting", collecting, "s"),
+            ("overhead", overhead, "1"),
+        ):
             figures.append(Figure("importance", case, "minitron", metric, value, unit))
     pool.close()
     Console().print(shown)

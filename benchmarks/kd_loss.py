@@ -8,14 +8,13 @@ and head:
     modelopt   both logits, LogitsKLLoss of modelopt.torch.distill.plugins.megatron
 
 Time is the median over interleaved repetitions, of the slowest rank, with cores / TP threads a rank. Memory is the peak
-beyond the inputs (and beyond the two bf16 logits of torch and modelopt) over tokens x this rank's vocabulary; each
-figure comes from processes of its own unless --quick. Collectives are those of one call, forward and backward, less the
-reduction of the hidden states' gradient, which all need alike.
+beyond the inputs (and beyond the two bf16 logits of torch and modelopt) over tokens x this rank's vocabulary.
+Collectives are those of one call, forward and backward, less the reduction of the hidden states' gradient, which all
+need alike. On one rank others may disturb the time: threads wait for each other, so measure on an idle machine.
 """
 
 import contextlib
 import os
-import statistics
 import time
 from collections.abc import Callable
 
@@ -101,75 +100,76 @@ def step(loss: Loss, tensors: Inputs, reduce_hidden: bool = True) -> Tensor:
     from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
     hidden, head, *teacher = tensors
-    hidden.grad = head.grad = None
     value = loss(copy_to_tensor_model_parallel_region(hidden) if reduce_hidden else hidden, head, *teacher)
     value.backward()
     return value.detach()
 
 
-def memory_on_rank(name: str, tokens: int) -> float:
-    """Bytes for each of this rank's tokens x vocabulary entries."""
-    tensors, loss = inputs(tokens), IMPLEMENTATIONS[name]()
+def examine(loss: Loss, tensors: Inputs) -> tuple[tuple[Tensor, ...], int, int]:
+    """(loss, both gradients), extra peak in bytes, collectives of one call."""
     step(loss, inputs(16))  # what libraries set up on first use is no part of the loss
-    elements = tokens * len(tensors[1])
-    return peak_bytes(lambda: step(loss, tensors)) / elements - (0 if name == "minitron" else 4)
+    results = []
+    with CommDebugMode() as counter:
+        peak = peak_bytes(lambda: results.append(step(loss, tensors, reduce_hidden=False)))
+    results += [x.grad.float() for x in tensors[:2]]
+    clear(tensors)
+    return tuple(results), peak, counter.get_total_counts()
 
 
-def times_on_rank(tokens: int, repetitions: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each repetition, the implementations in turn; collectives of one call. Fails if they disagree."""
-    tensors = inputs(tokens)
-    losses = {name: make() for name, make in IMPLEMENTATIONS.items()}
-    seconds, collectives, found = {name: [] for name in losses}, {}, {}
+def clear(tensors: Inputs) -> None:
+    for x in tensors:
+        x.grad = None
+
+
+def on_rank(tokens: int, repetitions: int) -> dict[str, dict[str, float | list[float]]]:
+    """This rank's figures of every implementation; the timed repetitions take the implementations in turn."""
+    tensors, losses = inputs(tokens), {name: make() for name, make in IMPLEMENTATIONS.items()}
+    figures, first = {}, None
     for name, loss in losses.items():
-        with CommDebugMode() as counter:
-            value = step(loss, tensors, reduce_hidden=False)
-        collectives[name] = counter.get_total_counts()
-        found[name] = value, tensors[0].grad.float(), tensors[1].grad.float()
-        for ours, theirs in zip(found["minitron"], found[name], strict=True):
+        results, peak, collectives = examine(loss, tensors)
+        first = first or results
+        for ours, theirs in zip(first, results, strict=True):
             difference = ((ours - theirs).norm() / ours.norm()).item()
             assert difference < 0.02, f"minitron and {name} disagree by {difference:.3g}"
+        logits = 0 if name == "minitron" else 2 * 2
+        peak = peak / (tokens * len(tensors[1])) - logits
+        figures[name] = {"extra_peak_bytes_per_element": peak, "collectives": collectives, "time": []}
     for _ in range(repetitions):
         for name, loss in losses.items():
             dist.barrier()
             start = time.perf_counter()
             step(loss, tensors)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds, collectives
+            figures[name]["time"].append(time.perf_counter() - start)
+            clear(tensors)
+    return figures
 
 
-def measure(tp: int, tokens: int, repetitions: int, own_processes: bool) -> tuple[list[Figure], dict[str, float]]:
+def measure(tp: int, tokens: int, repetitions: int) -> tuple[list[Figure], dict[str, float]]:
     """The figures at one tensor-parallel size; each time over ModelOpt's (the median of the repetitions' ratios)."""
-    figures, layout = [], ParallelConfig(tensor=tp)
-
-    def add(name: str, metric: str, value: float, unit: str) -> None:
-        figures.append(Figure("kd_loss", f"tp{tp}, {tokens} tokens x {VOCAB}, bf16", name, metric, value, unit))
-
+    figures, case = [], f"tp{tp}, {tokens} tokens x {VOCAB}, bf16"
     with contextlib.closing(Pool(tp)) as pool:
-        for name in IMPLEMENTATIONS:
-            with contextlib.closing(Pool(tp)) if own_processes else contextlib.nullcontext(pool) as workers:
-                peak = max(workers.run(memory_on_rank, tp, layout, name, tokens))
-            add(name, "extra_peak_bytes_per_element", peak, "B")
-        ranks = pool.run(times_on_rank, tp, layout, tokens, repetitions)
-    slowest = {name: [max(step) for step in zip(*(r[0][name] for r in ranks), strict=True)] for name in IMPLEMENTATIONS}
-    for name, seconds in slowest.items():
-        add(name, "time", statistics.median(seconds), "s")
-        add(name, "collectives", ranks[0][1][name], "calls")
-    pairs = {name: zip(seconds, slowest["modelopt"], strict=True) for name, seconds in slowest.items()}
-    return figures, {name: statistics.median(own / peer for own, peer in pair) for name, pair in pairs.items()}
+        ranks = pool.run(on_rank, tp, ParallelConfig(tensor=tp), tokens, repetitions, timeout=900)
+    times = {name: torch.tensor([rank[name]["time"] for rank in ranks]).amax(0) for name in IMPLEMENTATIONS}
+    for name in IMPLEMENTATIONS:
+        peak, calls = (max(rank[name][m] for rank in ranks) for m in ("extra_peak_bytes_per_element", "collectives"))
+        figures += [
+            Figure("kd_loss", case, name, "time", times[name].median().item(), "s"),
+            Figure("kd_loss", case, name, "extra_peak_bytes_per_element", peak, "B"),
+            Figure("kd_loss", case, name, "collectives", calls, "calls"),
+        ]
+    return figures, {name: (times[name] / times["modelopt"]).median().item() for name in IMPLEMENTATIONS}
 
 
 def main() -> None:
     options = arguments(__doc__.splitlines()[0])
-    tokens, repetitions = (1024, 2) if options.quick else (2048, 7)
+    tokens, repetitions = 2048, 1 if options.quick else 9
     table = Table("", "implementation", "time [s]", "of ModelOpt's", "extra peak [B/element]", "collectives")
     figures = []
     for tp in (1, 2):
-        found, ratios = measure(tp, tokens, repetitions, own_processes=not options.quick)
+        found, ratios = measure(tp, tokens, repetitions)
         figures += found
-        values = {(figure.implementation, figure.metric): figure.value for figure in found}
         for name, ratio in ratios.items():
-            metrics = ("time", "extra_peak_bytes_per_element", "collectives")
-            seconds, peak, calls = (values[name, metric] for metric in metrics)
+            seconds, peak, calls = (figure.value for figure in found if figure.implementation == name)
             table.add_row(f"TP {tp}", name, f"{seconds:.2f}", f"{ratio:.2f}", f"{peak:.1f}", f"{calls:g}")
     Console().print(f"{tokens} tokens, vocabulary {VOCAB}, hidden {STUDENT_HIDDEN} / {TEACHER_HIDDEN}, bf16", table)
     write(figures, options.json)

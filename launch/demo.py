@@ -51,7 +51,8 @@ def main() -> None:
         "SmolLM2-135M-Instruct (dequantised from Q4_1), pruned and distilled; held-out text of the standard library",
         rows,
         [
-            f"distilled on {steps[-1]['tokens']:,} tokens at {speed:.0f} tokens/s; won back {won / lost:.0%} of the loss that pruning cost",
+            f"distilled on {steps[-1]['tokens']:,} tokens at {speed:.0f} tokens/s; "
+            f"won back {won / lost:.0%} of the loss that pruning cost",
             f"pictures: {ROOT}/importance/importance.png, {ROOT}/distill/losses.png",
             f"checkpoints: {ROOT}/convert, {ROOT}/prune, {ROOT}/distill; plan: {ROOT}/plan/plan.json; text: {ROOT}/text",
             f"{(time.monotonic() - start) / 60:.1f} minutes in all",

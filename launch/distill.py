@@ -34,7 +34,9 @@ def main(config: DistillRun) -> None:
             figures = train.train(trainer, batches, out_dir)
             if runtime.rank() == 0 and figures:
                 report.plot_losses({"student": out_dir / "metrics.jsonl"}, out_dir / "losses.png")
-                report.table("distilled", train.summary(figures), [f"checkpoint: {out_dir}", f"curve: {out_dir}/losses.png"])
+                report.table(
+                    "distilled", train.summary(figures), [f"checkpoint: {out_dir}", f"curve: {out_dir}/losses.png"]
+                )
 
 
 if __name__ == "__main__":

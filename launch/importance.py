@@ -31,7 +31,11 @@ def main(config: ImportanceRun) -> None:
             if runtime.rank() == 0:
                 file = scores.save_scores(config.out_dir, found)
                 report.plot_importance(file, f"{config.out_dir}/importance.png")
-                report.table("importance", scores.summary(found), [f"scores: {file}", f"picture: {config.out_dir}/importance.png"])
+                report.table(
+                    "importance",
+                    scores.summary(found),
+                    [f"scores: {file}", f"picture: {config.out_dir}/importance.png"],
+                )
 
 
 if __name__ == "__main__":

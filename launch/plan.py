@@ -27,7 +27,11 @@ def main(config: PlanRun) -> None:
     architecture.check_exportable(plan.target)
     with checkpoint.claimed(config.out_dir, plain(config)):
         checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
-    report.table("plan", plan.summary(), [f"plan: {config.out_dir}/{plans.FILE}", f"dropped blocks: {plan.dropped_blocks() or 'none'}"])
+    report.table(
+        "plan",
+        plan.summary(),
+        [f"plan: {config.out_dir}/{plans.FILE}", f"dropped blocks: {plan.dropped_blocks() or 'none'}"],
+    )
 
 
 if __name__ == "__main__":

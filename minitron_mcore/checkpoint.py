@@ -75,7 +75,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'model.json'} is damaged ({error}): make the checkpoint again.") from error
     if not (path / "latest").is_file() or not found.step_dir.is_dir():
-        raise UserError(f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again.")
+        raise UserError(
+            f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again."
+        )
     return found
 
 
@@ -192,11 +194,16 @@ def model_state(model: build.LanguageModel, arch: Architecture, tp_rank: int, tp
         parameter, tp_dim = by_name[name], by_name[name].row.tp_dim
         tied_copy = name == "embedding.word_embeddings.weight" and not runtime.is_first_stage()
         replica = (int(tied_copy), 0 if tp_dim is not None else tp_rank, dp_rank)
-        state |= {f"{n}.{k}": v for k, v in sharded(parameter, views(parameter, tensor.data, tp_rank, tp_size), replica).items()}
+        state |= {
+            f"{n}.{k}": v
+            for k, v in sharded(parameter, views(parameter, tensor.data, tp_rank, tp_size), replica).items()
+        }
     return state
 
 
-def views(parameter: table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int) -> list[tuple[tuple[int, ...], Tensor]]:
+def views(
+    parameter: table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int
+) -> list[tuple[tuple[int, ...], Tensor]]:
     """(global offset, view) of each range that a rank's local tensor of a parameter is made of."""
     tp_dim = parameter.row.tp_dim
     if tp_dim is None:
@@ -242,7 +249,9 @@ def load(checkpoint: Checkpoint, state: dict) -> dict:
             return dist_checkpointing.load(state, str(checkpoint.step_dir), verify_integrity=True)
         except (CheckpointingException, CheckpointException, KeyError, RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0][:300]
-            raise UserError(f"the checkpoint {checkpoint.step_dir} is damaged or incomplete ({reason}): make it again.") from error
+            raise UserError(
+                f"the checkpoint {checkpoint.step_dir} is damaged or incomplete ({reason}): make it again."
+            ) from error
 
 
 def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
@@ -264,7 +273,9 @@ def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
         for name, parameter in build.named_parameters(model):
             peak = parameter.detach().abs().max().item()
             if not 0 < peak < float("inf"):
-                raise UserError(f"{name} in {checkpoint.path} has largest magnitude {peak}: these are no trained weights.")
+                raise UserError(
+                    f"{name} in {checkpoint.path} has largest magnitude {peak}: these are no trained weights."
+                )
 
 
 def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.LanguageModel:

@@ -1,12 +1,12 @@
 """What a run is told: one dataclass a config group and one a launch file. No torch import, so `--help` answers at once."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     bf16 = "bf16"
     fp32 = "fp32"
 

@@ -277,7 +277,9 @@ def open_model(source: str, parallel: ParallelConfig, dtype: str) -> HFModel | S
     if os.path.isfile(os.path.join(source, "model.json")):
         return ShardedModel(checkpoint.open_checkpoint(source), parallel, dtype)
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
-        raise UserError(f"{source} is no checkpoint of ours, and transformers shards nothing: convert it, or use parallel=single.")
+        raise UserError(
+            f"{source} is no checkpoint of ours, and transformers shards nothing: convert it, or use parallel=single."
+        )
     return HFModel(source, DTYPES[dtype])
 
 

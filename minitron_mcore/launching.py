@@ -46,7 +46,9 @@ def resolve(raw: DictConfig):
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         known = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
         key = error.full_key or "model"
-        raise UserError(f"{key} is not given: say {key}=..., or name a model with +model=NAME (one of {known}).") from error
+        raise UserError(
+            f"{key} is not given: say {key}=..., or name a model with +model=NAME (one of {known})."
+        ) from error
 
 
 def plain(config) -> dict:

@@ -47,7 +47,14 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
     fingerprint = hashlib.sha256(f"{source.fingerprint} {plan.digest()}".encode()).hexdigest()[:16]
     parents = {"source": checkpoint.identity(source)}
     checkpoint.describe(
-        out_dir, plan.target, fingerprint, parents, source.hf, plan=plan.digest(), scores=plan.scores, ancestry=source.lineage
+        out_dir,
+        plan.target,
+        fingerprint,
+        parents,
+        source.hf,
+        plan=plan.digest(),
+        scores=plan.scores,
+        ancestry=source.lineage,
     )
     if runtime.rank() == 0:
         checkpoint.replace_text(Path(out_dir) / FILE, plan.to_json())
@@ -61,7 +68,9 @@ def _read(source: checkpoint.Checkpoint, mine: list[table.Parameter]) -> dict[ta
     for parameter in mine:
         dim, shape = parameter.row.tp_dim, list(parameter.shape)
         if dim is not None:
-            shape[dim] = sum(high - low for low, high in table.ranges(parameter.row.axes[dim], source.arch, tp.rank(), tp.size()))
+            shape[dim] = sum(
+                high - low for low, high in table.ranges(parameter.row.axes[dim], source.arch, tp.rank(), tp.size())
+            )
         local = torch.empty(shape, dtype=stored[parameter.name].properties.dtype)
         pieces[parameter] = checkpoint.views(parameter, local, tp.rank(), tp.size())
         state |= checkpoint.sharded(parameter, pieces[parameter], hf.replica(parameter))
@@ -72,7 +81,9 @@ def _read(source: checkpoint.Checkpoint, mine: list[table.Parameter]) -> dict[ta
     }
 
 
-def select(parameter: table.Parameter, plan: Plan, offset: tuple[int, ...], data: Tensor) -> tuple[tuple[int, ...], Tensor]:
+def select(
+    parameter: table.Parameter, plan: Plan, offset: tuple[int, ...], data: Tensor
+) -> tuple[tuple[int, ...], Tensor]:
     """The kept part of one piece, and its offset in the pruned tensor.
 
     Args:

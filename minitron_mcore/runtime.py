@@ -70,7 +70,9 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
             f"{parallel.context} = {product}: start a multiple of {product} (torchrun --nproc-per-node) or change parallel=..."
         )
     if parallel.sequence and parallel.tensor == 1:
-        raise UserError("parallel.sequence needs parallel.tensor > 1: sequence parallelism shards over the tensor-parallel ranks.")
+        raise UserError(
+            "parallel.sequence needs parallel.tensor > 1: sequence parallelism shards over the tensor-parallel ranks."
+        )
     if parallel.context > 1 and host.is_cpu():
         raise UserError(
             f"parallel.context is {parallel.context}, but the torch layer spec has no context-parallel attention: "

@@ -69,7 +69,7 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             for inbox in self.inboxes[:world_size]:
                 inbox.put((fn, world_size, parallel, os.path.join(folder, "store"), args))
-            waiting, deadline = set(range(world_size)), time.monotonic() + timeout
+            waiting, deadline, failed_at = set(range(world_size)), time.monotonic() + timeout, 0.0
             while waiting:
                 try:
                     rank, result, error = self.outbox.get(timeout=1)

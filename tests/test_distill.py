@@ -17,7 +17,14 @@ from tests.test_models import LAYOUTS
 from tests.test_prune import ONE, export, random_scores, run_prune
 
 CONFIG = DistillConfig(
-    steps=4, global_batch=4, micro_batch=1, sequence_length=12, peak_lr=1e-2, min_lr=1e-3, warmup_steps=1, save_every=100
+    steps=4,
+    global_batch=4,
+    micro_batch=1,
+    sequence_length=12,
+    peak_lr=1e-2,
+    min_lr=1e-3,
+    warmup_steps=1,
+    save_every=100,
 )
 
 
@@ -35,7 +42,9 @@ def pair(request, pool, tmp_path):
 def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int):
     """Samples in one global order, shared out as Megatron's sampler does; some labels masked."""
     g = torch.Generator().manual_seed(7)
-    ids = torch.randint(0, models.SIZES["vocab_size"], (config.steps * config.global_batch, config.sequence_length + 1), generator=g)
+    ids = torch.randint(
+        0, models.SIZES["vocab_size"], (config.steps * config.global_batch, config.sequence_length + 1), generator=g
+    )
     mask = (torch.rand(ids.shape, generator=g) > 0.2).float()[:, 1:]
     for first in range(start + dp_rank * config.micro_batch, len(ids), config.micro_batch * dp_size):
         rows = slice(first, first + config.micro_batch)
@@ -76,7 +85,10 @@ def test_first_step_is_the_dense_one(pool, tmp_path, pair, kd_weight):
     """Both losses and the gradient's norm over the whole model, from transformers' own modules in fp64."""
     from transformers import AutoModelForCausalLM
 
-    config, parallel = dataclasses.replace(CONFIG, kd_weight=kd_weight, lm_weight=1 - kd_weight), ParallelConfig(tensor=3)
+    config, parallel = (
+        dataclasses.replace(CONFIG, kd_weight=kd_weight, lm_weight=1 - kd_weight),
+        ParallelConfig(tensor=3),
+    )
     teacher = pair[1] if kd_weight else None
     step = pool.run(distill, 3, parallel, pair[0], teacher, config, parallel, tmp_path / "run")[0][0]
     batch = next(micro_batches(dataclasses.replace(CONFIG, micro_batch=4), 0, 0, 1))
@@ -114,7 +126,16 @@ def test_resumed_run_is_bit_equal(pool, tmp_path, pair, layout):
 
 def test_student_that_is_the_teacher_has_nothing_to_learn(pool, tmp_path, pair):
     parallel = ParallelConfig(tensor=2)
-    history = pool.run(distill, 2, parallel, pair[1], pair[1], dataclasses.replace(CONFIG, weight_decay=0.0, steps=2), parallel, tmp_path / "x")[0]
+    history = pool.run(
+        distill,
+        2,
+        parallel,
+        pair[1],
+        pair[1],
+        dataclasses.replace(CONFIG, weight_decay=0.0, steps=2),
+        parallel,
+        tmp_path / "x",
+    )[0]
     assert history[0]["kd_loss"] < 1e-6 and history[0]["grad_norm"] < 1e-5
 
 
@@ -128,7 +149,9 @@ def test_student_that_is_the_teacher_has_nothing_to_learn(pool, tmp_path, pair):
 )
 def test_impossible_settings_are_refused(pool, tmp_path, pair, change, sentence):
     with pytest.raises(WorkerError, match=sentence):
-        pool.run(distill, 2, ParallelConfig(), *pair, dataclasses.replace(CONFIG, **change), ParallelConfig(), tmp_path / "x")
+        pool.run(
+            distill, 2, ParallelConfig(), *pair, dataclasses.replace(CONFIG, **change), ParallelConfig(), tmp_path / "x"
+        )
 
 
 def distill_signalled(student, teacher, config, parallel, out_dir):

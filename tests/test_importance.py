@@ -83,7 +83,9 @@ def test_scores_equal_the_formula(pool, tmp_path, layout):
         assert scores.keys() == expected.keys()
         for name, vector in expected.items():
             assert scores[name].dtype == torch.float32
-            torch.testing.assert_close(scores[name].double(), vector, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                scores[name].double(), vector, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_other_layout_same_plan(pool, tmp_path):
@@ -101,4 +103,9 @@ def test_other_layout_same_plan(pool, tmp_path):
         scores = pool.run(collect, world, parallel, tmp_path / "ckpt", parallel, ids, LENGTHS)[0]
         plans.append(make_plan(arch, "same", Scores(scores, {}), prune))
     for plan in plans[1:]:
-        assert (plan.hidden, plan.blocks, plan.ffn, plan.heads) == (plans[0].hidden, plans[0].blocks, plans[0].ffn, plans[0].heads)
+        assert (plan.hidden, plan.blocks, plan.ffn, plan.heads) == (
+            plans[0].hidden,
+            plans[0].blocks,
+            plans[0].ffn,
+            plans[0].heads,
+        )

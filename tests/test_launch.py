@@ -60,9 +60,15 @@ def test_every_stage_composes_and_is_short(stage):
 
 def test_help_and_cfg_job(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    for flags, expected in ((["--help"], "prune: keep, llama31_4b_depth"), (["+model=llama31_8b", "--cfg", "job"], "hidden: null")):
+    for flags, expected in (
+        (["--help"], "prune: keep, llama31_4b_depth"),
+        (["+model=llama31_8b", "--cfg", "job"], "hidden: null"),
+    ):
         command = [sys.executable, str(ROOT / "launch" / "plan.py"), *flags]
-        assert expected in subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+        assert (
+            expected
+            in subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+        )
 
 
 def test_typos_are_caught_at_compose_time():
@@ -82,7 +88,8 @@ def test_missing_checkpoint_is_one_sentence(tmp_path):
 
 
 def word_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
 
     vocab = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, models.SIZES["vocab_size"])}
@@ -100,9 +107,24 @@ def test_whole_way_on_two_ranks(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model, two = ["+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "dtype=fp32"], ["parallel=tp2"]
     data = ["data.train=[text.jsonl]", "data.heldout=[text.jsonl]"]
-    small = ["distill.steps=4", "distill.global_batch=4", "distill.sequence_length=16", "distill.warmup_steps=1", "distill.log_every=1"]
+    small = [
+        "distill.steps=4",
+        "distill.global_batch=4",
+        "distill.sequence_length=16",
+        "distill.warmup_steps=1",
+        "distill.log_every=1",
+    ]
     launch(tmp_path, "convert", *model, *two, processes=2)
-    launch(tmp_path, "importance", *model, *two, *data, "importance.samples=8", "importance.sequence_length=16", processes=2)
+    launch(
+        tmp_path,
+        "importance",
+        *model,
+        *two,
+        *data,
+        "importance.samples=8",
+        "importance.sequence_length=16",
+        processes=2,
+    )
     launch(tmp_path, "plan", *model, *two, "prune.hidden=24", "prune.ffn=18")
     launch(tmp_path, "prune", *model, *two, processes=2)
     launch(tmp_path, "distill", *model, *two, *data, *small, "distill.stop_after=2", processes=2)

@@ -1,7 +1,6 @@
 """Hugging Face -> Megatron-Core -> Hugging Face: a failure means users' weights or logits are not the ones they gave."""
 
 import pytest
-import torch
 
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.testing import WorkerError
@@ -24,7 +23,9 @@ def test_logits_equal_transformers(pool, tmp_path, layout, tied):
     folder = models.tiny_llama(tmp_path / "hf", tied=tied)
     pool.run(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
     ids = models.tokens()
-    logits = next(x for x in pool.run(models.mcore_logits, world, parallel, tmp_path / "ckpt", parallel, ids) if x is not None)
+    logits = next(
+        x for x in pool.run(models.mcore_logits, world, parallel, tmp_path / "ckpt", parallel, ids) if x is not None
+    )
     assert (logits - models.hf_logits(folder, ids)).abs().max() <= 2e-4
 
 
@@ -32,12 +33,18 @@ def test_logits_equal_transformers(pool, tmp_path, layout, tied):
     ("damage", "sentence"),
     [
         (lambda f: [w.unlink() for w in f.glob("*.safetensors")], "holds no .*safetensors weights"),
-        (lambda f: models.edit_config(f, architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel is not supported"),
+        (
+            lambda f: models.edit_config(f, architectures=["GPT2LMHeadModel"]),
+            "architecture GPT2LMHeadModel is not supported",
+        ),
         (lambda f: models.edit_config(f, hidden_act="gelu"), "activation 'gelu' is not supported"),
         (lambda f: models.edit_config(f, rope_parameters={"rope_type": "yarn"}), "rope type 'yarn' is not supported"),
         (lambda f: models.edit_config(f, intermediate_size=32), "mlp.gate_proj.weight has shape .*asks for"),
         (lambda f: models.edit_config(f, num_hidden_layers=6), "layers.5.input_layernorm.weight is missing"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "not a whole safetensors"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+            "not a whole safetensors",
+        ),
         (lambda f: (f / "config.json").unlink(), "no Hugging Face model at"),
     ],
 )
@@ -52,7 +59,11 @@ def test_bad_folders_are_refused(pool, tmp_path, damage, sentence):
 @pytest.mark.parametrize(
     ("world", "parallel", "sentence"),
     [
-        (4, ParallelConfig(tensor=4), "parallel.tensor 4 does not divide key/value groups 6 .*use tensor 1 or 2 or 3 or 6"),
+        (
+            4,
+            ParallelConfig(tensor=4),
+            "parallel.tensor 4 does not divide key/value groups 6 .*use tensor 1 or 2 or 3 or 6",
+        ),
         (3, ParallelConfig(tensor=2), "3 processes cannot hold tensor 2"),
         (1, ParallelConfig(sequence=True), "parallel.sequence needs parallel.tensor > 1"),
         (2, ParallelConfig(context=2), "no context-parallel attention"),
@@ -72,7 +83,10 @@ def table_state(checkpoint, parallel):
 
     opened = open_checkpoint(checkpoint)
     model, tp = build.build(opened.arch, parallel, "fp32"), runtime.tp_group()
-    ours = {(s.key, s.global_offset, tuple(s.data.shape)) for s in model_state(model, opened.arch, tp.rank(), tp.size()).values()}
+    ours = {
+        (s.key, s.global_offset, tuple(s.data.shape))
+        for s in model_state(model, opened.arch, tp.rank(), tp.size()).values()
+    }
     theirs = set()
     for entry in model.sharded_state_dict().values():
         shards = entry.build() if hasattr(entry, "build") else [entry]
@@ -83,7 +97,7 @@ def table_state(checkpoint, parallel):
 
 @pytest.mark.parametrize("layout", ["tp1", "tp3", "tp2_pp2"])
 def test_the_table_is_complete(pool, tmp_path, layout):
-    """Every parameter that megatron-core would checkpoint is in the table, at the same place (a vocabulary that needs no padding)."""
+    """All that megatron-core would checkpoint is in the table, at the same place (a vocabulary that needs no padding)."""
     world, parallel = LAYOUTS[layout]
     folder = models.tiny_llama(tmp_path / "hf", tied=True, vocab_size=102)
     pool.run(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)

@@ -78,9 +78,14 @@ def test_pruned_equals_cut_by_hand(pool, tmp_path, parent, layout):
     world, parallel = LAYOUTS[layout]
     opened = open_checkpoint(parent)
     # Counts per rank come out uneven: nothing here is divisible by 2 or 3 in each shard.
-    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=17, heads=6, blocks=3))
+    plan = make_plan(
+        opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=17, heads=6, blocks=3)
+    )
     pool.run(run_prune, world, parallel, parent, plan, tmp_path / "pruned", parallel)
-    found, expected = export(tmp_path / "pruned", tmp_path / "pruned_hf"), cut_by_hand(models.weights(tmp_path / "hf"), plan)
+    found, expected = (
+        export(tmp_path / "pruned", tmp_path / "pruned_hf"),
+        cut_by_hand(models.weights(tmp_path / "hf"), plan),
+    )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
     assert load_plan(tmp_path / "pruned") == plan
@@ -93,7 +98,9 @@ def test_keep_everything_changes_nothing(pool, tmp_path, parent):
     found, expected = export(tmp_path / "same", tmp_path / "same_hf"), models.weights(tmp_path / "hf")
     assert all(torch.equal(found[k], expected[k]) for k in expected)
     ids = models.tokens()
-    before, after = (pool.run(models.mcore_logits, 3, parallel, p, parallel, ids)[0] for p in (parent, tmp_path / "same"))
+    before, after = (
+        pool.run(models.mcore_logits, 3, parallel, p, parallel, ids)[0] for p in (parent, tmp_path / "same")
+    )
     assert torch.equal(before, after)
 
 
@@ -102,7 +109,9 @@ def test_zeroed_parent_gives_the_pruned_logits(pool, tmp_path, parent):
     from safetensors.torch import save_file
 
     opened = open_checkpoint(parent)
-    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=18, heads=6, blocks=4))
+    plan = make_plan(
+        opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=18, heads=6, blocks=4)
+    )
     pool.run(run_prune, 3, ParallelConfig(tensor=3), parent, plan, tmp_path / "pruned", ParallelConfig(tensor=3))
     weights, d = models.weights(tmp_path / "hf"), opened.arch.head_dim
     for block in range(opened.arch.blocks):

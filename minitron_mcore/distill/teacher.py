@@ -33,7 +33,9 @@ class Teacher:
         """
         if runtime.pp_group().size() > 1:
             return self._run(batches)
-        return (batch for at in range(0, len(batches), self.ahead) for batch in self._run(batches[at : at + self.ahead]))
+        return (
+            batch for at in range(0, len(batches), self.ahead) for batch in self._run(batches[at : at + self.ahead])
+        )
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
         hidden: list[Tensor] = []

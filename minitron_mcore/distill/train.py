@@ -53,7 +53,9 @@ def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig
             f"data-parallel ranks = {unit}: give {max(1, config.global_batch // unit) * unit}."
         )
     if not 0 <= config.warmup_steps < config.steps:
-        raise UserError(f"distill.warmup_steps is {config.warmup_steps}; it must be below distill.steps {config.steps}.")
+        raise UserError(
+            f"distill.warmup_steps is {config.warmup_steps}; it must be below distill.steps {config.steps}."
+        )
     if config.kd_weight == 0 and config.lm_weight == 0:
         raise UserError("distill.kd_weight and distill.lm_weight are both 0: there is nothing to train on.")
 
@@ -62,7 +64,12 @@ class Trainer:
     """Student, teacher, optimizer and schedule of one run, each sharded by megatron-core as the layout says."""
 
     def __init__(
-        self, student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig, parallel: ParallelConfig, dtype: str
+        self,
+        student: Checkpoint,
+        teacher: Checkpoint | None,
+        config: DistillConfig,
+        parallel: ParallelConfig,
+        dtype: str,
     ):
         """Build both models and load their weights (collective).
 
@@ -73,7 +80,9 @@ class Trainer:
         self.config, self.arch, self.step = config, student.arch, 0
         self.teacher_arch = teacher.arch if teacher else None
         model = checkpoint.build_model(student, parallel, dtype)
-        self.teacher = Teacher(checkpoint.build_model(teacher, parallel, dtype), config.teacher_ahead) if teacher else None
+        self.teacher = (
+            Teacher(checkpoint.build_model(teacher, parallel, dtype), config.teacher_ahead) if teacher else None
+        )
         self.objective = Objective(model, self.teacher, student.arch.vocab, config)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=config.distributed_optimizer,
@@ -144,7 +153,9 @@ class Trainer:
             sums += part
         kd, lm, entropy, tokens = self._total(sums).tolist()
         if not torch.isfinite(torch.tensor([kd, lm])).all():
-            raise UserError(f"the loss of step {self.step + 1} is not finite (kd {kd}, lm {lm}): nothing was changed; lower distill.peak_lr.")
+            raise UserError(
+                f"the loss of step {self.step + 1} is not finite (kd {kd}, lm {lm}): nothing was changed; lower distill.peak_lr."
+            )
         self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
         updated, norm, _ = self.optimizer.step()
         if not updated or not 0 <= norm < float("inf"):
@@ -192,7 +203,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for optimizer in self.optimizer.chained_optimizers if torch_adam else ():
             for entry in optimizer.optimizer.state.values():
-                entry["step"] = entry["step"].clone()  # megatron-core gives all parameters one counter; each would advance it
+                entry["step"] = entry[
+                    "step"
+                ].clone()  # megatron-core gives all parameters one counter; each would advance it
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
 

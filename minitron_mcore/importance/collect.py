@@ -88,7 +88,7 @@ class Collector:
         if mask is not None:
             self._lengths = mask.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1)
             self._mask = mask.t()[..., None]
-        self.tokens += (mask.sum() if mask is not None else ids.numel())
+        self.tokens += mask.sum() if mask is not None else ids.numel()
 
     def _own(self, rows: int) -> Tensor | None:
         """The mask's rows that go with a tensor of `rows` sequence positions on this rank."""
@@ -208,10 +208,14 @@ def score(model: LanguageModel, source: Checkpoint, tokens: Tensor, mask: Tensor
     """
     dp = runtime.dp_group()
     if len(tokens) < dp.size():
-        raise UserError(f"importance.samples is {len(tokens)}, fewer than the {dp.size()} data-parallel ranks: give at least that many.")
+        raise UserError(
+            f"importance.samples is {len(tokens)}, fewer than the {dp.size()} data-parallel ranks: give at least that many."
+        )
     mine, whole = slice(dp.rank(), None, dp.size()), bool(mask.all())
     batches = [
-        {"tokens": t.to(runtime.device())} if whole else {"tokens": t.to(runtime.device()), "mask": m.to(runtime.device())}
+        {"tokens": t.to(runtime.device())}
+        if whole
+        else {"tokens": t.to(runtime.device()), "mask": m.to(runtime.device())}
         for t, m in zip(tokens[mine].split(micro_batch), mask[mine].split(micro_batch), strict=True)
     ]
     progress = runtime.Progress("importance", len(batches), "micro-batches")

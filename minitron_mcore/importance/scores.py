@@ -60,7 +60,7 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own type for a cut or foreign file
         raise UserError(f"{path} is not a whole safetensors file ({error}): run launch/importance.py again.") from error
     if metadata.get("fingerprint") != fingerprint:
@@ -73,7 +73,9 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
             found = tuple(vectors[name].shape) if name in vectors else "nothing"
             raise UserError(f"{path} has {found} for {name}, expected shape {shape}: run launch/importance.py again.")
         if not torch.isfinite(vectors[name]).all():
-            raise UserError(f"{path} holds a value that is not finite in {name}: check the model and its data, then score again.")
+            raise UserError(
+                f"{path} holds a value that is not finite in {name}: check the model and its data, then score again."
+            )
     return Scores(vectors, metadata)
 
 

@@ -73,7 +73,10 @@ def from_hf(config: dict) -> Architecture:
     for bias in ("attention_bias", "mlp_bias"):
         if config.get(bias):
             raise UserError(f"{name} with {bias}=true is not supported: expected no biases.")
-    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 1e4)}
+    rope = config.get("rope_parameters") or {
+        **(config.get("rope_scaling") or {}),
+        "rope_theta": config.get("rope_theta", 1e4),
+    }
     heads = config["num_attention_heads"]
     return Architecture(
         family=FAMILIES[name],
@@ -111,7 +114,11 @@ def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
 
     Both spellings of the rotary constants stay as shipped: pruning never changes them.
     """
-    config = {key: value for key, value in shipped.items() if key not in ("_name_or_path", "torch_dtype", "quantization_config")}
+    config = {
+        key: value
+        for key, value in shipped.items()
+        if key not in ("_name_or_path", "torch_dtype", "quantization_config")
+    }
     return config | {
         "num_hidden_layers": arch.blocks,
         "hidden_size": arch.hidden,

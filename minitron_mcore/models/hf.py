@@ -35,7 +35,9 @@ class Folder:
         else:
             names = sorted(file.name for file in path.glob("*.safetensors"))
         if not names:
-            raise UserError(f"{path} holds no *.safetensors weights: download the model with its weights, or convert them.")
+            raise UserError(
+                f"{path} holds no *.safetensors weights: download the model with its weights, or convert them."
+            )
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise UserError(f"{index} names {missing[0]}, which is not in {path}: download the model again.")
@@ -53,7 +55,9 @@ class Folder:
         for parameter in table.parameters(arch):
             for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
                 if name not in self.where:
-                    raise UserError(f"tensor {name} is missing from {self.files[0].parent}: its config.json asks for it.")
+                    raise UserError(
+                        f"tensor {name} is missing from {self.files[0].parent}: its config.json asks for it."
+                    )
                 found = tuple(self.where[name].get_slice(name).get_shape())
                 if found != shape:
                     raise UserError(f"tensor {name} has shape {found}, but config.json asks for {shape}.")
@@ -121,7 +125,9 @@ def import_folder(path: str | Path, out_dir: str | Path, parallel: ParallelConfi
     return arch
 
 
-def _pieces(folder: Folder, parameter: table.Parameter, tp_rank: int, tp_size: int) -> list[tuple[tuple[int, ...], Tensor]]:
+def _pieces(
+    folder: Folder, parameter: table.Parameter, tp_rank: int, tp_size: int
+) -> list[tuple[tuple[int, ...], Tensor]]:
     dim = parameter.row.tp_dim
     if dim is None:
         return [((0,) * len(parameter.shape), folder.piece(parameter, None, 0, 0))]
@@ -139,7 +145,11 @@ def stage_parameters(arch: Architecture, parallel: ParallelConfig):
     blocks = set(build.stage_blocks(arch, parallel)[stage])
     for parameter in table.parameters(arch):
         first = parameter.name.startswith("embedding")
-        here = parameter.block in blocks if parameter.block is not None else (stage == (0 if first else parallel.pipeline - 1))
+        here = (
+            parameter.block in blocks
+            if parameter.block is not None
+            else (stage == (0 if first else parallel.pipeline - 1))
+        )
         if here:
             yield parameter
 

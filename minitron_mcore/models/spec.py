@@ -115,7 +115,9 @@ def _stack(norm, column, row, attention) -> ModuleSpec:
                     self_attention=ModuleSpec(
                         module=SelfAttention,
                         params={"attn_mask_type": AttnMaskType.causal},
-                        submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=attention, linear_proj=row),
+                        submodules=SelfAttentionSubmodules(
+                            linear_qkv=column, core_attention=attention, linear_proj=row
+                        ),
                     ),
                     self_attn_bda=get_bias_dropout_add,
                 ),

@@ -49,7 +49,12 @@ LLAMA = (
         tuple(f"{_BLOCK}self_attn.{x}_proj.weight" for x in "qkv"),
         0,
     ),
-    Row("decoder.layers.{a}.self_attention.linear_proj.weight", ("hidden", "heads"), (_BLOCK + "self_attn.o_proj.weight",), 1),
+    Row(
+        "decoder.layers.{a}.self_attention.linear_proj.weight",
+        ("hidden", "heads"),
+        (_BLOCK + "self_attn.o_proj.weight",),
+        1,
+    ),
     Row("decoder.layers.{m}.pre_mlp_layernorm.weight", ("hidden",), (_BLOCK + "post_attention_layernorm.weight",)),
     Row(
         "decoder.layers.{m}.mlp.linear_fc1.weight",

@@ -41,7 +41,9 @@ class Plan:
             sizes[f"heads of block {block}"] = (self.heads.get(block, []), self.source.heads, self.target.heads)
         for name, (kept, total, wanted) in sizes.items():
             if sorted(set(kept)) != list(kept) or len(kept) != wanted or not 0 <= kept[0] <= kept[-1] < total:
-                raise UserError(f"the plan's {name} must be {wanted} ascending indices below {total}; it has {len(kept)}.")
+                raise UserError(
+                    f"the plan's {name} must be {wanted} ascending indices below {total}; it has {len(kept)}."
+                )
 
     def digest(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
@@ -109,7 +111,9 @@ def resolve(target: float | None, total: int, name: str) -> int:
         return total
     count = round(target * total) if 0 < target < 1 else target
     if count != int(count) or not 1 <= count <= total:
-        raise UserError(f"prune.{name} is {target:g}, but the source has {total}: give 1 to {total}, or a share between 0 and 1.")
+        raise UserError(
+            f"prune.{name} is {target:g}, but the source has {total}: give 1 to {total}, or a share between 0 and 1."
+        )
     return int(count)
 
 
@@ -123,7 +127,9 @@ def target_architecture(source: Architecture, prune: PruneConfig) -> Architectur
     if heads % source.groups:
         near = max(1, heads // source.groups) * source.groups
         raise UserError(f"prune.heads {heads} is not a multiple of the {source.groups} key/value groups: give {near}.")
-    blocks = source.blocks - len(prune.drop_blocks) if prune.drop_blocks else resolve(prune.blocks, source.blocks, "blocks")
+    blocks = (
+        source.blocks - len(prune.drop_blocks) if prune.drop_blocks else resolve(prune.blocks, source.blocks, "blocks")
+    )
     return dataclasses.replace(
         source,
         hidden=resolve(prune.hidden, source.hidden, "hidden"),
@@ -150,7 +156,9 @@ def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: Pru
     if prune.drop_blocks:
         wrong = [block for block in prune.drop_blocks if not 0 <= block < source.blocks]
         if wrong or len(set(prune.drop_blocks)) != len(prune.drop_blocks):
-            raise UserError(f"prune.drop_blocks {prune.drop_blocks}: give different blocks from 0 to {source.blocks - 1}.")
+            raise UserError(
+                f"prune.drop_blocks {prune.drop_blocks}: give different blocks from 0 to {source.blocks - 1}."
+            )
         blocks = [block for block in range(source.blocks) if block not in prune.drop_blocks]
     else:
         blocks = top(torch.stack([vectors[f"blocks.{i}.block"] for i in range(source.blocks)]), target.blocks)
