@@ -17,8 +17,8 @@ def main(config: DistillRun) -> None:
 
     settings, out_dir = config.distill, Path(config.out_dir)
     with runtime.distributed(config.parallel, config.seed):
-        student = checkpoint.open_checkpoint(config.student)
-        teacher = checkpoint.open_checkpoint(config.teacher) if settings.kd_weight else None
+        student = checkpoint.open_checkpoint(config.student, "student")
+        teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.kd_weight else None
         train.check(student, teacher, settings, runtime.dp_group().size())
         with checkpoint.claimed(out_dir, plain(config), resume=True) as resumed:
             runtime.log(spec.describe())

