@@ -286,8 +286,10 @@ class _Record:
 
     def __init__(self, out_dir: Path, step: int):
         path = out_dir / "metrics.jsonl"
-        kept = path.read_text().splitlines() if path.is_file() else []
-        checkpoint.replace_text(path, "".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= step))
+        # A killed run may leave half a line, which is of a step after its checkpoint.
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        checkpoint.replace_text(path, "".join(kept))
         self.file = path.open("a")
         self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
