@@ -6,6 +6,7 @@
 The workers live as long as the pool and import torch and megatron-core once; every call gets fresh process groups.
 """
 
+import gc
 import os
 import queue
 import tempfile
@@ -23,9 +24,11 @@ from minitron_mcore.config import ParallelConfig
 
 def _work(rank: int, inbox, outbox) -> None:
     torch.set_num_threads(1)
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
     from minitron_mcore import runtime
 
-    while (task := inbox.get()) is not None:
+    while (task := _next(inbox)) is not None:
         fn, world_size, parallel, path, args = task
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         try:
@@ -34,6 +37,20 @@ def _work(rank: int, inbox, outbox) -> None:
                 outbox.put((rank, fn(*args), None))
         except BaseException as error:  # a truncated shard raises a BaseException in torch.distributed.checkpoint
             outbox.put((rank, None, (type(error).__name__, str(error), traceback.format_exc())))
+            del error
+        # A group's gloo threads end with its last reference, and megatron-core's rotary cache holds whole models.
+        RotaryEmbedding.forward.cache_clear()
+        gc.collect()
+
+
+def _next(inbox):
+    """The next task; None when there are no more, or nobody is left to ask for any."""
+    while mp.parent_process().is_alive():
+        try:
+            return inbox.get(timeout=2)
+        except queue.Empty:
+            continue
+    return None
 
 
 class WorkerError(Exception):
