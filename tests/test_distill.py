@@ -63,7 +63,9 @@ def distill(student, teacher, config, parallel, out_dir, resume=False):
     checkpoint.describe(out_dir, opened.arch, "test", {}, opened.hf)
     dp = runtime.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
-    return train(trainer, batches, Path(out_dir))
+    history = train(trainer, batches, Path(out_dir))
+    trainer.close()
+    return history
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
