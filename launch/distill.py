@@ -32,7 +32,6 @@ def main(config: DistillRun) -> None:
             checkpoint.describe(out_dir, student.arch, name, parents, student.hf, ancestry=student.lineage)
             batches = data.train_batches(prefixes, weights, **trainer.data_position(config.data))
             figures = train.train(trainer, batches, out_dir)
-            trainer.close()
             if runtime.rank() == 0 and figures:
                 report.plot_losses({"student": out_dir / "metrics.jsonl"}, out_dir / "losses.png")
                 report.table(

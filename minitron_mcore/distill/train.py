@@ -209,10 +209,6 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
 
-    def close(self) -> None:
-        """Let the models go: megatron-core's gradient hooks hold them in a cycle that Python's collector cannot see."""
-        self.model.grad_accs.clear()
-
 
 def _prepare_torch_adam(optimizer) -> None:
     """Let a DistributedOptimizer around torch's Adam load a checkpoint (Apex's and Transformer Engine's need none of this)."""
