@@ -76,7 +76,7 @@ class Pool:
         for worker in self.workers:
             worker.start()
 
-    def run(self, fn: Callable, world_size: int, parallel: ParallelConfig, *args: Any, timeout: float = 300) -> list:
+    def run(self, fn: Callable, world_size: int, parallel: ParallelConfig, *args: Any, timeout: float = 900) -> list:
         """`fn(*args)` on ranks 0..world_size-1 within the layout `parallel`; its results (numbers, CPU tensors) in rank order.
 
         Raises:
