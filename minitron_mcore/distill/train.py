@@ -106,6 +106,8 @@ class Trainer:
             [self.model],
             use_gloo_process_groups=False,
         )
+        for optimizer in self.optimizer.chained_optimizers if config.distributed_optimizer else ():
+            _save_buckets_in_place(optimizer)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.no_sync_func = self.model.no_sync
@@ -208,6 +210,27 @@ class Trainer:
                 ].clone()  # megatron-core gives all parameters one counter; each would advance it
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
+
+
+def _save_buckets_in_place(optimizer) -> None:
+    """Make a DistributedOptimizer save the state that it has where its gradient buffer has padding between buckets.
+
+    megatron-core 0.19.2 joins the buckets without their padding, then cuts parameters out by their padded offsets.
+    """
+    joined = optimizer.get_parameter_state_dp_zero
+
+    def placed(**kwargs):
+        state = joined(**kwargs)
+        for n, buffer in enumerate(optimizer.buffers):
+            for tensors in state[n].values():
+                for key in tensors.keys() - {"numel_unpadded"}:
+                    parts = tensors[key].split([bucket.numel_unpadded for bucket in buffer.buckets])
+                    tensors[key] = tensors[key].new_zeros(buffer.numel)
+                    for bucket, part in zip(buffer.buckets, parts, strict=True):
+                        tensors[key][bucket.offset : bucket.offset + len(part)] = part
+        return state
+
+    optimizer.get_parameter_state_dp_zero = placed
 
 
 def _prepare_torch_adam(optimizer) -> None:
