@@ -15,7 +15,7 @@ from rich.table import Table
 
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.testing import Pool
+from minitron_mcore.testing import on_ranks
 
 SMOLLM2 = Architecture("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5, None, True)
 LAYOUTS = {
@@ -59,11 +59,11 @@ def measure(arch: Architecture, parallel: ParallelConfig, threads: int, rounds: 
 def main() -> None:
     options = arguments(__doc__)
     rounds, layouts = (3, ["tp1"]) if options.quick else (9, list(LAYOUTS))
-    pool, figures = Pool(3), []
+    figures = []
     shown = Table("layout", "forward (s)", "collecting (s)", "overhead")
     for name in layouts:
         world, parallel = LAYOUTS[name]
-        pairs = pool.run(
+        pairs = on_ranks(
             measure, world, parallel, SMOLLM2, parallel, max(1, os.cpu_count() // world), rounds, timeout=900
         )[0]
         without, collecting = (median(column) for column in zip(*pairs, strict=True))
@@ -76,7 +76,6 @@ def main() -> None:
             ("overhead", overhead, "1"),
         ):
             figures.append(Figure("importance", case, "minitron", metric, value, unit))
-    pool.close()
     Console().print(shown)
     write(figures, options.json)
 

@@ -13,7 +13,6 @@ Collectives are those of one call, forward and backward, less the reduction of t
 need alike. On one rank others may disturb the time: threads wait for each other, so measure on an idle machine.
 """
 
-import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from minitron_mcore import runtime
 from minitron_mcore.config import ParallelConfig
-from minitron_mcore.testing import Pool
+from minitron_mcore.testing import on_ranks
 
 VOCAB, STUDENT_HIDDEN, TEACHER_HIDDEN = 49_152, 504, 576
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor")
@@ -147,8 +146,7 @@ def on_rank(tokens: int, repetitions: int) -> dict[str, dict[str, float | list[f
 def measure(tp: int, tokens: int, repetitions: int) -> tuple[list[Figure], dict[str, float]]:
     """The figures at one tensor-parallel size; each time over ModelOpt's (the median of the repetitions' ratios)."""
     figures, case = [], f"tp{tp}, {tokens} tokens x {VOCAB}, bf16"
-    with contextlib.closing(Pool(tp)) as pool:
-        ranks = pool.run(on_rank, tp, ParallelConfig(tensor=tp), tokens, repetitions, timeout=900)
+    ranks = on_ranks(on_rank, tp, ParallelConfig(tensor=tp), tokens, repetitions, timeout=900)
     times = {name: torch.tensor([rank[name]["time"] for rank in ranks]).amax(0) for name in IMPLEMENTATIONS}
     for name in IMPLEMENTATIONS:
         peak, calls = (max(rank[name][m] for rank in ranks) for m in ("extra_peak_bytes_per_element", "collectives"))

@@ -12,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from minitron_mcore import data, runtime
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.testing import on_ranks
 
 WORDS = [
     "the",
@@ -197,10 +198,10 @@ def _on_rank(prefixes, cache, files, tokenizer):
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2)], ids=["dp4", "tp2-dp2"])
-def test_ranks_of_a_world_read_what_one_process_reads(pool, corpus, tmp_path, parallel):
+def test_ranks_of_a_world_read_what_one_process_reads(corpus, tmp_path, parallel):
     tokenizer, prefixes, _, cache = corpus
     files = [write_jsonl(tmp_path / "new.jsonl", texts(5, 9))]
-    results = pool.run(_on_rank, 4, parallel, prefixes, str(tmp_path / "cache"), files, tokenizer)
+    results = on_ranks(_on_rank, 4, parallel, prefixes, str(tmp_path / "cache"), files, tokenizer)
     dp_size = 4 // parallel.tensor
     for rank, (made, seen, drawn) in enumerate(results):
         assert made == results[0][0] and IndexedDataset.exists(made[0])
@@ -216,10 +217,10 @@ def _refusal(file, tokenizer, cache) -> str | None:
         return str(error)
 
 
-def test_a_mistake_on_rank_0_is_everyones(pool, corpus, tmp_path):
+def test_a_mistake_on_rank_0_is_everyones(corpus, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text('{"text": "the cat"}\n{"txt": "the cat"}\n')
-    first, second = pool.run(_refusal, 2, ParallelConfig(), str(file), corpus[0], str(tmp_path / "cache"), timeout=60)
+    first, second = on_ranks(_refusal, 2, ParallelConfig(), str(file), corpus[0], str(tmp_path / "cache"), timeout=60)
     assert first == second and "line 2" in first
     assert not list(tmp_path.glob("cache/*"))  # nothing half written stays
 

@@ -11,7 +11,7 @@ from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import DistillConfig, ParallelConfig, PruneConfig
 from minitron_mcore.models import hf
 from minitron_mcore.plan.plan import make_plan
-from minitron_mcore.testing import WorkerError
+from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_models import LAYOUTS
 from tests.test_prune import ONE, export, random_scores, run_prune
@@ -28,14 +28,14 @@ CONFIG = DistillConfig(
 )
 
 
-@pytest.fixture(params=[True], ids=["tied"])
-def pair(request, pool, tmp_path):
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def pair(request, tmp_path):
     """A teacher and its pruned student on disk."""
     folder = models.tiny_llama(tmp_path / "hf", tied=request.param)
-    pool.run(models.import_hf, 1, ONE, folder, tmp_path / "teacher", ONE)
+    on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "teacher", ONE)
     opened = open_checkpoint(tmp_path / "teacher")
     plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=18))
-    pool.run(run_prune, 1, ONE, tmp_path / "teacher", plan, tmp_path / "student", ONE)
+    on_ranks(run_prune, 1, ONE, tmp_path / "teacher", plan, tmp_path / "student", ONE)
     return tmp_path / "student", tmp_path / "teacher"
 
 
@@ -67,10 +67,10 @@ def distill(student, teacher, config, parallel, out_dir, resume=False):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
-def test_every_layout_trains_as_one_process(pool, tmp_path, pair, layout):
+def test_every_layout_trains_as_one_process(tmp_path, pair, layout):
     world, parallel = LAYOUTS[layout]
-    alone = pool.run(distill, 1, ONE, *pair, CONFIG, ONE, tmp_path / "one")[0]
-    for history in pool.run(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / layout):
+    alone = on_ranks(distill, 1, ONE, *pair, CONFIG, ONE, tmp_path / "one")[0]
+    for history in on_ranks(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / layout):
         for a, b in zip(alone, history, strict=True):
             for key in ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr"):
                 assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
@@ -81,7 +81,7 @@ def test_every_layout_trains_as_one_process(pool, tmp_path, pair, layout):
 
 
 @pytest.mark.parametrize("kd_weight", [1.0, 0.0], ids=["kl", "cross_entropy"])
-def test_first_step_is_the_dense_one(pool, tmp_path, pair, kd_weight):
+def test_first_step_is_the_dense_one(tmp_path, pair, kd_weight):
     """Both losses and the gradient's norm over the whole model, from transformers' own modules in fp64."""
     from transformers import AutoModelForCausalLM
 
@@ -90,7 +90,7 @@ def test_first_step_is_the_dense_one(pool, tmp_path, pair, kd_weight):
         ParallelConfig(tensor=3),
     )
     teacher = pair[1] if kd_weight else None
-    step = pool.run(distill, 3, parallel, pair[0], teacher, config, parallel, tmp_path / "run")[0][0]
+    step = on_ranks(distill, 3, parallel, pair[0], teacher, config, parallel, tmp_path / "run")[0][0]
     batch = next(micro_batches(dataclasses.replace(CONFIG, micro_batch=4), 0, 0, 1))
     logs = []
     for name in ("teacher", "student"):
@@ -110,12 +110,12 @@ def test_first_step_is_the_dense_one(pool, tmp_path, pair, kd_weight):
 
 
 @pytest.mark.parametrize("layout", ["tp3", "dp2", "pp2"])
-def test_resumed_run_is_bit_equal(pool, tmp_path, pair, layout):
+def test_resumed_run_is_bit_equal(tmp_path, pair, layout):
     world, parallel = LAYOUTS[layout]
-    whole = pool.run(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "whole")[0]
+    whole = on_ranks(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "whole")[0]
     half = dataclasses.replace(CONFIG, stop_after=2)
-    first = pool.run(distill, world, parallel, *pair, half, parallel, tmp_path / "parts")[0]
-    second = pool.run(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "parts", True)[0]
+    first = on_ranks(distill, world, parallel, *pair, half, parallel, tmp_path / "parts")[0]
+    second = on_ranks(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "parts", True)[0]
     for a, b in zip(whole, first + second, strict=True):
         assert all(a[key] == b[key] for key in ("step", "tokens", "kd_loss", "lm_loss", "grad_norm", "lr"))
     found, expected = export(tmp_path / "parts", tmp_path / "a"), export(tmp_path / "whole", tmp_path / "b")
@@ -124,9 +124,9 @@ def test_resumed_run_is_bit_equal(pool, tmp_path, pair, layout):
     assert len(lines) == CONFIG.steps
 
 
-def test_student_that_is_the_teacher_has_nothing_to_learn(pool, tmp_path, pair):
+def test_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, pair):
     parallel = ParallelConfig(tensor=2)
-    history = pool.run(
+    history = on_ranks(
         distill,
         2,
         parallel,
@@ -147,9 +147,9 @@ def test_student_that_is_the_teacher_has_nothing_to_learn(pool, tmp_path, pair):
         ({"kd_weight": 0.0}, "nothing to train on"),
     ],
 )
-def test_impossible_settings_are_refused(pool, tmp_path, pair, change, sentence):
-    with pytest.raises(WorkerError, match=sentence):
-        pool.run(
+def test_impossible_settings_are_refused(tmp_path, pair, change, sentence):
+    with pytest.raises(RankError, match=sentence):
+        on_ranks(
             distill, 2, ParallelConfig(), *pair, dataclasses.replace(CONFIG, **change), ParallelConfig(), tmp_path / "x"
         )
 
@@ -177,8 +177,8 @@ def distill_signalled(student, teacher, config, parallel, out_dir):
         Trainer.train_step = whole_step
 
 
-def test_signal_saves_the_step_and_ends(pool, tmp_path, pair):
+def test_signal_saves_the_step_and_ends(tmp_path, pair):
     parallel = ParallelConfig()
-    for history in pool.run(distill_signalled, 2, parallel, *pair, CONFIG, parallel, tmp_path / "run"):
+    for history in on_ranks(distill_signalled, 2, parallel, *pair, CONFIG, parallel, tmp_path / "run"):
         assert len(history) == 2
     assert open_checkpoint(tmp_path / "run").step_dir.name == "step_0000002"

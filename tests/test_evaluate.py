@@ -11,6 +11,7 @@ import torch
 from minitron_mcore import data, evaluate, runtime
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.testing import on_ranks
 from tests.test_data import texts, write_jsonl, write_tokenizer
 
 S = 16
@@ -133,10 +134,10 @@ def _on_rank(files, folder):
 @pytest.mark.parametrize(
     "world, parallel", [(2, ParallelConfig()), (3, ParallelConfig()), (4, ParallelConfig(tensor=2))]
 )
-def test_data_parallel_sums_equal_one_process(pool, files, llama, world, parallel):
+def test_data_parallel_sums_equal_one_process(files, llama, world, parallel):
     folder, _ = llama
     alone = evaluate.evaluate_text(files, folder, evaluate.HFModel(folder).nll, sequence_length=S, micro_batch=2)
-    ranks = pool.run(_on_rank, world, parallel, files, folder)
+    ranks = on_ranks(_on_rank, world, parallel, files, folder)
     for rows, shapes in ranks:
         assert set(shapes) == {(2, S)} and len(shapes) == len(ranks[0][1])  # as collectives inside nll need it
         for row, expected in zip(rows, alone, strict=True):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minitron_mcore.config import ParallelConfig
+from minitron_mcore.testing import on_ranks
 from tests import models
 from tests.test_models import LAYOUTS
 
@@ -73,13 +74,13 @@ def collect(checkpoint, parallel, ids, lengths):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_equal_the_formula(pool, tmp_path, layout):
+def test_scores_equal_the_formula(tmp_path, layout):
     world, parallel = LAYOUTS[layout]
     folder = models.tiny_llama(tmp_path / "hf", tied=True)
-    pool.run(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
+    on_ranks(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
     ids = models.tokens(len(LENGTHS))
     expected = oracle(folder, ids, LENGTHS)
-    for scores in pool.run(collect, world, parallel, tmp_path / "ckpt", parallel, ids, LENGTHS):
+    for scores in on_ranks(collect, world, parallel, tmp_path / "ckpt", parallel, ids, LENGTHS):
         assert scores.keys() == expected.keys()
         for name, vector in expected.items():
             assert scores[name].dtype == torch.float32
@@ -88,19 +89,19 @@ def test_scores_equal_the_formula(pool, tmp_path, layout):
             )
 
 
-def test_other_layout_same_plan(pool, tmp_path):
+def test_other_layout_same_plan(tmp_path):
     from minitron_mcore.checkpoint import open_checkpoint
     from minitron_mcore.config import PruneConfig
     from minitron_mcore.importance.scores import Scores
     from minitron_mcore.plan.plan import make_plan
 
     folder = models.tiny_llama(tmp_path / "hf")
-    pool.run(models.import_hf, 1, ParallelConfig(), folder, tmp_path / "ckpt", ParallelConfig())
+    on_ranks(models.import_hf, 1, ParallelConfig(), folder, tmp_path / "ckpt", ParallelConfig())
     ids, arch = models.tokens(len(LENGTHS)), open_checkpoint(tmp_path / "ckpt").arch
     prune = PruneConfig(hidden=24, ffn=18, heads=6, blocks=3)
     plans = []
     for world, parallel in LAYOUTS.values():
-        scores = pool.run(collect, world, parallel, tmp_path / "ckpt", parallel, ids, LENGTHS)[0]
+        scores = on_ranks(collect, world, parallel, tmp_path / "ckpt", parallel, ids, LENGTHS)[0]
         plans.append(make_plan(arch, "same", Scores(scores, {}), prune))
     for plan in plans[1:]:
         assert (plan.hidden, plan.blocks, plan.ffn, plan.heads) == (

@@ -14,6 +14,7 @@ from minitron_mcore import runtime
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.runtime import UserError
+from minitron_mcore.testing import on_ranks
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ def relative_errors(case: Case, results: list[tuple]) -> list[float]:
 
 @pytest.mark.parametrize("tp", [1, 2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_gradients_equal_dense_fp64(pool, name, tp):
+def test_value_and_gradients_equal_dense_fp64(name, tp):
     case = Case(**{**vars(CASES[name]), "tp": tp})
-    errors = relative_errors(case, pool.run(on_rank, tp, ParallelConfig(tensor=tp), case))
+    errors = relative_errors(case, on_ranks(on_rank, tp, ParallelConfig(tensor=tp), case))
     assert max(errors) <= 1e-5, errors
 
 
@@ -136,26 +137,26 @@ def same_model_on_rank(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tp", [1, 3])
-def test_student_equal_to_teacher_has_no_loss_and_no_gradient(pool, tp):
-    for stats, *gradients in pool.run(same_model_on_rank, tp, ParallelConfig(tensor=tp), Case(tp=tp)):
+def test_student_equal_to_teacher_has_no_loss_and_no_gradient(tp):
+    for stats, *gradients in on_ranks(same_model_on_rank, tp, ParallelConfig(tensor=tp), Case(tp=tp)):
         assert abs(stats[0]) < 1e-6 and stats[2] > 1
         for gradient in gradients:
             assert gradient.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_all_tokens_masked_give_exact_zeros(pool, tp):
+def test_all_tokens_masked_give_exact_zeros(tp):
     case = Case(masked=1.0, lm_weight=1.0, tp=tp)
-    for result in pool.run(on_rank, tp, ParallelConfig(tensor=tp), case):
+    for result in on_ranks(on_rank, tp, ParallelConfig(tensor=tp), case):
         for tensor in result:
             assert torch.equal(tensor, torch.zeros_like(tensor))
 
 
 @pytest.mark.parametrize("tp", [1, 3])
-def test_bf16(pool, tp):
+def test_bf16(tp):
     """Rounding to bf16 moves a logit by up to 2^-9 of its size. Measured here: 3e-4 in values, 7e-3 in gradients."""
     case = Case(dtype=torch.bfloat16, lm_weight=0.5, masked=0.2, chunk_tokens=10, tp=tp)
-    errors = relative_errors(case, pool.run(on_rank, tp, ParallelConfig(tensor=tp), case))
+    errors = relative_errors(case, on_ranks(on_rank, tp, ParallelConfig(tensor=tp), case))
     assert max(errors[:4]) <= 1e-3 and max(errors[4:]) <= 1.5e-2, errors
 
 
@@ -176,9 +177,9 @@ def tied_on_rank(case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_tied_embedding_gets_both_gradients(pool, tp):
+def test_tied_embedding_gets_both_gradients(tp):
     case = Case(tp=tp)
-    ours = torch.cat(pool.run(tied_on_rank, tp, ParallelConfig(tensor=tp), case))
+    ours = torch.cat(on_ranks(tied_on_rank, tp, ParallelConfig(tensor=tp), case))
     _, head, *rest = case.tensors()
     weight = head.double().requires_grad_()
     logits = (weight[rest[2]].tanh() @ weight.t())[:, : case.vocab].log_softmax(-1)

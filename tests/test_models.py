@@ -3,7 +3,7 @@
 import pytest
 
 from minitron_mcore.config import ParallelConfig
-from minitron_mcore.testing import WorkerError
+from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 
 LAYOUTS = {
@@ -18,13 +18,13 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_equal_transformers(pool, tmp_path, layout, tied):
+def test_logits_equal_transformers(tmp_path, layout, tied):
     world, parallel = LAYOUTS[layout]
     folder = models.tiny_llama(tmp_path / "hf", tied=tied)
-    pool.run(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
+    on_ranks(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
     ids = models.tokens()
     logits = next(
-        x for x in pool.run(models.mcore_logits, world, parallel, tmp_path / "ckpt", parallel, ids) if x is not None
+        x for x in on_ranks(models.mcore_logits, world, parallel, tmp_path / "ckpt", parallel, ids) if x is not None
     )
     assert (logits - models.hf_logits(folder, ids)).abs().max() <= 2e-4
 
@@ -48,11 +48,11 @@ def test_logits_equal_transformers(pool, tmp_path, layout, tied):
         (lambda f: (f / "config.json").unlink(), "no Hugging Face model at"),
     ],
 )
-def test_bad_folders_are_refused(pool, tmp_path, damage, sentence):
+def test_bad_folders_are_refused(tmp_path, damage, sentence):
     folder = models.tiny_llama(tmp_path / "hf")
     damage(folder)
-    with pytest.raises(WorkerError, match=sentence):
-        pool.run(models.import_hf, 2, ParallelConfig(tensor=2), folder, tmp_path / "ckpt", ParallelConfig(tensor=2))
+    with pytest.raises(RankError, match=sentence):
+        on_ranks(models.import_hf, 2, ParallelConfig(tensor=2), folder, tmp_path / "ckpt", ParallelConfig(tensor=2))
     assert not (tmp_path / "ckpt").exists()
 
 
@@ -69,10 +69,10 @@ def test_bad_folders_are_refused(pool, tmp_path, damage, sentence):
         (2, ParallelConfig(context=2), "no context-parallel attention"),
     ],
 )
-def test_impossible_layouts_are_refused(pool, tmp_path, world, parallel, sentence):
+def test_impossible_layouts_are_refused(tmp_path, world, parallel, sentence):
     folder = models.tiny_llama(tmp_path / "hf")
-    with pytest.raises(WorkerError, match=sentence):
-        pool.run(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
+    with pytest.raises(RankError, match=sentence):
+        on_ranks(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
 
 
 def table_state(checkpoint, parallel):
@@ -96,10 +96,10 @@ def table_state(checkpoint, parallel):
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp3", "tp2_pp2"])
-def test_the_table_is_complete(pool, tmp_path, layout):
+def test_the_table_is_complete(tmp_path, layout):
     """All that megatron-core would checkpoint is in the table, at the same place (a vocabulary that needs no padding)."""
     world, parallel = LAYOUTS[layout]
     folder = models.tiny_llama(tmp_path / "hf", tied=True, vocab_size=102)
-    pool.run(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
-    for ours, theirs in pool.run(table_state, world, parallel, tmp_path / "ckpt", parallel):
+    on_ranks(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
+    for ours, theirs in on_ranks(table_state, world, parallel, tmp_path / "ckpt", parallel):
         assert ours == theirs

@@ -12,7 +12,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, expected_shapes
 from minitron_mcore.models import hf
 from minitron_mcore.plan.plan import Plan, load_plan, make_plan
-from minitron_mcore.testing import WorkerError
+from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_models import LAYOUTS
 
@@ -31,9 +31,9 @@ def run_prune(source, plan: Plan, out_dir, parallel) -> None:
 
 
 @pytest.fixture
-def parent(pool, tmp_path):
+def parent(tmp_path):
     folder = models.tiny_llama(tmp_path / "hf")
-    pool.run(models.import_hf, 1, ONE, folder, tmp_path / "parent", ONE)
+    on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "parent", ONE)
     return tmp_path / "parent"
 
 
@@ -61,10 +61,10 @@ def cut_by_hand(weights: dict, plan: Plan) -> dict:
     return cut
 
 
-def test_round_trip_is_bit_equal(pool, tmp_path):
+def test_round_trip_is_bit_equal(tmp_path):
     folder = models.tiny_llama(tmp_path / "hf", tied=True)
     for name, (world, parallel) in LAYOUTS.items():
-        pool.run(models.import_hf, world, parallel, folder, tmp_path / name, parallel)
+        on_ranks(models.import_hf, world, parallel, folder, tmp_path / name, parallel)
         back = export(tmp_path / name, tmp_path / f"{name}_hf")
         expected = models.weights(folder)
         assert back.keys() == expected.keys()
@@ -74,14 +74,14 @@ def test_round_trip_is_bit_equal(pool, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pruned_equals_cut_by_hand(pool, tmp_path, parent, layout):
+def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
     world, parallel = LAYOUTS[layout]
     opened = open_checkpoint(parent)
     # Counts per rank come out uneven: nothing here is divisible by 2 or 3 in each shard.
     plan = make_plan(
         opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=17, heads=6, blocks=3)
     )
-    pool.run(run_prune, world, parallel, parent, plan, tmp_path / "pruned", parallel)
+    on_ranks(run_prune, world, parallel, parent, plan, tmp_path / "pruned", parallel)
     found, expected = (
         export(tmp_path / "pruned", tmp_path / "pruned_hf"),
         cut_by_hand(models.weights(tmp_path / "hf"), plan),
@@ -91,20 +91,20 @@ def test_pruned_equals_cut_by_hand(pool, tmp_path, parent, layout):
     assert load_plan(tmp_path / "pruned") == plan
 
 
-def test_keep_everything_changes_nothing(pool, tmp_path, parent):
+def test_keep_everything_changes_nothing(tmp_path, parent):
     opened, parallel = open_checkpoint(parent), ParallelConfig(tensor=3)
     plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig())
-    pool.run(run_prune, 3, parallel, parent, plan, tmp_path / "same", parallel)
+    on_ranks(run_prune, 3, parallel, parent, plan, tmp_path / "same", parallel)
     found, expected = export(tmp_path / "same", tmp_path / "same_hf"), models.weights(tmp_path / "hf")
     assert all(torch.equal(found[k], expected[k]) for k in expected)
     ids = models.tokens()
     before, after = (
-        pool.run(models.mcore_logits, 3, parallel, p, parallel, ids)[0] for p in (parent, tmp_path / "same")
+        on_ranks(models.mcore_logits, 3, parallel, p, parallel, ids)[0] for p in (parent, tmp_path / "same")
     )
     assert torch.equal(before, after)
 
 
-def test_zeroed_parent_gives_the_pruned_logits(pool, tmp_path, parent):
+def test_zeroed_parent_gives_the_pruned_logits(tmp_path, parent):
     """Dropping ffn channels, heads and blocks is zeroing them (not so hidden channels: the norm's mean changes)."""
     from safetensors.torch import save_file
 
@@ -112,7 +112,7 @@ def test_zeroed_parent_gives_the_pruned_logits(pool, tmp_path, parent):
     plan = make_plan(
         opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=18, heads=6, blocks=4)
     )
-    pool.run(run_prune, 3, ParallelConfig(tensor=3), parent, plan, tmp_path / "pruned", ParallelConfig(tensor=3))
+    on_ranks(run_prune, 3, ParallelConfig(tensor=3), parent, plan, tmp_path / "pruned", ParallelConfig(tensor=3))
     weights, d = models.weights(tmp_path / "hf"), opened.arch.head_dim
     for block in range(opened.arch.blocks):
         at, gone = f"model.layers.{block}.", block not in plan.blocks
@@ -123,15 +123,15 @@ def test_zeroed_parent_gives_the_pruned_logits(pool, tmp_path, parent):
     shutil.copytree(tmp_path / "hf", tmp_path / "zeroed")
     save_file(weights, tmp_path / "zeroed" / "model.safetensors", metadata={"format": "pt"})
     ids, parallel = models.tokens(), ParallelConfig(tensor=2, pipeline=2)
-    found = pool.run(models.mcore_logits, 4, parallel, tmp_path / "pruned", parallel, ids)[2]
+    found = on_ranks(models.mcore_logits, 4, parallel, tmp_path / "pruned", parallel, ids)[2]
     assert (found - models.hf_logits(tmp_path / "zeroed", ids)).abs().max() <= 2e-4
 
 
-def test_plan_of_another_model_is_refused(pool, tmp_path, parent):
+def test_plan_of_another_model_is_refused(tmp_path, parent):
     opened = open_checkpoint(parent)
     plan = make_plan(opened.arch, "someone else", random_scores(opened.arch), PruneConfig(ffn=18))
-    with pytest.raises(WorkerError, match="plan cuts model someone else"):
-        pool.run(run_prune, 1, ONE, parent, plan, tmp_path / "pruned", ONE)
+    with pytest.raises(RankError, match="plan cuts model someone else"):
+        on_ranks(run_prune, 1, ONE, parent, plan, tmp_path / "pruned", ONE)
     assert not (tmp_path / "pruned" / "latest").exists()
 
 
@@ -158,9 +158,9 @@ def test_shares_and_named_blocks(parent):
     assert plan.blocks == [0, 2, 4]
 
 
-def test_truncated_shard_is_refused_on_every_rank(pool, tmp_path, parent):
+def test_truncated_shard_is_refused_on_every_rank(tmp_path, parent):
     shard = max(parent.glob("step_*/*.distcp"), key=lambda file: file.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-1000])
     parallel = ParallelConfig(tensor=2)
-    with pytest.raises(WorkerError, match="damaged or incomplete"):
-        pool.run(models.mcore_logits, 2, parallel, parent, parallel, models.tokens())
+    with pytest.raises(RankError, match="damaged or incomplete"):
+        on_ranks(models.mcore_logits, 2, parallel, parent, parallel, models.tokens())

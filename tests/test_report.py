@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from minitron_mcore import report, runtime
 from minitron_mcore.config import ParallelConfig
+from minitron_mcore.testing import on_ranks
 
 ROWS = [
     {
@@ -47,8 +48,8 @@ def _print() -> str:
     return out.getvalue()
 
 
-def test_only_rank_0_prints(pool):
-    first, second = pool.run(_print, 2, ParallelConfig())
+def test_only_rank_0_prints():
+    first, second = on_ranks(_print, 2, ParallelConfig())
     assert first.startswith("from rank 0\n") and not second
 
 

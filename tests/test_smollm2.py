@@ -11,6 +11,7 @@ import torch
 from minitron_mcore import demo
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.testing import on_ranks
 from tests import models
 from tests.test_prune import export
 
@@ -41,12 +42,12 @@ def expected(smollm2):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_and_round_trip(pool, tmp_path, smollm2, expected, layout):
+def test_logits_and_round_trip(tmp_path, smollm2, expected, layout):
     world, parallel = LAYOUTS[layout]
-    pool.run(models.import_hf, world, parallel, smollm2, tmp_path / "ckpt", parallel)
+    on_ranks(models.import_hf, world, parallel, smollm2, tmp_path / "ckpt", parallel)
     ids, logits = expected
     found = next(
-        x for x in pool.run(models.mcore_logits, world, parallel, tmp_path / "ckpt", parallel, ids) if x is not None
+        x for x in on_ranks(models.mcore_logits, world, parallel, tmp_path / "ckpt", parallel, ids) if x is not None
     )
     assert (found - logits).abs().max() <= 2e-4
     back, weights = export(tmp_path / "ckpt", tmp_path / "hf"), models.weights(smollm2)
