@@ -4,7 +4,10 @@ Both specs name their modules alike (norms stand apart from the linear layers), 
 one checkpoint serve both.
 """
 
+import importlib
+from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 
 class TorchNorm(nn.Module):
-    """RMSNorm over the last dimension; unlike megatron-core's WrappedTorchNorm it allows sequence parallelism.
+    """RMSNorm over the last dimension, by Apex's kernel or torch's; unlike megatron-core's it allows sequence parallelism.
 
     Its weight [H] is replicated over tensor-parallel ranks. Under sequence parallelism they see different tokens, so the
     weight is marked for the gradient sum that megatron-core makes over those ranks.
@@ -35,10 +38,13 @@ class TorchNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
+        self.fused = _apex_rms_norm()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=runtime.device()))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return self.fused(x, self.weight, self.weight.shape, self.eps)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -75,15 +81,25 @@ class Stack(HybridStack):
         return self.final_norm(hidden) if self.post_process else hidden
 
 
-def transformer_engine() -> bool:
-    """True where Transformer Engine is installed and there is a GPU for it."""
+def _on_gpu(module: str) -> ModuleType | None:
+    """A library of CUDA kernels, where it is installed and there is a GPU for it."""
     if host.is_cpu():
-        return False
+        return None
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        return importlib.import_module(module)
     except ImportError:
-        return False
-    return True
+        return None
+
+
+def transformer_engine() -> bool:
+    return _on_gpu("transformer_engine.pytorch") is not None
+
+
+def _apex_rms_norm() -> Callable | None:
+    # The package alone is not enough: Apex can be installed without its kernels.
+    if _on_gpu("fused_layer_norm_cuda") and (apex := _on_gpu("apex.normalization.fused_layer_norm")):
+        return apex.fused_rms_norm_affine
+    return None
 
 
 def stack_spec() -> ModuleSpec:
@@ -99,7 +115,8 @@ def describe() -> str:
     """One line: which layers and which optimizer kernels run here."""
     from megatron.core.optimizer import Adam
 
-    layers = "Transformer Engine" if transformer_engine() else "torch (RMSNorm, scaled_dot_product_attention)"
+    norm = "Apex's RMSNorm" if _apex_rms_norm() else "RMSNorm"
+    layers = "Transformer Engine" if transformer_engine() else f"torch ({norm}, scaled_dot_product_attention)"
     return f"layers: {layers}; optimizer: {Adam.__module__}.{Adam.__name__}; device: {runtime.device().type}"
 
 
