@@ -2,7 +2,9 @@
 
 Tokens are worked off in chunks: two matrix products give a chunk's logits, the loss's gradient then takes the place of
 the student's, and two more products carry it to the hidden states and to the head. Nothing is left for the backward
-pass but to scale. Between the products a chunk is cut into tiles that stay in the cache, each with a small collective.
+pass but to scale. Between the products a chunk is cut into tiles that stay in the cache. It is gone through twice, with one
+small collective in between: for what the ranks' sums are made of, then for the gradient, whose exponentials cost less to
+form again than to keep.
 
 What crosses ranks follows from the chain rule of KL: with w_r the probability of rank r's part of the vocabulary and
 t_r, s_r the distributions within it,
@@ -166,15 +168,14 @@ def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements
         total[rows] += d_logits[:, rows].t() @ hidden
 
 
-def _exponentials(logits: Tensor, temperature: float, shifted: Tensor, exps: Tensor) -> tuple[Tensor, Tensor]:
-    """`shifted` [T, V] := logits / temperature - its maximum, `exps` := e to that; returns its sum and log-sum-exp."""
-    shifted.copy_(logits)
+def _shift(logits: Tensor, temperature: float, out: Tensor, largest: Tensor | None = None) -> Tensor:
+    """out [T, V] := logits / temperature - its maximum, which is returned (or `largest` [T], where it is known)."""
+    out.copy_(logits)
     if temperature != 1:
-        shifted.div_(temperature)
-    largest = shifted.amax(-1, keepdim=True)
-    # Not torch.softmax: on a CPU it sums one by one, which is 1e-5 off at 128 k entries.
-    total = torch.exp(shifted.sub_(largest), out=exps).sum(-1)
-    return total, largest.squeeze(-1) + total.log()
+        out.div_(temperature)
+    largest = out.amax(-1) if largest is None else largest
+    out.sub_(largest[:, None])
+    return largest
 
 
 class _Tiles:
@@ -186,66 +187,82 @@ class _Tiles:
         self.width = min(max(settings.vocab_size - self.start, 0), num_rows)
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.elements = _TILE_ELEMENTS[like.device.type]
-        self.num_tokens = max(1, min(self.elements // num_rows, len(like)))  # not by width: the same on all ranks
-        self.buffers = torch.empty(4, self.num_tokens, self.width, dtype=self.dtype, device=like.device)
+        self.size = max(1, min(self.elements // num_rows, len(like)))  # in tokens
+        self.buffers = torch.empty(4, self.size, self.width, dtype=self.dtype, device=like.device)
 
     def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
         """[KL, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
-        tensors = logits_s, logits_t, labels, mask
-        parts = _slices(len(logits_s), self.num_tokens)
-        return torch.cat([self._tile(*(None if x is None else x[at] for x in tensors)) for at in parts], 1)
-
-    def _tile(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
-        group, place = self.settings.tp_group, labels - self.start
+        s, num_tokens = self.settings, len(labels)
+        tiles = [
+            (at, logits_s[at], None if logits_t is None else logits_t[at]) for at in _slices(num_tokens, self.size)
+        ]
+        place = labels - self.start
         inside = (place >= 0) & (place < self.width)
         place = place.clamp(0, max(self.width - 1, 0))[:, None]
-        own, sums = self._own_part(logits_s, logits_t, place, inside)
+        # log-sum-exp of student, teacher, student at temperature 1; KL; entropy; label's logit
+        own = self.buffers.new_zeros(6, num_tokens)
+        largest, sums = torch.zeros_like(own[:3]), torch.ones_like(own[:3])
+        for at, *logits in tiles if self.width else ():
+            self._read(*logits, own[:, at], largest[:, at], sums[:, at])
+        if self.width:
+            own[5] = torch.where(inside, logits_s.gather(1, place).squeeze(1), 0)
+        else:
+            own[:3] = _NOTHING
         parts = own[None]
-        if group:
-            parts = own.new_empty(group.size(), *own.shape)
-            dist.all_gather(list(parts), own, group=group)
+        if s.tp_group:
+            parts = own.new_empty(s.tp_group.size(), *own.shape)
+            dist.all_gather(list(parts), own, group=s.tp_group)
         lse, kl, entropy, label = parts[:, :3], parts[:, 3], parts[:, 4], parts[:, 5]
         lse_all = lse.logsumexp(0)
         log_share = lse - lse_all  # [TP, 3, T]: how much of each of the three softmaxes each rank holds
         share = log_share.exp()
-        if self.settings.with_gradient and self.width:
-            self._write_gradient(logits_s, logits_t, place, inside, mask, share[self.rank] / sums)
+        if s.with_gradient and self.width:
+            kd, lm = s.kd_weight * s.temperature * mask, s.lm_weight * mask
+            scale = torch.stack((kd, kd, lm)) * share[self.rank] / sums
+            for at, *logits in tiles:
+                self._write(*logits, largest[:, at], scale[:, at], place[at], (lm * inside)[at])
         lm_loss = lse_all[2] - label.sum(0)
         if logits_t is None:
             return torch.stack((torch.zeros_like(lm_loss), lm_loss, torch.zeros_like(lm_loss)))
         kl = (share[:, 1] * (kl + log_share[:, 1] - log_share[:, 0])).sum(0)
         return torch.stack((kl, lm_loss, (share[:, 1] * (entropy - log_share[:, 1])).sum(0)))
 
-    def _own_part(self, logits_s, logits_t, place, inside) -> tuple[Tensor, Tensor]:
-        """[log-sum-exp of student, teacher, student at temperature 1; KL; entropy; label's logit]; sums of e [3, T]."""
-        temperature, num_tokens = self.settings.temperature, len(logits_s)
-        own, sums = self.buffers.new_zeros(6, num_tokens), self.buffers.new_ones(3, num_tokens)
-        if not self.width:
-            own[:3] = _NOTHING
-            return own, sums
-        x_s, e_s, x_t, e_t = self.buffers[:, :num_tokens]
-        sums[0], own[0] = sums[2], own[2] = _exponentials(logits_s, temperature, x_s, e_s)
+    def _read(self, logits_s, logits_t, own: Tensor, largest: Tensor, sums: Tensor) -> None:
+        """A tile's first pass: fills `own` [6, T] but for its last row, the softmaxes' maxima and sums of exponentials [3, T]."""
+        x_s, e_s, x_t, e_t = self.buffers[:, : len(logits_s)]
+
+        def exponentials(n: int, logits: Tensor, temperature: float, x: Tensor, e: Tensor) -> None:
+            largest[n] = _shift(logits, temperature, x)
+            # Not torch.softmax: on a CPU it sums one by one, which is 1e-5 off at 128 k entries.
+            sums[n] = torch.exp(x, out=e).sum(-1)
+            own[n] = largest[n] + sums[n].log()
+
+        exponentials(0, logits_s, self.settings.temperature, x_s, e_s)
         if logits_t is not None:
-            sums[1], own[1] = _exponentials(logits_t, temperature, x_t, e_t)
+            exponentials(1, logits_t, self.settings.temperature, x_t, e_t)
             own[3] = torch.sub(x_t, x_s, out=x_s).mul_(e_t).sum(-1) / sums[1] + (sums[0] / sums[1]).log()
             own[4] = sums[1].log() - x_t.mul_(e_t).sum(-1) / sums[1]
-        if temperature != 1:
-            sums[2], own[2] = _exponentials(logits_s, 1.0, x_s, x_t)
-        own[5] = torch.where(inside, logits_s.gather(1, place).squeeze(1), 0)
-        return own, sums
-
-    def _write_gradient(self, logits_s, logits_t, place, inside, mask, scale: Tensor) -> None:
-        """The exponentials that `_own_part` left in the buffers, times `scale` [3, T], become d loss / d logits_s."""
-        s = self.settings
-        _, e_s, e_1, e_t = self.buffers[:, : len(logits_s)]
-        kd, lm = s.kd_weight * s.temperature * mask, s.lm_weight * mask
-        scale_s, scale_t, scale_1 = (torch.stack((kd, kd, lm)) * scale)[:, :, None]
-        if s.temperature == 1:
-            e_s.mul_(scale_s + scale_1)
+        if self.settings.temperature == 1:
+            largest[2], sums[2], own[2] = largest[0], sums[0], own[0]
         else:
-            e_s.mul_(scale_s).addcmul_(e_1, scale_1)
+            exponentials(2, logits_s, 1.0, x_s, e_s)
+
+    def _write(self, logits_s, logits_t, largest: Tensor, scale: Tensor, place: Tensor, hit: Tensor) -> None:
+        """A tile's second pass: d loss / d logits_s over `logits_s`; `scale` [3, T] makes the exponentials its terms."""
+        s, (total, term, *_) = self.settings, self.buffers[:, : len(logits_s)]
+
+        def exponentials(n: int, logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+            _shift(logits, temperature, out, largest[n])
+            return out.exp_()
+
+        if s.temperature == 1:
+            exponentials(0, logits_s, 1.0, total).mul_((scale[0] + scale[2])[:, None])
+        else:
+            exponentials(0, logits_s, s.temperature, total).mul_(scale[0][:, None])
+            if s.lm_weight:
+                total.addcmul_(exponentials(2, logits_s, 1.0, term), scale[2][:, None])
         if logits_t is not None:
-            e_s.addcmul_(e_t, scale_t, value=-1)
+            total.addcmul_(exponentials(1, logits_t, s.temperature, term), scale[1][:, None], value=-1)
         if s.lm_weight:
-            e_s.scatter_add_(1, place, -(lm * inside)[:, None])
-        logits_s.copy_(e_s)
+            total.scatter_add_(1, place, -hit[:, None])
+        logits_s.copy_(total)
