@@ -1,6 +1,6 @@
 """What collecting importance costs: forward passes with the hooks over the same passes without, interleaved in one run.
 
-A random model of SmolLM2-135M's shape in bf16, batches of 4 x 512 tokens; time does not depend on the weights. Seconds are
+A random model of SmolLM2-135M's shape in bf16, batches of 4 x 510 tokens; time does not depend on the weights. Seconds are
 medians over the rounds, on rank 0, between barriers.
 """
 
@@ -37,7 +37,7 @@ def measure(arch: Architecture, parallel: ParallelConfig, threads: int, rounds: 
     model = build.build(arch, parallel, "bf16")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    batch = {"tokens": torch.randint(0, arch.vocab, (4, 512))}
+    batch = {"tokens": torch.randint(0, arch.vocab, (4, 510))}
 
     def plain() -> float:
         dist.barrier()
@@ -69,7 +69,7 @@ def main() -> None:
         without, collecting = (median(column) for column in zip(*pairs, strict=True))
         overhead = median(b / a for a, b in pairs) - 1
         shown.add_row(name, f"{without:.3f}", f"{collecting:.3f}", f"{overhead:.1%}")
-        case = f"smollm2_135m bf16 4x512 {name}"
+        case = f"smollm2_135m bf16 4x510 {name}"
         for metric, value, unit in (
             ("time", without, "s"),
             ("time_collecting", collecting, "s"),

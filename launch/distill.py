@@ -16,7 +16,7 @@ def main(config: DistillRun) -> None:
     from minitron_mcore.models import spec
 
     settings, out_dir = config.distill, Path(config.out_dir)
-    with runtime.distributed(config.parallel, config.seed):
+    with runtime.distributed(config.parallel, config.seed, settings.sequence_length):
         student = checkpoint.open_checkpoint(config.student, "student")
         teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.kd_weight else None
         train.check(student, teacher, settings, runtime.dp_group().size())

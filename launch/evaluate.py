@@ -15,7 +15,7 @@ def main(config: EvaluateRun) -> None:
 
     from minitron_mcore import checkpoint, evaluate, report, runtime
 
-    with runtime.distributed(config.parallel, config.seed):
+    with runtime.distributed(config.parallel, config.seed, config.evaluate.sequence_length):
         model = evaluate.open_model(config.source, config.parallel, config.dtype.value)
         with checkpoint.claimed(config.out_dir, plain(config)):
             rows = evaluate.evaluate_run(model, config)

@@ -14,7 +14,7 @@ def main(config: ImportanceRun) -> None:
     from minitron_mcore.importance.collect import score
 
     settings = config.importance
-    with runtime.distributed(config.parallel, config.seed):
+    with runtime.distributed(config.parallel, config.seed, settings.sequence_length):
         source = checkpoint.open_checkpoint(config.source)
         with checkpoint.claimed(config.out_dir, plain(config)):
             prefixes, _ = data.prepare(config.data, source.hf)

@@ -53,8 +53,8 @@ def agreed() -> Iterator[None]:
         raise UserError(first[1] if len(set(errors)) == 1 else f"rank {first[0]}: {first[1]}")
 
 
-def check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse a layout that this world or this host cannot hold.
+def check_layout(parallel: ParallelConfig, world_size: int, sequence_length: int | None = None) -> None:
+    """Refuse a layout that this world or this host cannot hold, or that cannot share sequences of that many tokens.
 
     Raises:
         UserError: a size below 1, a world that the sizes don't divide, a combination that would be silently wrong.
@@ -73,6 +73,11 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
         raise UserError(
             "parallel.sequence needs parallel.tensor > 1: sequence parallelism shards over the tensor-parallel ranks."
         )
+    if parallel.sequence and sequence_length and sequence_length % parallel.tensor:
+        raise UserError(
+            f"sequence_length {sequence_length} cannot be shared by parallel.tensor {parallel.tensor} under "
+            f"parallel.sequence: give {-(-sequence_length // parallel.tensor) * parallel.tensor}, or parallel.sequence=false."
+        )
     if parallel.context > 1 and host.is_cpu():
         raise UserError(
             f"parallel.context is {parallel.context}, but the torch layer spec has no context-parallel attention: "
@@ -81,19 +86,25 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
 
 
 @contextlib.contextmanager
-def distributed(parallel: ParallelConfig, seed: int = 1234, store: dist.Store | None = None) -> Iterator[None]:
+def distributed(
+    parallel: ParallelConfig,
+    seed: int = 1234,
+    sequence_length: int | None = None,
+    store: dist.Store | None = None,
+) -> Iterator[None]:
     """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
 
     Args:
         parallel: sizes of the model-parallel axes; data parallelism takes the rest of the world.
         seed: megatron-core's model-parallel random state starts from it.
+        sequence_length: tokens of the sequences that will go through a model, where the caller knows.
         store: rendezvous for tests; otherwise the environment's, or a file's where torchrun isn't there.
 
     Raises:
         UserError: a layout that doesn't fit (see `check_layout`).
     """
     world_size, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    check_layout(parallel, world_size)
+    check_layout(parallel, world_size, sequence_length)
     if not host.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if store is None and "MASTER_ADDR" not in os.environ:

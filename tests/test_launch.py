@@ -87,6 +87,15 @@ def test_missing_checkpoint_is_one_sentence(tmp_path):
     assert "error: no checkpoint at runs/llama31_8b/prune" in output and "student=/path" in output
 
 
+@pytest.mark.parametrize("stage", ["importance", "distill", "evaluate"])
+def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
+    layout = ["parallel=tp3", "parallel.sequence=true", f"{stage}.sequence_length=511"]
+    output = launch(tmp_path, stage, "+model=smollm2_135m", *layout, processes=3, fails=True)
+    assert (
+        output.count("error: sequence_length 511 cannot be shared by parallel.tensor 3") == 1 and "give 513" in output
+    )
+
+
 def word_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers import models as kinds
