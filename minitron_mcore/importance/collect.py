@@ -12,13 +12,13 @@ For every channel c the paper's choice (arXiv 2407.14679, section 2.2 and table 
 What a rank sees, and what completes it:
 
     input of linear_fc2 / linear_proj   [S, B, own channels]   nothing: tensor-parallel ranks own disjoint channels
-    norm output, sequence parallel      [S_r, B, H]            the sum over S, over tensor-parallel ranks, before it is squared
-    norm output otherwise               [S, B, H] replicated   nothing: a reduction would count it tp times
+    norm output, layer output           [S_r, B, H] under sequence parallelism, else [S, B, H] replicated, of which a rank
+                                        counts its share of S: the sum over S, over tensor-parallel ranks, before it is squared
     different samples                                          the sum over b, over data-parallel ranks, once at the end
     different blocks                                           own entries; hidden sums over pipeline stages at the end
 
 Sums are fp32 (bf16 overflows), padding is masked out of every mean, nothing leaves the device before the end, and a
-micro-batch costs at most one collective (sequence parallelism only).
+micro-batch costs one small collective where there is tensor parallelism, else none.
 """
 
 from collections.abc import Iterator
@@ -42,26 +42,21 @@ def _sum_abs(x: Tensor) -> Tensor:
     return x.abs().sum(0, dtype=torch.float32)
 
 
-def _with_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.float()
-    return x, torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-12)
-
-
 class Collector:
-    """Accumulators of one rank: a [C] vector of squares for each hook, a scalar sum of cosines for each layer."""
+    """Accumulators of one rank: a [C] vector of squares for each hook, a scalar sum of 1 - cosine for each layer."""
 
     def __init__(self, model: LanguageModel, arch: Architecture):
         self.model, self.arch = model, arch
-        self.sequence_parallel = model.config.sequence_parallel
         self.squares: dict[str, Tensor] = {}
-        self.cosines: dict[str, Tensor] = {}
+        self.distances: dict[str, Tensor] = {}
         self.tokens = torch.zeros((), dtype=torch.int64, device=runtime.device())
         self.samples = 0
         self._open: dict[str, Tensor] = {}  # per-sample sums over S of this micro-batch, not yet squared
         self._split: set[str] = set()  # those of `_open` whose S is spread over tensor-parallel ranks
         self._mask: Tensor | None = None  # [S, B, 1], or None where nothing is padding
-        self._block_input: tuple[Tensor, Tensor] | None = None  # of the open block, fp32, with its norms over H
-        self._stream: tuple[Tensor, Tensor] | None = None  # the last layer's output, likewise: the next one's input
+        self._length = 0  # S
+        self._block_input: Tensor | None = None  # of the open block, as `_directions` gives it
+        self._stream: Tensor | None = None  # the last layer's output, likewise: the next one's input
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Register every hook; yields their handles."""
@@ -83,59 +78,67 @@ class Collector:
         mask = kwargs.get("loss_mask")  # [B, S]; True where a token is real
         ids = args[0]
         self.samples += len(ids)
-        self._mask = None
+        self._mask, self._length = None, ids.shape[1]
         self._lengths = torch.full((len(ids), 1), ids.shape[1], device=ids.device, dtype=torch.float32)
         if mask is not None:
             self._lengths = mask.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1)
             self._mask = mask.t()[..., None]
         self.tokens += mask.sum() if mask is not None else ids.numel()
 
-    def _own(self, rows: int) -> Tensor | None:
-        """The mask's rows that go with a tensor of `rows` sequence positions on this rank."""
-        if self._mask is None or rows == len(self._mask):
-            return self._mask
-        return self._mask.narrow(0, runtime.tp_group().rank() * rows, rows)
+    def _share(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows of the residual stream or a norm's output [S or S_r, B, H] that this rank counts, and the mask's for them."""
+        rank, size = runtime.tp_group().rank(), runtime.tp_group().size()
+        low, high = (self._length * r // size for r in (rank, rank + 1))
+        mask = None if self._mask is None else self._mask[low:high]
+        return x if len(x) < self._length else x[low:high], mask
 
-    def _add(self, name: str, x: Tensor, split: bool = False) -> None:
-        mask = self._own(len(x))
+    def _add(self, name: str, x: Tensor, mask: Tensor | None) -> None:
         self._open[name] = _sum_abs(x if mask is None else x * mask.to(x.dtype))
-        if split:
-            self._split.add(name)
 
     def _norm(self, name):
-        return lambda module, args, output: self._add(name, output, split=self.sequence_parallel)
+        def hook(module, args, output) -> None:
+            self._add(name, *self._share(output))
+            self._split.add(name)
+
+        return hook
 
     def _channels(self, name):
-        return lambda module, args: self._add(name, args[0])
+        return lambda module, args: self._add(name, args[0], self._mask)
 
     def _heads(self, name):
         def hook(module, args) -> None:
             per_head = args[0].unflatten(-1, (-1, self.arch.head_dim))
-            self._add(name, torch.linalg.vector_norm(per_head, dim=-1, dtype=torch.float32))
+            self._add(name, torch.linalg.vector_norm(per_head, dim=-1, dtype=torch.float32), self._mask)
 
         return hook
 
     def _layer(self, at, part):
         def hook(module, args, kwargs, output) -> None:
-            source = self._stream or _with_norm(kwargs["hidden_states"])
-            self._stream = _with_norm(output[0] if isinstance(output, tuple) else output)
-            self._add_cosine(f"{at}.{part}", source)
+            source = self._directions(kwargs["hidden_states"]) if self._stream is None else self._stream
+            self._stream = self._directions(output[0] if isinstance(output, tuple) else output)
+            self._add_distance(f"{at}.{part}", source)
             if part == "attention":
                 self._block_input = source
             else:
-                self._add_cosine(f"{at}.block", self._block_input)
+                self._add_distance(f"{at}.block", self._block_input)
 
         return hook
 
-    def _add_cosine(self, name: str, source: tuple[Tensor, Tensor]) -> None:
-        """Add the cosines between a layer's or block's input and the stream, over this rank's real tokens."""
-        (x, x_norm), (y, y_norm) = source, self._stream
-        cosine, mask = (x * y).sum(-1) / (x_norm * y_norm), self._own(len(x))
-        total = cosine.sum() if mask is None else (cosine * mask[..., 0]).sum()
-        self.cosines[name] = self.cosines.get(name, 0) + total
+    def _directions(self, x: Tensor) -> Tensor:
+        """This rank's rows of the residual stream, each divided by its length; padding becomes 0. fp32."""
+        x, mask = self._share(x)
+        x = x.to(torch.float32, copy=True)
+        lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+        return x.div_(lengths if mask is None else lengths / mask)
+
+    def _add_distance(self, name: str, source: Tensor) -> None:
+        """Add 1 - cosine of a layer's or block's input and the stream, over this rank's real tokens."""
+        # 1 - u.v = |u - v|^2 / 2 for directions u, v: nothing cancels where a layer changes little.
+        change = (source - self._stream).flatten()
+        self.distances[name] = self.distances.get(name, 0) + torch.dot(change, change) / 2
 
     def _end(self, module, args, output) -> None:
-        if self._split:
+        if runtime.tp_group().size() > 1:
             names = sorted(self._split)
             stacked = torch.stack([self._open[name] for name in names])
             dist.all_reduce(stacked, group=runtime.tp_group())
@@ -156,10 +159,9 @@ class Collector:
         for squares in self.squares.values():
             dist.all_reduce(squares, group=runtime.dp_group())
         dist.all_reduce(self.tokens, group=runtime.dp_group())
-        cosines = torch.stack([self.cosines[name] for name in sorted(self.cosines)])
-        dist.all_reduce(cosines, group=runtime.dp_group())
-        if self.sequence_parallel:
-            dist.all_reduce(cosines, group=runtime.tp_group())
+        distances = torch.stack([self.distances[name] for name in sorted(self.distances)])
+        dist.all_reduce(distances, group=runtime.dp_group())
+        dist.all_reduce(distances, group=runtime.tp_group())
 
         found, hidden = {}, torch.zeros(self.arch.hidden, device=runtime.device())
         for name, squares in self.squares.items():
@@ -167,8 +169,8 @@ class Collector:
                 hidden += squares.sqrt()
             else:
                 found[name] = _gather(squares.sqrt())
-        for name, cosine in zip(sorted(self.cosines), cosines, strict=True):
-            found[name] = 1 - cosine / self.tokens
+        for name, distance in zip(sorted(self.distances), distances, strict=True):
+            found[name] = distance / self.tokens
         dist.all_reduce(hidden, group=runtime.pp_group())
         stages: list = [None] * runtime.pp_group().size()
         dist.all_gather_object(stages, {k: v.cpu() for k, v in found.items()}, group=runtime.pp_group())
