@@ -6,6 +6,7 @@ there it changes nothing. Call it before the first megatron import that runs cod
 """
 
 import contextlib
+import ctypes
 import functools
 import logging
 import warnings
@@ -60,6 +61,15 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf.*")
 
 
+def _keep_freed_memory() -> None:
+    """Stop glibc from giving every large temporary back to the kernel, which zeroes it again page by page for the next one."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, size in ((trim_threshold, 2**31 - 1), (top_pad, 64 << 20), (mmap_threshold, 32 << 20)):
+            mallopt(option, size)
+
+
 @functools.cache
 def prepare() -> None:
     """Put the stand-ins in place, once a process. Where CUDA is there, only the libraries' chatter goes."""
@@ -71,6 +81,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message=".*CUDA.*", category=UserWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     _OnCpu().__enter__()
+    _keep_freed_memory()
     cpu = torch.device("cpu")
     cuda = torch.cuda
     cuda.current_device = lambda: cpu
