@@ -152,9 +152,10 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
             axes.plot(tokens, values, color=colour, label=run)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_formatter("{x:g}")
+    if any(line.get_ydata().max(initial=0) > 0 for line in panels[0].lines):  # all 0 without a teacher
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_formatter("{x:g}")
     panels[0].legend()
     panels[-1].set_xlabel("tokens trained on")
     panels[-1].xaxis.set_major_formatter(EngFormatter())
