@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,18 @@ def _work(rank: int, world_size: int, parallel: ParallelConfig, folder: str, fn:
     torch.set_num_threads(1)
     get_write_results_queue("fork")  # megatron-core's own choice, spawn, would import everything again in each rank
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
+    # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
+    with _told(rank, folder), runtime.distributed(parallel, store=store), _told(rank, folder):
+        torch.save(fn(*args), folder / f"{rank}.result")
+
+
+@contextlib.contextmanager
+def _told(rank: int, folder: Path) -> Iterator[None]:
+    file = folder / f"{rank}.error"
     try:
-        store = dist.FileStore(os.path.join(folder, "store"), world_size)
-        with runtime.distributed(parallel, store=store):
-            torch.save(fn(*args), os.path.join(folder, f"{rank}.result"))
+        yield
     except BaseException as error:  # a truncated shard raises a BaseException in torch.distributed.checkpoint
-        torch.save(
-            (rank, type(error).__name__, str(error), traceback.format_exc()), os.path.join(folder, f"{rank}.error")
-        )
+        if not file.is_file():
+            torch.save((rank, type(error).__name__, str(error), traceback.format_exc()), file)
         raise SystemExit(1) from None
