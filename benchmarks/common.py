@@ -21,7 +21,7 @@ class Figure:
 def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON line a figure to FILE")
-    parser.add_argument("--quick", action="store_true", help="few repetitions: within a minute")
+    parser.add_argument("--quick", action="store_true", help="few repetitions: about a minute")
     return parser.parse_args()
 
 

@@ -205,9 +205,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for optimizer in self.optimizer.chained_optimizers if torch_adam else ():
             for entry in optimizer.optimizer.state.values():
-                entry["step"] = entry[
-                    "step"
-                ].clone()  # megatron-core gives all parameters one counter; each would advance it
+                # megatron-core gives all parameters one counter; each would advance it.
+                entry["step"] = entry["step"].clone()
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
 

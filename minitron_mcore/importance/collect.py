@@ -61,9 +61,7 @@ class Collector:
         self._mask: Tensor | None = None  # [S, B, 1], or None where nothing is padding
         self._length = 0  # S
         self._stream: Tensor | None = None  # the last layer's output, as `_directions` gives it: the next one's input
-        self._change: tuple[Tensor, Tensor] | None = (
-            None  # what the open block's attention did to it, and the size of that
-        )
+        self._change: tuple[Tensor, Tensor] | None = None  # of the open block's attention, and its squared length
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Register every hook; yields their handles."""
