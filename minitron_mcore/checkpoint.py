@@ -189,7 +189,7 @@ def sharded(parameter: table.Parameter, pieces: list[tuple[tuple[int, ...], Tens
 def model_state(model: build.LanguageModel, arch: Architecture, tp_rank: int, tp_size: int) -> dict:
     """A model's parameters as sharded tensors in the table's terms; each views the parameter's memory.
 
-    A rank's part: its stage's blocks, its tensor-parallel ranges; padding rows of the vocabulary are left out.
+    A rank's part: its stage's blocks, its tensor-parallel ranges, its experts; padding rows of the vocabulary are left out.
     """
     by_name = {parameter.name: parameter for parameter in table.parameters(arch)}
     dp_rank, state = runtime.dp_group().rank(), {}
@@ -197,6 +197,8 @@ def model_state(model: build.LanguageModel, arch: Architecture, tp_rank: int, tp
         parameter, tp_dim = by_name[name], by_name[name].row.tp_dim
         tied_copy = name == "embedding.word_embeddings.weight" and not runtime.is_first_stage()
         replica = (int(tied_copy), 0 if tp_dim is not None else tp_rank, dp_rank)
+        if parameter.expert is not None:
+            replica = (0, 0, runtime.expert_dp_group().rank())
         state |= {
             f"{n}.{k}": v
             for k, v in sharded(parameter, views(parameter, tensor.data, tp_rank, tp_size), replica).items()
@@ -275,7 +277,8 @@ def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
     with runtime.agreed():
         for name, parameter in build.named_parameters(model):
             peak = parameter.detach().abs().max().item()
-            if not 0 < peak < float("inf"):
+            zero = peak == 0 and parameter.dim() > 1  # biases and zero-centred norms may all be 0
+            if zero or not peak < float("inf"):
                 raise UserError(
                     f"{name} in {checkpoint.path} has largest magnitude {peak}: these are no trained weights."
                 )

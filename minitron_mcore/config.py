@@ -21,6 +21,8 @@ class ParallelConfig:
     """Stages that share the layers (PP)."""
     context: int = 1
     """Ranks that share each sequence in attention (CP)."""
+    expert: int = 1
+    """Ranks that share the experts of a block (EP), taken from the tensor- and data-parallel ranks."""
     sequence: bool = False
     """Shard activations between the matrices over the TP ranks (SP)."""
 
@@ -70,6 +72,8 @@ class PruneConfig:
     """Channels between the two MLP projections, in each block."""
     heads: float | None = None
     """Query heads, an equal number in each key/value group."""
+    experts: float | None = None
+    """Experts of each block, in a mixture of experts; `ffn` are then the channels of one."""
     blocks: float | None = None
     """Blocks; those whose output is nearest their input (by cosine) go first."""
     drop_blocks: list[int] = field(default_factory=list)

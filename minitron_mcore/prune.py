@@ -38,12 +38,11 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
             f"the plan cuts model {plan.fingerprint}, but {source.path} is {source.fingerprint}: give its own source or plan anew."
         )
     build.check_shardable(source.arch, parallel)
-    mine = [p for p in hf.stage_parameters(source.arch, parallel) if p.block is None or p.block in plan.blocks]
+    mine = [p for p in hf.stage_parameters(source.arch, parallel) if table.keeps(plan, p)]
     state = {}
     for parameter, pieces in _read(source, mine).items():
-        block = None if parameter.block is None else plan.blocks.index(parameter.block)
         cut = [select(parameter, plan, offset, data) for offset, data in pieces]
-        state |= checkpoint.sharded(parameter.at(plan.target, block), cut, hf.replica(parameter))
+        state |= checkpoint.sharded(parameter.at(plan), cut, hf.replica(parameter))
     fingerprint = hashlib.sha256(f"{source.fingerprint} {plan.digest()}".encode()).hexdigest()[:16]
     parents = {"source": checkpoint.identity(source)}
     checkpoint.describe(
@@ -93,7 +92,7 @@ def select(
     """
     placed = []
     for dim, axis in enumerate(parameter.row.axes):
-        keep = table.kept(axis, plan, parameter.block)
+        keep = table.kept(axis, plan, parameter.block, parameter.expert)
         first, last = np.searchsorted(keep, [offset[dim], offset[dim] + data.shape[dim]])
         data = data.index_select(dim, torch.from_numpy(keep[first:last] - offset[dim]))
         placed.append(int(first))

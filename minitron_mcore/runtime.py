@@ -59,7 +59,12 @@ def check_layout(parallel: ParallelConfig, world_size: int, sequence_length: int
     Raises:
         UserError: a size below 1, a world that the sizes don't divide, a combination that would be silently wrong.
     """
-    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+    sizes = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "context": parallel.context,
+        "expert": parallel.expert,
+    }
     for name, size in sizes.items():
         if size < 1:
             raise UserError(f"parallel.{name} is {size}; it must be at least 1.")
@@ -68,6 +73,11 @@ def check_layout(parallel: ParallelConfig, world_size: int, sequence_length: int
         raise UserError(
             f"{world_size} processes cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
             f"{parallel.context} = {product}: start a multiple of {product} (torchrun --nproc-per-node) or change parallel=..."
+        )
+    if world_size // parallel.pipeline % parallel.expert:
+        raise UserError(
+            f"parallel.expert {parallel.expert} does not divide the {world_size // parallel.pipeline} ranks of a pipeline "
+            "stage, which share the experts: give a divisor of that."
         )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
@@ -121,6 +131,8 @@ def distributed(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
@@ -140,6 +152,17 @@ def pp_group() -> dist.ProcessGroup:
 
 def dp_group() -> dist.ProcessGroup:
     return mpu.get_data_parallel_group()
+
+
+def expert_dp_group() -> dist.ProcessGroup:
+    """The ranks of this stage that hold the same experts."""
+    return mpu.get_expert_data_parallel_group()
+
+
+def own_experts(experts: int) -> range:
+    """Those of a block's experts that this rank holds."""
+    share = experts // mpu.get_expert_model_parallel_world_size()
+    return range(mpu.get_expert_model_parallel_rank() * share, (mpu.get_expert_model_parallel_rank() + 1) * share)
 
 
 def is_first_stage() -> bool:

@@ -37,7 +37,7 @@ def test_logits_equal_transformers(tmp_path, layout, tied):
             lambda f: models.edit_config(f, architectures=["GPT2LMHeadModel"]),
             "architecture GPT2LMHeadModel is not supported",
         ),
-        (lambda f: models.edit_config(f, hidden_act="gelu"), "activation 'gelu' is not supported"),
+        (lambda f: models.edit_config(f, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
         (lambda f: models.edit_config(f, rope_parameters={"rope_type": "yarn"}), "rope type 'yarn' is not supported"),
         (lambda f: models.edit_config(f, intermediate_size=32), "mlp.gate_proj.weight has shape .*asks for"),
         (lambda f: models.edit_config(f, num_hidden_layers=6), "layers.5.input_layernorm.weight is missing"),

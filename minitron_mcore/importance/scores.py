@@ -17,7 +17,8 @@ FILE = "scores.safetensors"
 
 @dataclass(frozen=True)
 class Scores:
-    """`vectors`: hidden [H], blocks.i.ffn [F], blocks.i.heads [N], blocks.i.{attention,mlp,block} []; `metadata`: strings."""
+    """`vectors`: hidden [H], blocks.i.ffn [F], blocks.i.heads [N], blocks.i.{attention,mlp,block} []; in a mixture of experts
+    blocks.i.ffn [E, F] and blocks.i.experts [E]; `metadata`: strings."""
 
     vectors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -32,7 +33,9 @@ class Scores:
 def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"hidden": (arch.hidden,)}
     for block in range(arch.blocks):
-        shapes |= {f"blocks.{block}.ffn": (arch.ffn,), f"blocks.{block}.heads": (arch.heads,)}
+        ffn = (arch.experts, arch.ffn) if arch.experts else (arch.ffn,)
+        shapes |= {f"blocks.{block}.ffn": ffn, f"blocks.{block}.heads": (arch.heads,)}
+        shapes |= {f"blocks.{block}.experts": (arch.experts,)} if arch.experts else {}
         shapes |= {f"blocks.{block}.{part}": () for part in ("attention", "mlp", "block")}
     return shapes
 
@@ -91,5 +94,5 @@ def summary(scores: Scores) -> list[dict]:
 
 
 def _spread(name: str, vector: Tensor) -> dict:
-    low, middle, high = torch.quantile(vector, torch.tensor([0.1, 0.5, 0.9])).tolist()
+    low, middle, high = torch.quantile(vector.flatten(), torch.tensor([0.1, 0.5, 0.9])).tolist()
     return {"scores": name, "10 %": low, "median": middle, "90 %": high}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_mcore.errors import UserError
+from minitron_mcore.models.families import FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Architecture:
     blocks: int
     hidden: int
     ffn: int
+    """Channels between the two MLP projections; of one expert in a mixture of experts."""
     heads: int
     groups: int
     head_dim: int
@@ -37,12 +39,27 @@ class Architecture:
     rope_scaling: RopeScaling | None
     tied: bool
     """The output head is the embedding table."""
+    rotary_fraction: float = 1.0
+    """Share of head_dim that the rotary embedding turns."""
+    window: int | None = None
+    """Positions that a token attends to, itself among them; None is all before it."""
+    experts: int = 0
+    """Experts of a block; 0 is a plain MLP."""
+    experts_per_token: int = 0
+    normalize_experts: bool = True
+    """The chosen experts' probabilities are scaled to sum to 1."""
 
     def __post_init__(self):
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.heads % self.groups:
             raise UserError(f"{self.heads} query heads cannot be shared out over {self.groups} key/value groups.")
+        if self.experts_per_token > self.experts:
+            raise UserError(f"{self.experts_per_token} experts a token cannot be chosen from {self.experts} experts.")
+
+    @property
+    def traits(self) -> Family:
+        return FAMILIES[self.family]
 
     @property
     def heads_per_group(self) -> int:
@@ -55,44 +72,44 @@ class Architecture:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-FAMILIES = {"LlamaForCausalLM": "llama"}
-
-
 def from_hf(config: dict) -> Architecture:
     """Read a Hugging Face config, with transformers 4's keys or 5's (`rope_parameters`).
 
     Raises:
-        UserError: an architecture, activation, rope type or bias that this package does not have yet.
+        UserError: an architecture, activation, norm, rope type, bias or mixed attention that this package does not have.
+        KeyError: a size that the config leaves out.
     """
-    name = (config.get("architectures") or ["(none)"])[0]
-    if name not in FAMILIES:
-        raise UserError(f"architecture {name} is not supported; supported: {', '.join(FAMILIES)}.")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(f"{name} with activation {activation!r} is not supported: expected 'silu'.")
-    for bias in ("attention_bias", "mlp_bias"):
-        if config.get(bias):
-            raise UserError(f"{name} with {bias}=true is not supported: expected no biases.")
-    rope = config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}),
-        "rope_theta": config.get("rope_theta", 1e4),
-    }
-    heads = config["num_attention_heads"]
+    by_class = {family.hf_class: name for name, family in FAMILIES.items()}
+    hf_class = (config.get("architectures") or ["(none)"])[0]
+    if hf_class not in by_class:
+        raise UserError(f"architecture {hf_class} is not supported; supported: {', '.join(by_class)}.")
+    family = FAMILIES[by_class[hf_class]]
+    for key, wanted in family.demands.items():
+        if config.get(key) not in (None, wanted):
+            raise UserError(f"{hf_class} with {key}={config[key]!r} is not supported: expected {wanted!r}.")
+    if len(set(config.get("layer_types") or [])) > 1:
+        raise UserError(f"{hf_class} whose layer_types differ is not supported: expected one kind of attention.")
+    rope = _rope(config)
+    found = dict(family.defaults)
+    for name, keys in family.keys.items():
+        values = [source[key] for key in keys for source in (config, rope) if source.get(key) is not None]
+        found |= {name: values[0]} if values else {}
+    found.setdefault("tied", False)
+    found.setdefault("groups", found["heads"])
+    found.setdefault("head_dim", found["hidden"] // found["heads"])
+    missing = [keys[0] for name, keys in family.keys.items() if name not in found and name != "window"]
+    if missing:
+        raise KeyError(missing[0])
+    scaling = _rope_scaling(rope)
     return Architecture(
-        family=FAMILIES[name],
-        blocks=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
-        heads=heads,
-        groups=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab=config["vocab_size"],
-        max_positions=config.get("max_position_embeddings", 2048),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", 1e4)),
-        rope_scaling=_rope_scaling(rope),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        family=by_class[hf_class], rope_theta=float(rope.get("rope_theta", 1e4)), rope_scaling=scaling, **found
     )
+
+
+def _rope(config: dict) -> dict:
+    """The rotary constants, wherever this version of transformers keeps them."""
+    theta = {} if config.get("rope_theta") is None else {"rope_theta": config["rope_theta"]}
+    return theta | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
 
 
 def _rope_scaling(rope: dict) -> RopeScaling | None:
@@ -112,24 +129,19 @@ def _rope_scaling(rope: dict) -> RopeScaling | None:
 def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
     """The config of an exported model: the shipped one with this architecture's sizes; `head_dim` is always written.
 
-    Both spellings of the rotary constants stay as shipped: pruning never changes them.
+    Old keys keep their place beside those that transformers reads today. The rotary constants stay as shipped: pruning never
+    changes them.
     """
-    config = {
-        key: value
-        for key, value in shipped.items()
-        if key not in ("_name_or_path", "torch_dtype", "quantization_config")
-    }
-    return config | {
-        "num_hidden_layers": arch.blocks,
-        "hidden_size": arch.hidden,
-        "intermediate_size": arch.ffn,
-        "num_attention_heads": arch.heads,
-        "num_key_value_heads": arch.groups,
-        "head_dim": arch.head_dim,
-        "vocab_size": arch.vocab,
-        "tie_word_embeddings": arch.tied,
-        "dtype": dtype,
-    }
+    dropped = ("_name_or_path", "torch_dtype", "quantization_config")
+    config = {key: value for key, value in shipped.items() if key not in dropped}
+    rope = _rope(shipped)
+    for name, keys in arch.traits.keys.items():
+        for key in keys:
+            if key in shipped or (key == keys[0] and key not in rope):
+                config[key] = getattr(arch, name)
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][: arch.blocks]
+    return config | {"dtype": dtype}
 
 
 def check_exportable(arch: Architecture) -> None:
@@ -138,7 +150,7 @@ def check_exportable(arch: Architecture) -> None:
     Raises:
         UserError: transformers' LlamaConfig refuses a hidden size that its heads don't divide, whatever head_dim says.
     """
-    if arch.family == "llama" and arch.hidden % arch.heads:
+    if arch.traits.heads_divide_hidden and arch.hidden % arch.heads:
         below = arch.hidden - arch.hidden % arch.heads
         raise UserError(
             f"hidden {arch.hidden} is not a multiple of {arch.heads} heads, which transformers' LlamaConfig demands: "

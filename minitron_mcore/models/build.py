@@ -14,10 +14,12 @@ from minitron_mcore.models import spec
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.table import padded_vocab
 
+from megatron.core.activations import squared_relu  # isort: skip
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip
 
+ACTIVATIONS = {"silu": F.silu, "relu2": squared_relu}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -58,12 +60,24 @@ def check_shardable(arch: Architecture, parallel: ParallelConfig) -> None:
             f"parallel.tensor {tp} does not divide {', '.join(wrong)}: use tensor {' or '.join(map(str, allowed))}, "
             "or another size of the model."
         )
+    if arch.experts % parallel.expert:
+        counts = [str(n) for n in range(1, arch.experts + 1) if arch.experts % n == 0]
+        raise UserError(
+            f"parallel.expert {parallel.expert} does not divide the model's {arch.experts} experts: use {' or '.join(counts)}."
+        )
+    if parallel.expert > 1 and not arch.experts:
+        raise UserError(f"parallel.expert is {parallel.expert}, but the model has no experts: use expert 1.")
+    if arch.experts and tp > 1 and not parallel.sequence:
+        raise UserError(
+            f"a mixture of experts on parallel.tensor {tp} needs parallel.sequence=true: experts are whole, so ranks share tokens."
+        )
     if parallel.pipeline > arch.blocks:
         raise UserError(f"parallel.pipeline {parallel.pipeline} is more than the model's {arch.blocks} blocks.")
 
 
 def _sharded(arch: Architecture) -> dict[str, int]:
-    return {"heads": arch.heads, "key/value groups": arch.groups, "ffn": arch.ffn}
+    ffn = {} if arch.experts else {"ffn": arch.ffn}
+    return {"heads": arch.heads, "key/value groups": arch.groups, **ffn}
 
 
 def stage_blocks(arch: Architecture, parallel: ParallelConfig) -> list[list[int]]:
@@ -73,7 +87,18 @@ def stage_blocks(arch: Architecture, parallel: ParallelConfig) -> list[list[int]
 
 def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str) -> TransformerConfig:
     """megatron-core's config of an architecture in a layout: no dropout, loss per token, fusions only where CUDA is."""
-    gpu = runtime.device().type == "cuda"
+    gpu, family = runtime.device().type == "cuda", arch.traits
+    experts = {
+        "num_moe_experts": arch.experts,
+        "moe_router_topk": arch.experts_per_token,
+        "moe_ffn_hidden_size": arch.ffn,
+        "moe_router_pre_softmax": not arch.normalize_experts,  # after the choice, the softmax normalizes it
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1,
+    }
     return TransformerConfig(
         num_layers=2 * arch.blocks,
         hidden_size=arch.hidden,
@@ -81,11 +106,15 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         num_attention_heads=arch.heads,
         num_query_groups=arch.groups,
         kv_channels=arch.head_dim,
-        normalization="RMSNorm",
+        normalization="RMSNorm" if family.norm == "RMSNorm" else "LayerNorm",
+        layernorm_zero_centered_gamma=family.norm == "LayerNorm1P",
         layernorm_epsilon=arch.norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
+        activation_func=ACTIVATIONS[family.activation],
+        gated_linear_unit=family.gated,
         add_bias_linear=False,
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
+        window_size=(arch.window - 1, 0) if arch.window else None,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -99,12 +128,13 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         perform_initialization=False,  # every parameter is loaded
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=gpu,
+        bias_activation_fusion=gpu and family.gated,
         bias_dropout_fusion=gpu,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
         batch_p2p_comm=gpu,  # gloo has no batched point-to-point
         overlap_p2p_comm=False,
+        **(experts if arch.experts else {}),
     )
 
 
@@ -122,16 +152,18 @@ def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> LanguageM
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}.")
     check_shardable(arch, parallel)
+    block = "*E" if arch.experts else "*-"
     model = LanguageModel(
         config=transformer_config(arch, parallel, dtype),
-        hybrid_stack_spec=spec.stack_spec(),
+        hybrid_stack_spec=spec.stack_spec(arch.traits.qk_norm),
         vocab_size=padded_vocab(arch, parallel.tensor),
         max_sequence_length=arch.max_positions,
-        hybrid_layer_pattern="|".join("*-" * len(blocks) for blocks in stage_blocks(arch, parallel)),
+        hybrid_layer_pattern="|".join(block * len(blocks) for blocks in stage_blocks(arch, parallel)),
         pre_process=runtime.is_first_stage(),
         post_process=runtime.is_last_stage(),
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
+        rotary_percent=arch.rotary_fraction,
         rotary_base=arch.rope_theta,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
@@ -146,10 +178,14 @@ def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> LanguageM
 
 
 def global_name(model: LanguageModel, name: str) -> str:
-    """A local parameter's key in the distributed checkpoint: layers numbered over all stages."""
+    """A local parameter's key in the distributed checkpoint: layers numbered over all stages, experts over all ranks."""
     if not name.startswith("decoder.layers."):
         return name
     index, rest = name.removeprefix("decoder.layers.").split(".", 1)
+    if rest.startswith("mlp.experts.local_experts."):
+        expert, rest = rest.removeprefix("mlp.experts.local_experts.").split(".", 1)
+        own = runtime.own_experts(model.config.num_moe_experts)
+        rest = f"mlp.experts.{own[int(expert)]}.{rest}"
     return f"decoder.layers.{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
 
 

@@ -140,8 +140,8 @@ def _pieces(
 
 
 def stage_parameters(arch: Architecture, parallel: ParallelConfig):
-    """Parameters of this rank's pipeline stage."""
-    stage = runtime.pp_group().rank()
+    """Parameters of this rank's pipeline stage, of the experts only its own."""
+    stage, experts = runtime.pp_group().rank(), runtime.own_experts(arch.experts)
     blocks = set(build.stage_blocks(arch, parallel)[stage])
     for parameter in table.parameters(arch):
         first = parameter.name.startswith("embedding")
@@ -150,12 +150,15 @@ def stage_parameters(arch: Architecture, parallel: ParallelConfig):
             if parameter.block is not None
             else (stage == (0 if first else parallel.pipeline - 1))
         )
-        if here:
+        if here and (parameter.expert is None or parameter.expert in experts):
             yield parameter
 
 
 def replica(parameter: table.Parameter) -> tuple[int, int]:
-    """All zeros on the rank that writes a piece: tensor-parallel rank 0 of what is replicated, data-parallel rank 0."""
+    """All zeros on the rank that writes a piece: tensor-parallel rank 0 of what is replicated, data-parallel rank 0; of an
+    expert, the first of the ranks that hold it."""
+    if parameter.expert is not None:
+        return (0, runtime.expert_dp_group().rank())
     return (runtime.tp_group().rank() if parameter.row.tp_dim is None else 0, runtime.dp_group().rank())
 
 

@@ -1,4 +1,4 @@
-"""Which layers the model is made of: Transformer Engine's where it can run, otherwise torch's own. One function decides.
+"""Which layers a model is made of: Transformer Engine's where it can run, otherwise torch's own. One function decides.
 
 Both specs name their modules alike (norms stand apart from the linear layers), so one parameter table, one set of hooks and
 one checkpoint serve both.
@@ -24,32 +24,43 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
+from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_layer import (  # noqa: E402
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 
 class TorchNorm(nn.Module):
-    """RMSNorm over the last dimension, by Apex's kernel or torch's; unlike megatron-core's it allows sequence parallelism.
+    """RMSNorm (by Apex's kernel or torch's) or LayerNorm1P over the last dimension; unlike megatron-core's it allows sequence
+    parallelism.
 
-    Its weight [H] is replicated over tensor-parallel ranks. Under sequence parallelism they see different tokens, so the
-    weight is marked for the gradient sum that megatron-core makes over those ranks.
+    Its weight [H] and bias [H] are replicated over tensor-parallel ranks. Under sequence parallelism they see different tokens,
+    so both are marked for the gradient sum that megatron-core makes over those ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
-        self.eps = eps
-        self.fused = _apex_rms_norm()
+        self.eps, self.centred = eps, config.normalization == "LayerNorm"
+        self.fused = None if self.centred else _apex_rms_norm()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=runtime.device()))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.bias = nn.Parameter(torch.zeros_like(self.weight)) if self.centred else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.centred:
+            return nn.functional.layer_norm(x, self.weight.shape, self.weight + 1, self.bias, self.eps)
         if self.fused:
             return self.fused(x, self.weight, self.weight.shape, self.eps)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class TorchAttention(nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention, for grouped queries.
+    """Causal attention by torch's scaled_dot_product_attention, for grouped queries, over a sliding window where config has one.
 
     Takes query [S, B, N_r, D], key and value [S, B, G_r, D] of this rank's heads; returns [S, B, N_r D]. Sequences are padded
     at their end only, so the causal mask already keeps padding out of every real token's context.
@@ -58,11 +69,17 @@ class TorchAttention(nn.Module):
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused):
         super().__init__()
         self.scale = softmax_scale
+        self.window = config.window_size[0] + 1 if config.window_size else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **unused) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        length, mask = q.shape[2], None
+        if self.window and self.window < length:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+        )
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -102,13 +119,13 @@ def _apex_rms_norm() -> Callable | None:
     return None
 
 
-def stack_spec() -> ModuleSpec:
-    """The layers for this machine."""
+def stack_spec(qk_norm: bool) -> ModuleSpec:
+    """The layers for this machine; `qk_norm`: with norms on queries and keys."""
     if transformer_engine():
         from megatron.core.extensions import transformer_engine as te
 
-        return _stack(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention)
-    return _stack(TorchNorm, ColumnParallelLinear, RowParallelLinear, TorchAttention)
+        return _stack(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention, qk_norm)
+    return _stack(TorchNorm, ColumnParallelLinear, RowParallelLinear, TorchAttention, qk_norm)
 
 
 def describe() -> str:
@@ -120,7 +137,10 @@ def describe() -> str:
     return f"layers: {layers}; optimizer: {Adam.__module__}.{Adam.__name__}; device: {runtime.device().type}"
 
 
-def _stack(norm, column, row, attention) -> ModuleSpec:
+def _stack(norm, column, row, attention, qk_norm: bool) -> ModuleSpec:
+    linear = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    # One MLP an expert: grouped products exist for CUDA only, and take an expert's weights under other names.
+    experts = MoESubmodules(experts=partial(SequentialMLP, submodules=linear))
     return ModuleSpec(
         module=Stack,
         params={"norm": norm},
@@ -133,7 +153,11 @@ def _stack(norm, column, row, attention) -> ModuleSpec:
                         module=SelfAttention,
                         params={"attn_mask_type": AttnMaskType.causal},
                         submodules=SelfAttentionSubmodules(
-                            linear_qkv=column, core_attention=attention, linear_proj=row
+                            linear_qkv=column,
+                            core_attention=attention,
+                            linear_proj=row,
+                            q_layernorm=norm if qk_norm else None,
+                            k_layernorm=norm if qk_norm else None,
                         ),
                     ),
                     self_attn_bda=get_bias_dropout_add,
@@ -143,8 +167,14 @@ def _stack(norm, column, row, attention) -> ModuleSpec:
                 module=MLPLayer,
                 submodules=TransformerLayerSubmodules(
                     pre_mlp_layernorm=norm,
-                    mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+                    mlp=partial(MLP.as_mlp_submodule, submodules=linear),
                     mlp_bda=get_bias_dropout_add,
+                ),
+            ),
+            moe_layer=ModuleSpec(
+                module=MoETransformerLayer,
+                submodules=TransformerLayerSubmodules(
+                    pre_mlp_layernorm=norm, mlp=partial(MoELayer, submodules=experts), mlp_bda=get_bias_dropout_add
                 ),
             ),
         ),

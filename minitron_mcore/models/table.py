@@ -1,8 +1,8 @@
-"""The parameter table: one row a parameter, read by loading, export, counting and pruning alike.
+"""The parameter table: one row a parameter (see `families`), read by loading, export, counting and pruning alike.
 
-A row names a parameter in Megatron-Core and in Hugging Face and gives each dimension a logical axis. An axis knows its global
-size, how Hugging Face's tensors are packed into it, which ranges of it a tensor-parallel rank holds, and which of its positions
-a plan keeps. All positions are those of Megatron-Core's distributed checkpoint, which no parallel layout changes:
+A row gives each dimension of a parameter a logical axis. An axis knows its global size, how Hugging Face's tensors are packed
+into it, which ranges of it a tensor-parallel rank holds, and which of its positions a plan keeps. All positions are those of
+Megatron-Core's distributed checkpoint, which no parallel layout changes:
 
     axis     size            packing                                             a TP rank holds
     hidden   H               -                                                   all of it
@@ -11,6 +11,10 @@ a plan keeps. All positions are those of Megatron-Core's distributed checkpoint,
     glu      2F              gate rows, then up rows                             its share of either
     qkv      (N + 2G) D      group by group: query heads, key, value             its groups
     heads    N D             query heads in order                                its groups' heads
+    head_dim D               -                                                   all of it
+    experts  E               -                                                   all of it
+
+An expert's own tensors lie whole on the expert-parallel rank that holds the expert.
 """
 
 from collections.abc import Iterator
@@ -20,71 +24,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.families import Row
 
 if TYPE_CHECKING:
     from minitron_mcore.plan.plan import Plan
 
 
 @dataclass(frozen=True)
-class Row:
-    """One parameter. `{a}` and `{m}` in `name` are a block's attention and MLP layer, `{i}` in `hf` the block."""
-
-    name: str
-    axes: tuple[str, ...]
-    hf: tuple[str, ...]
-    tp_dim: int | None = None
-
-    @property
-    def in_block(self) -> bool:
-        return "{i}" in self.hf[0]
-
-
-_BLOCK = "model.layers.{i}."
-LLAMA = (
-    Row("embedding.word_embeddings.weight", ("vocab", "hidden"), ("model.embed_tokens.weight",), 0),
-    Row("decoder.layers.{a}.input_layernorm.weight", ("hidden",), (_BLOCK + "input_layernorm.weight",)),
-    Row(
-        "decoder.layers.{a}.self_attention.linear_qkv.weight",
-        ("qkv", "hidden"),
-        tuple(f"{_BLOCK}self_attn.{x}_proj.weight" for x in "qkv"),
-        0,
-    ),
-    Row(
-        "decoder.layers.{a}.self_attention.linear_proj.weight",
-        ("hidden", "heads"),
-        (_BLOCK + "self_attn.o_proj.weight",),
-        1,
-    ),
-    Row("decoder.layers.{m}.pre_mlp_layernorm.weight", ("hidden",), (_BLOCK + "post_attention_layernorm.weight",)),
-    Row(
-        "decoder.layers.{m}.mlp.linear_fc1.weight",
-        ("glu", "hidden"),
-        (_BLOCK + "mlp.gate_proj.weight", _BLOCK + "mlp.up_proj.weight"),
-        0,
-    ),
-    Row("decoder.layers.{m}.mlp.linear_fc2.weight", ("hidden", "ffn"), (_BLOCK + "mlp.down_proj.weight",), 1),
-    Row("decoder.final_norm.weight", ("hidden",), ("model.norm.weight",)),
-    Row("output_layer.weight", ("vocab", "hidden"), ("lm_head.weight",), 0),
-)
-TABLES = {"llama": LLAMA}
-
-
-@dataclass(frozen=True)
 class Parameter:
-    """A row at one block (block None outside the blocks) of one architecture."""
+    """A row at one block (None outside the blocks) and one expert (None outside the experts) of one architecture."""
 
     row: Row
     arch: Architecture
-    block: int | None
+    block: int | None = None
+    expert: int | None = None
 
     @property
     def name(self) -> str:
         """Key in the distributed checkpoint: layers count from 0 over all stages, two a block."""
-        return self.row.name if self.block is None else self.row.name.format(a=2 * self.block, m=2 * self.block + 1)
+        if self.block is None:
+            return self.row.name
+        return self.row.name.format(a=2 * self.block, m=2 * self.block + 1, e=self.expert)
 
     @property
     def hf(self) -> tuple[str, ...]:
-        return tuple(name.format(i=self.block) for name in self.row.hf)
+        return tuple(name.format(i=self.block, e=self.expert) for name in self.row.hf)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,21 +58,25 @@ class Parameter:
         """Shape of each Hugging Face tensor behind this parameter, in packing order."""
         return [(rows, *self.shape[1:]) for rows in hf_rows(self.row.axes[0], self.arch)]
 
-    def at(self, arch: Architecture, block: int | None) -> "Parameter":
-        return Parameter(self.row, arch, block)
+    def at(self, plan: "Plan") -> "Parameter":
+        """What a plan makes of this parameter of its source, which it must keep: the target's, blocks and experts renumbered."""
+        block = None if self.block is None else plan.blocks.index(self.block)
+        expert = None if self.expert is None else list(plan.experts[self.block]).index(self.expert)
+        return Parameter(self.row, plan.target, block, expert)
 
 
 def parameters(arch: Architecture) -> Iterator[Parameter]:
     """Every parameter of an architecture, outer ones and block by block, in Hugging Face's order."""
-    for row in TABLES[arch.family]:
-        if row.name == "output_layer.weight" and arch.tied:
-            continue
-        if not row.in_block:
-            yield Parameter(row, arch, None)
+    rows = arch.traits.rows
+    for row in rows:
+        if not row.in_block and not (row.name == "output_layer.weight" and arch.tied):
+            yield Parameter(row, arch)
     for block in range(arch.blocks):
-        for row in TABLES[arch.family]:
-            if row.in_block:
-                yield Parameter(row, arch, block)
+        for row in (row for row in rows if row.in_block and not row.in_expert):
+            yield Parameter(row, arch, block)
+        for expert in range(arch.experts):
+            for row in (row for row in rows if row.in_expert):
+                yield Parameter(row, arch, block, expert)
 
 
 def count(arch: Architecture, embeddings: bool = True) -> int:
@@ -125,6 +93,8 @@ def size(axis: str, arch: Architecture) -> int:
         "glu": 2 * arch.ffn,
         "qkv": (arch.heads + 2 * arch.groups) * arch.head_dim,
         "heads": arch.heads * arch.head_dim,
+        "head_dim": arch.head_dim,
+        "experts": arch.experts,
     }[axis]
 
 
@@ -162,15 +132,24 @@ def padded_vocab(arch: Architecture, tp_size: int) -> int:
     return -(-arch.vocab // tp_size) * tp_size
 
 
-def kept(axis: str, plan: "Plan", block: int | None) -> np.ndarray:
+def keeps(plan: "Plan", parameter: Parameter) -> bool:
+    """True where anything of a parameter of the plan's source is kept."""
+    if parameter.block is not None and parameter.block not in plan.blocks:
+        return False
+    return parameter.expert is None or parameter.expert in plan.experts[parameter.block]
+
+
+def kept(axis: str, plan: "Plan", block: int | None = None, expert: int | None = None) -> np.ndarray:
     """Positions of the source's axis that a plan keeps, ascending (int64)."""
     arch = plan.source
     if axis == "hidden":
         return np.asarray(plan.hidden)
-    if axis == "vocab":
-        return np.arange(arch.vocab)
+    if axis in ("vocab", "head_dim"):
+        return np.arange(size(axis, arch))
+    if axis == "experts":
+        return np.asarray(list(plan.experts[block]))
     if axis in ("ffn", "glu"):
-        ffn = np.asarray(plan.ffn[block])
+        ffn = np.asarray(plan.ffn[block] if expert is None else plan.experts[block][expert])
         return ffn if axis == "ffn" else np.concatenate([ffn, arch.ffn + ffn])
     heads = _spread(np.asarray(plan.heads[block]), arch.head_dim)
     if axis == "heads":

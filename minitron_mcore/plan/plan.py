@@ -20,7 +20,7 @@ FILE = "plan.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept indices, ascending, counted from 0 in the source; `ffn` and `heads` by source block."""
+    """Kept indices, ascending, counted from 0 in the source; `ffn`, `heads` and `experts` by source block."""
 
     source: Architecture
     target: Architecture
@@ -32,13 +32,20 @@ class Plan:
     blocks: list[int]
     ffn: dict[int, list[int]]
     heads: dict[int, list[int]]
+    experts: dict[int, dict[int, list[int]]] = dataclasses.field(default_factory=dict)
+    """In a mixture of experts, instead of `ffn`: the kept experts of a block, and of each its kept ffn channels."""
 
     def __post_init__(self):
         sizes = {"hidden": (self.hidden, self.source.hidden, self.target.hidden)}
         sizes["blocks"] = (self.blocks, self.source.blocks, self.target.blocks)
         for block in self.blocks:
-            sizes[f"ffn of block {block}"] = (self.ffn.get(block, []), self.source.ffn, self.target.ffn)
             sizes[f"heads of block {block}"] = (self.heads.get(block, []), self.source.heads, self.target.heads)
+            experts = self.experts.get(block, {})
+            if self.source.experts:
+                sizes[f"experts of block {block}"] = (list(experts), self.source.experts, self.target.experts)
+            ffn = {f"expert {n} of block {block}": kept for n, kept in experts.items()}
+            for name, kept in (ffn if self.source.experts else {f"block {block}": self.ffn.get(block, [])}).items():
+                sizes[f"ffn of {name}"] = (kept, self.source.ffn, self.target.ffn)
         for name, (kept, total, wanted) in sizes.items():
             if sorted(set(kept)) != list(kept) or len(kept) != wanted or not 0 <= kept[0] <= kept[-1] < total:
                 raise UserError(
@@ -54,7 +61,7 @@ class Plan:
         data["parameters"] = {"source": table.count(self.source), "target": table.count(self.target)}
         lines = []
         for key, value in data.items():
-            if key in ("ffn", "heads"):
+            if key in ("ffn", "heads", "experts"):
                 rows = ",\n".join(f'  "{block}": {json.dumps(kept)}' for block, kept in value.items())
                 lines.append(f'"{key}": {{\n{rows}\n }}')
             else:
@@ -72,6 +79,7 @@ class Plan:
             "hidden": (t.hidden, s.hidden),
             "ffn": (t.ffn, s.ffn),
             "heads": (t.heads, s.heads),
+            **({"experts": (t.experts, s.experts)} if s.experts else {}),
             "key/value groups": (t.groups, s.groups),
             "parameters": (table.count(t), table.count(s)),
             "without embeddings": (table.count(t, embeddings=False), table.count(s, embeddings=False)),
@@ -96,8 +104,10 @@ def load_plan(path: str | Path) -> Plan:
             data[key] = Architecture(**data[key])
         for key in ("ffn", "heads"):
             data[key] = {int(block): kept for block, kept in data[key].items()}
+        experts = data.get("experts", {})
+        data["experts"] = {int(b): {int(e): kept for e, kept in chosen.items()} for b, chosen in experts.items()}
         return Plan(**data)
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a plan ({type(error).__name__}: {error}): run launch/plan.py again.") from error
 
 
@@ -136,7 +146,14 @@ def target_architecture(source: Architecture, prune: PruneConfig) -> Architectur
         ffn=resolve(prune.ffn, source.ffn, "ffn"),
         heads=heads,
         blocks=blocks,
+        experts=resolve(prune.experts, source.experts, "experts") if source.experts else _no_experts(prune),
     )
+
+
+def _no_experts(prune: PruneConfig) -> int:
+    if prune.experts is not None:
+        raise UserError(f"prune.experts is {prune.experts:g}, but the source has no experts: leave it out.")
+    return 0
 
 
 def top(scores: Tensor, count: int) -> list[int]:
@@ -146,7 +163,7 @@ def top(scores: Tensor, count: int) -> list[int]:
 
 def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: PruneConfig) -> Plan:
     """Rank every axis by its scores and keep the best: hidden over the whole model, ffn and heads in each block (heads an equal
-    number in each group), blocks by the cosine between their input and output, or all but the ones named.
+    number in each group), experts in each block and ffn in each kept expert, blocks by the cosine between their input and output, or all but the ones named.
 
     Raises:
         UserError: targets that the source cannot meet.
@@ -167,6 +184,14 @@ def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: Pru
     for block in blocks:
         grouped = vectors[f"blocks.{block}.heads"].view(source.groups, -1)
         heads[block] = [g * source.heads_per_group + h for g, row in enumerate(grouped) for h in top(row, per_group)]
+    ffn, experts = {}, {}
+    for block in blocks:
+        channels = vectors[f"blocks.{block}.ffn"]
+        if source.experts:
+            chosen = top(vectors[f"blocks.{block}.experts"], target.experts)
+            experts[block] = {expert: top(channels[expert], target.ffn) for expert in chosen}
+        else:
+            ffn[block] = top(channels, target.ffn)
     return Plan(
         source=source,
         target=target,
@@ -174,6 +199,7 @@ def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: Pru
         scores=scores.digest(),
         hidden=top(vectors["hidden"], target.hidden),
         blocks=blocks,
-        ffn={block: top(vectors[f"blocks.{block}.ffn"], target.ffn) for block in blocks},
+        ffn=ffn,
         heads=heads,
+        experts=experts,
     )
