@@ -10,11 +10,12 @@ from minitron_mcore.launching import entry, plain
 @entry("convert")
 def main(config: ConvertRun) -> None:
     from minitron_mcore import checkpoint, report, runtime
-    from minitron_mcore.models import hf, table
+    from minitron_mcore.models import architecture, hf, table
 
+    wanted = architecture.given(config.model.architecture) if config.model.architecture else None
     with runtime.distributed(config.parallel, config.seed):
         with checkpoint.claimed(config.out_dir, plain(config)):
-            arch = hf.import_folder(config.model.hf, config.out_dir, config.parallel)
+            arch = hf.import_folder(config.model.hf, config.out_dir, config.parallel, wanted)
         report.table(
             "converted",
             [{"parameters": table.count(arch), "blocks": arch.blocks, "hidden": arch.hidden, "ffn": arch.ffn}],

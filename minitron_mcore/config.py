@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -35,6 +36,8 @@ class ModelConfig:
     """Names its folder below runs/."""
     hf: str = MISSING
     """Hugging Face folder: config.json, *.safetensors, tokenizer files."""
+    architecture: dict[str, Any] | None = None
+    """Fields of `models.architecture.Architecture` that the folder must have; they also stand for it where there are no weights."""
 
 
 @dataclass

@@ -114,7 +114,10 @@ def test_whole_way_on_two_ranks(tmp_path):
     g = torch.Generator().manual_seed(0)
     lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    model, two = ["+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "dtype=fp32"], ["parallel=tp2"]
+    model, two = (
+        ["+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"],
+        ["parallel=tp2"],
+    )
     data = ["data.train=[text.jsonl]", "data.heldout=[text.jsonl]"]
     small = [
         "distill.steps=4",

@@ -158,6 +158,36 @@ def check_exportable(arch: Architecture) -> None:
         )
 
 
+def given(fields: dict) -> Architecture:
+    """The architecture that a config spells out (`model.architecture`).
+
+    Raises:
+        UserError: a field that is missing or unknown, a family that is not there.
+    """
+    try:
+        found = Architecture(**fields)
+    except TypeError as error:
+        raise UserError(f"model.architecture is not one ({error}): see conf/model for the fields.") from error
+    if found.family not in FAMILIES:
+        raise UserError(f"model.architecture.family is {found.family!r}; supported: {', '.join(FAMILIES)}.")
+    return found
+
+
+def expect(found: Architecture, wanted: Architecture | None, where: str | Path) -> None:
+    """Refuse a model that is not the one asked for.
+
+    Raises:
+        UserError: names every field that differs, both values, and where `found` was found.
+    """
+    pairs = {} if wanted is None else {k: (v, getattr(wanted, k)) for k, v in vars(found).items()}
+    wrong = [f"{name} is {has}, not {should}" for name, (has, should) in pairs.items() if has != should]
+    if wrong:
+        raise UserError(
+            f"{where} is not the model that the config names: {', '.join(wrong)}. Give the right folder, or the model that "
+            "it is (+model=...; model.architecture=null takes any)."
+        )
+
+
 def read_hf(folder: Path) -> tuple[Architecture, dict]:
     """Architecture and raw config of a Hugging Face folder.
 

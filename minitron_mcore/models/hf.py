@@ -51,16 +51,29 @@ class Folder:
             self.where |= dict.fromkeys(handle.keys(), handle)
 
     def check(self, arch: Architecture) -> None:
-        """Refuse a missing tensor or one of another shape, by name."""
+        """Refuse a tensor that is missing, too many, or of another shape or dtype, by name."""
         for parameter in table.parameters(arch):
             for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
                 if name not in self.where:
                     raise UserError(
                         f"tensor {name} is missing from {self.files[0].parent}: its config.json asks for it."
                     )
-                found = tuple(self.where[name].get_slice(name).get_shape())
-                if found != shape:
+                stored = self.where[name].get_slice(name)
+                if (found := tuple(stored.get_shape())) != shape:
                     raise UserError(f"tensor {name} has shape {found}, but config.json asks for {shape}.")
+                if stored.get_dtype() not in ("BF16", "F16", "F32"):
+                    raise UserError(
+                        f"tensor {name} is stored as {stored.get_dtype()}: expected BF16, F16 or F32 (dequantise the model first)."
+                    )
+        known = {name for parameter in table.parameters(arch) for name in parameter.hf}
+        # Old Llama folders store the rotary frequencies, some tied ones the head: both follow from the rest.
+        spare = {"lm_head.weight"} if arch.tied else set()
+        extra = sorted(n for n in self.where.keys() - known - spare if not n.endswith("rotary_emb.inv_freq"))
+        if extra:
+            raise UserError(
+                f"{self.files[0].parent} holds {len(extra)} tensors that a {arch.family} model of its config.json does not have, "
+                f"the first {extra[0]}: is the config another model's?"
+            )
 
     def piece(self, parameter: table.Parameter, dim: int | None, low: int, high: int) -> Tensor:
         """Positions low..high of a parameter along `dim` (all of it when None), read as slices of the files."""
@@ -99,17 +112,21 @@ class Folder:
         return hashlib.sha256(json.dumps(merged).encode()).hexdigest()[:16]
 
 
-def import_folder(path: str | Path, out_dir: str | Path, parallel: ParallelConfig) -> Architecture:
+def import_folder(
+    path: str | Path, out_dir: str | Path, parallel: ParallelConfig, wanted: Architecture | None = None
+) -> Architecture:
     """Hugging Face folder -> distributed checkpoint (collective).
 
-    A rank reads and writes its stage's blocks and its tensor-parallel ranges; beyond them it holds one tensor. Dtypes stay.
+    A rank reads and writes its stage's blocks, its tensor-parallel ranges and its experts; beyond them it holds one tensor.
+    Dtypes stay. `wanted`: the architecture that the folder must have, where the caller knows.
 
     Raises:
-        UserError: an unsupported or incomplete folder (by tensor name), a layout that doesn't divide the model.
+        UserError: an unsupported or incomplete folder (by tensor name), another model, a layout that doesn't divide it.
     """
     path = Path(path)
     with runtime.agreed():
         arch, _ = architecture.read_hf(path)
+        architecture.expect(arch, wanted, path)
         folder = Folder(path)
         folder.check(arch)
         build.check_shardable(arch, parallel)

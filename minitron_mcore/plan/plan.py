@@ -163,7 +163,8 @@ def top(scores: Tensor, count: int) -> list[int]:
 
 def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: PruneConfig) -> Plan:
     """Rank every axis by its scores and keep the best: hidden over the whole model, ffn and heads in each block (heads an equal
-    number in each group), experts in each block and ffn in each kept expert, blocks by the cosine between their input and output, or all but the ones named.
+    number in each group), experts in each block and ffn in each kept expert, blocks by the cosine between their input and
+    output, or all but the ones named.
 
     Raises:
         UserError: targets that the source cannot meet.
