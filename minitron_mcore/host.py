@@ -24,7 +24,10 @@ class _Stream:
     def _done(self, *args, **kwargs):
         return True
 
-    wait_stream = wait_event = record_event = synchronize = record = wait = query = _done
+    wait_stream = wait_event = synchronize = record = wait = query = _done
+
+    def record_event(self, event=None):
+        return event or self
 
 
 class _OnCpu(TorchFunctionMode):

@@ -95,7 +95,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         "moe_router_pre_softmax": not arch.normalize_experts,  # after the choice, the softmax normalizes it
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": "alltoall" if gpu else "allgather",  # the former wants its counts from a GPU
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": 1,
     }

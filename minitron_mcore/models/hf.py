@@ -80,8 +80,7 @@ class Folder:
         slices = [self.where[name].get_slice(name) for name in parameter.hf]
         if dim == 1:
             return slices[0][:, low:high]
-        if dim is None:
-            return slices[0][:]
+        low, high = (0, parameter.shape[0]) if dim is None else (low, high)
         rows = table.packing(parameter.row.axes[0], parameter.arch)[low:high]
         parts, start = [], 0
         local = np.empty(len(rows), dtype=np.int64)  # where each wanted row lies in the concatenation of the parts
