@@ -154,6 +154,10 @@ def dp_group() -> dist.ProcessGroup:
     return mpu.get_data_parallel_group()
 
 
+def ep_group() -> dist.ProcessGroup:
+    return mpu.get_expert_model_parallel_group()
+
+
 def expert_dp_group() -> dist.ProcessGroup:
     """The ranks of this stage that hold the same experts."""
     return mpu.get_expert_data_parallel_group()
@@ -161,8 +165,8 @@ def expert_dp_group() -> dist.ProcessGroup:
 
 def own_experts(experts: int) -> range:
     """Those of a block's experts that this rank holds."""
-    share = experts // mpu.get_expert_model_parallel_world_size()
-    return range(mpu.get_expert_model_parallel_rank() * share, (mpu.get_expert_model_parallel_rank() + 1) * share)
+    rank, share = ep_group().rank(), experts // ep_group().size()
+    return range(rank * share, (rank + 1) * share)
 
 
 def is_first_stage() -> bool:

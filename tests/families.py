@@ -38,11 +38,15 @@ OF = {
     "mixtral": ("Mixtral", EXPERTS | dict(rope_parameters=PLAIN, num_local_experts=6, sliding_window=None)),
     "qwen3_moe": (
         "Qwen3Moe",
-        dict(rope_parameters=PLAIN, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=14, norm_topk_prob=True),
+        dict(
+            rope_parameters=PLAIN, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=14, norm_topk_prob=True
+        ),
     ),
     "qwen3_moe_raw": (
         "Qwen3Moe",
-        dict(rope_parameters=PLAIN, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=14, norm_topk_prob=False),
+        dict(
+            rope_parameters=PLAIN, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=14, norm_topk_prob=False
+        ),
     ),
 }
 

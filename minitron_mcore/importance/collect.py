@@ -1,4 +1,4 @@
-"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline and data parallelism.
+"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline, data and expert parallelism.
 
 For every channel c the paper's choice (arXiv 2407.14679, section 2.2 and table 11) is mean over the sequence, L2 over samples:
 
@@ -9,9 +9,16 @@ For every channel c the paper's choice (arXiv 2407.14679, section 2.2 and table 
     heads     a = L2 norm over head_dim of each head's attention output, per block
     depth     1 - mean over tokens of cos(layer input, layer output), for attention, MLP and the whole block
 
+In a mixture of experts tokens of many samples reach an expert mixed, so there it is the mean over all tokens (the paper's
+other good pair, mean and mean), 0 for tokens that go elsewhere, with the router's probability p as a factor:
+
+    ffn       a = p x input of the expert's down projection, per expert
+    experts   a = p x L2 norm of the expert's output
+
 What a rank sees, and what completes it:
 
     input of linear_fc2 / linear_proj   [S, B, own channels]   nothing: tensor-parallel ranks own disjoint channels
+    input, output of an expert          [own tokens, F or H]   the sum over ranks that hold it, once at the end
     norm output, layer output           [S_r, B, H] under sequence parallelism, else [S, B, H] replicated, of which a rank
                                         counts its share of S: the sum over S, over tensor-parallel ranks, before it is squared
     different samples                                          the sum over b, over data-parallel ranks, once at the end
@@ -26,6 +33,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_mcore import runtime
@@ -48,12 +56,14 @@ def _sum_abs(x: Tensor) -> Tensor:
 
 
 class Collector:
-    """Accumulators of one rank: a [C] vector of squares for each hook, a scalar sum of 1 - cosine for each layer."""
+    """Accumulators of one rank: a [C] vector of squares for each hook, a scalar sum of 1 - cosine for each layer, and for its
+    own experts sums over tokens."""
 
     def __init__(self, model: LanguageModel, arch: Architecture):
         self.model, self.arch = model, arch
         self.squares: dict[str, Tensor] = {}
         self.distances: dict[str, Tensor] = {}
+        self.routed: dict[str, Tensor] = {}  # by block: [own experts, F + 1], the channels and then the output's norm
         self.tokens = torch.zeros((), dtype=torch.int64, device=runtime.device())
         self.samples = 0
         self._open: dict[str, Tensor] = {}  # per-sample sums over S of this micro-batch, not yet squared
@@ -73,7 +83,13 @@ class Collector:
             part = "mlp" if is_mlp else "attention"
             norm = layer.pre_mlp_layernorm if is_mlp else layer.input_layernorm
             yield norm.register_forward_hook(self._norm(f"{at}.{part}.norm"))
-            if is_mlp:
+            if is_mlp and self.arch.experts:
+                yield layer.mlp.router.register_forward_hook(self._route)
+                own = layer.mlp.experts.local_experts
+                self.routed[at] = torch.zeros(len(own), self.arch.ffn + 1, device=runtime.device())
+                for sums, expert in zip(self.routed[at], own, strict=True):
+                    yield expert.linear_fc2.register_forward_hook(self._expert(sums))
+            elif is_mlp:
                 yield layer.mlp.linear_fc2.register_forward_pre_hook(self._channels(f"{at}.ffn"))
             else:
                 yield layer.self_attention.linear_proj.register_forward_pre_hook(self._heads(f"{at}.heads"))
@@ -114,6 +130,22 @@ class Collector:
         def hook(module, args) -> None:
             per_head = args[0].unflatten(-1, (-1, self.arch.head_dim))
             self._add(name, torch.linalg.vector_norm(per_head, dim=-1, dtype=torch.float32), self._mask)
+
+        return hook
+
+    def _route(self, module, args, output):
+        """Send padding to no expert: nothing of it reaches a sum, and no real token attends to it."""
+        _, mask = self._share(args[0])
+        if mask is None:
+            return output
+        probs, routing_map = output
+        real = mask.reshape(-1, 1)
+        return probs * real, routing_map & real
+
+    def _expert(self, sums: Tensor):
+        def hook(module, args, output) -> None:
+            sums[:-1] += args[0].abs().sum(0, dtype=torch.float32)
+            sums[-1] += torch.linalg.vector_norm(output[0], dim=-1, dtype=torch.float32).sum()
 
         return hook
 
@@ -161,7 +193,8 @@ class Collector:
         """Reduce over all ranks and gather the global vectors; the same result on every rank (collective).
 
         Returns:
-            `hidden` [H], `blocks.i.ffn` [F], `blocks.i.heads` [N], `blocks.i.{attention,mlp,block}` []; fp32 on the CPU.
+            `hidden` [H], `blocks.i.ffn` [F], `blocks.i.heads` [N], `blocks.i.{attention,mlp,block}` []; fp32 on the CPU. In a
+            mixture of experts `blocks.i.ffn` [E, F] and `blocks.i.experts` [E].
         """
         for squares in self.squares.values():
             dist.all_reduce(squares, group=runtime.dp_group())
@@ -175,7 +208,11 @@ class Collector:
             if name.endswith(".norm"):
                 hidden += squares.sqrt()
             else:
-                found[name] = _gather(squares.sqrt())
+                found[name] = _gather(squares.sqrt(), runtime.tp_group())
+        for at, sums in self.routed.items():
+            dist.all_reduce(sums, group=runtime.expert_dp_group())
+            means = _gather(sums / self.tokens, runtime.ep_group())
+            found |= {f"{at}.ffn": means[:, :-1].contiguous(), f"{at}.experts": means[:, -1].contiguous()}
         for name, distance in zip(sorted(self.distances), distances, strict=True):
             found[name] = distance / self.tokens
         dist.all_reduce(hidden, group=runtime.pp_group())
@@ -184,9 +221,8 @@ class Collector:
         return {"hidden": hidden.cpu()} | {name: vector for stage in stages for name, vector in stage.items()}
 
 
-def _gather(shard: Tensor) -> Tensor:
-    """Tensor-parallel ranks' disjoint channels, in order."""
-    group = runtime.tp_group()
+def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' disjoint channels or experts, in order."""
     parts = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(parts, shard.contiguous(), group=group)
     return torch.cat(parts)
@@ -220,6 +256,9 @@ def score(model: LanguageModel, source: Checkpoint, tokens: Tensor, mask: Tensor
         raise UserError(
             f"importance.samples is {len(tokens)}, fewer than the {dp.size()} data-parallel ranks: give at least that many."
         )
+    # Expert-parallel ranks pass tokens to each other, so all make equally many passes: samples of padding fill up the last.
+    missing = -len(tokens) % dp.size()
+    tokens, mask = F.pad(tokens, (0, 0, 0, missing)), F.pad(mask, (0, 0, 0, missing))
     mine, whole = slice(dp.rank(), None, dp.size()), bool(mask.all())
     batches = [
         {"tokens": t.to(runtime.device())}
@@ -237,7 +276,7 @@ def score(model: LanguageModel, source: Checkpoint, tokens: Tensor, mask: Tensor
         "architecture": source.arch.digest(),
         "metric": "activation; depth by cosine",
         "aggregation": "batch l2, sequence mean",
-        "samples": str(len(tokens)),
+        "samples": str(int(mask.any(1).sum())),
         "tokens": str(int(mask.sum())),
     }
     return Scores(collector.scores(), metadata)
