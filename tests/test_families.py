@@ -1,15 +1,32 @@
 """Every family against transformers' own class: a failure means that users of that family get another model than they gave."""
 
-import json
+import dataclasses
+import math
 
 import pytest
 import torch
 
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import ParallelConfig
-from minitron_mcore.models import architecture, hf
+from minitron_mcore.models import hf
 from minitron_mcore.testing import on_ranks
 from tests import families, models
+from tests.test_distill import CONFIG, distill
+from tests.test_prune import export
+
+ONE = ParallelConfig()
+TP2 = ParallelConfig(tensor=2, sequence=True)
+TRAINED = {
+    "nemotron-tp2_sp": (2, TP2),
+    "qwen2-tp2": (2, ParallelConfig(tensor=2)),
+    "qwen3-tp2": (2, ParallelConfig(tensor=2)),
+    "qwen3-tp2_sp": (2, TP2),
+    "mistral-tp2_pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
+    "mixtral-ep2": (2, ParallelConfig(expert=2)),
+    "qwen3_moe-dp2": (2, ONE),
+    "qwen3_moe-tp2_ep2": (2, dataclasses.replace(TP2, expert=2)),
+    "qwen3_moe-tp2_dp2_ep2": (4, dataclasses.replace(TP2, expert=2)),
+}
 
 DENSE = [which for which in families.OF if "moe" not in which and which != "mixtral"]
 EXPERTS = [which for which in families.OF if which not in DENSE]
@@ -53,3 +70,34 @@ def test_experts(tmp_path, which, layout):
         "ep3": (3, {"expert": 3}),
     }[layout]
     check(which, tmp_path, world, ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_training_equals_one_process(tmp_path, case):
+    """Losses and the gradient's norm of every step, and the weights after the last: another seed's model as teacher."""
+    which, (world, parallel) = case.split("-")[0], TRAINED[case]
+    config = dataclasses.replace(CONFIG, steps=3)
+    pair = tmp_path / "student", tmp_path / "teacher"
+    for seed, path in enumerate(pair):
+        on_ranks(models.import_hf, 1, ONE, families.tiny(which, tmp_path / f"hf{seed}", seed), path, ONE)
+    alone = on_ranks(distill, 1, ONE, *pair, config, ONE, tmp_path / "one")[0]
+    for history in on_ranks(distill, world, parallel, *pair, config, parallel, tmp_path / "many"):
+        for a, b in zip(alone, history, strict=True):
+            for key in ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm"):
+                assert math.isclose(a[key], b[key], rel_tol=5e-5), (key, a, b)
+    found, expected = export(tmp_path / "many", tmp_path / "a"), export(tmp_path / "one", tmp_path / "b")
+    for name, weight in expected.items():
+        assert (found[name] - weight).abs().max() <= 0.02 * config.peak_lr * config.steps, name
+
+
+def test_resumed_experts_are_bit_equal(tmp_path):
+    parallel, config = ParallelConfig(expert=2), dataclasses.replace(CONFIG, steps=3)
+    folder = families.tiny("qwen3_moe", tmp_path / "hf")
+    on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "model", ONE)
+    pair = tmp_path / "model", None
+    config = dataclasses.replace(config, kd_weight=0.0, lm_weight=1.0)
+    on_ranks(distill, 2, parallel, *pair, config, parallel, tmp_path / "whole")
+    on_ranks(distill, 2, parallel, *pair, dataclasses.replace(config, stop_after=1), parallel, tmp_path / "parts")
+    on_ranks(distill, 2, parallel, *pair, config, parallel, tmp_path / "parts", True)
+    found, expected = export(tmp_path / "parts", tmp_path / "a"), export(tmp_path / "whole", tmp_path / "b")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
