@@ -92,7 +92,7 @@ def from_hf(config: dict) -> Architecture:
     rope = _rope(config)
     found = dict(family.defaults)
     for name, keys in family.keys.items():
-        values = [source[key] for key in keys for source in (config, rope) if source.get(key) is not None]
+        values = [source[key] for key in keys for source in (rope, config) if source.get(key) is not None]
         found |= {name: values[0]} if values else {}
     found.setdefault("tied", False)
     found.setdefault("groups", found["heads"])
