@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from minitron_mcore import checkpoint, data, runtime
+from minitron_mcore import checkpoint, data, host, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import EvaluateRun, ParallelConfig
 from minitron_mcore.distill.losses import distillation_loss
@@ -177,6 +177,8 @@ class HFModel:
                 local_files_only=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported, and refused below
+                # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.
+                experts_implementation="eager" if host.is_cpu() else None,
                 output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:

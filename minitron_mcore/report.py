@@ -92,7 +92,7 @@ def _ffn(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
     if not (rows := _by_block(scores, "ffn")):
         return False
     quantiles = {i: np.quantile(row, np.linspace(0, 1, 101)) for i, row in rows.items()}
-    channels = max(map(len, rows.values()))
+    channels = max(row.shape[-1] for row in rows.values())
     _heat(axes, quantiles, (0, 100), title=f"FFN channels (F = {channels})", xlabel="quantile within the block (%)")
     return True
 

@@ -15,6 +15,7 @@ SIZES = dict(
     head_dim=8,  # not hidden / heads
     max_position_embeddings=256,
 )
+# Experts one by one: torch's product over all of them wants rows of a multiple of 16 bytes.
 EAGER = {"experts_implementation": "eager"}
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -46,9 +47,7 @@ def hf_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        # Experts one by one: torch's grouped product wants rows of a multiple of 16 bytes.
-        experts = {} if "num_experts_per_tok" not in (folder / "config.json").read_text() else EAGER
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **experts)(ids).logits
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER)(ids).logits
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.evaluate import HFModel
 from minitron_mcore.models import build
 from minitron_mcore.plan.plan import load_plan, make_plan
 from minitron_mcore.testing import on_ranks
@@ -111,6 +112,7 @@ def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
         models.mcore_logits, 2, ParallelConfig(expert=2), tmp_path / "pruned", ParallelConfig(expert=2), ids
     )
     assert (ours[0] - models.hf_logits(tmp_path / "pruned_hf", ids)).abs().max() <= 2e-4
+    HFModel(str(tmp_path / "pruned_hf"))
 
 
 @pytest.mark.parametrize(
