@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config import ParallelConfig, PruneConfig
 from minitron_mcore.models import hf
+from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_distill import CONFIG, distill
-from tests.test_prune import export
+from tests.test_prune import export, random_scores, run_prune
 
 ONE = ParallelConfig()
 TP2 = ParallelConfig(tensor=2, sequence=True)
@@ -70,6 +71,38 @@ def test_experts(tmp_path, which, layout):
         "ep3": (3, {"expert": 3}),
     }[layout]
     check(which, tmp_path, world, ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize("which", ["nemotron", "qwen2", "qwen3"])
+def test_pruned_equals_cut_by_hand(tmp_path, which):
+    """The rows that Llama lacks: biases of norms and of q, k and v, norms over head_dim, an MLP without a gate."""
+    folder, parallel = families.tiny(which, tmp_path / "hf"), ParallelConfig(tensor=2)
+    on_ranks(models.import_hf, 2, parallel, folder, tmp_path / "parent", parallel)
+    opened = open_checkpoint(tmp_path / "parent")
+    prune = PruneConfig(hidden=25, ffn=17, heads=6, blocks=2)
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), prune)
+    on_ranks(run_prune, 2, parallel, tmp_path / "parent", plan, tmp_path / "pruned", parallel)
+    found, given, hidden = (
+        export(tmp_path / "pruned", tmp_path / "small"),
+        models.weights(folder),
+        torch.tensor(plan.hidden),
+    )
+    for new, old in enumerate(plan.blocks):
+        at, to, ffn = f"model.layers.{old}.", f"model.layers.{new}.", plan.ffn[old]
+        rows = torch.cat([torch.arange(h * 8, h * 8 + 8) for h in plan.heads[old]])
+        cut = {"mlp.up_proj.weight": given[at + "mlp.up_proj.weight"][ffn][:, hidden]}
+        if which == "nemotron":
+            norms = [f"{norm}.bias" for norm in ("input_layernorm", "post_attention_layernorm")]
+            cut |= {name: given[at + name][hidden] for name in norms}
+        if which == "qwen2":
+            cut |= {"self_attn.q_proj.bias": given[at + "self_attn.q_proj.bias"][rows]}
+            cut |= {f"self_attn.{x}_proj.bias": given[f"{at}self_attn.{x}_proj.bias"] for x in "kv"}
+        if which == "qwen3":
+            cut |= {f"self_attn.{x}_norm.weight": given[f"{at}self_attn.{x}_norm.weight"] for x in "qk"}
+        assert all(torch.equal(found[to + name], weight) for name, weight in cut.items())
+    ids = models.tokens()
+    one = on_ranks(models.mcore_logits, 1, ONE, tmp_path / "pruned", ONE, ids)[0]
+    assert (one - models.hf_logits(tmp_path / "small", ids)).abs().max() <= 2e-4
 
 
 @pytest.mark.parametrize("case", TRAINED)

@@ -5,7 +5,7 @@ import torch
 
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.testing import on_ranks
-from tests import models
+from tests import families, models
 from tests.test_models import LAYOUTS
 
 LENGTHS = [12, 7, 12, 3]  # padded samples of different lengths
@@ -73,10 +73,13 @@ def collect(checkpoint, parallel, ids, lengths):
     return collector.scores()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_equal_the_formula(tmp_path, layout):
+@pytest.mark.parametrize(
+    ("which", "layout"), [*(("llama", layout) for layout in LAYOUTS), ("nemotron", "tp2_sp"), ("qwen3", "tp2_pp2")]
+)
+def test_scores_equal_the_formula(tmp_path, which, layout):
     world, parallel = LAYOUTS[layout]
-    folder = models.tiny_llama(tmp_path / "hf", tied=True)
+    folder = tmp_path / "hf"
+    models.tiny_llama(folder, tied=True) if which == "llama" else families.tiny(which, folder)
     on_ranks(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
     ids = models.tokens(len(LENGTHS))
     expected = oracle(folder, ids, LENGTHS)
