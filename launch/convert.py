@@ -12,7 +12,7 @@ def main(config: ConvertRun) -> None:
     from minitron_mcore import checkpoint, report, runtime
     from minitron_mcore.models import architecture, hf, table
 
-    wanted = architecture.given(config.model.architecture) if config.model.architecture else None
+    wanted = architecture.given(config.model.architecture)
     with runtime.distributed(config.parallel, config.seed):
         with checkpoint.claimed(config.out_dir, plain(config)):
             arch = hf.import_folder(config.model.hf, config.out_dir, config.parallel, wanted)

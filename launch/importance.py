@@ -15,7 +15,7 @@ def main(config: ImportanceRun) -> None:
 
     settings = config.importance
     with runtime.distributed(config.parallel, config.seed, settings.sequence_length):
-        source = checkpoint.open_checkpoint(config.source)
+        source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
         with checkpoint.claimed(config.out_dir, plain(config)):
             prefixes, _ = data.prepare(config.data, source.hf)
             tokens, mask = data.calibration(

@@ -7,6 +7,7 @@
       plan.json        pruned checkpoints only: every kept index
       step_0000000/    Megatron distributed checkpoint; weights have the parameter table's keys and unpadded global shapes
       latest           name of the newest complete step, replaced in one move
+      .complete        the run came to its end
 
 Nothing in it depends on the layout that wrote it. `latest` moves only after a step is whole on disk and hashed, so a killed
 run leaves its last good step behind.
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from minitron_mcore import runtime
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import build, table
+from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
 
 from megatron.core import dist_checkpointing  # isort: skip
@@ -38,6 +39,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException  # isor
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader  # isort: skip
 
+COMPLETE = ".complete"
 SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -60,11 +62,15 @@ class Checkpoint:
         return self.path / "hf"
 
 
-def open_checkpoint(path: str | Path, key: str = "source") -> Checkpoint:
-    """Read a checkpoint folder's description; no weights are touched. `key` is the option that names it.
+def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None = None) -> Checkpoint:
+    """Read a checkpoint folder's description; no weights are touched.
+
+    Args:
+        key: the option that names it.
+        wanted: the architecture that it must have (`model.architecture`); None takes any.
 
     Raises:
-        UserError: nothing there, an unfinished run, a description that cannot be read.
+        UserError: nothing there, an unfinished run, a description that cannot be read, another model.
     """
     path = Path(path)
     if not (path / "model.json").is_file():
@@ -81,6 +87,7 @@ def open_checkpoint(path: str | Path, key: str = "source") -> Checkpoint:
         raise UserError(
             f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again."
         )
+    architecture.expect(found.arch, architecture.given(wanted), path)
     return found
 
 
@@ -106,8 +113,15 @@ def claimed(out_dir: str | Path, config: dict, resume: bool = False) -> Iterator
         if runtime.rank() == 0 and not (out_dir / "latest").is_file():
             shutil.rmtree(out_dir, ignore_errors=True)
         raise
-    if runtime.rank() == 0:
-        (out_dir / ".complete").touch()
+    if not resume:
+        finish(out_dir)
+
+
+def finish(out_dir: str | Path) -> None:
+    """Mark a folder as whole (rank 0); a run that can be resumed does so itself, after its last step."""
+    mark = Path(out_dir) / COMPLETE
+    if runtime.rank() == 0 and not mark.is_file():  # its time tells what was made from what
+        mark.touch()
 
 
 def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
@@ -116,7 +130,7 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if held.is_file():
         same = yaml.safe_load(held.read_text()) == config
-        if not same or (not resume and (out_dir / ".complete").is_file()):
+        if not same or (not resume and (out_dir / COMPLETE).is_file()):
             raise UserError(
                 f"out_dir {out_dir} already holds {'this finished' if same else 'another'} run ({held}): "
                 "choose another out_dir, or remove it."

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -84,8 +84,8 @@ class PruneConfig:
 
 
 @dataclass
-class DistillConfig:
-    """Training the student on the teacher's distribution; defaults are Llama-3.1-Minitron-4B's (arXiv 2408.11796, table 4)."""
+class TrainConfig:
+    """A training run; defaults are Llama-3.1-Minitron-4B's distillation (arXiv 2408.11796, table 4)."""
 
     steps: int = 9960
     """94 B tokens at the default batch."""
@@ -100,6 +100,18 @@ class DistillConfig:
     adam_beta2: float = 0.95
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    log_every: int = 1
+    save_every: int = 500
+    stop_after: int | None = None
+    """Save and stop after this step; the same command without it goes on."""
+
+
+@dataclass
+class DistillConfig(TrainConfig):
+    """Training the student on the teacher's distribution."""
+
     kd_weight: float = 1.0
     """Weight of the forward KL divergence; 0 trains without a teacher."""
     lm_weight: float = 0.0
@@ -107,12 +119,6 @@ class DistillConfig:
     temperature: float = 1.0
     teacher_ahead: int = 1
     """Micro-batches the teacher runs ahead of the student; with pipeline parallelism always a whole step's."""
-    distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks."""
-    log_every: int = 1
-    save_every: int = 500
-    stop_after: int | None = None
-    """Save and stop after this step; the same command without it goes on."""
 
 
 @dataclass
@@ -124,63 +130,106 @@ class EvaluateConfig:
 
 
 @dataclass
+class RecipeConfig:
+    """What the stages of one model share: where they start, and what must come out."""
+
+    source: str = MISSING
+    """The checkpoint that is pruned: the converted model, or in a chain the student of the recipe before."""
+    teacher: str = MISSING
+    """The checkpoint that teaches: the source, its corrected self, or in a chain the first recipe's teacher."""
+    parameters: int | None = None
+    """The plan must make exactly so many; null asks nothing."""
+    without_embeddings: int | None = None
+    """The same, less the embedding table and the output head."""
+
+
+@dataclass
 class Run:
-    """What every launch file knows."""
+    """What every launch file accepts, so that one recipe and one command line serve them all."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    correct: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    runs: str = "runs"
+    """Folder that the recipes of a chain share."""
     work_dir: str = MISSING
-    """Folder that the stages' default paths share."""
-    out_dir: str = MISSING
-    """What this run writes; it must be new, or hold the same run to go on with."""
+    """Folder that the stages' default paths share, below `runs`."""
     dtype: Dtype = Dtype.bf16
     seed: int = 1234
 
 
 @dataclass
-class ConvertRun(Run):
+class StageRun(Run):
+    """One stage; it writes `out_dir`, whose config.yaml keeps of the sections above those that it `reads`."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    out_dir: str = MISSING
+    """What this run writes; it must be new, or hold the same run to go on with."""
+
+
+@dataclass
+class ConvertRun(StageRun):
     pass
 
 
 @dataclass
-class ImportanceRun(Run):
+class ImportanceRun(StageRun):
+    reads = ("data", "importance")
     source: str = MISSING
-    data: DataConfig = field(default_factory=DataConfig)
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
 
 
 @dataclass
-class PlanRun(Run):
+class PlanRun(StageRun):
+    reads = ("prune",)
     source: str = MISSING
     scores: str = MISSING
-    prune: PruneConfig = field(default_factory=PruneConfig)
+    parameters: int | None = None
+    without_embeddings: int | None = None
 
 
 @dataclass
-class PruneRun(Run):
+class PruneRun(StageRun):
     source: str = MISSING
     plan: str = MISSING
 
 
 @dataclass
-class DistillRun(Run):
+class CorrectRun(StageRun):
+    reads = ("data", "correct")
+    source: str = MISSING
+
+
+@dataclass
+class DistillRun(StageRun):
+    reads = ("data", "distill")
     student: str = MISSING
     teacher: str = MISSING
-    data: DataConfig = field(default_factory=DataConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass
-class ExportRun(Run):
+class ExportRun(StageRun):
     source: str = MISSING
 
 
 @dataclass
-class EvaluateRun(Run):
+class EvaluateRun(StageRun):
+    reads = ("data", "evaluate")
     source: str = MISSING
     """A Hugging Face folder (plain transformers) or a checkpoint of ours (sharded)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass
+class PipelineRun(Run):
+    processes: int = 1
+    """Processes of each sharded stage: a multiple of the layout's."""
+    stages: list[str] = field(default_factory=list)
+    """Only these; empty takes all that the last ones build on."""
 
 
 STAGES = {
@@ -188,7 +237,9 @@ STAGES = {
     "importance": ImportanceRun,
     "plan": PlanRun,
     "prune": PruneRun,
+    "correct": CorrectRun,
     "distill": DistillRun,
     "export": ExportRun,
     "evaluate": EvaluateRun,
 }
+"""In the order in which a pipeline runs them."""

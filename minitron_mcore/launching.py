@@ -12,15 +12,22 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_mcore.config import STAGES
+from minitron_mcore.config import STAGES, PipelineRun, Run, StageRun
 from minitron_mcore.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
+LAUNCH_FILES = STAGES | {"pipeline": PipelineRun}
+SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
+    "model",
+    "parallel",
+}
+
+for _name, _schema in LAUNCH_FILES.items():
+    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
 
 
 def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
-    """Make `fn(config)` the main function of launch/`stage`.py; `config` is that stage's dataclass from `config.STAGES`."""
-    ConfigStore.instance().store(name=f"{stage}_schema", node=STAGES[stage])
+    """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass from `LAUNCH_FILES`."""
 
     def decorate(fn: Callable) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)
@@ -35,6 +42,11 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
     return decorate
 
 
+def compose(stage: str, overrides: list[str]) -> StageRun:
+    """What launch/`stage`.py would run; Hydra must be initialised, as it is inside another launch file."""
+    return resolve(hydra.compose(stage, overrides))
+
+
 def resolve(raw: DictConfig):
     """The composed config as its dataclass, every interpolation resolved.
 
@@ -47,14 +59,16 @@ def resolve(raw: DictConfig):
         known = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
         key = error.full_key or "model"
         raise UserError(
-            f"{key} is not given: say {key}=..., or name a model with +model=NAME (one of {known})."
+            f"{key} is not given: say {key}=..., or name a recipe (+recipe=NAME) or a model (+model=NAME, one of {known})."
         ) from error
 
 
-def plain(config) -> dict:
-    """A config dataclass as YAML-ready values, as it goes into config.yaml; `stop_after` says only when to pause and stays out."""
-    data = dataclasses.asdict(config)
-    data.get("distill", {}).pop("stop_after", None)
+def plain(config: StageRun) -> dict:
+    """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, and
+    without `stop_after`, which says only when to pause."""
+    data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS}
+    for section in ("correct", "distill"):
+        data.get(section, {}).pop("stop_after", None)
 
     def simple(value):
         if isinstance(value, dict):

@@ -7,9 +7,20 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
+from minitron_mcore.checkpoint import COMPLETE
+from minitron_mcore.config import STAGES, ParallelConfig, PipelineRun, StageRun
 from minitron_mcore.errors import UserError
+from minitron_mcore.launching import CONF, compose, plain
 
 LAUNCH = Path(__file__).parents[1] / "launch"
+INPUTS = ("source", "scores", "plan", "student", "teacher")
+ENDS = ("export", "evaluate")
+ALONE = ("plan", "export", "evaluate")
+"""Stages of one process."""
+WHOLE = [f"parallel.{axis}={size}" for axis, size in vars(ParallelConfig()).items()]
+"""transformers, which evaluates, shards nothing."""
 
 
 def stage(name: str, *overrides: str, processes: int = 1) -> float:
@@ -27,3 +38,83 @@ def stage(name: str, *overrides: str, processes: int = 1) -> float:
     if failed:
         raise UserError(f"launch/{name}.py failed with status {failed}; what went wrong stands above.")
     return time.monotonic() - start
+
+
+def run(config: PipelineRun, overrides: list[str]) -> list[dict]:
+    """Run the stages that a recipe needs and that are not finished.
+
+    Args:
+        overrides: the command line, which every stage gets.
+
+    Returns:
+        rows of stage, seconds (None where it was finished before) and folder.
+
+    Raises:
+        UserError: no such stage, an input that nothing here makes, a folder that is older than its input, a stage that failed or
+            was told to stop.
+    """
+    lines = {name: [*overrides, *(WHOLE if name == "evaluate" else [])] for name in STAGES}
+    runs = {name: compose(name, line) for name, line in lines.items()}
+    runs = {name: runs[name] for name in _chosen(config, runs)}
+    for name, run in runs.items():
+        for path in _inputs(run) - {Path(other.out_dir) for other in runs.values()}:
+            _check_there(path, name)
+    rows = []
+    for name, run in runs.items():
+        seconds = None
+        _check_fresh(run)
+        if not finished(run):
+            seconds = stage(name, *lines[name], processes=1 if name in ALONE else config.processes)
+        if not finished(run):
+            raise UserError(f"launch/{name}.py was told to stop before its end: the same command goes on from there.")
+        rows.append({"stage": name, "seconds": seconds, "folder": run.out_dir})
+    return rows
+
+
+def _chosen(config: PipelineRun, runs: dict[str, StageRun]) -> list[str]:
+    """The stages asked for; else the last ones and those whose folders a later one reads, so that a recipe whose teacher is not
+    its own corrected one corrects none, and one that starts from another's student converts nothing."""
+    unknown = set(config.stages) - set(STAGES)
+    if unknown:
+        raise UserError(f"stages names {', '.join(sorted(unknown))}: give some of {', '.join(STAGES)}.")
+    if config.stages:
+        return [name for name in STAGES if name in config.stages]
+    ends = ENDS if config.data.heldout else ENDS[:1]
+    chosen, read = [], set()
+    for name in reversed(STAGES):
+        if name in ends or Path(runs[name].out_dir) in read:
+            chosen.insert(0, name)
+            read |= _inputs(runs[name])
+    return chosen
+
+
+def _inputs(run: StageRun) -> set[Path]:
+    return {Path(getattr(run, name)) for name in INPUTS if hasattr(run, name)}
+
+
+def finished(run: StageRun) -> bool:
+    """Whether a stage's folder holds this very run, and whole."""
+    folder = Path(run.out_dir)
+    return (folder / COMPLETE).is_file() and yaml.safe_load((folder / "config.yaml").read_text()) == plain(run)
+
+
+def _check_there(path: Path, reader: str) -> None:
+    if (path / COMPLETE).is_file():
+        return
+    recipe = path.parent.name
+    maker = f"+recipe={recipe}" if (CONF / "recipe" / f"{recipe}.yaml").is_file() else "with the stages before it"
+    raise UserError(
+        f"{path}, which launch/{reader}.py reads, is not there or not finished: run launch/pipeline.py {maker} first, or name "
+        "other folders (recipe.source=/path recipe.teacher=/path)."
+    )
+
+
+def _check_fresh(run: StageRun) -> None:
+    """Refuse a folder, whole or begun, that an input's finishing has overtaken."""
+    marks = [Path(run.out_dir) / name for name in (COMPLETE, "latest")]
+    made = min((mark.stat().st_mtime for mark in marks if mark.is_file()), default=float("inf"))
+    for path in _inputs(run):
+        if (path / COMPLETE).stat().st_mtime > made:
+            raise UserError(
+                f"{run.out_dir} was begun before {path} was made anew, which it reads: remove {run.out_dir} and run again."
+            )

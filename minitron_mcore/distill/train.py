@@ -49,15 +49,13 @@ def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig
     unit = config.micro_batch * dp_size
     if config.global_batch % unit:
         raise UserError(
-            f"distill.global_batch {config.global_batch} is not a multiple of micro_batch {config.micro_batch} x {dp_size} "
+            f"global_batch {config.global_batch} is not a multiple of micro_batch {config.micro_batch} x {dp_size} "
             f"data-parallel ranks = {unit}: give {max(1, config.global_batch // unit) * unit}."
         )
     if not 0 <= config.warmup_steps < config.steps:
-        raise UserError(
-            f"distill.warmup_steps is {config.warmup_steps}; it must be below distill.steps {config.steps}."
-        )
+        raise UserError(f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}.")
     if config.kd_weight == 0 and config.lm_weight == 0:
-        raise UserError("distill.kd_weight and distill.lm_weight are both 0: there is nothing to train on.")
+        raise UserError("kd_weight and lm_weight are both 0: there is nothing to train on.")
 
 
 class Trainer:
@@ -156,12 +154,12 @@ class Trainer:
         kd, lm, entropy, tokens = self._total(sums).tolist()
         if not torch.isfinite(torch.tensor([kd, lm])).all():
             raise UserError(
-                f"the loss of step {self.step + 1} is not finite (kd {kd}, lm {lm}): nothing was changed; lower distill.peak_lr."
+                f"the loss of step {self.step + 1} is not finite (kd {kd}, lm {lm}): nothing was changed; lower peak_lr."
             )
         self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
         updated, norm, _ = self.optimizer.step()
         if not updated or not 0 <= norm < float("inf"):
-            raise UserError(f"the gradient of step {self.step + 1} is not finite (norm {norm}): lower distill.peak_lr.")
+            raise UserError(f"the gradient of step {self.step + 1} is not finite (norm {norm}): lower peak_lr.")
         self.step += 1
         seconds, count = time.monotonic() - start, max(tokens, 1.0)
         return {
@@ -256,7 +254,7 @@ def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dic
     last = min(config.steps, config.stop_after or config.steps)
     per_step = config.global_batch // (config.micro_batch * runtime.dp_group().size())
     record = _Record(out_dir, trainer.step) if runtime.rank() == 0 else None
-    progress = runtime.Progress("distill", last - trainer.step, "steps")
+    progress = runtime.Progress("train", last - trainer.step, "steps")
     first = saved = trainer.step
     stop = _Stop()
     while trainer.step < last and not stop.agreed():
@@ -318,7 +316,7 @@ class _Record:
     def write(self, figures: dict[str, float]) -> None:
         print(json.dumps(figures), file=self.file, flush=True)
         for name in figures.keys() - {"step"}:
-            self.board.add_scalar(f"distill/{name}", figures[name], figures["step"])
+            self.board.add_scalar(f"train/{name}", figures[name], figures["step"])
 
     def close(self) -> None:
         self.file.close()

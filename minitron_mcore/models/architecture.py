@@ -158,12 +158,14 @@ def check_exportable(arch: Architecture) -> None:
         )
 
 
-def given(fields: dict) -> Architecture:
-    """The architecture that a config spells out (`model.architecture`).
+def given(fields: dict | None) -> Architecture | None:
+    """The architecture that a config spells out (`model.architecture`), None where it takes any.
 
     Raises:
         UserError: a field that is missing or unknown, a family that is not there.
     """
+    if fields is None:
+        return None
     try:
         found = Architecture(**fields)
     except TypeError as error:

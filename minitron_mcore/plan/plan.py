@@ -156,6 +156,26 @@ def _no_experts(prune: PruneConfig) -> int:
     return 0
 
 
+def check_counts(target: Architecture, parameters: int | None, without_embeddings: int | None) -> None:
+    """Hold a target against a recipe's published counts; None asks nothing.
+
+    Raises:
+        UserError: names what was found and what was published.
+    """
+    found = {"parameters": table.count(target), "without_embeddings": table.count(target, embeddings=False)}
+    published = {"parameters": parameters, "without_embeddings": without_embeddings}
+    wrong = [
+        f"{name} {count:,} where the recipe's model has {published[name]:,}"
+        for name, count in found.items()
+        if published[name] not in (None, count)
+    ]
+    if wrong:
+        raise UserError(
+            f"the plan's target has {' and '.join(wrong)}: leave prune.* as the recipe has it, or say "
+            "recipe.parameters=null recipe.without_embeddings=null for a model of your own."
+        )
+
+
 def top(scores: Tensor, count: int) -> list[int]:
     """Indices of the `count` highest, ascending; of equals the first."""
     return sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist())

@@ -1,0 +1,23 @@
+"""Every stage of a recipe, each in processes of its own; finished ones are kept, so the same command goes on where it stopped.
+
+python launch/pipeline.py +recipe=llama31_minitron_4b_width processes=8 parallel=tp8_sp data.train=[text.jsonl]
+python launch/pipeline.py --multirun +recipe=minitron_8b,minitron_4b processes=8 parallel=tp8_sp data.train=[text.jsonl]
+"""
+
+from minitron_mcore.config import PipelineRun
+from minitron_mcore.launching import entry
+
+
+@entry("pipeline")
+def main(config: PipelineRun) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from minitron_mcore import pipeline, report
+
+    own = ("processes=", "stages=")
+    overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith(own)]
+    report.table(f"finished: {config.work_dir}", pipeline.run(config, overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A training stage from its opened checkpoints to its finished folder: what launch/correct.py and launch/distill.py share."""
+
+from pathlib import Path
+
+from minitron_mcore import checkpoint, data, report, runtime
+from minitron_mcore.checkpoint import Checkpoint
+from minitron_mcore.config import DistillConfig, StageRun
+from minitron_mcore.distill import train
+from minitron_mcore.launching import plain
+from minitron_mcore.models import spec
+
+
+def run(config: StageRun, settings: DistillConfig, student: Checkpoint, teacher: Checkpoint | None) -> None:
+    """Train `student` into `config.out_dir`, or go on where a stopped run ended (collective).
+
+    Raises:
+        UserError: see `train.check`, `data.prepare` and `checkpoint.claimed`.
+    """
+    out_dir = Path(config.out_dir)
+    train.check(student, teacher, settings, runtime.dp_group().size())
+    with checkpoint.claimed(out_dir, plain(config), resume=True) as resumed:
+        runtime.log(spec.describe())
+        prefixes, weights = data.prepare(config.data, student.hf)
+        trainer = train.Trainer(student, teacher, settings, config.parallel, config.dtype.value)
+        if resumed:
+            trainer.resume(checkpoint.open_checkpoint(out_dir))
+            runtime.log(f"going on after step {trainer.step} of {out_dir}")
+        parents = {"student": checkpoint.identity(student), "teacher": teacher and checkpoint.identity(teacher)}
+        name = train.fingerprint(student, teacher, plain(config), data.data_hash(prefixes))
+        checkpoint.describe(out_dir, student.arch, name, parents, student.hf, ancestry=student.lineage)
+        batches = data.train_batches(prefixes, weights, **trainer.data_position(config.data))
+        figures = train.train(trainer, batches, out_dir)
+        if trainer.step == settings.steps:
+            checkpoint.finish(out_dir)
+        if runtime.rank() == 0 and figures:
+            report.plot_losses({out_dir.name: out_dir / "metrics.jsonl"}, out_dir / "losses.png")
+            report.table(
+                f"trained {student.path}",
+                train.summary(figures),
+                [f"checkpoint: {out_dir}", f"curve: {out_dir}/losses.png"],
+            )
