@@ -16,9 +16,9 @@ def main(config: EvaluateRun) -> None:
     from minitron_mcore import checkpoint, evaluate, report, runtime
 
     with runtime.distributed(config.parallel, config.seed, config.evaluate.sequence_length):
-        model = evaluate.open_model(config.source, config.parallel, config.dtype.value)
+        model, tokenizer = evaluate.open_model(config)
         with checkpoint.claimed(config.out_dir, plain(config)):
-            rows = evaluate.evaluate_run(model, config)
+            rows = evaluate.evaluate_run(model, tokenizer, config)
             if runtime.rank() == 0:
                 report.write_json(
                     Path(config.out_dir) / "evaluation.json",

@@ -17,9 +17,10 @@ def main(config: ImportanceRun) -> None:
     with runtime.distributed(config.parallel, config.seed, settings.sequence_length):
         source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
         with checkpoint.claimed(config.out_dir, plain(config)):
-            prefixes, _ = data.prepare(config.data, source.hf)
+            prefixes, _ = data.prepare(config.data, source.hf, source.arch.vocab)
             tokens, mask = data.calibration(
                 prefixes,
+                vocab_size=source.arch.vocab,
                 sequence_length=settings.sequence_length,
                 num_samples=settings.samples,
                 seed=config.data.seed,

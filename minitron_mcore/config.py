@@ -48,7 +48,7 @@ class DataConfig:
     train: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)
     tokenizer: str | None = None
-    """Hugging Face tokenizer folder; null takes the one that came with the checkpoint."""
+    """Hugging Face tokenizer folder or sentencepiece .model; null takes the one that came with the checkpoint."""
     cache: str = "runs/cache"
     """Tokenised files and sample indices, reused between runs."""
     seed: int = 1234

@@ -1,43 +1,40 @@
 """Token batches: text or Megatron .bin/.idx in, training batches and calibration samples out.
 
-A document is encoded as its tokenizer does it (with the BOS that Llama's adds) and always ends with EOS. Training reads
+A document is encoded as the model's tokenizer does it (with the BOS that Llama's adds) and always ends with EOS. Training reads
 through megatron-core's GPTDataset and BlendedDataset. Files without weights are one pool of documents, shuffled
 together; files with weights ("0.3 path") are shuffled one by one and blended in exact shares.
 """
 
 import datetime
 import functools
-import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron_mcore import runtime
 from minitron_mcore.config import DataConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.schedule import Batch
+from minitron_mcore.textfiles import check_readable, documents, is_prefix
+from minitron_mcore.tokenizer import Tokenizer, open_tokenizer
 
 from megatron.core.datasets.blended_dataset import BlendedDataset  # isort: skip
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # isort: skip
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder  # isort: skip
 from megatron.core.datasets.utils import Split  # isort: skip
 
-_LINES, _WHOLE = (".jsonl", ".jsonl.gz"), (".txt", ".md", ".py", ".raw")
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
-_ENCODE_CHARS = 2_000_000  # encoded at once: an encoding takes some hundred bytes a token
+_BLOCK = 65536
 
 
 def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
@@ -58,92 +55,6 @@ def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
     return paths, [float(weight) for weight in weights]
 
 
-def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a Hugging Face folder, read offline and without remote code.
-
-    Raises:
-        UserError: no tokenizer there, or one that lacks an EOS token or character offsets (a slow one).
-    """
-    try:
-        if not os.path.isdir(folder):
-            raise OSError("there is no such folder")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"No tokenizer can be read from {folder} ({reason}): give one with tokenizer.json.") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer in {folder} is a slow one, without offsets: give one with tokenizer.json.")
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"The tokenizer in {folder} has no eos_token to end documents: set it in tokenizer_config.json."
-        )
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
-def is_prefix(path: str) -> bool:
-    """True where `path` is the prefix of a Megatron .bin/.idx pair."""
-    return IndexedDataset.exists(path)
-
-
-def check_readable(path: str) -> None:
-    """Refuse, with a UserError, what is neither a text file nor the prefix of a .bin/.idx pair."""
-    if is_prefix(path):
-        return
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is neither a file nor the prefix of a .bin/.idx pair: check the path.")
-    if not path.endswith(_LINES + _WHOLE):
-        raise UserError(f"{path} is of no known kind: text files end in {', '.join(_LINES + _WHOLE)}.")
-
-
-def _each_document(path: str) -> Iterator[tuple[str, int]]:
-    """Each document that has text, and the position reached in the file (in bytes as stored)."""
-    number = 1
-    try:
-        if path.endswith(_WHOLE):
-            if data := Path(path).read_bytes():
-                yield data.decode("utf-8"), len(data)
-            return
-        with open(path, "rb") as file, gzip.open(file) if path.endswith(".gz") else file as lines:
-            for line in lines:
-                if line.strip():
-                    text = json.loads(line)["text"]
-                    text.encode("utf-8")  # a lone surrogate passes JSON and stops the tokenizer
-                    if text:
-                        yield text, file.tell()
-                number += 1
-    except (UnicodeError, ValueError) as error:
-        raise UserError(f"{path}, line {number}: {error}: write UTF-8 text, as JSON where it is .jsonl.") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}, line {number}: no string under "text": write one {{"text": ...}} a line.') from error
-    except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} cannot be read to its end ({error}): is it complete?") from error
-
-
-def documents(path: str) -> Iterator[tuple[list[str], int]]:
-    """Documents of a text file, some millions of characters at a time, and the position reached in the file.
-
-    Raises:
-        UserError: see `check_readable`; a file that is cut short, not UTF-8 or, if .jsonl, not JSON with a "text".
-    """
-    check_readable(path)
-    texts, chars, position = [], 0, 0
-    for text, position in _each_document(path):
-        texts.append(text)
-        chars += len(text)
-        if chars >= _ENCODE_CHARS:
-            yield texts, position
-            texts, chars = [], 0
-    if texts:
-        yield texts, position
-
-
-def with_eos(ids: list[int], eos: int) -> list[int]:
-    """A document's ids, ended by EOS once."""
-    return ids if ids and ids[-1] == eos else [*ids, eos]
-
-
 def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
     """Fill a folder and name it when complete: what a killed run leaves is never taken for the whole."""
     if os.path.isdir(folder):
@@ -160,14 +71,13 @@ def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _tokenize_file(path: str, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
+def _tokenize_file(path: str, tokenizer: Tokenizer, folder: str) -> None:
     name = os.path.basename(path)
-    builder = IndexedDatasetBuilder(f"{folder}/tokens.bin", dtype=DType.optimal_dtype(len(tokenizer)))
+    builder = IndexedDatasetBuilder(f"{folder}/tokens.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     lengths = builder.sequence_lengths
     progress = runtime.Progress(f"tokenize {name}", round(os.path.getsize(path) / 1e6, 1), "MB")
     for texts, position in documents(path):
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts):
-            ids = with_eos(encoding.ids, tokenizer.eos_token_id)
+        for ids in tokenizer.documents(texts):
             builder.add_document(ids, [len(ids)])
         progress.update(round(position / 1e6, 1))
     if not lengths:
@@ -195,22 +105,24 @@ def _on_rank_0[T](work: Callable[[], T]) -> T:
     return box[0]
 
 
-def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: str) -> list[str]:
+def tokenize(files: Sequence[str], tokenizer: Tokenizer | None, cache: str) -> list[str]:
     """The .bin/.idx prefix of each file, written into `cache` where missing; given prefixes pass through (collective).
 
-    Rank 0 writes and the others wait. The hash of the file's content and of the tokenizer is part of the name, so that
-    a file that changed is a new one.
+    Without a text file there is no need of a tokenizer. Rank 0 writes and the others wait. The hash of the file's content
+    and of the tokenizer is part of the name, so that a file that changed is a new one.
 
     Raises:
         UserError: a file that is missing, of no known kind, damaged or empty; a cache that a rank doesn't see.
     """
 
-    def tokens_of(path: str, fingerprint: bytes) -> str:
+    def tokens_of(path: str) -> str:
         if is_prefix(path):
             return path
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
-        name = f"{os.path.basename(path).split('.')[0]}-{hashlib.sha256(content + fingerprint).hexdigest()[:16]}"
+        name = (
+            f"{os.path.basename(path).split('.')[0]}-{hashlib.sha256(content + tokenizer.fingerprint).hexdigest()[:16]}"
+        )
         folder = os.path.join(cache, name)
         _make_folder(folder, functools.partial(_tokenize_file, path, tokenizer))
         return os.path.join(folder, "tokens")
@@ -218,9 +130,7 @@ def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: st
     def work() -> list[str]:
         for path in files:
             check_readable(path)
-        described = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.eos_token_id}"
-        fingerprint = hashlib.sha256(described.encode()).digest()
-        return [tokens_of(path, fingerprint) for path in files]
+        return [tokens_of(path) for path in files]
 
     prefixes = _on_rank_0(work)
     with runtime.agreed():
@@ -230,16 +140,53 @@ def tokenize(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, cache: st
     return prefixes
 
 
-def prepare(config: DataConfig, tokenizer_folder: str | os.PathLike) -> tuple[list[str], list[float] | None]:
-    """`config.train` tokenised: prefixes and blend weights (collective); errors are those of the three steps."""
+def prepare(config: DataConfig, hf: str | os.PathLike, vocab_size: int) -> tuple[list[str], list[float] | None]:
+    """`config.train` tokenised for a model: prefixes and blend weights (collective).
+
+    Args:
+        config: says what to read.
+        hf: the model's Hugging Face folder, with its tokenizer.
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        UserError: see `parse_blend`, `open_tokenizer`, `tokenize`; .bin/.idx data with ids that the embedding doesn't have.
+    """
     files, weights = parse_blend(config.train)
-    return tokenize(files, load_tokenizer(config.tokenizer or tokenizer_folder), config.cache), weights
+    tokenized = [path for path in files if is_prefix(path)]
+    with runtime.agreed():
+        tokenizer = open_tokenizer(config, hf, vocab_size) if len(tokenized) < len(files) else None
+        for prefix in tokenized:
+            _check_ids(prefix, vocab_size)
+    return tokenize(files, tokenizer, config.cache), weights
+
+
+def _block_starts(size: int) -> list[int]:
+    """Where 64 blocks of 64 KiB begin that are spread over a file, which may be terabytes; of a small one they hold all."""
+    return sorted({max(0, size - _BLOCK) * i // 63 for i in range(64)})
+
+
+def _check_ids(prefix: str, vocab_size: int) -> None:
+    """Refuse data of another vocabulary before work starts. Another tokenizer's large ids are all over its data, so a sample
+    shows them; the rest is checked when it is read (`TokenStream.get`)."""
+    dtype, file = np.dtype(IndexedDataset(prefix).index.dtype), f"{prefix}.bin"
+    for start in _block_starts(os.path.getsize(file)):
+        block = np.fromfile(file, dtype, _BLOCK // dtype.itemsize, offset=start - start % dtype.itemsize)
+        _check_range(block, vocab_size, prefix)
+
+
+def _check_range(ids: np.ndarray, vocab_size: int, prefix: str) -> None:
+    # Megatron's sharded embedding gives zeros for ids beyond the table, without an error.
+    if ids.size and ids.max() >= vocab_size:
+        raise UserError(
+            f"{prefix}.bin holds token {ids.max()}, and the model's embedding has {vocab_size} rows: tokenise the text with "
+            "the model's own tokenizer."
+        )
 
 
 def data_hash(prefixes: Sequence[str]) -> str:
     """16 hex digits that name the data for lineage, wherever it lies.
 
-    SHA-256 over each whole .idx and 64 blocks of 64 KiB spread over each .bin, which may be terabytes.
+    SHA-256 over each whole .idx and 64 blocks spread over each .bin.
     """
     digest = hashlib.sha256()
     for prefix in prefixes:
@@ -247,16 +194,20 @@ def data_hash(prefixes: Sequence[str]) -> str:
             digest.update(hashlib.file_digest(index, "sha256").digest())
             size = file.seek(0, os.SEEK_END)
             digest.update(size.to_bytes(8, "little"))
-            for start in sorted({max(0, size - 65536) * i // 63 for i in range(64)}):
+            for start in _block_starts(size):
                 file.seek(start)
-                digest.update(file.read(65536))
+                digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:16]
 
 
 class TokenStream:
-    """Several .bin/.idx pairs one after the other: a low-level dataset of megatron-core, also read token by token."""
+    """Several .bin/.idx pairs one after the other: a low-level dataset of megatron-core, also read token by token.
 
-    def __init__(self, prefixes: Sequence[str]):
+    Reading an id that an embedding of `vocab_size` rows doesn't have is a UserError.
+    """
+
+    def __init__(self, prefixes: Sequence[str], vocab_size: int):
+        self.prefixes, self.vocab_size = list(prefixes), vocab_size
         self.parts = [IndexedDataset(prefix) for prefix in prefixes]
         self.part_starts = np.cumsum([0, *map(len, self.parts)])
         self.sequence_lengths = np.concatenate([part.sequence_lengths for part in self.parts])
@@ -267,7 +218,9 @@ class TokenStream:
 
     def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         part = int(np.searchsorted(self.part_starts, document, side="right")) - 1
-        return self.parts[part].get(int(document - self.part_starts[part]), offset, length)
+        ids = self.parts[part].get(int(document - self.part_starts[part]), offset, length)
+        _check_range(ids, self.vocab_size, self.prefixes[part])
+        return ids
 
     @functools.cached_property
     def document_starts(self) -> np.ndarray:
@@ -320,6 +273,7 @@ def train_batches(
     weights: Sequence[float] | None,
     *,
     cache: str,
+    vocab_size: int,
     seed: int,
     sequence_length: int,
     micro_batch_size: int,
@@ -340,14 +294,15 @@ def train_batches(
         tokens, labels (the tokens that follow) and position_ids [B, S] int64, loss_mask [B, S] float32, on the device.
 
     Raises:
-        UserError: a global batch that micro_batch_size * dp_size doesn't divide; data below one sample (S + 1 tokens).
+        UserError: a global batch that micro_batch_size * dp_size doesn't divide; data below one sample (S + 1 tokens); on the
+            ranks that read it, an id of `vocab_size` or more.
     """
     step = micro_batch_size * dp_size
     if global_batch_size % step:
         parts = f"microbatches of {micro_batch_size} on {dp_size} data-parallel ranks"
         raise UserError(f"A global batch of {global_batch_size} cannot be made of {parts}: give a multiple of {step}.")
     groups = [list(prefixes)] if weights is None else [[prefix] for prefix in prefixes]
-    streams = [TokenStream(group) for group in groups]
+    streams = [TokenStream(group, vocab_size) for group in groups]
     for group, stream in zip(groups, streams, strict=True):
         if stream.num_tokens <= sequence_length:
             size = f"{stream.num_tokens} tokens are fewer than one sample of {sequence_length} + 1"
@@ -369,7 +324,13 @@ def _collate(dataset, rows: range) -> Batch:
 
 
 def calibration(
-    prefixes: Sequence[str], *, sequence_length: int, num_samples: int, seed: int, whole_documents: bool = False
+    prefixes: Sequence[str],
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    num_samples: int,
+    seed: int,
+    whole_documents: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """N samples drawn at random, without repetition, from all the data in proportion to its tokens (blend or not).
 
@@ -379,9 +340,9 @@ def calibration(
         tokens [N, S] int64 and mask [N, S] bool, False on the padding at the end; on the CPU, the same on every rank.
 
     Raises:
-        UserError: fewer stretches or documents than num_samples.
+        UserError: fewer stretches or documents than num_samples; an id of `vocab_size` or more.
     """
-    stream = TokenStream(prefixes)
+    stream = TokenStream(prefixes, vocab_size)
     available = len(stream) if whole_documents else stream.num_tokens // sequence_length
     if available < num_samples:
         kind = "documents" if whole_documents else f"stretches of {sequence_length} tokens"

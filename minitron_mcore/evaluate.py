@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from minitron_mcore import checkpoint, data, host, runtime
+from minitron_mcore import checkpoint, host, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import EvaluateRun, ParallelConfig
 from minitron_mcore.distill.losses import distillation_loss
@@ -23,6 +23,8 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 from minitron_mcore.models.build import DTYPES
 from minitron_mcore.schedule import forward
+from minitron_mcore.textfiles import documents, is_prefix
+from minitron_mcore.tokenizer import Spans, Tokenizer, open_tokenizer
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
 
@@ -43,21 +45,21 @@ class Windows(NamedTuple):
     """[n] int64, UTF-8 bytes of exactly the predicted tokens"""
 
 
-def _token_bytes(text: str, offsets: Sequence[tuple[int, int]], special: np.ndarray) -> np.ndarray:
+def _token_bytes(text: str, spans: Spans) -> np.ndarray:
     """UTF-8 bytes [T] that each token stands for; their sum is the text's.
 
-    Characters that no token covers count with the next one, or the last; a character split over tokens with its first.
+    Characters that no token covers count with the next one, or the last; a character split over tokens with one of them.
     """
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     utf8_ends = np.cumsum(np.concatenate([[0], 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)]))
-    token_ends = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
-    text_tokens = np.flatnonzero(~special)
+    token_ends = np.maximum.accumulate(np.asarray(spans.ends, dtype=np.int64))
+    text_tokens = np.flatnonzero(~np.asarray(spans.special, dtype=bool))
     if len(text_tokens):
         token_ends[text_tokens[-1] :] = len(text)
     return np.diff(utf8_ends[token_ends], prepend=0)
 
 
-def windows(path: str, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Windows:
+def windows(path: str, tokenizer: Tokenizer, sequence_length: int) -> Windows:
     """The windows of a text file: its documents, each followed by EOS, as one stream that is cut every S tokens.
 
     The last window is padded with EOS. Windows without a token to predict are left out.
@@ -65,16 +67,14 @@ def windows(path: str, tokenizer: PreTrainedTokenizerFast, sequence_length: int)
     Raises:
         UserError: a file that is missing, not text, or without a token to predict.
     """
-    if data.is_prefix(path):
+    if is_prefix(path):
         raise UserError(f"{path} is a .bin/.idx pair, whose bytes of text are not known: evaluate on the text itself.")
-    eos, ids, predicted, sizes = tokenizer.eos_token_id, [], [], []
-    for texts, _ in data.documents(path):
-        for text, encoding in zip(texts, tokenizer.backend_tokenizer.encode_batch(texts), strict=True):
-            special = np.asarray(encoding.special_tokens_mask, dtype=bool)
-            ids.append(np.asarray(data.with_eos(encoding.ids, eos), dtype=np.int64))
-            added = (0, len(ids[-1]) - len(special))
-            predicted.append(np.pad(~special, added))
-            sizes.append(np.pad(_token_bytes(text, encoding.offsets, special), added))
+    ids, predicted, sizes = [], [], []
+    for texts, _ in documents(path):
+        for text, spans in zip(texts, tokenizer.spans(texts), strict=True):
+            ids.append(np.asarray(spans.ids, dtype=np.int64))
+            predicted.append(~np.asarray(spans.special, dtype=bool))
+            sizes.append(_token_bytes(text, spans))
 
     def cut(pieces: list[np.ndarray], fill: int) -> Tensor:
         flat = np.concatenate(pieces)
@@ -83,7 +83,7 @@ def windows(path: str, tokenizer: PreTrainedTokenizerFast, sequence_length: int)
 
     if not ids:
         raise UserError(f"{path} holds no text.")
-    tokens, mask, num_bytes = cut(ids, eos), cut(predicted, False), cut(sizes, 0)
+    tokens, mask, num_bytes = cut(ids, tokenizer.eos), cut(predicted, False), cut(sizes, 0)
     mask[:, 0] = False
     used = mask.any(dim=1)
     if not used.any():
@@ -93,7 +93,7 @@ def windows(path: str, tokenizer: PreTrainedTokenizerFast, sequence_length: int)
 
 def evaluate_text(
     files: Sequence[str],
-    tokenizer_folder: str,
+    tokenizer: Tokenizer,
     nll: Nll,
     *,
     sequence_length: int,
@@ -117,9 +117,8 @@ def evaluate_text(
         bytes, loss in nats a token, speed of all ranks together.
 
     Raises:
-        UserError: see `windows` and `data.load_tokenizer`.
+        UserError: see `windows`.
     """
-    tokenizer = data.load_tokenizer(tokenizer_folder)
     cuts = [windows(path, tokenizer, sequence_length) for path in files]
     rows = []
     for path, (tokens, mask, num_bytes) in zip(files, cuts, strict=True):
@@ -190,7 +189,7 @@ class HFModel:
                 name = sorted(map(str, loading[problem]))[0]
                 raise UserError(f"{folder}: the weights don't fit its config.json ({problem}: {name} and maybe more).")
         self.model = model.to(runtime.device()).eval()
-        self.tokenizer_folder = folder
+        self.vocab_size = model.get_input_embeddings().num_embeddings
         self.parameters = model.num_parameters()
         """Number of parameters; tied ones count once."""
         probe = torch.arange(1, 9, device=runtime.device())[None]
@@ -209,19 +208,10 @@ class HFModel:
 
     @torch.inference_mode()
     def nll(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """See `Nll`. Logits exist for the predicted tokens only, a chunk at a time; log-softmax is fp32.
-
-        Raises:
-            UserError: a token that the vocabulary lacks.
-        """
-        vocab_size = self.model.get_input_embeddings().num_embeddings
-        if tokens.max() >= vocab_size:
-            raise UserError(
-                f"Token {int(tokens.max())} is outside the model's vocabulary of {vocab_size}: whose tokenizer is it?"
-            )
+        """See `Nll`. Logits exist for the predicted tokens only, a chunk at a time; log-softmax is fp32."""
         predicted = mask[:, 1:]
         hidden, targets = self._body(tokens)[:, :-1][predicted], tokens[:, 1:][predicted]
-        rows = max(1, _CHUNK_LOGITS // vocab_size)
+        rows = max(1, _CHUNK_LOGITS // self.vocab_size)
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
         for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             total += F.cross_entropy(self._head(chunk).float(), target, reduction="none").double().sum()
@@ -239,7 +229,7 @@ class ShardedModel:
     """A checkpoint of ours in the running layout; each rank holds its shards. `parameters` counts the whole model."""
 
     def __init__(self, source: Checkpoint, parallel: ParallelConfig, dtype: str):
-        self.arch, self.tokenizer_folder = source.arch, str(source.hf)
+        self.arch = source.arch
         self.model = checkpoint.build_model(source, parallel, dtype)
         self.parameters = table.count(source.arch)
 
@@ -270,22 +260,28 @@ class ShardedModel:
         return runtime.from_last_stage(total)
 
 
-def open_model(source: str, parallel: ParallelConfig, dtype: str) -> HFModel | ShardedModel:
-    """What lies at `source`: a checkpoint of ours, sharded over this layout, or a Hugging Face folder, whole on each rank.
+def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
+    """What lies at `config.source`, with the tokenizer to read text with (collective).
+
+    A checkpoint of ours is sharded over the layout, a Hugging Face folder whole on each rank.
 
     Raises:
-        UserError: neither; a Hugging Face folder in a layout that shards models.
+        UserError: neither; a Hugging Face folder in a layout that shards models; see `open_tokenizer`.
     """
+    source, parallel = config.source, config.parallel
     if os.path.isfile(os.path.join(source, "model.json")):
-        return ShardedModel(checkpoint.open_checkpoint(source), parallel, dtype)
+        found = checkpoint.open_checkpoint(source)
+        tokenizer = open_tokenizer(config.data, found.hf, found.arch.vocab)
+        return ShardedModel(found, parallel, config.dtype.value), tokenizer
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
         raise UserError(
             f"{source} is no checkpoint of ours, and transformers shards nothing: convert it, or use parallel=single."
         )
-    return HFModel(source, DTYPES[dtype])
+    model = HFModel(source, DTYPES[config.dtype.value])
+    return model, open_tokenizer(config.data, source, model.vocab_size)
 
 
-def evaluate_run(model: HFModel | ShardedModel, config: EvaluateRun) -> list[dict]:
+def evaluate_run(model: HFModel | ShardedModel, tokenizer: Tokenizer, config: EvaluateRun) -> list[dict]:
     """The rows of `evaluate_text` for a run's held-out files (collective).
 
     Raises:
@@ -296,7 +292,7 @@ def evaluate_run(model: HFModel | ShardedModel, config: EvaluateRun) -> list[dic
     dp = runtime.dp_group()
     return evaluate_text(
         config.data.heldout,
-        config.data.tokenizer or model.tokenizer_folder,
+        tokenizer,
         model.nll,
         sequence_length=config.evaluate.sequence_length,
         micro_batch=config.evaluate.micro_batch,

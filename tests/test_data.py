@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
 
 from minitron_mcore import data, runtime
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
+from minitron_mcore.tokenizer import load
 
+VOCAB = 300
 WORDS = [
     "the",
     "cat",
@@ -43,7 +46,7 @@ def write_tokenizer(folder, bos: bool = False) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator([" ".join(WORDS)] * 10, trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -70,11 +73,13 @@ def corpus(tmp_path_factory):
     rows = [texts(40, 1), texts(25, 2)]
     files = [write_jsonl(folder / "a.jsonl", rows[0]), write_jsonl(folder / "b.jsonl.gz", rows[1])]
     cache = str(folder / "cache")
-    return tokenizer, data.tokenize(files, data.load_tokenizer(tokenizer), cache), rows, cache
+    return tokenizer, data.tokenize(files, load(tokenizer), cache), rows, cache
 
 
 def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[dict[str, torch.Tensor]]:
-    arguments = dict(seed=5, sequence_length=16, micro_batch_size=2, global_batch_size=12, num_samples=12 * 9)
+    arguments = dict(
+        vocab_size=VOCAB, seed=5, sequence_length=16, micro_batch_size=2, global_batch_size=12, num_samples=12 * 9
+    )
     return list(
         data.train_batches(prefixes, weights, cache=cache, dp_rank=dp_rank, dp_size=dp_size, **arguments | changes)
     )
@@ -86,12 +91,13 @@ def equal(a: list[dict], b: list[dict]) -> bool:
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
-    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path / "tokenizer", bos))
+    folder = write_tokenizer(tmp_path / "tokenizer", bos)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = ["naïve 😀 日本語\r\n", " cat", "cat</s>", "x" * 3000]
     whole = tmp_path / "whole.md"
     whole.write_bytes("# cat\r\n\r\n日本\n".encode())
     files = [write_jsonl(tmp_path / "rows.jsonl.gz", [*rows[:2], "", *rows[2:]]), str(whole)]
-    prefixes = data.tokenize(files, tokenizer, str(tmp_path / "cache"))
+    prefixes = data.tokenize(files, load(folder), str(tmp_path / "cache"))
     for prefix, expected in zip(prefixes, [rows, ["# cat\r\n\r\n日本\n"]], strict=True):
         stored = IndexedDataset(prefix)
         assert stored[0].dtype == np.uint16 and len(stored) == len(expected)
@@ -103,7 +109,7 @@ def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
 
 
 def test_tokenized_files_are_kept_and_changed_ones_made_anew(tmp_path, corpus):
-    tokenizer, cache = data.load_tokenizer(corpus[0]), str(tmp_path / "cache")
+    tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     file = write_jsonl(tmp_path / "f.jsonl", ["the cat"])
     first = data.tokenize([file, corpus[1][0]], tokenizer, cache)
     assert first[1] == corpus[1][0]
@@ -112,7 +118,7 @@ def test_tokenized_files_are_kept_and_changed_ones_made_anew(tmp_path, corpus):
     assert data.tokenize([copy], tokenizer, cache) == first[:1]
     write_jsonl(tmp_path / "f.jsonl", ["the dog"])
     assert data.tokenize([file], tokenizer, cache) != first[:1]
-    other = data.load_tokenizer(write_tokenizer(tmp_path / "other", bos=True))
+    other = load(write_tokenizer(tmp_path / "other", bos=True))
     assert data.tokenize([copy], other, cache) != first[:1]
 
 
@@ -131,7 +137,7 @@ def test_data_hash_names_content_not_place(tmp_path, corpus):
 
 def test_labels_follow_tokens_and_an_epoch_holds_every_token_once(corpus):
     _, prefixes, _, cache = corpus
-    stream = data.TokenStream(prefixes)
+    stream = data.TokenStream(prefixes, VOCAB)
     num_samples = (stream.num_tokens - 1) // 16
     seen = batches(prefixes, None, cache, global_batch_size=1, micro_batch_size=1, num_samples=num_samples)
     assert len(seen) == num_samples
@@ -167,13 +173,14 @@ def test_resuming_goes_on_where_the_run_stopped(corpus, tmp_path):
 
 
 def test_blend_gives_each_file_its_exact_share(tmp_path, corpus):
-    tokenizer, cache = data.load_tokenizer(corpus[0]), str(tmp_path / "cache")
+    tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     files = [write_jsonl(tmp_path / f"{c}.jsonl", [f"{c}{c}{c}{c}{c}" * 40] * 3) for c in "QXZ"]
     entries = [f"{w} {file}" for w, file in zip((0.31, 0.58, 0.11), files, strict=True)]
     paths, weights = data.parse_blend(entries)
     assert paths == files and weights == [0.31, 0.58, 0.11]
     seen = batches(data.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
-    rows = ["".join(tokenizer.decode(row)) for batch in seen for row in batch["tokens"]]
+    decode = AutoTokenizer.from_pretrained(corpus[0]).decode
+    rows = ["".join(decode(row)) for batch in seen for row in batch["tokens"]]
     assert [sum(c in row for row in rows) for c in "QXZ"] == [37, 70, 13]  # of 37.2, 69.6, 13.2
     per_batch = [sum("X" in row for row in rows[i : i + 12]) for i in range(0, 120, 12)]
     assert set(per_batch) <= {6, 7, 8}  # interleaved, not in blocks
@@ -181,19 +188,19 @@ def test_blend_gives_each_file_its_exact_share(tmp_path, corpus):
 
 
 def test_tiny_files_without_weights_are_one_pool(tmp_path, corpus):
-    tokenizer, cache = data.load_tokenizer(corpus[0]), str(tmp_path / "cache")
+    tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [text]) for i, text in enumerate(texts(30, 3))]
     seen = batches(data.tokenize(files, tokenizer, cache), None, cache)
     assert len(seen) == 9 * 6
 
 
-DRAWN = dict(sequence_length=16, num_samples=8, seed=3)
+DRAWN = dict(vocab_size=VOCAB, sequence_length=16, num_samples=8, seed=3)
 WORLD = dict(global_batch_size=24, num_samples=24 * 3)
 
 
 def _on_rank(prefixes, cache, files, tokenizer):
     rank, size = runtime.dp_group().rank(), runtime.dp_group().size()
-    made = data.tokenize(files, data.load_tokenizer(tokenizer), cache)
+    made = data.tokenize(files, load(tokenizer), cache)
     return made, batches(prefixes, [1.0, 1.0], cache, rank, size, **WORLD), data.calibration(prefixes, **DRAWN)
 
 
@@ -212,7 +219,7 @@ def test_ranks_of_a_world_read_what_one_process_reads(corpus, tmp_path, parallel
 
 def _refusal(file, tokenizer, cache) -> str | None:
     try:
-        data.tokenize([file], data.load_tokenizer(tokenizer), cache)
+        data.tokenize([file], load(tokenizer), cache)
     except UserError as error:
         return str(error)
 
@@ -227,25 +234,29 @@ def test_a_mistake_on_rank_0_is_everyones(corpus, tmp_path):
 
 def test_calibration_draws_stretches_without_repetition(corpus):
     _, prefixes, _, _ = corpus
-    stream = data.TokenStream(prefixes)
+    stream = data.TokenStream(prefixes, VOCAB)
     flat = stream.tokens(0, stream.num_tokens)
     expected = np.concatenate([document.copy() for prefix in prefixes for document in IndexedDataset(prefix)])
     assert np.array_equal(flat, expected)
     available = stream.num_tokens // 16
-    tokens, mask = data.calibration(prefixes, sequence_length=16, num_samples=available, seed=0)
+    tokens, mask = data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=available, seed=0)
     assert mask.all() and tokens.dtype == torch.int64
     rows = {tuple(row) for row in flat[: available * 16].reshape(-1, 16).tolist()}
     assert {tuple(row) for row in tokens.tolist()} == rows
     assert not torch.equal(tokens, torch.from_numpy(flat[: available * 16].reshape(-1, 16)))
-    again = data.calibration(prefixes, sequence_length=16, num_samples=5, seed=0)
-    other = data.calibration(prefixes, sequence_length=16, num_samples=5, seed=1)
-    assert torch.equal(again[0], data.calibration(prefixes, sequence_length=16, num_samples=5, seed=0)[0])
+    again = data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=0)
+    other = data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=1)
+    assert torch.equal(
+        again[0], data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=0)[0]
+    )
     assert not torch.equal(again[0], other[0])
 
 
 def test_calibration_on_whole_documents_pads_at_the_end(corpus):
     _, prefixes, rows, _ = corpus
-    tokens, mask = data.calibration(prefixes, sequence_length=50, num_samples=65, seed=0, whole_documents=True)
+    tokens, mask = data.calibration(
+        prefixes, vocab_size=VOCAB, sequence_length=50, num_samples=65, seed=0, whole_documents=True
+    )
     starts = [np.asarray(d)[:50].tolist() for prefix in prefixes for d in IndexedDataset(prefix)]
     assert len(starts) == sum(map(len, rows)) == 65
     assert sorted(row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)) == sorted(starts)
@@ -254,7 +265,7 @@ def test_calibration_on_whole_documents_pads_at_the_end(corpus):
 
 def test_bad_input_is_one_sentence(tmp_path, corpus):
     tokenizer, prefixes, _, cache = corpus
-    loaded = data.load_tokenizer(tokenizer)
+    loaded = load(tokenizer)
 
     def refused(name: str, content: bytes, match: str) -> None:
         path = tmp_path / name
@@ -282,10 +293,7 @@ def test_bad_input_is_one_sentence(tmp_path, corpus):
     with pytest.raises(UserError, match="multiple of 10"):
         batches(prefixes, None, cache, dp_size=5)
     with pytest.raises(UserError, match="stretches of 16 tokens, not 9999"):
-        data.calibration(prefixes, sequence_length=16, num_samples=9999, seed=0)
-    for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(UserError, match="No tokenizer can be read"):
-            data.load_tokenizer(str(folder))
+        data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=9999, seed=0)
 
 
 def test_an_index_that_was_cut_short_is_made_again(corpus, tmp_path):

@@ -35,9 +35,9 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def expected(smollm2):
-    from minitron_mcore.data import load_tokenizer
+    from minitron_mcore.tokenizer import load
 
-    ids = torch.tensor([load_tokenizer(str(smollm2))(TEXT)["input_ids"][:48]])
+    ids = torch.tensor([load(smollm2).documents([TEXT])[0][:48]])
     return ids, models.hf_logits(smollm2, ids)
 
 

@@ -20,7 +20,7 @@ def run(config: StageRun, settings: DistillConfig, student: Checkpoint, teacher:
     train.check(student, teacher, settings, runtime.dp_group().size())
     with checkpoint.claimed(out_dir, plain(config), resume=True) as resumed:
         runtime.log(spec.describe())
-        prefixes, weights = data.prepare(config.data, student.hf)
+        prefixes, weights = data.prepare(config.data, student.hf, student.arch.vocab)
         trainer = train.Trainer(student, teacher, settings, config.parallel, config.dtype.value)
         if resumed:
             trainer.resume(checkpoint.open_checkpoint(out_dir))

@@ -128,6 +128,7 @@ class Trainer:
         config, dp = self.config, runtime.dp_group()
         return {
             "cache": data.cache,
+            "vocab_size": self.arch.vocab,
             "seed": data.seed,
             "sequence_length": config.sequence_length,
             "micro_batch_size": config.micro_batch,
