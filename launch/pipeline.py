@@ -11,11 +11,12 @@ from minitron_mcore.launching import entry
 @entry("pipeline")
 def main(config: PipelineRun) -> None:
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from minitron_mcore import pipeline, report
 
-    own = ("processes=", "stages=")
-    overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith(own)]
+    typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # the stages resolve ${...} themselves
+    overrides = [override for override in typed if not override.startswith(("processes=", "stages="))]
     report.table(f"finished: {config.work_dir}", pipeline.run(config, overrides))
 
 

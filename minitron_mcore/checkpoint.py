@@ -285,9 +285,9 @@ def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
             parameter.data.zero_()
     state = model_state(model, checkpoint.arch, tp.rank(), tp.size())
     loaded = load(checkpoint, state)
-    for key, tensor in loaded.items():
-        if tensor.data_ptr() != state[key].data.data_ptr():
-            state[key].data.copy_(tensor)
+    for key, wanted in state.items():  # what was loaded also holds a training run's own state
+        if loaded[key].data_ptr() != wanted.data.data_ptr():
+            wanted.data.copy_(loaded[key])
     with runtime.agreed():
         for name, parameter in build.named_parameters(model):
             peak = parameter.detach().abs().max().item()

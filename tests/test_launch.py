@@ -1,7 +1,9 @@
 """The launch files as users type them: a failure means a spelling, a default or an error message broke."""
 
+import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra import initialize_config_dir
 
+from minitron_mcore import launching
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import PruneConfig
+from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, save_scores
 from tests import models
 from tests.test_prune import random_scores
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["convert", "importance", "plan", "prune", "distill", "export", "evaluate"]
 
 
 def launch(cwd, stage, *overrides, processes=1, fails=False) -> str:
@@ -31,14 +35,26 @@ def launch(cwd, stage, *overrides, processes=1, fails=False) -> str:
     return output
 
 
-def compose(stage, *overrides) -> dict:
-    from hydra import compose, initialize_config_dir
+def pipeline(cwd, *overrides, fails=False) -> str:
+    command = [sys.executable, str(ROOT / "launch" / "pipeline.py"), *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
-    import minitron_mcore.launching as launching
 
-    launching.entry(stage)(lambda config: None)
+def config_of(stage, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return launching.plain(launching.resolve(compose(stage, overrides=list(overrides))))
+        return launching.compose(stage, list(overrides))
+
+
+def compose(stage, *overrides) -> dict:
+    return launching.plain(config_of(stage, *overrides))
+
+
+def plan(*overrides) -> None:
+    """launch/plan.py in this process: it needs no other."""
+    inspect.unwrap(runpy.run_path(str(ROOT / "launch" / "plan.py"))["main"])(config_of("plan", *overrides))
 
 
 def test_distill_defaults_are_the_papers():
@@ -52,9 +68,9 @@ def test_distill_defaults_are_the_papers():
     assert found["teacher"] == "runs/llama31_8b/convert"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", launching.LAUNCH_FILES)
 def test_every_stage_composes_and_is_short(stage):
-    assert compose(stage, "+model=smollm2_135m", "parallel=tp3")["parallel"]["tensor"] == 3
+    assert config_of(stage, "+model=smollm2_135m", "parallel=tp3").parallel.tensor == 3
     assert len((ROOT / "launch" / f"{stage}.py").read_text().splitlines()) < 50
 
 
@@ -107,65 +123,51 @@ def word_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
 
 
-def test_whole_way_on_two_ranks(tmp_path):
-    """Hugging Face in, smaller Hugging Face out, through every launch file; then the same commands against the wrong things."""
+def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
+    """Hugging Face in, smaller Hugging Face out, through the pipeline and every launch file; then against the wrong things."""
     models.tiny_llama(tmp_path / "hf")
     word_tokenizer(tmp_path / "hf")
     g = torch.Generator().manual_seed(0)
     lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    model, two = (
-        ["+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"],
-        ["parallel=tp2"],
-    )
-    data = ["data.train=[text.jsonl]", "data.heldout=[text.jsonl]"]
-    small = [
-        "distill.steps=4",
-        "distill.global_batch=4",
-        "distill.sequence_length=16",
-        "distill.warmup_steps=1",
-        "distill.log_every=1",
+    small = dict(steps=4, global_batch=4, sequence_length=16, warmup_steps=1, log_every=1)
+    command = [
+        *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"),
+        *("parallel=tp2", "data.train=[text.jsonl]", "data.heldout=[text.jsonl]", "prune.hidden=24", "prune.ffn=18"),
+        *("importance.samples=8", "importance.sequence_length=16", "evaluate.sequence_length=32"),
+        *(f"{section}.{key}={value}" for section in ("correct", "distill") for key, value in small.items()),
+        "recipe.teacher=${work_dir}/correct",
     ]
-    launch(tmp_path, "convert", *model, *two, processes=2)
-    launch(
-        tmp_path,
-        "importance",
-        *model,
-        *two,
-        *data,
-        "importance.samples=8",
-        "importance.sequence_length=16",
-        processes=2,
-    )
-    launch(tmp_path, "plan", *model, *two, "prune.hidden=24", "prune.ffn=18")
-    launch(tmp_path, "prune", *model, *two, processes=2)
-    launch(tmp_path, "distill", *model, *two, *data, *small, "distill.stop_after=2", processes=2)
-    resumed = launch(tmp_path, "distill", *model, *two, *data, *small, processes=2)
-    assert "going on after step 2" in resumed
-    launch(tmp_path, "export", *model)
-    output = launch(tmp_path, "evaluate", *model, *data, "evaluate.sequence_length=32")
-    assert "bits per byte" in output
+    stopped = pipeline(tmp_path, *command, "processes=2", "distill.stop_after=2", fails=True)
+    assert "error: launch/distill.py was told to stop before its end: the same command goes on" in stopped
+    output = pipeline(tmp_path, *command, "processes=2")
+    assert "going on after step 2" in output and "bits per byte" in output and "launch/correct.py" not in output
 
     run = tmp_path / "runs/tiny"
     config = json.loads((run / "hf/config.json").read_text())
     assert (config["hidden_size"], config["intermediate_size"], config["head_dim"]) == (24, 18, 8)
     assert len((run / "distill/metrics.jsonl").read_text().splitlines()) == 4
-    lineage = open_checkpoint(run / "distill").lineage
-    assert lineage["parents"]["teacher"]["fingerprint"] == open_checkpoint(run / "convert").fingerprint
+    correct = open_checkpoint(run / "correct")
+    assert open_checkpoint(run / "distill").lineage["parents"]["teacher"]["fingerprint"] == correct.fingerprint
+    assert correct.lineage["parents"]["student"]["fingerprint"] == open_checkpoint(run / "convert").fingerprint
+    corrected = [json.loads(line) for line in (run / "correct/metrics.jsonl").read_text().splitlines()]
+    assert corrected[-1]["lm_loss"] < corrected[0]["lm_loss"] and corrected[-1]["kd_loss"] == 0
     assert yaml.safe_load((run / "plan/config.yaml").read_text())["prune"]["hidden"] == 24
     assert (run / "importance/importance.png").stat().st_size > 10_000
 
-    again = launch(tmp_path, "convert", *model, *two, processes=2, fails=True)
+    again = launch(tmp_path, "convert", *command, processes=2, fails=True)
     assert "already holds this finished run" in again
-    other = launch(tmp_path, "distill", *model, *two, *data, *small, "distill.peak_lr=1e-3", processes=2, fails=True)
+    other = launch(tmp_path, "distill", *command, "distill.peak_lr=1e-3", processes=2, fails=True)
     assert "already holds another run" in other and (run / "distill/latest").is_file()
     foreign = Scores(random_scores(open_checkpoint(run / "prune").arch).vectors, {"fingerprint": "another"})
     (tmp_path / "foreign").mkdir()
     save_scores(tmp_path / "foreign", foreign)
-    output = launch(tmp_path, "plan", *model, "scores=foreign", "out_dir=p2", "prune.ffn=18", fails=True)
-    assert "belong to model another" in output and not (tmp_path / "p2").exists()
-    output = launch(tmp_path, "plan", *model, *two, "out_dir=p3", "prune.ffn=17", fails=True)
-    assert "parallel.tensor 2 does not divide ffn 17 (next: 18)" in output
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="belong to model another"):
+        plan(*command, "scores=foreign", "out_dir=p2")
+    with pytest.raises(UserError, match="parallel.tensor 2 does not divide ffn 17 .next: 18."):
+        plan(*command, "out_dir=p3", "prune.ffn=17")
+    assert not (tmp_path / "p2").exists()
 
 
 def test_prune_config_and_its_yaml_agree():
