@@ -1,4 +1,5 @@
-"""Sharded checkpoint -> Hugging Face folder. One process, memory of one file.
+"""Sharded checkpoint -> Hugging Face folder with its model card, held against the runtimes that will load it. One process, memory
+of one file.
 
 python launch/export.py +model=smollm2_135m
 """
@@ -9,7 +10,7 @@ from minitron_mcore.launching import alone, entry, plain
 
 @entry("export")
 def main(config: ExportRun) -> None:
-    from minitron_mcore import checkpoint, report
+    from minitron_mcore import checkpoint, delivery, report
     from minitron_mcore.models import architecture, hf
 
     if not alone():
@@ -18,6 +19,8 @@ def main(config: ExportRun) -> None:
     architecture.check_exportable(source.arch)
     with checkpoint.claimed(config.out_dir, plain(config)):
         parameters = hf.export_folder(source, config.out_dir, config.dtype.value)
+        taken = delivery.deliver(source, config.out_dir)
+    report.table("who loads it (every block has the same sizes)", taken)
     report.table("exported", [{"parameters": parameters, "dtype": config.dtype.value, "folder": config.out_dir}])
 
 

@@ -40,7 +40,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: ski
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader  # isort: skip
 
 COMPLETE = ".complete"
-SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*")
+SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", *LICENCES)
 
 
 @dataclass(frozen=True)

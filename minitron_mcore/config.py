@@ -232,6 +232,14 @@ class PipelineRun(Run):
     """Only these; empty takes all that the last ones build on."""
 
 
+@dataclass
+class GenerateRun(Run):
+    source: str = MISSING
+    prompt: str = MISSING
+    tokens: int = 64
+    """At most so many; the end of a document ends the text."""
+
+
 STAGES = {
     "convert": ConvertRun,
     "importance": ImportanceRun,

@@ -10,12 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
-from minitron_mcore import checkpoint, host, runtime
+from minitron_mcore import checkpoint, host, loaders, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import EvaluateRun, ParallelConfig
 from minitron_mcore.distill.losses import distillation_loss
@@ -168,26 +165,9 @@ class HFModel:
 
     def __init__(self, folder: str, dtype: torch.dtype = torch.float32):
         _check_folder(folder)
-        transformers_logging.disable_progress_bar()
-        try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported, and refused below
-                # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.
-                experts_implementation="eager" if host.is_cpu() else None,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{folder} cannot be loaded by transformers: {reason}") from error
-        # transformers fills what the files leave out with random numbers.
-        for problem in ("missing_keys", "mismatched_keys"):
-            if loading[problem]:
-                name = sorted(map(str, loading[problem]))[0]
-                raise UserError(f"{folder}: the weights don't fit its config.json ({problem}: {name} and maybe more).")
+        # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.
+        experts = "eager" if host.is_cpu() else None
+        model = loaders.load(folder, dtype=dtype, experts_implementation=experts)
         self.model = model.to(runtime.device()).eval()
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self.parameters = model.num_parameters()

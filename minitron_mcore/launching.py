@@ -12,11 +12,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_mcore.config import STAGES, PipelineRun, Run, StageRun
+from minitron_mcore.config import STAGES, GenerateRun, PipelineRun, Run, StageRun
 from minitron_mcore.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
-LAUNCH_FILES = STAGES | {"pipeline": PipelineRun}
+LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun}
 SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
     "model",
     "parallel",

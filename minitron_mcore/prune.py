@@ -53,6 +53,9 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
         source.hf,
         plan=plan.digest(),
         scores=plan.scores,
+        statistic=plan.statistic,
+        before=source.arch.to_json(),
+        dropped_blocks=plan.dropped_blocks(),
         ancestry=source.lineage,
     )
     if runtime.rank() == 0:

@@ -1,5 +1,6 @@
 """What every stage ends with: a table, a JSON file, a picture."""
 
+import io
 import json
 import os
 import re
@@ -40,17 +41,28 @@ def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> Non
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, no_color=True, width=_PIPED_WIDTH)
-    shown = Table(box=box.SIMPLE_HEAD)
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(_grid(rows, box.SIMPLE_HEAD))
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """The rows of `table` as a Markdown table."""
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    console.print(_grid(rows, box.MARKDOWN))
+    return "\n".join(line.rstrip() for line in console.file.getvalue().strip().splitlines())
+
+
+def _grid(rows: Sequence[Mapping], style: box.Box) -> Table:
+    shown = Table(box=style)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
         shown.add_column(column.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(_cell(row.get(column))) for column in columns))
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(shown)
-    for note in notes:
-        console.print(Text(note), soft_wrap=True)
+    return shown
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

@@ -47,6 +47,9 @@ class Tokenizer(ABC):
     @abstractmethod
     def _spans(self, texts: list[str]) -> list[Spans]: ...
 
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str: ...
+
     def documents(self, texts: list[str]) -> list[list[int]]:
         return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._ids(texts)]
 
@@ -68,6 +71,9 @@ class _HuggingFace(Tokenizer):
             )
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
 
 
 class _Fast(_HuggingFace):
@@ -114,13 +120,10 @@ class _Slow(_HuggingFace):
         inner = [token for token, added in zip(ids, special, strict=True) if not added]
         ends = [0]
         for i in range(len(inner)):
-            before, after = (self._decode(inner[max(0, i - _CONTEXT) : stop]) for stop in (i, i + 1))
+            before, after = (self.decode(inner[max(0, i - _CONTEXT) : stop]) for stop in (i, i + 1))
             ends.append(ends[-1] + max(0, len(after) - len(before)))
         scaled = iter(end * len(text) // max(1, ends[-1]) for end in ends[1:])
         return [0 if added else next(scaled) for added in special]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
 
 
 class _SentencePiece(Tokenizer):
@@ -138,6 +141,9 @@ class _SentencePiece(Tokenizer):
             missing = "EOS to end" if self.eos < 0 else "BOS to begin"
             raise UserError(f"{path} has no {missing} documents with: it was trained without one.")
         self.fingerprint = hashlib.sha256(path.read_bytes() + bytes([starts_with_bos])).digest()
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [[*self.start, *ids] for ids in self.processor.encode(texts)]

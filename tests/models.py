@@ -50,6 +50,22 @@ def hf_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER)(ids).logits
 
 
+def hf_says(folder: Path, prompt: torch.Tensor, count: int) -> torch.Tensor:
+    """The prompt [B, P] and the `count` tokens after it that transformers finds likeliest, end of text or not."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.generate(prompt, do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0)
+
+
+def says(checkpoint, parallel, prompt: torch.Tensor, count: int, eos: int | None = None) -> torch.Tensor:
+    from minitron_mcore.checkpoint import build_model, open_checkpoint
+    from minitron_mcore.generate import generate
+
+    opened = open_checkpoint(checkpoint)
+    return generate(build_model(opened, parallel, "fp32"), opened.arch, prompt, count, eos)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

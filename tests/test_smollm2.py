@@ -54,3 +54,12 @@ def test_logits_and_round_trip(tmp_path, smollm2, expected, layout):
     weights.pop("lm_head.weight", None)  # tied: some writers store it twice
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+
+
+def test_generation(tmp_path, smollm2, expected):
+    """Token for token what transformers' generate says, on tensor-parallel ranks."""
+    world, parallel = LAYOUTS["tp3"]
+    on_ranks(models.import_hf, world, parallel, smollm2, tmp_path / "ckpt", parallel)
+    prompt = expected[0][:, :8]
+    said = on_ranks(models.says, world, parallel, tmp_path / "ckpt", parallel, prompt, 64)
+    assert torch.equal(said[0], models.hf_says(smollm2, prompt, 64))

@@ -34,6 +34,8 @@ class Plan:
     heads: dict[int, list[int]]
     experts: dict[int, dict[int, list[int]]] = dataclasses.field(default_factory=dict)
     """In a mixture of experts, instead of `ffn`: the kept experts of a block, and of each its kept ffn channels."""
+    statistic: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What the scores say of themselves: metric, aggregation, samples, tokens, data."""
 
     def __post_init__(self):
         sizes = {"hidden": (self.hidden, self.source.hidden, self.target.hidden)}
@@ -72,19 +74,23 @@ class Plan:
         return [block for block in range(self.source.blocks) if block not in self.blocks]
 
     def summary(self) -> list[dict]:
-        """Rows for a table: axis, kept, total, share."""
-        s, t = self.source, self.target
-        pairs = {
-            "blocks": (t.blocks, s.blocks),
-            "hidden": (t.hidden, s.hidden),
-            "ffn": (t.ffn, s.ffn),
-            "heads": (t.heads, s.heads),
-            **({"experts": (t.experts, s.experts)} if s.experts else {}),
-            "key/value groups": (t.groups, s.groups),
-            "parameters": (table.count(t), table.count(s)),
-            "without embeddings": (table.count(t, embeddings=False), table.count(s, embeddings=False)),
-        }
-        return [{"axis": k, "kept": a, "of": b, "share": a / b} for k, (a, b) in pairs.items()]
+        return compare(self.source, self.target)
+
+
+def compare(source: Architecture, target: Architecture) -> list[dict]:
+    """Rows for a table: axis, kept, total, share."""
+    s, t = source, target
+    pairs = {
+        "blocks": (t.blocks, s.blocks),
+        "hidden": (t.hidden, s.hidden),
+        "ffn": (t.ffn, s.ffn),
+        "heads": (t.heads, s.heads),
+        **({"experts": (t.experts, s.experts)} if s.experts else {}),
+        "key/value groups": (t.groups, s.groups),
+        "parameters": (table.count(t), table.count(s)),
+        "without embeddings": (table.count(t, embeddings=False), table.count(s, embeddings=False)),
+    }
+    return [{"axis": k, "kept": a, "of": b, "share": a / b} for k, (a, b) in pairs.items()]
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -223,4 +229,5 @@ def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: Pru
         ffn=ffn,
         heads=heads,
         experts=experts,
+        statistic=scores.metadata,
     )
