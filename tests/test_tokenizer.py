@@ -286,5 +286,5 @@ def test_bad_tokenizers_are_one_sentence(spms, tmp_path):
     refused("no BOS to begin", without_bos.parent, config__json=json.dumps(HF_LLAMA).encode())
     rebuilt(spms["llama"]).save(str(folder / "tokenizer.json"))
     refused("no eos_token", folder)
-    auto = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "tokenizer_class": "X"}
-    refused("No tokenizer can be read", folder, tokenizer_config__json=json.dumps(auto).encode())
+    auto = json.dumps({"auto_map": {"AutoTokenizer": ["custom.X", None]}, "tokenizer_class": "X"}).encode()
+    refused("custom code", folder, tokenizer_config__json=auto, custom__py=b"raise OSError('ran')")
