@@ -251,14 +251,16 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
     source, parallel = config.source, config.parallel
     if os.path.isfile(os.path.join(source, "model.json")):
         found = checkpoint.open_checkpoint(source)
-        tokenizer = open_tokenizer(config.data, found.hf, found.arch.vocab)
+        with runtime.agreed():
+            tokenizer = open_tokenizer(config.data, found.hf, found.arch.vocab)
         return ShardedModel(found, parallel, config.dtype.value), tokenizer
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
         raise UserError(
             f"{source} is no checkpoint of ours, and transformers shards nothing: convert it, or use parallel=single."
         )
     model = HFModel(source, DTYPES[config.dtype.value])
-    return model, open_tokenizer(config.data, source, model.vocab_size)
+    with runtime.agreed():
+        return model, open_tokenizer(config.data, source, model.vocab_size)
 
 
 def evaluate_run(model: HFModel | ShardedModel, tokenizer: Tokenizer, config: EvaluateRun) -> list[dict]:

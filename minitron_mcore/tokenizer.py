@@ -111,19 +111,20 @@ class _Slow(_HuggingFace):
         return self.tokenizer(texts, verbose=False)["input_ids"]
 
     def _spans(self, texts: list[str]) -> list[Spans]:
-        found = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
-        encoded = zip(texts, found["input_ids"], found["special_tokens_mask"], strict=True)
-        return [Spans(ids, self._ends(text, ids, special), special) for text, ids, special in encoded]
+        inner = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._placed(*found) for found in zip(texts, self._ids(texts), inner, strict=True)]
 
-    def _ends(self, text: str, ids: list[int], special: list[int]) -> list[int]:
-        """Exact where the ids decode to the text again; else the text is shared out as its decoded form is."""
-        inner = [token for token, added in zip(ids, special, strict=True) if not added]
+    def _placed(self, text: str, ids: list[int], inner: list[int]) -> Spans:
+        """Ends are exact where ids decode to the text again; else the text is shared out as what they decode to."""
         ends = [0]
         for i in range(len(inner)):
             before, after = (self.decode(inner[max(0, i - _CONTEXT) : stop]) for stop in (i, i + 1))
             ends.append(ends[-1] + max(0, len(after) - len(before)))
-        scaled = iter(end * len(text) // max(1, ends[-1]) for end in ends[1:])
-        return [0 if added else next(scaled) for added in special]
+        ends = [end * len(text) // max(1, ends[-1]) for end in ends[1:]]
+        first = next(at for at in range(len(ids) + 1) if ids[at : at + len(inner)] == inner)
+        after = len(ids) - first - len(inner)
+        special = [*[True] * first, *[False] * len(inner), *[True] * after]
+        return Spans(ids, [*[0] * first, *ends, *[len(text)] * after], special)
 
 
 class _SentencePiece(Tokenizer):
