@@ -1,4 +1,4 @@
-"""Sharded checkpoint -> Hugging Face folder. One process, memory of one file.
+"""Sharded checkpoint -> Hugging Face folder. One process, a piece at a time.
 
 python launch/export.py +model=smollm2_135m
 """

@@ -156,6 +156,11 @@ class PruneRun(Run):
 
 
 @dataclass
+class CutRun(Run):
+    plan: str = MISSING
+
+
+@dataclass
 class DistillRun(Run):
     student: str = MISSING
     teacher: str = MISSING
@@ -181,6 +186,7 @@ STAGES = {
     "importance": ImportanceRun,
     "plan": PlanRun,
     "prune": PruneRun,
+    "cut": CutRun,
     "distill": DistillRun,
     "export": ExportRun,
     "evaluate": EvaluateRun,
