@@ -18,11 +18,15 @@ class Figure:
     unit: str
 
 
-def arguments(description: str) -> argparse.Namespace:
+def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON line a figure to FILE")
     parser.add_argument("--quick", action="store_true", help="few repetitions: about a minute")
-    return parser.parse_args()
+    return parser
+
+
+def arguments(description: str) -> argparse.Namespace:
+    return parser(description).parse_args()
 
 
 def write(figures: list[Figure], path: Path | None) -> None:

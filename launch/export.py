@@ -1,5 +1,5 @@
-"""Sharded checkpoint -> Hugging Face folder with its model card, held against the runtimes that will load it. One process, memory
-of one file.
+"""Sharded checkpoint -> Hugging Face folder with its model card, held against the runtimes that will load it. One process, a piece
+at a time.
 
 python launch/export.py +model=smollm2_135m
 """

@@ -18,7 +18,6 @@ import os
 import platform
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,15 +32,14 @@ from minitron_mcore import runtime
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.folder import shipped
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader  # isort: skip
+from torch.distributed.checkpoint import CheckpointException  # isort: skip
 
 COMPLETE = ".complete"
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*")
-SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", *LICENCES)
 
 
 @dataclass(frozen=True)
@@ -158,10 +156,8 @@ def describe(out_dir: str | Path, arch: Architecture, fingerprint: str, parents:
     if runtime.rank() == 0:
         out_dir = Path(out_dir)
         (out_dir / "hf").mkdir(parents=True, exist_ok=True)
-        for pattern in SHIPPED:
-            for file in hf.glob(pattern):
-                if not file.name.endswith(".index.json"):
-                    shutil.copy2(file, out_dir / "hf" / file.name)
+        for file in shipped(hf):
+            shutil.copy2(file, out_dir / "hf" / file.name)
         lineage = {"parents": parents, "command": " ".join(sys.argv), "versions": versions(), **details}
         model = {"architecture": arch.to_json(), "fingerprint": fingerprint, "lineage": lineage}
         replace_text(out_dir / "model.json", json.dumps(model, indent=1))
@@ -236,8 +232,11 @@ def views(
     return pieces
 
 
-def save(out_dir: str | Path, step: int, state: dict) -> None:
-    """Write a sharded state dict as `step_N` and point `latest` at it (collective). Older steps are removed after that."""
+def save(out_dir: str | Path, step: int, state: dict, streamed=None) -> None:
+    """Write a sharded state dict as `step_N` and point `latest` at it (collective). Older steps are removed after that.
+
+    `streamed` is a saving strategy that hashes what it writes (see `stream`); otherwise megatron-core reads it all back.
+    """
     out_dir = Path(out_dir)
     name = f"step_{step:07d}"
     part = out_dir / f"{name}.part"
@@ -246,7 +245,9 @@ def save(out_dir: str | Path, step: int, state: dict) -> None:
         shutil.rmtree(out_dir / name, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(part), async_strategy="mcore", verify_integrity=True)
+    dist_checkpointing.save(state, str(part), streamed, async_strategy="mcore", verify_integrity=streamed is None)
+    if streamed:
+        streamed.seal(part)
     dist.barrier()
     if runtime.rank() == 0:
         os.replace(part, out_dir / name)
@@ -263,15 +264,23 @@ def load(checkpoint: Checkpoint, state: dict) -> dict:
     Raises:
         UserError: a shard that is truncated, changed or missing, or a tensor that the checkpoint does not have.
     """
-    with runtime.agreed():
-        try:
-            # Integrity first: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
-            return dist_checkpointing.load(state, str(checkpoint.step_dir), verify_integrity=True)
-        except (CheckpointingException, CheckpointException, KeyError, RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0][:300]
-            raise UserError(
-                f"the checkpoint {checkpoint.step_dir} is damaged or incomplete ({reason}): make it again."
-            ) from error
+    with runtime.agreed(), undamaged(checkpoint.step_dir):
+        # Integrity first: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
+        return dist_checkpointing.load(state, str(checkpoint.step_dir), verify_integrity=True)
+
+
+@contextmanager
+def undamaged(step_dir: Path) -> Iterator[None]:
+    """Turn what readers raise into one sentence.
+
+    Raises:
+        UserError: instead of any of it.
+    """
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, KeyError, RuntimeError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise UserError(f"the checkpoint {step_dir} is damaged or incomplete ({reason}): make it again.") from error
 
 
 def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
@@ -304,25 +313,3 @@ def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.LanguageM
     model = build.build(checkpoint.arch, parallel, dtype)
     load_weights(model, checkpoint)
     return model
-
-
-def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[table.Parameter, Tensor]]:
-    """Every parameter whole, one after another, in one process: memory of one tensor. Any layout wrote them.
-
-    Raises:
-        UserError: a tensor that is missing or damaged.
-    """
-    reader = FileSystemReader(checkpoint.step_dir)
-    stored = reader.read_metadata().state_dict_metadata
-    for parameter in table.parameters(checkpoint.arch):
-        if parameter.name not in stored:
-            raise UserError(f"{checkpoint.step_dir} has no tensor {parameter.name}: make the checkpoint again.")
-        tensor = torch.empty(parameter.shape, dtype=stored[parameter.name].properties.dtype)
-        try:
-            with warnings.catch_warnings():  # one process is what we want here
-                warnings.simplefilter("ignore")
-                torch.distributed.checkpoint.load({parameter.name: tensor}, storage_reader=reader, no_dist=True)
-        except (CheckpointException, RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0][:300]
-            raise UserError(f"{parameter.name} in {checkpoint.step_dir} cannot be read ({reason}).") from error
-        yield parameter, tensor

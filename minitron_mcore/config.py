@@ -200,6 +200,11 @@ class PruneRun(StageRun):
 
 
 @dataclass
+class CutRun(StageRun):
+    plan: str = MISSING
+
+
+@dataclass
 class CorrectRun(StageRun):
     reads = ("data", "correct")
     source: str = MISSING
@@ -246,6 +251,7 @@ STAGES = {
     "plan": PlanRun,
     "prune": PruneRun,
     "correct": CorrectRun,
+    "cut": CutRun,
     "distill": DistillRun,
     "export": ExportRun,
     "evaluate": EvaluateRun,

@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import GenerationConfig
 
 from minitron_mcore import loaders, report
-from minitron_mcore.checkpoint import LICENCES, Checkpoint
+from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.folder import LICENCES
 from minitron_mcore.plan.plan import compare
 
 CARD = "README.md"

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, hf, table
+from minitron_mcore.models import architecture, table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.folder import Folder
 
 SIZES = (1, 2, 4, 8)
 """Tensor-parallel sizes that a verdict is given for."""
@@ -79,7 +80,7 @@ def verdict(folder: str | Path, arch: Architecture) -> list[dict]:
     found, _ = architecture.read_hf(folder)
     if wrong := [name for name, value in vars(arch).items() if getattr(found, name) != value]:
         raise UserError(f"{folder}/config.json describes another model than was exported: {', '.join(wrong)} differ.")
-    hf.Folder(folder).check(arch)
+    Folder(folder).check(arch)
     model, expected = load(folder, device_map="meta"), table.count(arch)
     if model.num_parameters() != expected:
         raise UserError(f"transformers finds {model.num_parameters():,} parameters in {folder}, not {expected:,}.")

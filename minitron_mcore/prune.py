@@ -1,28 +1,31 @@
-"""A plan applied to a sharded checkpoint: every rank cuts its own shards, and nothing moves between ranks.
+"""A plan applied to weights: to a sharded checkpoint, where every rank cuts its own shards and nothing moves between ranks, or in
+one pass from a Hugging Face folder to a Hugging Face folder.
 
-A rank reads the source in the layout it was started with, selects the kept positions inside its own ranges, and writes them at
-offsets that count the kept positions before them. Shards may so come out of different sizes, which the distributed checkpoint
-allows; a later run loads them in any layout. Blocks renumber the same way.
+Either way a piece is read, its kept positions are selected, and it goes to an offset that counts the kept positions before it.
+Pieces of a checkpoint so come out of different sizes, which the format allows; a later run loads them in any layout. Blocks
+renumber the same way.
 """
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore import checkpoint, runtime
+from minitron_mcore import checkpoint, runtime, stream
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import build, hf, table
+from minitron_mcore.models import architecture, build, hf, table
+from minitron_mcore.models.folder import Folder, Writer
 from minitron_mcore.plan.plan import FILE, Plan
-
-from torch.distributed.checkpoint import FileSystemReader  # isort: skip
+from minitron_mcore.stream import Box
 
 
 def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parallel: ParallelConfig) -> None:
-    """Write the pruned checkpoint (collective). A rank holds its shards of the source, then of the target.
+    """Write the pruned checkpoint (collective). A rank reads and cuts its own shards, a few pieces at a time.
 
     Args:
         source: the checkpoint that the plan was made for.
@@ -33,16 +36,16 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
     Raises:
         UserError: a plan for another model, a layout that doesn't divide the source, a damaged source.
     """
-    if plan.fingerprint != source.fingerprint:
-        raise UserError(
-            f"the plan cuts model {plan.fingerprint}, but {source.path} is {source.fingerprint}: give its own source or plan anew."
-        )
+    _check(plan, source.fingerprint, source.path)
     build.check_shardable(source.arch, parallel)
-    mine = [p for p in hf.stage_parameters(source.arch, parallel) if table.keeps(plan, p)]
-    state = {}
-    for parameter, pieces in _read(source, mine).items():
-        cut = [select(parameter, plan, offset, data) for offset, data in pieces]
-        state |= checkpoint.sharded(parameter.at(plan), cut, hf.replica(parameter))
+    with runtime.agreed():
+        reader = stream.Reader(source)
+    tp, pieces = runtime.tp_group(), []
+    for parameter, target in _survivors(plan, hf.stage_parameters(source.arch, parallel)):
+        for box in stream.boxes(parameter, tp.rank(), tp.size()):
+            placed, kept = select(parameter, plan, box)
+            make = partial(_cut, reader.read, parameter, box, kept)
+            pieces.append(stream.Piece(target, *placed, reader.dtype(parameter), make))
     fingerprint = hashlib.sha256(f"{source.fingerprint} {plan.digest()}".encode()).hexdigest()[:16]
     parents = {"source": checkpoint.identity(source)}
     checkpoint.describe(
@@ -60,43 +63,76 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
     )
     if runtime.rank() == 0:
         checkpoint.replace_text(Path(out_dir) / FILE, plan.to_json())
-    checkpoint.save(out_dir, 0, state)
+    stream.save(out_dir, pieces, hf.replica, "prune")
 
 
-def _read(source: checkpoint.Checkpoint, mine: list[table.Parameter]) -> dict[table.Parameter, list]:
-    """This rank's pieces (global offset, data) of the given parameters."""
-    stored = FileSystemReader(source.step_dir).read_metadata().state_dict_metadata
-    tp, state, pieces = runtime.tp_group(), {}, {}
-    for parameter in mine:
-        dim, shape = parameter.row.tp_dim, list(parameter.shape)
-        if dim is not None:
-            shape[dim] = sum(
-                high - low for low, high in table.ranges(parameter.row.axes[dim], source.arch, tp.rank(), tp.size())
-            )
-        local = torch.empty(shape, dtype=stored[parameter.name].properties.dtype)
-        pieces[parameter] = checkpoint.views(parameter, local, tp.rank(), tp.size())
-        state |= checkpoint.sharded(parameter, pieces[parameter], hf.replica(parameter))
-    loaded = checkpoint.load(source, state)
-    return {
-        parameter: [(offset, loaded.get(f"{parameter.name}@{n}", data)) for n, (offset, data) in enumerate(parts)]
-        for parameter, parts in pieces.items()
-    }
+def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | None = None) -> int:
+    """Hugging Face folder -> pruned Hugging Face folder in one pass on one process, bit-equal to converting, pruning and exporting;
+    returns the parameter count.
 
-
-def select(
-    parameter: table.Parameter, plan: Plan, offset: tuple[int, ...], data: Tensor
-) -> tuple[tuple[int, ...], Tensor]:
-    """The kept part of one piece, and its offset in the pruned tensor.
+    The folder is hashed while it is read: only then is it known whether the plan belongs to it, and only then the result appears.
 
     Args:
-        parameter: of the source.
-        offset: the piece's place in the source's global tensor.
-        data: the piece.
+        path: the folder that was converted and scored for the plan.
+        plan: kept indices.
+        out_dir: claimed folder.
+        dtype: "bf16" or "fp32" for all weights; None keeps them as they are.
+
+    Raises:
+        UserError: an unsupported or incomplete folder, a plan for another model, sizes that the Hugging Face class refuses.
     """
-    placed = []
-    for dim, axis in enumerate(parameter.row.axes):
+    path = Path(path)
+    arch, _ = architecture.read_hf(path)
+    folder = Folder(path)
+    folder.check(arch)
+    if arch != plan.source:
+        _check(plan, folder.fingerprint(arch), path)
+    architecture.check_exportable(plan.target)
+    origin = {target: parameter for parameter, target in _survivors(plan, table.parameters(arch))}
+
+    def rows(target: table.Parameter) -> Iterator[Tensor]:
+        parameter = origin[target]
+        folder.hash(parameter)
+        for box in stream.boxes(parameter):
+            yield _cut(folder.read, parameter, box, select(parameter, plan, box)[1])
+
+    targets = list(table.parameters(plan.target))
+    writer = Writer(
+        Path(out_dir), plan.target, {p: build.DTYPES[dtype] if dtype else folder.dtype(origin[p]) for p in targets}
+    )
+    writer.write("cut", rows)
+    _check(plan, folder.fingerprint(arch), path)
+    writer.finish(path)
+    return table.count(plan.target)
+
+
+def _check(plan: Plan, fingerprint: str, path: Path) -> None:
+    if plan.fingerprint != fingerprint:
+        raise UserError(
+            f"the plan cuts model {plan.fingerprint}, but {path} is {fingerprint}: give its own source or plan anew."
+        )
+
+
+def _survivors(plan: Plan, parameters: Iterable[table.Parameter]) -> Iterator[tuple[table.Parameter, table.Parameter]]:
+    """The source's parameters that a plan keeps, each with the target's that it becomes."""
+    return ((parameter, parameter.at(plan)) for parameter in parameters if table.keeps(plan, parameter))
+
+
+def select(parameter: table.Parameter, plan: Plan, box: Box) -> tuple[Box, list[np.ndarray]]:
+    """Where the kept part of a box of the source's parameter lies in the pruned one, and the kept positions within the box, by
+    dimension."""
+    offset, kept = [], []
+    for axis, low, length in zip(parameter.row.axes, *box, strict=True):
         keep = table.kept(axis, plan, parameter.block, parameter.expert)
-        first, last = np.searchsorted(keep, [offset[dim], offset[dim] + data.shape[dim]])
-        data = data.index_select(dim, torch.from_numpy(keep[first:last] - offset[dim]))
-        placed.append(int(first))
-    return tuple(placed), data
+        first, last = np.searchsorted(keep, [low, low + length])
+        offset.append(int(first))
+        kept.append(keep[first:last] - low)
+    return (tuple(offset), tuple(map(len, kept))), kept
+
+
+def _cut(read: Callable[..., Tensor], parameter: table.Parameter, box: Box, kept: list[np.ndarray]) -> Tensor:
+    data = read(parameter, *box)
+    for dim, positions in enumerate(kept):
+        if len(positions) < data.shape[dim]:
+            data = data.index_select(dim, torch.from_numpy(positions))
+    return data

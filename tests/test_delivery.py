@@ -14,6 +14,7 @@ CONF = Path(__file__).parents[1] / "conf"
 def arch(tmp_path):
     def of(which, **sizes):
         import dataclasses
+
         fields = yaml.safe_load((CONF / "model" / f"{which}.yaml").read_text())["architecture"]
         return dataclasses.replace(architecture.given(fields), **sizes)
 

@@ -1,0 +1,281 @@
+"""Llama-3.1-8B's shape from Hugging Face to a pruned Hugging Face folder: time over a plain copy of the same bytes, and memory.
+
+Random bf16 weights and random scores (neither matters to time or memory), the width and depth plans of conf/prune, each stage
+through its launch file in processes of its own, the long way at TP 1 and TP 2 and the direct way. Before each stage the same
+number of bytes is read and written in blocks of 16 MiB, and synced; both start with the files they read out of the page cache.
+Memory is the worst rank's: `anonymous` is what it allocated, `resident` counts the file pages mapped into it as well.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from common import Figure, parser, write
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.importance.scores import Scores, expected_shapes, save_scores
+from minitron_mcore.models import table
+from minitron_mcore.models.architecture import from_hf
+
+ROOT = Path(__file__).parents[1]
+LLAMA_31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+}
+SMALL = LLAMA_31_8B | {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8, "vocab_size": 32064}
+PLANS = {"width": ["prune=llama31_4b_width"], "depth": ["prune=llama31_4b_depth"]}
+SMALL_PLANS = {"width": ["prune.hidden=768", "prune.ffn=2304"], "depth": ["prune.drop_blocks=[3,4,5,6]"]}
+PARAMETERS = {"width": 4_512_746_496, "depth": 4_540_469_248}
+SPACE = 45e9  # bytes on disk at the worst moment
+FILE_BYTES = 5e9
+BLOCK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: float
+    copy: float
+    anonymous: float
+    resident: float
+
+
+def make_folder(folder: Path, config: dict) -> None:
+    """A Hugging Face folder of random bf16 weights in files of at most FILE_BYTES, with an index."""
+    arch, files, held = from_hf(config), [{}], 0
+    for parameter in table.parameters(arch):
+        for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
+            size = 2 * torch.Size(shape).numel()
+            if files[-1] and held + size > FILE_BYTES:
+                files.append({})
+                held = 0
+            files[-1][name] = shape
+            held += size
+    noise = (torch.randn(2**25 + 8191, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    where, start = {}, 0
+    folder.mkdir(parents=True)
+    for number, names in enumerate(files, 1):
+        tensors = {}
+        for name, shape in names.items():
+            count, start = torch.Size(shape).numel(), (start + 4099) % 8191  # another stretch of the noise each time
+            stretch = noise[start : start + 2**25]
+            tensors[name] = stretch.repeat(-(-count // 2**25))[:count].view(shape)
+        where |= dict.fromkeys(tensors, f"model-{number:05d}-of-{len(files):05d}.safetensors")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / where[name], metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def make_scores(checkpoint: Path, out_dir: Path) -> None:
+    source, generator = open_checkpoint(checkpoint), torch.Generator().manual_seed(0)
+    vectors = {name: torch.rand(shape, generator=generator) for name, shape in expected_shapes(source.arch).items()}
+    out_dir.mkdir(exist_ok=True)
+    save_scores(out_dir, Scores(vectors, {"fingerprint": source.fingerprint, "architecture": source.arch.digest()}))
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def forget(files: list[Path]) -> None:
+    """Put files out of the page cache."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_seconds(sources: list[Path], read: int, written: int, target: Path) -> float:
+    """Seconds to read `read` bytes from the files, write `written` of them to one file, and sync it."""
+    forget(sources)
+    start = time.perf_counter()
+    with target.open("wb", buffering=0) as out:
+        for path in sources:
+            with path.open("rb", buffering=0) as file:
+                while read > 0 and (block := file.read(min(BLOCK, read))):
+                    read -= len(block)
+                    if written > 0:
+                        written -= out.write(block[:written])
+        os.fsync(out.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def run(stage: str, ranks: int, *options: str) -> tuple[float, float, float]:
+    """Seconds of a launch file on that many ranks, and the worst rank's peaks of anonymous and resident memory."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [str(ROOT / "launch" / f"{stage}.py"), *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start, peaks = time.perf_counter(), {"RssAnon": 0, "VmHWM": 0}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watcher = threading.Thread(target=_watch, args=(process, peaks))
+    watcher.start()
+    output = process.communicate()[0]
+    seconds = time.perf_counter() - start
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{output}")
+    return seconds, peaks["RssAnon"], peaks["VmHWM"]
+
+
+def _watch(process: subprocess.Popen, peaks: dict[str, int]) -> None:
+    """Every 20 ms, the largest value among the process and its descendants (torchrun itself needs less than a rank)."""
+    while process.poll() is None:
+        try:
+            family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        except psutil.NoSuchProcess:
+            return
+        for pid in family:
+            try:
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            except OSError:  # gone meanwhile
+                continue
+            for line in lines:
+                field = line.split(":")[0]
+                if field in peaks:
+                    peaks[field] = max(peaks[field], int(line.split()[1]) * 1024)
+        time.sleep(0.02)
+
+
+def measure(stage: str, ranks: int, source: Path, read: int, target: Path, written: int, *options: str) -> Measured:
+    """A copy of the same bytes, then the stage; both read from disk."""
+    files = [path for path in files_of(source) if path.stat().st_size > 4096]
+    seconds = copy_seconds(files, read, written, target.parent / "copied")
+    forget(files)
+    measured = Measured(*(run_ := run(stage, ranks, *options))[:1], seconds, *run_[1:])
+    return measured
+
+
+def count_parameters(folder: Path) -> int:
+    """Elements of a folder's tensors as their headers tell."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def ways(work: Path, config: dict, plans: dict[str, list[str]], layouts: list[int]):
+    """Run everything; yields (stage, plan, layout, figures), the pruned folders' parameter counts checked."""
+    source, full = work / "source", 2 * table.count(from_hf(config))
+    model = ["+model=llama31_8b", f"model.hf={source}", f"work_dir={work}"]
+    for ranks in layouts:
+        parent, layout = work / "convert", f"parallel.tensor={ranks}"
+        yield "convert", "", f"tp{ranks}", measure("convert", ranks, source, full, parent, full, *model, layout)
+        make_scores(parent, work / "importance")
+        for name, options in plans.items():
+            run("plan", 1, *model, *options)
+            target = 2 * json.loads((work / "plan/plan.json").read_text())["parameters"]["target"]
+            read = target if name == "depth" else full
+            yield (
+                "prune",
+                name,
+                f"tp{ranks}",
+                measure("prune", ranks, parent, read, work / "prune", target, *model, layout),
+            )
+            yield (
+                *("export", name, "1 process"),
+                measure("export", 1, work / "prune", target, work / "hf", target, *model, f"source={work}/prune"),
+            )
+            shutil.rmtree(work / "prune")
+            if count_parameters(work / "hf") != target // 2:
+                raise SystemExit(f"{work / 'hf'} holds {count_parameters(work / 'hf')} parameters, not {target // 2}.")
+            if ranks == layouts[-1]:
+                yield "cut", name, "1 process", measure("cut", 1, source, full, work / "cut", target, *model)
+                same(work / "hf", work / "cut")
+                shutil.rmtree(work / "cut")
+            shutil.rmtree(work / "hf")
+            shutil.rmtree(work / "plan")
+        shutil.rmtree(parent)
+
+
+def same(one: Path, other: Path) -> None:
+    for path in one.glob("*.safetensors"):
+        if subprocess.run(["cmp", path, other / path.name]).returncode:
+            raise SystemExit(f"{path} and {other / path.name} differ.")
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--dir", type=Path, default=ROOT / "runs/bench_8b", help="where 45 GB are free")
+    options = arguments.parse_args()
+    config, plans, layouts = (SMALL, SMALL_PLANS, [2]) if options.quick else (LLAMA_31_8B, PLANS, [1, 2])
+    options.dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(options.dir).free
+    if not options.quick and free < SPACE:
+        print(f"skipped: {options.dir} has {free / 1e9:.0f} GB free, but the 8 B model needs {SPACE / 1e9:.0f} GB.")
+        return
+    work = options.dir / ("small" if options.quick else "full")
+    if not (work / "source/config.json").is_file():
+        make_folder(work / "source", config)
+    figures, shown = (
+        [],
+        Table("stage", "plan", "layout", "time (s)", "copy (s)", "ratio", "anonymous (GiB)", "resident (GiB)"),
+    )
+    for stage, plan, layout, m in ways(work, config, plans, layouts):
+        gib = (m.anonymous / 2**30, m.resident / 2**30)
+        shown.add_row(
+            stage,
+            plan,
+            layout,
+            f"{m.seconds:.1f}",
+            f"{m.copy:.1f}",
+            f"{m.seconds / m.copy:.2f}",
+            *(f"{x:.2f}" for x in gib),
+        )
+        case = " ".join(filter(None, ("small" if options.quick else "llama31_8b", stage, plan, layout)))
+        figures += [
+            Figure("prune", case, "minitron", "time", m.seconds, "s"),
+            Figure("prune", case, "copy", "time", m.copy, "s"),
+            Figure("prune", case, "minitron", "time_over_copy", m.seconds / m.copy, "1"),
+            Figure("prune", case, "minitron", "peak_anonymous", gib[0], "GiB"),
+            Figure("prune", case, "minitron", "peak_resident", gib[1], "GiB"),
+        ]
+        Console().print(
+            f"{case}: {m.seconds:.1f} s, copy {m.copy:.1f} s, {gib[0]:.2f} GiB anonymous, {gib[1]:.2f} GiB resident"
+        )
+    shutil.rmtree(work)
+    Console().print(shown)
+    write(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

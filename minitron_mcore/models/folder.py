@@ -1,0 +1,235 @@
+"""Hugging Face folders: safetensors read as slices and written from front to back, without a model in memory."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from minitron_mcore import runtime
+from minitron_mcore.errors import UserError
+from minitron_mcore.models import architecture, table
+from minitron_mcore.models.architecture import Architecture
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*")
+SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", *LICENCES)
+CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
+MAX_FILE_BYTES = 5 * 10**9
+HASH_ELEMENTS = 8 << 20
+
+
+def shipped(path: Path) -> list[Path]:
+    """Config, tokenizer and generation files of a Hugging Face folder."""
+    files = {file for pattern in SHIPPED for file in path.glob(pattern)}
+    return sorted(file for file in files if not file.name.endswith(".index.json"))
+
+
+class Folder:
+    """The weights of a Hugging Face folder.
+
+    A file is mapped only for as long as what was read from it lives, so memory shows what is in use and no more.
+
+    Raises:
+        UserError: no safetensors, an index that names a missing file, a file that is cut short.
+    """
+
+    def __init__(self, path: Path):
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = sorted(file.name for file in path.glob("*.safetensors"))
+        if not names:
+            raise UserError(
+                f"{path} holds no *.safetensors weights: download the model with its weights, or convert them."
+            )
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise UserError(f"{index} names {missing[0]}, which is not in {path}: download the model again.")
+        self.path, self.where, self.hashes = path, {}, {}
+        for file in (path / name for name in names):
+            try:
+                self.where |= dict.fromkeys(safe_open(file, "pt").keys(), file)
+            except Exception as error:  # safetensors raises its own type for a cut or foreign file
+                raise UserError(f"{file} is not a whole safetensors file ({error}): download it again.") from error
+
+    def slice(self, name: str):
+        """A tensor to take slices of."""
+        return safe_open(self.where[name], "pt").get_slice(name)
+
+    def check(self, arch: Architecture) -> None:
+        """Refuse a tensor that is missing, too many, or of another shape or dtype, by name."""
+        for parameter in table.parameters(arch):
+            for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
+                if name not in self.where:
+                    raise UserError(f"tensor {name} is missing from {self.path}: its config.json asks for it.")
+                stored = self.slice(name)
+                if (found := tuple(stored.get_shape())) != shape:
+                    raise UserError(f"tensor {name} has shape {found}, but config.json asks for {shape}.")
+                if stored.get_dtype() not in CODES.values():
+                    raise UserError(
+                        f"tensor {name} is stored as {stored.get_dtype()}: expected {', '.join(CODES.values())} (dequantise the "
+                        "model first)."
+                    )
+        known = {name for parameter in table.parameters(arch) for name in parameter.hf}
+        # Old Llama folders store the rotary frequencies, some tied ones the head: both follow from the rest.
+        spare = {"lm_head.weight"} if arch.tied else set()
+        extra = sorted(n for n in self.where.keys() - known - spare if not n.endswith("rotary_emb.inv_freq"))
+        if extra:
+            raise UserError(
+                f"{self.path} holds {len(extra)} tensors that a {arch.family} model of its config.json does not have, "
+                f"the first {extra[0]}: is the config another model's?"
+            )
+
+    def dtype(self, parameter: table.Parameter) -> torch.dtype:
+        return self.slice(parameter.hf[0])[:1].dtype
+
+    def read(self, parameter: table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A box of a parameter; a view of the mapped file where its rows lie there in order."""
+        rows = table.packing(parameter.row.axes[0], parameter.arch)[offset[0] : offset[0] + shape[0]]
+        columns = [slice(low, low + count) for low, count in zip(offset[1:], shape[1:], strict=True)]
+        parts, start = [], 0
+        local = np.empty(len(rows), dtype=np.int64)  # where each wanted row lies in the concatenation of the parts
+        filled = 0
+        for name, (count, *_) in zip(parameter.hf, parameter.hf_shapes(), strict=True):
+            mine = (rows >= start) & (rows < start + count)
+            if mine.any():
+                first, last = int(rows[mine].min()) - start, int(rows[mine].max()) - start + 1
+                parts.append(self.slice(name)[slice(first, last), *columns])
+                local[mine] = rows[mine] - start - first + filled
+                filled += last - first
+            start += count
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole if np.array_equal(local, np.arange(len(whole))) else whole[torch.from_numpy(local)]
+
+    def hash(self, parameter: table.Parameter) -> None:
+        """Hash a parameter's tensors, once; just before they are read, so that the disk is read once."""
+        for name in parameter.hf:
+            if name not in self.hashes:
+                length, *rest = self.slice(name).get_shape()
+                rows, sha = max(1, HASH_ELEMENTS // int(np.prod(rest))), hashlib.sha256()
+                for low in range(0, length, rows):
+                    sha.update(raw(self.slice(name)[low : low + rows]))
+                self.hashes[name] = sha.hexdigest()
+
+    def fingerprint(self, arch: Architecture) -> str:
+        """Names the weights, however they are spread over files: sha256 over the hashes of the architecture's tensors.
+
+        Collective where there are groups: a rank gives what it has hashed; what none has, all hash now.
+        """
+        every = [self.hashes]
+        if dist.is_initialized():
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, self.hashes)
+        self.hashes = {name: digest for part in every for name, digest in part.items()}
+        for parameter in table.parameters(arch):
+            self.hash(parameter)
+        return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()[:16]
+
+
+class Writer:
+    """Writes a Hugging Face folder from front to back: safetensors of at most MAX_FILE_BYTES, their index, the small files.
+
+    Args:
+        out_dir: claimed folder; until `finish` it holds nothing under a name that a reader looks for.
+        arch: sizes.
+        dtypes: of each parameter, in the table's order.
+    """
+
+    def __init__(self, out_dir: Path, arch: Architecture, dtypes: dict[table.Parameter, torch.dtype]):
+        self.out_dir, self.arch, self.dtypes = out_dir, arch, dtypes
+        files, held = [{}], 0
+        for parameter, dtype in dtypes.items():
+            for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
+                tensor = torch.empty(shape, dtype=dtype, device="meta")
+                if held and held + tensor.nbytes > MAX_FILE_BYTES:
+                    files.append({})
+                    held = 0
+                files[-1][name] = tensor
+                held += tensor.nbytes
+        n = len(files)
+        names = ["model.safetensors"] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        self.files = dict(zip(names, files, strict=True))
+
+    def write(self, label: str, rows: Callable[[table.Parameter], Iterable[Tensor]]) -> None:
+        """Write the weights; `rows` gives all rows of a parameter in packed order, in one part or several."""
+        progress = runtime.Progress(label, len(self.dtypes), "tensors")
+        with _Parts([(self._part(name), tensors) for name, tensors in self.files.items()]) as parts:
+            for done, (parameter, dtype) in enumerate(self.dtypes.items(), 1):
+                back, pieces = np.argsort(table.packing(parameter.row.axes[0], self.arch)), rows(parameter)
+                if not np.array_equal(back, np.arange(len(back))):
+                    pieces = [torch.cat(list(pieces))[torch.from_numpy(back)]]
+                for piece in pieces:
+                    parts.write(raw(piece.to(dtype)))
+                progress.update(done)
+
+    def finish(self, source: Path) -> None:
+        """Give the files their names and add what `source`, a Hugging Face folder, holds beside weights; config.json last."""
+        for name in self.files:
+            self._part(name).rename(self.out_dir / name)
+        if len(self.files) > 1:
+            where = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
+            total = sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (self.out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        for file in shipped(source):
+            if file.name not in ("config.json", "README.md"):  # the source's card is not this model's
+                shutil.copyfile(file, self.out_dir / file.name)
+        dtype = str(list(self.dtypes.values())[-1]).removeprefix("torch.")
+        config = architecture.to_hf(self.arch, json.loads((source / "config.json").read_text()), dtype)
+        (self.out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def _part(self, name: str) -> Path:
+        return self.out_dir / f"{name}.part"
+
+
+class _Parts:
+    """Safetensors files with known tensors, filled with one stream of bytes."""
+
+    def __init__(self, files: list[tuple[Path, dict[str, Tensor]]]):
+        self.files, self.file, self.left = iter(files), None, 0
+
+    def __enter__(self) -> "_Parts":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._close()
+
+    def write(self, data: np.ndarray) -> None:
+        while len(data):
+            if not self.left:
+                self._next()
+            here, data = data[: self.left], data[self.left :]
+            self.file.write(here)
+            self.left -= len(here)
+
+    def _next(self) -> None:
+        self._close()
+        path, tensors = next(self.files)
+        self.file = path.open("wb")
+        header, self.left = {"__metadata__": {"format": "pt"}}, 0
+        for name, tensor in tensors.items():
+            span = [self.left, self.left + tensor.nbytes]
+            header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+            self.left = span[1]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors start aligned
+        self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def _close(self) -> None:
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+
+def raw(tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()

@@ -1,0 +1,214 @@
+"""Distributed checkpoints piece by piece: each is made, hashed and written before the next, and read and verified the same way.
+
+megatron-core's own writer holds the whole state dict, and a copy of what is a view. Here a rank holds the few pieces that its
+threads work on, however large the model. A piece is a file, so the manifest that megatron-core verifies has a hash a piece, and
+reading one verifies just that. The result is a checkpoint like any other to `dist_checkpointing.load`.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_mcore import checkpoint, runtime
+from minitron_mcore.errors import UserError
+from minitron_mcore.models import table
+
+from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
+from torch.distributed.checkpoint import (  # isort: skip
+    CheckpointException,
+    DefaultLoadPlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    save as save_pieces,
+)
+from torch.distributed.checkpoint.filesystem import _write_item  # isort: skip
+
+PIECE_ELEMENTS = 32 << 20
+THREADS = 2  # one works while the other waits for the disk
+
+type Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset in a global tensor, and shape."""
+
+
+def boxes(parameter: table.Parameter, tp_rank: int = 0, tp_size: int = 1) -> Iterator[Box]:
+    """The boxes that make up a tensor-parallel rank's part: its ranges, in runs of rows of at most PIECE_ELEMENTS."""
+    spans = [[(0, length)] for length in parameter.shape]
+    dim = parameter.row.tp_dim
+    if dim is not None:
+        spans[dim] = table.ranges(parameter.row.axes[dim], parameter.arch, tp_rank, tp_size)
+    for box in itertools.product(*spans):
+        (start, end), *rest = box
+        columns = math.prod(high - low for low, high in rest)
+        count = math.ceil((end - start) * columns / PIECE_ELEMENTS)
+        for n in range(count):
+            low, high = (start + (end - start) * k // count for k in (n, n + 1))
+            yield (low, *(x for x, _ in rest)), (high - low, *(y - x for x, y in rest))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a parameter that `make` will return; `offset` is its place in the global tensor."""
+
+    parameter: table.Parameter
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def save(out_dir: str | Path, pieces: Iterable[Piece], replica: Callable[[table.Parameter], tuple], name: str) -> None:
+    """Write pieces as step 0 of a checkpoint (collective); only the rank whose `replica` is all zeros makes one.
+
+    Raises:
+        UserError: what `make` raises, on all ranks.
+    """
+    state, make, parts = {}, {}, {}
+    for piece in (piece for piece in pieces if math.prod(piece.shape)):
+        make[piece.parameter.name, piece.offset] = piece.make
+        stand_in = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
+        parts.setdefault(piece.parameter, []).append((piece.offset, stand_in))
+    for parameter, here in parts.items():
+        state |= checkpoint.sharded(parameter, here, replica(parameter))
+    try:
+        checkpoint.save(out_dir, 0, state, _Streamed(make, name))
+    except CheckpointException as error:
+        for mistake, _ in error.failures.values():
+            if isinstance(mistake, UserError):
+                raise mistake from None
+        raise
+
+
+class _Streamed(TorchDistSaveShardedStrategy):
+    """megatron-core's strategy with a writer that asks for data when its turn comes."""
+
+    def __init__(self, make: dict[tuple, Callable[[], Tensor]], name: str):
+        super().__init__()
+        self.make, self.name, self.hashes = make, name, {}
+
+    def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
+        state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        writer = _Writer(checkpoint_dir, self)
+        planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        save_pieces(mcore_to_pyt_state_dict(state), storage_writer=writer, planner=planner)
+
+    def seal(self, folder: Path) -> None:
+        """Write the manifest of hashes (collective); those of the pieces were taken as they were written."""
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, self.hashes)
+        if runtime.rank() == 0:
+            files = {name: digest for part in every for name, digest in part.items()}
+            files |= {path.name: sha256(path) for path in folder.iterdir() if path.name not in files}
+            manifest = {"algorithm": "sha256", "files": files}
+            checkpoint.replace_text(folder / INTEGRITY_FNAME, json.dumps(manifest, indent=1))
+
+
+class _Writer(FileSystemWriter):
+    """A file a piece; what a thread made is let go before it makes the next."""
+
+    def __init__(self, path: str, strategy: _Streamed):
+        super().__init__(path)
+        self.strategy = strategy
+
+    def write_data(self, plan, planner) -> torch.futures.Future:
+        progress, results = runtime.Progress(self.strategy.name, len(plan.items), "pieces"), []
+        with ThreadPoolExecutor(THREADS) as pool:
+            names = (f"{plan.storage_data.prefix}{n}.distcp" for n in range(len(plan.items)))
+            for result in pool.map(lambda item, name: self._write(item, name, planner), plan.items, names):
+                results.append(result)
+                progress.update(len(results))
+        future = torch.futures.Future()
+        future.set_result(results)
+        return future
+
+    def _write(self, item, name: str, planner):
+        data = planner.resolve_data(item)
+        if isinstance(data, Tensor):
+            data = self.strategy.make[item.index.fqn, tuple(item.index.offset)]().contiguous()
+            if data.untyped_storage().nbytes() != data.nbytes:  # torch.save writes all that a view is part of
+                data = data.clone()
+        with open(self.path / name, "wb") as file:
+            stream = _Hashing(file)
+            result = _write_item(self.transforms, stream, data, item, name, self.serialization_format)
+            file.flush()
+            os.fsync(file.fileno())
+        self.strategy.hashes[name] = stream.sha.hexdigest()
+        return result
+
+
+class _Hashing:
+    """A file that hashes what goes into it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha = file, hashlib.sha256()
+        self.tell, self.flush = file.tell, file.flush
+
+    def write(self, data) -> int:
+        self.sha.update(data)
+        return self.file.write(data)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Reader:
+    """Reads boxes of a checkpoint's tensors, in any layout and from several threads; a file is verified before its first use.
+
+    Raises:
+        UserError: a tensor that is missing, a file that is missing, truncated or changed.
+    """
+
+    def __init__(self, source: "checkpoint.Checkpoint"):
+        self.folder = source.step_dir
+        self.files = FileSystemReader(self.folder)
+        with checkpoint.undamaged(self.folder):
+            self.hashes = json.loads((self.folder / INTEGRITY_FNAME).read_text())["files"]
+            self.locks = {name: threading.Lock() for name in self.hashes}
+            self.verified = set()
+            self._verify(".metadata")
+            self.metadata = self.files.read_metadata()
+            self.files.set_up_storage_reader(self.metadata, is_coordinator=True)
+
+    def dtype(self, parameter: table.Parameter) -> torch.dtype:
+        with checkpoint.undamaged(self.folder):
+            return self.metadata.state_dict_metadata[parameter.name].properties.dtype
+
+    def read(self, parameter: table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype(parameter))
+        box = ShardedTensor(parameter.name, tensor, tensor.dtype, shape, parameter.shape, offset, None)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with checkpoint.undamaged(self.folder):
+            planner.set_up_planner({parameter.name: CheckpointableShardedTensor.from_sh_ten(box)}, self.metadata, True)
+            plan = planner.create_local_plan()
+            for item in plan.items:
+                self._verify(self.files.storage_data[item.storage_index].relative_path)
+            self.files.read_data(plan, planner).wait()
+        return tensor
+
+    def _verify(self, name: str) -> None:
+        with self.locks[name]:
+            if name not in self.verified and sha256(self.folder / name) != self.hashes[name]:
+                raise CheckpointingException(f"{name} is not what was written")
+            self.verified.add(name)
