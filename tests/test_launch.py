@@ -17,7 +17,7 @@ from tests import models
 from tests.test_prune import random_scores
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["convert", "importance", "plan", "prune", "distill", "export", "evaluate"]
+STAGES = ["convert", "importance", "plan", "prune", "cut", "distill", "export", "evaluate"]
 
 
 def launch(cwd, stage, *overrides, processes=1, fails=False) -> str:
