@@ -8,12 +8,14 @@ Memory is the worst rank's: `anonymous` is what it allocated, `resident` counts 
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -60,7 +62,7 @@ LLAMA_31_8B = {
 }
 SMALL = LLAMA_31_8B | {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8, "vocab_size": 32064}
 PLANS = {"width": ["prune=llama31_4b_width"], "depth": ["prune=llama31_4b_depth"]}
-SMALL_PLANS = {"width": ["prune.hidden=768", "prune.ffn=2304"], "depth": ["prune.drop_blocks=[3,4,5,6]"]}
+SMALL_PLANS = {"width": ["prune.hidden=768", "prune.ffn=2304"]}
 PARAMETERS = {"width": 4_512_746_496, "depth": 4_540_469_248}
 SPACE = 45e9  # bytes on disk at the worst moment
 FILE_BYTES = 5e9
@@ -69,10 +71,13 @@ BLOCK = 16 << 20
 
 @dataclass(frozen=True)
 class Measured:
+    """Seconds of a stage, of its processors, and of the copy; bytes that the worst rank held."""
+
     seconds: float
-    copy: float
-    anonymous: float
-    resident: float
+    cpu: float
+    anonymous: int
+    resident: int
+    copy: float = 0.0
 
 
 def make_folder(folder: Path, config: dict) -> None:
@@ -137,14 +142,14 @@ def copy_seconds(sources: list[Path], read: int, written: int, target: Path) -> 
     return seconds
 
 
-def run(stage: str, ranks: int, *options: str) -> tuple[float, float, float]:
-    """Seconds of a launch file on that many ranks, and the worst rank's peaks of anonymous and resident memory."""
+def run(stage: str, ranks: int, *options: str) -> Measured:
+    """A launch file on that many ranks."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(ROOT / "launch" / f"{stage}.py"), *options]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    start, peaks = time.perf_counter(), {"RssAnon": 0, "VmHWM": 0}
+    start, cpu, peaks = time.perf_counter(), _children_seconds(), {"RssAnon": 0, "VmHWM": 0}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     watcher = threading.Thread(target=_watch, args=(process, peaks))
     watcher.start()
@@ -153,7 +158,12 @@ def run(stage: str, ranks: int, *options: str) -> tuple[float, float, float]:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{output}")
-    return seconds, peaks["RssAnon"], peaks["VmHWM"]
+    return Measured(seconds, _children_seconds() - cpu, peaks["RssAnon"], peaks["VmHWM"])
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _watch(process: subprocess.Popen, peaks: dict[str, int]) -> None:
@@ -180,8 +190,7 @@ def measure(stage: str, ranks: int, source: Path, read: int, target: Path, writt
     files = [path for path in files_of(source) if path.stat().st_size > 4096]
     seconds = copy_seconds(files, read, written, target.parent / "copied")
     forget(files)
-    measured = Measured(*(run_ := run(stage, ranks, *options))[:1], seconds, *run_[1:])
-    return measured
+    return replace(run(stage, ranks, *options), copy=seconds)
 
 
 def count_parameters(folder: Path) -> int:
@@ -193,88 +202,68 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
-def ways(work: Path, config: dict, plans: dict[str, list[str]], layouts: list[int]):
-    """Run everything; yields (stage, plan, layout, figures), the pruned folders' parameter counts checked."""
+def ways(work: Path, config: dict, plans: dict, layouts: list[int]) -> Iterator[tuple[str, Measured]]:
+    """Every stage with what it took. Folders go as soon as nothing reads them; the source stays for the next time."""
     source, full = work / "source", 2 * table.count(from_hf(config))
     model = ["+model=llama31_8b", f"model.hf={source}", f"work_dir={work}"]
     for ranks in layouts:
-        parent, layout = work / "convert", f"parallel.tensor={ranks}"
-        yield "convert", "", f"tp{ranks}", measure("convert", ranks, source, full, parent, full, *model, layout)
-        make_scores(parent, work / "importance")
-        for name, options in plans.items():
+        layout = [*model, f"parallel.tensor={ranks}"]
+        yield f"convert tp{ranks}", measure("convert", ranks, source, full, work / "convert", full, *layout)
+        make_scores(work / "convert", work / "importance")
+        for plan, options in plans.items():
             run("plan", 1, *model, *options)
             target = 2 * json.loads((work / "plan/plan.json").read_text())["parameters"]["target"]
-            read = target if name == "depth" else full
+            read = target if plan == "depth" else full
             yield (
-                "prune",
-                name,
-                f"tp{ranks}",
-                measure("prune", ranks, parent, read, work / "prune", target, *model, layout),
+                f"prune {plan} tp{ranks}",
+                measure("prune", ranks, work / "convert", read, work / "prune", target, *layout),
             )
             yield (
-                *("export", name, "1 process"),
+                f"export {plan} of tp{ranks}",
                 measure("export", 1, work / "prune", target, work / "hf", target, *model, f"source={work}/prune"),
             )
+            if (found := count_parameters(work / "hf")) != PARAMETERS.get(plan, target // 2) and config is LLAMA_31_8B:
+                raise SystemExit(f"{work / 'hf'} holds {found} parameters, not {PARAMETERS[plan]}.")
             shutil.rmtree(work / "prune")
-            if count_parameters(work / "hf") != target // 2:
-                raise SystemExit(f"{work / 'hf'} holds {count_parameters(work / 'hf')} parameters, not {target // 2}.")
-            if ranks == layouts[-1]:
-                yield "cut", name, "1 process", measure("cut", 1, source, full, work / "cut", target, *model)
-                same(work / "hf", work / "cut")
-                shutil.rmtree(work / "cut")
-            shutil.rmtree(work / "hf")
-            shutil.rmtree(work / "plan")
-        shutil.rmtree(parent)
-
-
-def same(one: Path, other: Path) -> None:
-    for path in one.glob("*.safetensors"):
-        if subprocess.run(["cmp", path, other / path.name]).returncode:
-            raise SystemExit(f"{path} and {other / path.name} differ.")
+            yield f"cut {plan} for tp{ranks}", measure("cut", 1, source, full, work / "cut", target, *model)
+            for path in (work / "hf").glob("*.safetensors"):
+                subprocess.run(["cmp", path, work / "cut" / path.name], check=True)
+            for folder in ("hf", "cut", "plan"):
+                shutil.rmtree(work / folder)
+        shutil.rmtree(work / "convert")
+        shutil.rmtree(work / "importance")
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--dir", type=Path, default=ROOT / "runs/bench_8b", help="where 45 GB are free")
+    arguments.add_argument("--dir", type=Path, default=ROOT / "runs/bench_8b", help="a folder with 45 GB free")
+    arguments.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes")
     options = arguments.parse_args()
-    config, plans, layouts = (SMALL, SMALL_PLANS, [2]) if options.quick else (LLAMA_31_8B, PLANS, [1, 2])
-    options.dir.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(options.dir).free
+    config, plans = (SMALL, SMALL_PLANS) if options.quick else (LLAMA_31_8B, PLANS)
+    shape, layouts = ("small", [2]) if options.quick else ("llama31_8b", options.ranks)
+    work = options.dir / shape
+    work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work).free
     if not options.quick and free < SPACE:
-        print(f"skipped: {options.dir} has {free / 1e9:.0f} GB free, but the 8 B model needs {SPACE / 1e9:.0f} GB.")
+        print(f"skipped: {work} has {free / 1e9:.0f} GB free, but the 8 B model needs {SPACE / 1e9:.0f} GB.")
         return
-    work = options.dir / ("small" if options.quick else "full")
     if not (work / "source/config.json").is_file():
         make_folder(work / "source", config)
-    figures, shown = (
-        [],
-        Table("stage", "plan", "layout", "time (s)", "copy (s)", "ratio", "anonymous (GiB)", "resident (GiB)"),
-    )
-    for stage, plan, layout, m in ways(work, config, plans, layouts):
-        gib = (m.anonymous / 2**30, m.resident / 2**30)
-        shown.add_row(
-            stage,
-            plan,
-            layout,
-            f"{m.seconds:.1f}",
-            f"{m.copy:.1f}",
-            f"{m.seconds / m.copy:.2f}",
-            *(f"{x:.2f}" for x in gib),
-        )
-        case = " ".join(filter(None, ("small" if options.quick else "llama31_8b", stage, plan, layout)))
-        figures += [
-            Figure("prune", case, "minitron", "time", m.seconds, "s"),
-            Figure("prune", case, "copy", "time", m.copy, "s"),
-            Figure("prune", case, "minitron", "time_over_copy", m.seconds / m.copy, "1"),
-            Figure("prune", case, "minitron", "peak_anonymous", gib[0], "GiB"),
-            Figure("prune", case, "minitron", "peak_resident", gib[1], "GiB"),
-        ]
-        Console().print(
-            f"{case}: {m.seconds:.1f} s, copy {m.copy:.1f} s, {gib[0]:.2f} GiB anonymous, {gib[1]:.2f} GiB resident"
-        )
-    shutil.rmtree(work)
-    Console().print(shown)
-    write(figures, options.json)
+    figures, table_ = [], Table("", "time (s)", "copy (s)", "ratio", "CPU (s)", "anonymous (GiB)", "resident (GiB)")
+    for stage, m in ways(work, config, plans, layouts):
+        values = {
+            "time": (m.seconds, "s"),
+            "time_of_copy": (m.copy, "s"),
+            "time_over_copy": (m.seconds / m.copy, "1"),
+            "cpu_time": (m.cpu, "s"),
+            "peak_anonymous": (m.anonymous / 2**30, "GiB"),
+            "peak_resident": (m.resident / 2**30, "GiB"),
+        }
+        table_.add_row(stage, *(f"{value:.2f}" for value, _ in values.values()))
+        print(stage, *(f"{name} {value:.2f} {unit}" for name, (value, unit) in values.items()), flush=True)
+        figures += [Figure("prune", f"{shape} {stage}", "minitron", name, *value) for name, value in values.items()]
+        write(figures, options.json)
+    Console().print(table_)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Distributed checkpoints piece by piece: each is made, hashed and written before the next, and read and verified the same way.
 
 megatron-core's own writer holds the whole state dict, and a copy of what is a view. Here a rank holds the few pieces that its
-threads work on, however large the model. A piece is a file, so the manifest that megatron-core verifies has a hash a piece, and
-reading one verifies just that. The result is a checkpoint like any other to `dist_checkpointing.load`.
+threads work on, however large the model. A file holds one large piece or some small ones, so the manifest that megatron-core
+verifies has a hash for each, and reading a piece verifies little more than that. `dist_checkpointing.load` knows no difference.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -124,36 +125,47 @@ class _Streamed(TorchDistSaveShardedStrategy):
 
 
 class _Writer(FileSystemWriter):
-    """A file a piece; what a thread made is let go before it makes the next."""
+    """Files of about a piece; what a thread has written is let go before it makes the next."""
 
     def __init__(self, path: str, strategy: _Streamed):
         super().__init__(path)
         self.strategy = strategy
 
     def write_data(self, plan, planner) -> torch.futures.Future:
-        progress, results = runtime.Progress(self.strategy.name, len(plan.items), "pieces"), []
+        files, held = [[]], 0
+        for item in plan.items:
+            size = math.prod(item.tensor_data.chunk.sizes) if item.tensor_data else 0
+            if held and held + size > PIECE_ELEMENTS:
+                files.append([])
+                held = 0
+            files[-1].append(item)
+            held += size
+        progress, results = runtime.Progress(self.strategy.name, len(files), "files"), []
         with ThreadPoolExecutor(THREADS) as pool:
-            names = (f"{plan.storage_data.prefix}{n}.distcp" for n in range(len(plan.items)))
-            for result in pool.map(lambda item, name: self._write(item, name, planner), plan.items, names):
-                results.append(result)
-                progress.update(len(results))
+            names = (f"{plan.storage_data.prefix}{n}.distcp" for n in range(len(files)))
+            for done, written in enumerate(pool.map(partial(self._write, planner), names, files), 1):
+                results += written
+                progress.update(done)
         future = torch.futures.Future()
         future.set_result(results)
         return future
 
-    def _write(self, item, name: str, planner):
+    def _write(self, planner, name: str, items: list) -> list:
+        with open(self.path / name, "wb") as file:
+            stream = _Hashing(file)
+            written = [self._write_item(planner, name, item, stream) for item in items]
+            file.flush()
+            os.fsync(file.fileno())
+        self.strategy.hashes[name] = stream.sha.hexdigest()
+        return written
+
+    def _write_item(self, planner, name: str, item, stream: "_Hashing"):
         data = planner.resolve_data(item)
         if isinstance(data, Tensor):
             data = self.strategy.make[item.index.fqn, tuple(item.index.offset)]().contiguous()
             if data.untyped_storage().nbytes() != data.nbytes:  # torch.save writes all that a view is part of
                 data = data.clone()
-        with open(self.path / name, "wb") as file:
-            stream = _Hashing(file)
-            result = _write_item(self.transforms, stream, data, item, name, self.serialization_format)
-            file.flush()
-            os.fsync(file.fileno())
-        self.strategy.hashes[name] = stream.sha.hexdigest()
-        return result
+        return _write_item(self.transforms, stream, data, item, name, self.serialization_format)
 
 
 class _Hashing:

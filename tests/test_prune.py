@@ -43,10 +43,11 @@ def export(checkpoint, out_dir):
     return models.weights(out_dir)
 
 
-def cut_by_hand(weights: dict, plan: Plan) -> dict:
+def cut_by_hand(weights: dict, plan: Plan, tied: bool = False) -> dict:
     """The plan applied to Hugging Face tensors by name, written apart from the product's table."""
     d, hidden = plan.source.head_dim, torch.tensor(plan.hidden)
-    cut = {k: weights[k][..., hidden] for k in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+    outer = ["model.embed_tokens.weight", "model.norm.weight"] + ["lm_head.weight"] * (not tied)
+    cut = {k: weights[k][..., hidden] for k in outer}
     for new, old in enumerate(plan.blocks):
         w = {k.split(f"layers.{old}.")[1]: v for k, v in weights.items() if f"layers.{old}." in k}
         rows = torch.cat([torch.arange(h * d, h * d + d) for h in plan.heads[old]])

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore import checkpoint, runtime, stream
@@ -40,6 +41,7 @@ def import_folder(
     stream.save(out_dir, pieces, replica, "import")
     fingerprint = folder.fingerprint(arch)
     checkpoint.describe(out_dir, arch, fingerprint, {"huggingface": {"path": str(path), "sha256": fingerprint}}, path)
+    dist.barrier()
     return arch
 
 
