@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -168,14 +169,14 @@ def identity(checkpoint: Checkpoint) -> dict:
 
 
 def versions() -> dict:
-    import megatron.core
-
     import minitron_mcore
 
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron-core": megatron.core.__version__,
+        "megatron-core": metadata.version(
+            "megatron-core"
+        ),  # its own __version__ has the git commit of the current folder
         "minitron_mcore": minitron_mcore.__version__,
     }
 

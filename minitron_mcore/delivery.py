@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
 from minitron_mcore import loaders, report
-from minitron_mcore.checkpoint import Checkpoint
+from minitron_mcore.checkpoint import Checkpoint, identity
+from minitron_mcore.data import parse_blend
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import LICENCES
@@ -21,6 +23,8 @@ from minitron_mcore.plan.plan import compare
 
 CARD = "README.md"
 SHOWN = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
+NOT_SHOWN = ("distributed_optimizer", "log_every", "save_every", "stop_after", "teacher_ahead")
+"""Settings that don't change what is learnt."""
 MINITRON = "[2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796)"
 
 
@@ -44,27 +48,25 @@ def deliver(source: Checkpoint, folder: str | Path) -> list[dict]:
 
 
 class Step(NamedTuple):
-    """One checkpoint on the way from the parent to the delivered one."""
+    """One checkpoint on the way from the parent to the delivered one; its folder may be gone."""
 
     lineage: dict
-    fingerprint: str
-    folder: Path
-    """Where it was written; it may be gone."""
-    number: int
-    """Of its training step."""
+    identity: dict
+    """Its path, fingerprint and training step."""
 
 
-def history(source: Checkpoint) -> list[Step]:
-    """The checkpoints that `source` was made from, the oldest first, and itself."""
-    steps, lineage = [], source.lineage
-    fingerprint, folder, number = source.fingerprint, source.path, source.step_dir.name
-    while True:
-        steps.insert(0, Step(lineage, fingerprint, folder, int(number.removeprefix("step_"))))
-        made_from = lineage["parents"].get("student") or lineage["parents"].get("source")
-        if made_from is None or "ancestry" not in lineage:
-            return steps
-        lineage, fingerprint = lineage["ancestry"], made_from["fingerprint"]
-        folder, number = Path(made_from["path"]), made_from["step"]
+def history(lineage: dict, identity: dict) -> list[Step]:
+    """A checkpoint's ancestors, its teachers and theirs among them, each after what it was made from; itself last."""
+    found = {}
+    for role, kept in (("source", "ancestry"), ("student", "ancestry"), ("teacher", "teacher")):
+        if lineage["parents"].get(role) and lineage.get(kept):
+            found |= {s.identity["fingerprint"]: s for s in history(lineage[kept], lineage["parents"][role])}
+    return [*found.values(), Step(lineage, identity)]
+
+
+def _line(lineage: dict) -> list[dict]:
+    """The lineages of the model itself, without its teachers', the parent's first."""
+    return [*(_line(lineage["ancestry"]) if "ancestry" in lineage else []), lineage]
 
 
 def card(source: Checkpoint, config: dict, taken: list[dict]) -> str:
@@ -75,22 +77,20 @@ def card(source: Checkpoint, config: dict, taken: list[dict]) -> str:
         config: of the exported folder.
         taken: rows of `loaders.verdict`.
     """
-    steps, parent = history(source), _parent(source)
-    cuts = [Architecture(**step.lineage["before"]) for step in steps if "before" in step.lineage]
-    total = table.count(source.arch)
-    size = f"{total / 1e9:.2f} B" if total >= 1e9 else f"{total / 1e6:.0f} M"
-    made = " and ".join(dict.fromkeys(filter(None, map(_deed, steps)))) or "converted"
-    tables = report.markdown(compare(cuts[0] if cuts else source.arch, source.arch))
+    line, parent, total = _line(source.lineage), _parent(source), table.count(source.arch)
+    cuts = [Architecture(**lineage["before"]) for lineage in line if "before" in lineage]
+    made = " and ".join(dict.fromkeys(filter(None, map(_deed, line)))) or "converted"
+    steps = history(source.lineage, identity(source))
     parts = [
         _front_matter(source, parent),
-        f"# {parent}, {made}: {size}",
+        f"# {parent}, {made}: {EngFormatter(places=1)(total)}",
         f"{total:,} parameters in {config['dtype']}, {made} from {parent} with minitron_mcore on Megatron-Core, by the Minitron "
         f"recipe ({MINITRON}).",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```',
         "## Sizes",
-        tables,
+        report.markdown(compare(cuts[0] if cuts else source.arch, source.arch)),
         f"Every block has these sizes. head_dim is {source.arch.head_dim}, the vocabulary {source.arch.vocab:,} tokens.",
         "## How it was made",
         *(_told(number, step) for number, step in enumerate(steps, 1)),
@@ -106,64 +106,61 @@ def card(source: Checkpoint, config: dict, taken: list[dict]) -> str:
 
 def _parent(source: Checkpoint) -> str:
     """The first ancestor's name: what its config says, or its folder's."""
-    origin = next(iter(history(source)[0].lineage["parents"].values()), {"path": source.path})
+    origin = next(iter(_line(source.lineage)[0]["parents"].values()), {"path": source.path})
     config = json.loads((source.hf / "config.json").read_text())
     return Path(config.get("_name_or_path") or origin["path"]).name
 
 
-def _deed(step: Step) -> str | None:
-    if "plan" in step.lineage:
+def _deed(lineage: dict) -> str | None:
+    if "plan" in lineage:
         return "pruned"
-    if "settings" in step.lineage:
-        return "distilled" if step.lineage["parents"]["teacher"] else "trained"
+    if "settings" in lineage:
+        return "distilled" if lineage["parents"]["teacher"] else "trained"
     return None
 
 
 def _told(number: int, step: Step) -> str:
     """A numbered paragraph: what was done to what, with what, and which command did it."""
-    lineage, lines = step.lineage, [f"{number}. Weights `{step.fingerprint}`"]
-    if "plan" in lineage:
-        of = ", ".join(f"{key} {value}" for key, value in lineage["statistic"].items() if key not in ("fingerprint",))
-        lines[0] += (
-            f": pruned by plan `{lineage['plan']}`, ranked by scores `{lineage['scores']}` ({of or 'no details'})."
+    lineage, deed, lines = step.lineage, _deed(step.lineage), [f"{number}. Weights `{step.identity['fingerprint']}`"]
+    parents = lineage["parents"]
+    if deed == "pruned":
+        lines[0] += f": `{parents['source']['fingerprint']}`, pruned by plan `{lineage['plan']}`."
+        statistic = ", ".join(
+            f"{k} {v}" for k, v in lineage["statistic"].items() if k not in ("fingerprint", "architecture")
         )
+        lines += [f"Scores `{lineage['scores']}`: {statistic or 'nothing known of them'}."]
         lines += [f"Blocks dropped, counted from 0: {', '.join(map(str, lineage['dropped_blocks'])) or 'none'}."]
-    elif "settings" in lineage:
-        teacher = lineage["parents"]["teacher"]
-        lines[0] += (
-            f": distilled from teacher `{teacher['fingerprint']}` ({teacher['path']})." if teacher else ": trained."
-        )
-        lines += [f"Data `{lineage['data']['hash']}`: {', '.join(lineage['data']['files'])}."]
-        lines += [f"Settings: {', '.join(f'{key} {value}' for key, value in lineage['settings'].items())}."]
-        lines += _losses(step)
+    elif deed:
+        taught = f" from teacher `{parents['teacher']['fingerprint']}`" if parents["teacher"] else " on cross-entropy"
+        lines[0] += f": `{parents['student']['fingerprint']}`, {deed}{taught}."
+        files, weights = parse_blend(lineage["data"]["files"])
+        names = [Path(file).name for file in files]
+        names = [f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True)] if weights else names
+        lines += [f"Data `{lineage['data']['hash']}`: {', '.join(names)}."]
+        lines += [f"Settings: {', '.join(f'{k} {v}' for k, v in lineage['settings'].items() if k not in NOT_SHOWN)}."]
+        lines += _losses(step.identity)
     else:
-        origin = ", ".join(f"{kind} {Path(found['path']).name}" for kind, found in lineage["parents"].items())
-        lines[0] += f": {origin}."
+        lines[0] += ": " + ", ".join(f"{Path(found['path']).name} ({kind})" for kind, found in parents.items()) + "."
     versions = ", ".join(f"{name} {version}" for name, version in lineage["versions"].items())
-    lines += [f"`{lineage['command']}` ({versions})"]
-    return "\n\n   ".join(lines)
+    return "\n\n   ".join([*lines, f"`{lineage['command']}` ({versions})"])
 
 
-def _losses(step: Step) -> list[str]:
+def _losses(identity: dict) -> list[str]:
     """First and last figures of a training run up to its checkpoint, in nats a token; nothing where its folder is gone."""
-    path = step.folder / "metrics.jsonl"
+    path, last = Path(identity["path"]) / "metrics.jsonl", int(identity["step"].removeprefix("step_"))
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rows = [{key: row[key] for key in SHOWN} for row in rows if row["step"] <= step.number]
+    rows = [{key: row[key] for key in SHOWN} for row in rows if row["step"] <= last]
     return [report.markdown([rows[0], rows[-1]]).replace("\n", "\n   ")] if rows else []
 
 
 def _evaluations(source: Checkpoint) -> list[str]:
     """Evaluations of this very checkpoint in the folders beside it."""
-    rows = []
+    rows, finished = [], (source.path / "latest").stat().st_mtime
     for path in sorted(source.path.parent.glob("*/evaluation.json")):
         found = json.loads(path.read_text())
-        if Path(found["source"]).resolve() == source.path.resolve() and path.stat().st_mtime > _finished(source):
+        if Path(found["source"]).resolve() == source.path.resolve() and path.stat().st_mtime > finished:
             rows += found["files"]
     return ["## Evaluation", report.markdown(rows)] if rows else []
-
-
-def _finished(source: Checkpoint) -> float:
-    return (source.path / "latest").stat().st_mtime
 
 
 def _parents_card(source: Checkpoint) -> ModelCardData:

@@ -85,7 +85,13 @@ def verdict(folder: str | Path, arch: Architecture) -> list[dict]:
     if model.num_parameters() != expected:
         raise UserError(f"transformers finds {model.num_parameters():,} parameters in {folder}, not {expected:,}.")
     note = f"{type(model).__name__}, {expected:,} parameters, {_tokenizer(folder)}"
-    rows = [{"loader": "transformers", "TP": 1, "takes it": "yes", "checked": "loaded", "why": note}]
+    loaded = {"loader": "transformers", "TP": 1, "takes it": "yes", "checked": "loaded", "why": note}
+    return [loaded, *by_rule(arch)]
+
+
+def by_rule(arch: Architecture) -> list[dict]:
+    """The rows of `verdict` for runtimes that are not run here."""
+    rows = []
     for loader, problems in (("vLLM", _vllm), ("TensorRT-LLM", _tensorrt)):
         for tp in SIZES:
             why = [*_both(arch, tp), *problems(arch, tp)]

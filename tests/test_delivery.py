@@ -1,21 +1,227 @@
-"""What is delivered beside the weights: a failure means a card that lies, or a folder that others can't load."""
+"""What lies beside exported weights: a failure means a card that lies, or a folder that others can't load."""
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from minitron_mcore.models import architecture
+from minitron_mcore import data, delivery, loaders
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import DataConfig, DistillConfig, DistillRun, ModelConfig, PruneConfig
+from minitron_mcore.errors import UserError
+from minitron_mcore.importance.scores import Scores
+from minitron_mcore.models import architecture, hf, table
+from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.testing import on_ranks
+from tests import families, models
+from tests.test_data import write_jsonl
+from tests.test_launch import compose, word_tokenizer
+from tests.test_prune import ONE, random_scores, run_prune
 
-CONF = Path(__file__).parents[1] / "conf"
+SETTINGS = DistillConfig(steps=3, global_batch=2, sequence_length=12, warmup_steps=1, peak_lr=0.0123)
+PARENTS_CARD = "---\nlicense: llama3.1\nlanguage:\n- en\n---\n# The parent\n"
 
 
-@pytest.fixture
-def arch(tmp_path):
-    def of(which, **sizes):
-        import dataclasses
+def train(root: Path) -> str:
+    """On every rank: distil `root`/pruned; the data's hash."""
+    from minitron_mcore.distill import stage
 
-        fields = yaml.safe_load((CONF / "model" / f"{which}.yaml").read_text())["architecture"]
-        return dataclasses.replace(architecture.given(fields), **sizes)
+    config = DistillRun(
+        model=ModelConfig(name="tiny", hf="hf"),
+        data=DataConfig(train=[str(root / "text.jsonl")], cache=str(root / "cache")),
+        distill=SETTINGS,
+        student=str(root / "pruned"),
+        teacher=str(root / "parent"),
+        out_dir=str(root / "distill"),
+    )
+    student, teacher = open_checkpoint(config.student), open_checkpoint(config.teacher)
+    stage.run(config, SETTINGS, student, teacher)
+    return data.data_hash(data.prepare(config.data, student.hf, student.arch.vocab)[0])
 
-    return of
+
+def deliver(source, folder: Path) -> list[dict]:
+    folder.mkdir()
+    hf.export_folder(open_checkpoint(source), folder)
+    return delivery.deliver(open_checkpoint(source), folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with everything from the parent to the delivery in it, and the training data's hash."""
+    root = tmp_path_factory.mktemp("made")
+    folder = models.tiny_llama(root / "Tiny-Llama")
+    word_tokenizer(folder)
+    for name, text in {"README.md": PARENTS_CARD, "LICENSE": "Be kind.", "USE_POLICY.md": "Really."}.items():
+        (folder / name).write_text(text)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.25}')
+    on_ranks(models.import_hf, 1, ONE, folder, root / "parent", ONE)
+    opened = open_checkpoint(root / "parent")
+    scores = Scores(random_scores(opened.arch).vectors, {"aggregation": "batch l2, sequence mean", "samples": "77"})
+    plan = make_plan(opened.arch, opened.fingerprint, scores, PruneConfig(hidden=24, ffn=17, drop_blocks=[1, 3]))
+    on_ranks(run_prune, 1, ONE, root / "parent", plan, root / "pruned", ONE)
+    write_jsonl(root / "text.jsonl", [" ".join(f"w{i + j}" for j in range(40)) for i in range(40)])
+    (hashed,) = on_ranks(train, 1, ONE, root)
+    deliver(root / "distill", root / "out")
+    return root, hashed
+
+
+def test_the_card_says_what_was_done(made):
+    root, hashed = made
+    parent, pruned, student = (open_checkpoint(root / name) for name in ("parent", "pruned", "distill"))
+    _, front, text = (root / "out" / "README.md").read_text().split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert found["base_model"] == "Tiny-Llama" and found["license"] == "llama3.1" and found["language"] == ["en"]
+    assert found["license_link"] == "LICENSE" and found["library_name"] == "transformers"
+    assert text.startswith("\n# Tiny-Llama, pruned and distilled: 29.4 k")
+    rows = {
+        cells[1].strip(): [c.strip() for c in cells[2:5]]
+        for cells in (line.split("|") for line in text.splitlines())
+        if len(cells) == 6
+    }
+    weights = models.weights(root / "out")
+    parameters = [sum(w.numel() for w in of.values()) for of in (weights, models.weights(root / "Tiny-Llama"))]
+    assert rows["parameters"][:2] == [f"{n:,}" for n in parameters]
+    assert [rows[axis][:2] for axis in ("blocks", "hidden", "ffn", "heads")] == [
+        ["3", "5"],
+        ["24", "36"],
+        ["17", "30"],
+        ["12", "12"],
+    ]
+    order = [
+        f"1. Weights `{parent.fingerprint}`",
+        f"2. Weights `{pruned.fingerprint}`",
+        f"3. Weights `{student.fingerprint}`",
+    ]
+    assert [text.find(part) for part in order] == sorted(text.find(part) for part in order) and order[2] in text
+    plan = json.loads((root / "pruned" / "plan.json").read_text())
+    for fact in (
+        f"Scores `{plan['scores']}`: aggregation batch l2, sequence mean, samples 77.",
+        "dropped, counted from 0: 1, 3.",
+        f"`{parent.fingerprint}`, pruned by plan `{pruned.lineage['plan']}`",
+        f"`{pruned.fingerprint}`, distilled from teacher `{parent.fingerprint}`",
+        f"Data `{hashed}`: text.jsonl",
+        "peak_lr 0.0123",
+        "It came with LICENSE, USE_POLICY.md",
+    ):
+        assert fact in text, fact
+    for line in (root / "distill" / "metrics.jsonl").read_text().splitlines()[:: SETTINGS.steps - 1]:
+        step = json.loads(line)
+        losses = [f"{step[key]:#.4g}" for key in ("kd_loss", "lm_loss")]
+        assert any(all(loss in row for loss in losses) for row in text.splitlines() if row.lstrip().startswith("|")), (
+            losses
+        )
+
+
+def test_a_corrected_teacher_is_told_too():
+    """Its own way from the same parent, before the student that it taught."""
+    parent, corrected, pruned, student = ({"fingerprint": name} for name in "abcd")
+    convert = {"parents": {"huggingface": {}}}
+    correct = {"parents": {"student": parent, "teacher": None}, "ancestry": convert, "teacher": None}
+    prune = {"parents": {"source": parent}, "ancestry": convert}
+    distil = {"parents": {"student": pruned, "teacher": corrected}, "ancestry": prune, "teacher": correct}
+    found = delivery.history(distil, student)
+    assert [step.identity["fingerprint"] for step in found] == ["a", "c", "b", "d"]
+    assert [step.lineage for step in found] == [convert, prune, correct, distil]
+
+
+def test_what_was_shipped_stays_as_it_was(made):
+    root, _ = made
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "USE_POLICY.md"):
+        assert (root / "out" / name).read_bytes() == (root / "Tiny-Llama" / name).read_bytes(), name
+    assert PARENTS_CARD not in (root / "out" / "README.md").read_text()
+
+
+def test_generation_settings_where_none_were_shipped(made, tmp_path):
+    root, _ = made
+    shutil.copytree(root / "pruned", tmp_path / "pruned")
+    (tmp_path / "pruned" / "hf" / "generation_config.json").unlink()
+    models.edit_config(tmp_path / "pruned" / "hf", bos_token_id=None, eos_token_id=[3, 5], pad_token_id=0)
+    deliver(tmp_path / "pruned", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert found["eos_token_id"] == [3, 5] and found["pad_token_id"] == 0 and "bos_token_id" not in found
+
+
+def test_evaluations_of_this_checkpoint_alone(made, tmp_path):
+    root, _ = made
+    shutil.copytree(root / "distill", tmp_path / "distill")
+    (tmp_path / "distill" / "latest").touch()
+    for name, source, file in (("one", "distill", "ours.jsonl"), ("two", "another", "theirs.jsonl")):
+        (tmp_path / name).mkdir()
+        rows = [{"file": file, "loss": 2.5}]
+        (tmp_path / name / "evaluation.json").write_text(json.dumps({"source": str(tmp_path / source), "files": rows}))
+    deliver(tmp_path / "distill", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "ours.jsonl" in text and "theirs.jsonl" not in text
+
+
+def test_a_converted_model_without_anything(tmp_path):
+    folder = families.tiny("nemotron", tmp_path / "hf")
+    on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "ckpt", ONE)
+    rows = deliver(tmp_path / "ckpt", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "# hf, converted: 47.9 k" in text and "license: other" in text and "without a licence file" in text
+    assert "no tokenizer" in rows[0]["why"] and "NemotronForCausalLM, 47,880 parameters" in rows[0]["why"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda f, w: w.pop("model.norm.weight"), "tensor model.norm.weight is missing"),
+        (lambda f, w: w.update(foo=torch.ones(3)), "1 tensors that a llama model .* the first foo"),
+        (lambda f, w: models.edit_config(f, rms_norm_eps=1e-3), "another model than was exported: norm_eps differ"),
+        (lambda f, w: models.edit_config(f, num_attention_heads=7), "cannot be shared|cannot be loaded"),
+        (lambda f, w: (f / "tokenizer.json").write_text("{}"), "cannot load the tokenizer"),
+        (lambda f, w: models.edit_config(f, model_type="no such type"), "cannot be loaded by transformers"),
+    ],
+)
+def test_a_folder_that_transformers_does_not_take_is_an_error(made, tmp_path, damage, sentence):
+    from safetensors.torch import save_file
+
+    shutil.copytree(made[0] / "out", tmp_path / "out")
+    weights = models.weights(tmp_path / "out")
+    damage(tmp_path / "out", weights)
+    save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=sentence):
+        loaders.verdict(tmp_path / "out", open_checkpoint(made[0] / "distill").arch)
+
+
+@pytest.mark.parametrize("which", families.OF)
+def test_transformers_takes_every_family(tmp_path, which):
+    arch, _ = architecture.read_hf(families.tiny(which, tmp_path))
+    assert f"{table.count(arch):,} parameters" in loaders.verdict(tmp_path, arch)[0]["why"]
+
+
+def published(recipe: str):
+    from minitron_mcore.plan.plan import target_architecture
+
+    config = compose("plan", f"+recipe={recipe}")
+    return target_architecture(architecture.given(config["model"]["architecture"]), PruneConfig(**config["prune"]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes", "vllm", "tensorrt"),
+    [
+        ("llama31_minitron_4b_width", {}, [1, 2, 4, 8], [1, 2, 4, 8]),
+        ("minitron_4b", {}, [1, 2, 4, 8], [1, 2, 4, 8]),  # 24 heads, 8 groups
+        ("mistral_nemo_minitron_8b", {}, [1, 2, 4, 8], [1, 2, 4]),  # ffn 11520 = 64 x 180
+        ("smollm2_100m", {}, [1], []),  # 9 heads, hidden 504
+        ("minitron_4b", dict(head_dim=100), [], []),
+        ("minitron_4b", dict(head_dim=72), [1, 2, 4, 8], []),  # 8 x 9: FlashAttention has it, TensorRT-LLM no kernel
+        ("minitron_4b", dict(head_dim=512), [], []),
+        ("minitron_4b", dict(groups=2), [1, 2, 4, 8], [1, 2, 4, 8]),  # copied to 4 ranks each at 8
+        ("minitron_4b", dict(groups=3), [1], [1]),
+        ("minitron_4b", dict(groups=6), [1, 2], [1, 2]),
+        ("minitron_4b", dict(ffn=9220), [1, 2, 4], []),
+        ("minitron_4b", dict(vocab=255_999), [1, 2, 4, 8], [1, 2, 4, 8]),  # both pad it
+    ],
+)
+def test_rules_of_vllm_and_tensorrt(recipe, sizes, vllm, tensorrt):
+    rows = loaders.by_rule(dataclasses.replace(published(recipe), **sizes))
+    for loader, expected in (("vLLM", vllm), ("TensorRT-LLM", tensorrt)):
+        found = [row["TP"] for row in rows if row["loader"] == loader and row["takes it"] == "yes"]
+        assert found == expected, rows
+    assert all(bool(row["why"]) == (row["takes it"] == "no") for row in rows)

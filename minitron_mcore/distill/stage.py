@@ -26,9 +26,11 @@ def run(config: StageRun, settings: DistillConfig, student: Checkpoint, teacher:
             trainer.resume(checkpoint.open_checkpoint(out_dir))
             runtime.log(f"going on after step {trainer.step} of {out_dir}")
         parents = {"student": checkpoint.identity(student), "teacher": teacher and checkpoint.identity(teacher)}
-        made = {"settings": vars(settings), "data": {"files": config.data.train, "hash": data.data_hash(prefixes)}}
-        name = train.fingerprint(student, teacher, plain(config), made["data"]["hash"])
-        checkpoint.describe(out_dir, student.arch, name, parents, student.hf, **made, ancestry=student.lineage)
+        text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
+        name = train.fingerprint(student, teacher, plain(config), text["hash"])
+        lineages = {"ancestry": student.lineage, "teacher": teacher and teacher.lineage}
+        details = {"settings": vars(settings), "data": text, **lineages}
+        checkpoint.describe(out_dir, student.arch, name, parents, student.hf, **details)
         batches = data.train_batches(prefixes, weights, **trainer.data_position(config.data))
         figures = train.train(trainer, batches, out_dir)
         if trainer.step == settings.steps:
