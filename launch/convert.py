@@ -1,6 +1,7 @@
-"""Hugging Face folder -> sharded Megatron checkpoint.
+"""Hugging Face folder, GGUF file or GPTModel checkpoint -> sharded Megatron checkpoint.
 
 torchrun --nproc-per-node 3 launch/convert.py +model=smollm2_135m model.hf=/path/to/folder parallel=tp3
+torchrun --nproc-per-node 8 launch/convert.py +model=llama31_8b model.weights=/path/to/megatron/checkpoint parallel=tp8
 """
 
 from minitron_mcore.config import ConvertRun
@@ -10,12 +11,16 @@ from minitron_mcore.launching import entry, plain
 @entry("convert")
 def main(config: ConvertRun) -> None:
     from minitron_mcore import checkpoint, report, runtime
-    from minitron_mcore.models import architecture, hf, table
+    from minitron_mcore.models import architecture, build, hf, sources, table
 
     wanted = architecture.given(config.model.architecture)
     with runtime.distributed(config.parallel, config.seed):
-        with checkpoint.claimed(config.out_dir, plain(config)):
-            arch = hf.import_folder(config.model.hf, config.out_dir, config.parallel, wanted)
+        model, dtype = config.model, build.DTYPES[config.dtype.value]
+        with (
+            checkpoint.claimed(config.out_dir, plain(config)),
+            sources.opened(model.hf, model.weights or model.hf, dtype) as (folder, weights),
+        ):
+            arch = hf.import_folder(folder, config.out_dir, config.parallel, wanted, weights)
         report.table(
             "converted",
             [{"parameters": table.count(arch), "blocks": arch.blocks, "hidden": arch.hidden, "ffn": arch.ffn}],

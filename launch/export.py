@@ -1,7 +1,8 @@
-"""Sharded checkpoint -> Hugging Face folder with its model card, held against the runtimes that will load it. One process, a piece
-at a time.
+"""Sharded checkpoint -> Hugging Face folder with its model card, held against the runtimes that will load it (one process), or a
+folder that Megatron-LM's GPTModel loads (any number); a piece at a time.
 
 python launch/export.py +model=smollm2_135m
+torchrun --nproc-per-node 8 launch/export.py +model=llama31_8b format=gpt parallel=tp8
 """
 
 from minitron_mcore.config import ExportRun
@@ -10,18 +11,23 @@ from minitron_mcore.launching import alone, entry, plain
 
 @entry("export")
 def main(config: ExportRun) -> None:
-    from minitron_mcore import checkpoint, delivery, report
-    from minitron_mcore.models import architecture, hf
+    from minitron_mcore import checkpoint, delivery, report, runtime
+    from minitron_mcore.models import architecture, gpt, hf
 
-    if not alone():
+    source, dtype = checkpoint.open_checkpoint(config.source), config.dtype.value
+    if config.format == "gpt":
+        options = config.parallel, dtype, config.names.value, config.vocab_multiple
+        with runtime.distributed(config.parallel, config.seed), checkpoint.claimed(config.out_dir, plain(config)):
+            parameters = gpt.export_folder(source, config.out_dir, *options)
+    elif not alone():
         return
-    source = checkpoint.open_checkpoint(config.source)
-    architecture.check_exportable(source.arch)
-    with checkpoint.claimed(config.out_dir, plain(config)):
-        parameters = hf.export_folder(source, config.out_dir, config.dtype.value)
-        taken = delivery.deliver(source, config.out_dir)
-    report.table("who loads it (every block has the same sizes)", taken)
-    report.table("exported", [{"parameters": parameters, "dtype": config.dtype.value, "folder": config.out_dir}])
+    else:
+        architecture.check_exportable(source.arch)
+        with checkpoint.claimed(config.out_dir, plain(config)):
+            parameters = hf.export_folder(source, config.out_dir, dtype)
+            taken = delivery.deliver(source, config.out_dir)
+        report.table("who loads it (every block has the same sizes)", taken)
+    report.table("exported", [{"parameters": parameters, "dtype": dtype, "folder": config.out_dir}])
 
 
 if __name__ == "__main__":

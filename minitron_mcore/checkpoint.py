@@ -29,7 +29,7 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from minitron_mcore import runtime
+from minitron_mcore import distcp, runtime
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
@@ -266,6 +266,7 @@ def load(checkpoint: Checkpoint, state: dict) -> dict:
         UserError: a shard that is truncated, changed or missing, or a tensor that the checkpoint does not have.
     """
     with runtime.agreed(), undamaged(checkpoint.step_dir):
+        distcp.read_metadata(checkpoint.step_dir)  # megatron-core runs whatever its pickle says
         # Integrity first: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
         return dist_checkpointing.load(state, str(checkpoint.step_dir), verify_integrity=True)
 

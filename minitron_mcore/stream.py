@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore import checkpoint, runtime
+from minitron_mcore import checkpoint, distcp, runtime
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
-from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor  # isort: skip
 from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -38,8 +37,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
 from torch.distributed.checkpoint import (  # isort: skip
     CheckpointException,
-    DefaultLoadPlanner,
-    FileSystemReader,
     FileSystemWriter,
     save as save_pieces,
 )
@@ -91,8 +88,19 @@ def save(out_dir: str | Path, pieces: Iterable[Piece], replica: Callable[[table.
         parts.setdefault(piece.parameter, []).append((piece.offset, stand_in))
     for parameter, here in parts.items():
         state |= checkpoint.sharded(parameter, here, replica(parameter))
+    with mistakes():
+        checkpoint.save(out_dir, 0, state, Streamed(make, name))
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Let through a UserError that torch wrapped up while it saved.
+
+    Raises:
+        UserError: the first that a rank raised.
+    """
     try:
-        checkpoint.save(out_dir, 0, state, _Streamed(make, name))
+        yield
     except CheckpointException as error:
         for mistake, _ in error.failures.values():
             if isinstance(mistake, UserError):
@@ -100,8 +108,13 @@ def save(out_dir: str | Path, pieces: Iterable[Piece], replica: Callable[[table.
         raise
 
 
-class _Streamed(TorchDistSaveShardedStrategy):
-    """megatron-core's strategy with a writer that asks for data when its turn comes."""
+class Streamed(TorchDistSaveShardedStrategy):
+    """megatron-core's strategy with a writer that asks for data when its turn comes.
+
+    Args:
+        make: by key and offset, what gives the data that a stand-in on the meta device stands for.
+        name: of the progress.
+    """
 
     def __init__(self, make: dict[tuple, Callable[[], Tensor]], name: str):
         super().__init__()
@@ -127,7 +140,7 @@ class _Streamed(TorchDistSaveShardedStrategy):
 class _Writer(FileSystemWriter):
     """Files of about a piece; what a thread has written is let go before it makes the next."""
 
-    def __init__(self, path: str, strategy: _Streamed):
+    def __init__(self, path: str, strategy: Streamed):
         super().__init__(path)
         self.strategy = strategy
 
@@ -185,41 +198,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Reader:
-    """Reads boxes of a checkpoint's tensors, in any layout and from several threads; a file is verified before its first use.
+class Reader(distcp.Reader):
+    """Reads boxes of a checkpoint's parameters, in any layout and from several threads; a file is verified before its first use.
 
     Raises:
         UserError: a tensor that is missing, a file that is missing, truncated or changed.
     """
 
     def __init__(self, source: "checkpoint.Checkpoint"):
-        self.folder = source.step_dir
-        self.files = FileSystemReader(self.folder)
-        with checkpoint.undamaged(self.folder):
-            self.hashes = json.loads((self.folder / INTEGRITY_FNAME).read_text())["files"]
+        with checkpoint.undamaged(source.step_dir):
+            self.hashes = json.loads((source.step_dir / INTEGRITY_FNAME).read_text())["files"]
             self.locks = {name: threading.Lock() for name in self.hashes}
-            self.verified = set()
-            self._verify(".metadata")
-            self.metadata = self.files.read_metadata()
-            self.files.set_up_storage_reader(self.metadata, is_coordinator=True)
+            self.verified, self.folder = set(), source.step_dir
+            self.verify(".metadata")
+            super().__init__(source.step_dir)
 
     def dtype(self, parameter: table.Parameter) -> torch.dtype:
         with checkpoint.undamaged(self.folder):
-            return self.metadata.state_dict_metadata[parameter.name].properties.dtype
+            return self.tensors[parameter.name].properties.dtype
 
     def read(self, parameter: table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        tensor = torch.empty(shape, dtype=self.dtype(parameter))
-        box = ShardedTensor(parameter.name, tensor, tensor.dtype, shape, parameter.shape, offset, None)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with checkpoint.undamaged(self.folder):
-            planner.set_up_planner({parameter.name: CheckpointableShardedTensor.from_sh_ten(box)}, self.metadata, True)
-            plan = planner.create_local_plan()
-            for item in plan.items:
-                self._verify(self.files.storage_data[item.storage_index].relative_path)
-            self.files.read_data(plan, planner).wait()
-        return tensor
+            return self.box(parameter.name, offset, shape)
 
-    def _verify(self, name: str) -> None:
+    def verify(self, name: str) -> None:
         with self.locks[name]:
             if name not in self.verified and sha256(self.folder / name) != self.hashes[name]:
                 raise CheckpointingException(f"{name} is not what was written")

@@ -81,6 +81,12 @@ def from_hf(config: dict) -> Architecture:
     """
     by_class = {family.hf_class: name for name, family in FAMILIES.items()}
     hf_class = (config.get("architectures") or ["(none)"])[0]
+    # ModelOpt's Puzzletron writes either, for models whose blocks it chose one by one.
+    blocks = config.get("block_configs") or []
+    if config.get("per_layer_config") or any(block != blocks[0] for block in blocks):
+        raise UserError(
+            f"{hf_class} whose blocks differ (a Puzzletron model) is not supported: expected blocks of one shape."
+        )
     if hf_class not in by_class:
         raise UserError(f"architecture {hf_class} is not supported; supported: {', '.join(by_class)}.")
     family = FAMILIES[by_class[hf_class]]
@@ -132,7 +138,7 @@ def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
     Old keys keep their place beside those that transformers reads today. The rotary constants stay as shipped: pruning never
     changes them.
     """
-    dropped = ("_name_or_path", "torch_dtype", "quantization_config")
+    dropped = ("_name_or_path", "torch_dtype", "quantization_config", "block_configs")
     config = {key: value for key, value in shipped.items() if key not in dropped}
     rope = _rope(shipped)
     for name, keys in arch.traits.keys.items():

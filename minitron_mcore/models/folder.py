@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,59 @@ HASH_ELEMENTS = 8 << 20
 def shipped(path: Path) -> list[Path]:
     """Config, tokenizer and generation files of a Hugging Face folder."""
     files = {file for pattern in SHIPPED for file in path.glob(pattern)}
-    return sorted(file for file in files if not file.name.endswith(".index.json"))
+    indices = ("*.index.json", "model-*.json")  # the latter are ModelOpt's, one a file
+    return sorted(file for file in files if not any(file.match(pattern) for pattern in indices))
 
 
-class Folder:
+class Weights(ABC):
+    """One model's weights where another tool left them, read box by box in the table's positions."""
+
+    kind: str
+    path: Path
+
+    def __init__(self):
+        self.hashes = {}
+
+    @abstractmethod
+    def check(self, arch: Architecture) -> None:
+        """Refuse a tensor that is missing, too many, or of another shape or dtype, by name."""
+
+    @abstractmethod
+    def dtype(self, parameter: table.Parameter) -> torch.dtype: ...
+
+    @abstractmethod
+    def read(self, parameter: table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A box of a parameter."""
+
+    @abstractmethod
+    def stored(self, parameter: table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+        """Name and bytes, in parts, of each stored tensor behind a parameter."""
+
+    def hash(self, parameter: table.Parameter) -> None:
+        """Hash a parameter's tensors, once; just before they are read, so that the disk is read once."""
+        for name, parts in self.stored(parameter):
+            if name not in self.hashes:
+                sha = hashlib.sha256()
+                for part in parts:
+                    sha.update(part)
+                self.hashes[name] = sha.hexdigest()
+
+    def fingerprint(self, arch: Architecture) -> str:
+        """Names the weights, however they are spread over files: sha256 over the hashes of the architecture's tensors.
+
+        Collective where there are groups: a rank gives what it has hashed; what none has, all hash now.
+        """
+        every = [self.hashes]
+        if dist.is_initialized():
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, self.hashes)
+        self.hashes = {name: digest for part in every for name, digest in part.items()}
+        for parameter in table.parameters(arch):
+            self.hash(parameter)
+        return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()[:16]
+
+
+class Folder(Weights):
     """The weights of a Hugging Face folder.
 
     A file is mapped only for as long as what was read from it lives, so memory shows what is in use and no more.
@@ -40,7 +90,10 @@ class Folder:
         UserError: no safetensors, an index that names a missing file, a file that is cut short.
     """
 
+    kind = "huggingface"
+
     def __init__(self, path: Path):
+        super().__init__()
         index = path / "model.safetensors.index.json"
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -53,7 +106,7 @@ class Folder:
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise UserError(f"{index} names {missing[0]}, which is not in {path}: download the model again.")
-        self.path, self.where, self.hashes = path, {}, {}
+        self.path, self.where = path, {}
         for file in (path / name for name in names):
             try:
                 self.where |= dict.fromkeys(safe_open(file, "pt").keys(), file)
@@ -65,7 +118,6 @@ class Folder:
         return safe_open(self.where[name], "pt").get_slice(name)
 
     def check(self, arch: Architecture) -> None:
-        """Refuse a tensor that is missing, too many, or of another shape or dtype, by name."""
         for parameter in table.parameters(arch):
             for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
                 if name not in self.where:
@@ -92,7 +144,7 @@ class Folder:
         return self.slice(parameter.hf[0])[:1].dtype
 
     def read(self, parameter: table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A box of a parameter; a view of the mapped file where its rows lie there in order."""
+        """A view of the mapped file where the box's rows lie there in order."""
         rows = table.packing(parameter.row.axes[0], parameter.arch)[offset[0] : offset[0] + shape[0]]
         columns = [slice(low, low + count) for low, count in zip(offset[1:], shape[1:], strict=True)]
         parts, start = [], 0
@@ -109,29 +161,11 @@ class Folder:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole if np.array_equal(local, np.arange(len(whole))) else whole[torch.from_numpy(local)]
 
-    def hash(self, parameter: table.Parameter) -> None:
-        """Hash a parameter's tensors, once; just before they are read, so that the disk is read once."""
+    def stored(self, parameter: table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
         for name in parameter.hf:
-            if name not in self.hashes:
-                length, *rest = self.slice(name).get_shape()
-                rows, sha = max(1, HASH_ELEMENTS // int(np.prod(rest))), hashlib.sha256()
-                for low in range(0, length, rows):
-                    sha.update(raw(self.slice(name)[low : low + rows]))
-                self.hashes[name] = sha.hexdigest()
-
-    def fingerprint(self, arch: Architecture) -> str:
-        """Names the weights, however they are spread over files: sha256 over the hashes of the architecture's tensors.
-
-        Collective where there are groups: a rank gives what it has hashed; what none has, all hash now.
-        """
-        every = [self.hashes]
-        if dist.is_initialized():
-            every = [None] * dist.get_world_size()
-            dist.all_gather_object(every, self.hashes)
-        self.hashes = {name: digest for part in every for name, digest in part.items()}
-        for parameter in table.parameters(arch):
-            self.hash(parameter)
-        return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()[:16]
+            length, *rest = self.slice(name).get_shape()
+            step = max(1, HASH_ELEMENTS // int(np.prod(rest)))
+            yield name, (raw(self.slice(name)[low : low + step]) for low in range(0, length, step))
 
 
 class Writer:
@@ -179,15 +213,22 @@ class Writer:
             total = sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (self.out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        for file in shipped(source):
-            if file.name not in ("config.json", "README.md"):  # the source's card is not this model's
-                shutil.copyfile(file, self.out_dir / file.name)
-        dtype = str(list(self.dtypes.values())[-1]).removeprefix("torch.")
-        config = architecture.to_hf(self.arch, json.loads((source / "config.json").read_text()), dtype)
-        (self.out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_config(source, self.arch, self.out_dir, list(self.dtypes.values())[-1])
 
     def _part(self, name: str) -> Path:
         return self.out_dir / f"{name}.part"
+
+
+def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.dtype) -> None:
+    """What `source`, a Hugging Face folder, holds beside weights, config.json last and with the sizes of `arch`."""
+    out_dir.mkdir(exist_ok=True)
+    for file in shipped(source):
+        if file.name != "config.json":
+            shutil.copyfile(file, out_dir / file.name)
+    config = architecture.to_hf(
+        arch, json.loads((source / "config.json").read_text()), str(dtype).removeprefix("torch.")
+    )
+    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class _Parts:

@@ -10,16 +10,21 @@ from minitron_mcore import checkpoint, runtime, stream
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.folder import Folder, Writer
+from minitron_mcore.models.folder import Folder, Weights, Writer
 
 
 def import_folder(
-    path: str | Path, out_dir: str | Path, parallel: ParallelConfig, wanted: Architecture | None = None
+    path: str | Path,
+    out_dir: str | Path,
+    parallel: ParallelConfig,
+    wanted: Architecture | None = None,
+    weights: Weights | None = None,
 ) -> Architecture:
     """Hugging Face folder -> distributed checkpoint (collective).
 
     A rank reads and writes its stage's blocks, its tensor-parallel ranges and its experts, a few pieces at a time. Dtypes stay.
-    `wanted`: the architecture that the folder must have, where the caller knows.
+    `wanted`: the architecture that the folder must have, where the caller knows. `weights`: where they are, if not in the folder
+    beside its config and tokenizer.
 
     Raises:
         UserError: an unsupported or incomplete folder (by tensor name), another model, a layout that doesn't divide it.
@@ -28,27 +33,28 @@ def import_folder(
     with runtime.agreed():
         arch, _ = architecture.read_hf(path)
         architecture.expect(arch, wanted, path)
-        folder = Folder(path)
-        folder.check(arch)
+        weights = weights or Folder(path)
+        weights.check(arch)
         build.check_shardable(arch, parallel)
     tp, pieces = runtime.tp_group(), []
     for number, parameter in enumerate(stage_parameters(arch, parallel)):
         # Hashing is shared out among the ranks that read a parameter.
         hashing = parameter.row.tp_dim is None or number % tp.size() == tp.rank()
         for offset, shape in stream.boxes(parameter, tp.rank(), tp.size()):
-            make = partial(_read, folder, hashing, parameter, offset, shape)
-            pieces.append(stream.Piece(parameter, offset, shape, folder.dtype(parameter), make))
+            make = partial(_read, weights, hashing, parameter, offset, shape)
+            pieces.append(stream.Piece(parameter, offset, shape, weights.dtype(parameter), make))
     stream.save(out_dir, pieces, replica, "import")
-    fingerprint = folder.fingerprint(arch)
-    checkpoint.describe(out_dir, arch, fingerprint, {"huggingface": {"path": str(path), "sha256": fingerprint}}, path)
-    dist.barrier()
+    fingerprint = weights.fingerprint(arch)
+    origin = {weights.kind: {"path": str(weights.path), "sha256": fingerprint}}
+    checkpoint.describe(out_dir, arch, fingerprint, origin, path)
+    dist.barrier()  # the checkpoint is whole when any rank goes on
     return arch
 
 
-def _read(folder: Folder, hashing: bool, parameter: table.Parameter, offset: tuple, shape: tuple) -> Tensor:
+def _read(weights: Weights, hashing: bool, parameter: table.Parameter, offset: tuple, shape: tuple) -> Tensor:
     if hashing:
-        folder.hash(parameter)
-    return folder.read(parameter, offset, shape)
+        weights.hash(parameter)
+    return weights.read(parameter, offset, shape)
 
 
 def stage_parameters(arch: Architecture, parallel: ParallelConfig):
@@ -86,9 +92,15 @@ def export_folder(source: checkpoint.Checkpoint, out_dir: str | Path, dtype: str
         UserError: sizes that the Hugging Face class refuses, a damaged checkpoint.
     """
     architecture.check_exportable(source.arch)
-    reader = stream.Reader(source)
-    dtypes = {p: build.DTYPES[dtype] if dtype else reader.dtype(p) for p in table.parameters(source.arch)}
-    writer = Writer(Path(out_dir), source.arch, dtypes)
-    writer.write("export", lambda p: (reader.read(p, *box) for box in stream.boxes(p)))
-    writer.finish(source.hf)
-    return table.count(source.arch)
+    return write_folder(source.arch, stream.Reader(source), source.hf, Path(out_dir), dtype)
+
+
+def write_folder(
+    arch: Architecture, weights: Weights | stream.Reader, shipped: Path, out_dir: Path, dtype: str | None = None
+) -> int:
+    """Weights from wherever they are -> Hugging Face folder, as `export_folder` does; `shipped` holds config and tokenizer."""
+    dtypes = {p: build.DTYPES[dtype] if dtype else weights.dtype(p) for p in table.parameters(arch)}
+    writer = Writer(out_dir, arch, dtypes)
+    writer.write("export", lambda p: (weights.read(p, *box) for box in stream.boxes(p)))
+    writer.finish(shipped)
+    return table.count(arch)
