@@ -25,14 +25,14 @@ TWO = ParallelConfig(tensor=2)
 
 
 def import_in_pieces(elements, folder, out_dir, parallel) -> str:
-    stream.PIECE_ELEMENTS = elements
+    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = elements, 8 * elements
     hf.import_folder(folder, out_dir, parallel)
     return open_checkpoint(out_dir).fingerprint
 
 
 def prune_in_pieces(elements, source, plan, out_dir, parallel) -> str | None:
     """What a user is told, if anything."""
-    stream.PIECE_ELEMENTS = elements
+    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = elements, 8 * elements
     try:
         prune.prune(open_checkpoint(source), plan, out_dir, parallel)
     except UserError as error:
@@ -123,7 +123,7 @@ def test_the_manifest_names_every_file(tmp_path):
     files = {file.name: file.read_bytes() for file in step.iterdir() if file.name != "integrity.json"}
     assert found == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     pieces = [content for name, content in files.items() if name.endswith(".distcp")]
-    assert len(pieces) > 40 and max(map(len, pieces)) < 20_000  # fp32, and torch.save's wrapping of each tensor
+    assert len(pieces) > 10
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
