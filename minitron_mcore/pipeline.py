@@ -24,14 +24,16 @@ WHOLE = [f"parallel.{axis}={size}" for axis, size in vars(ParallelConfig()).item
 
 
 def stage(name: str, *overrides: str, processes: int = 1) -> float:
-    """Run launch/`name`.py with Hydra overrides under torchrun; prints the command, returns its seconds.
+    """Run launch/`name`.py with Hydra overrides, under torchrun if in several processes; prints the command, returns its seconds.
 
     Raises:
         UserError: the stage failed; its own sentence stands above.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(LAUNCH / f"{name}.py"), *overrides]
-    print(f"\n$ torchrun --nproc-per-node {processes} launch/{name}.py {shlex.join(overrides)}", flush=True)
+    sharded = ["--nproc-per-node", str(processes)] if processes > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", *sharded] if sharded else []
+    command = [sys.executable, *torchrun, str(LAUNCH / f"{name}.py"), *overrides]
+    shown = ["torchrun" if sharded else "python", *sharded, f"launch/{name}.py", *overrides]
+    print(f"\n$ {shlex.join(shown)}", flush=True)
     threads = max(1, (os.cpu_count() or 1) // processes)
     start = time.monotonic()
     failed = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ).returncode
