@@ -10,15 +10,17 @@ from minitron_mcore import report
 from minitron_mcore.config import (
     ConvertRun,
     CorrectRun,
+    CutRun,
     DistillConfig,
     DistillRun,
     EvaluateRun,
+    ExportFormat,
     ExportRun,
+    GenerateRun,
     ImportanceRun,
     PlanRun,
     PruneRun,
     Run,
-    StageRun,
 )
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError, refuse
@@ -29,11 +31,10 @@ from minitron_mcore.plan import cost
 from minitron_mcore.plan.target import check_counts, target_architecture
 
 SHAPE = ("blocks", "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
-ON_ONE_PROCESS = (PlanRun, ExportRun)
 GIB = 2**30
 
 
-def run(*configs: StageRun) -> None:
+def run(*configs: Run) -> None:
     """Print what these stages would do; write it where `dry.json` says, as a list of `plan`s.
 
     Raises:
@@ -49,7 +50,7 @@ def run(*configs: StageRun) -> None:
     refuse(dict.fromkeys(problem for figures in found for problem in figures["problems"]))
 
 
-def plan(config: StageRun) -> dict:
+def plan(config: Run) -> dict:
     """What a stage would do, JSON-ready.
 
     Returns:
@@ -89,25 +90,30 @@ def plan(config: StageRun) -> dict:
     return figures
 
 
-def _fewest(config: StageRun) -> int:
+def _on_one_process(config: Run) -> bool:
+    """True of stages that work through files a piece at a time."""
+    return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format == ExportFormat.hf)
+
+
+def _fewest(config: Run) -> int:
     """Processes that the layout needs at least."""
     return config.parallel.pipeline * math.lcm(config.parallel.tensor * config.parallel.context, config.parallel.expert)
 
 
-def _training(config: StageRun) -> DistillConfig | None:
+def _training(config: Run) -> DistillConfig | None:
     """What a stage that trains would train with."""
     if isinstance(config, CorrectRun):
         return DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
     return config.distill if isinstance(config, DistillRun) else None
 
 
-def _models(config: StageRun, problems: list[str]) -> dict[str, tuple[Architecture, str]]:
+def _models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, str]]:
     """Architecture of each model that a stage deals with, by role, and where it was found."""
     makers = {"model": lambda: _at(config.source, config)}
     if isinstance(config, ConvertRun):
         makers = {"model": lambda: _source(config)}
-    elif isinstance(config, PlanRun | PruneRun):
-        makers = {"source": makers["model"], "target": lambda: _target(config)}
+    elif isinstance(config, PlanRun | PruneRun | CutRun):
+        makers = {"source": lambda: _start(config), "target": lambda: _target(config)}
     elif isinstance(config, DistillRun):
         makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.kd_weight else {}
         makers["student"] = lambda: _at(config.student, config)
@@ -130,12 +136,18 @@ def _source(config: Run) -> tuple[Architecture, str]:
     return found, str(folder)
 
 
-def _target(config: PlanRun | PruneRun) -> tuple[Architecture, str]:
-    if isinstance(config, PruneRun) and Path(config.plan).exists():
+def _start(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
+    """What is pruned: a checkpoint, but a cut goes from folder to folder."""
+    return _source(config) if isinstance(config, CutRun) else _at(config.source, config)
+
+
+def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
+    """What the plan says, or where that isn't there yet, what it will be asked for."""
+    if not isinstance(config, PlanRun) and Path(config.plan).exists():
         from minitron_mcore.plan.plan import load_plan  # imports torch
 
         return load_plan(config.plan).target, config.plan
-    return target_architecture(_at(config.source, config)[0], config.prune), "prune.*"
+    return target_architecture(_start(config)[0], config.prune), "prune.*"
 
 
 def _at(folder: str, config: Run) -> tuple[Architecture, str]:
@@ -155,7 +167,7 @@ def _at(folder: str, config: Run) -> tuple[Architecture, str]:
         config = _maker(path, config)
     if path.name == "convert":
         return _source(config)
-    if path.name not in ("correct", "prune", "distill", "hf"):
+    if path.name not in ("correct", "prune", "cut", "distill", *ExportFormat):
         raise UserError(f"no model at {folder}: give the folder of a checkpoint or of a Hugging Face model.")
     arch, where = _at(config.recipe.source, config)
     return (arch, where) if path.name == "correct" else (target_architecture(arch, config.prune), f"{where}, prune.*")
@@ -171,10 +183,10 @@ def _maker(path: Path, config: Run) -> Run:
 
 
 def _problems(
-    config: StageRun, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
 ) -> Iterator[str]:
     """All rules that the stage would break."""
-    if not isinstance(config, ON_ONE_PROCESS):
+    if not _on_one_process(config):
         length = setting.sequence_length if setting.sequence_length > 1 else None
         yield from layout.problems(config.parallel, setting.world, length)
     if min(layout.sizes(config.parallel).values()) >= 1:
@@ -183,7 +195,7 @@ def _problems(
     if training and (student := archs.get("student", archs.get("model"))):
         yield from checks.problems(student, archs.get("teacher"), training, setting.replicas)
     for role, arch in archs.items():
-        if role in ("target", "student") or isinstance(config, ExportRun):
+        if role in ("target", "student") or (isinstance(config, ExportRun) and config.format == ExportFormat.hf):
             yield from architecture.export_problems(arch)
     if isinstance(config, PlanRun) and "target" in archs:
         try:
@@ -193,17 +205,17 @@ def _problems(
 
 
 def _ranks(
-    config: StageRun, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
 ) -> list[dict]:
-    """Bytes on a rank of each pipeline stage; none where one process does it a piece at a time."""
-    if isinstance(config, ON_ONE_PROCESS):
+    """Bytes on a rank of each pipeline stage; none where there are no ranks."""
+    if _on_one_process(config):
         return []
     main = archs.get("student") or next(iter(archs.values()))
     if training:
         micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
         ahead, shared = training.teacher_ahead, training.distributed_optimizer
         rows = cost.training(main, archs.get("teacher"), setting, micro_batches, ahead, shared)
-    elif isinstance(config, ImportanceRun | EvaluateRun):
+    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
         rows = cost.scoring(main, setting)
     else:
         rows = [
@@ -219,7 +231,7 @@ def _ranks(
 
 
 def _operations(
-    config: StageRun, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
 ) -> dict:
     """Floating-point operations of a step, and the days that all steps take."""
     length, rate = setting.sequence_length, setting.world * config.dry.peak_tflops * 1e12 * config.dry.mfu
@@ -237,7 +249,7 @@ def _operations(
     return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, "days": days}
 
 
-def _show(config: StageRun, figures: dict) -> None:
+def _show(config: Run, figures: dict) -> None:
     p, dry, world = config.parallel, config.dry, figures["gpus"]
     replicas = world // max(1, p.tensor * p.pipeline * p.context)
     axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
@@ -253,7 +265,8 @@ def _show(config: StageRun, figures: dict) -> None:
         kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]
         rows = [{key: row[key] for key in counts} | {key: row[key] / GIB for key in kinds} for row in ranks]
         worst = "tensors at the worst moment, nothing recomputed; CUDA's context, NCCL's buffers, the allocator's holes come on top"
-        report.table("GiB on a rank of each pipeline stage", rows, [worst])
+        passing = "shards, which pass through a piece at a time"
+        report.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
     if found := figures["operations"]:
         row = {"steps": found["steps"], "tokens": found["tokens"]}
         row |= {f"{role} PFLOP a step": flop / 1e15 for role, flop in found["flop_a_step"].items()}

@@ -39,7 +39,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
         def main(raw: DictConfig) -> None:
             try:
                 config = resolve(raw)
-                if config.dry_run:
+                if config.dry_run and not isinstance(config, PipelineRun):  # which plans its stages itself
                     from minitron_mcore import dryrun
 
                     dryrun.run(config)

@@ -281,7 +281,7 @@ def test_sizes_come_from_what_is_there(tmp_path, monkeypatch):
     assert sizes(*given) == {"teacher": (3, 32), "student": (2, 32)}
     assert sizes(*given, "student=other") == {"teacher": (3, 32), "student": (5, 36)}
     assert sizes("+recipe=minitron_4b") == {"teacher": (32, 6144), "student": (32, 3072)}
-    with stage("distill", *given, "teacher=nowhere/x", "dry.json=plan.json") as config:
-        with pytest.raises(UserError, match="no model at nowhere/x, and nowhere is no recipe or model"):
-            dryrun.run(config)
+    nowhere = pytest.raises(UserError, match="no model at nowhere/x, and nowhere is no recipe or model")
+    with stage("distill", *given, "teacher=nowhere/x", "dry.json=plan.json") as config, nowhere:
+        dryrun.run(config)
     assert json.loads(Path("plan.json").read_text())[0]["problems"]
