@@ -13,10 +13,13 @@ def main(config: PipelineRun) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from minitron_mcore import pipeline, report
+    from minitron_mcore import dryrun, pipeline, report
 
     typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # the stages resolve ${...} themselves
     overrides = [override for override in typed if not override.startswith(("processes=", "stages="))]
+    if config.dry_run:
+        processes = [] if config.dry.gpus else [f"dry.gpus={config.processes}"]
+        return dryrun.run(*pipeline.plan(config, [*overrides, *processes])[1].values())
     report.table(f"finished: {config.work_dir}", pipeline.run(config, overrides))
 
 

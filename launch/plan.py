@@ -17,13 +17,14 @@ def main(config: PlanRun) -> None:
     from minitron_mcore.importance.scores import load_scores
     from minitron_mcore.models import architecture, build
     from minitron_mcore.plan import plan as plans
+    from minitron_mcore.plan import target
 
     if not alone():
         return
     source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
     plan = plans.make_plan(source.arch, source.fingerprint, scores, config.prune)
-    plans.check_counts(plan.target, config.parameters, config.without_embeddings)
+    target.check_counts(plan.target, config.parameters, config.without_embeddings)
     build.check_shardable(plan.target, config.parallel)
     architecture.check_exportable(plan.target)
     with checkpoint.claimed(config.out_dir, plain(config)):

@@ -142,6 +142,28 @@ class EvaluateConfig:
     """Windows of each file; null takes all."""
 
 
+class Device(StrEnum):
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+@dataclass
+class DryConfig:
+    """What a dry run (`dry_run=true`) plans for."""
+
+    gpus: int | None = None
+    """Processes of the run, one a GPU; null takes torchrun's, or as few as the layout needs."""
+    device: Device = Device.cuda
+    memory: float = 75.0
+    """GiB that a rank's tensors may take: an H100's 80 GB less CUDA's context and NCCL's buffers."""
+    peak_tflops: float = 989.0
+    """Of one GPU, dense: an H100's in bf16."""
+    mfu: float = 0.4
+    """Share of the peak that the run is expected to reach with the operations that the model needs."""
+    json: str | None = None
+    """File to write the figures to."""
+
+
 @dataclass
 class RecipeConfig:
     """What the stages of one model share: where they start, and what must come out."""
@@ -169,6 +191,9 @@ class Run:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    dry_run: bool = False
+    """Plan instead of running: shapes, bytes of a rank, operations, days, and everything that doesn't fit. Needs no weights."""
+    dry: DryConfig = field(default_factory=DryConfig)
     runs: str = "runs"
     """Folder that the recipes of a chain share."""
     work_dir: str = MISSING

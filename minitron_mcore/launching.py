@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -27,15 +28,27 @@ for _name, _schema in LAUNCH_FILES.items():
 
 
 def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
-    """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass from `LAUNCH_FILES`."""
+    """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass from `LAUNCH_FILES`.
+
+    A UserError becomes its sentence on one rank and exit status 2; with `dry_run` the stage is planned instead (see `dryrun`).
+    """
 
     def decorate(fn: Callable) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)
         @functools.wraps(fn)
         def main(raw: DictConfig) -> None:
-            from minitron_mcore import runtime  # imports torch: not needed for --help or --cfg
+            try:
+                config = resolve(raw)
+                if config.dry_run and not isinstance(config, PipelineRun):  # which plans its stages itself
+                    from minitron_mcore import dryrun
 
-            runtime.run(lambda: fn(resolve(raw)))
+                    dryrun.run(config)
+                else:
+                    fn(config)
+            except UserError as error:
+                if alone():
+                    print("\n".join(f"error: {line}" for line in str(error).splitlines()), flush=True)
+                sys.exit(2)
 
         return main
 
@@ -65,8 +78,8 @@ def resolve(raw: DictConfig):
 
 def plain(config: StageRun) -> dict:
     """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, and
-    without `stop_after`, which says only when to pause."""
-    data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS}
+    without `stop_after`, which says only when to pause, and `dry_run`."""
+    data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
     for section in ("correct", "distill"):
         data.get(section, {}).pop("stop_after", None)
 

@@ -55,9 +55,7 @@ def run(config: PipelineRun, overrides: list[str]) -> list[dict]:
         UserError: no such stage, an input that nothing here makes, a folder that is older than its input, a stage that failed or
             was told to stop.
     """
-    lines = {name: [*overrides, *(WHOLE if name == "evaluate" else [])] for name in STAGES}
-    runs = {name: compose(name, line) for name, line in lines.items()}
-    runs = {name: runs[name] for name in _chosen(config, runs)}
+    lines, runs = plan(config, overrides)
     for name, run in runs.items():
         for path in _inputs(run) - {Path(other.out_dir) for other in runs.values()}:
             _check_there(path, name)
@@ -71,6 +69,13 @@ def run(config: PipelineRun, overrides: list[str]) -> list[dict]:
             raise UserError(f"launch/{name}.py was told to stop before its end: the same command goes on from there.")
         rows.append({"stage": name, "seconds": seconds, "folder": run.out_dir})
     return rows
+
+
+def plan(config: PipelineRun, overrides: list[str]) -> tuple[dict[str, list[str]], dict[str, StageRun]]:
+    """Command line and config of each stage that a recipe needs."""
+    lines = {name: [*overrides, *(WHOLE if name == "evaluate" else [])] for name in STAGES}
+    runs = {name: compose(name, line) for name, line in lines.items()}
+    return lines, {name: runs[name] for name in _chosen(config, runs)}
 
 
 def _chosen(config: PipelineRun, runs: dict[str, StageRun]) -> list[str]:

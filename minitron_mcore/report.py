@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.numpy import load_file
 
-from minitron_mcore import checkpoint, runtime
+from minitron_mcore.launching import alone
 
 # Okabe and Ito's palette: colour-blind readers tell its members apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -36,7 +36,7 @@ def _cell(value: object) -> str:
 
 def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> None:
     """Print rows under the union of their keys, then the notes, on rank 0; plain text of fixed width where piped."""
-    if runtime.rank() != 0:
+    if not alone():
         return
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -67,6 +67,8 @@ def _grid(rows: Sequence[Mapping], style: box.Box) -> Table:
 
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write `value` so that a reader sees the old file or the whole new one."""
+    from minitron_mcore import checkpoint  # imports torch: a table needs none
+
     checkpoint.replace_text(Path(path), json.dumps(value, indent=1) + "\n")
 
 

@@ -3,17 +3,17 @@
 import contextlib
 import datetime
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from minitron_mcore import host
 from minitron_mcore.config import ParallelConfig
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.models import layout
 
 host.prepare()
 
@@ -59,40 +59,13 @@ def check_layout(parallel: ParallelConfig, world_size: int, sequence_length: int
     Raises:
         UserError: a size below 1, a world that the sizes don't divide, a combination that would be silently wrong.
     """
-    sizes = {
-        "tensor": parallel.tensor,
-        "pipeline": parallel.pipeline,
-        "context": parallel.context,
-        "expert": parallel.expert,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"parallel.{name} is {size}; it must be at least 1.")
-    product = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % product:
-        raise UserError(
-            f"{world_size} processes cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
-            f"{parallel.context} = {product}: start a multiple of {product} (torchrun --nproc-per-node) or change parallel=..."
-        )
-    if world_size // parallel.pipeline % parallel.expert:
-        raise UserError(
-            f"parallel.expert {parallel.expert} does not divide the {world_size // parallel.pipeline} ranks of a pipeline "
-            "stage, which share the experts: give a divisor of that."
-        )
-    if parallel.sequence and parallel.tensor == 1:
-        raise UserError(
-            "parallel.sequence needs parallel.tensor > 1: sequence parallelism shards over the tensor-parallel ranks."
-        )
-    if parallel.sequence and sequence_length and sequence_length % parallel.tensor:
-        raise UserError(
-            f"sequence_length {sequence_length} cannot be shared by parallel.tensor {parallel.tensor} under "
-            f"parallel.sequence: give {-(-sequence_length // parallel.tensor) * parallel.tensor}, or parallel.sequence=false."
-        )
+    found = list(layout.problems(parallel, world_size, sequence_length))
     if parallel.context > 1 and host.is_cpu():
-        raise UserError(
+        found.append(
             f"parallel.context is {parallel.context}, but the torch layer spec has no context-parallel attention: "
             "use context 1, or a GPU with Transformer Engine."
         )
+    refuse(found)
 
 
 @contextlib.contextmanager
@@ -199,12 +172,3 @@ class Progress:
         rate = done / max(now - self.start, 1e-9)
         left = datetime.timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
         log(f"{self.name}: {done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left} left{extra}")
-
-
-def run(stage: Callable[[], None]) -> None:
-    """Run one stage of a launch file: a UserError becomes its sentence on one rank and exit status 2."""
-    try:
-        stage()
-    except UserError as error:
-        log(f"error: {error}")
-        sys.exit(2)

@@ -6,6 +6,7 @@ Every call forks fresh processes from a server that has imported torch and megat
 import costs seconds, and nothing of one call (groups, threads, caches) is left for the next.
 """
 
+import collections
 import contextlib
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron_mcore import runtime
+from minitron_mcore import checkpoint, runtime
 from minitron_mcore.config import ParallelConfig
+from minitron_mcore.models import build
+from minitron_mcore.models.architecture import Architecture
 
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # isort: skip
 
@@ -84,6 +87,54 @@ def _work(rank: int, world_size: int, parallel: ParallelConfig, folder: str, fn:
     # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
     with _told(rank, folder), runtime.distributed(parallel, store=store), _told(rank, folder):
         torch.save(fn(*args), folder / f"{rank}.result")
+
+
+def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
+    """Write a checkpoint of random weights, on one rank; it has no tokenizer."""
+    model = build.build(arch, ParallelConfig(), dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    checkpoint.describe(folder, arch, "random", {}, folder)
+    checkpoint.save(folder, 0, checkpoint.model_state(model, arch, 0, 1))
+
+
+class SavedBytes:
+    """Bytes that autograd holds for backward passes, each storage once: `now`, and at the `peak`."""
+
+    def __init__(self):
+        self.now = self.peak = 0
+        self._holders = collections.Counter()
+
+    def count(self, storage: torch.UntypedStorage, change: int) -> None:
+        key = storage.data_ptr()
+        before, self._holders[key] = self._holders[key], self._holders[key] + change
+        if not (before and self._holders[key]):
+            self.now += change * storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+
+class _Held:
+    def __init__(self, saved: SavedBytes, tensor: torch.Tensor):
+        self.saved, self.tensor = saved, tensor
+        saved.count(tensor.untyped_storage(), 1)
+
+    def __del__(self):
+        self.saved.count(self.tensor.untyped_storage(), -1)
+
+
+@contextlib.contextmanager
+def saved_bytes(parameters: Iterable[torch.Tensor]) -> Iterator[SavedBytes]:
+    """Count what forward passes inside the block leave for backward, but for parameters, which are there anyway."""
+    saved, own = SavedBytes(), {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def pack(tensor: torch.Tensor):
+        return tensor if tensor.untyped_storage().data_ptr() in own else _Held(saved, tensor)
+
+    def unpack(held) -> torch.Tensor:
+        return held.tensor if isinstance(held, _Held) else held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield saved
 
 
 @contextlib.contextmanager

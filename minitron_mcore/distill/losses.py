@@ -15,7 +15,6 @@ so a rank gives the log-sum-exps that w is made of (teacher's, student's, studen
 entropy, and the label's logit: six floats a token.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,12 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_mcore.distill import chunks
 from minitron_mcore.runtime import UserError
 
-# Both logits of a chunk together. More makes longer products and adds to the head's gradient less often.
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-# Elements of a tile: its four fp32 buffers all but stay in a CPU's last-level cache, or are enough to fill a GPU.
-_TILE_ELEMENTS = {"cpu": 2 << 20, "cuda": 32 << 20}
 # Log-sum-exp of a rank that holds only padding: finite, and so far below any other that its weight is exactly 0.
 _NOTHING = -1e30
 
@@ -156,10 +152,9 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _chunk_tokens(num_tokens: int, student_head: Tensor, teacher_head: Tensor | None) -> int:
-    """Tokens whose logits fit into the budget, evened out over the chunks."""
-    bytes_a_token = sum(len(head) * head.element_size() for head in (student_head, teacher_head) if head is not None)
-    most = max(1, _CHUNK_BYTES[student_head.device.type] // bytes_a_token)
-    return max(1, math.ceil(num_tokens / max(1, math.ceil(num_tokens / most))))
+    heads = [head for head in (student_head, teacher_head) if head is not None]
+    bytes_a_token = sum(len(head) * head.element_size() for head in heads)
+    return chunks.chunk_tokens(num_tokens, bytes_a_token, student_head.device.type)
 
 
 def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int) -> None:
@@ -186,9 +181,9 @@ class _Tiles:
         self.start = self.rank * num_rows
         self.width = min(max(settings.vocab_size - self.start, 0), num_rows)
         self.dtype = torch.promote_types(like.dtype, torch.float32)
-        self.elements = _TILE_ELEMENTS[like.device.type]
-        self.size = max(1, min(self.elements // num_rows, len(like)))  # in tokens
-        self.buffers = torch.empty(4, self.size, self.width, dtype=self.dtype, device=like.device)
+        self.elements = chunks.TILE_ELEMENTS[like.device.type]
+        self.size = chunks.tile_tokens(len(like), num_rows, like.device.type)
+        self.buffers = torch.empty(chunks.TILE_BUFFERS, self.size, self.width, dtype=self.dtype, device=like.device)
 
     def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
         """[KL, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""

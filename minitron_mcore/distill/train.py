@@ -16,11 +16,12 @@ from torch.utils.tensorboard import SummaryWriter
 from minitron_mcore import checkpoint, runtime, schedule
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
+from minitron_mcore.distill import checks
 from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.teacher import Teacher
-from minitron_mcore.errors import UserError
-from minitron_mcore.models import build, table
-from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.models import build
+from minitron_mcore.plan import cost
 from minitron_mcore.schedule import Batch
 
 from megatron.core.distributed import (  # isort: skip
@@ -39,23 +40,9 @@ def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig
     """Refuse what cannot train before a model is built.
 
     Raises:
-        UserError: vocabularies that differ, a batch that the ranks don't divide, a warm-up as long as the run.
+        UserError: see `checks.problems`.
     """
-    if teacher and teacher.arch.vocab != student.arch.vocab:
-        raise UserError(
-            f"the teacher's vocabulary has {teacher.arch.vocab} tokens, the student's {student.arch.vocab}: "
-            "distillation on logits needs the same tokenizer."
-        )
-    unit = config.micro_batch * dp_size
-    if config.global_batch % unit:
-        raise UserError(
-            f"global_batch {config.global_batch} is not a multiple of micro_batch {config.micro_batch} x {dp_size} "
-            f"data-parallel ranks = {unit}: give {max(1, config.global_batch // unit) * unit}."
-        )
-    if not 0 <= config.warmup_steps < config.steps:
-        raise UserError(f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}.")
-    if config.kd_weight == 0 and config.lm_weight == 0:
-        raise UserError("kd_weight and lm_weight are both 0: there is nothing to train on.")
+    refuse(checks.problems(student.arch, teacher and teacher.arch, config, dp_size))
 
 
 class Trainer:
@@ -162,7 +149,7 @@ class Trainer:
         if not updated or not 0 <= norm < float("inf"):
             raise UserError(f"the gradient of step {self.step + 1} is not finite (norm {norm}): lower peak_lr.")
         self.step += 1
-        seconds, count = time.monotonic() - start, max(tokens, 1.0)
+        seconds, count, length = time.monotonic() - start, max(tokens, 1.0), self.config.sequence_length
         return {
             "step": self.step,
             "tokens": self.step * self.config.global_batch * self.config.sequence_length,
@@ -172,18 +159,15 @@ class Trainer:
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": count / seconds,
-            "student_tflops": 3 * self._flops(self.arch) * count / seconds / 1e12,
-            "teacher_tflops": self._flops(self.teacher_arch) * count / seconds / 1e12 if self.teacher else 0.0,
+            "student_tflops": 3 * cost.forward_flops(self.arch, length) * count / seconds / 1e12,
+            "teacher_tflops": cost.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
+            if self.teacher
+            else 0.0,
         }
 
     def _total(self, sums: Tensor) -> Tensor:
         dist.all_reduce(sums, group=runtime.dp_group())
         return runtime.from_last_stage(sums)
-
-    def _flops(self, arch: Architecture) -> float:
-        """Forward FLOPs a token: two a weight of every matrix and the head, and causal attention's two products."""
-        matrices = table.count(arch, embeddings=False) + arch.vocab * arch.hidden
-        return 2 * matrices + 2 * arch.blocks * self.config.sequence_length * arch.heads * arch.head_dim
 
     def _state(self, loading: bool) -> dict:
         tp, model = runtime.tp_group(), self.model.module

@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models.families import FAMILIES, Family
 
 
@@ -150,18 +151,20 @@ def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
     return config | {"dtype": dtype}
 
 
-def check_exportable(arch: Architecture) -> None:
-    """Refuse what the family's Hugging Face class cannot hold.
-
-    Raises:
-        UserError: transformers' LlamaConfig refuses a hidden size that its heads don't divide, whatever head_dim says.
-    """
+def export_problems(arch: Architecture) -> Iterator[str]:
+    """What the family's Hugging Face class cannot hold: transformers' LlamaConfig refuses a hidden size that its heads don't
+    divide, whatever head_dim says."""
     if arch.traits.heads_divide_hidden and arch.hidden % arch.heads:
         below = arch.hidden - arch.hidden % arch.heads
-        raise UserError(
+        yield (
             f"hidden {arch.hidden} is not a multiple of {arch.heads} heads, which transformers' LlamaConfig demands: "
             f"use {below} or {below + arch.heads}."
         )
+
+
+def check_exportable(arch: Architecture) -> None:
+    """Raises UserError with the `export_problems`."""
+    refuse(export_problems(arch))
 
 
 def given(fields: dict | None) -> Architecture | None:

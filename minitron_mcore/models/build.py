@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import spec
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.layout import check_shardable, stage_blocks
 from minitron_mcore.models.table import padded_vocab
 
 from megatron.core.activations import squared_relu  # isort: skip
@@ -44,45 +44,6 @@ class LanguageModel(HybridModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
-
-
-def check_shardable(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Refuse a layout that does not divide the model.
-
-    Raises:
-        UserError: names every size that the layout doesn't divide, and the nearest that it does.
-    """
-    tp = parallel.tensor
-    wrong = [f"{name} {n} (next: {-(-n // tp) * tp})" for name, n in _sharded(arch).items() if n % tp]
-    if wrong:
-        allowed = [n for n in range(1, arch.groups + 1) if all(size % n == 0 for size in _sharded(arch).values())]
-        raise UserError(
-            f"parallel.tensor {tp} does not divide {', '.join(wrong)}: use tensor {' or '.join(map(str, allowed))}, "
-            "or another size of the model."
-        )
-    if arch.experts % parallel.expert:
-        counts = [str(n) for n in range(1, arch.experts + 1) if arch.experts % n == 0]
-        raise UserError(
-            f"parallel.expert {parallel.expert} does not divide the model's {arch.experts} experts: use {' or '.join(counts)}."
-        )
-    if parallel.expert > 1 and not arch.experts:
-        raise UserError(f"parallel.expert is {parallel.expert}, but the model has no experts: use expert 1.")
-    if arch.experts and tp > 1 and not parallel.sequence:
-        raise UserError(
-            f"a mixture of experts on parallel.tensor {tp} needs parallel.sequence=true: experts are whole, so ranks share tokens."
-        )
-    if parallel.pipeline > arch.blocks:
-        raise UserError(f"parallel.pipeline {parallel.pipeline} is more than the model's {arch.blocks} blocks.")
-
-
-def _sharded(arch: Architecture) -> dict[str, int]:
-    ffn = {} if arch.experts else {"ffn": arch.ffn}
-    return {"heads": arch.heads, "key/value groups": arch.groups, **ffn}
-
-
-def stage_blocks(arch: Architecture, parallel: ParallelConfig) -> list[list[int]]:
-    """Blocks of each pipeline stage: as even as can be, earlier stages take the rest."""
-    return [part.tolist() for part in np.array_split(np.arange(arch.blocks), parallel.pipeline)]
 
 
 def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str) -> TransformerConfig:

@@ -1,5 +1,6 @@
 """Hugging Face folders in and out of distributed checkpoints, piece by piece, without a model in memory."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from minitron_mcore import checkpoint, runtime, stream
 from minitron_mcore.config import ParallelConfig
-from minitron_mcore.models import architecture, build, table
+from minitron_mcore.models import architecture, build, layout, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import Folder, Weights, Writer
 
@@ -57,19 +58,9 @@ def _read(weights: Weights, hashing: bool, parameter: table.Parameter, offset: t
     return weights.read(parameter, offset, shape)
 
 
-def stage_parameters(arch: Architecture, parallel: ParallelConfig):
+def stage_parameters(arch: Architecture, parallel: ParallelConfig) -> Iterator[table.Parameter]:
     """Parameters of this rank's pipeline stage, of the experts only its own."""
-    stage, experts = runtime.pp_group().rank(), runtime.own_experts(arch.experts)
-    blocks = set(build.stage_blocks(arch, parallel)[stage])
-    for parameter in table.parameters(arch):
-        first = parameter.name.startswith("embedding")
-        here = (
-            parameter.block in blocks
-            if parameter.block is not None
-            else (stage == (0 if first else parallel.pipeline - 1))
-        )
-        if here and (parameter.expert is None or parameter.expert in experts):
-            yield parameter
+    return layout.held(arch, parallel, runtime.pp_group().rank(), runtime.own_experts(arch.experts))
 
 
 def replica(parameter: table.Parameter) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.plan.target import target_architecture
 
 FILE = "plan.json"
 
@@ -117,71 +118,6 @@ def load_plan(path: str | Path) -> Plan:
         raise UserError(f"{path} is not a plan ({type(error).__name__}: {error}): run launch/plan.py again.") from error
 
 
-def resolve(target: float | None, total: int, name: str) -> int:
-    """A target as a count: a whole number is itself, a fraction below 1 a share of `total`, None all of it.
-
-    Raises:
-        UserError: a target below 1 unit or above the source.
-    """
-    if target is None:
-        return total
-    count = round(target * total) if 0 < target < 1 else target
-    if count != int(count) or not 1 <= count <= total:
-        raise UserError(
-            f"prune.{name} is {target:g}, but the source has {total}: give 1 to {total}, or a share between 0 and 1."
-        )
-    return int(count)
-
-
-def target_architecture(source: Architecture, prune: PruneConfig) -> Architecture:
-    """The sizes that a prune config asks for.
-
-    Raises:
-        UserError: a size above the source's, heads that the groups don't divide.
-    """
-    heads = resolve(prune.heads, source.heads, "heads")
-    if heads % source.groups:
-        near = max(1, heads // source.groups) * source.groups
-        raise UserError(f"prune.heads {heads} is not a multiple of the {source.groups} key/value groups: give {near}.")
-    blocks = (
-        source.blocks - len(prune.drop_blocks) if prune.drop_blocks else resolve(prune.blocks, source.blocks, "blocks")
-    )
-    return dataclasses.replace(
-        source,
-        hidden=resolve(prune.hidden, source.hidden, "hidden"),
-        ffn=resolve(prune.ffn, source.ffn, "ffn"),
-        heads=heads,
-        blocks=blocks,
-        experts=resolve(prune.experts, source.experts, "experts") if source.experts else _no_experts(prune),
-    )
-
-
-def _no_experts(prune: PruneConfig) -> int:
-    if prune.experts is not None:
-        raise UserError(f"prune.experts is {prune.experts:g}, but the source has no experts: leave it out.")
-    return 0
-
-
-def check_counts(target: Architecture, parameters: int | None, without_embeddings: int | None) -> None:
-    """Hold a target against a recipe's published counts; None asks nothing.
-
-    Raises:
-        UserError: names what was found and what was published.
-    """
-    found = {"parameters": table.count(target), "without_embeddings": table.count(target, embeddings=False)}
-    published = {"parameters": parameters, "without_embeddings": without_embeddings}
-    wrong = [
-        f"{name} {count:,} where the recipe's model has {published[name]:,}"
-        for name, count in found.items()
-        if published[name] not in (None, count)
-    ]
-    if wrong:
-        raise UserError(
-            f"the plan's target has {' and '.join(wrong)}: leave prune.* as the recipe has it, or say "
-            "recipe.parameters=null recipe.without_embeddings=null for a model of your own."
-        )
-
-
 def top(scores: Tensor, count: int) -> list[int]:
     """Indices of the `count` highest, ascending; of equals the first."""
     return sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist())
@@ -198,11 +134,6 @@ def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: Pru
     target = target_architecture(source, prune)
     vectors = scores.vectors
     if prune.drop_blocks:
-        wrong = [block for block in prune.drop_blocks if not 0 <= block < source.blocks]
-        if wrong or len(set(prune.drop_blocks)) != len(prune.drop_blocks):
-            raise UserError(
-                f"prune.drop_blocks {prune.drop_blocks}: give different blocks from 0 to {source.blocks - 1}."
-            )
         blocks = [block for block in range(source.blocks) if block not in prune.drop_blocks]
     else:
         blocks = top(torch.stack([vectors[f"blocks.{i}.block"] for i in range(source.blocks)]), target.blocks)

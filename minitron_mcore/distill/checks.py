@@ -1,0 +1,29 @@
+"""What a training run must keep. No torch import."""
+
+from collections.abc import Iterator
+
+from minitron_mcore.config import DistillConfig
+from minitron_mcore.models.architecture import Architecture
+
+
+def problems(student: Architecture, teacher: Architecture | None, config: DistillConfig, dp_size: int) -> Iterator[str]:
+    """A size below 1, vocabularies that differ, a batch that the data-parallel ranks don't divide, a warm-up as long as the run, no
+    loss."""
+    sizes = {name: getattr(config, name) for name in ("steps", "global_batch", "micro_batch", "sequence_length")}
+    small = {name: size for name, size in sizes.items() if size < 1}
+    yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
+    if teacher and teacher.vocab != student.vocab:
+        yield (
+            f"the teacher's vocabulary has {teacher.vocab} tokens, the student's {student.vocab}: "
+            "distillation on logits needs the same tokenizer."
+        )
+    unit = config.micro_batch * dp_size
+    if not small and config.global_batch % unit:
+        yield (
+            f"global_batch {config.global_batch} is not a multiple of micro_batch {config.micro_batch} x {dp_size} "
+            f"data-parallel ranks = {unit}: give {max(1, config.global_batch // unit) * unit}."
+        )
+    if not 0 <= config.warmup_steps < config.steps:
+        yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."
+    if config.kd_weight == 0 and config.lm_weight == 0:
+        yield "kd_weight and lm_weight are both 0: there is nothing to train on."

@@ -1,0 +1,20 @@
+"""How the loss cuts its tokens: into chunks, whose logits exist at a time, and these into tiles. No torch import."""
+
+import math
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""Both logits of a chunk together. More makes longer products and adds to the head's gradient less often."""
+TILE_ELEMENTS = {"cpu": 2 << 20, "cuda": 32 << 20}
+"""Elements of a tile: its four fp32 buffers all but stay in a CPU's last-level cache, or are enough to fill a GPU."""
+TILE_BUFFERS = 4
+
+
+def chunk_tokens(num_tokens: int, bytes_a_token: int, device: str) -> int:
+    """Tokens whose logits, of so many bytes a token, fit into the budget, evened out over the chunks."""
+    most = max(1, CHUNK_BYTES[device] // bytes_a_token)
+    return max(1, math.ceil(num_tokens / max(1, math.ceil(num_tokens / most))))
+
+
+def tile_tokens(num_tokens: int, num_rows: int, device: str) -> int:
+    """Tokens of a tile, with a logit for each of the head's rows on this rank."""
+    return max(1, min(TILE_ELEMENTS[device] // num_rows, num_tokens))

@@ -1,0 +1,275 @@
+"""A stage planned instead of run, on one process and without weights: shapes, bytes of a rank, operations, days, and every problem
+at once. Imports torch only to open what an earlier stage has left."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from minitron_mcore import report
+from minitron_mcore.config import (
+    ConvertRun,
+    CorrectRun,
+    CutRun,
+    DistillConfig,
+    DistillRun,
+    EvaluateRun,
+    ExportFormat,
+    ExportRun,
+    GenerateRun,
+    ImportanceRun,
+    PlanRun,
+    PruneRun,
+    Run,
+)
+from minitron_mcore.distill import checks
+from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.launching import CONF, alone, compose
+from minitron_mcore.models import architecture, layout, table
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.plan import cost
+from minitron_mcore.plan.target import check_counts, target_architecture
+
+SHAPE = ("blocks", "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
+GIB = 2**30
+
+
+def run(*configs: Run) -> None:
+    """Print what these stages would do; write it where `dry.json` says, as a list of `plan`s.
+
+    Raises:
+        UserError: every problem that was found, a sentence each.
+    """
+    if not alone():
+        return
+    found = [plan(config) for config in configs]
+    for config, figures in zip(configs, found, strict=True):
+        _show(config, figures)
+    if path := configs[0].dry.json:
+        report.write_json(path, found)
+    refuse(dict.fromkeys(problem for figures in found for problem in figures["problems"]))
+
+
+def plan(config: Run) -> dict:
+    """What a stage would do, JSON-ready.
+
+    Returns:
+        stage; gpus: processes; models: by role; ranks: bytes by kind, a row a pipeline stage; operations: of a step and in all;
+        problems: a sentence each, and what they leave unknown is not there.
+    """
+    problems: list[str] = []
+    models = _models(config, problems)
+    archs = {role: arch for role, (arch, _) in models.items()}
+    training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
+    settings = training or getattr(config, name, None)
+    world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config)
+    setting = cost.Setting(
+        config.parallel,
+        world,
+        config.dtype,
+        getattr(settings, "micro_batch", 1),
+        getattr(settings, "sequence_length", 1),
+        config.dry.device,
+    )
+    sizes = (*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length)
+    countable = not problems and min(sizes) >= 1
+    problems += _problems(config, archs, training, setting)
+    figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
+    for role, (arch, where) in models.items():
+        counts = {"parameters": table.count(arch), "without_embeddings": table.count(arch, embeddings=False)}
+        figures["models"][role] = counts | arch.to_json() | {"from": where}
+    if countable:
+        figures["ranks"] = _ranks(config, archs, training, setting)
+        figures["operations"] = _operations(config, archs, training, setting)
+    for stage, row in enumerate(figures["ranks"]):
+        if row.get("total", 0) > config.dry.memory * GIB:
+            problems.append(
+                f"a rank of pipeline stage {stage} needs {row['total'] / GIB:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
+                "share the model over more ranks (parallel.tensor, .pipeline, .sequence) or take smaller micro-batches."
+            )
+    return figures
+
+
+def _on_one_process(config: Run) -> bool:
+    """True of stages that work through files a piece at a time."""
+    return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format == ExportFormat.hf)
+
+
+def _fewest(config: Run) -> int:
+    """Processes that the layout needs at least."""
+    return config.parallel.pipeline * math.lcm(config.parallel.tensor * config.parallel.context, config.parallel.expert)
+
+
+def _training(config: Run) -> DistillConfig | None:
+    """What a stage that trains would train with."""
+    if isinstance(config, CorrectRun):
+        return DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
+    return config.distill if isinstance(config, DistillRun) else None
+
+
+def _models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, str]]:
+    """Architecture of each model that a stage deals with, by role, and where it was found."""
+    makers = {"model": lambda: _at(config.source, config)}
+    if isinstance(config, ConvertRun):
+        makers = {"model": lambda: _source(config)}
+    elif isinstance(config, PlanRun | PruneRun | CutRun):
+        makers = {"source": lambda: _start(config), "target": lambda: _target(config)}
+    elif isinstance(config, DistillRun):
+        makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.kd_weight else {}
+        makers["student"] = lambda: _at(config.student, config)
+    found = {}
+    for role, make in makers.items():
+        try:
+            found[role] = make()
+        except UserError as mistake:
+            problems += str(mistake).splitlines()
+    return found
+
+
+def _source(config: Run) -> tuple[Architecture, str]:
+    """What `model` says: its folder, or where that isn't there its architecture."""
+    folder, wanted = Path(config.model.hf), architecture.given(config.model.architecture)
+    if wanted and not (folder / "config.json").is_file():
+        return wanted, "model.architecture"
+    found, _ = architecture.read_hf(folder)
+    architecture.expect(found, wanted, folder)
+    return found, str(folder)
+
+
+def _start(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
+    """What is pruned: a checkpoint, but a cut goes from folder to folder."""
+    return _source(config) if isinstance(config, CutRun) else _at(config.source, config)
+
+
+def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
+    """What the plan says, or where that isn't there yet, what it will be asked for."""
+    if not isinstance(config, PlanRun) and Path(config.plan).exists():
+        from minitron_mcore.plan.plan import load_plan  # imports torch
+
+        return load_plan(config.plan).target, config.plan
+    return target_architecture(_start(config)[0], config.prune), "prune.*"
+
+
+def _at(folder: str, config: Run) -> tuple[Architecture, str]:
+    """The architecture in a folder or, where that isn't there yet, the one that the stages before will leave there.
+
+    Raises:
+        UserError: neither a model there nor a name that says which recipe or model makes it.
+    """
+    path = Path(folder)
+    if (path / "model.json").is_file():
+        from minitron_mcore import checkpoint  # imports torch
+
+        return checkpoint.open_checkpoint(path).arch, folder
+    if (path / "config.json").is_file():
+        return architecture.read_hf(path)[0], folder
+    if path.parent != Path(config.work_dir):
+        config = _maker(path, config)
+    if path.name == "convert":
+        return _source(config)
+    if path.name not in ("correct", "prune", "cut", "distill", *ExportFormat):
+        raise UserError(f"no model at {folder}: give the folder of a checkpoint or of a Hugging Face model.")
+    arch, where = _at(config.recipe.source, config)
+    return (arch, where) if path.name == "correct" else (target_architecture(arch, config.prune), f"{where}, prune.*")
+
+
+def _maker(path: Path, config: Run) -> Run:
+    """The config of the recipe, or of the model without one, that works in the folder above `path`."""
+    name = path.parent.name
+    for group in ("recipe", "model"):
+        if (CONF / group / f"{name}.yaml").is_file():
+            return compose("distill", [f"+{group}={name}", f"runs={config.runs}"])
+    raise UserError(f"no model at {path}, and {name} is no recipe or model that would make one: give another folder.")
+
+
+def _problems(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
+) -> Iterator[str]:
+    """All rules that the stage would break."""
+    if not _on_one_process(config):
+        length = setting.sequence_length if setting.sequence_length > 1 else None
+        yield from layout.problems(config.parallel, setting.world, length)
+    if min(layout.sizes(config.parallel).values()) >= 1:
+        for role, arch in archs.items():
+            yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
+    if training and (student := archs.get("student", archs.get("model"))):
+        yield from checks.problems(student, archs.get("teacher"), training, setting.replicas)
+    for role, arch in archs.items():
+        if role in ("target", "student") or (isinstance(config, ExportRun) and config.format == ExportFormat.hf):
+            yield from architecture.export_problems(arch)
+    if isinstance(config, PlanRun) and "target" in archs:
+        try:
+            check_counts(archs["target"], config.parameters, config.without_embeddings)
+        except UserError as mistake:
+            yield str(mistake)
+
+
+def _ranks(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
+) -> list[dict]:
+    """Bytes on a rank of each pipeline stage; none where there are no ranks."""
+    if _on_one_process(config):
+        return []
+    main = archs.get("student") or next(iter(archs.values()))
+    if training:
+        micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
+        ahead, shared = training.teacher_ahead, training.distributed_optimizer
+        rows = cost.training(main, archs.get("teacher"), setting, micro_batches, ahead, shared)
+    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
+        rows = cost.scoring(main, setting)
+    else:
+        rows = [
+            {f"{role}'s weights": cost.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}
+            for stage in range(setting.parallel.pipeline)
+        ]
+    blocks = layout.stage_blocks(main, setting.parallel)
+    return [
+        {"stage": n, "blocks": len(blocks[n]), "parameters": sum(cost.parameters(main, setting, n))}
+        | {kind: round(size) for kind, size in row.items()}
+        for n, row in enumerate(rows)
+    ]
+
+
+def _operations(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
+) -> dict:
+    """Floating-point operations of a step, and the days that all steps take."""
+    length, rate = setting.sequence_length, setting.world * config.dry.peak_tflops * 1e12 * config.dry.mfu
+    if training:
+        steps, tokens = training.steps, training.global_batch * length
+        times = {"teacher": 1, "student": 3, "model": 3}
+        found = {role: times[role] * tokens * cost.forward_flops(arch, length) for role, arch in archs.items()}
+    elif isinstance(config, ImportanceRun):
+        steps, tokens = 1, config.importance.samples * length
+        found = {"model": tokens * cost.forward_flops(archs["model"], length, head=False)}
+    else:
+        return {}
+    total = sum(found.values())
+    days = steps * total / rate / 86400
+    return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, "days": days}
+
+
+def _show(config: Run, figures: dict) -> None:
+    p, dry, world = config.parallel, config.dry, figures["gpus"]
+    replicas = world // max(1, p.tensor * p.pipeline * p.context)
+    axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
+    notes = [f"processes: {world}; {axes}{', sequence parallel' if p.sequence else ''}; {config.dtype} on {dry.device}"]
+    shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
+    models = [
+        {"model": role} | {key: model[key] for key in ("parameters", "without_embeddings", *shown, "from")}
+        for role, model in figures["models"].items()
+    ]
+    report.table(f"dry run of {figures['stage']}, {config.model.name}", models, notes)
+    if ranks := figures["ranks"]:
+        counts = ("stage", "blocks", "parameters")
+        kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]
+        rows = [{key: row[key] for key in counts} | {key: row[key] / GIB for key in kinds} for row in ranks]
+        worst = "tensors at the worst moment, nothing recomputed; CUDA's context, NCCL's buffers, the allocator's holes come on top"
+        passing = "shards, which pass through a piece at a time"
+        report.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
+    if found := figures["operations"]:
+        row = {"steps": found["steps"], "tokens": found["tokens"]}
+        row |= {f"{role} PFLOP a step": flop / 1e15 for role, flop in found["flop_a_step"].items()}
+        share = f"days at dry.mfu {dry.mfu:.0%} of {world} x dry.peak_tflops {dry.peak_tflops:g}"
+        counted = "two operations a weight of every matrix that a token meets, and causal attention's; the student's times three"
+        report.table("operations", [row | {"days": found["days"]}], [f"{share}; {counted}"])

@@ -1,0 +1,96 @@
+"""How a model lies over processes: what a layout must keep, and what each rank of it holds. No torch import."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from minitron_mcore.config import ParallelConfig
+from minitron_mcore.errors import refuse
+from minitron_mcore.models import table
+from minitron_mcore.models.architecture import Architecture
+
+
+def sizes(parallel: ParallelConfig) -> dict[str, int]:
+    """Ranks along each model-parallel axis."""
+    return {axis: getattr(parallel, axis) for axis in ("tensor", "pipeline", "context", "expert")}
+
+
+def problems(parallel: ParallelConfig, world_size: int, sequence_length: int | None = None) -> Iterator[str]:
+    """What keeps a layout from a world of that many processes, or from sharing sequences of that many tokens."""
+    if small := {axis: size for axis, size in sizes(parallel).items() if size < 1}:
+        yield from (f"parallel.{axis} is {size}; it must be at least 1." for axis, size in small.items())
+        return
+    product = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % product:
+        yield (
+            f"{world_size} processes cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} = {product}: start a multiple of {product} (torchrun --nproc-per-node) or change parallel=..."
+        )
+    elif world_size // parallel.pipeline % parallel.expert:
+        yield (
+            f"parallel.expert {parallel.expert} does not divide the {world_size // parallel.pipeline} ranks of a pipeline "
+            "stage, which share the experts: give a divisor of that."
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence needs parallel.tensor > 1: sequence parallelism shards over the tensor-parallel ranks."
+    if parallel.sequence and sequence_length and sequence_length % parallel.tensor:
+        yield (
+            f"sequence_length {sequence_length} cannot be shared by parallel.tensor {parallel.tensor} under "
+            f"parallel.sequence: give {-(-sequence_length // parallel.tensor) * parallel.tensor}, or parallel.sequence=false."
+        )
+    halves = 2 * parallel.context  # a rank takes one part from the sequence's start and one from its end
+    if parallel.context > 1 and sequence_length and sequence_length % halves:
+        yield (
+            f"sequence_length {sequence_length} cannot be shared by parallel.context {parallel.context}, which cuts it into "
+            f"{halves} parts: give {-(-sequence_length // halves) * halves}."
+        )
+
+
+def model_problems(arch: Architecture, parallel: ParallelConfig) -> Iterator[str]:
+    """What of a model a layout does not divide, and the nearest that it does."""
+    tp = parallel.tensor
+    ffn = {} if arch.experts else {"ffn": arch.ffn}
+    shared = {"heads": arch.heads, "key/value groups": arch.groups, **ffn}
+    if wrong := [f"{name} {n} (next: {-(-n // tp) * tp})" for name, n in shared.items() if n % tp]:
+        allowed = [n for n in range(1, arch.groups + 1) if all(size % n == 0 for size in shared.values())]
+        yield (
+            f"parallel.tensor {tp} does not divide {', '.join(wrong)}: use tensor {' or '.join(map(str, allowed))}, "
+            "or another size of the model."
+        )
+    if arch.experts % parallel.expert:
+        counts = [str(n) for n in range(1, arch.experts + 1) if arch.experts % n == 0]
+        yield (
+            f"parallel.expert {parallel.expert} does not divide the model's {arch.experts} experts: use {' or '.join(counts)}."
+        )
+    if parallel.expert > 1 and not arch.experts:
+        yield f"parallel.expert is {parallel.expert}, but the model has no experts: use expert 1."
+    if arch.experts and tp > 1 and not parallel.sequence:
+        yield (
+            f"a mixture of experts on parallel.tensor {tp} needs parallel.sequence=true: experts are whole, so ranks share tokens."
+        )
+    if parallel.pipeline > arch.blocks:
+        yield f"parallel.pipeline {parallel.pipeline} is more than the model's {arch.blocks} blocks."
+
+
+def check_shardable(arch: Architecture, parallel: ParallelConfig) -> None:
+    """Refuse a layout that does not divide the model.
+
+    Raises:
+        UserError: names every size that the layout doesn't divide, and the nearest that it does.
+    """
+    refuse(model_problems(arch, parallel))
+
+
+def stage_blocks(arch: Architecture, parallel: ParallelConfig) -> list[list[int]]:
+    """Blocks of each pipeline stage: as even as can be, earlier stages take the rest."""
+    return [part.tolist() for part in np.array_split(np.arange(arch.blocks), parallel.pipeline)]
+
+
+def held(arch: Architecture, parallel: ParallelConfig, stage: int, experts: range) -> Iterator[table.Parameter]:
+    """Parameters of which a pipeline stage has a part, of the experts only the given ones; a tied head goes by the embedding."""
+    blocks, last = set(stage_blocks(arch, parallel)[stage]), parallel.pipeline - 1
+    for parameter in table.parameters(arch):
+        first = parameter.name.startswith("embedding")
+        here = parameter.block in blocks if parameter.block is not None else stage == (0 if first else last)
+        if here and (parameter.expert is None or parameter.expert in experts):
+            yield parameter

@@ -1,0 +1,239 @@
+"""What a model costs: parameters and bytes of a rank, floating-point operations of a token. Pure formulas, no torch import.
+
+Bytes are those of tensors alive at the step's worst moment, layer by layer as autograd keeps them without recomputation:
+
+    weights      of the student, in the run's dtype (bf16: 2, fp32: 4)
+    gradients    megatron-core's buffer, always fp32: 4 a parameter
+    optimizer    Adam's two moments in fp32 and, of bf16 weights, an fp32 copy: 12 or 8 a parameter, over the data-parallel (and
+                 context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it
+    teacher      its weights
+    hand-off     its hidden states, of every micro-batch that it is ahead
+    activations  what the backward pass waits for, of every micro-batch in flight (1F1B: as many as stages follow, itself included)
+    workspace    on the last stage the loss; elsewhere the gradients of one block
+
+Device "cuda" has the fused norms and activations of megatron-core and Transformer Engine; "cpu" is what torch does without them.
+CUDA's own context, NCCL's buffers and the allocator's holes come on top.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from minitron_mcore.config import Device, Dtype, ParallelConfig
+from minitron_mcore.distill import chunks
+from minitron_mcore.models import layout, table
+from minitron_mcore.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All but the models that decides what a rank holds."""
+
+    parallel: ParallelConfig
+    world: int
+    dtype: Dtype
+    micro_batch: int
+    sequence_length: int
+    device: Device = Device.cuda
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in the run's dtype."""
+        return 2 if self.dtype == Dtype.bf16 else 4
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel ranks."""
+        return max(1, self.world // max(1, self.parallel.tensor * self.parallel.pipeline * self.parallel.context))
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on a context-parallel rank."""
+        return self.micro_batch * self.sequence_length // self.parallel.context
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share the tokens between the matrices."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
+    @property
+    def last(self) -> int:
+        return self.parallel.pipeline - 1
+
+
+def parameters(arch: Architecture, setting: Setting, stage: int) -> tuple[int, int]:
+    """Parameters in the memory of a rank of a pipeline stage, padding included: (experts' own, all others)."""
+    tp, own = setting.parallel.tensor, range(arch.experts // setting.parallel.expert)
+    counts = [0, 0]
+    for parameter in layout.held(arch, setting.parallel, stage, own):
+        counts[parameter.expert is None] += _local(parameter, tp)
+    if arch.tied and 0 < stage == setting.last:
+        counts[True] += table.padded_vocab(arch, tp) // tp * arch.hidden  # its copy of the embedding table
+    return counts[False], counts[True]
+
+
+def _local(parameter: table.Parameter, tp: int) -> int:
+    """A tensor-parallel rank's elements of a parameter."""
+    if "vocab" in parameter.row.axes:
+        return table.padded_vocab(parameter.arch, tp) // tp * parameter.arch.hidden
+    return math.prod(parameter.shape) // (1 if parameter.row.tp_dim is None else tp)
+
+
+def states(arch: Architecture, setting: Setting, stage: int, distributed: bool) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer on a rank of a stage; `distributed`: the optimizer's state is shared out."""
+    experts, others = parameters(arch, setting, stage)
+    each = 12 if setting.dtype == Dtype.bf16 else 8
+    shares = (
+        setting.world // (setting.parallel.pipeline * setting.parallel.expert),
+        setting.replicas * setting.parallel.context,
+    )
+    optimizer = sum(
+        each * n / (max(1, share) if distributed else 1) for n, share in zip((experts, others), shares, strict=True)
+    )
+    return {
+        "weights": setting.element * (experts + others),
+        "gradients": 4 * (experts + others),
+        "optimizer": math.ceil(optimizer),
+    }
+
+
+def _norm(width: float, arch: Architecture, setting: Setting) -> float:
+    """Bytes of one norm's input that its backward pass needs, and of its statistics."""
+    if setting.device == Device.cpu and arch.traits.norm == "RMSNorm":
+        return 8 * width + 4  # torch takes it apart: the input in fp32, and the same divided by its length
+    return setting.element * width + 8
+
+
+def _mlp(arch: Architecture, setting: Setting) -> float:
+    """Bytes kept of one token that goes through an MLP or an expert, of ffn channels that the ranks share or not."""
+    fused = setting.device == Device.cuda
+    channels = (3 if fused else 5) if arch.traits.gated else 2
+    if not arch.experts:
+        return setting.element * channels * arch.ffn / setting.parallel.tensor
+    routed = setting.element * (arch.hidden + (channels + (not fused)) * arch.ffn) + 24
+    # Balanced routing: a rank's experts see as many tokens as the rank sends out.
+    return (arch.experts_per_token * routed + 5 * arch.experts) / setting.sharers
+
+
+def block_activations(arch: Architecture, setting: Setting) -> float:
+    """Bytes that one block keeps of a micro-batch for its backward pass, on one rank."""
+    b, tp, length = setting.element, setting.parallel.tensor, setting.sequence_length // setting.parallel.context
+    heads, groups, dim = arch.heads / tp, arch.groups / tp, arch.head_dim
+    # Two norms: their inputs, and their outputs, which are the inputs of the matrices.
+    token = 2 * (_norm(arch.hidden, arch, setting) + b * arch.hidden) / setting.sharers
+    # Queries, keys and values as one matrix makes them; queries and keys turned; the output, and each head's log-sum-exp.
+    token += b * dim * ((heads + 2 * groups) + (heads + groups) + heads) + 4 * heads
+    if arch.traits.qk_norm:
+        token += (heads + groups) * _norm(dim, arch, setting)
+        if setting.device == Device.cuda or setting.dtype == Dtype.fp32:
+            token -= b * dim * groups  # keys are read where they lie, beside the values that are kept anyway
+    token += _mlp(arch, setting)
+    rotary = 4 * b * dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
+    mask = 0
+    if setting.device == Device.cpu and arch.window and arch.window < length:
+        mask = (1 + b) * length**2
+    return token * setting.tokens + rotary * length + mask
+
+
+def activations(arch: Architecture, setting: Setting, stage: int, micro_batches: int) -> float:
+    """Bytes that a rank of a stage keeps for the backward passes of all micro-batches in flight."""
+    blocks = len(layout.stage_blocks(arch, setting.parallel)[stage])
+    border = setting.element * arch.hidden * setting.tokens / setting.sharers
+    kept = blocks * block_activations(arch, setting) + border * ((stage > 0) + (stage < setting.last))
+    if stage == setting.last:
+        kept += (_norm(arch.hidden, arch, setting) * setting.tokens) / setting.sharers
+    return kept * min(setting.parallel.pipeline - stage, micro_batches)
+
+
+def hand_off(teacher: Architecture, setting: Setting, stage: int, micro_batches: int, ahead: int) -> float:
+    """Bytes of the teacher's hidden states that a rank of a stage holds."""
+    if stage != setting.last:
+        return 0
+    held = micro_batches if setting.parallel.pipeline > 1 else min(ahead, micro_batches)
+    return held * setting.element * teacher.hidden * setting.tokens / setting.sharers
+
+
+def loss_workspace(student: Architecture, teacher: Architecture | None, setting: Setting) -> float:
+    """Bytes that the loss takes beside the student's activations (see `distill.losses`)."""
+    b, tokens = setting.element, setting.tokens
+    rows = table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
+    width = student.hidden + (teacher.hidden if teacher else 0)
+    bytes_a_token = b * rows * (2 if teacher else 1)
+    chunk = chunks.chunk_tokens(tokens, bytes_a_token, setting.device)
+    tiles = 4 * chunks.TILE_BUFFERS * chunks.tile_tokens(tokens, rows, setting.device) * rows
+    head, several = rows * student.hidden, chunk < tokens
+    # A block of the head's gradient; to add it to the fp32 sum, torch's CPU ops make an fp32 copy.
+    block = (b + 4 * (several and setting.device == Device.cpu)) * min(2 * chunks.TILE_ELEMENTS[setting.device], head)
+    whole = b * tokens * (width if setting.parallel.sequence else 0)  # gathered hidden states
+    at_chunk = chunk * (bytes_a_token + b * width) + block + (4 if several else b) * head
+    at_end = (4 + b if several else b) * head
+    return whole + b * tokens * student.hidden + tiles + max(at_chunk, at_end)
+
+
+def block_workspace(arch: Architecture, setting: Setting) -> float:
+    """Bytes that one block's MLP takes in its backward pass: gradients of its channels, and of one matrix."""
+    tp = 1 if arch.experts else setting.parallel.tensor
+    share = arch.experts_per_token / setting.sharers if arch.experts else 1 / tp
+    return setting.element * (setting.tokens * (2 * arch.hidden + 3 * arch.ffn * share) + arch.hidden * arch.ffn / tp)
+
+
+@functools.cache
+def matrix_parameters(arch: Architecture) -> int:
+    """Weights of the matrices that one token is multiplied with in all blocks."""
+    share = arch.experts_per_token / arch.experts if arch.experts else 1
+    inside = (p for p in table.parameters(arch) if p.block is not None and len(p.shape) == 2)
+    return round(sum(math.prod(p.shape) * (1 if p.expert is None else share) for p in inside))
+
+
+def forward_flops(arch: Architecture, sequence_length: int, head: bool = True) -> float:
+    """Of one token, on average over a sequence: two a weight of every matrix that it meets, and attention's two products over
+    the positions that the causal mask (and the window) leaves. A training step is three times that."""
+    window = min(arch.window or sequence_length, sequence_length)
+    attended = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+    weights = matrix_parameters(arch) + head * arch.vocab * arch.hidden
+    return 2 * weights + 4 * arch.blocks * arch.heads * arch.head_dim * attended
+
+
+def training(
+    student: Architecture,
+    teacher: Architecture | None,
+    setting: Setting,
+    micro_batches: int,
+    ahead: int = 1,
+    distributed: bool = True,
+) -> list[dict[str, float]]:
+    """Bytes of a training step on a rank of each pipeline stage, by kind and in all (see the head of this file).
+
+    Args:
+        teacher: in the student's layout; None trains on the text alone.
+        micro_batches: of a step, on one data-parallel rank.
+        ahead: micro-batches that the teacher runs at a time.
+        distributed: the optimizer's state is shared out over data-parallel ranks.
+    """
+    rows = []
+    for stage in range(setting.parallel.pipeline):
+        row = states(student, setting, stage, distributed)
+        row |= {"teacher": 0, "hand-off": 0}
+        if teacher:
+            row["teacher"] = setting.element * sum(parameters(teacher, setting, stage))
+            row["hand-off"] = hand_off(teacher, setting, stage, micro_batches, ahead)
+        row["activations"] = activations(student, setting, stage, micro_batches)
+        work = block_workspace(student, setting)
+        if stage == setting.last:
+            work = max(work, loss_workspace(student, teacher, setting))
+        if setting.device == Device.cpu and distributed:
+            # gloo adds up a copy of the gradients, when the activations are gone.
+            work = max(work, row["gradients"] - row["activations"] - row["hand-off"])
+        row["workspace"] = work
+        rows.append(row | {"total": sum(row.values())})
+    return rows
+
+
+def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
+    """Bytes of forward passes on a rank of each pipeline stage: weights, and what one block needs for a micro-batch."""
+    passing = setting.tokens * (_mlp(arch, setting) + 4 * setting.element * arch.hidden / setting.sharers)
+    rows = []
+    for stage in range(setting.parallel.pipeline):
+        weights = setting.element * sum(parameters(arch, setting, stage))
+        rows.append({"weights": weights, "workspace": passing, "total": weights + passing})
+    return rows
