@@ -4,6 +4,7 @@ Their index, `.metadata`, is a pickle, and a pickle can run anything. It is open
 that format's own types; the shards beside it are opened by torch's weights-only loader.
 """
 
+import collections
 import math
 import pathlib
 import pickle
@@ -33,9 +34,11 @@ _ADMITTED = {
         torch.serialization: "_get_layout",
         torch: "Size",
         pathlib: "PosixPath",
+        collections: "OrderedDict",
     }.items()
     for name in names.split()
 }
+_ADMITTED["pathlib._local", "PosixPath"] = pathlib.PosixPath  # Python 3.13's name of it
 
 
 class _Unpickler(pickle.Unpickler):
@@ -61,15 +64,16 @@ def read_metadata(folder: Path) -> metadata.Metadata:
     try:
         with path.open("rb") as file:
             found = _Unpickler(file).load()
-        names = {info.relative_path for info in found.storage_data.values()}
-        assert isinstance(found, metadata.Metadata) and isinstance(found.state_dict_metadata, dict)
+        keys, names = found.state_dict_metadata.keys(), {info.relative_path for info in found.storage_data.values()}
+        missing = sorted(name for name in names if Path(name).name != name or not (path.parent / name).is_file())
     except UserError as error:
         raise UserError(f"{path} {error}.") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} is damaged ({type(error).__name__} {error}): copy the checkpoint again.") from error
-    for name in sorted(names):
-        if Path(name).name != name or not (path.parent / name).is_file():
-            raise UserError(f"{path} names the file {name}, which is not in its folder: copy the checkpoint again.")
+        reason = f".metadata: {type(error).__name__} {error}"
+        raise UserError(f"the checkpoint {folder} is damaged or incomplete ({reason}): copy it again.") from error
+    if missing or not keys:
+        reason = f"no {missing[0]} in it" if missing else "no tensors in it"
+        raise UserError(f"the checkpoint {folder} is damaged or incomplete ({reason}): copy it again.")
     return found
 
 

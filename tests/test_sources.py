@@ -357,10 +357,10 @@ DAMAGE = {
         "holds no GPTModel",
     ),
     "holes": (lambda f: break_metadata(f, lose_chunk), f"{FC1} .* has holes"),
-    "another folder": (lambda f: break_metadata(f, escape), r"names the file \.\./iter_0000003/__0_0.distcp"),
+    "another folder": (lambda f: break_metadata(f, escape), r"incomplete \(no \.\./iter_0000003/__0_0.distcp in it\)"),
     "cut index": (
         lambda f: (f / ".metadata").write_bytes((f / ".metadata").read_bytes()[:-50]),
-        ".metadata is damaged",
+        r"damaged or incomplete \(.metadata: ",
     ),
     "no index": (lambda f: (f / ".metadata").unlink(), "no file .metadata"),
     "cut shard": (
@@ -390,20 +390,38 @@ def read_all(model, source):
         return whole(weights, table.parameters(arch))
 
 
+REFUSED = "asks for pathlib.*Path.touch, which has no place in a checkpoint's index"
+
+
 @pytest.mark.parametrize("place", ["instead of the index", "within the index"])
 def test_an_index_that_runs_code_is_refused(tmp_path, trained, place):
-    """Neither our reader nor megatron-core's, which unpickles anything, may get to it."""
     shutil.copytree(trained[0] / "megatron/iter_0000003", tmp_path / "step")
     attack, index = Attack(tmp_path / "trace"), tmp_path / "step/.metadata"
     if place == "within the index":
         break_metadata(tmp_path / "step", lambda found: setattr(found, "planner_data", attack))
     else:
         index.write_bytes(pickle.dumps(attack))
-    with pytest.raises(UserError, match="asks for pathlib.*Path.touch, which has no place in a checkpoint's index"):
+    with pytest.raises(UserError, match=REFUSED):
         read_all(trained[0] / "hf", tmp_path / "step")
     assert not (tmp_path / "trace").exists()
     pickle.loads(index.read_bytes())
     assert (tmp_path / "trace").exists(), "the attack works where it is let run"
+
+
+def test_a_checkpoint_of_ours_that_runs_code_is_refused(tmp_path, read):
+    """Its manifest agrees with it; megatron-core's reader would run it."""
+    from minitron_mcore import checkpoint, stream
+
+    shutil.copytree(read, tmp_path / "ckpt")
+    opened = checkpoint.open_checkpoint(tmp_path / "ckpt")
+    break_metadata(opened.step_dir, lambda found: setattr(found, "planner_data", Attack(tmp_path / "trace")))
+    manifest = json.loads((opened.step_dir / "integrity.json").read_text())
+    manifest["files"][".metadata"] = stream.sha256(opened.step_dir / ".metadata")
+    (opened.step_dir / "integrity.json").write_text(json.dumps(manifest))
+    for load in (stream.Reader, lambda x: checkpoint.load(x, {})):
+        with pytest.raises(UserError, match=REFUSED):
+            load(opened)
+    assert not (tmp_path / "trace").exists()
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
