@@ -88,6 +88,12 @@ def test_parameters_and_activations_are_those_of_built_models(layout, dtype):
 CONFIG = DistillConfig(
     steps=4, global_batch=12, micro_batch=MICRO_BATCH, sequence_length=LENGTH, warmup_steps=1, teacher_ahead=2
 )
+PAIR = {"student": DENSE["tied"], "teacher": dataclasses.replace(DENSE["tied"], hidden=48, ffn=42)}
+
+
+def write_pair(folder, dtype):
+    for name, arch in PAIR.items():
+        random_checkpoint(arch, folder / name, dtype)
 
 
 def trained(folder, parallel, config, dtype):
@@ -133,13 +139,11 @@ def trained(folder, parallel, config, dtype):
     ids=["dp2", "dp2_shared", "dp2_fp32", "tp2_sp_pp2"],
 )
 def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed):
-    student, teacher = DENSE["tied"], dataclasses.replace(DENSE["tied"], hidden=48, ffn=42)
-    for name, arch in (("student", student), ("teacher", teacher)):
-        on_ranks(random_checkpoint, 1, ParallelConfig(), arch, tmp_path / name, dtype.value)
+    on_ranks(write_pair, 1, ParallelConfig(), tmp_path, dtype.value)
     config = dataclasses.replace(CONFIG, distributed_optimizer=distributed)
     given = setting(world, parallel, dtype)
     micro_batches = config.global_batch // (MICRO_BATCH * given.replicas)
-    rows = cost.training(student, teacher, given, micro_batches, config.teacher_ahead, distributed)
+    rows = cost.training(*PAIR.values(), given, micro_batches, config.teacher_ahead, distributed)
     found = on_ranks(trained, world, parallel, tmp_path, parallel, config, dtype.value)
     for stage, row in enumerate(rows):
         ranks = [rank for rank in found if rank["stage"] == stage]
@@ -252,15 +256,11 @@ def test_every_stage_plans(tmp_path, monkeypatch, name):
     with stage(name, "+recipe=smollm2_100m", "dry.device=cpu") as config:
         dryrun.run(config)
         found = dryrun.plan(config)
-    roles = {"plan": ["source", "target"], "prune": ["source", "target"], "distill": ["teacher", "student"]}.get(
-        name, ["model"]
-    )
-    large, small = 134_515_008, 100_282_392
-    expected = [small] if name in ("export", "evaluate") else [large, small][: len(roles)]
-    assert {role: model["parameters"] for role, model in found["models"].items()} == dict(
-        zip(roles, expected, strict=True)
-    )
-    assert bool(found["ranks"]) == (name not in ("plan", "export")) and not list(tmp_path.iterdir())
+    cut = {"source": 134_515_008, "target": 100_282_392}
+    expected = {"plan": cut, "prune": cut, "cut": cut, "distill": {"teacher": cut["source"], "student": cut["target"]}}
+    one = {"model": cut["target" if name in ("export", "evaluate") else "source"]}
+    assert {role: model["parameters"] for role, model in found["models"].items()} == expected.get(name, one)
+    assert bool(found["ranks"]) == (name not in ("plan", "cut", "export")) and not list(tmp_path.iterdir())
     assert found["operations"].get("tokens") == {"importance": 64 * 256, "correct": 65536, "distill": 65536}.get(name)
 
 
