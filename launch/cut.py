@@ -9,15 +9,16 @@ from minitron_mcore.launching import alone, entry, plain
 
 @entry("cut")
 def main(config: CutRun) -> None:
-    from minitron_mcore import checkpoint, report
+    from minitron_mcore import checkpoint, delivery, prune, report
     from minitron_mcore.plan.plan import load_plan
-    from minitron_mcore.prune import cut_folder
 
     if not alone():
         return
-    plan = load_plan(config.plan)
+    plan, folder = load_plan(config.plan), config.model.hf
     with checkpoint.claimed(config.out_dir, plain(config)):
-        cut_folder(config.model.hf, plan, config.out_dir, config.dtype.value)
+        prune.cut_folder(folder, plan, config.out_dir, config.dtype.value)
+        taken = delivery.deliver(delivery.cut(folder, plan, config.out_dir), config.out_dir)
+    report.table("who loads it (every block has the same sizes)", taken)
     report.table("cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}"])
 
 

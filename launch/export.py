@@ -25,7 +25,7 @@ def main(config: ExportRun) -> None:
         architecture.check_exportable(source.arch)
         with checkpoint.claimed(config.out_dir, plain(config)):
             parameters = hf.export_folder(source, config.out_dir, dtype)
-            taken = delivery.deliver(source, config.out_dir)
+            taken = delivery.deliver(delivery.exported(source), config.out_dir)
         report.table("who loads it (every block has the same sizes)", taken)
     report.table("exported", [{"parameters": parameters, "dtype": dtype, "folder": config.out_dir}])
 

@@ -159,9 +159,14 @@ def describe(out_dir: str | Path, arch: Architecture, fingerprint: str, parents:
         (out_dir / "hf").mkdir(parents=True, exist_ok=True)
         for file in shipped(hf):
             shutil.copy2(file, out_dir / "hf" / file.name)
-        lineage = {"parents": parents, "command": " ".join(sys.argv), "versions": versions(), **details}
-        model = {"architecture": arch.to_json(), "fingerprint": fingerprint, "lineage": lineage}
+        made = lineage(parents, **details)
+        model = {"architecture": arch.to_json(), "fingerprint": fingerprint, "lineage": made}
         replace_text(out_dir / "model.json", json.dumps(model, indent=1))
+
+
+def lineage(parents: dict, **details) -> dict:
+    """Where weights come from: their parents (role -> identity), this command, the versions that run it, and what it did."""
+    return {"parents": parents, "command": " ".join(sys.argv), "versions": versions(), **details}
 
 
 def identity(checkpoint: Checkpoint) -> dict:
@@ -174,9 +179,8 @@ def versions() -> dict:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron-core": metadata.version(
-            "megatron-core"
-        ),  # its own __version__ has the git commit of the current folder
+        # Its own __version__ has the git commit of the current folder in it.
+        "megatron-core": metadata.version("megatron-core"),
         "minitron_mcore": minitron_mcore.__version__,
     }
 

@@ -13,13 +13,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
-from minitron_mcore import loaders, report
+from minitron_mcore import loaders, prune, report
 from minitron_mcore.checkpoint import Checkpoint, identity
 from minitron_mcore.data import parse_blend
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import LICENCES
-from minitron_mcore.plan.plan import compare
+from minitron_mcore.plan.plan import Plan, compare
 
 CARD = "README.md"
 SHOWN = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
@@ -28,8 +28,28 @@ NOT_SHOWN = ("distributed_optimizer", "log_every", "save_every", "stop_after", "
 MINITRON = "[2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796)"
 
 
-def deliver(source: Checkpoint, folder: str | Path) -> list[dict]:
-    """Complete a folder that `hf.export_folder` wrote from `source`; returns the rows of `loaders.verdict`.
+class Origin(NamedTuple):
+    """The weights that a folder was written from."""
+
+    arch: Architecture
+    shipped: Path
+    """Where config, tokenizer, licence and card of the parent lie."""
+    identity: dict
+    lineage: dict
+
+
+def exported(source: Checkpoint) -> Origin:
+    return Origin(source.arch, source.hf, identity(source), source.lineage)
+
+
+def cut(source: str | Path, plan: Plan, folder: str | Path) -> Origin:
+    """Of what `prune.cut_folder` made of the folder `source`."""
+    found = {"path": str(folder), "fingerprint": prune.fingerprint(plan)}
+    return Origin(plan.target, Path(source), found, prune.cut_lineage(source, plan))
+
+
+def deliver(origin: Origin, folder: str | Path) -> list[dict]:
+    """Complete a Hugging Face folder that `export_folder` or `cut_folder` wrote; returns the rows of `loaders.verdict`.
 
     `generation_config.json`, the tokenizer and the parent's licence files stay as shipped; a missing generation_config.json is
     made from config.json. README.md becomes this model's card.
@@ -42,8 +62,8 @@ def deliver(source: Checkpoint, folder: str | Path) -> list[dict]:
     if not (folder / "generation_config.json").is_file():
         tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**tokens).save_pretrained(folder)
-    taken = loaders.verdict(folder, source.arch)
-    (folder / CARD).write_text(card(source, config, taken))
+    taken = loaders.verdict(folder, origin.arch)
+    (folder / CARD).write_text(card(origin, config, taken))
     return taken
 
 
@@ -69,20 +89,20 @@ def _line(lineage: dict) -> list[dict]:
     return [*(_line(lineage["ancestry"]) if "ancestry" in lineage else []), lineage]
 
 
-def card(source: Checkpoint, config: dict, taken: list[dict]) -> str:
+def card(origin: Origin, config: dict, taken: list[dict]) -> str:
     """The model card, with Hugging Face's front matter.
 
     Args:
-        source: the exported checkpoint.
+        origin: of its weights.
         config: of the exported folder.
         taken: rows of `loaders.verdict`.
     """
-    line, parent, total = _line(source.lineage), _parent(source), table.count(source.arch)
+    line, parent, total = _line(origin.lineage), _parent(origin), table.count(origin.arch)
     cuts = [Architecture(**lineage["before"]) for lineage in line if "before" in lineage]
     made = " and ".join(dict.fromkeys(filter(None, map(_deed, line)))) or "converted"
-    steps = history(source.lineage, identity(source))
+    steps = history(origin.lineage, origin.identity)
     parts = [
-        _front_matter(source, parent),
+        _front_matter(origin, parent),
         f"# {parent}, {made}: {EngFormatter(places=1)(total)}",
         f"{total:,} parameters in {config['dtype']}, {made} from {parent} with minitron_mcore on Megatron-Core, by the Minitron "
         f"recipe ({MINITRON}).",
@@ -90,25 +110,25 @@ def card(source: Checkpoint, config: dict, taken: list[dict]) -> str:
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```',
         "## Sizes",
-        report.markdown(compare(cuts[0] if cuts else source.arch, source.arch)),
-        f"Every block has these sizes. head_dim is {source.arch.head_dim}, the vocabulary {source.arch.vocab:,} tokens.",
+        report.markdown(compare(cuts[0] if cuts else origin.arch, origin.arch)),
+        f"Every block has these sizes. head_dim is {origin.arch.head_dim}, the vocabulary {origin.arch.vocab:,} tokens.",
         "## How it was made",
         *(_told(number, step) for number, step in enumerate(steps, 1)),
-        *_evaluations(source),
+        *_evaluations(Path(origin.identity["path"])),
         "## Who loads it",
         report.markdown(taken),
         "transformers was asked; the others were not run: their rows follow from their published rules.",
         "## Licence",
-        _licence(source, parent),
+        _licence(origin, parent),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _parent(source: Checkpoint) -> str:
+def _parent(origin: Origin) -> str:
     """The first ancestor's name: what its config says, or its folder's."""
-    origin = next(iter(_line(source.lineage)[0]["parents"].values()), {"path": source.path})
-    config = json.loads((source.hf / "config.json").read_text())
-    return Path(config.get("_name_or_path") or origin["path"]).name
+    first = next(iter(_line(origin.lineage)[0]["parents"].values()), origin.identity)
+    config = json.loads((origin.shipped / "config.json").read_text())
+    return Path(config.get("_name_or_path") or first["path"]).name
 
 
 def _deed(lineage: dict) -> str | None:
@@ -153,19 +173,19 @@ def _losses(identity: dict) -> list[str]:
     return [report.markdown([rows[0], rows[-1]]).replace("\n", "\n   ")] if rows else []
 
 
-def _evaluations(source: Checkpoint) -> list[str]:
-    """Evaluations of this very checkpoint in the folders beside it."""
-    rows, finished = [], (source.path / "latest").stat().st_mtime
-    for path in sorted(source.path.parent.glob("*/evaluation.json")):
+def _evaluations(source: Path) -> list[str]:
+    """Evaluations of a checkpoint, since it was finished, in the folders beside it."""
+    rows, mark = [], source / "latest"
+    for path in sorted(source.parent.glob("*/evaluation.json")) if mark.is_file() else []:
         found = json.loads(path.read_text())
-        if Path(found["source"]).resolve() == source.path.resolve() and path.stat().st_mtime > finished:
+        if Path(found["source"]).resolve() == source.resolve() and path.stat().st_mtime > mark.stat().st_mtime:
             rows += found["files"]
     return ["## Evaluation", report.markdown(rows)] if rows else []
 
 
-def _parents_card(source: Checkpoint) -> ModelCardData:
+def _parents_card(origin: Origin) -> ModelCardData:
     """The front matter of the parent's own card, empty where it has none that can be read."""
-    path = source.hf / CARD
+    path = origin.shipped / CARD
     text = path.read_text(errors="replace") if path.is_file() else ""
     try:
         return ModelCard(text).data if text.startswith("---") else ModelCardData()
@@ -173,12 +193,12 @@ def _parents_card(source: Checkpoint) -> ModelCardData:
         return ModelCardData()
 
 
-def _licence_files(source: Checkpoint) -> list[str]:
-    return sorted({file.name for pattern in LICENCES for file in source.hf.glob(pattern)})
+def _licence_files(origin: Origin) -> list[str]:
+    return sorted({file.name for pattern in LICENCES for file in origin.shipped.glob(pattern)})
 
 
-def _front_matter(source: Checkpoint, parent: str) -> str:
-    given, files = _parents_card(source), _licence_files(source)
+def _front_matter(origin: Origin, parent: str) -> str:
+    given, files = _parents_card(origin), _licence_files(origin)
     licence = {"license": given.license or "other"}
     if licence["license"] == "other":
         licence |= {"license_name": given.license_name or "that-of-the-parent", "license_link": given.license_link}
@@ -195,8 +215,8 @@ def _front_matter(source: Checkpoint, parent: str) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _licence(source: Checkpoint, parent: str) -> str:
-    named, files = _parents_card(source).license, _licence_files(source)
+def _licence(origin: Origin, parent: str) -> str:
+    named, files = _parents_card(origin).license, _licence_files(origin)
     return (
         f"These weights are made from those of {parent}, so its licence holds for them too"
         f"{f': {named}' if named else ''}. "

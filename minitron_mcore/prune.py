@@ -48,21 +48,8 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
             placed, kept = select(parameter, plan, box)
             make = partial(_cut, reader.read, parameter, box, kept)
             pieces.append(stream.Piece(target, *placed, reader.dtype(parameter), make))
-    fingerprint = hashlib.sha256(f"{source.fingerprint} {plan.digest()}".encode()).hexdigest()[:16]
     parents = {"source": checkpoint.identity(source)}
-    checkpoint.describe(
-        out_dir,
-        plan.target,
-        fingerprint,
-        parents,
-        source.hf,
-        plan=plan.digest(),
-        scores=plan.scores,
-        statistic=plan.statistic,
-        before=source.arch.to_json(),
-        dropped_blocks=plan.dropped_blocks(),
-        ancestry=source.lineage,
-    )
+    checkpoint.describe(out_dir, plan.target, fingerprint(plan), parents, source.hf, **_done(plan, source.lineage))
     if runtime.rank() == 0:
         checkpoint.replace_text(Path(out_dir) / FILE, plan.to_json())
     stream.save(out_dir, pieces, hf.replica, "prune")
@@ -106,6 +93,30 @@ def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | N
     _check(plan, folder.fingerprint(arch), path)
     writer.finish(path)
     return table.count(plan.target)
+
+
+def fingerprint(plan: Plan) -> str:
+    """Of the weights that a plan leaves."""
+    return hashlib.sha256(f"{plan.fingerprint} {plan.digest()}".encode()).hexdigest()[:16]
+
+
+def cut_lineage(path: str | Path, plan: Plan) -> dict:
+    """The lineage of `cut_folder`'s result, as if its two steps had been taken one by one."""
+    converted = checkpoint.lineage({Folder.kind: {"path": str(path), "sha256": plan.fingerprint}})
+    return checkpoint.lineage(
+        {"source": {"path": str(path), "fingerprint": plan.fingerprint}}, **_done(plan, converted)
+    )
+
+
+def _done(plan: Plan, ancestry: dict) -> dict:
+    return {
+        "plan": plan.digest(),
+        "scores": plan.scores,
+        "statistic": plan.statistic,
+        "before": plan.source.to_json(),
+        "dropped_blocks": plan.dropped_blocks(),
+        "ancestry": ancestry,
+    }
 
 
 def _check(plan: Plan, fingerprint: str, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 import yaml
 
-from minitron_mcore import data, delivery, loaders
+from minitron_mcore import data, delivery, loaders, prune
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import DataConfig, DistillConfig, DistillRun, ModelConfig, PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import architecture, hf, table
-from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.plan.plan import load_plan, make_plan, target_architecture
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_data import write_jsonl
@@ -46,7 +47,7 @@ def train(root: Path) -> str:
 def deliver(source, folder: Path) -> list[dict]:
     folder.mkdir()
     hf.export_folder(open_checkpoint(source), folder)
-    return delivery.deliver(open_checkpoint(source), folder)
+    return delivery.deliver(delivery.exported(open_checkpoint(source)), folder)
 
 
 @pytest.fixture(scope="module")
@@ -148,14 +149,26 @@ def test_generation_settings_where_none_were_shipped(made, tmp_path):
 def test_evaluations_of_this_checkpoint_alone(made, tmp_path):
     root, _ = made
     shutil.copytree(root / "distill", tmp_path / "distill")
-    (tmp_path / "distill" / "latest").touch()
-    for name, source, file in (("one", "distill", "ours.jsonl"), ("two", "another", "theirs.jsonl")):
-        (tmp_path / name).mkdir()
-        rows = [{"file": file, "loss": 2.5}]
-        (tmp_path / name / "evaluation.json").write_text(json.dumps({"source": str(tmp_path / source), "files": rows}))
+    finished = (tmp_path / "distill" / "latest").stat().st_mtime
+    for source, file, age in (("distill", "ours", -9), ("another", "theirs", -9), ("distill", "old", 9)):
+        (tmp_path / file).mkdir()
+        found = {"source": str(tmp_path / source), "files": [{"file": f"{file}.jsonl", "loss": 2.5}]}
+        (tmp_path / file / "evaluation.json").write_text(json.dumps(found))
+        os.utime(tmp_path / file / "evaluation.json", (finished - age,) * 2)
     deliver(tmp_path / "distill", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "ours.jsonl" in text and "theirs.jsonl" not in text
+    assert "ours.jsonl" in text and "theirs.jsonl" not in text and "old.jsonl" not in text
+
+
+def test_cutting_in_one_pass_is_told_as_pruning(made, tmp_path):
+    root, _ = made
+    plan = load_plan(root / "pruned")
+    (tmp_path / "cut").mkdir()
+    prune.cut_folder(root / "Tiny-Llama", plan, tmp_path / "cut")
+    delivery.deliver(delivery.cut(root / "Tiny-Llama", plan, tmp_path / "cut"), tmp_path / "cut")
+    deliver(root / "pruned", tmp_path / "out")
+    one, two = ((tmp_path / name / "README.md").read_text() for name in ("cut", "out"))
+    assert one == two and open_checkpoint(root / "pruned").fingerprint in one
 
 
 def test_a_converted_model_without_anything(tmp_path):
@@ -196,8 +209,6 @@ def test_transformers_takes_every_family(tmp_path, which):
 
 
 def published(recipe: str):
-    from minitron_mcore.plan.plan import target_architecture
-
     config = compose("plan", f"+recipe={recipe}")
     return target_architecture(architecture.given(config["model"]["architecture"]), PruneConfig(**config["prune"]))
 
@@ -215,6 +226,7 @@ def published(recipe: str):
         ("minitron_4b", dict(groups=2), [1, 2, 4, 8], [1, 2, 4, 8]),  # copied to 4 ranks each at 8
         ("minitron_4b", dict(groups=3), [1], [1]),
         ("minitron_4b", dict(groups=6), [1, 2], [1, 2]),
+        ("minitron_4b", dict(heads=12, groups=1), [1, 2, 4], [1, 2, 4]),
         ("minitron_4b", dict(ffn=9220), [1, 2, 4], []),
         ("minitron_4b", dict(vocab=255_999), [1, 2, 4, 8], [1, 2, 4, 8]),  # both pad it
     ],

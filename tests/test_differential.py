@@ -61,6 +61,7 @@ def test_parameters_of_every_recipe(name):
     target = target_architecture(source, PruneConfig(**config["prune"]))
     count = table.count(target)
     assert count == modelopts_count(target) == config["parameters"] == PUBLISHED.get(name, count)
+    assert table.count(target, embeddings=False) == config["without_embeddings"]
 
 
 @pytest.mark.parametrize("which", ["mixtral", "qwen3_moe"])

@@ -223,7 +223,7 @@ def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.d
     """What `source`, a Hugging Face folder, holds beside weights, config.json last and with the sizes of `arch`."""
     out_dir.mkdir(exist_ok=True)
     for file in shipped(source):
-        if file.name != "config.json":
+        if file.name not in ("config.json", "README.md"):  # the parent's card is not this model's
             shutil.copyfile(file, out_dir / file.name)
     config = architecture.to_hf(
         arch, json.loads((source / "config.json").read_text()), str(dtype).removeprefix("torch.")
