@@ -24,12 +24,13 @@ from common import Figure, parser, write
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.importance.scores import Scores, expected_shapes, save_scores
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import from_hf
+from minitron_mcore.models.folder import Writer
+from minitron_mcore.stream import boxes
 
 ROOT = Path(__file__).parents[1]
 LLAMA_31_8B = {
@@ -65,7 +66,6 @@ PLANS = {"width": ["prune=llama31_4b_width"], "depth": ["prune=llama31_4b_depth"
 SMALL_PLANS = {"width": ["prune.hidden=768", "prune.ffn=2304"]}
 PARAMETERS = {"width": 4_512_746_496, "depth": 4_540_469_248}
 SPACE = 45e9  # bytes on disk at the worst moment
-FILE_BYTES = 5e9
 BLOCK = 16 << 20
 
 
@@ -81,29 +81,21 @@ class Measured:
 
 
 def make_folder(folder: Path, config: dict) -> None:
-    """A Hugging Face folder of random bf16 weights in files of at most FILE_BYTES, with an index."""
-    arch, files, held = from_hf(config), [{}], 0
-    for parameter in table.parameters(arch):
-        for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
-            size = 2 * torch.Size(shape).numel()
-            if files[-1] and held + size > FILE_BYTES:
-                files.append({})
-                held = 0
-            files[-1][name] = shape
-            held += size
-    noise = (torch.randn(2**25 + 8191, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    where, start = {}, 0
+    """A Hugging Face folder of random bf16 weights; no two tensors are the same stretch of the noise."""
+    arch, start = from_hf(config), 0
+    noise = (torch.randn(2**26, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+
+    def rows(parameter: table.Parameter) -> Iterator[torch.Tensor]:
+        nonlocal start
+        for _, shape in boxes(parameter):
+            start = (start + 1_000_003) % 2**25
+            yield noise[start : start + torch.Size(shape).numel()].view(shape)
+
     folder.mkdir(parents=True)
-    for number, names in enumerate(files, 1):
-        tensors = {}
-        for name, shape in names.items():
-            count, start = torch.Size(shape).numel(), (start + 4099) % 8191  # another stretch of the noise each time
-            stretch = noise[start : start + 2**25]
-            tensors[name] = stretch.repeat(-(-count // 2**25))[:count].view(shape)
-        where |= dict.fromkeys(tensors, f"model-{number:05d}-of-{len(files):05d}.safetensors")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / where[name], metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    writer = Writer(folder, arch, dict.fromkeys(table.parameters(arch), torch.bfloat16))
+    writer.write("source", rows)
+    (folder / "config.json").write_text(json.dumps(config))
+    writer.finish(folder)
 
 
 def make_scores(checkpoint: Path, out_dir: Path) -> None:
