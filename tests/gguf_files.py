@@ -21,13 +21,14 @@ def byte_tokens(size: int) -> tuple[list[str], list[str]]:
     return tokens + [f"[PAD{i}]" for i in range(size - len(tokens))], merges
 
 
-def write(path: Path, folder: Path, name: str, kind, pre: str = "smollm", vocabulary=None) -> Path:
+def write(path: Path, folder: Path, name: str, kind, pre: str = "smollm", vocabulary=None, parts: int = 1) -> Path:
     """The model in `folder` (fp32) as a `name` file.
 
     Args:
         name: llama.cpp's name of the architecture.
         kind: what a matrix is stored as: a type, or a function of its Hugging Face name. Vectors stay F32.
         pre: tokenizer.ggml.pre of a byte-level vocabulary.
+        parts: files that the model is said to be in.
         vocabulary: (tokens, scores, types) of a SentencePiece vocabulary instead.
     """
     config, weights = json.loads((folder / "config.json").read_text()), models.weights(folder)
@@ -41,6 +42,7 @@ def write(path: Path, folder: Path, name: str, kind, pre: str = "smollm", vocabu
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(groups)
+    writer.add_uint16("split.count", parts)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if name == "llama":

@@ -562,6 +562,9 @@ def test_cut_ggufs_are_refused(tmp_path):
         file.write_bytes(whole[:size])
         with pytest.raises(UserError, match="is not a whole GGUF file"):
             read_all(file, file)
+    gguf_files.write(file, folder, "llama", Q.Q8_0, parts=3)
+    with pytest.raises(UserError, match="is one of 3 parts"):
+        read_all(file, file)
     with pytest.raises(UserError, match="no GGUF file at"):
         read_all(tmp_path / "none.gguf", tmp_path / "none.gguf")
 

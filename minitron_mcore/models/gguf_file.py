@@ -44,6 +44,8 @@ class File(Weights):
         self.name = self.field("general.architecture")
         if self.name not in HF_CLASSES:
             raise UserError(f"{path} holds a {self.name} model; supported in GGUF: {', '.join(HF_CLASSES)}.")
+        if (parts := self.field("split.count") or 1) > 1:
+            raise UserError(f"{path} is one of {parts} parts: join them first (llama-gguf-split --merge).")
 
     def field(self, name: str):
         """A metadata value; `*` in the name stands for the architecture. None where the file has none."""
@@ -104,10 +106,12 @@ class File(Weights):
                 key = self._key(name, arch)
                 known.add(key)
                 if key not in self.tensors:
-                    raise UserError(f"tensor {key} is missing from {self.path}: its config asks for it.")
+                    raise UserError(f"tensor {key or name} is missing from {self.path}: its config asks for it.")
                 found = tuple(int(n) for n in reversed(self.tensors[key].shape))
                 if found != shape:
                     raise UserError(f"tensor {key} in {self.path} has shape {found}, but its config asks for {shape}.")
+                if len(shape) == 1 and self.tensors[key].data.shape != shape:
+                    raise UserError(f"tensor {key} in {self.path} is a vector in blocks: expected F32 or F16.")
         if extra := sorted(self.tensors.keys() - known):
             raise UserError(
                 f"{self.path} holds {extra[0]}, which a {arch.family} model does not have: it is another model's."
@@ -179,9 +183,9 @@ def _names(architecture: str, blocks: int) -> gguf.TensorNameMap:
 
 def _rope_factors(arch: Architecture) -> np.ndarray:
     """What each of the head_dim / 2 rotary wavelengths is stretched by."""
-    wavelength, rope = (
-        2 * np.pi * arch.rope_theta ** (np.arange(0, arch.head_dim, 2) / arch.head_dim),
+    rope, wavelength = (
         arch.rope_scaling,
+        2 * np.pi * arch.rope_theta ** (np.arange(0, arch.head_dim, 2) / arch.head_dim),
     )
     if rope is None:
         return np.ones_like(wavelength)

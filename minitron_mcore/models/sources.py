@@ -35,10 +35,11 @@ def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterat
             source = _open(weights, dtype)
             if model.suffix == ".gguf":
                 file = source if model == weights else gguf_file.File(model, dtype)
-                (Path(scratch) / "config.json").write_text(json.dumps(file.config(), indent=2))
+                model = Path(scratch) / model.name  # what mistakes in it are told by
+                model.mkdir()
+                (model / "config.json").write_text(json.dumps(file.config(), indent=2))
                 if runtime.rank() == 0:
-                    gguf_tokenizer.read(file).save_pretrained(scratch)
-                model = Path(scratch)
+                    gguf_tokenizer.read(file).save_pretrained(model)
         yield model, source
 
 
