@@ -18,7 +18,7 @@ def main(config: CutRun) -> None:
     with checkpoint.claimed(config.out_dir, plain(config)):
         prune.cut_folder(folder, plan, config.out_dir, config.dtype.value)
         taken = delivery.deliver(delivery.cut(folder, plan, config.out_dir), config.out_dir)
-    report.table("who loads it (every block has the same sizes)", taken)
+    report.table("loaders (every block has the same sizes)", taken)
     report.table("cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}"])
 
 

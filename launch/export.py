@@ -26,7 +26,7 @@ def main(config: ExportRun) -> None:
         with checkpoint.claimed(config.out_dir, plain(config)):
             parameters = hf.export_folder(source, config.out_dir, dtype)
             taken = delivery.deliver(delivery.exported(source), config.out_dir)
-        report.table("who loads it (every block has the same sizes)", taken)
+        report.table("loaders (every block has the same sizes)", taken)
     report.table("exported", [{"parameters": parameters, "dtype": dtype, "folder": config.out_dir}])
 
 

@@ -115,9 +115,10 @@ def card(origin: Origin, config: dict, taken: list[dict]) -> str:
         "## How it was made",
         *(_told(number, step) for number, step in enumerate(steps, 1)),
         *_evaluations(Path(origin.identity["path"])),
-        "## Who loads it",
+        "## Loaders",
         report.markdown(taken),
-        "transformers was asked; the others were not run: their rows follow from their published rules.",
+        "transformers loaded the folder. The others were not run: their rows follow from their published rules, TensorRT-LLM's "
+        "with the sizes that it is fast at, multiples of 64 x TP.",
         "## Licence",
         _licence(origin, parent),
     ]

@@ -8,8 +8,8 @@ Both: query heads in equal shares, key/value groups in equal shares or copied to
 Both list the classes: docs.vllm.ai/en/latest/models/supported_models, nvidia.github.io/TensorRT-LLM/1.0.0/models/supported-models
 vLLM: ffn in equal shares; FlashAttention's head_dim (docs.vllm.ai/en/v0.26.0/api/vllm/v1/attention/backends/flash_attn). It pads
     the vocabulary to a multiple of 64, so any passes.
-TensorRT-LLM: head_dim with a decoding kernel (cpp/tensorrt_llm/kernels/decoderMaskedMultiheadAttention.cu); matrices whose sides
-    are multiples of 64 on each rank, which is a rule of speed more than of loading, but the one to deliver by.
+TensorRT-LLM: head_dim with a decoding kernel (cpp/tensorrt_llm/kernels/decoderMaskedMultiheadAttention.cu); hidden, ffn and
+    heads x head_dim in multiples of 64 x TP, which is a rule of speed more than of loading, but the one to deliver by.
 """
 
 from pathlib import Path
@@ -66,7 +66,7 @@ def load(folder: str | Path, **placement) -> PreTrainedModel:
 
 
 def verdict(folder: str | Path, arch: Architecture) -> list[dict]:
-    """Rows for a table: each loader at each tensor-parallel size, whether it takes the folder, how that was found out, and why.
+    """Rows for a table: each loader at each tensor-parallel size, whether the folder passes, how that was found out, and why.
 
     transformers' row is what it did: the model stood on the meta device (headers are read, no weights), and the tokenizer loaded.
 
@@ -85,7 +85,7 @@ def verdict(folder: str | Path, arch: Architecture) -> list[dict]:
     if model.num_parameters() != expected:
         raise UserError(f"transformers finds {model.num_parameters():,} parameters in {folder}, not {expected:,}.")
     note = f"{type(model).__name__}, {expected:,} parameters, {_tokenizer(folder)}"
-    loaded = {"loader": "transformers", "TP": 1, "takes it": "yes", "checked": "loaded", "why": note}
+    loaded = {"loader": "transformers", "TP": 1, "passes": "yes", "checked": "loaded", "why": note}
     return [loaded, *by_rule(arch)]
 
 
@@ -96,7 +96,7 @@ def by_rule(arch: Architecture) -> list[dict]:
         for tp in SIZES:
             why = [*_both(arch, tp), *problems(arch, tp)]
             taken = "no" if why else "yes"
-            rows.append({"loader": loader, "TP": tp, "takes it": taken, "checked": "by rule", "why": "; ".join(why)})
+            rows.append({"loader": loader, "TP": tp, "passes": taken, "checked": "by rule", "why": "; ".join(why)})
     return rows
 
 

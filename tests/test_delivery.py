@@ -234,6 +234,6 @@ def published(recipe: str):
 def test_rules_of_vllm_and_tensorrt(recipe, sizes, vllm, tensorrt):
     rows = loaders.by_rule(dataclasses.replace(published(recipe), **sizes))
     for loader, expected in (("vLLM", vllm), ("TensorRT-LLM", tensorrt)):
-        found = [row["TP"] for row in rows if row["loader"] == loader and row["takes it"] == "yes"]
+        found = [row["TP"] for row in rows if row["loader"] == loader and row["passes"] == "yes"]
         assert found == expected, rows
-    assert all(bool(row["why"]) == (row["takes it"] == "no") for row in rows)
+    assert all(bool(row["why"]) == (row["passes"] == "no") for row in rows)

@@ -159,6 +159,10 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
     assert [row["kd_loss"] for row in corrected] == [0] * 4 and all(row["lm_loss"] > 0 for row in corrected)
     assert yaml.safe_load((run / "plan/config.yaml").read_text())["prune"]["hidden"] == 24
     assert (run / "importance/importance.png").stat().st_size > 10_000
+    card = (run / "hf/README.md").read_text()
+    assert f"Weights `{correct.fingerprint}`" in card and f"distilled from teacher `{correct.fingerprint}`" in card
+    assert "loaders (every" in output and "LlamaForCausalLM" in output
+    assert "w5 w6 w" in launch(tmp_path, "generate", *command, "prompt='w5 w6'", "tokens=3", processes=2)
 
     with pytest.raises(UserError, match="already holds this finished run"):
         claim(run / "convert", compose("convert", *command))

@@ -160,5 +160,5 @@ def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: Pru
         ffn=ffn,
         heads=heads,
         experts=experts,
-        statistic=scores.metadata,
+        statistic=dict(sorted(scores.metadata.items())),  # safetensors gives them in any order
     )
