@@ -283,7 +283,7 @@ class PipelineRun(Run):
 @dataclass
 class GenerateRun(Run):
     source: str = MISSING
-    prompt: str = MISSING
+    prompt: str = "Once upon a time"
     tokens: int = 64
     """At most so many; the end of a document ends the text."""
 

@@ -214,7 +214,7 @@ def test_another_source_is_refused(tmp_path):
 
 
 def test_other_counts_are_refused():
-    from minitron_mcore.plan.plan import check_counts
+    from minitron_mcore.plan.target import check_counts
 
     run = composed("plan", "llama31_minitron_4b_width", "prune.ffn=9728")
     target = target_architecture(source_of(run), run.prune)

@@ -183,10 +183,8 @@ def _names(architecture: str, blocks: int) -> gguf.TensorNameMap:
 
 def _rope_factors(arch: Architecture) -> np.ndarray:
     """What each of the head_dim / 2 rotary wavelengths is stretched by."""
-    rope, wavelength = (
-        arch.rope_scaling,
-        2 * np.pi * arch.rope_theta ** (np.arange(0, arch.head_dim, 2) / arch.head_dim),
-    )
+    rope = arch.rope_scaling
+    wavelength = 2 * np.pi * arch.rope_theta ** (np.arange(0, arch.head_dim, 2) / arch.head_dim)
     if rope is None:
         return np.ones_like(wavelength)
     turns = rope.original_max_positions / wavelength
