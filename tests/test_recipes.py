@@ -17,7 +17,7 @@ from minitron_mcore.checkpoint import COMPLETE
 from minitron_mcore.config import STAGES
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, table
-from minitron_mcore.plan.plan import target_architecture
+from minitron_mcore.plan.target import target_architecture
 
 RECIPES = sorted(path.stem for path in (launching.CONF / "recipe").glob("*.yaml"))
 ANYWHERE = ["parallel=tp8_sp", "data.train=[x.jsonl]", "work_dir=w"]
@@ -214,7 +214,7 @@ def test_another_source_is_refused(tmp_path):
 
 
 def test_other_counts_are_refused():
-    from minitron_mcore.plan.plan import check_counts
+    from minitron_mcore.plan.target import check_counts
 
     run = composed("plan", "llama31_minitron_4b_width", "prune.ffn=9728")
     target = target_architecture(source_of(run), run.prune)
