@@ -17,7 +17,7 @@ from minitron_mcore.checkpoint import COMPLETE
 from minitron_mcore.config import STAGES
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, table
-from minitron_mcore.plan.plan import target_architecture
+from minitron_mcore.plan.target import target_architecture
 
 RECIPES = sorted(path.stem for path in (launching.CONF / "recipe").glob("*.yaml"))
 ANYWHERE = ["parallel=tp8_sp", "data.train=[x.jsonl]", "work_dir=w"]
