@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -48,6 +49,8 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
             except UserError as error:
                 if alone():
                     print("\n".join(f"error: {line}" for line in str(error).splitlines()), flush=True)
+                else:
+                    time.sleep(10)  # torchrun ends all when the first goes, and rank 0 has something to say
                 sys.exit(2)
 
         return main
