@@ -75,7 +75,11 @@ def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | N
     folder = Folder(path)
     folder.check(arch)
     if arch != plan.source:
-        _check(plan, folder.fingerprint(arch), path)
+        name = next(key for key, value in arch.to_json().items() if value != plan.source.to_json()[key])
+        raise UserError(
+            f"the plan cuts a model whose {name} is {getattr(plan.source, name)}, but {path} has {getattr(arch, name)}: "
+            "give its own folder or plan anew."
+        )
     architecture.check_exportable(plan.target)
     origin = {target: parameter for parameter, target in _survivors(plan, table.parameters(arch))}
 

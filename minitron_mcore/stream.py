@@ -42,9 +42,8 @@ from torch.distributed.checkpoint import (  # isort: skip
 )
 from torch.distributed.checkpoint.filesystem import _write_item  # isort: skip
 
-PIECE_ELEMENTS = (
-    8 << 20
-)  # small enough for the C library to reuse its memory, which fresh pages cost four times the copying
+# Small enough for the C library to reuse the memory: fresh pages cost four times as much as copying into them.
+PIECE_ELEMENTS = 8 << 20
 FILE_ELEMENTS = 8 * PIECE_ELEMENTS
 THREADS = 2  # one works while the other waits for the disk
 
@@ -53,18 +52,20 @@ type Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(parameter: table.Parameter, tp_rank: int = 0, tp_size: int = 1) -> Iterator[Box]:
-    """The boxes that make up a tensor-parallel rank's part: its ranges, in runs of rows of at most PIECE_ELEMENTS."""
+    """The boxes that make up a tensor-parallel rank's part: its ranges, in runs of rows of at most PIECE_ELEMENTS.
+
+    Runs end at multiples of one number of rows in every layout, so what one has written another reads piece for piece.
+    """
     spans = [[(0, length)] for length in parameter.shape]
     dim = parameter.row.tp_dim
     if dim is not None:
         spans[dim] = table.ranges(parameter.row.axes[dim], parameter.arch, tp_rank, tp_size)
-    for box in itertools.product(*spans):
-        (start, end), *rest = box
-        columns = math.prod(high - low for low, high in rest)
-        count = math.ceil((end - start) * columns / PIECE_ELEMENTS)
-        for n in range(count):
-            low, high = (start + (end - start) * k // count for k in (n, n + 1))
-            yield (low, *(x for x, _ in rest)), (high - low, *(y - x for x, y in rest))
+    step = max(1, PIECE_ELEMENTS // math.prod(parameter.shape[1:]))
+    for (start, end), *rest in itertools.product(*spans):
+        edges = [start, *range((start // step + 1) * step, end, step), end]
+        for low, high in itertools.pairwise(edges):
+            if low < high:
+                yield (low, *(x for x, _ in rest)), (high - low, *(y - x for x, y in rest))
 
 
 @dataclass(frozen=True)

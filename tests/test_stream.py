@@ -80,10 +80,13 @@ def test_a_plan_for_another_folder_is_refused(tmp_path):
     folder = models.tiny_llama(tmp_path / "hf")
     on_ranks(models.import_hf, 1, ParallelConfig(), folder, tmp_path / "parent", ParallelConfig())
     plan = plan_for(tmp_path / "parent", hidden=24)
-    for seed, sizes in ((1, {}), (0, {"num_hidden_layers": 4})):
-        other = models.tiny_llama(tmp_path / f"other{seed}", seed=seed, **sizes)
-        with pytest.raises(UserError, match=f"the plan cuts model {plan.fingerprint}, but .*other{seed} is"):
-            cut(other, plan, tmp_path / "cut")
+    for sentence, other in (
+        (f"the plan cuts model {plan.fingerprint}, but .*other1 is", {"seed": 1}),
+        ("the plan cuts a model whose blocks is 5, but .*other2 has 4", {"num_hidden_layers": 4}),
+    ):
+        name = "other1" if "seed" in other else "other2"
+        with pytest.raises(UserError, match=sentence):
+            cut(models.tiny_llama(tmp_path / name, **other), plan, tmp_path / "cut")
         assert not (tmp_path / "cut").exists()
     cut(folder, plan, tmp_path / "cut")
     assert (tmp_path / "cut/model.safetensors").is_file()

@@ -39,11 +39,12 @@ def import_folder(
         build.check_shardable(arch, parallel)
     tp, pieces = runtime.tp_group(), []
     for number, parameter in enumerate(stage_parameters(arch, parallel)):
-        # Hashing is shared out among the ranks that read a parameter.
+        # One of the ranks that read a parameter hashes it, before its first piece.
         hashing = parameter.row.tp_dim is None or number % tp.size() == tp.rank()
         for offset, shape in stream.boxes(parameter, tp.rank(), tp.size()):
             make = partial(_read, weights, hashing, parameter, offset, shape)
             pieces.append(stream.Piece(parameter, offset, shape, weights.dtype(parameter), make))
+            hashing = False
     stream.save(out_dir, pieces, replica, "import")
     fingerprint = weights.fingerprint(arch)
     origin = {weights.kind: {"path": str(weights.path), "sha256": fingerprint}}
