@@ -123,11 +123,13 @@ def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | N
     architecture.check_exportable(plan.target)
     origin = {target: parameter for parameter, target in _survivors(plan, table.parameters(arch))}
 
-    def rows(target: table.Parameter) -> Iterator[Tensor]:
-        parameter = origin[target]
-        folder.hash(parameter)
+    def rows(target: table.Parameter) -> Iterator[Callable[[], Tensor]]:
+        parameter, hashing = origin[target], True
         for box in stream.boxes(parameter):
-            yield _cut(folder.read, parameter, box, select(parameter, plan, box)[1])
+            kept = select(parameter, plan, box)[1]
+            read = partial(hf.read, folder, hashing)
+            yield partial(_cut, read, parameter, box, kept)
+            hashing = False
 
     targets = list(table.parameters(plan.target))
     writer = Writer(
