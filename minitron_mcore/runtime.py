@@ -159,8 +159,9 @@ def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 2) -> Iterator[T]:
-    """The jobs' results in their order, while threads already do those that follow: at most `threads` + 1 results exist."""
+def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
+    """The jobs' results in their order, while threads do those that follow; at most `threads` + 1 results exist. Threads wait for the
+    disk about as often as they work, so there are more than cores."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque()
         for job in jobs:

@@ -47,7 +47,7 @@ from torch.serialization import set_crc32_options  # isort: skip
 PIECE_ELEMENTS = 8 << 20
 FILE_ELEMENTS = 4 * PIECE_ELEMENTS
 HELD_BYTES = 4 * FILE_ELEMENTS + (1 << 20)  # a file of our own, in fp32
-THREADS = 2  # one works while the other waits for the disk
+THREADS = 4  # on two cores: half of them wait for the disk
 
 type Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset in a global tensor, and shape."""
