@@ -160,8 +160,10 @@ def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
-    """The jobs' results in their order, while threads do those that follow; at most `threads` + 1 results exist. Threads wait for the
-    disk about as often as they work, so there are more than cores."""
+    """The jobs' results in their order, while threads do those that follow; at most `threads` + 1 results exist.
+
+    There are more threads than cores, since they wait for the disk as often as they work.
+    """
     with ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque()
         for job in jobs:

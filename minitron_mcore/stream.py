@@ -47,7 +47,7 @@ from torch.serialization import set_crc32_options  # isort: skip
 PIECE_ELEMENTS = 8 << 20
 FILE_ELEMENTS = 4 * PIECE_ELEMENTS
 HELD_BYTES = 4 * FILE_ELEMENTS + (1 << 20)  # a file of our own, in fp32
-THREADS = 4  # on two cores: half of them wait for the disk
+THREADS = 3  # on two cores: they wait for the disk as often as they work
 
 type Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset in a global tensor, and shape."""
@@ -220,7 +220,7 @@ class Reader(distcp.Reader):
             self.hashes = json.loads((source.step_dir / INTEGRITY_FNAME).read_text())["files"]
             self.locks = {name: threading.Lock() for name in self.hashes}
             self.verified, self.folder = set(), source.step_dir
-            self.recent = disk.Recent(THREADS + 2, HELD_BYTES)
+            self.recent = disk.Recent(THREADS + 1, HELD_BYTES)
             self.verify(".metadata")
             super().__init__(source.step_dir)
             self.files.fs = _Recent(self.recent)
