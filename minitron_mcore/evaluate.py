@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_mcore import checkpoint, host, loaders, runtime
-from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.config import EvaluateRun, ParallelConfig
+from minitron_mcore.config import EvaluateRun
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
-from minitron_mcore.models.build import DTYPES
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.build import DTYPES, LanguageModel
 from minitron_mcore.schedule import forward
 from minitron_mcore.textfiles import documents, is_prefix
 from minitron_mcore.tokenizer import Spans, Tokenizer, open_tokenizer
@@ -206,12 +206,10 @@ def _check_folder(folder: str) -> None:
 
 
 class ShardedModel:
-    """A checkpoint of ours in the running layout; each rank holds its shards. `parameters` counts the whole model."""
+    """A model in the running layout; each rank holds its shards. `parameters` counts the whole model."""
 
-    def __init__(self, source: Checkpoint, parallel: ParallelConfig, dtype: str):
-        self.arch = source.arch
-        self.model = checkpoint.build_model(source, parallel, dtype)
-        self.parameters = table.count(source.arch)
+    def __init__(self, model: LanguageModel, arch: Architecture):
+        self.model, self.arch, self.parameters = model, arch, table.count(arch)
 
     def nll(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """See `Nll`; collective over the ranks of a model replica, the same on all of them. Logits are never held."""
@@ -253,7 +251,7 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
         found = checkpoint.open_checkpoint(source)
         with runtime.agreed():
             tokenizer = open_tokenizer(config.data, found.hf, found.arch.vocab)
-        return ShardedModel(found, parallel, config.dtype.value), tokenizer
+        return ShardedModel(checkpoint.build_model(found, parallel, config.dtype.value), found.arch), tokenizer
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
         raise UserError(
             f"{source} is no checkpoint of ours, and transformers shards nothing: convert it, or use parallel=single."

@@ -55,6 +55,46 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
     stream.save(out_dir, pieces, hf.replica, "prune")
 
 
+def build_pruned(
+    source: checkpoint.Checkpoint, plan: Plan, parallel: ParallelConfig, dtype: str, reader: stream.Reader | None = None
+) -> build.LanguageModel:
+    """A pruned model in memory, its weights cut straight out of the source's files (collective); nothing is written.
+
+    A rank holds its part of the target and reads, parameter by parameter, the stretch of the source that its part was kept from.
+
+    Args:
+        reader: of the source, to verify its files once for several plans.
+
+    Raises:
+        UserError: a plan for another model, a layout that doesn't divide the target, a damaged source.
+    """
+    _check(plan, source.fingerprint, source.path)
+    model = build.build(plan.target, parallel, dtype)
+    origin = {target.name: parameter for parameter, target in _survivors(plan, table.parameters(source.arch))}
+    targets = {parameter.name: parameter for parameter in table.parameters(plan.target)}
+    tp = runtime.tp_group()
+    with runtime.agreed():
+        reader = reader or stream.Reader(source)
+        for name, weights in build.named_parameters(model):
+            weights.data.zero_()  # the vocabulary's padding
+            for offset, view in checkpoint.views(targets[name], weights.data, tp.rank(), tp.size()):
+                if view.numel():
+                    view.copy_(_kept(reader, origin[name], plan, offset, tuple(view.shape)))
+    return model
+
+
+def _kept(reader: stream.Reader, parameter: table.Parameter, plan: Plan, offset: tuple, shape: tuple) -> Tensor:
+    """What a plan keeps of the source's parameter, in a box of the target's."""
+    keeps = [
+        table.kept(axis, plan, parameter.block, parameter.expert)[low : low + length]
+        for axis, low, length in zip(parameter.row.axes, offset, shape, strict=True)
+    ]
+    first = tuple(int(keep[0]) for keep in keeps)
+    stretch = tuple(int(keep[-1]) + 1 - low for keep, low in zip(keeps, first, strict=True))
+    kept = [keep - low for keep, low in zip(keeps, first, strict=True)]
+    return _cut(reader.read, parameter, (first, stretch), kept)
+
+
 def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | None = None) -> int:
     """Hugging Face folder -> pruned Hugging Face folder in one pass on one process, bit-equal to converting, pruning and exporting;
     returns the parameter count.
@@ -83,11 +123,13 @@ def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | N
     architecture.check_exportable(plan.target)
     origin = {target: parameter for parameter, target in _survivors(plan, table.parameters(arch))}
 
-    def rows(target: table.Parameter) -> Iterator[Tensor]:
-        parameter = origin[target]
-        folder.hash(parameter)
+    def rows(target: table.Parameter) -> Iterator[Callable[[], Tensor]]:
+        parameter, hashing = origin[target], True
         for box in stream.boxes(parameter):
-            yield _cut(folder.read, parameter, box, select(parameter, plan, box)[1])
+            kept = select(parameter, plan, box)[1]
+            read = partial(hf.read, folder, hashing)
+            yield partial(_cut, read, parameter, box, kept)
+            hashing = False
 
     targets = list(table.parameters(plan.target))
     writer = Writer(

@@ -1,11 +1,13 @@
 """Where a run lives: process groups, seed, one-sentence errors, clean ends. The only reader of megatron-core's parallel state."""
 
+import collections
 import contextlib
 import datetime
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -155,6 +157,21 @@ def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     if pp_group().size() > 1:
         dist.broadcast(tensor, mpu.get_pipeline_model_parallel_last_rank(), group=pp_group())
     return tensor
+
+
+def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
+    """The jobs' results in their order, while threads do those that follow; at most `threads` + 1 results exist.
+
+    There are more threads than cores, since they wait for the disk as often as they work.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque()
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class Progress:

@@ -84,24 +84,27 @@ def import_hf(folder, out_dir, parallel) -> None:
 
 
 def mcore_logits(checkpoint, parallel, ids: torch.Tensor) -> torch.Tensor | None:
+    from minitron_mcore.checkpoint import build_model, open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    return model_logits(build_model(opened, parallel, "fp32"), opened.arch, ids)
+
+
+def model_logits(model, arch, ids: torch.Tensor) -> torch.Tensor | None:
     """Full logits [B, S, V], padding cut off, on the last stage's tensor-parallel rank 0; None elsewhere."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from minitron_mcore import runtime
-    from minitron_mcore.checkpoint import build_model, open_checkpoint
     from minitron_mcore.schedule import forward
 
-    opened = open_checkpoint(checkpoint)
-    model = build_model(opened, parallel, "fp32")
     found = []
 
-    def keep(hidden, batch):
-        logits = hidden
+    def keep(logits, batch):
         found.append(gather_from_tensor_model_parallel_region(logits, group=runtime.tp_group()))
 
     forward(model, [{"tokens": ids}], keep, headless=False)
     if runtime.is_last_stage() and runtime.tp_group().rank() == 0:
-        return found[0][..., : opened.arch.vocab]
+        return found[0][..., : arch.vocab]
     return None
 
 

@@ -92,6 +92,24 @@ def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
     assert load_plan(tmp_path / "pruned") == plan
 
 
+def build_and_run(source, plan: Plan, parallel, ids):
+    from minitron_mcore.prune import build_pruned
+
+    return models.model_logits(build_pruned(open_checkpoint(source), plan, parallel, "fp32"), plan.target, ids)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "pp2"])
+def test_pruned_in_memory_equals_pruned_on_disk(tmp_path, parent, layout):
+    world, parallel = LAYOUTS[layout]
+    opened, ids = open_checkpoint(parent), models.tokens()
+    prune = PruneConfig(hidden=24, ffn=14, heads=6, blocks=3)
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), prune)
+    on_ranks(run_prune, 1, ONE, parent, plan, tmp_path / "pruned", ONE)
+    expected = on_ranks(models.mcore_logits, 1, ONE, tmp_path / "pruned", ONE, ids)[0]
+    found = next(x for x in on_ranks(build_and_run, world, parallel, parent, plan, parallel, ids) if x is not None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_keep_everything_changes_nothing(tmp_path, parent):
     opened, parallel = open_checkpoint(parent), ParallelConfig(tensor=3)
     plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig())
