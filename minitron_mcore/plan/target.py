@@ -64,8 +64,10 @@ def depth(source: Architecture, prune: PruneConfig, distances: Mapping[str, Supp
     attention = choose("attention", having["attention"], source.blocks - len(source.no_attention), needed)
     mlp = choose("mlp", having["mlp"], source.blocks - len(source.no_mlp), set(blocks) - set(attention))
     if not wrong and (empty := sorted(set(blocks) - {*attention, *mlp})):
+        gone = sorted({*range(source.blocks)} - {*blocks} | {*empty})
         wrong.append(
-            f"block {empty[0]} would keep neither attention nor MLP: drop the whole block, or keep more attention or MLP layers."
+            f"prune would leave neither attention nor MLP in block {_spans(empty)}: drop it whole (prune.drop_blocks={gone}), or "
+            "keep more attention or MLP layers."
         )
     refuse(wrong)
     return Depth(blocks, attention, mlp)
