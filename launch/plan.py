@@ -26,13 +26,14 @@ def main(config: PlanRun) -> None:
     plan = plans.make_plan(source.arch, source.fingerprint, scores, config.prune)
     target.check_counts(plan.target, config.parameters, config.without_embeddings)
     build.check_shardable(plan.target, config.parallel)
-    architecture.check_exportable(plan.target)
+    if config.prune.exportable:
+        architecture.check_exportable(plan.target)
     with checkpoint.claimed(config.out_dir, plain(config)):
         checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
     report.table(
         "plan",
         plan.summary(),
-        [f"plan: {config.out_dir}/{plans.FILE}", f"dropped blocks: {plan.dropped_blocks() or 'none'}"],
+        [f"plan: {config.out_dir}/{plans.FILE}", *plan.notes()],
     )
 
 

@@ -87,13 +87,27 @@ class PruneConfig:
     ffn: float | None = None
     """Channels between the two MLP projections, in each block."""
     heads: float | None = None
-    """Query heads, an equal number in each key/value group."""
+    """Query heads, an equal number in each kept key/value group."""
+    groups: float | None = None
+    """Key/value groups of each block, whole: a group goes with its query heads. The papers keep all."""
+    merge_heads: bool = False
+    """Add to a kept query head what sets it apart from a dropped one of its group (arXiv 2407.14679, section 2.3)."""
     experts: float | None = None
     """Experts of each block, in a mixture of experts; `ffn` are then the channels of one."""
     blocks: float | None = None
     """Blocks; those whose output is nearest their input (by cosine) go first."""
     drop_blocks: list[int] = field(default_factory=list)
     """Blocks to drop by number, counted from 0, instead of by score (the papers count from 1)."""
+    attention: float | None = None
+    """Attention layers of the kept blocks; those whose output is nearest their input go first, and the block stays without."""
+    mlp: float | None = None
+    """MLP layers (in a mixture of experts: the experts) of the kept blocks, chosen alike."""
+    drop_attention: list[int] = field(default_factory=list)
+    """Source blocks, counted from 0, that lose their attention layer, instead of by score."""
+    drop_mlp: list[int] = field(default_factory=list)
+    """Source blocks, counted from 0, that lose their MLP layer, instead of by score."""
+    exportable: bool = True
+    """Refuse a target that the model's Hugging Face class cannot hold; false is for a model that stays in sharded checkpoints."""
 
 
 @dataclass

@@ -151,6 +151,8 @@ def _told(number: int, step: Step) -> str:
         )
         lines += [f"Scores `{lineage['scores']}`: {statistic or 'nothing known of them'}."]
         lines += [f"Blocks dropped, counted from 0: {', '.join(map(str, lineage['dropped_blocks'])) or 'none'}."]
+        if merged := lineage.get("merged_heads"):
+            lines += [f"Dropped query heads merged into kept ones: {merged}."]
     elif deed:
         taught = f" from teacher `{parents['teacher']['fingerprint']}`" if parents["teacher"] else " on cross-entropy"
         lines[0] += f": `{parents['student']['fingerprint']}`, {deed}{taught}."

@@ -30,7 +30,8 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import cost
 from minitron_mcore.plan.target import check_counts, target_architecture
 
-SHAPE = ("blocks", "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
+MISSING = ("blocks_without_attention", "blocks_without_mlp")
+SHAPE = ("blocks", *MISSING, "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
 GIB = 2**30
 
 
@@ -77,6 +78,7 @@ def plan(config: Run) -> dict:
     figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
     for role, (arch, where) in models.items():
         counts = {"parameters": table.count(arch), "without_embeddings": table.count(arch, embeddings=False)}
+        counts |= dict(zip(MISSING, (len(arch.no_attention), len(arch.no_mlp)), strict=True))
         figures["models"][role] = counts | arch.to_json() | {"from": where}
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
@@ -195,7 +197,9 @@ def _problems(
     if training and (student := archs.get("student", archs.get("model"))):
         yield from checks.problems(student, archs.get("teacher"), training, setting.replicas)
     for role, arch in archs.items():
-        if role in ("target", "student") or (isinstance(config, ExportRun) and config.format == ExportFormat.hf):
+        if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
+            yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
+        elif isinstance(config, ExportRun | CutRun) or (role in ("target", "student") and config.prune.exportable):
             yield from architecture.export_problems(arch)
     if isinstance(config, PlanRun) and "target" in archs:
         try:

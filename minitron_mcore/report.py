@@ -79,9 +79,11 @@ def _by_block(scores: Mapping[str, np.ndarray], kind: str) -> dict[int, np.ndarr
 
 
 def _heat(axes: Axes, rows: dict[int, np.ndarray], extent_x: tuple[float, float], **labels: str) -> None:
-    """A heat map on a log scale, one row a block; the outermost hundredths share the end colours."""
-    grid = np.stack(list(rows.values()))
-    low, high = np.quantile(grid[grid > 0], (0.01, 0.99)) if grid.any() else (1.0, 1.0)
+    """A heat map on a log scale, one row a block, empty where it has no scores; the outermost hundredths share the end colours."""
+    scored = np.stack(list(rows.values()))
+    grid = np.full((max(rows) + 1 - min(rows), scored.shape[1]), np.nan)
+    grid[[block - min(rows) for block in rows]] = scored
+    low, high = np.quantile(scored[scored > 0], (0.01, 0.99)) if scored.any() else (1.0, 1.0)
     norm = LogNorm(low, max(high, low * 1.01), clip=True)
     extent = (*extent_x, max(rows) + 0.5, min(rows) - 0.5)
     image = axes.imshow(grid, norm=norm, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent)

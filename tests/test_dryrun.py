@@ -27,6 +27,7 @@ DENSE = {
     "qwen2": dataclasses.replace(TINY, family="qwen2"),
     "qwen3": dataclasses.replace(TINY, family="qwen3", tied=True),
     "window": dataclasses.replace(TINY, family="mistral", window=5),
+    "missing layers": dataclasses.replace(TINY, no_attention=(0,), no_mlp=(2,)),
 }
 MIXED = {
     "mixtral": dataclasses.replace(TINY, family="mixtral", **EXPERTS),
@@ -175,7 +176,7 @@ def test_operations_are_those_that_torch_counts():
     for name, flops in on_ranks(counted, 1, ParallelConfig(), EVERY)[0].items():
         arch = EVERY[name]
         positions = [min(i + 1, arch.window or LENGTH) for i in range(LENGTH)]
-        attention = 4 * arch.blocks * arch.heads * arch.head_dim * sum(positions) / LENGTH
+        attention = 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * sum(positions) / LENGTH
         assert cost.forward_flops(arch, LENGTH) - attention == pytest.approx(flops / (MICRO_BATCH * LENGTH)), name
 
 

@@ -78,9 +78,8 @@ class Collector:
         yield self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
         yield self.model.register_forward_hook(self._end)
         for layer in self.model.decoder.layers:
-            block, is_mlp = divmod(layer.layer_number - 1, 2)
-            at = f"blocks.{block}"
-            part = "mlp" if is_mlp else "attention"
+            block, part = self.arch.layers[layer.layer_number - 1]
+            at, is_mlp = f"blocks.{block}", part == "mlp"
             norm = layer.pre_mlp_layernorm if is_mlp else layer.input_layernorm
             yield norm.register_forward_hook(self._norm(f"{at}.{part}.norm"))
             if is_mlp and self.arch.experts:
@@ -93,7 +92,7 @@ class Collector:
                 yield layer.mlp.linear_fc2.register_forward_pre_hook(self._channels(f"{at}.ffn"))
             else:
                 yield layer.self_attention.linear_proj.register_forward_pre_hook(self._heads(f"{at}.heads"))
-            yield layer.register_forward_hook(self._layer(at, part), with_kwargs=True)
+            yield layer.register_forward_hook(self._layer(block, part), with_kwargs=True)
 
     def _begin(self, module, args, kwargs) -> None:
         mask = kwargs.get("loss_mask")  # [B, S]; True where a token is real
@@ -149,7 +148,10 @@ class Collector:
 
         return hook
 
-    def _layer(self, at, part):
+    def _layer(self, block, part):
+        at, after_attention = f"blocks.{block}", self.arch.layer(block, "attention") is not None
+        goes_on = part == "attention" and self.arch.layer(block, "mlp") is not None
+
         def hook(module, args, kwargs, output) -> None:
             source = self._directions(kwargs["hidden_states"]) if self._stream is None else self._stream
             self._stream = self._directions(output[0] if isinstance(output, tuple) else output)
@@ -157,11 +159,13 @@ class Collector:
             change = (self._stream - source).flatten()
             size = torch.dot(change, change)
             self._add_distance(f"{at}.{part}", size / 2)
-            if part == "attention":
+            if goes_on:
                 self._change = change, size
-            else:
+            elif part == "mlp" and after_attention:
                 first, first_size = self._change
                 self._add_distance(f"{at}.block", (first_size + size) / 2 + torch.dot(first, change))
+            else:  # the block's only layer
+                self._add_distance(f"{at}.block", size / 2)
 
         return hook
 

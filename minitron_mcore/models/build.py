@@ -61,7 +61,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         "expert_tensor_parallel_size": 1,
     }
     return TransformerConfig(
-        num_layers=2 * arch.blocks,
+        num_layers=len(arch.layers),
         hidden_size=arch.hidden,
         ffn_hidden_size=arch.ffn,
         num_attention_heads=arch.heads,
@@ -113,13 +113,14 @@ def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> LanguageM
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}.")
     check_shardable(arch, parallel)
-    block = "*E" if arch.experts else "*-"
+    letters = {"attention": "*", "mlp": "E" if arch.experts else "-"}
+    stages = [[letters[part] for block, part in arch.layers if block in own] for own in stage_blocks(arch, parallel)]
     model = LanguageModel(
         config=transformer_config(arch, parallel, dtype),
         hybrid_stack_spec=spec.stack_spec(arch.traits.qk_norm),
         vocab_size=padded_vocab(arch, parallel.tensor),
         max_sequence_length=arch.max_positions,
-        hybrid_layer_pattern="|".join(block * len(blocks) for blocks in stage_blocks(arch, parallel)),
+        hybrid_layer_pattern="|".join(map("".join, stages)),
         pre_process=runtime.is_first_stage(),
         post_process=runtime.is_last_stage(),
         share_embeddings_and_output_weights=arch.tied,

@@ -115,19 +115,20 @@ def _mlp(arch: Architecture, setting: Setting) -> float:
     return (arch.experts_per_token * routed + 5 * arch.experts) / setting.sharers
 
 
-def block_activations(arch: Architecture, setting: Setting) -> float:
-    """Bytes that one block keeps of a micro-batch for its backward pass, on one rank."""
+def layer_activations(arch: Architecture, setting: Setting, part: str) -> float:
+    """Bytes that one "attention" or "mlp" layer keeps of a micro-batch for its backward pass, on one rank."""
     b, tp, length = setting.element, setting.parallel.tensor, setting.sequence_length // setting.parallel.context
     heads, groups, dim = arch.heads / tp, arch.groups / tp, arch.head_dim
-    # Two norms: their inputs, and their outputs, which are the inputs of the matrices.
-    token = 2 * (_norm(arch.hidden, arch, setting) + b * arch.hidden) / setting.sharers
+    # The norm before it: its input, and its output, which is the input of the matrices.
+    token = (_norm(arch.hidden, arch, setting) + b * arch.hidden) / setting.sharers
+    if part == "mlp":
+        return (token + _mlp(arch, setting)) * setting.tokens
     # Queries, keys and values as one matrix makes them; queries and keys turned; the output, and each head's log-sum-exp.
     token += b * dim * ((heads + 2 * groups) + (heads + groups) + heads) + 4 * heads
     if arch.traits.qk_norm:
         token += (heads + groups) * _norm(dim, arch, setting)
         if setting.device == Device.cuda or setting.dtype == Dtype.fp32:
             token -= b * dim * groups  # keys are read where they lie, beside the values that are kept anyway
-    token += _mlp(arch, setting)
     rotary = 4 * b * dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
     mask = 0
     if setting.device == Device.cpu and arch.window and arch.window < length:
@@ -137,9 +138,10 @@ def block_activations(arch: Architecture, setting: Setting) -> float:
 
 def activations(arch: Architecture, setting: Setting, stage: int, micro_batches: int) -> float:
     """Bytes that a rank of a stage keeps for the backward passes of all micro-batches in flight."""
-    blocks = len(layout.stage_blocks(arch, setting.parallel)[stage])
+    blocks = layout.stage_blocks(arch, setting.parallel)[stage]
     border = setting.element * arch.hidden * setting.tokens / setting.sharers
-    kept = blocks * block_activations(arch, setting) + border * ((stage > 0) + (stage < setting.last))
+    kept = border * ((stage > 0) + (stage < setting.last))
+    kept += sum(layer_activations(arch, setting, part) for block, part in arch.layers if block in blocks)
     if stage == setting.last:
         kept += (_norm(arch.hidden, arch, setting) * setting.tokens) / setting.sharers
     return kept * min(setting.parallel.pipeline - stage, micro_batches)
@@ -191,7 +193,7 @@ def forward_flops(arch: Architecture, sequence_length: int, head: bool = True) -
     window = min(arch.window or sequence_length, sequence_length)
     attended = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
     weights = matrix_parameters(arch) + head * arch.vocab * arch.hidden
-    return 2 * weights + 4 * arch.blocks * arch.heads * arch.head_dim * attended
+    return 2 * weights + 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * attended
 
 
 def training(
