@@ -193,7 +193,7 @@ def _problems(
         for role, arch in archs.items():
             yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
-        yield from checks.problems(student, archs.get("teacher"), training, setting.replicas)
+        yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
     for role, arch in archs.items():
         if role in ("target", "student") or (isinstance(config, ExportRun) and config.format == ExportFormat.hf):
             yield from architecture.export_problems(arch)
