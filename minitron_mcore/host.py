@@ -1,8 +1,9 @@
 """Lets megatron-core run where there is no CUDA: gloo for NCCL, host memory for device memory.
 
 megatron-core names CUDA in three ways: it asks `torch.cuda` for a device, a stream or a random state; it allocates with
-`device="cuda"` or from pinned memory; and its optimizers read `Tensor.type()`. `prepare()` gives each a stand-in that means the CPU. Where CUDA is
-there it changes nothing. Call it before the first megatron import that runs code (every entry of this package does).
+`device="cuda"` or in pinned memory; and its optimizers read `Tensor.type()`. `prepare()` gives each a stand-in that means the
+CPU. Where CUDA is there it changes nothing. Call it before the first megatron import that runs code (every entry of this
+package does).
 """
 
 import contextlib

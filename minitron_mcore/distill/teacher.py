@@ -14,7 +14,8 @@ class Teacher:
     """A model in the student's layout that never trains.
 
     What it leaves behind of a micro-batch lies on last-stage ranks only: the final norm's output [S_r, B, H], S_r = S / CP or
-    S / CP / TP under sequence parallelism, in the teacher's dtype. Its head's rows [V_r, H] lie there too, sharded as the student's.
+    S / CP / TP under sequence parallelism, in the teacher's dtype. Its head's rows [V_r, H] lie there too, sharded as the
+    student's.
     """
 
     def __init__(self, model: Model, ahead: int):

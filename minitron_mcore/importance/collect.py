@@ -41,8 +41,8 @@ from minitron_mcore import runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models import build
+from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.schedule import forward
 
 
