@@ -122,8 +122,8 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         bias_dropout_fusion=gpu,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
-        # With two interleaved stages both neighbours are one rank, and only sends and receives of one direction at a time keep
-        # its messages apart (Megatron-LM asks for the same). Otherwise in a batch, which gloo doesn't have.
+        # Interleaved on two ranks both neighbours are one rank, and a batch of messages mixes up activations and gradients in
+        # silence (seen on gloo; Megatron-LM refuses it). One by one and apart, as it then wants them, they keep their order.
         overlap_p2p_comm=parallel.virtual > 1,
         batch_p2p_comm=gpu and parallel.virtual == 1,
         **(experts if arch.experts else {}),
