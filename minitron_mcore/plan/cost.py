@@ -122,10 +122,11 @@ def _attention(arch: Architecture, setting: Setting) -> float:
     b, tp, dim = setting.element, setting.parallel.tensor, arch.head_dim
     heads, groups = arch.heads / tp, arch.groups / tp
     gathered = setting.device == Device.cpu and setting.parallel.context > 1
-    if gathered:  # queries turned; keys and values of the whole sequence; the output by parts and as one
+    # Queries, keys and values as one matrix makes them; queries and keys turned; the output. Where keys and values are gathered:
+    # queries turned; keys and values of the whole sequence; the output by parts and as one.
+    kept = (heads + 2 * groups) + (heads + groups) + heads
+    if gathered:
         kept = heads + 2 * setting.parallel.context * groups + 2 * heads
-    else:  # queries, keys and values as one matrix makes them; queries and keys turned; the output
-        kept = (heads + 2 * groups) + (heads + groups) + heads
     norms = 0
     if arch.traits.qk_norm:
         norms = (heads + groups) * _norm(dim, arch, setting)
