@@ -202,17 +202,17 @@ def sharded(parameter: table.Parameter, pieces: list[tuple[tuple[int, ...], Tens
     }
 
 
-def model_state(model: build.LanguageModel, arch: Architecture, tp_rank: int, tp_size: int) -> dict:
+def model_state(model: build.Model, arch: Architecture, tp_rank: int, tp_size: int) -> dict:
     """A model's parameters as sharded tensors in the table's terms; each views the parameter's memory.
 
     A rank's part: its stage's blocks, its tensor-parallel ranges, its experts; padding rows of the vocabulary are left out.
     """
     by_name = {parameter.name: parameter for parameter in table.parameters(arch)}
-    dp_rank, state = runtime.dp_group().rank(), {}
+    copy, state = runtime.dp_cp_group().rank(), {}
     for n, (name, tensor) in enumerate(build.named_parameters(model)):
         parameter, tp_dim = by_name[name], by_name[name].row.tp_dim
         tied_copy = name == "embedding.word_embeddings.weight" and not runtime.is_first_stage()
-        replica = (int(tied_copy), 0 if tp_dim is not None else tp_rank, dp_rank)
+        replica = (int(tied_copy), 0 if tp_dim is not None else tp_rank, copy)
         if parameter.expert is not None:
             replica = (0, 0, runtime.expert_dp_group().rank())
         state |= {
@@ -289,7 +289,7 @@ def undamaged(step_dir: Path) -> Iterator[None]:
         raise UserError(f"the checkpoint {step_dir} is damaged or incomplete ({reason}): make it again.") from error
 
 
-def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
+def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     """Set a model's parameters from a checkpoint of any layout (collective); padding rows of the vocabulary become zero.
 
     Raises:
@@ -314,7 +314,7 @@ def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
                 )
 
 
-def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.LanguageModel:
+def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.Model:
     """Build a checkpoint's model in a layout and set its weights (collective)."""
     model = build.build(checkpoint.arch, parallel, dtype)
     load_weights(model, checkpoint)

@@ -31,8 +31,10 @@ class ParallelConfig:
     """Ranks that share each matrix (TP)."""
     pipeline: int = 1
     """Stages that share the layers (PP)."""
+    virtual: int = 1
+    """Chunks of layers that a pipeline rank holds, every PP-th stretch of the model: the interleaved schedule where above 1."""
     context: int = 1
-    """Ranks that share each sequence in attention (CP)."""
+    """Ranks that share each sequence (CP)."""
     expert: int = 1
     """Ranks that share the experts of a block (EP), taken from the tensor- and data-parallel ranks."""
     sequence: bool = False

@@ -195,7 +195,7 @@ def _problems(
         for role, arch in archs.items():
             yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
-        yield from checks.problems(student, archs.get("teacher"), training, setting.replicas)
+        yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
     for role, arch in archs.items():
         if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
             yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
@@ -226,9 +226,9 @@ def _ranks(
             {f"{role}'s weights": cost.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}
             for stage in range(setting.parallel.pipeline)
         ]
-    blocks = layout.stage_blocks(main, setting.parallel)
+    blocks = [sum(map(len, layout.rank_chunks(main, setting.parallel, n))) for n in range(setting.parallel.pipeline)]
     return [
-        {"stage": n, "blocks": len(blocks[n]), "parameters": sum(cost.parameters(main, setting, n))}
+        {"stage": n, "blocks": blocks[n], "parameters": sum(cost.parameters(main, setting, n))}
         | {kind: round(size) for kind, size in row.items()}
         for n, row in enumerate(rows)
     ]
@@ -257,6 +257,7 @@ def _show(config: Run, figures: dict) -> None:
     p, dry, world = config.parallel, config.dry, figures["gpus"]
     replicas = world // max(1, p.tensor * p.pipeline * p.context)
     axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
+    axes += f", {p.virtual} chunks a pipeline rank" if p.virtual > 1 else ""
     notes = [f"processes: {world}; {axes}{', sequence parallel' if p.sequence else ''}; {config.dtype} on {dry.device}"]
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [

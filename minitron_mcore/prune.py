@@ -57,7 +57,7 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
 
 def build_pruned(
     source: checkpoint.Checkpoint, plan: Plan, parallel: ParallelConfig, dtype: str, reader: stream.Reader | None = None
-) -> build.LanguageModel:
+) -> build.Model:
     """A pruned model in memory, its weights cut straight out of the source's files (collective); nothing is written.
 
     A rank holds its part of the target and reads, parameter by parameter, the stretch of the source that its part was kept from.

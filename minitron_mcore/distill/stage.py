@@ -17,7 +17,7 @@ def run(config: StageRun, settings: DistillConfig, student: Checkpoint, teacher:
         UserError: see `train.check`, `data.prepare` and `checkpoint.claimed`.
     """
     out_dir = Path(config.out_dir)
-    train.check(student, teacher, settings, runtime.dp_group().size())
+    train.check(student, teacher, settings, config.parallel)
     with checkpoint.claimed(out_dir, plain(config), resume=True) as resumed:
         runtime.log(spec.describe())
         prefixes, weights = data.prepare(config.data, student.hf, student.arch.vocab)

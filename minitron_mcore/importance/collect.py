@@ -1,4 +1,4 @@
-"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline, data and expert parallelism.
+"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline, context, data and expert parallelism.
 
 For every channel c the paper's choice (arXiv 2407.14679, section 2.2 and table 11) is mean over the sequence, L2 over samples:
 
@@ -21,14 +21,15 @@ What a rank sees, and what completes it:
     input, output of an expert          [own tokens, F or H]   the sum over ranks that hold it, once at the end
     norm output, layer output           [S_r, B, H] under sequence parallelism, else [S, B, H] replicated, of which a rank
                                         counts its share of S: the sum over S, over tensor-parallel ranks, before it is squared
+    all of these, where S is its share  the sum over S, over context-parallel ranks, before it is squared; a sample's length too
     different samples                                          the sum over b, over data-parallel ranks, once at the end
     different blocks                                           own entries; hidden sums over pipeline stages at the end
 
 Sums are fp32 (bf16 overflows), padding is masked out of every mean, nothing leaves the device before the end, and a
-micro-batch costs one small collective where there is tensor parallelism, else none.
+micro-batch costs a pipeline stage one small collective for each of tensor and context parallelism.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,8 +41,8 @@ from minitron_mcore import runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores
+from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.build import LanguageModel
 from minitron_mcore.schedule import forward
 
 
@@ -59,25 +60,25 @@ class Collector:
     """Accumulators of one rank: a [C] vector of squares for each hook, a scalar sum of 1 - cosine for each layer, and for its
     own experts sums over tokens."""
 
-    def __init__(self, model: LanguageModel, arch: Architecture):
+    def __init__(self, model: build.Model, arch: Architecture):
         self.model, self.arch = model, arch
         self.squares: dict[str, Tensor] = {}
         self.distances: dict[str, Tensor] = {}
         self.routed: dict[str, Tensor] = {}  # by block: [own experts, F + 1], the channels and then the output's norm
         self.tokens = torch.zeros((), dtype=torch.int64, device=runtime.device())
-        self.samples = 0
         self._open: dict[str, Tensor] = {}  # per-sample sums over S of this micro-batch, not yet squared
-        self._split: set[str] = set()  # those of `_open` whose S is spread over tensor-parallel ranks
+        self._split: set[str] = set()  # those of `_open` whose S is spread over tensor-parallel ranks too
         self._mask: Tensor | None = None  # [S, B, 1], or None where nothing is padding
-        self._length = 0  # S
+        self._length = 0  # S, of a context-parallel rank
         self._stream: Tensor | None = None  # the last layer's output, as `_directions` gives it: the next one's input
         self._change: tuple[Tensor, Tensor] | None = None  # of the open block's attention, and its squared length
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Register every hook; yields their handles."""
-        yield self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        yield self.model.register_forward_hook(self._end)
-        for layer in self.model.decoder.layers:
+        for chunk in self.model.chunks:  # which take turns: none begins before another has ended
+            yield chunk.register_forward_pre_hook(self._begin, with_kwargs=True)
+            yield chunk.register_forward_hook(self._end)
+        for layer in build.layers(self.model):
             block, part = self.arch.layers[layer.layer_number - 1]
             at, is_mlp = f"blocks.{block}", part == "mlp"
             norm = layer.pre_mlp_layernorm if is_mlp else layer.input_layernorm
@@ -97,13 +98,13 @@ class Collector:
     def _begin(self, module, args, kwargs) -> None:
         mask = kwargs.get("loss_mask")  # [B, S]; True where a token is real
         ids = args[0]
-        self.samples += len(ids)
         self._mask, self._length = None, ids.shape[1]
-        self._lengths = torch.full((len(ids), 1), ids.shape[1], device=ids.device, dtype=torch.float32)
+        self._open["lengths"] = torch.full((len(ids), 1), ids.shape[1], device=ids.device, dtype=torch.float32)
         if mask is not None:
-            self._lengths = mask.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1)
+            self._open["lengths"] = mask.sum(1, keepdim=True, dtype=torch.float32)
             self._mask = mask.t()[..., None]
-        self.tokens += mask.sum() if mask is not None else ids.numel()
+        if module is self.model.chunks[0]:
+            self.tokens += mask.sum() if mask is not None else ids.numel()
 
     def _share(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rows of the residual stream or a norm's output [S or S_r, B, H] that this rank counts, and the mask's for them."""
@@ -181,17 +182,25 @@ class Collector:
         self.distances[name] = self.distances.get(name, 0) + distance
 
     def _end(self, module, args, output) -> None:
-        if runtime.tp_group().size() > 1:
-            names = sorted(self._split)
-            stacked = torch.stack([self._open[name] for name in names])
-            dist.all_reduce(stacked, group=runtime.tp_group())
-            self._open |= dict(zip(names, stacked, strict=True))
+        self._complete(self._split, runtime.tp_group())
+        self._complete(self._open.keys(), runtime.cp_group())
+        lengths = self._open.pop("lengths").clamp(min=1)
         for name, sums in self._open.items():
-            squares = (sums / self._lengths).square().sum(0)
+            squares = (sums / lengths).square().sum(0)
             self.squares[name] = self.squares.get(name, 0) + squares
         self._open.clear()
         self._split.clear()
         self._stream = self._change = None
+
+    def _complete(self, names: Iterable[str], group: dist.ProcessGroup) -> None:
+        """Sum these of the open sums over the ranks of a group, which see other tokens of the same samples (collective)."""
+        if group.size() == 1:
+            return
+        names = sorted(names)
+        flat = torch.cat([self._open[name].flatten() for name in names])
+        dist.all_reduce(flat, group=group)
+        for name, part in zip(names, flat.split([self._open[name].numel() for name in names]), strict=True):
+            self._open[name] = part.view_as(self._open[name])
 
     def scores(self) -> dict[str, Tensor]:
         """Reduce over all ranks and gather the global vectors; the same result on every rank (collective).
@@ -202,9 +211,9 @@ class Collector:
         """
         for squares in self.squares.values():
             dist.all_reduce(squares, group=runtime.dp_group())
-        dist.all_reduce(self.tokens, group=runtime.dp_group())
+        dist.all_reduce(self.tokens, group=runtime.dp_cp_group())
         distances = torch.stack([self.distances[name] for name in sorted(self.distances)])
-        dist.all_reduce(distances, group=runtime.dp_group())
+        dist.all_reduce(distances, group=runtime.dp_cp_group())
         dist.all_reduce(distances, group=runtime.tp_group())
 
         found, hidden = {}, torch.zeros(self.arch.hidden, device=runtime.device())
@@ -233,7 +242,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 @contextmanager
-def collecting(model: LanguageModel, arch: Architecture) -> Iterator[Collector]:
+def collecting(model: build.Model, arch: Architecture) -> Iterator[Collector]:
     """Collect importance from every forward pass of `model` inside the block; its hooks are gone after it."""
     collector = Collector(model, arch)
     handles = list(collector.hooks())
@@ -244,7 +253,7 @@ def collecting(model: LanguageModel, arch: Architecture) -> Iterator[Collector]:
             handle.remove()
 
 
-def score(model: LanguageModel, source: Checkpoint, tokens: Tensor, mask: Tensor, micro_batch: int) -> Scores:
+def score(model: build.Model, source: Checkpoint, tokens: Tensor, mask: Tensor, micro_batch: int) -> Scores:
     """Score a model on calibration samples (collective); the same result on every rank.
 
     Args:
@@ -272,9 +281,10 @@ def score(model: LanguageModel, source: Checkpoint, tokens: Tensor, mask: Tensor
     ]
     progress = runtime.Progress("importance", len(batches), "micro-batches")
     with collecting(model, source.arch) as collector:
-        for done, batch in enumerate(batches, 1):
-            forward(model, [batch], lambda hidden, batch: None)
-            progress.update(done)
+        for start in range(0, len(batches), runtime.pp_group().size()):
+            group = batches[start : start + runtime.pp_group().size()]  # together they keep every stage busy
+            forward(model, group, lambda hidden, batch: None)
+            progress.update(start + len(group))
     metadata = {
         "fingerprint": source.fingerprint,
         "architecture": source.arch.digest(),

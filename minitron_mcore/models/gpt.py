@@ -249,5 +249,5 @@ def _extra_state(parameter: table.Parameter, where: Place, names: str) -> dict:
     if kind != "weight" or not (norm or ".linear_" in module):
         return {}
     key, tp = f"{module}._extra_state", runtime.tp_group().rank()
-    replica = hf.replica(parameter) if parameter.expert is not None else (tp, runtime.dp_group().rank())
+    replica = hf.replica(parameter) if parameter.expert is not None else (tp, runtime.dp_cp_group().rank())
     return {f"{parameter.name}@extra": ShardedObject(key, None, where.sizes or (1,), where.index or (0,), replica)}
