@@ -24,6 +24,7 @@ from minitron_mcore.config import (
 )
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.importance import checks as importance
 from minitron_mcore.launching import CONF, alone, compose
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
@@ -194,6 +195,8 @@ def _problems(
             yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
         yield from checks.problems(student, archs.get("teacher"), training, setting.replicas)
+    if isinstance(config, ImportanceRun) and "model" in archs:
+        yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
         if role in ("target", "student") or (isinstance(config, ExportRun) and config.format == ExportFormat.hf):
             yield from architecture.export_problems(arch)
