@@ -69,9 +69,35 @@ class DataConfig:
     seed: int = 1234
 
 
+class Aggregation(StrEnum):
+    mean = "mean"
+    l2 = "l2"
+    variance = "variance"
+
+
+class FfnSite(StrEnum):
+    after_gate = "after_gate"
+    before_gate = "before_gate"
+
+
 @dataclass
-class ImportanceConfig:
-    """Calibration: batch L2 over sequence mean (arXiv 2407.14679, section 2.2)."""
+class Statistic:
+    """What a channel's score is made of: batch L2 over sequence mean by default (arXiv 2407.14679, section 2.2)."""
+
+    sequence: Aggregation = Aggregation.mean
+    """Over a sample's tokens: mean of absolute values, L2 norm, or variance."""
+    batch: Aggregation = Aggregation.l2
+    """Over the samples' results."""
+    ffn_site: FfnSite = FfnSite.after_gate
+    """Where ffn channels are seen: at the input of the down projection, or before the activation (of SwiGLU the gate's rows), as
+    the paper prints it."""
+    weighted: bool = False
+    """Times the norm of the weights that read the channel or head (as Wanda, arXiv 2306.11695; for ffn as Puzzle)."""
+
+
+@dataclass
+class ImportanceConfig(Statistic):
+    """Calibration."""
 
     samples: int = 1024
     sequence_length: int = 8192

@@ -24,6 +24,7 @@ from minitron_mcore.config import (
 )
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.importance import checks as importance
 from minitron_mcore.launching import CONF, alone, compose
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
@@ -196,6 +197,8 @@ def _problems(
             yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
         yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
+    if isinstance(config, ImportanceRun) and "model" in archs:
+        yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
         if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
             yield from architecture.missing_layers(arch, "megatron-core's GPTModel")

@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from minitron_mcore.launching import alone
@@ -87,7 +88,7 @@ def _heat(axes: Axes, rows: dict[int, np.ndarray], extent_x: tuple[float, float]
     norm = LogNorm(low, max(high, low * 1.01), clip=True)
     extent = (*extent_x, max(rows) + 0.5, min(rows) - 0.5)
     image = axes.imshow(grid, norm=norm, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent)
-    axes.figure.colorbar(image, ax=axes, label="score (mean over S, L2 over B)", extend="both")
+    axes.figure.colorbar(image, ax=axes, label="score", extend="both")
     axes.set(ylabel="block (from 0)", **labels)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -138,10 +139,22 @@ def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
     return True
 
 
+def statistic(scores_file: str | os.PathLike) -> str:
+    """How scores were made, in a line; empty where they don't say."""
+    with safe_open(scores_file, "np") as file:
+        found = file.metadata() or {}
+    shown = ("metric", "aggregation", "ffn_site", "samples", "tokens")
+    return "; ".join(f"{key.replace('_', ' ')}: {found[key]}" for key in shown if key in found)
+
+
 def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> None:
-    """One picture of a scores.safetensors: hidden (sorted), FFN (quantiles by block), heads and depth, where scored."""
+    """One picture of a scores.safetensors: hidden (sorted), FFN (quantiles by block), heads and depth, where scored.
+
+    Its title is what the scores say of how they were made.
+    """
     scores = load_file(scores_file)
     figure = Figure(figsize=(12, 8.5), layout="constrained")
+    figure.suptitle(statistic(scores_file))
     for axes, draw in zip(figure.subplots(2, 2).flat, (_hidden, _ffn, _heads, _depth), strict=True):
         if not draw(axes, scores):
             axes.set_axis_off()

@@ -108,6 +108,19 @@ def test_importance_draws_the_values(tmp_path):
     figure.savefig(tmp_path / "all.png")
 
 
+def test_importance_says_its_statistic(tmp_path):
+    save_file(scores(), tmp_path / "silent.safetensors")
+    said = {"aggregation": "batch mean, sequence variance", "ffn_site": "before_gate", "fingerprint": "0123"}
+    save_file(scores(), tmp_path / "scores.safetensors", metadata=said)
+    assert report.statistic(tmp_path / "silent.safetensors") == ""
+    title = "aggregation: batch mean, sequence variance; ffn site: before_gate"
+    assert report.statistic(tmp_path / "scores.safetensors") == title
+    for name in ("silent", "scores"):
+        report.plot_importance(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.png")
+    silent, spoken = (imread(tmp_path / f"{name}.png")[:30, :, :3] for name in ("silent", "scores"))
+    assert (spoken < 0.5).sum() > (silent < 0.5).sum() + 1000
+
+
 @pytest.mark.parametrize("steps", [1, 7, 90])
 def test_losses_of_several_runs(tmp_path, steps):
     for name, scale in (("kl", 1.0), ("ce", 0.0)):

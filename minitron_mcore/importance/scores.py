@@ -80,11 +80,17 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
         if name not in vectors or tuple(vectors[name].shape) != shape:
             found = tuple(vectors[name].shape) if name in vectors else "nothing"
             raise UserError(f"{path} has {found} for {name}, expected shape {shape}: run launch/importance.py again.")
-        if not torch.isfinite(vectors[name]).all():
-            raise UserError(
-                f"{path} holds a value that is not finite in {name}: check the model and its data, then score again."
-            )
+    check_finite(vectors, path)
     return Scores(vectors, metadata)
+
+
+def check_finite(vectors: dict[str, Tensor], origin: str | Path) -> None:
+    """Raises UserError for the first vector that holds a NaN or an infinity; `origin` says where they came from."""
+    for name, vector in vectors.items():
+        if not torch.isfinite(vector).all():
+            raise UserError(
+                f"{origin} gives a value that is not finite in {name}: check the model and its data, then score again."
+            )
 
 
 def summary(scores: Scores) -> list[dict]:
