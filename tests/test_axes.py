@@ -19,7 +19,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.importance import scores as artefact
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.plan import Plan, load_plan, make_plan
+from minitron_mcore.plan.plan import Plan, choose_heads, load_plan, make_plan
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_distill import CONFIG, distill
@@ -319,6 +319,16 @@ def test_layers_go_by_score():
     again = make_plan(plan.target, "y", random_scores(plan.target), PruneConfig(drop_blocks=[1], groups=0.5))
     assert (again.target.no_attention, again.target.no_mlp, again.target.heads) == ((0,), (1,), 6)
     assert again.notes() == ["dropped blocks: [1]"]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1, 1), (2, 1), (3, 2), (5, 3), (6, 3), (6, 5), (5, 2)])
+def test_best_dropped_heads_meet_worst_kept_ones(size, kept):
+    source = dataclasses.replace(TINY, heads=4 * size)
+    target = dataclasses.replace(source, heads=3 * kept, groups=3)
+    scores = torch.rand(source.heads, generator=torch.Generator().manual_seed(size))
+    groups, heads, pairs = choose_heads(scores, source, target)
+    assert pairs == (pairs_by_hand(scores.tolist(), groups, size, kept) if 2 * kept >= size else {})
+    assert len(heads) == 3 * kept and {head // size for head in heads} == set(groups)
 
 
 def test_descriptions_of_before_are_read(tmp_path):
