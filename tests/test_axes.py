@@ -19,7 +19,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.importance import scores as artefact
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.plan import Plan, load_plan, make_plan
+from minitron_mcore.plan.plan import Plan, choose_heads, load_plan, make_plan
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_distill import CONFIG, distill
@@ -140,6 +140,7 @@ def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
     assert left.keys() == kept.keys() and all(torch.equal(left[k], kept[k]) for k in kept)
     assert load_plan(tmp_path / "finer") == finer
     if layout == "tp1":
+        (tmp_path / "cut").mkdir()
         prune.cut_folder(parent.parent / "hf", plan, tmp_path / "cut")
         cut = models.weights(tmp_path / "cut")
         assert cut.keys() == expected.keys() and all(torch.equal(cut[k], expected[k]) for k in expected)
@@ -291,11 +292,8 @@ def test_mixture_of_experts(tmp_path):
         ({"drop_mlp": [0], "mlp": 3}, "prune.mlp is 3, but prune.drop_mlp leaves 4: give one of the two"),
         ({"drop_blocks": [0], "blocks": 3}, "prune.blocks is 3, but prune.drop_blocks leaves 4: give one of the two"),
         ({"blocks": 3, "attention": 4}, "prune.attention is 4, but the kept blocks have 3: give 1 to 3"),
-        ({"attention": 2, "mlp": 2}, "would leave neither attention nor MLP in block .: drop it whole"),
-        (
-            {"drop_attention": [2], "drop_mlp": [2]},
-            "block 2 would keep neither attention nor MLP: drop the whole block",
-        ),
+        ({"attention": 2, "mlp": 2}, r"left of blocks 1, 4, neither .* prune.drop_blocks=\[1, 4\]"),
+        ({"drop_blocks": [0], "drop_attention": [2], "drop_mlp": [2]}, r"of block 2, .* prune.drop_blocks=\[0, 2\]"),
         ({"groups": 3, "heads": 8, "hidden": 0}, "prune.hidden is 0.*\n.*prune.heads 8"),
     ],
 )
@@ -321,6 +319,16 @@ def test_layers_go_by_score():
     again = make_plan(plan.target, "y", random_scores(plan.target), PruneConfig(drop_blocks=[1], groups=0.5))
     assert (again.target.no_attention, again.target.no_mlp, again.target.heads) == ((0,), (1,), 6)
     assert again.notes() == ["dropped blocks: [1]"]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1, 1), (2, 1), (3, 2), (5, 3), (6, 3), (6, 5), (5, 2)])
+def test_best_dropped_heads_meet_worst_kept_ones(size, kept):
+    source = dataclasses.replace(TINY, heads=4 * size)
+    target = dataclasses.replace(source, heads=3 * kept, groups=3)
+    scores = torch.rand(source.heads, generator=torch.Generator().manual_seed(size))
+    groups, heads, pairs = choose_heads(scores, source, target)
+    assert pairs == (pairs_by_hand(scores.tolist(), groups, size, kept) if 2 * kept >= size else {})
+    assert len(heads) == 3 * kept and {head // size for head in heads} == set(groups)
 
 
 def test_descriptions_of_before_are_read(tmp_path):

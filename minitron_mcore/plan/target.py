@@ -66,8 +66,8 @@ def depth(source: Architecture, prune: PruneConfig, distances: Mapping[str, Supp
     if not wrong and (empty := sorted(set(blocks) - {*attention, *mlp})):
         gone = sorted({*range(source.blocks)} - {*blocks} | {*empty})
         wrong.append(
-            f"prune would leave neither attention nor MLP in block {_spans(empty)}: drop it whole (prune.drop_blocks={gone}), or "
-            "keep more attention or MLP layers."
+            f"nothing would be left of block{'s' * (len(empty) > 1)} {_spans(empty)}, neither attention nor MLP: say "
+            f"prune.drop_blocks={gone} instead of prune.blocks, or keep more attention or MLP layers."
         )
     refuse(wrong)
     return Depth(blocks, attention, mlp)
