@@ -14,7 +14,7 @@ from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import DistillConfig, ParallelConfig, PruneConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.models import layout
+from minitron_mcore.models import layout, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import on_ranks
@@ -47,12 +47,14 @@ def parent(tmp_path_factory):
 
 
 def score_cut_say(source, parallel, ids, out_dir):
-    """Scores, the plan that they give, its cut in `out_dir`; (positions, logits there) of what was cut, on last-stage ranks."""
+    """Scores, the plan that they give, its cut in `out_dir`; (positions, logits there) of what was cut, on last-stage ranks; the
+    pieces that this rank alone wrote."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from minitron_mcore import runtime
+    from minitron_mcore import runtime, stream
     from minitron_mcore.checkpoint import build_model
     from minitron_mcore.importance.collect import score
+    from minitron_mcore.models import hf
     from minitron_mcore.prune import build_pruned
     from minitron_mcore.schedule import forward
 
@@ -69,7 +71,14 @@ def score_cut_say(source, parallel, ids, out_dir):
 
     batch = {"tokens": ids, "at": torch.arange(ids.shape[1]).expand_as(ids)}
     forward(build_pruned(opened, plan, parallel, "fp32"), [batch], keep, headless=False)
-    return found.vectors, found.metadata, plan, said
+    tp = runtime.tp_group()
+    written = [
+        (parameter.name, offset)
+        for parameter in hf.stage_parameters(opened.arch, parallel)
+        for offset, _ in stream.boxes(parameter, tp.rank(), tp.size())
+        if not any(hf.replica(parameter))
+    ]
+    return found.vectors, found.metadata, plan, said, written
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -77,8 +86,8 @@ def test_scores_cuts_and_logits_are_those_of_one_process(tmp_path, parent, name)
     world, parallel = LAYOUTS[name]
     at, ids, expected, wanted = parent
     logits = models.hf_logits(export_folder(at / "pruned", tmp_path / "hf"), ids)
-    spoken = set()
-    for vectors, metadata, plan, said in on_ranks(
+    spoken, pieces = set(), []
+    for vectors, metadata, plan, said, written in on_ranks(
         score_cut_say, world, parallel, at / "ckpt", parallel, ids, tmp_path / "pruned"
     ):
         assert (metadata["samples"], metadata["tokens"]) == (str(len(LENGTHS)), str(sum(LENGTHS)))
@@ -87,10 +96,13 @@ def test_scores_cuts_and_logits_are_those_of_one_process(tmp_path, parent, name)
             torch.testing.assert_close(vectors[key].double(), vector, rtol=1e-5, atol=1e-7, msg=key)
         kept = ("hidden", "ffn", "heads", "blocks")
         assert all(getattr(plan, axis) == getattr(wanted, axis) for axis in kept)
+        pieces += written
         for positions, found in said:
             spoken |= set(positions.tolist())
             torch.testing.assert_close(found, logits[:, positions], rtol=0, atol=2e-4)
     assert spoken == set(range(ids.shape[1]))
+    assert len(pieces) == len(set(pieces))
+    assert {name for name, _ in pieces} == {p.name for p in table.parameters(open_checkpoint(at / "ckpt").arch)}
     found, alone = export(tmp_path / "pruned", tmp_path / "a"), models.weights(tmp_path / "hf")
     assert found.keys() == alone.keys() and all(torch.equal(found[key], alone[key]) for key in alone)
 
