@@ -138,6 +138,11 @@ def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> LanguageM
     return model.to(runtime.device())
 
 
+def layers(model: LanguageModel) -> list[nn.Module]:
+    """This rank's layers, each with its `layer_number`, which counts from 1 over the whole model."""
+    return [layer for layer in model.decoder.layers]
+
+
 def global_name(model: LanguageModel, name: str) -> str:
     """A local parameter's key in the distributed checkpoint: layers numbered over all stages, experts over all ranks."""
     if not name.startswith("decoder.layers."):
