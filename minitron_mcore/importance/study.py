@@ -32,9 +32,10 @@ def problems(config: DepthRun, blocks: int) -> Iterator[str]:
     """What keeps a model of so many blocks from being studied like this."""
     settings = config.depth
     for size in settings.sizes:
-        if not (0 < size < 1 or (size == int(size) and 1 <= size < blocks)):
+        if (round(size * blocks) if 0 < size < 1 else size) not in range(1, blocks):
             yield (
-                f"depth.sizes has {size:g}, but the model has {blocks} blocks: give 1 to {blocks - 1}, or a share between 0 and 1."
+                f"depth.sizes has {size:g}, but the model has {blocks} blocks: give 1 to {blocks - 1}, or a share that comes to "
+                "as many."
             )
     if not settings.sizes:
         yield "depth.sizes is empty: give numbers of blocks to drop, depth.sizes=[1,2,4]."
@@ -48,8 +49,8 @@ def problems(config: DepthRun, blocks: int) -> Iterator[str]:
 
 
 def sizes(config: DepthConfig, blocks: int) -> list[int]:
-    """Numbers of blocks to drop, ascending; a share is of all and at least one."""
-    return sorted({max(1, resolve(size, blocks, "blocks")) for size in config.sizes})
+    """Numbers of blocks to drop, ascending."""
+    return sorted({resolve(size, blocks, "blocks") for size in config.sizes})
 
 
 def swept(config: DepthConfig, blocks: int) -> list[int]:
