@@ -2,7 +2,8 @@
 
 python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
 
-`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
+`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here. `study` names the depth
+study that says which blocks go.
 """
 
 from minitron_mcore.config import PlanRun
@@ -14,6 +15,7 @@ def main(config: PlanRun) -> None:
     from pathlib import Path
 
     from minitron_mcore import checkpoint, report
+    from minitron_mcore.importance import study
     from minitron_mcore.importance.scores import load_scores
     from minitron_mcore.models import architecture, build
     from minitron_mcore.plan import plan as plans
@@ -23,7 +25,9 @@ def main(config: PlanRun) -> None:
         return
     source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
-    plan = plans.make_plan(source.arch, source.fingerprint, scores, config.prune)
+    prune, said = study.apply(config.study, source.arch.blocks, source.fingerprint, config.prune)
+    plan = plans.make_plan(source.arch, source.fingerprint, scores, prune)
+    plan.statistic.update(said)
     target.check_counts(plan.target, config.parameters, config.without_embeddings)
     build.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:

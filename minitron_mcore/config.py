@@ -106,6 +106,48 @@ class ImportanceConfig(Statistic):
     """One document a sample, padded at its end, instead of unbroken runs of tokens."""
 
 
+class DepthMetric(StrEnum):
+    """What a set of blocks is missed by; but for accuracy, less is better."""
+
+    loss = "loss"
+    kl = "kl"
+    mse = "mse"
+    accuracy = "accuracy"
+    cosine = "cosine"
+
+
+class DepthKind(StrEnum):
+    """How the blocks to drop are chosen."""
+
+    contiguous = "contiguous"
+    """The run of neighbours that is missed least (arXiv 2408.11796)."""
+    scattered = "scattered"
+    """Those that are missed least one by one."""
+    iterative = "iterative"
+    """The one that is missed least, then of the rest the one that is missed least, and so on (arXiv 2511.16664)."""
+    best = "best"
+    """Contiguous or scattered, for each number of blocks whichever is missed less as a whole."""
+
+
+@dataclass
+class DepthConfig:
+    """A study of which blocks a model can spare, by forward passes without them over held-out text."""
+
+    sizes: list[float] = field(default_factory=lambda: [1, 2, 4, 8, 0.5])
+    """Numbers of blocks to drop: whole numbers, or shares of the model's below 1. Runs of each are measured at every position."""
+    metric: DepthMetric = DepthMetric.loss
+    """What decides; loss, KL divergence and MSE of the logits are measured anyway, accuracy where there are `choices`."""
+    kind: DepthKind = DepthKind.contiguous
+    windows: int = 64
+    """Of each held-out file, spread evenly over it."""
+    sequence_length: int = 2048
+    micro_batch: int = 1
+    choices: str | None = None
+    """Multiple-choice questions, .jsonl or .jsonl.gz, of WinoGrande's form or with "query", "choices" and "label"."""
+    limit: int | None = None
+    """Only the first so many questions; null takes all."""
+
+
 @dataclass
 class PruneConfig:
     """Targets: a whole number is a size, a fraction below 1 a share of the source, null keeps all."""
@@ -218,6 +260,8 @@ class RecipeConfig:
     """The plan must make exactly so many; null asks nothing."""
     without_embeddings: int | None = None
     """The same, less the embedding table and the output head."""
+    study: str | None = None
+    """Folder of the depth study that chooses the blocks of prune.blocks; null leaves it to the scores."""
 
 
 @dataclass
@@ -228,6 +272,7 @@ class Run:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     correct: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -265,10 +310,20 @@ class ImportanceRun(StageRun):
 
 
 @dataclass
+class DepthRun(StageRun):
+    reads = ("data", "depth")
+    source: str = MISSING
+    scores: str | None = None
+    """Of an importance run, which has the cosines: needed for depth.metric=cosine."""
+
+
+@dataclass
 class PlanRun(StageRun):
     reads = ("prune",)
     source: str = MISSING
     scores: str = MISSING
+    study: str | None = None
+    """A depth study (folder or file) that says which blocks go; null: those of the least cosine distance."""
     parameters: int | None = None
     without_embeddings: int | None = None
 
@@ -333,6 +388,7 @@ class GenerateRun(Run):
 STAGES = {
     "convert": ConvertRun,
     "importance": ImportanceRun,
+    "depth": DepthRun,
     "plan": PlanRun,
     "prune": PruneRun,
     "correct": CorrectRun,

@@ -11,6 +11,7 @@ from minitron_mcore.config import (
     ConvertRun,
     CorrectRun,
     CutRun,
+    DepthRun,
     DistillConfig,
     DistillRun,
     EvaluateRun,
@@ -25,6 +26,7 @@ from minitron_mcore.config import (
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import checks as importance
+from minitron_mcore.importance import study
 from minitron_mcore.launching import CONF, alone, compose
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
@@ -204,6 +206,8 @@ def _problems(
             yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
         elif isinstance(config, ExportRun | CutRun) or (role in ("target", "student") and config.prune.exportable):
             yield from architecture.export_problems(arch)
+    if isinstance(config, DepthRun) and "model" in archs:
+        yield from study.problems(config, archs["model"].blocks)
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
@@ -222,8 +226,11 @@ def _ranks(
         micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
         ahead, shared = training.teacher_ahead, training.distributed_optimizer
         rows = cost.training(main, archs.get("teacher"), setting, micro_batches, ahead, shared)
-    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
+    elif isinstance(config, ImportanceRun | DepthRun | EvaluateRun | GenerateRun):
         rows = cost.scoring(main, setting)
+        if isinstance(config, DepthRun):
+            kept = cost.kept_states(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
+            rows[-1] |= {"hidden states": kept, "total": rows[-1]["total"] + kept}
     else:
         rows = [
             {f"{role}'s weights": cost.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}
@@ -249,6 +256,12 @@ def _operations(
     elif isinstance(config, ImportanceRun):
         steps, tokens = 1, config.importance.samples * length
         found = {"model": tokens * cost.forward_flops(archs["model"], length, head=False)}
+    elif (
+        isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
+    ):
+        steps = 1 + study.count(config.depth, archs["model"].blocks)
+        tokens = len(config.data.heldout) * config.depth.windows * length
+        found = {"model": tokens * cost.forward_flops(archs["model"], length)}
     else:
         return {}
     total = sum(found.values())

@@ -267,3 +267,9 @@ def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
         weights = setting.element * sum(parameters(arch, setting, stage))
         rows.append({"weights": weights, "workspace": passing, "total": weights + passing})
     return rows
+
+
+def kept_states(arch: Architecture, setting: Setting, windows: int) -> float:
+    """Bytes of the hidden states that a last-stage rank keeps of so many windows, shared out over the replicas."""
+    passes = math.ceil(windows / (setting.micro_batch * setting.replicas))
+    return passes * setting.tokens * arch.hidden * setting.element / setting.sharers

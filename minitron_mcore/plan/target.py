@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import NamedTuple, SupportsFloat
 
 from minitron_mcore.config import PruneConfig
@@ -66,7 +66,7 @@ def depth(source: Architecture, prune: PruneConfig, distances: Mapping[str, Supp
     if not wrong and (empty := sorted(set(blocks) - {*attention, *mlp})):
         gone = sorted({*range(source.blocks)} - {*blocks} | {*empty})
         wrong.append(
-            f"nothing would be left of block{'s' * (len(empty) > 1)} {_spans(empty)}, neither attention nor MLP: say "
+            f"nothing would be left of block{'s' * (len(empty) > 1)} {spans(empty)}, neither attention nor MLP: say "
             f"prune.drop_blocks={gone} instead of prune.blocks, or keep more attention or MLP layers."
         )
     refuse(wrong)
@@ -81,7 +81,7 @@ def _choose(prune: PruneConfig, option: str, there: list[int], total: int, score
         if not set(dropped) < set(there) or len(set(dropped)) != len(dropped):
             what = "the source has" if option == "blocks" else f"the kept ones with {option} are"
             raise UserError(
-                f"prune.drop_{option} {list(dropped)}: give different blocks, not all; {what} {_spans(there)}."
+                f"prune.drop_{option} {list(dropped)}: give different blocks, not all; {what} {spans(there)}."
             )
         left = [block for block in there if block not in dropped]
         if wanted is not None and count != len(left):
@@ -94,15 +94,11 @@ def _choose(prune: PruneConfig, option: str, there: list[int], total: int, score
     return sorted(sorted(there, key=lambda block: -score(block))[:count])
 
 
-def _spans(numbers: list[int]) -> str:
+def spans(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def target_architecture(
