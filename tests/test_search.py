@@ -1,17 +1,30 @@
 """The architecture search: a failure means a candidate that should not be there, or a rank that the weights do not earn."""
 
+import contextlib
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from hydra import initialize_config_dir
+from matplotlib.image import imread
 
-from minitron_mcore import launching
-from minitron_mcore.config import BudgetConfig, ParallelConfig, Run, SearchConfig
+from minitron_mcore import dryrun, launching, report_search
+from minitron_mcore.checkpoint import COMPLETE, open_checkpoint
+from minitron_mcore.config import BudgetConfig, EvaluateRun, ParallelConfig, Run, SearchConfig, SpeedConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import table
+from minitron_mcore.importance.scores import FILE as SCORES
+from minitron_mcore.importance.scores import Scores, save_scores
+from minitron_mcore.models import architecture, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import counts
 from minitron_mcore.plan.search import Space
+from minitron_mcore.testing import on_ranks
+from tests import families, models
+from tests.test_launch import word_tokenizer
+from tests.test_prune import random_scores
 
 ONE = ParallelConfig()
 # (blocks, hidden, ffn, heads, groups, head_dim, vocabulary), total, without embeddings: what was published of each model
@@ -204,3 +217,158 @@ def test_optuna_searches_what_is_too_much_for_a_grid():
     nothing = dataclasses.replace(wide().search, budget=BudgetConfig(parameters=1e8))
     with pytest.raises(UserError, match="no combination has 100,000,000 parameters .* the nearest is L20_H2048_F4"):
         next(Space(published("MN-Minitron"), nothing, ONE).proposals(1))
+
+
+def measured(folders: dict[str, str]) -> list[dict]:
+    from minitron_mcore.plan import latency
+
+    found = []
+    for name, folder in folders.items():
+        arch, _ = architecture.read_hf(folder)
+        model = latency._random_model(arch, folder, "fp32")
+        prompt = torch.randint(0, arch.vocab, (2, 7))
+        with torch.no_grad():
+            last = latency._decode(model, model(prompt, use_cache=True, logits_to_keep=1), 3)
+            said = prompt  # the same without a cache
+            for _ in range(3):
+                said = torch.cat([said, model(said, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        speeds = latency.measure(arch, folder, SpeedConfig(batch=2, prompt=7, generated=3, repetitions=1), "fp32")
+        found.append((name, model.num_parameters() - table.count(arch), torch.equal(last, said[:, -1:]), speeds))
+    return found
+
+
+def test_speed_is_that_of_the_whole_candidate_with_a_cache(tmp_path):
+    folders = {name: families.tiny(name, tmp_path / name) for name in ("llama32", "nemotron", "mixtral")}
+    for name, surplus, same, speeds in measured(folders):
+        assert surplus == 0 and same, name
+        assert speeds["prefill_tokens_per_second"] > 0 and speeds["decode_tokens_per_second"] > 0
+        assert "1 threads, fp32" in speeds["measured_on"]
+
+
+TINY = {
+    "search.blocks": "[4,5]",
+    "search.hidden": "[24,36]",
+    "search.ffn": "[18,30]",
+    "search.budget.parameters": 42000,
+    "search.budget.tolerance": 0.15,
+    "search.best": 2,
+    "search.steps": 3,
+    "search.look_every": 2,
+    "distill.global_batch": 4,
+    "distill.sequence_length": 16,
+    "distill.warmup_steps": 1,
+    "distill.peak_lr": 1e-2,
+    "distill.min_lr": 1e-3,
+    "evaluate.sequence_length": 32,
+    "evaluate.max_windows": 8,
+}
+
+
+class Cut(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def other_scores(root):
+    """Scores of the same model made anew, in the same place (collective)."""
+    file = root / "scores" / SCORES
+    kept, anew = file.read_bytes(), (root / "other" / SCORES).read_bytes()
+    dist.barrier()
+    file.write_bytes(anew)
+    dist.barrier()
+    yield
+    dist.barrier()
+    file.write_bytes(kept)
+    dist.barrier()
+
+
+def searches(config, root) -> dict:
+    """The same search in one go and in pieces (stopped, by shards, cut off in training); and its best candidate's losses as
+    launch/evaluate.py finds them."""
+    from minitron_mcore import evaluate
+    from minitron_mcore.plan import ranking
+
+    def run(out_dir, **settings):
+        search = dataclasses.replace(config.search, **settings)
+        ranking.run(dataclasses.replace(config, out_dir=str(root / out_dir), search=search))
+
+    def there(name) -> int:
+        return len(list((root / "pieces/candidates").glob(f"*/{name}")))
+
+    usual, looks = ranking.Ranking._loss, []
+
+    def cut_off_at_the_second(*args):
+        looks.append(1)
+        if len(looks) == 2:
+            raise Cut
+        return usual(*args)
+
+    run("whole")
+    run("pieces", stop_after=1)
+    assert there("measured.json") == 1
+    run("pieces", shards=2, shard=1)
+    assert there("measured.json") == 2 and there("distill") == 0
+    run("pieces", shards=2, shard=0, stop_after=1)
+    assert there("measured.json") == 3 and there("distill") == 0
+    with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
+        run("pieces")
+    ranking.Ranking._loss = cut_off_at_the_second
+    with pytest.raises(Cut):
+        run("pieces", shards=2, shard=1)
+    ranking.Ranking._loss = usual
+    assert there("distill") == 1 and not (root / "pieces" / COMPLETE).exists()
+    run("pieces")
+    found = {name: json.loads((root / name / "search.json").read_text()) for name in ("whole", "pieces")}
+    for kind in ("prune", "distill"):
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(Run)}
+        where = root / "whole/candidates" / found["whole"]["candidates"][0]["name"] / kind
+        evaluation = EvaluateRun(**fields, source=str(where))
+        found[kind] = evaluate.evaluate_run(*evaluate.open_model(evaluation), evaluation)[0]["loss"]
+    return found
+
+
+def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parallel = ParallelConfig(tensor=2)
+    models.tiny_llama(tmp_path / "hf")
+    word_tokenizer(tmp_path / "hf")
+    g = torch.Generator().manual_seed(0)
+    lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
+    Path("text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    on_ranks(models.import_hf, 2, parallel, Path("hf"), Path("parent"), parallel)
+    source = open_checkpoint("parent")
+    for name, seed in (("scores", 3), ("other", 4)):
+        Path(name).mkdir()
+        save_scores(name, Scores(random_scores(source.arch, seed).vectors, {"fingerprint": source.fingerprint}))
+    given = ["+model=smollm2_135m", "model.architecture=null", "parallel=tp2", "dtype=fp32", "data.train=[text.jsonl]"]
+    given += ["data.heldout=[text.jsonl]", "data.cache=cache", "source=parent", "teacher=parent"]
+    config = composed("search", *given, "scores=scores", *(f"{key}={value}" for key, value in TINY.items()))
+
+    found = on_ranks(searches, 2, parallel, config, tmp_path)[0]
+    assert found["whole"] == found["pieces"]
+    first, second, third = found["whole"]["candidates"]
+    assert [c["steps"] for c in (first, second, third)] == [[2, 3], [2, 3], []]
+    assert first["loss"] == first["losses"][-1] < second["loss"] < second["zero_shot_loss"] < third["zero_shot_loss"]
+    assert first["zero_shot_loss"] < third["zero_shot_loss"] and third["loss"] is None
+    # Rank by rank the same model, written to disk and read back.
+    assert first["zero_shot_loss"] == pytest.approx(found["prune"], rel=1e-6)
+    assert first["loss"] == pytest.approx(found["distill"], rel=1e-6)
+    for name in ("parameters.png", "ranks.png"):
+        assert imread(tmp_path / "pieces" / name).std() > 0.05
+
+
+def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["+model=nemotron4_15b", "search=minitron_4b", "distill=nemotron4", "parallel=tp8_sp", "dry.gpus=128"]
+    figures = dryrun.plan(composed("search", *given))
+    found = {role: model["parameters"] for role, model in figures["models"].items()}
+    assert found == {"teacher": 15_628_775_424, "student": 4_190_509_056} and not figures["problems"]
+    assert len(figures["candidates"]) == 18
+    assert figures["operations"]["tokens"] == 4 * 400 * 1152 * 4096
+    refused = dryrun.plan(composed("search", *given, "search.budget.parameters=1e9"))["problems"]
+    assert len(refused) == 1 and "the nearest is L29_H2560_F6400_N24" in refused[0]
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(1, 3.0), (2, 2.5), (3, 2.5), (4, 2.9), (5, 2.8), (5, 3.1)]
+    assert report_search.front(points) == [(5, 2.8), (3, 2.5)]

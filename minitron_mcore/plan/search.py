@@ -179,7 +179,7 @@ class Space:
             UserError: see `candidates`; optuna found none that fits.
         """
         if self.combinations <= GRID:
-            yield from self.candidates
+            yield from (candidate for candidate in self.candidates)  # a list's iterator would take no losses
         else:
             yield from self._asked(seed)
 
