@@ -1,7 +1,7 @@
 """An architecture search on SmolLM2-135M: 100 M parameters within 3 %, depth against width against speed.
 
 Candidates of conf/search/smollm2_100m.yaml are cut from one set of scores and ranked by their loss on held-out text of the standard
-library; the best four are trained for 24 steps of 1,024 tokens and ranked again. Everything lies below runs/search, where what is
+library; the best four are trained for 16 steps of 1,024 tokens and ranked again. Everything lies below runs/search, where what is
 finished is kept: remove the folder to start anew. About 15 minutes on two cores; --quick takes two candidates and two steps.
 """
 
@@ -24,7 +24,8 @@ def main() -> None:
     teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
     train, heldout = demo.write_stdlib_text(root / "text")
     settings = ["+recipe=smollm2_100m", f"runs={root}", f"model.hf={teacher}", f"data.train=[{train}]"]
-    settings += [f"data.cache={root}/cache", "search=smollm2_100m", *(QUICK if options.quick else [])]
+    settings += [f"data.cache={root}/cache", "search=smollm2_100m", "evaluate.max_windows=12", "distill.warmup_steps=2"]
+    settings += QUICK if options.quick else []
     stage("pipeline", *settings, "stages=[convert,importance]")
     stage("search", *settings, f"data.heldout=[{heldout}]")
     found = json.loads((root / "smollm2_100m/search/search.json").read_text())
