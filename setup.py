@@ -14,6 +14,7 @@ setup(
         "matplotlib",
         "megatron-core==0.19.2",  # host.py and the layer specs know this version's inside
         "numpy",
+        "optuna>=5,<6",
         "psutil",
         "rich",
         "safetensors",

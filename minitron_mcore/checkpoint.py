@@ -126,7 +126,8 @@ def finish(out_dir: str | Path) -> None:
 
 def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     held = out_dir / "config.yaml"
-    if not held.is_file() and out_dir.is_dir() and any(out_dir.iterdir()):
+    others = (path for path in out_dir.glob("*") if path.suffix != ".part")  # another process may be claiming it too
+    if not held.is_file() and any(others):
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if held.is_file():
         same = yaml.safe_load(held.read_text()) == config
@@ -143,8 +144,8 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
+    """Write a file so that readers see the old one or the new one, never half of it; of several writers, the last one's."""
+    part = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
     with part.open("w") as file:
         file.write(text)
         file.flush()

@@ -226,6 +226,81 @@ class EvaluateConfig:
     """Windows of each file; null takes all."""
 
 
+class Storage(StrEnum):
+    """How a number of a served model is kept."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int4 = "int4"
+
+
+@dataclass
+class BudgetConfig:
+    """What a candidate of a search may cost: one of the first three, within a share of it."""
+
+    parameters: float | None = None
+    """In all, tied ones once."""
+    bytes: float | None = None
+    """Of the weights, and of the keys and values that `batch` sequences of `context` tokens leave."""
+    flops: float | None = None
+    """Floating-point operations of a prefill: `batch` prompts of `context` tokens."""
+    tolerance: float = 0.05
+    """Share by which a candidate may miss it, above or below."""
+    context: int = 8192
+    batch: int = 1
+    weights: Storage = Storage.bf16
+    kv_cache: Storage = Storage.bf16
+
+
+@dataclass
+class SpeedConfig:
+    """How a candidate's speed is measured: random weights, one process."""
+
+    batch: int = 1
+    prompt: int = 512
+    """Tokens of a prompt: the prefill."""
+    generated: int = 32
+    """Tokens after it, one at a time: the decoding."""
+    repetitions: int = 5
+    """Of either; the median counts."""
+    threads: int | None = None
+    """Of a CPU; null takes torch's own number."""
+
+
+@dataclass
+class SearchConfig:
+    """Architectures to try. An axis is a list of sizes or of shares of the source below 1, or {start, stop, step} with `stop` among
+    them; null keeps the source's size."""
+
+    blocks: Any = None
+    hidden: Any = None
+    ffn: Any = None
+    expansion: Any = None
+    """ffn as a multiple of hidden, instead of `ffn`; rounded to a multiple of `multiple`."""
+    heads: Any = None
+    experts: Any = None
+    multiple: int = 1
+    """hidden and ffn must be multiples of this."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    trials: int = 100
+    """Candidates that optuna tries, where the axes have more than 10,000 combinations."""
+    best: int = 4
+    """Candidates that are trained: those with the least zero-shot loss."""
+    steps: int = 400
+    """Of training each of them with the other settings of `distill` (arXiv 2407.14679, section 2.3)."""
+    look_every: int = 100
+    """Steps between two looks at the held-out loss."""
+    latency: bool = False
+    """Measure every candidate's speed."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    shards: int = 1
+    """Runs that share out the candidates, as a sweep over `shard`."""
+    shard: int = 0
+    stop_after: int | None = None
+    """Stop when so many more results are written; the same command without it goes on."""
+
+
 class Device(StrEnum):
     cuda = "cuda"
     cpu = "cpu"
@@ -277,6 +352,7 @@ class Run:
     correct: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     dry_run: bool = False
     """Plan instead of running: shapes, bytes of a rank, operations, days, and everything that doesn't fit. Needs no weights."""
@@ -367,6 +443,14 @@ class EvaluateRun(StageRun):
     reads = ("data", "evaluate")
     source: str = MISSING
     """A Hugging Face folder (plain transformers) or a checkpoint of ours (sharded)."""
+
+
+@dataclass
+class SearchRun(StageRun):
+    reads = ("data", "distill", "evaluate", "search")
+    source: str = MISSING
+    scores: str = MISSING
+    teacher: str = MISSING
 
 
 @dataclass

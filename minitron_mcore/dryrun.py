@@ -1,6 +1,7 @@
 """A stage planned instead of run, on one process and without weights: shapes, bytes of a rank, operations, days, and every problem
 at once. Imports torch only to open what an earlier stage has left."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from minitron_mcore.config import (
     PlanRun,
     PruneRun,
     Run,
+    SearchRun,
 )
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError, refuse
@@ -30,7 +32,7 @@ from minitron_mcore.importance import study
 from minitron_mcore.launching import CONF, alone, compose
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost
+from minitron_mcore.plan import cost, search
 from minitron_mcore.plan.target import check_counts, target_architecture
 
 MISSING = ("blocks_without_attention", "blocks_without_mlp")
@@ -59,7 +61,8 @@ def plan(config: Run) -> dict:
 
     Returns:
         stage; gpus: processes; models: by role; ranks: bytes by kind, a row a pipeline stage; operations: of a step and in all;
-        problems: a sentence each, and what they leave unknown is not there.
+        problems: a sentence each, and what they leave unknown is not there. Of a search also its candidates; the student is the
+        largest of them.
     """
     problems: list[str] = []
     models = _models(config, problems)
@@ -86,6 +89,8 @@ def plan(config: Run) -> dict:
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
+    if isinstance(config, SearchRun) and "student" in archs:
+        figures["candidates"] = search.rows(_candidates(config), config.search.budget)
     for stage, row in enumerate(figures["ranks"]):
         if row.get("total", 0) > config.dry.memory * GIB:
             problems.append(
@@ -109,6 +114,8 @@ def _training(config: Run) -> DistillConfig | None:
     """What a stage that trains would train with."""
     if isinstance(config, CorrectRun):
         return DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
+    if isinstance(config, SearchRun):
+        return dataclasses.replace(config.distill, steps=config.search.steps)
     return config.distill if isinstance(config, DistillRun) else None
 
 
@@ -122,6 +129,8 @@ def _models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, s
     elif isinstance(config, DistillRun):
         makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.kd_weight else {}
         makers["student"] = lambda: _at(config.student, config)
+    elif isinstance(config, SearchRun):
+        makers = {"teacher": lambda: _at(config.teacher, config), "student": lambda: _largest(config)}
     found = {}
     for role, make in makers.items():
         try:
@@ -153,6 +162,19 @@ def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
 
         return load_plan(config.plan).target, config.plan
     return target_architecture(_start(config)[0], config.prune), "prune.*"
+
+
+def _candidates(config: SearchRun) -> list[search.Candidate]:
+    space = search.Space(_at(config.source, config)[0], config.search, config.parallel)
+    if space.combinations > search.GRID:
+        raise UserError(f"{space.combinations:,} combinations are too many to look at each: plan with fewer sizes.")
+    return space.candidates
+
+
+def _largest(config: SearchRun) -> tuple[Architecture, str]:
+    """Of a search's candidates the one with the most parameters."""
+    largest = _candidates(config)[-1]
+    return largest.target, f"search.*, {largest.name}"
 
 
 def _at(folder: str, config: Run) -> tuple[Architecture, str]:
@@ -251,6 +273,7 @@ def _operations(
     length, rate = setting.sequence_length, setting.world * config.dry.peak_tflops * 1e12 * config.dry.mfu
     if training:
         steps, tokens = training.steps, training.global_batch * length
+        steps *= config.search.best if isinstance(config, SearchRun) else 1
         times = {"teacher": 1, "student": 3, "model": 3}
         found = {role: times[role] * tokens * cost.forward_flops(arch, length) for role, arch in archs.items()}
     elif isinstance(config, ImportanceRun):
@@ -281,6 +304,9 @@ def _show(config: Run, figures: dict) -> None:
         for role, model in figures["models"].items()
     ]
     report.table(f"dry run of {figures['stage']}, {config.model.name}", models, notes)
+    if candidates := figures.get("candidates"):
+        at = f"keys and values of {config.search.budget.batch} x {config.search.budget.context} tokens; prefill of as many"
+        report.table(f"{len(candidates)} candidates", candidates, [at])
     if ranks := figures["ranks"]:
         counts = ("stage", "blocks", "parameters")
         kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -116,9 +116,25 @@ def evaluate_text(
     Raises:
         UserError: see `windows`.
     """
-    cuts = [windows(path, tokenizer, sequence_length) for path in files]
+    cuts = {path: windows(path, tokenizer, sequence_length) for path in files}
+    return evaluate_windows(
+        cuts, nll, micro_batch=micro_batch, max_windows=max_windows, dp_rank=dp_rank, dp_size=dp_size, group=group
+    )
+
+
+def evaluate_windows(
+    cuts: Mapping[str, Windows],
+    nll: Nll,
+    *,
+    micro_batch: int,
+    max_windows: int | None = None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+) -> list[dict]:
+    """`evaluate_text` of files that are cut already, for those who ask of many models (collective over `group`)."""
     rows = []
-    for path, (tokens, mask, num_bytes) in zip(files, cuts, strict=True):
+    for path, (tokens, mask, num_bytes) in cuts.items():
         if max_windows is not None and len(tokens) > max_windows:
             kept = torch.arange(max_windows) * len(tokens) // max_windows
             tokens, mask, num_bytes = tokens[kept], mask[kept], num_bytes[kept]

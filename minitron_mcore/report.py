@@ -22,9 +22,9 @@ from safetensors.numpy import load_file
 from minitron_mcore.launching import alone
 
 # Okabe and Ito's palette: colour-blind readers tell its members apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PIPED_WIDTH = 160
-_DPI = 130
+DPI = 130
 
 
 def _cell(value: object) -> str:
@@ -97,7 +97,7 @@ def _hidden(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
     if "hidden" not in scores:
         return False
     ordered = np.sort(scores["hidden"])[::-1]
-    axes.semilogy(np.arange(1, len(ordered) + 1), ordered, color=_COLOURS[0])
+    axes.semilogy(np.arange(1, len(ordered) + 1), ordered, color=COLOURS[0])
     axes.set(title=f"Hidden channels (H = {len(ordered)})", xlabel="channels, most important first")
     axes.set(ylabel="score (summed over norms)")
     axes.margins(x=0.01)
@@ -127,8 +127,8 @@ def _heads(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
 def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
     if not (blocks := _by_block(scores, "block")):
         return False
-    axes.bar(list(blocks), [float(value) for value in blocks.values()], color=_COLOURS[5], label="block")
-    for kind, name, marker, colour in (("attention", "attention", "o", _COLOURS[1]), ("mlp", "MLP", "^", _COLOURS[2])):
+    axes.bar(list(blocks), [float(value) for value in blocks.values()], color=COLOURS[5], label="block")
+    for kind, name, marker, colour in (("attention", "attention", "o", COLOURS[1]), ("mlp", "MLP", "^", COLOURS[2])):
         if values := _by_block(scores, kind):
             heights = [float(value) for value in values.values()]
             axes.plot(list(values), heights, marker, markersize=4, color=colour, label=f"its {name}")
@@ -158,7 +158,7 @@ def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> N
     for axes, draw in zip(figure.subplots(2, 2).flat, (_hidden, _ffn, _heads, _depth), strict=True):
         if not draw(axes, scores):
             axes.set_axis_off()
-    figure.savefig(png, dpi=_DPI)
+    figure.savefig(png, dpi=DPI)
 
 
 def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -> None:
@@ -173,7 +173,7 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
         for i, (run, path) in enumerate(runs.items()):
             rows = [row for row in map(json.loads, Path(path).read_text().splitlines()) if row.get(key) is not None]
             tokens, values = np.array([row["tokens"] for row in rows]), np.array([row[key] for row in rows])
-            colour, width = _COLOURS[i % len(_COLOURS)], max(1, len(rows) // 20)
+            colour, width = COLOURS[i % len(COLOURS)], max(1, len(rows) // 20)
             if key != "lr" and width > 1:
                 axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
                 values = np.convolve(values, np.full(width, 1 / width), mode="valid")
@@ -189,4 +189,4 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
     panels[-1].set_xlabel("tokens trained on")
     panels[-1].xaxis.set_major_formatter(EngFormatter())
     panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    figure.savefig(png, dpi=_DPI)
+    figure.savefig(png, dpi=DPI)

@@ -131,7 +131,7 @@ def test_losses_of_several_runs(tmp_path, steps):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.plot_losses({"KL": tmp_path / "kl.jsonl", "cross-entropy": tmp_path / "ce.jsonl"}, tmp_path / "loss.png")
     image = imread(tmp_path / "loss.png")[..., :3]
-    for colour in report._COLOURS[:2]:
+    for colour in report.COLOURS[:2]:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert steps == 1 or (np.abs(image - wanted).max(axis=2) < 0.02).any()
 
