@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitron_mcore import checkpoint, data, report, runtime
+from minitron_mcore import ancestry, checkpoint, data, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, StageRun
 from minitron_mcore.distill import train
@@ -29,7 +29,7 @@ def run(config: StageRun, settings: DistillConfig, student: Checkpoint, teacher:
         text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
         name = train.fingerprint(student, teacher, plain(config), text["hash"])
         lineages = {"ancestry": student.lineage, "teacher": teacher and teacher.lineage}
-        details = {"settings": vars(settings), "data": text, **lineages}
+        details = {"plans": ancestry.plans(student.path), "settings": vars(settings), "data": text, **lineages}
         checkpoint.describe(out_dir, student.arch, name, parents, student.hf, **details)
         batches = data.train_batches(prefixes, weights, **trainer.data_position(config.data))
         figures = train.train(trainer, batches, out_dir)
