@@ -16,8 +16,8 @@ def main(config: PlanRun) -> None:
     from minitron_mcore import checkpoint, report
     from minitron_mcore.importance.scores import load_scores
     from minitron_mcore.models import architecture, build
+    from minitron_mcore.plan import groups, target
     from minitron_mcore.plan import plan as plans
-    from minitron_mcore.plan import target
 
     if not alone():
         return
@@ -29,10 +29,16 @@ def main(config: PlanRun) -> None:
     architecture.check_exportable(plan.target)
     with checkpoint.claimed(config.out_dir, plain(config)):
         checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
+    report.table("tensors of the plan", groups.tensors(plan, config.dtype.value))
     report.table(
         "plan",
-        plan.summary(),
-        [f"plan: {config.out_dir}/{plans.FILE}", f"dropped blocks: {plan.dropped_blocks() or 'none'}"],
+        groups.axes(plan, config.dtype.value),
+        [
+            f"plan: {config.out_dir}/{plans.FILE}",
+            groups.counts(plan),
+            f"bytes are of {config.dtype}; a tensor is in the row of each of its axes",
+            f"dropped blocks: {plan.dropped_blocks() or 'none'}",
+        ],
     )
 
 
