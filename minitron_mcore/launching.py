@@ -14,11 +14,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_mcore.config import STAGES, GenerateRun, PipelineRun, Run, StageRun
+from minitron_mcore.config import STAGES, GenerateRun, PipelineRun, ReportRun, Run, StageRun
 from minitron_mcore.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
-LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun}
+LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "report": ReportRun}
 SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
     "model",
     "parallel",
@@ -40,7 +40,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
         def main(raw: DictConfig) -> None:
             try:
                 config = resolve(raw)
-                if config.dry_run and not isinstance(config, PipelineRun):  # which plans its stages itself
+                if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # which do so themselves
                     from minitron_mcore import dryrun
 
                     dryrun.run(config)

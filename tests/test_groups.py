@@ -1,4 +1,4 @@
-"""The plan's tables against the tensors that a cut really leaves: a failure means that a plan promises other bytes than it gives."""
+"""The plan's tables against the tensors that a cut leaves: a failure means that a plan promises other bytes than it gives."""
 
 import re
 

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 from safetensors.numpy import save_file
 
-from minitron_mcore import report, runtime
+from minitron_mcore import pictures, report, runtime
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.testing import on_ranks
 
@@ -84,7 +84,7 @@ def shown(panel, image) -> float:
 def test_importance_shows_what_is_scored(tmp_path, missing):
     found = {name: value for name, value in scores(blocks=12).items() if not missing or not name.endswith(missing)}
     save_file(found, tmp_path / "scores.safetensors")
-    report.plot_importance(tmp_path / "scores.safetensors", tmp_path / "scores.png")
+    pictures.plot_importance(tmp_path / "scores.safetensors", tmp_path / "scores.png")
     image = imread(tmp_path / "scores.png")
     panels = {"hidden": (0, 0), "ffn": (0, 1), "heads": (1, 0), "block": (1, 1)}
     for name, panel in panels.items():
@@ -98,8 +98,8 @@ def test_importance_draws_the_values(tmp_path):
     found["blocks.2.ffn"][:] = 0  # a dead block must not break the log scale
     figure = Figure()
     hidden, ffn, heads, depth = figure.subplots(2, 2).flat
-    assert report._hidden(hidden, found) and report._ffn(ffn, found)
-    assert report._heads(heads, found) and report._depth(depth, found)
+    assert pictures._hidden(hidden, found) and pictures._ffn(ffn, found)
+    assert pictures._heads(heads, found) and pictures._depth(depth, found)
     assert np.array_equal(hidden.lines[0].get_ydata(), np.sort(found["hidden"])[::-1])
     assert np.allclose(ffn.images[0].get_array()[3], np.quantile(found["blocks.3.ffn"], np.linspace(0, 1, 101)))
     assert np.array_equal(heads.images[0].get_array(), np.stack([found[f"blocks.{i}.heads"] for i in range(5)]))
@@ -116,9 +116,9 @@ def test_losses_of_several_runs(tmp_path, steps):
             for s in range(1, steps + 1)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.plot_losses({"KL": tmp_path / "kl.jsonl", "cross-entropy": tmp_path / "ce.jsonl"}, tmp_path / "loss.png")
+    pictures.plot_losses({"KL": tmp_path / "kl.jsonl", "cross-entropy": tmp_path / "ce.jsonl"}, tmp_path / "loss.png")
     image = imread(tmp_path / "loss.png")[..., :3]
-    for colour in report._COLOURS[:2]:
+    for colour in pictures.COLOURS[:2]:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert steps == 1 or (np.abs(image - wanted).max(axis=2) < 0.02).any()
 
@@ -126,7 +126,7 @@ def test_losses_of_several_runs(tmp_path, steps):
 def test_pictures_need_no_display(tmp_path):
     save_file(scores(), tmp_path / "scores.safetensors")
     code = (
-        "import sys; from minitron_mcore import report; report.plot_importance(*sys.argv[1:3]); "
+        "import sys; from minitron_mcore import report; pictures.plot_importance(*sys.argv[1:3]); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitron_mcore import ancestry, checkpoint, data, report, runtime
+from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, StageRun
 from minitron_mcore.distill import train
@@ -36,7 +36,7 @@ def run(config: StageRun, settings: DistillConfig, student: Checkpoint, teacher:
         if trainer.step == settings.steps:
             checkpoint.finish(out_dir)
         if runtime.rank() == 0 and figures:
-            report.plot_losses({out_dir.name: out_dir / "metrics.jsonl"}, out_dir / "losses.png")
+            pictures.plot_losses({out_dir.name: out_dir / "metrics.jsonl"}, out_dir / "losses.png")
             report.table(
                 f"trained {student.path}",
                 train.summary(figures),
