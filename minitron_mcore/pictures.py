@@ -123,8 +123,8 @@ def plot_plan(plan: Plan, scores: Mapping[str, Tensor], png: str | os.PathLike) 
     figure.savefig(png, dpi=_DPI)
 
 
-def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Rows of `plot_plan`, a value a block of the source; NaN in dropped blocks."""
+def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows of `plot_plan`, a value a block of the source; NaN where the axis is gone with its block."""
     chosen = {"hidden": dict.fromkeys(plan.blocks, plan.hidden), "heads": plan.heads}
     if plan.source.experts:
         chosen |= {"experts": {block: list(experts) for block, experts in plan.experts.items()}}
@@ -135,12 +135,11 @@ def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, list
         chosen |= {"ffn": plan.ffn}
     rows = {}
     for axis, kept in chosen.items():
-        units, held = [], []
-        for block in range(plan.source.blocks):
+        units, held = np.full((2, plan.source.blocks), np.nan)
+        for block in set(plan.blocks) & set(kept):
             vector = scores["hidden" if axis == "hidden" else f"blocks.{block}.{axis}"].flatten()
-            there = block in plan.blocks
-            units.append(len(kept.get(block, [])) / len(vector) if there else np.nan)
-            held.append(vector[kept.get(block, [])].sum() / vector.sum() if there else np.nan)
+            units[block] = len(kept[block]) / len(vector)
+            held[block] = vector[kept[block]].sum() / vector.sum()
         rows |= {axis: units, f"{axis}, by score": held}
     return rows
 

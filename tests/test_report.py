@@ -13,8 +13,11 @@ from matplotlib.image import imread
 from safetensors.numpy import save_file
 
 from minitron_mcore import pictures, report, runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import on_ranks
+from tests.test_prune import random_scores
 
 ROWS = [
     {
@@ -106,6 +109,35 @@ def test_importance_draws_the_values(tmp_path):
     bars = [bar.get_height() for bar in depth.patches]
     assert np.array_equal(bars, np.array([found[f"blocks.{i}.block"] for i in range(5)]))
     figure.savefig(tmp_path / "all.png")
+
+
+@pytest.mark.parametrize("experts", [0, 6])
+def test_what_a_plan_keeps_of_each_block(tmp_path, experts):
+    """Shares of units and of summed score, by comprehension; dropped blocks have none."""
+    mixture = {"experts": experts, "experts_per_token": 2} if experts else {}
+    arch = Architecture(
+        "mixtral" if experts else "llama", 4, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, False, **mixture
+    )
+    cut = PruneConfig(hidden=20, ffn=11, heads=6, drop_blocks=[1], experts=4 if experts else None)
+    found = random_scores(arch)
+    plan = make_plan(arch, "x", found, cut)
+    pictures.plot_plan(plan, found.vectors, tmp_path / "plan.png")
+    assert (imread(tmp_path / "plan.png")[..., :3] < 0.99).any(axis=2).mean() > 0.3
+    v = {name: vector.tolist() for name, vector in found.vectors.items()}
+    rows = pictures._kept_shares(plan, {name: vector.numpy() for name, vector in found.vectors.items()})
+    assert rows.keys() >= {"hidden", "ffn, by score", "heads"} and ("experts" in rows) == bool(experts)
+    assert all(np.isnan(row[1]) and not np.isnan(np.delete(row, 1)).any() for row in rows.values())
+    for b in plan.blocks:
+        expected = {"hidden": 20 / 36, "hidden, by score": sum(v["hidden"][i] for i in plan.hidden) / sum(v["hidden"])}
+        heads = v[f"blocks.{b}.heads"]
+        expected |= {"heads": 0.5, "heads, by score": sum(heads[i] for i in plan.heads[b]) / sum(heads)}
+        ffn = v[f"blocks.{b}.ffn"]
+        if experts:
+            kept = sum(ffn[e][i] for e, channels in plan.experts[b].items() for i in channels)
+            expected |= {"ffn": 4 * 11 / (6 * 30), "ffn, by score": kept / sum(map(sum, ffn)), "experts": 4 / 6}
+        else:
+            expected |= {"ffn": 11 / 30, "ffn, by score": sum(ffn[i] for i in plan.ffn[b]) / sum(ffn)}
+        assert all(rows[name][b] == pytest.approx(share, rel=1e-5) for name, share in expected.items())
 
 
 @pytest.mark.parametrize("steps", [1, 7, 90])

@@ -250,7 +250,7 @@ def _training(folder: Path, _: None) -> Part:
 def _lineage(found: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]) -> Section:
     lines, commands = lineage.rows(found, scores, plans)
     tables = [
-        Table("Who was made from whom. Equal hashes are equal contents.", lines),
+        Table("Who was made from whom. One hash is one set of weights, scores or kept indices.", lines),
         Table("Commands.", commands, True),
     ]
     parts = [Part("", tables=[table for table in tables if table.rows])] if lines else []
