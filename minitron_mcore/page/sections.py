@@ -1,8 +1,9 @@
 """The page's sections, each from the files of one kind of stage; a stage that was not run has none."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors import safe_open
@@ -67,13 +68,14 @@ def sections(found: dict[str, list[Path]]) -> list[Section]:
         _section("Training", "What each training run's loss did.", ((f, None) for f in found["training"]), _training),
         _lineage(found, scores, plans),
     ]
-    return [section for section in built if section and section.parts]
+    return [section for section in built if section.parts]
 
 
-def _section(title: str, text: str, sources, part: Callable) -> Section:
+def _section(title: str, text: str, sources: Iterable[tuple[Path, Any]], part: Callable[[Path, Any], Part]) -> Section:
+    """A part for each folder with its content already read; `title` is one of `KINDS`."""
     parts = []
     for folder, content in sources:
-        with readable(folder / KINDS[title.lower()] if title.lower() in KINDS else folder):
+        with readable(folder / KINDS[title.lower()]):
             parts.append(part(folder, content))
     return Section(title, text, parts)
 
@@ -193,7 +195,7 @@ def _depth(folder: Path, study: dict) -> Part:
         Table("Every point of the sweep.", rows, True),
     ]
     facts = {"model": study.get("model"), "metric": metric, "kind": study.get("kind"), **baseline}
-    return Part(folder.name, facts=facts, tables=[t for t in tables if t.rows], pictures=pictures(folder, {}))
+    return Part(folder.name, facts=facts, tables=tables, pictures=pictures(folder, {}))
 
 
 def _search(folder: Path, study: dict) -> Part:
@@ -253,5 +255,5 @@ def _lineage(found: dict[str, list[Path]], scores: dict[Path, Scores], plans: di
         Table("Who was made from whom. One hash is one set of weights, scores or kept indices.", lines),
         Table("Commands.", commands, True),
     ]
-    parts = [Part("", tables=[table for table in tables if table.rows])] if lines else []
+    parts = [Part("", tables=tables)] if lines else []
     return Section("Lineage", "Every hash leads back to the model at the top.", parts)

@@ -53,7 +53,12 @@ def check(html: Path) -> None:
 def contents(found: list[Section]) -> list[dict]:
     """Rows for a table: the parts of each section."""
     return [
-        {"section": section.title, "of": part.name, "tables": len(part.tables), "pictures": len(part.pictures)}
+        {
+            "section": section.title,
+            "of": part.name,
+            "tables": sum(bool(t.rows) for t in part.tables),
+            "pictures": len(part.pictures),
+        }
         for section in found
         for part in section.parts
     ]
