@@ -14,12 +14,12 @@ from minitron_mcore.launching import alone, entry, plain
 def main(config: PlanRun) -> None:
     from pathlib import Path
 
-    from minitron_mcore import checkpoint, report
+    from minitron_mcore import checkpoint, pictures, report
     from minitron_mcore.importance import study
     from minitron_mcore.importance.scores import load_scores
     from minitron_mcore.models import architecture, build
+    from minitron_mcore.plan import groups, target
     from minitron_mcore.plan import plan as plans
-    from minitron_mcore.plan import target
 
     if not alone():
         return
@@ -34,10 +34,17 @@ def main(config: PlanRun) -> None:
         architecture.check_exportable(plan.target)
     with checkpoint.claimed(config.out_dir, plain(config)):
         checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
+        pictures.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
+    report.table("tensors of the plan", groups.tensors(plan, config.dtype.value))
     report.table(
         "plan",
-        plan.summary(),
-        [f"plan: {config.out_dir}/{plans.FILE}", *plan.notes()],
+        groups.axes(plan, config.dtype.value),
+        [
+            f"plan: {config.out_dir}/{plans.FILE}; picture: {config.out_dir}/plan.png",
+            groups.counts(plan),
+            f"bytes are of {config.dtype}; a tensor is in the row of each of its axes",
+            *plan.notes(),
+        ],
     )
 
 

@@ -469,6 +469,12 @@ class GenerateRun(Run):
     """At most so many; the end of a document ends the text."""
 
 
+@dataclass
+class ReportRun(Run):
+    html: str = MISSING
+    """The page; an older report there is replaced."""
+
+
 STAGES = {
     "convert": ConvertRun,
     "importance": ImportanceRun,

@@ -15,11 +15,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_mcore.config import STAGES, GenerateRun, PipelineRun, Run, SearchRun, StageRun
+from minitron_mcore.config import STAGES, GenerateRun, PipelineRun, ReportRun, Run, SearchRun, StageRun
 from minitron_mcore.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
-LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "search": SearchRun}
+LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "search": SearchRun, "report": ReportRun}
 SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
     "model",
     "parallel",
@@ -43,7 +43,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
             gc.set_threshold(50_000)
             try:
                 config = resolve(raw)
-                if config.dry_run and not isinstance(config, PipelineRun):  # which plans its stages itself
+                if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # which do so themselves
                     from minitron_mcore import dryrun
 
                     dryrun.run(config)

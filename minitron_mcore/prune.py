@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore import checkpoint, runtime, stream
+from minitron_mcore import ancestry, checkpoint, runtime, stream
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build, hf, table
@@ -48,8 +48,10 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
             placed, kept = select(parameter, plan, box)
             make = partial(_cut, reader.read, parameter, plan, box, kept)
             pieces.append(stream.Piece(target, *placed, reader.dtype(parameter), make))
-    parents = {"source": checkpoint.identity(source)}
-    checkpoint.describe(out_dir, plan.target, fingerprint(plan), parents, source.hf, **_done(plan, source.lineage))
+    parents, plans = {"source": checkpoint.identity(source)}, ancestry.plans(source.path)
+    checkpoint.describe(
+        out_dir, plan.target, fingerprint(plan), parents, source.hf, plans, **_done(plan, source.lineage)
+    )
     if runtime.rank() == 0:
         checkpoint.replace_text(Path(out_dir) / FILE, plan.to_json())
     stream.save(out_dir, pieces, hf.replica, "prune")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hydra import initialize_config_dir
 from matplotlib.image import imread
 
-from minitron_mcore import dryrun, launching, report_search
+from minitron_mcore import dryrun, launching, pictures_search
 from minitron_mcore.checkpoint import COMPLETE, open_checkpoint
 from minitron_mcore.config import BudgetConfig, EvaluateRun, ParallelConfig, Run, SearchConfig, SpeedConfig
 from minitron_mcore.errors import UserError
@@ -371,4 +371,4 @@ def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 3.0), (2, 2.5), (3, 2.5), (4, 2.9), (5, 2.8), (5, 3.1)]
-    assert report_search.front(points) == [(5, 2.8), (3, 2.5)]
+    assert pictures_search.front(points) == [(5, 2.8), (3, 2.5)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minitron_mcore import checkpoint, evaluate, report, report_depth, runtime
+from minitron_mcore import checkpoint, evaluate, pictures_depth, report, runtime
 from minitron_mcore.config import DepthMetric, DepthRun
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import study
@@ -169,7 +169,7 @@ def _digest(windows: evaluate.Windows, questions: Sequence[Question]) -> str:
 
 def _write(out_dir: Path, found: dict, warnings: Sequence[str]) -> None:
     report.write_json(out_dir / study.FILE, found)
-    report_depth.plot_depth(found, out_dir / "depth.png")
+    pictures_depth.plot_depth(found, out_dir / "depth.png")
     full = {"drop": 0, "kind": "the whole model"} | found["baseline"]
     shown = [name for name in study.FIGURES if name != "accuracy" or found["questions"]]
     rows = [{key: value for key, value in full.items() if value is not None}]

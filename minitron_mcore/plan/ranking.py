@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from minitron_mcore import checkpoint, evaluate, prune, report, report_search, runtime, stream
+from minitron_mcore import checkpoint, evaluate, pictures_search, prune, report, runtime, stream
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, DistillRun, Run, SearchRun
 from minitron_mcore.distill import stage, train
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.launching import plain
-from minitron_mcore.models.build import LanguageModel
+from minitron_mcore.models.build import Model
 from minitron_mcore.plan import counts, latency
 from minitron_mcore.plan.plan import Plan, make_plan
 from minitron_mcore.plan.search import GRID, Candidate, Space
@@ -182,7 +182,7 @@ class Ranking:
         self.left -= 1
         return self._write(candidate, "measured.json", found)
 
-    def _loss(self, model: LanguageModel, candidate: Candidate) -> float:
+    def _loss(self, model: Model, candidate: Candidate) -> float:
         """Nats a token over all held-out files (collective)."""
         dp, settings = runtime.dp_group(), self.config.evaluate
         rows = evaluate.evaluate_windows(
@@ -283,7 +283,7 @@ class Ranking:
         if not complete:
             notes.append("not finished: the same command (of every shard) goes on from here")
         notes.append(f"plan of the first: {rows[0]['overrides']}")
-        pictures = report_search.draw(results, self.out_dir)
+        pictures = pictures_search.draw(results, self.out_dir)
         report.table("search", shown, [*notes, f"figures: {self.out_dir}/{FILE}", f"pictures: {', '.join(pictures)}"])
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-_DPI = 130
+from minitron_mcore.pictures import DPI
 
 
 def plot_depth(study: Mapping, png: str | os.PathLike) -> None:
@@ -32,7 +32,7 @@ def plot_depth(study: Mapping, png: str | os.PathLike) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(png, dpi=_DPI)
+    figure.savefig(png, dpi=DPI)
 
 
 def _curves(axes: Axes, study: Mapping, name: str) -> None:
