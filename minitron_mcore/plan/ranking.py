@@ -25,6 +25,7 @@ from minitron_mcore.distill import stage, train
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.launching import plain
+from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import LanguageModel
 from minitron_mcore.plan import counts, latency
 from minitron_mcore.plan.plan import Plan, make_plan
@@ -175,19 +176,19 @@ class Ranking:
         """Cut a candidate in memory and measure it; one model at a time."""
         plan, dtype = self._plan(candidate), self.config.dtype.value
         model = prune.build_pruned(self.source, plan, self.config.parallel, dtype, self.reader)
-        found = {"zero_shot_loss": self._loss(model, candidate)}
+        found = {"zero_shot_loss": self._loss(model, plan.target)}
         del model
         if self.search.latency and runtime.rank() == 0:
-            found |= latency.measure(candidate.target, self.source.hf, self.search.speed, dtype)
+            found |= latency.measure(plan.target, self.source.hf, self.search.speed, dtype)
         self.left -= 1
         return self._write(candidate, "measured.json", found)
 
-    def _loss(self, model: LanguageModel, candidate: Candidate) -> float:
+    def _loss(self, model: LanguageModel, arch: Architecture) -> float:
         """Nats a token over all held-out files (collective)."""
         dp, settings = runtime.dp_group(), self.config.evaluate
         rows = evaluate.evaluate_windows(
             self.text,
-            evaluate.ShardedModel(model, candidate.target).nll,
+            evaluate.ShardedModel(model, arch).nll,
             micro_batch=settings.micro_batch,
             max_windows=settings.max_windows,
             dp_rank=dp.rank(),
@@ -223,7 +224,7 @@ class Ranking:
         def look(trainer: train.Trainer) -> None:
             before = self._known(candidate, "trained.json")
             losses = dict(zip(before.get("steps", []), before.get("losses", []), strict=True))
-            losses[trainer.step] = self._loss(trainer.model.module, candidate)
+            losses[trainer.step] = self._loss(trainer.objective.student, trainer.arch)
             runtime.log(f"{candidate.name}: held-out loss {losses[trainer.step]:.4f} after {trainer.step} steps")
             self._write(candidate, "trained.json", {"steps": list(losses), "losses": list(losses.values())})
 

@@ -10,13 +10,14 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minitron_mcore.config import BudgetConfig, ParallelConfig, PruneConfig, SearchConfig
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import counts
+from minitron_mcore.plan.target import target_architecture
 
 AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "experts": "E"}
 """Axis -> its letter in a candidate's name."""
@@ -139,14 +140,13 @@ class Space:
             return None, "fewer experts than a token takes"
         if any(sizes.get(axis, 0) % search.multiple for axis in ("hidden", "ffn")):
             return None, f"hidden or ffn no multiple of {search.multiple}"
-        target = replace(source, **sizes)
+        changed = tuple((axis, sizes[axis]) for axis in AXES if sizes.get(axis) not in (None, getattr(source, axis)))
+        target = target_architecture(source, PruneConfig(**dict(changed)))
         if any(architecture.export_problems(target)):
             return None, "heads that do not divide hidden, which the Hugging Face class demands"
         if any(layout.model_problems(target, self.parallel)):
             return None, "not divided by parallel.*"
-        return Candidate(
-            target, tuple((a, sizes[a]) for a in AXES if sizes.get(a) not in (None, getattr(source, a)))
-        ), None
+        return Candidate(target, changed), None
 
     def _misses(self, target: Architecture) -> float:
         """By what share of it a target misses the budget, beyond the tolerance."""
