@@ -12,6 +12,7 @@ from minitron_mcore.config import (
     ConvertRun,
     CorrectRun,
     CutRun,
+    DepthRun,
     DistillConfig,
     DistillRun,
     EvaluateRun,
@@ -26,13 +27,16 @@ from minitron_mcore.config import (
 )
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.importance import checks as importance
+from minitron_mcore.importance import study
 from minitron_mcore.launching import CONF, alone, compose
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import cost, search
 from minitron_mcore.plan.target import check_counts, target_architecture
 
-SHAPE = ("blocks", "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
+MISSING = ("blocks_without_attention", "blocks_without_mlp")
+SHAPE = ("blocks", *MISSING, "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
 GIB = 2**30
 
 
@@ -80,6 +84,7 @@ def plan(config: Run) -> dict:
     figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
     for role, (arch, where) in models.items():
         counts = {"parameters": table.count(arch), "without_embeddings": table.count(arch, embeddings=False)}
+        counts |= dict(zip(MISSING, (len(arch.no_attention), len(arch.no_mlp)), strict=True))
         figures["models"][role] = counts | arch.to_json() | {"from": where}
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
@@ -215,10 +220,16 @@ def _problems(
         for role, arch in archs.items():
             yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
-        yield from checks.problems(student, archs.get("teacher"), training, setting.replicas)
+        yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
+    if isinstance(config, ImportanceRun) and "model" in archs:
+        yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
-        if role in ("target", "student") or (isinstance(config, ExportRun) and config.format == ExportFormat.hf):
+        if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
+            yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
+        elif isinstance(config, ExportRun | CutRun) or (role in ("target", "student") and config.prune.exportable):
             yield from architecture.export_problems(arch)
+    if isinstance(config, DepthRun) and "model" in archs:
+        yield from study.problems(config, archs["model"].blocks)
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
@@ -237,16 +248,19 @@ def _ranks(
         micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
         ahead, shared = training.teacher_ahead, training.distributed_optimizer
         rows = cost.training(main, archs.get("teacher"), setting, micro_batches, ahead, shared)
-    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
+    elif isinstance(config, ImportanceRun | DepthRun | EvaluateRun | GenerateRun):
         rows = cost.scoring(main, setting)
+        if isinstance(config, DepthRun):
+            kept = cost.kept_states(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
+            rows[-1] |= {"hidden states": kept, "total": rows[-1]["total"] + kept}
     else:
         rows = [
             {f"{role}'s weights": cost.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}
             for stage in range(setting.parallel.pipeline)
         ]
-    blocks = layout.stage_blocks(main, setting.parallel)
+    blocks = [sum(map(len, layout.rank_chunks(main, setting.parallel, n))) for n in range(setting.parallel.pipeline)]
     return [
-        {"stage": n, "blocks": len(blocks[n]), "parameters": sum(cost.parameters(main, setting, n))}
+        {"stage": n, "blocks": blocks[n], "parameters": sum(cost.parameters(main, setting, n))}
         | {kind: round(size) for kind, size in row.items()}
         for n, row in enumerate(rows)
     ]
@@ -265,6 +279,12 @@ def _operations(
     elif isinstance(config, ImportanceRun):
         steps, tokens = 1, config.importance.samples * length
         found = {"model": tokens * cost.forward_flops(archs["model"], length, head=False)}
+    elif (
+        isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
+    ):
+        steps = 1 + study.count(config.depth, archs["model"].blocks)
+        tokens = len(config.data.heldout) * config.depth.windows * length
+        found = {"model": tokens * cost.forward_flops(archs["model"], length)}
     else:
         return {}
     total = sum(found.values())
@@ -276,6 +296,7 @@ def _show(config: Run, figures: dict) -> None:
     p, dry, world = config.parallel, config.dry, figures["gpus"]
     replicas = world // max(1, p.tensor * p.pipeline * p.context)
     axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
+    axes += f", {p.virtual} chunks a pipeline rank" if p.virtual > 1 else ""
     notes = [f"processes: {world}; {axes}{', sequence parallel' if p.sequence else ''}; {config.dtype} on {dry.device}"]
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [

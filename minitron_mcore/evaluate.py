@@ -18,7 +18,7 @@ from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.build import DTYPES, LanguageModel
+from minitron_mcore.models.build import DTYPES, Model
 from minitron_mcore.schedule import forward
 from minitron_mcore.textfiles import documents, is_prefix
 from minitron_mcore.tokenizer import Spans, Tokenizer, open_tokenizer
@@ -224,14 +224,15 @@ def _check_folder(folder: str) -> None:
 class ShardedModel:
     """A model in the running layout; each rank holds its shards. `parameters` counts the whole model."""
 
-    def __init__(self, model: LanguageModel, arch: Architecture):
+    def __init__(self, model: Model, arch: Architecture):
         self.model, self.arch, self.parameters = model, arch, table.count(arch)
 
     def nll(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """See `Nll`; collective over the ranks of a model replica, the same on all of them. Logits are never held."""
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).t().reshape(-1)
-        predicted = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1).t().reshape(-1).float()
+        labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
+        predicted = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+        whole = {"tokens": tokens, "labels": labels, "predicted": predicted}
 
         def on_output(hidden: Tensor, batch: dict) -> None:
             if self.model.config.sequence_parallel:
@@ -241,8 +242,8 @@ class ShardedModel:
                 self.model.head(),
                 None,
                 None,
-                labels,
-                predicted,
+                batch["labels"].t().reshape(-1),
+                batch["predicted"].t().reshape(-1).float(),
                 vocab_size=self.arch.vocab,
                 tp_group=runtime.tp_group(),
                 kd_weight=0.0,
@@ -250,7 +251,10 @@ class ShardedModel:
             )
             total.add_(sums[1])
 
-        forward(self.model, [{"tokens": tokens}], on_output)
+        # Cut into as many micro-batches as there are pipeline ranks, so that none of them waits for another.
+        parts = zip(*(x.chunk(runtime.pp_group().size()) for x in whole.values()), strict=True)
+        forward(self.model, [dict(zip(whole, part, strict=True)) for part in parts], on_output)
+        dist.all_reduce(total, group=runtime.cp_group())
         return runtime.from_last_stage(total)
 
 

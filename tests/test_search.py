@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hydra import initialize_config_dir
 from matplotlib.image import imread
 
-from minitron_mcore import dryrun, launching, report_search
+from minitron_mcore import dryrun, launching, pictures_search
 from minitron_mcore.checkpoint import COMPLETE, open_checkpoint
 from minitron_mcore.config import BudgetConfig, EvaluateRun, ParallelConfig, Run, SearchConfig, SpeedConfig
 from minitron_mcore.errors import UserError
@@ -85,6 +85,9 @@ def test_bytes_and_operations_by_hand():
         attention = [4 * 32 * 32 * 128 * seen(i) for i in range(9)]
         assert counts.prefill_flops(arch, 9, 2) == 2 * (2 * 9 * weights + sum(attention) + 2 * head)
         assert counts.decode_flops(arch, 9, 2) == 2 * (2 * (weights + head) + attention[-1])
+    without = dataclasses.replace(llama, no_attention=(3, 9))
+    assert counts.kv_cache_bytes(without) == 30 * 2 * 8 * 128 * 2
+    assert counts.decode_flops(without, 9) == 2 * (weights - 2 * 41_943_040 + head) + 9 * 4 * 30 * 32 * 128
     assert counts.kv_cache_bytes(window, 9) == counts.kv_cache_bytes(window, 5) == 5 * 131072
 
 
@@ -121,11 +124,20 @@ def test_ranges_shares_multiples_and_rules():
     )  # LlamaConfig's rule takes 24 x 3328 and 24 x 3584
     assert dict(space.left_out) == {
         "larger than the source": 15,
-        "heads that the groups do not divide": 10,
+        "heads that the groups do not divide or hold": 10,
         "hidden or ffn no multiple of 256": 8,
         "heads that do not divide hidden, which the Hugging Face class demands": 4,
     }
     assert len(space.candidates) == 45 - 37
+    grouped = Space(llama, SearchConfig(groups=[2, 4, 8], heads=[8, 12, 16]), ONE)
+    assert [c.name.removeprefix("L32_H4096_F14336_") for c in grouped.candidates] == [
+        "N8_G2",
+        "N8_G4",
+        "N8",
+        "N16_G4",
+        "N16",
+    ]
+    assert Space(llama, SearchConfig(groups=[4]), ONE).candidates[0].target.heads == 16
     expanded = Space(llama, SearchConfig(hidden=[3072], expansion=[2.52, 3], multiple=128), ONE)
     assert [c.target.ffn for c in expanded.candidates] == [7680, 9216]
 
@@ -169,7 +181,7 @@ def test_budgets_in_bytes_and_operations(budget, smallest, largest):
         (dict(ffn=9000), "search.ffn is 9000: give a list"),
         (dict(ffn=[9000.5]), "search.ffn has 9000.5"),
         (dict(ffn={"start": 1, "stop": 9}), "search.ffn is .*give a list of sizes, or .start"),
-        (dict(heads=[31]), "none of the search's combinations fits .heads that the groups do not divide: 1"),
+        (dict(heads=[31]), "none of the search's combinations fits .heads that the groups do not divide or hold: 1"),
         (dict(ffn=[9], budget=BudgetConfig(parameters=1e9, flops=1e9)), "parameters and flops: give one"),
         (dict(ffn=[9], budget=BudgetConfig(parameters=1e9, tolerance=1.5)), "tolerance is 1.5"),
         (dict(ffn=[9], shards=2, shard=2), "search.shard is 2, but search.shards is 2"),
@@ -371,4 +383,4 @@ def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 3.0), (2, 2.5), (3, 2.5), (4, 2.9), (5, 2.8), (5, 3.1)]
-    assert report_search.front(points) == [(5, 2.8), (3, 2.5)]
+    assert pictures_search.front(points) == [(5, 2.8), (3, 2.5)]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minitron_mcore import checkpoint, data, report, runtime
+from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, StageRun
 from minitron_mcore.distill import train
@@ -30,7 +30,7 @@ def run(
         UserError: see `train.check`, `data.prepare` and `checkpoint.claimed`.
     """
     out_dir = Path(config.out_dir)
-    train.check(student, teacher, settings, runtime.dp_group().size())
+    train.check(student, teacher, settings, config.parallel)
     with checkpoint.claimed(out_dir, plain(config), resume=True) as resumed:
         runtime.log(spec.describe())
         prefixes, weights = data.prepare(config.data, student.hf, student.arch.vocab)
@@ -42,7 +42,7 @@ def run(
         text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
         name = train.fingerprint(student, teacher, plain(config), text["hash"])
         lineages = {"ancestry": student.lineage, "teacher": teacher and teacher.lineage}
-        details = {"settings": vars(settings), "data": text, **lineages}
+        details = {"plans": ancestry.plans(student.path), "settings": vars(settings), "data": text, **lineages}
         checkpoint.describe(out_dir, student.arch, name, parents, student.hf, **details)
         batches = data.train_batches(prefixes, weights, **trainer.data_position(config.data))
         figures = []
@@ -56,7 +56,7 @@ def run(
         if trainer.step == settings.steps:
             checkpoint.finish(out_dir)
         if runtime.rank() == 0 and figures:
-            report.plot_losses({out_dir.name: out_dir / "metrics.jsonl"}, out_dir / "losses.png")
+            pictures.plot_losses({out_dir.name: out_dir / "metrics.jsonl"}, out_dir / "losses.png")
             report.table(
                 f"trained {student.path}",
                 train.summary(figures),

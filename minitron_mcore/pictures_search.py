@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from minitron_mcore.report import COLOURS, DPI
+from minitron_mcore.pictures import COLOURS, DPI
 
 Row = Mapping
 """A candidate of search.json."""
