@@ -20,6 +20,7 @@ from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.models import architecture, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import counts
+from minitron_mcore.plan.plan import load_plan
 from minitron_mcore.plan.search import Space
 from minitron_mcore.testing import on_ranks
 from tests import families, models
@@ -322,6 +323,8 @@ def searches(config, root) -> dict:
     assert there("measured.json") == 2 and there("distill") == 0
     run("pieces", shards=2, shard=0, stop_after=1)
     assert there("measured.json") == 3 and there("distill") == 0
+    with pytest.raises(UserError, match="prune.blocks is 3, but the study in depth.json decided which go for 4 of 5"):
+        run("unstudied", blocks=[3])
     with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
         run("pieces")
     ranking.Ranking._loss = cut_off_at_the_second
@@ -354,7 +357,10 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
         save_scores(name, Scores(random_scores(source.arch, seed).vectors, {"fingerprint": source.fingerprint}))
     given = ["+model=smollm2_135m", "model.architecture=null", "parallel=tp2", "dtype=fp32", "data.train=[text.jsonl]"]
     given += ["data.heldout=[text.jsonl]", "data.cache=cache", "source=parent", "teacher=parent"]
-    config = composed("search", *given, "scores=scores", *(f"{key}={value}" for key, value in TINY.items()))
+    given += ["scores=scores", "study=depth.json", *(f"{key}={value}" for key, value in TINY.items())]
+    study = {"model": source.fingerprint, "metric": "loss", "kind": "contiguous", "drop": {"1": [2]}}
+    Path("depth.json").write_text(json.dumps(study))
+    config = composed("search", *given)
 
     found = on_ranks(searches, 2, parallel, config, tmp_path)[0]
     assert found["whole"] == found["pieces"]
@@ -362,6 +368,12 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
     assert [c["steps"] for c in (first, second, third)] == [[2, 3], [2, 3], []]
     assert first["loss"] == first["losses"][-1] < second["loss"] < second["zero_shot_loss"] < third["zero_shot_loss"]
     assert first["zero_shot_loss"] < third["zero_shot_loss"] and third["loss"] is None
+    for trained in (first, second):
+        studied = trained["sizes"]["blocks"] == 4
+        kept = load_plan(f"whole/candidates/{trained['name']}/prune").blocks
+        assert kept == ([0, 1, 3, 4] if studied else [0, 1, 2, 3, 4])
+        assert trained["overrides"].endswith(" study=depth.json") == studied
+    assert any(c["sizes"]["blocks"] == 4 for c in (first, second))
     # Rank by rank the same model, written to disk and read back.
     assert first["zero_shot_loss"] == pytest.approx(found["prune"], rel=1e-6)
     assert first["loss"] == pytest.approx(found["distill"], rel=1e-6)
