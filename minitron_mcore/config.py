@@ -279,6 +279,8 @@ class SearchConfig:
     expansion: Any = None
     """ffn as a multiple of hidden, instead of `ffn`; rounded to a multiple of `multiple`."""
     heads: Any = None
+    """Null keeps those of the kept groups."""
+    groups: Any = None
     experts: Any = None
     multiple: int = 1
     """hidden and ffn must be multiples of this."""
@@ -450,6 +452,8 @@ class SearchRun(StageRun):
     reads = ("data", "distill", "evaluate", "search")
     source: str = MISSING
     scores: str = MISSING
+    study: str | None = None
+    """A depth study (folder or file) that says which blocks go; null: those of the least cosine distance."""
     teacher: str = MISSING
 
 

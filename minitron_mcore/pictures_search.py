@@ -61,6 +61,7 @@ def plot_sizes(rows: Sequence[Row], png: Path) -> None:
     axes = figure.subplots()
     _scatter(axes, rows, "parameters")
     axes.set(xlabel="parameters", ylabel="held-out loss (nats / token)")
+    figure.legend(fontsize="small", ncols=2, loc="outside upper center")
     axes.xaxis.set_major_formatter(EngFormatter(places=1))
     figure.savefig(png, dpi=DPI)
 
@@ -78,8 +79,8 @@ def plot_speed(rows: Sequence[Row], png: Path) -> None:
             *zip(*best, strict=True), color="black", linewidth=0.8, zorder=0, label="no other is both faster and better"
         )
         axes.set(xlabel=f"{kind}, tokens / s", title=kind.capitalize())
-        axes.legend(fontsize="small")
     figure.axes[0].set_ylabel("held-out loss (nats / token)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", ncols=3, loc="outside upper center")
     figure.savefig(png, dpi=DPI)
 
 
@@ -103,7 +104,7 @@ def _scatter(axes: Axes, rows: Sequence[Row], key: str) -> None:
     for n, (name, (at, style)) in enumerate(points.items()):
         if at:
             axes.scatter(*zip(*at, strict=True), edgecolors=COLOURS[n], **({"color": COLOURS[n]} | style), label=name)
-    for row in trained or rows:
-        axes.annotate(_label(row), (row[key], _loss(row)), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    for row in rows:
+        axes.annotate(_label(row), (row[key], _loss(row)), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axes.margins(x=0.25)  # room for the names
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")

@@ -20,6 +20,7 @@ from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.models import architecture, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import counts
+from minitron_mcore.plan.plan import load_plan
 from minitron_mcore.plan.search import Space
 from minitron_mcore.testing import on_ranks
 from tests import families, models
@@ -85,6 +86,9 @@ def test_bytes_and_operations_by_hand():
         attention = [4 * 32 * 32 * 128 * seen(i) for i in range(9)]
         assert counts.prefill_flops(arch, 9, 2) == 2 * (2 * 9 * weights + sum(attention) + 2 * head)
         assert counts.decode_flops(arch, 9, 2) == 2 * (2 * (weights + head) + attention[-1])
+    without = dataclasses.replace(llama, no_attention=(3, 9))
+    assert counts.kv_cache_bytes(without) == 30 * 2 * 8 * 128 * 2
+    assert counts.decode_flops(without, 9) == 2 * (weights - 2 * 41_943_040 + head) + 9 * 4 * 30 * 32 * 128
     assert counts.kv_cache_bytes(window, 9) == counts.kv_cache_bytes(window, 5) == 5 * 131072
 
 
@@ -121,11 +125,20 @@ def test_ranges_shares_multiples_and_rules():
     )  # LlamaConfig's rule takes 24 x 3328 and 24 x 3584
     assert dict(space.left_out) == {
         "larger than the source": 15,
-        "heads that the groups do not divide": 10,
+        "heads that the groups do not divide or hold": 10,
         "hidden or ffn no multiple of 256": 8,
         "heads that do not divide hidden, which the Hugging Face class demands": 4,
     }
     assert len(space.candidates) == 45 - 37
+    grouped = Space(llama, SearchConfig(groups=[2, 4, 8], heads=[8, 12, 16]), ONE)
+    assert [c.name.removeprefix("L32_H4096_F14336_") for c in grouped.candidates] == [
+        "N8_G2",
+        "N8_G4",
+        "N8",
+        "N16_G4",
+        "N16",
+    ]
+    assert Space(llama, SearchConfig(groups=[4]), ONE).candidates[0].target.heads == 16
     expanded = Space(llama, SearchConfig(hidden=[3072], expansion=[2.52, 3], multiple=128), ONE)
     assert [c.target.ffn for c in expanded.candidates] == [7680, 9216]
 
@@ -169,7 +182,7 @@ def test_budgets_in_bytes_and_operations(budget, smallest, largest):
         (dict(ffn=9000), "search.ffn is 9000: give a list"),
         (dict(ffn=[9000.5]), "search.ffn has 9000.5"),
         (dict(ffn={"start": 1, "stop": 9}), "search.ffn is .*give a list of sizes, or .start"),
-        (dict(heads=[31]), "none of the search's combinations fits .heads that the groups do not divide: 1"),
+        (dict(heads=[31]), "none of the search's combinations fits .heads that the groups do not divide or hold: 1"),
         (dict(ffn=[9], budget=BudgetConfig(parameters=1e9, flops=1e9)), "parameters and flops: give one"),
         (dict(ffn=[9], budget=BudgetConfig(parameters=1e9, tolerance=1.5)), "tolerance is 1.5"),
         (dict(ffn=[9], shards=2, shard=2), "search.shard is 2, but search.shards is 2"),
@@ -186,7 +199,7 @@ def wide() -> Space:
     axes = {"blocks": {"start": 20, "stop": 32, "step": 1}, "hidden": {"start": 2048, "stop": 4096, "step": 128}}
     axes |= {"ffn": {"start": 4096, "stop": 14336, "step": 256}, "heads": [16, 24, 32]}
     budget = BudgetConfig(parameters=4e9, tolerance=0.05)
-    return Space(published("MN-Minitron"), SearchConfig(**axes, budget=budget, trials=40), ONE)
+    return Space(published("MN-Minitron"), SearchConfig(**axes, budget=budget, trials=25), ONE)
 
 
 def bowl(candidate) -> float:
@@ -211,8 +224,8 @@ def test_optuna_searches_what_is_too_much_for_a_grid():
     assert wide().combinations > 10_000
     first, again, other = asked(wide(), 1), asked(wide(), 1), asked(wide(), 2)
     assert list(first.items()) == list(again.items()) and list(first) != list(other)
-    assert len(first) == 40
-    early, late = list(first.values())[:15], list(first.values())[-15:]
+    assert len(first) == 25
+    early, late = list(first.values())[:8], list(first.values())[-8:]
     assert sum(late) < sum(early) / 2  # it learns from the losses that it is sent
     nothing = dataclasses.replace(wide().search, budget=BudgetConfig(parameters=1e8))
     with pytest.raises(UserError, match="no combination has 100,000,000 parameters .* the nearest is L20_H2048_F4"):
@@ -310,6 +323,8 @@ def searches(config, root) -> dict:
     assert there("measured.json") == 2 and there("distill") == 0
     run("pieces", shards=2, shard=0, stop_after=1)
     assert there("measured.json") == 3 and there("distill") == 0
+    with pytest.raises(UserError, match="prune.blocks is 3, but the study in depth.json decided which go for 4 of 5"):
+        run("unstudied", blocks=[3])
     with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
         run("pieces")
     ranking.Ranking._loss = cut_off_at_the_second
@@ -342,7 +357,10 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
         save_scores(name, Scores(random_scores(source.arch, seed).vectors, {"fingerprint": source.fingerprint}))
     given = ["+model=smollm2_135m", "model.architecture=null", "parallel=tp2", "dtype=fp32", "data.train=[text.jsonl]"]
     given += ["data.heldout=[text.jsonl]", "data.cache=cache", "source=parent", "teacher=parent"]
-    config = composed("search", *given, "scores=scores", *(f"{key}={value}" for key, value in TINY.items()))
+    given += ["scores=scores", "study=depth.json", *(f"{key}={value}" for key, value in TINY.items())]
+    study = {"model": source.fingerprint, "metric": "loss", "kind": "contiguous", "drop": {"1": [2]}}
+    Path("depth.json").write_text(json.dumps(study))
+    config = composed("search", *given)
 
     found = on_ranks(searches, 2, parallel, config, tmp_path)[0]
     assert found["whole"] == found["pieces"]
@@ -350,6 +368,12 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
     assert [c["steps"] for c in (first, second, third)] == [[2, 3], [2, 3], []]
     assert first["loss"] == first["losses"][-1] < second["loss"] < second["zero_shot_loss"] < third["zero_shot_loss"]
     assert first["zero_shot_loss"] < third["zero_shot_loss"] and third["loss"] is None
+    for trained in (first, second):
+        studied = trained["sizes"]["blocks"] == 4
+        kept = load_plan(f"whole/candidates/{trained['name']}/prune").blocks
+        assert kept == ([0, 1, 3, 4] if studied else [0, 1, 2, 3, 4])
+        assert trained["overrides"].endswith(" study=depth.json") == studied
+    assert any(c["sizes"]["blocks"] == 4 for c in (first, second))
     # Rank by rank the same model, written to disk and read back.
     assert first["zero_shot_loss"] == pytest.approx(found["prune"], rel=1e-6)
     assert first["loss"] == pytest.approx(found["distill"], rel=1e-6)

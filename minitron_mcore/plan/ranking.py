@@ -20,11 +20,13 @@ import torch.distributed as dist
 
 from minitron_mcore import checkpoint, evaluate, pictures_search, prune, report, runtime, stream
 from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.config import DistillConfig, DistillRun, Run, SearchRun
+from minitron_mcore.config import DistillConfig, DistillRun, PruneConfig, Run, SearchRun
 from minitron_mcore.distill import stage, train
 from minitron_mcore.errors import UserError
+from minitron_mcore.importance import study
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.launching import plain
+from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
 from minitron_mcore.plan import counts, latency
 from minitron_mcore.plan.plan import Plan, make_plan
@@ -60,8 +62,8 @@ class Ranking:
         """Check everything that can be checked and cut the held-out text (collective).
 
         Raises:
-            UserError: see `Space` and `Space.candidates`, `train.check`, `latency.check`, `evaluate.windows`; no held-out text;
-                optuna's search in shards.
+            UserError: see `Space` and `Space.candidates`, `train.check`, `latency.check`, `study.apply`, `evaluate.windows`; no
+                held-out text; optuna's search in shards.
         """
         self.config, self.search, self.out_dir = config, config.search, Path(config.out_dir)
         self.source, self.teacher, self.scores = source, teacher, scores
@@ -71,9 +73,11 @@ class Ranking:
                 f"{self.space.combinations:,} combinations are searched one after another by optuna, which search.shards "
                 f"{self.search.shards} cannot share out: use search.shards=1, or fewer sizes for up to {GRID:,} combinations."
             )
+        for blocks in self.space.axes.get("blocks", []):
+            self._studied(PruneConfig(blocks=None if blocks >= source.arch.blocks else blocks))
         self.total = len(self.space.candidates) if self.space.combinations <= GRID else self.search.trials
         if self.search.best:
-            train.check(source, teacher, distillation(config), runtime.dp_group().size())
+            train.check(source, teacher, distillation(config), config.parallel)
         if self.search.latency:
             latency.check(source.arch, self.search.speed)
         if not config.data.heldout:
@@ -163,7 +167,15 @@ class Ranking:
         return self._known(candidate, name)  # rank 0's numbers: others may differ in the last bit
 
     def _plan(self, candidate: Candidate) -> Plan:
-        return make_plan(self.source.arch, self.source.fingerprint, self.scores, candidate.prune)
+        prune, said = self._studied(candidate.prune)
+        plan = make_plan(self.source.arch, self.source.fingerprint, self.scores, prune)
+        plan.statistic.update(said)
+        return plan
+
+    def _studied(self, prune: PruneConfig) -> tuple[PruneConfig, dict[str, str]]:
+        """See `study.apply`; a candidate that keeps all blocks asks it nothing."""
+        path = None if prune.blocks is None else self.config.study
+        return study.apply(path, self.source.arch.blocks, self.source.fingerprint, prune)
 
     def _marks(self, candidate: Candidate) -> dict:
         """What a result depends on beside the run's config."""
@@ -175,19 +187,19 @@ class Ranking:
         """Cut a candidate in memory and measure it; one model at a time."""
         plan, dtype = self._plan(candidate), self.config.dtype.value
         model = prune.build_pruned(self.source, plan, self.config.parallel, dtype, self.reader)
-        found = {"zero_shot_loss": self._loss(model, candidate)}
+        found = {"zero_shot_loss": self._loss(model, plan.target)}
         del model
         if self.search.latency and runtime.rank() == 0:
-            found |= latency.measure(candidate.target, self.source.hf, self.search.speed, dtype)
+            found |= latency.measure(plan.target, self.source.hf, self.search.speed, dtype)
         self.left -= 1
         return self._write(candidate, "measured.json", found)
 
-    def _loss(self, model: Model, candidate: Candidate) -> float:
+    def _loss(self, model: Model, arch: Architecture) -> float:
         """Nats a token over all held-out files (collective)."""
         dp, settings = runtime.dp_group(), self.config.evaluate
         rows = evaluate.evaluate_windows(
             self.text,
-            evaluate.ShardedModel(model, candidate.target).nll,
+            evaluate.ShardedModel(model, arch).nll,
             micro_batch=settings.micro_batch,
             max_windows=settings.max_windows,
             dp_rank=dp.rank(),
@@ -223,7 +235,7 @@ class Ranking:
         def look(trainer: train.Trainer) -> None:
             before = self._known(candidate, "trained.json")
             losses = dict(zip(before.get("steps", []), before.get("losses", []), strict=True))
-            losses[trainer.step] = self._loss(trainer.model.module, candidate)
+            losses[trainer.step] = self._loss(trainer.model, trainer.arch)
             runtime.log(f"{candidate.name}: held-out loss {losses[trainer.step]:.4f} after {trainer.step} steps")
             self._write(candidate, "trained.json", {"steps": list(losses), "losses": list(losses.values())})
 
@@ -244,7 +256,7 @@ class Ranking:
                 "steps": list(losses),
                 "losses": list(losses.values()),
                 "loss": losses.get(self.search.steps),
-                "overrides": candidate.overrides,
+                "overrides": " ".join([candidate.overrides, *self._study_override(candidate)]),
             }
             speeds = ("prefill_tokens_per_second", "decode_tokens_per_second", "measured_on")
             rows.append(row | {key: measured.get(key) for key in speeds})
@@ -256,6 +268,9 @@ class Ranking:
             "left_out": dict(self.space.left_out),
             "candidates": rows,
         }
+
+    def _study_override(self, candidate: Candidate) -> list[str]:
+        return [f"study={self.config.study}"] if self.config.study and candidate.prune.blocks is not None else []
 
     def _show(self, results: dict, complete: bool) -> None:
         """The table, the pictures, and what to do next (rank 0)."""

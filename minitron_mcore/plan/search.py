@@ -10,16 +10,17 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minitron_mcore.config import BudgetConfig, ParallelConfig, PruneConfig, SearchConfig
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import counts
+from minitron_mcore.plan.target import target_architecture
 
-AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "experts": "E"}
-"""Axis -> its letter in a candidate's name."""
+AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "groups": "G", "experts": "E"}
+"""Axis -> its letter in a candidate's name; groups and experts are named where they are not the source's."""
 GRID = 10_000
 """Combinations up to which all are looked at."""
 PATIENCE = 500
@@ -36,8 +37,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        sizes = {letter: getattr(self.target, axis) for axis, letter in AXES.items() if getattr(self.target, axis)}
-        return "_".join(f"{letter}{size}" for letter, size in sizes.items())
+        named = {"blocks", "hidden", "ffn", "heads", *dict(self.sizes)}
+        return "_".join(f"{letter}{getattr(self.target, axis)}" for axis, letter in AXES.items() if axis in named)
 
     @property
     def prune(self) -> PruneConfig:
@@ -133,20 +134,21 @@ class Space:
             sizes["ffn"] = round(channels / search.multiple) * search.multiple
         if any(size > getattr(source, axis) for axis, size in sizes.items()):
             return None, "larger than the source"
-        if sizes.get("heads", source.heads) % source.groups:
-            return None, "heads that the groups do not divide"
+        groups = sizes.get("groups", source.groups)
+        heads = sizes.get("heads", groups * source.heads_per_group)
+        if heads % groups or heads > groups * source.heads_per_group:
+            return None, "heads that the groups do not divide or hold"
         if sizes.get("experts", source.experts) < source.experts_per_token:
             return None, "fewer experts than a token takes"
         if any(sizes.get(axis, 0) % search.multiple for axis in ("hidden", "ffn")):
             return None, f"hidden or ffn no multiple of {search.multiple}"
-        target = replace(source, **sizes)
+        changed = tuple((axis, sizes[axis]) for axis in AXES if sizes.get(axis) not in (None, getattr(source, axis)))
+        target = target_architecture(source, PruneConfig(**dict(changed)))
         if any(architecture.export_problems(target)):
             return None, "heads that do not divide hidden, which the Hugging Face class demands"
         if any(layout.model_problems(target, self.parallel)):
             return None, "not divided by parallel.*"
-        return Candidate(
-            target, tuple((a, sizes[a]) for a in AXES if sizes.get(a) not in (None, getattr(source, a)))
-        ), None
+        return Candidate(target, changed), None
 
     def _misses(self, target: Architecture) -> float:
         """By what share of it a target misses the budget, beyond the tolerance."""
