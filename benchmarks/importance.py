@@ -27,9 +27,7 @@ CASES = {
 }
 
 
-def measure(
-    arch: Architecture, parallel: ParallelConfig, threads: int, rounds: int
-) -> list[tuple[float, float, float]]:
+def measure(arch: Architecture, parallel: ParallelConfig, rounds: int) -> list[tuple[float, float, float]]:
     """Seconds of each round: plain, collecting, collecting compiled."""
     import torch.distributed as dist
 
