@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,11 +84,11 @@ def make_folder(folder: Path, config: dict) -> None:
     arch, start = from_hf(config), 0
     noise = (torch.randn(2**26, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
-    def rows(parameter: table.Parameter) -> Iterator[torch.Tensor]:
+    def rows(parameter: table.Parameter) -> Iterator[Callable[[], torch.Tensor]]:
         nonlocal start
         for _, shape in boxes(parameter):
             start = (start + 1_000_003) % 2**25
-            yield noise[start : start + torch.Size(shape).numel()].view(shape)
+            yield noise[start : start + torch.Size(shape).numel()].view(shape).clone
 
     folder.mkdir(parents=True)
     writer = Writer(folder, arch, dict.fromkeys(table.parameters(arch), torch.bfloat16))

@@ -9,7 +9,7 @@ from minitron_mcore.launching import entry, plain
 
 @entry("importance")
 def main(config: ImportanceRun) -> None:
-    from minitron_mcore import checkpoint, data, report, runtime
+    from minitron_mcore import checkpoint, data, pictures, report, runtime
     from minitron_mcore.errors import refuse
     from minitron_mcore.importance import checks, scores
     from minitron_mcore.importance.collect import score
@@ -33,7 +33,7 @@ def main(config: ImportanceRun) -> None:
             found.metadata["data"] = data.data_hash(prefixes)
             if runtime.rank() == 0:
                 file = scores.save_scores(config.out_dir, found)
-                report.plot_importance(file, f"{config.out_dir}/importance.png")
+                pictures.plot_importance(file, f"{config.out_dir}/importance.png")
                 report.table(
                     "importance",
                     scores.summary(found),

@@ -2,7 +2,8 @@
 
 python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
 
-`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
+`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here. `study` names the depth
+study that says which blocks go.
 """
 
 from minitron_mcore.config import PlanRun
@@ -13,26 +14,37 @@ from minitron_mcore.launching import alone, entry, plain
 def main(config: PlanRun) -> None:
     from pathlib import Path
 
-    from minitron_mcore import checkpoint, report
+    from minitron_mcore import checkpoint, pictures, report
+    from minitron_mcore.importance import study
     from minitron_mcore.importance.scores import load_scores
     from minitron_mcore.models import architecture, build
+    from minitron_mcore.plan import groups, target
     from minitron_mcore.plan import plan as plans
-    from minitron_mcore.plan import target
 
     if not alone():
         return
     source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
-    plan = plans.make_plan(source.arch, source.fingerprint, scores, config.prune)
+    prune, said = study.apply(config.study, source.arch.blocks, source.fingerprint, config.prune)
+    plan = plans.make_plan(source.arch, source.fingerprint, scores, prune)
+    plan.statistic.update(said)
     target.check_counts(plan.target, config.parameters, config.without_embeddings)
     build.check_shardable(plan.target, config.parallel)
-    architecture.check_exportable(plan.target)
+    if config.prune.exportable:
+        architecture.check_exportable(plan.target)
     with checkpoint.claimed(config.out_dir, plain(config)):
         checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
+        pictures.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
+    report.table("tensors of the plan", groups.tensors(plan, config.dtype.value))
     report.table(
         "plan",
-        plan.summary(),
-        [f"plan: {config.out_dir}/{plans.FILE}", f"dropped blocks: {plan.dropped_blocks() or 'none'}"],
+        groups.axes(plan, config.dtype.value),
+        [
+            f"plan: {config.out_dir}/{plans.FILE}; picture: {config.out_dir}/plan.png",
+            groups.counts(plan),
+            f"bytes are of {config.dtype}; a tensor is in the row of each of its axes",
+            *plan.notes(),
+        ],
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_mcore import prune, stream
+from minitron_mcore import disk, prune, stream
 from minitron_mcore.checkpoint import claimed, open_checkpoint
 from minitron_mcore.config import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
@@ -25,14 +25,16 @@ TWO = ParallelConfig(tensor=2)
 
 
 def import_in_pieces(elements, folder, out_dir, parallel) -> str:
-    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = elements, 8 * elements
+    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = elements, 4 * elements
+    disk.BLOCK = 4096 * max(1, elements // 1024)
     hf.import_folder(folder, out_dir, parallel)
     return open_checkpoint(out_dir).fingerprint
 
 
 def prune_in_pieces(elements, source, plan, out_dir, parallel) -> str | None:
     """What a user is told, if anything."""
-    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = elements, 8 * elements
+    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = elements, 4 * elements
+    disk.BLOCK = 4096 * max(1, elements // 1024)
     try:
         prune.prune(open_checkpoint(source), plan, out_dir, parallel)
     except UserError as error:
@@ -171,23 +173,24 @@ def peak_growth(call) -> int:
 
 
 def import_peak(folder, out_dir, parallel) -> int:
-    return peak_growth(lambda: import_in_pieces(1 << 18, folder, out_dir, parallel))
+    return peak_growth(lambda: import_in_pieces(1 << 17, folder, out_dir, parallel))
 
 
 def prune_peak(source, plan, out_dir, parallel) -> int:
-    return peak_growth(lambda: prune_in_pieces(1 << 18, source, plan, out_dir, parallel))
+    return peak_growth(lambda: prune_in_pieces(1 << 17, source, plan, out_dir, parallel))
 
 
 def test_memory_is_that_of_pieces(tmp_path, monkeypatch):
-    """Weights of 330 MB in pieces of 1 MB: no stage may hold a tenth of them."""
+    """Weights of 330 MB in pieces of 512 KB: no stage may hold an eighth of them."""
     folder = models.tiny_llama(tmp_path / "hf", vocab_size=40001, hidden_size=960, intermediate_size=960)
     size = (folder / "model.safetensors").stat().st_size
     assert size > 300e6
-    limit = 30e6
+    limit = size / 8
     assert max(on_ranks(import_peak, 2, TWO, folder, tmp_path / "parent", TWO)) < limit
     plan = plan_for(tmp_path / "parent", hidden=840)
     assert max(on_ranks(prune_peak, 2, TWO, tmp_path / "parent", plan, tmp_path / "pruned", TWO)) < limit
-    monkeypatch.setattr(stream, "PIECE_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(stream, "PIECE_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(disk, "BLOCK", 1 << 19)
     for name in ("long", "direct"):
         (tmp_path / name).mkdir()
     assert peak_growth(lambda: hf.export_folder(open_checkpoint(tmp_path / "pruned"), tmp_path / "long")) < limit

@@ -1,4 +1,4 @@
-"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline, data and expert parallelism.
+"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline, context, data and expert parallelism.
 
 A channel's score is an aggregation over samples of an aggregation over each sample's tokens (`metrics`) of its activation a:
 
@@ -23,11 +23,12 @@ What a rank sees, and what completes it:
     norm output, layer output           [S_r, B, H] under sequence parallelism, else [S, B, H] replicated, of which a rank
                                         counts its share of S: the sums over S, over tensor-parallel ranks, before they become
                                         a sample's score
+    all of these, where S is its share  the sums over S, over context-parallel ranks, before that too; a sample's length as well
     different samples                                          the sums over b, over data-parallel ranks, once at the end
     different blocks                                           own entries; hidden sums over pipeline stages at the end
 
 Sums are fp32 (bf16 overflows), padding is masked out of all, nothing leaves the device before the end, and a micro-batch costs
-one small collective where there is tensor parallelism (two for variance), else none.
+a pipeline stage one small collective (two for variance) for each of tensor and context parallelism.
 """
 
 import itertools
@@ -47,8 +48,8 @@ from minitron_mcore.errors import refuse
 from minitron_mcore.importance import checks, metrics
 from minitron_mcore.importance.metrics import Sums
 from minitron_mcore.importance.scores import Scores, check_finite
+from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.build import LanguageModel
 from minitron_mcore.schedule import forward
 
 FUSE_FROM = 2**20
@@ -69,9 +70,7 @@ class Collector:
         UserError: a statistic that the model doesn't have.
     """
 
-    def __init__(
-        self, model: LanguageModel, arch: Architecture, statistic: Statistic | None = None, fused: bool = False
-    ):
+    def __init__(self, model: build.Model, arch: Architecture, statistic: Statistic | None = None, fused: bool = False):
         self.model, self.arch, self.statistic = model, arch, statistic or Statistic()
         refuse(checks.statistic_problems(arch, self.statistic))
         self.sums: dict[
@@ -90,16 +89,21 @@ class Collector:
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Register every hook; yields their handles."""
-        yield self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        yield self.model.register_forward_hook(self._end)
-        blocks = itertools.groupby(self.model.decoder.layers, lambda layer: _place(layer)[0])
+        for chunk in self.model.chunks:  # which take turns: none begins before another has ended
+            yield chunk.register_forward_pre_hook(self._begin, with_kwargs=True)
+            yield chunk.register_forward_hook(self._end)
+        blocks = itertools.groupby(build.layers(self.model), lambda layer: self._place(layer)[0])
         for at, layers in ((f"blocks.{block}", list(layers)) for block, layers in blocks):
-            parts = [_place(layer)[1] for layer in layers]
+            parts = [self._place(layer)[1] for layer in layers]
             yield layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)
             for layer, part in zip(layers, parts, strict=True):
                 yield from (self._mlp if part == "mlp" else self._attention)(at, layer)
                 yield layer.register_forward_hook(self._leave)
             yield layers[-1].register_forward_hook(self._close(tuple(f"{at}.{x}" for x in (*parts, "block"))))
+
+    def _place(self, layer: nn.Module) -> tuple[int, str]:
+        """A layer's block, and which of its parts it is."""
+        return self.arch.layers[layer.layer_number - 1]
 
     def _attention(self, at: str, layer: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
         yield layer.input_layernorm.register_forward_hook(self._norm(f"{at}.attention.norm"))
@@ -130,7 +134,8 @@ class Collector:
         tp = runtime.tp_group()
         own = slice(length * tp.rank() // tp.size(), length * (tp.rank() + 1) // tp.size())
         self._all, self._own = (_Span.of(rows, real, batch, args[0].device) for rows in (slice(0, length), own))
-        self.tokens += batch * length if mask is None else mask.sum()
+        if module is self.model.chunks[0]:
+            self.tokens += batch * length if mask is None else mask.sum()
 
     def _rows(self, x: Tensor) -> Tensor:
         """The rows of the residual stream or a norm's output [S or S_r, B, H] that this rank counts."""
@@ -200,7 +205,7 @@ class Collector:
         names = (*self._split, *self._open)
         self._widths |= {name: part.total.shape[-1] for name, part in (self._split | self._open).items()}
         split = completed(_side_by_side(self._split.values()), runtime.tp_group())
-        part = _side_by_side([split, *self._open.values()])
+        part = completed(_side_by_side([split, *self._open.values()]), runtime.cp_group())
         samples = metrics.aggregate(self.statistic.sequence, part)  # [B, channels of all names]
         real = part.count > 0  # [B, 1]
         found = metrics.sums(self.statistic.batch, samples, real, real.sum(0, dtype=torch.float32))
@@ -214,7 +219,7 @@ class Collector:
             `hidden` [H], `blocks.i.ffn` [F], `blocks.i.heads` [N], `blocks.i.{attention,mlp,block}` []; fp32 on the CPU. In a
             mixture of experts `blocks.i.ffn` [E, F] and `blocks.i.experts` [E].
         """
-        dist.all_reduce(self.tokens, group=runtime.dp_group())
+        dist.all_reduce(self.tokens, group=runtime.dp_cp_group())
         found, hidden = {}, torch.zeros(self.arch.hidden, device=runtime.device())
         for names, part in self.sums.items():
             vectors = metrics.aggregate(self.statistic.batch, completed(part, runtime.dp_group()))
@@ -229,7 +234,7 @@ class Collector:
             means = _gather(sums / self.tokens, runtime.ep_group())
             found |= {f"{at}.ffn": means[:, :-1].contiguous(), f"{at}.experts": means[:, -1].contiguous()}
         distances = torch.cat(list(self.distances.values()))
-        for group in (runtime.dp_group(), runtime.tp_group()):
+        for group in (runtime.dp_cp_group(), runtime.tp_group()):
             dist.all_reduce(distances, group=group)
         found |= zip(itertools.chain(*self.distances), distances / self.tokens, strict=True)
         dist.all_reduce(hidden, group=runtime.pp_group())
@@ -266,12 +271,6 @@ class _Span(NamedTuple):
         return cls(rows, real[rows], real[rows].sum(0, dtype=torch.float32))
 
 
-def _place(layer: nn.Module) -> tuple[int, str]:
-    """A layer's block, and which of its parts it is."""
-    block, is_mlp = divmod(layer.layer_number - 1, 2)
-    return block, "mlp" if is_mlp else "attention"
-
-
 def completed(part: Sums, group: dist.ProcessGroup) -> Sums:
     """The sums of all ranks of a group, each of which saw other tokens of the same samples, or other samples (collective)."""
 
@@ -299,7 +298,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @contextmanager
 def collecting(
-    model: LanguageModel, arch: Architecture, statistic: Statistic | None = None, fused: bool = False
+    model: build.Model, arch: Architecture, statistic: Statistic | None = None, fused: bool = False
 ) -> Iterator[Collector]:
     """Collect importance from every forward pass of `model` inside the block; its hooks are gone after it. See `Collector`."""
     collector = Collector(model, arch, statistic, fused)
@@ -312,7 +311,7 @@ def collecting(
 
 
 def score(
-    model: LanguageModel,
+    model: build.Model,
     source: Checkpoint,
     tokens: Tensor,
     mask: Tensor,
@@ -344,9 +343,10 @@ def score(
     progress = runtime.Progress("importance", len(batches), "micro-batches")
     fused = tokens[mine].numel() >= FUSE_FROM and metrics.compiles()
     with collecting(model, source.arch, statistic, fused) as collector:
-        for done, batch in enumerate(batches, 1):
-            forward(model, [batch], lambda hidden, batch: None)
-            progress.update(done)
+        for start in range(0, len(batches), runtime.pp_group().size()):
+            group = batches[start : start + runtime.pp_group().size()]  # together they keep every stage busy
+            forward(model, group, lambda hidden, batch: None)
+            progress.update(start + len(group))
     found = collector.scores()
     check_finite(found, "the model")
     metadata = {

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from minitron_mcore import runtime
+from minitron_mcore import disk, runtime
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, table
 from minitron_mcore.models.architecture import Architecture
@@ -192,17 +193,24 @@ class Writer:
         names = ["model.safetensors"] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         self.files = dict(zip(names, files, strict=True))
 
-    def write(self, label: str, rows: Callable[[table.Parameter], Iterable[Tensor]]) -> None:
-        """Write the weights; `rows` gives all rows of a parameter in packed order, in one part or several."""
-        progress = runtime.Progress(label, len(self.dtypes), "tensors")
+    def write(self, label: str, rows: Callable[[table.Parameter], Iterable[Callable[[], Tensor]]]) -> None:
+        """Write the weights; `rows` gives what makes all rows of a parameter in packed order, in one part or several. Parts are
+        made by threads that run ahead."""
+        jobs = list(self._jobs(rows))
+        progress = runtime.Progress(label, len(jobs), "pieces")
         with _Parts([(self._part(name), tensors) for name, tensors in self.files.items()]) as parts:
-            for done, (parameter, dtype) in enumerate(self.dtypes.items(), 1):
-                back, pieces = np.argsort(table.packing(parameter.row.axes[0], self.arch)), rows(parameter)
-                if not np.array_equal(back, np.arange(len(back))):
-                    pieces = [torch.cat(list(pieces))[torch.from_numpy(back)]]
-                for piece in pieces:
-                    parts.write(raw(piece.to(dtype)))
+            for done, data in enumerate(runtime.ahead(jobs), 1):
+                parts.write(data)
                 progress.update(done)
+
+    def _jobs(self, rows) -> Iterator[Callable[[], np.ndarray]]:
+        """What makes the bytes of the files, piece by piece; of rows that are packed in another order, all at once."""
+        for parameter, dtype in self.dtypes.items():
+            back = np.argsort(table.packing(parameter.row.axes[0], self.arch))
+            if np.array_equal(back, np.arange(len(back))):
+                yield from (partial(_bytes, [make], dtype) for make in rows(parameter))
+            else:
+                yield partial(_bytes, rows(parameter), dtype, torch.from_numpy(back))
 
     def finish(self, source: Path) -> None:
         """Give the files their names and add what `source`, a Hugging Face folder, holds beside weights; config.json last."""
@@ -217,6 +225,12 @@ class Writer:
 
     def _part(self, name: str) -> Path:
         return self.out_dir / f"{name}.part"
+
+
+def _bytes(makes: Iterable[Callable[[], Tensor]], dtype: torch.dtype, order: Tensor | None = None) -> np.ndarray:
+    parts = [make() for make in makes]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return raw((whole if order is None else whole[order]).to(dtype))
 
 
 def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.dtype) -> None:
@@ -236,12 +250,16 @@ class _Parts:
 
     def __init__(self, files: list[tuple[Path, dict[str, Tensor]]]):
         self.files, self.file, self.left = iter(files), None, 0
+        self.closer, self.closed = ThreadPoolExecutor(1), []
 
     def __enter__(self) -> "_Parts":
         return self
 
     def __exit__(self, *_) -> None:
         self._close()
+        with self.closer:
+            for closed in self.closed:
+                closed.result()
 
     def write(self, data: np.ndarray) -> None:
         while len(data):
@@ -254,7 +272,7 @@ class _Parts:
     def _next(self) -> None:
         self._close()
         path, tensors = next(self.files)
-        self.file = path.open("wb")
+        self.file = disk.Output(path)
         header, self.left = {"__metadata__": {"format": "pt"}}, 0
         for name, tensor in tensors.items():
             span = [self.left, self.left + tensor.nbytes]
@@ -265,10 +283,9 @@ class _Parts:
         self.file.write(len(text).to_bytes(8, "little") + text)
 
     def _close(self) -> None:
+        """Let a full file reach the disk while the next one fills."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+            self.closed.append(self.closer.submit(self.file.close))
 
 
 def raw(tensor: Tensor) -> np.ndarray:

@@ -42,7 +42,7 @@ def import_folder(
         # One of the ranks that read a parameter hashes it, before its first piece.
         hashing = parameter.row.tp_dim is None or number % tp.size() == tp.rank()
         for offset, shape in stream.boxes(parameter, tp.rank(), tp.size()):
-            make = partial(_read, weights, hashing, parameter, offset, shape)
+            make = partial(read, weights, hashing, parameter, offset, shape)
             pieces.append(stream.Piece(parameter, offset, shape, weights.dtype(parameter), make))
             hashing = False
     stream.save(out_dir, pieces, replica, "import")
@@ -53,23 +53,24 @@ def import_folder(
     return arch
 
 
-def _read(weights: Weights, hashing: bool, parameter: table.Parameter, offset: tuple, shape: tuple) -> Tensor:
+def read(weights: Weights, hashing: bool, parameter: table.Parameter, offset: tuple, shape: tuple) -> Tensor:
+    """A box of a parameter; with `hashing`, all of the parameter is hashed just before."""
     if hashing:
         weights.hash(parameter)
     return weights.read(parameter, offset, shape)
 
 
 def stage_parameters(arch: Architecture, parallel: ParallelConfig) -> Iterator[table.Parameter]:
-    """Parameters of this rank's pipeline stage, of the experts only its own."""
+    """Parameters of this rank's pipeline stages, of the experts only its own."""
     return layout.held(arch, parallel, runtime.pp_group().rank(), runtime.own_experts(arch.experts))
 
 
 def replica(parameter: table.Parameter) -> tuple[int, int]:
-    """All zeros on the rank that writes a piece: tensor-parallel rank 0 of what is replicated, data-parallel rank 0; of an
-    expert, the first of the ranks that hold it."""
+    """All zeros on the rank that writes a piece: tensor-parallel rank 0 of what is replicated, the first of the data- and
+    context-parallel ranks; of an expert, the first of the ranks that hold it."""
     if parameter.expert is not None:
         return (0, runtime.expert_dp_group().rank())
-    return (runtime.tp_group().rank() if parameter.row.tp_dim is None else 0, runtime.dp_group().rank())
+    return (runtime.tp_group().rank() if parameter.row.tp_dim is None else 0, runtime.dp_cp_group().rank())
 
 
 def export_folder(source: checkpoint.Checkpoint, out_dir: str | Path, dtype: str | None = None) -> int:
@@ -93,6 +94,6 @@ def write_folder(
     """Weights from wherever they are -> Hugging Face folder, as `export_folder` does; `shipped` holds config and tokenizer."""
     dtypes = {p: build.DTYPES[dtype] if dtype else weights.dtype(p) for p in table.parameters(arch)}
     writer = Writer(out_dir, arch, dtypes)
-    writer.write("export", lambda p: (weights.read(p, *box) for box in stream.boxes(p)))
+    writer.write("export", lambda p: [partial(weights.read, p, *box) for box in stream.boxes(p)])
     writer.finish(shipped)
     return table.count(arch)
