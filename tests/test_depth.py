@@ -66,11 +66,13 @@ def questions() -> list[dict]:
 def measured(checkpoint, parallel, found, rows):
     """Points, option scores, logits without an attention and an MLP layer, a mistake, and the bytes that were kept."""
     from minitron_mcore import checkpoint as checkpoints
-    from minitron_mcore import tokenizer
+    from minitron_mcore import runtime, tokenizer
     from minitron_mcore.importance import depth
 
     opened = open_checkpoint(checkpoint)
     model = checkpoints.build_model(opened, parallel, "fp32")
+    if runtime.is_last_stage():  # the vocabulary's padding must have no say, whatever it holds
+        model.head().data[opened.arch.vocab - runtime.tp_group().rank() * len(model.head()) :] = 0.7
     quiz = choices.Quiz(model, opened.arch, rows, tokenizer.load(opened.hf), 4)
     meter = depth.Meter(model, opened.arch, found, 2, quiz)
     points = [meter(dropped) for dropped in SETS]
@@ -326,6 +328,10 @@ def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch
     with pytest.raises(RankError, match="has points of another model, text or questions: choose another out_dir"):
         on_ranks(studied, 1, ParallelConfig(), config_of("depth", *command))
     assert (folder / "points.jsonl").read_text().splitlines() == lines
+
+    (folder / "points.jsonl").write_text("\n".join([lines[0], lines[1][:9], *lines[2:], ""]))
+    with pytest.raises(RankError, match="points.jsonl is damaged .*: remove its folder"):
+        on_ranks(studied, 1, ParallelConfig(), config_of("depth", *command))
 
     opened = open_checkpoint(made / "ckpt")
     save_scores(tmp_path, Scores(random_scores(opened.arch).vectors, {"fingerprint": opened.fingerprint}))
