@@ -166,7 +166,7 @@ def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
     assert (parts - logits_with(made / "hf", weights)).abs().max() <= 2e-4
     assert (whole - models.hf_logits(made / "hf", models.tokens())).abs().max() <= 2e-4  # nothing stays skipped
     given = cost.Setting(parallel, world, "fp32", 2, LENGTH)
-    assert kept == cost.kept_states(open_checkpoint(made / "ckpt").arch, given, 6)
+    assert kept == cost.studying(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
 
 
 def logits_with(folder, weights) -> torch.Tensor:
@@ -410,9 +410,9 @@ def test_dry_run_counts_the_passes(tmp_path, monkeypatch):
     from minitron_mcore import dryrun, launching
 
     monkeypatch.chdir(tmp_path)
-    command = ["+model=smollm2_135m", "depth=small", "data.heldout=[a,b]", "parallel=tp3"]
+    command = ["+model=smollm2_135m", "depth=small", "data.heldout=[a,b]", "parallel=pp2"]
     with initialize_config_dir(str(launching.CONF), version_base="1.3"):
         found = dryrun.plan(launching.compose("depth", command))
     points = 1 + 30 + 29 + 27 + 23 + 16 + 4  # the last are scattered sets
     assert found["operations"]["steps"] == points + 1 and found["operations"]["tokens"] == (points + 1) * 2 * 4 * 512
-    assert found["ranks"][-1]["hidden states"] == 2 * 4 * 512 * 576 * 2 and not found["problems"]
+    assert [rank["hidden states"] for rank in found["ranks"]] == [0, 2 * 4 * 512 * 576 * 2] and not found["problems"]
