@@ -2,8 +2,7 @@
 
 python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
 
-`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here. `study` names the depth
-study that says which blocks go.
+`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
 """
 
 from minitron_mcore.config import PlanRun
@@ -36,16 +35,10 @@ def main(config: PlanRun) -> None:
         checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
         pictures.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
     report.table("tensors of the plan", groups.tensors(plan, config.dtype.value))
-    report.table(
-        "plan",
-        groups.axes(plan, config.dtype.value),
-        [
-            f"plan: {config.out_dir}/{plans.FILE}; picture: {config.out_dir}/plan.png",
-            groups.counts(plan),
-            f"bytes are of {config.dtype}; a tensor is in the row of each of its axes",
-            *plan.notes(),
-        ],
-    )
+    files = f"plan: {config.out_dir}/{plans.FILE}; picture: {config.out_dir}/plan.png"
+    units = f"bytes are of {config.dtype}; a tensor is in the row of each of its axes"
+    notes = [files, groups.counts(plan), units, *plan.notes()]
+    report.table("plan", groups.axes(plan, config.dtype.value), notes)
 
 
 if __name__ == "__main__":

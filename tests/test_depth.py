@@ -163,8 +163,9 @@ def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
     weights = models.weights(made / "hf")
     for name in ("4.self_attn.o_proj", "1.mlp.down_proj", "3.mlp.down_proj"):  # what a layer adds is 0
         weights[f"model.layers.{name}.weight"].zero_()
-    assert (parts - logits_with(made / "hf", weights)).abs().max() <= 2e-4
-    assert (whole - models.hf_logits(made / "hf", models.tokens())).abs().max() <= 2e-4  # nothing stays skipped
+    if parallel.context == 1:  # otherwise a rank has the logits of its share of the sequence
+        assert (parts - logits_with(made / "hf", weights)).abs().max() <= 2e-4
+        assert (whole - models.hf_logits(made / "hf", models.tokens())).abs().max() <= 2e-4  # nothing stays skipped
     given = cost.Setting(parallel, world, "fp32", 2, LENGTH)
     assert kept == cost.studying(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
 

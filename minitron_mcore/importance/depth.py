@@ -127,13 +127,17 @@ class Meter:
     def _keep(self) -> None:
         """Run the full model; its final hidden states join the batches."""
         kept: list[Tensor] = []
+        total = torch.zeros(3, dtype=torch.float64, device=runtime.device())
         if runtime.is_last_stage():
             self._gram = self._make_gram()
-        forward(self.model, self.batches, lambda hidden, batch: kept.append(hidden))
-        total = torch.zeros(3, dtype=torch.float64, device=runtime.device())
+
+        def on_output(hidden: Tensor, batch: dict) -> None:
+            kept.append(hidden)
+            total[2] += self._squares(batch["predicted"].t().reshape(-1).float(), self._states(hidden))
+
+        forward(self.model, self.batches, on_output)
         for batch, full in zip(self.batches, kept, strict=bool(kept)):
             batch["full"] = full
-            total[2] += self._squares(batch["predicted"].t().reshape(-1).float(), self._states(full))
         self._full = self._sum(total)[2]
 
     def _make_gram(self) -> Tensor:
