@@ -8,12 +8,15 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["minitron_mcore*"]),
+    package_data={"minitron_mcore.page": ["page.html"]},
     install_requires=[
         "gguf",
         "hydra-core>=1.3,<1.4",
+        "jinja2",
         "matplotlib",
         "megatron-core==0.19.2",  # host.py and the layer specs know this version's inside
         "numpy",
+        "optuna>=5,<6",
         "psutil",
         "rich",
         "safetensors",

@@ -1,39 +1,40 @@
 """What collecting importance costs: forward passes with the hooks over the same passes without, interleaved in one run.
 
-A random model of SmolLM2-135M's shape in bf16, batches of 4 x 510 tokens; time does not depend on the weights. Seconds are
-medians over the rounds, on rank 0, between barriers.
+Random models in bf16, batches of 4 x 510 tokens; time does not depend on the weights. The reductions run as torch's separate
+operations, as in a short run, or compiled, as in a long one. Seconds are rank 0's processor time with one thread a rank, so that
+other work on the machine counts little; medians over the rounds, after the first passes, which compile. `spread` is how far apart
+the same measurement's quarters lie: half of the rounds are within it.
 """
 
-import os
 import time
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 from common import Figure, arguments, write
-from rich.console import Console
-from rich.table import Table
 
+from minitron_mcore import report
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.testing import on_ranks
 
 SMOLLM2 = Architecture("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5, None, True)
-LAYOUTS = {
-    "tp1": (1, ParallelConfig()),
-    "tp3": (3, ParallelConfig(tensor=3)),
-    "tp3_sp": (3, ParallelConfig(tensor=3, sequence=True)),
+LLAMA_1B = Architecture("llama", 4, 2048, 8192, 32, 8, 64, 128256, 8192, 1e-5, 5e5, None, True)
+CASES = {
+    "smollm2_135m tp1": (SMOLLM2, 1, ParallelConfig()),
+    "smollm2_135m tp3": (SMOLLM2, 3, ParallelConfig(tensor=3)),
+    "smollm2_135m tp3_sp": (SMOLLM2, 3, ParallelConfig(tensor=3, sequence=True)),
+    "llama32_1b, 4 blocks, tp1": (LLAMA_1B, 1, ParallelConfig()),
 }
 
 
-def measure(arch: Architecture, parallel: ParallelConfig, threads: int, rounds: int) -> list[tuple[float, float]]:
-    """(seconds without, seconds with) of each round."""
+def measure(arch: Architecture, parallel: ParallelConfig, rounds: int) -> list[tuple[float, float, float]]:
+    """Seconds of each round: plain, collecting, collecting compiled."""
     import torch.distributed as dist
 
     from minitron_mcore.importance.collect import collecting
     from minitron_mcore.models import build
     from minitron_mcore.schedule import forward
 
-    torch.set_num_threads(threads)
     model = build.build(arch, parallel, "bf16")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -41,42 +42,36 @@ def measure(arch: Architecture, parallel: ParallelConfig, threads: int, rounds: 
 
     def plain() -> float:
         dist.barrier()
-        start = time.perf_counter()
+        start = time.process_time()
         forward(model, [batch], lambda hidden, batch: None)
-        dist.barrier()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    def collected() -> float:
-        with collecting(model, arch):
+    def collected(fused: bool) -> float:
+        with collecting(model, arch, fused=fused):
             return plain()
 
-    plain(), collected()
-    pairs = [(plain(), collected()) for _ in range(rounds)]
-    torch.set_num_threads(1)
-    return pairs
+    def once() -> tuple[float, float, float]:
+        return plain(), collected(fused=False), collected(fused=True)
+
+    once()
+    return [once() for _ in range(rounds)]
 
 
 def main() -> None:
     options = arguments(__doc__)
-    rounds, layouts = (3, ["tp1"]) if options.quick else (9, list(LAYOUTS))
-    figures = []
-    shown = Table("layout", "forward (s)", "collecting (s)", "overhead")
-    for name in layouts:
-        world, parallel = LAYOUTS[name]
-        pairs = on_ranks(
-            measure, world, parallel, SMOLLM2, parallel, max(1, os.cpu_count() // world), rounds, timeout=900
-        )[0]
-        without, collecting = (median(column) for column in zip(*pairs, strict=True))
-        overhead = median(b / a for a, b in pairs) - 1
-        shown.add_row(name, f"{without:.3f}", f"{collecting:.3f}", f"{overhead:.1%}")
-        case = f"smollm2_135m bf16 4x510 {name}"
-        for metric, value, unit in (
-            ("time", without, "s"),
-            ("time_collecting", collecting, "s"),
-            ("overhead", overhead, "1"),
-        ):
-            figures.append(Figure("importance", case, "minitron", metric, value, unit))
-    Console().print(shown)
+    rounds, cases = (3, list(CASES)[:1]) if options.quick else (15, list(CASES))
+    rows, figures = [], []
+    for case in cases:
+        arch, world, parallel = CASES[case]
+        found = on_ranks(measure, world, parallel, arch, parallel, rounds, timeout=900)[0]
+        rows.append({"case": case, "forward (s)": median(plain for plain, _, _ in found)})
+        for column, name in enumerate(("operations", "compiled"), 1):
+            shares = [times[column] / times[0] - 1 for times in found]
+            low, overhead, high = quantiles(shares, n=4)
+            rows[-1] |= {f"{name} (%)": 100 * overhead, f"{name}, spread": 100 * (high - low)}
+            figures.append(Figure("importance", case, name, "overhead", overhead, "1"))
+        figures.append(Figure("importance", case, "plain", "time", rows[-1]["forward (s)"], "s"))
+    report.table("collecting importance over the same forward passes", rows)
     write(figures, options.json)
 
 

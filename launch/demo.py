@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minitron_mcore import demo, report
 from minitron_mcore.errors import UserError
+from minitron_mcore.page import write
 from minitron_mcore.pipeline import stage
 
 ROOT = Path("runs/demo")
@@ -46,6 +47,7 @@ def main() -> None:
         )
     steps = [json.loads(line) for line in (ROOT / "distill/metrics.jsonl").read_text().splitlines()]
     speed = sorted(step["tokens_per_second"] for step in steps)[len(steps) // 2]
+    write.write(ROOT, ROOT / "report.html")
     lost, won = rows[1]["loss"] - rows[0]["loss"], rows[1]["loss"] - rows[2]["loss"]
     report.table(
         "SmolLM2-135M-Instruct (dequantised from Q4_1), pruned and distilled; held-out text of the standard library",
@@ -55,6 +57,7 @@ def main() -> None:
             f"won back {won / lost:.0%} of the loss that pruning cost",
             f"pictures: {ROOT}/importance/importance.png, {ROOT}/distill/losses.png",
             f"checkpoints: {ROOT}/convert, {ROOT}/prune, {ROOT}/distill; plan: {ROOT}/plan/plan.json; text: {ROOT}/text",
+            f"everything on one page: {ROOT}/report.html",
             f"{(time.monotonic() - start) / 60:.1f} minutes in all",
         ],
     )

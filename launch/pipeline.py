@@ -14,13 +14,16 @@ def main(config: PipelineRun) -> None:
     from omegaconf import OmegaConf
 
     from minitron_mcore import dryrun, pipeline, report
+    from minitron_mcore.page import write
 
     typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # the stages resolve ${...} themselves
     overrides = [override for override in typed if not override.startswith(("processes=", "stages="))]
     if config.dry_run:
         processes = [] if config.dry.gpus else [f"dry.gpus={config.processes}"]
         return dryrun.run(*pipeline.plan(config, [*overrides, *processes])[1].values())
-    report.table(f"finished: {config.work_dir}", pipeline.run(config, overrides))
+    rows, page = pipeline.run(config, overrides), f"{config.work_dir}/report.html"
+    write.write(config.work_dir, page)
+    report.table(f"finished: {config.work_dir}", rows, [f"report: {page}"])
 
 
 if __name__ == "__main__":

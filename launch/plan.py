@@ -13,27 +13,32 @@ from minitron_mcore.launching import alone, entry, plain
 def main(config: PlanRun) -> None:
     from pathlib import Path
 
-    from minitron_mcore import checkpoint, report
+    from minitron_mcore import checkpoint, pictures, report
+    from minitron_mcore.importance import study
     from minitron_mcore.importance.scores import load_scores
     from minitron_mcore.models import architecture, build
+    from minitron_mcore.plan import groups, target
     from minitron_mcore.plan import plan as plans
-    from minitron_mcore.plan import target
 
     if not alone():
         return
     source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
-    plan = plans.make_plan(source.arch, source.fingerprint, scores, config.prune)
+    prune, said = study.apply(config.study, source.arch.blocks, source.fingerprint, config.prune)
+    plan = plans.make_plan(source.arch, source.fingerprint, scores, prune)
+    plan.statistic.update(said)
     target.check_counts(plan.target, config.parameters, config.without_embeddings)
     build.check_shardable(plan.target, config.parallel)
-    architecture.check_exportable(plan.target)
+    if config.prune.exportable:
+        architecture.check_exportable(plan.target)
     with checkpoint.claimed(config.out_dir, plain(config)):
         checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
-    report.table(
-        "plan",
-        plan.summary(),
-        [f"plan: {config.out_dir}/{plans.FILE}", f"dropped blocks: {plan.dropped_blocks() or 'none'}"],
-    )
+        pictures.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
+    report.table("tensors of the plan", groups.tensors(plan, config.dtype.value))
+    files = f"plan: {config.out_dir}/{plans.FILE}; picture: {config.out_dir}/plan.png"
+    units = f"bytes are of {config.dtype}; a tensor is in the row of each of its axes"
+    notes = [files, groups.counts(plan), units, *plan.notes()]
+    report.table("plan", groups.axes(plan, config.dtype.value), notes)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
       model.json       architecture, fingerprint and lineage (parents, hashes, versions, command)
       hf/              config, tokenizer and generation files as the source shipped them
       plan.json        pruned checkpoints only: every kept index
+      plans/           the plans of its ancestors, each named by its digest
       step_0000000/    Megatron distributed checkpoint; weights have the parameter table's keys and unpadded global shapes
       latest           name of the newest complete step, replaced in one move
       .complete        the run came to its end
@@ -16,6 +17,7 @@ run leaves its last good step behind.
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -126,7 +128,8 @@ def finish(out_dir: str | Path) -> None:
 
 def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     held = out_dir / "config.yaml"
-    if not held.is_file() and out_dir.is_dir() and any(out_dir.iterdir()):
+    others = (path for path in out_dir.glob("*") if path.suffix != ".part")  # another process may be claiming it too
+    if not held.is_file() and any(others):
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if held.is_file():
         same = yaml.safe_load(held.read_text()) == config
@@ -143,8 +146,8 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
+    """Write a file so that readers see the old one or the new one, never half of it; of several writers, the last one's."""
+    part = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
     with part.open("w") as file:
         file.write(text)
         file.flush()
@@ -152,13 +155,30 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def describe(out_dir: str | Path, arch: Architecture, fingerprint: str, parents: dict, hf: Path, **details) -> None:
-    """Write model.json and hf/ of a checkpoint folder (rank 0). `parents` maps a role to an opened checkpoint's identity."""
+def describe(
+    out_dir: str | Path,
+    arch: Architecture,
+    fingerprint: str,
+    parents: dict,
+    hf: Path,
+    plans: dict | None = None,
+    **details,
+) -> None:
+    """Write model.json, hf/ and plans/ of a checkpoint folder (rank 0).
+
+    Args:
+        parents: a role -> an opened checkpoint's identity.
+        plans: those that its parent's line was cut by (see `ancestry.plans`).
+        details: what was done to the parents.
+    """
     if runtime.rank() == 0:
         out_dir = Path(out_dir)
         (out_dir / "hf").mkdir(parents=True, exist_ok=True)
         for file in shipped(hf):
             shutil.copy2(file, out_dir / "hf" / file.name)
+        for digest, text in (plans or {}).items():
+            (out_dir / "plans").mkdir(exist_ok=True)
+            replace_text(out_dir / "plans" / f"{digest}.json", text)
         made = lineage(parents, **details)
         model = {"architecture": arch.to_json(), "fingerprint": fingerprint, "lineage": made}
         replace_text(out_dir / "model.json", json.dumps(model, indent=1))
@@ -166,7 +186,12 @@ def describe(out_dir: str | Path, arch: Architecture, fingerprint: str, parents:
 
 def lineage(parents: dict, **details) -> dict:
     """Where weights come from: their parents (role -> identity), this command, the versions that run it, and what it did."""
-    return {"parents": parents, "command": " ".join(sys.argv), "versions": versions(), **details}
+    return {"parents": parents, "command": command(), "versions": versions(), **details}
+
+
+def command() -> str:
+    """This process's command line, as a shell takes it."""
+    return shlex.join(sys.argv)
 
 
 def identity(checkpoint: Checkpoint) -> dict:
@@ -202,17 +227,17 @@ def sharded(parameter: table.Parameter, pieces: list[tuple[tuple[int, ...], Tens
     }
 
 
-def model_state(model: build.LanguageModel, arch: Architecture, tp_rank: int, tp_size: int) -> dict:
+def model_state(model: build.Model, arch: Architecture, tp_rank: int, tp_size: int) -> dict:
     """A model's parameters as sharded tensors in the table's terms; each views the parameter's memory.
 
     A rank's part: its stage's blocks, its tensor-parallel ranges, its experts; padding rows of the vocabulary are left out.
     """
     by_name = {parameter.name: parameter for parameter in table.parameters(arch)}
-    dp_rank, state = runtime.dp_group().rank(), {}
+    copy, state = runtime.dp_cp_group().rank(), {}
     for n, (name, tensor) in enumerate(build.named_parameters(model)):
         parameter, tp_dim = by_name[name], by_name[name].row.tp_dim
         tied_copy = name == "embedding.word_embeddings.weight" and not runtime.is_first_stage()
-        replica = (int(tied_copy), 0 if tp_dim is not None else tp_rank, dp_rank)
+        replica = (int(tied_copy), 0 if tp_dim is not None else tp_rank, copy)
         if parameter.expert is not None:
             replica = (0, 0, runtime.expert_dp_group().rank())
         state |= {
@@ -289,7 +314,7 @@ def undamaged(step_dir: Path) -> Iterator[None]:
         raise UserError(f"the checkpoint {step_dir} is damaged or incomplete ({reason}): make it again.") from error
 
 
-def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
+def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     """Set a model's parameters from a checkpoint of any layout (collective); padding rows of the vocabulary become zero.
 
     Raises:
@@ -314,7 +339,7 @@ def load_weights(model: build.LanguageModel, checkpoint: Checkpoint) -> None:
                 )
 
 
-def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.LanguageModel:
+def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.Model:
     """Build a checkpoint's model in a layout and set its weights (collective)."""
     model = build.build(checkpoint.arch, parallel, dtype)
     load_weights(model, checkpoint)

@@ -31,8 +31,10 @@ class ParallelConfig:
     """Ranks that share each matrix (TP)."""
     pipeline: int = 1
     """Stages that share the layers (PP)."""
+    virtual: int = 1
+    """Chunks of layers that a pipeline rank holds, every PP-th stretch of the model: the interleaved schedule where above 1."""
     context: int = 1
-    """Ranks that share each sequence in attention (CP)."""
+    """Ranks that share each sequence (CP)."""
     expert: int = 1
     """Ranks that share the experts of a block (EP), taken from the tensor- and data-parallel ranks."""
     sequence: bool = False
@@ -67,15 +69,83 @@ class DataConfig:
     seed: int = 1234
 
 
+class Aggregation(StrEnum):
+    mean = "mean"
+    l2 = "l2"
+    variance = "variance"
+
+
+class FfnSite(StrEnum):
+    after_gate = "after_gate"
+    before_gate = "before_gate"
+
+
 @dataclass
-class ImportanceConfig:
-    """Calibration: batch L2 over sequence mean (arXiv 2407.14679, section 2.2)."""
+class Statistic:
+    """What a channel's score is made of: batch L2 over sequence mean by default (arXiv 2407.14679, section 2.2)."""
+
+    sequence: Aggregation = Aggregation.mean
+    """Over a sample's tokens: mean of absolute values, L2 norm, or variance."""
+    batch: Aggregation = Aggregation.l2
+    """Over the samples' results."""
+    ffn_site: FfnSite = FfnSite.after_gate
+    """Where ffn channels are seen: at the input of the down projection, or before the activation (of SwiGLU the gate's rows), as
+    the paper prints it."""
+    weighted: bool = False
+    """Times the norm of the weights that read the channel or head (as Wanda, arXiv 2306.11695; for ffn as Puzzle)."""
+
+
+@dataclass
+class ImportanceConfig(Statistic):
+    """Calibration."""
 
     samples: int = 1024
     sequence_length: int = 8192
     micro_batch: int = 1
     whole_documents: bool = False
     """One document a sample, padded at its end, instead of unbroken runs of tokens."""
+
+
+class DepthMetric(StrEnum):
+    """What a set of blocks is missed by; but for accuracy, less is better."""
+
+    loss = "loss"
+    kl = "kl"
+    mse = "mse"
+    accuracy = "accuracy"
+    cosine = "cosine"
+
+
+class DepthKind(StrEnum):
+    """How the blocks to drop are chosen."""
+
+    contiguous = "contiguous"
+    """The run of neighbours that is missed least (arXiv 2408.11796)."""
+    scattered = "scattered"
+    """Those that are missed least one by one."""
+    iterative = "iterative"
+    """The one that is missed least, then of the rest the one that is missed least, and so on (arXiv 2511.16664)."""
+    best = "best"
+    """Contiguous or scattered, for each number of blocks whichever is missed less as a whole."""
+
+
+@dataclass
+class DepthConfig:
+    """A study of which blocks a model can spare, by forward passes without them over held-out text."""
+
+    sizes: list[float] = field(default_factory=lambda: [1, 2, 4, 8, 0.5])
+    """Numbers of blocks to drop: whole numbers, or shares of the model's below 1. Runs of each are measured at every position."""
+    metric: DepthMetric = DepthMetric.loss
+    """What decides; loss, KL divergence and MSE of the logits are measured anyway, accuracy where there are `choices`."""
+    kind: DepthKind = DepthKind.contiguous
+    windows: int = 64
+    """Of each held-out file, spread evenly over it."""
+    sequence_length: int = 2048
+    micro_batch: int = 1
+    choices: str | None = None
+    """Multiple-choice questions, .jsonl or .jsonl.gz, of WinoGrande's form or with "query", "choices" and "label"."""
+    limit: int | None = None
+    """Only the first so many questions; null takes all."""
 
 
 @dataclass
@@ -87,13 +157,27 @@ class PruneConfig:
     ffn: float | None = None
     """Channels between the two MLP projections, in each block."""
     heads: float | None = None
-    """Query heads, an equal number in each key/value group."""
+    """Query heads, an equal number in each kept key/value group."""
+    groups: float | None = None
+    """Key/value groups of each block, whole: a group goes with its query heads. The papers keep all."""
+    merge_heads: bool = False
+    """Add to a kept query head what sets it apart from a dropped one of its group (arXiv 2407.14679, section 2.3)."""
     experts: float | None = None
     """Experts of each block, in a mixture of experts; `ffn` are then the channels of one."""
     blocks: float | None = None
     """Blocks; those whose output is nearest their input (by cosine) go first."""
     drop_blocks: list[int] = field(default_factory=list)
     """Blocks to drop by number, counted from 0, instead of by score (the papers count from 1)."""
+    attention: float | None = None
+    """Attention layers of the kept blocks; those whose output is nearest their input go first, and the block stays without."""
+    mlp: float | None = None
+    """MLP layers (in a mixture of experts: the experts) of the kept blocks, chosen alike."""
+    drop_attention: list[int] = field(default_factory=list)
+    """Source blocks, counted from 0, that lose their attention layer, instead of by score."""
+    drop_mlp: list[int] = field(default_factory=list)
+    """Source blocks, counted from 0, that lose their MLP layer, instead of by score."""
+    exportable: bool = True
+    """Refuse a target that the model's Hugging Face class cannot hold; false is for a model that stays in sharded checkpoints."""
 
 
 @dataclass
@@ -142,6 +226,83 @@ class EvaluateConfig:
     """Windows of each file; null takes all."""
 
 
+class Storage(StrEnum):
+    """How a number of a served model is kept."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int4 = "int4"
+
+
+@dataclass
+class BudgetConfig:
+    """What a candidate of a search may cost: one of the first three, within a share of it."""
+
+    parameters: float | None = None
+    """In all, tied ones once."""
+    bytes: float | None = None
+    """Of the weights, and of the keys and values that `batch` sequences of `context` tokens leave."""
+    flops: float | None = None
+    """Floating-point operations of a prefill: `batch` prompts of `context` tokens."""
+    tolerance: float = 0.05
+    """Share by which a candidate may miss it, above or below."""
+    context: int = 8192
+    batch: int = 1
+    weights: Storage = Storage.bf16
+    kv_cache: Storage = Storage.bf16
+
+
+@dataclass
+class SpeedConfig:
+    """How a candidate's speed is measured: random weights, one process."""
+
+    batch: int = 1
+    prompt: int = 512
+    """Tokens of a prompt: the prefill."""
+    generated: int = 32
+    """Tokens after it, one at a time: the decoding."""
+    repetitions: int = 5
+    """Of either; the median counts."""
+    threads: int | None = None
+    """Of a CPU; null takes torch's own number."""
+
+
+@dataclass
+class SearchConfig:
+    """Architectures to try. An axis is a list of sizes or of shares of the source below 1, or {start, stop, step} with `stop` among
+    them; null keeps the source's size."""
+
+    blocks: Any = None
+    hidden: Any = None
+    ffn: Any = None
+    expansion: Any = None
+    """ffn as a multiple of hidden, instead of `ffn`; rounded to a multiple of `multiple`."""
+    heads: Any = None
+    """Null keeps those of the kept groups."""
+    groups: Any = None
+    experts: Any = None
+    multiple: int = 1
+    """hidden and ffn must be multiples of this."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    trials: int = 100
+    """Candidates that optuna tries, where the axes have more than 10,000 combinations."""
+    best: int = 4
+    """Candidates that are trained: those with the least zero-shot loss."""
+    steps: int = 400
+    """Of training each of them with the other settings of `distill` (arXiv 2407.14679, section 2.3)."""
+    look_every: int = 100
+    """Steps between two looks at the held-out loss."""
+    latency: bool = False
+    """Measure every candidate's speed."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    shards: int = 1
+    """Runs that share out the candidates, as a sweep over `shard`."""
+    shard: int = 0
+    stop_after: int | None = None
+    """Stop when so many more results are written; the same command without it goes on."""
+
+
 class Device(StrEnum):
     cuda = "cuda"
     cpu = "cpu"
@@ -176,6 +337,8 @@ class RecipeConfig:
     """The plan must make exactly so many; null asks nothing."""
     without_embeddings: int | None = None
     """The same, less the embedding table and the output head."""
+    study: str | None = None
+    """Folder of the depth study that chooses the blocks of prune.blocks; null leaves it to the scores."""
 
 
 @dataclass
@@ -186,10 +349,12 @@ class Run:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     correct: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     dry_run: bool = False
     """Plan instead of running: shapes, bytes of a rank, operations, days, and everything that doesn't fit. Needs no weights."""
@@ -223,10 +388,20 @@ class ImportanceRun(StageRun):
 
 
 @dataclass
+class DepthRun(StageRun):
+    reads = ("data", "depth")
+    source: str = MISSING
+    scores: str | None = None
+    """Of an importance run, which has the cosines: needed for depth.metric=cosine."""
+
+
+@dataclass
 class PlanRun(StageRun):
     reads = ("prune",)
     source: str = MISSING
     scores: str = MISSING
+    study: str | None = None
+    """A depth study (folder or file) that says which blocks go; null: those of the least cosine distance."""
     parameters: int | None = None
     without_embeddings: int | None = None
 
@@ -273,6 +448,16 @@ class EvaluateRun(StageRun):
 
 
 @dataclass
+class SearchRun(StageRun):
+    reads = ("data", "distill", "evaluate", "search")
+    source: str = MISSING
+    scores: str = MISSING
+    study: str | None = None
+    """A depth study (folder or file) that says which blocks go; null: those of the least cosine distance."""
+    teacher: str = MISSING
+
+
+@dataclass
 class PipelineRun(Run):
     processes: int = 1
     """Processes of each sharded stage: a multiple of the layout's."""
@@ -288,9 +473,16 @@ class GenerateRun(Run):
     """At most so many; the end of a document ends the text."""
 
 
+@dataclass
+class ReportRun(Run):
+    html: str = MISSING
+    """The page; an older report there is replaced."""
+
+
 STAGES = {
     "convert": ConvertRun,
     "importance": ImportanceRun,
+    "depth": DepthRun,
     "plan": PlanRun,
     "prune": PruneRun,
     "correct": CorrectRun,

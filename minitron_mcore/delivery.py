@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
-from minitron_mcore import loaders, prune, report
-from minitron_mcore.checkpoint import Checkpoint, identity
+from minitron_mcore import ancestry, loaders, prune, report
+from minitron_mcore.checkpoint import Checkpoint, command, identity, versions
 from minitron_mcore.data import parse_blend
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
@@ -22,6 +22,7 @@ from minitron_mcore.models.folder import LICENCES
 from minitron_mcore.plan.plan import Plan, compare
 
 CARD = "README.md"
+RECORD = "minitron"
 SHOWN = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
 NOT_SHOWN = ("distributed_optimizer", "log_every", "save_every", "stop_after", "teacher_ahead")
 """Settings that don't change what is learnt."""
@@ -36,23 +37,27 @@ class Origin(NamedTuple):
     """Where config, tokenizer, licence and card of the parent lie."""
     identity: dict
     lineage: dict
+    plans: dict[str, str]
+    """Text of the plans that made it, by digest."""
 
 
 def exported(source: Checkpoint) -> Origin:
-    return Origin(source.arch, source.hf, identity(source), source.lineage)
+    return Origin(source.arch, source.hf, identity(source), source.lineage, ancestry.plans(source.path))
 
 
 def cut(source: str | Path, plan: Plan, folder: str | Path) -> Origin:
     """Of what `prune.cut_folder` made of the folder `source`."""
     found = {"path": str(folder), "fingerprint": prune.fingerprint(plan)}
-    return Origin(plan.target, Path(source), found, prune.cut_lineage(source, plan))
+    plans = {plan.digest(): plan.to_json()}
+    return Origin(plan.target, Path(source), found, prune.cut_lineage(source, plan), plans)
 
 
 def deliver(origin: Origin, folder: str | Path) -> list[dict]:
     """Complete a Hugging Face folder that `export_folder` or `cut_folder` wrote; returns the rows of `loaders.verdict`.
 
     `generation_config.json`, the tokenizer and the parent's licence files stay as shipped; a missing generation_config.json is
-    made from config.json. README.md becomes this model's card.
+    made from config.json. README.md becomes this model's card. minitron/ gets what a program can trace it by: lineage.json, and
+    every kept index in plan_DIGEST.json; loaders look at no folder within theirs.
 
     Raises:
         UserError: see `loaders.verdict`; no card is written then.
@@ -64,29 +69,16 @@ def deliver(origin: Origin, folder: str | Path) -> list[dict]:
         GenerationConfig(**tokens).save_pretrained(folder)
     taken = loaders.verdict(folder, origin.arch)
     (folder / CARD).write_text(card(origin, config, taken))
+    (folder / RECORD).mkdir(exist_ok=True)
+    for digest, text in origin.plans.items():
+        (folder / RECORD / _plan_file(digest)).write_text(text)
+    made = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
+    report.write_json(folder / RECORD / "lineage.json", made)
     return taken
 
 
-class Step(NamedTuple):
-    """One checkpoint on the way from the parent to the delivered one; its folder may be gone."""
-
-    lineage: dict
-    identity: dict
-    """Its path, fingerprint and training step."""
-
-
-def history(lineage: dict, identity: dict) -> list[Step]:
-    """A checkpoint's ancestors, its teachers and theirs among them, each after what it was made from; itself last."""
-    found = {}
-    for role, kept in (("source", "ancestry"), ("student", "ancestry"), ("teacher", "teacher")):
-        if lineage["parents"].get(role) and lineage.get(kept):
-            found |= {s.identity["fingerprint"]: s for s in history(lineage[kept], lineage["parents"][role])}
-    return [*found.values(), Step(lineage, identity)]
-
-
-def _line(lineage: dict) -> list[dict]:
-    """The lineages of the model itself, without its teachers', the parent's first."""
-    return [*(_line(lineage["ancestry"]) if "ancestry" in lineage else []), lineage]
+def _plan_file(digest: str) -> str:
+    return f"plan_{digest}.json"
 
 
 def card(origin: Origin, config: dict, taken: list[dict]) -> str:
@@ -97,10 +89,10 @@ def card(origin: Origin, config: dict, taken: list[dict]) -> str:
         config: of the exported folder.
         taken: rows of `loaders.verdict`.
     """
-    line, parent, total = _line(origin.lineage), _parent(origin), table.count(origin.arch)
+    line, parent, total = ancestry.line(origin.lineage), _parent(origin), table.count(origin.arch)
     cuts = [Architecture(**lineage["before"]) for lineage in line if "before" in lineage]
-    made = " and ".join(dict.fromkeys(filter(None, map(_deed, line)))) or "converted"
-    steps = history(origin.lineage, origin.identity)
+    made = " and ".join(dict.fromkeys(filter(None, map(ancestry.deed, line)))) or "converted"
+    steps = ancestry.history(origin.lineage, origin.identity)
     parts = [
         _front_matter(origin, parent),
         f"# {parent}, {made}: {EngFormatter(places=1)(total)}",
@@ -113,7 +105,8 @@ def card(origin: Origin, config: dict, taken: list[dict]) -> str:
         report.markdown(compare(cuts[0] if cuts else origin.arch, origin.arch)),
         f"Every block has these sizes. head_dim is {origin.arch.head_dim}, the vocabulary {origin.arch.vocab:,} tokens.",
         "## How it was made",
-        *(_told(number, step) for number, step in enumerate(steps, 1)),
+        *(_told(number, step, origin.plans) for number, step in enumerate(steps, 1)),
+        f"`{RECORD}/lineage.json` says the same to a program.",
         *_evaluations(Path(origin.identity["path"])),
         "## Loaders",
         report.markdown(taken),
@@ -127,23 +120,15 @@ def card(origin: Origin, config: dict, taken: list[dict]) -> str:
 
 def _parent(origin: Origin) -> str:
     """The first ancestor's name: what its config says, or its folder's."""
-    first = next(iter(_line(origin.lineage)[0]["parents"].values()), origin.identity)
+    first = next(iter(ancestry.line(origin.lineage)[0]["parents"].values()), origin.identity)
     config = json.loads((origin.shipped / "config.json").read_text())
     return Path(config.get("_name_or_path") or first["path"]).name
 
 
-def _deed(lineage: dict) -> str | None:
-    if "plan" in lineage:
-        return "pruned"
-    if "settings" in lineage:
-        return "distilled" if lineage["parents"]["teacher"] else "trained"
-    return None
-
-
-def _told(number: int, step: Step) -> str:
+def _told(number: int, step: ancestry.Step, plans: dict[str, str]) -> str:
     """A numbered paragraph: what was done to what, with what, and which command did it."""
-    lineage, deed, lines = step.lineage, _deed(step.lineage), [f"{number}. Weights `{step.identity['fingerprint']}`"]
-    parents = lineage["parents"]
+    lineage, lines = step.lineage, [f"{number}. Weights `{step.identity['fingerprint']}`"]
+    parents, deed = lineage["parents"], ancestry.deed(lineage)
     if deed == "pruned":
         lines[0] += f": `{parents['source']['fingerprint']}`, pruned by plan `{lineage['plan']}`."
         statistic = ", ".join(
@@ -151,6 +136,10 @@ def _told(number: int, step: Step) -> str:
         )
         lines += [f"Scores `{lineage['scores']}`: {statistic or 'nothing known of them'}."]
         lines += [f"Blocks dropped, counted from 0: {', '.join(map(str, lineage['dropped_blocks'])) or 'none'}."]
+        if lineage["plan"] in plans:
+            lines[-1] += f" Every kept index: `{RECORD}/{_plan_file(lineage['plan'])}`."
+        if merged := lineage.get("merged_heads"):
+            lines += [f"Dropped query heads merged into kept ones: {merged}."]
     elif deed:
         taught = f" from teacher `{parents['teacher']['fingerprint']}`" if parents["teacher"] else " on cross-entropy"
         lines[0] += f": `{parents['student']['fingerprint']}`, {deed}{taught}."

@@ -1,6 +1,7 @@
 """A stage planned instead of run, on one process and without weights: shapes, bytes of a rank, operations, days, and every problem
 at once. Imports torch only to open what an earlier stage has left."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from minitron_mcore.config import (
     ConvertRun,
     CorrectRun,
     CutRun,
+    DepthRun,
     DistillConfig,
     DistillRun,
     EvaluateRun,
@@ -21,16 +23,20 @@ from minitron_mcore.config import (
     PlanRun,
     PruneRun,
     Run,
+    SearchRun,
 )
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.importance import checks as importance
+from minitron_mcore.importance import study
 from minitron_mcore.launching import CONF, alone, compose
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost
+from minitron_mcore.plan import cost, search
 from minitron_mcore.plan.target import check_counts, target_architecture
 
-SHAPE = ("blocks", "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
+MISSING = ("blocks_without_attention", "blocks_without_mlp")
+SHAPE = ("blocks", *MISSING, "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
 GIB = 2**30
 
 
@@ -55,7 +61,8 @@ def plan(config: Run) -> dict:
 
     Returns:
         stage; gpus: processes; models: by role; ranks: bytes by kind, a row a pipeline stage; operations: of a step and in all;
-        problems: a sentence each, and what they leave unknown is not there.
+        problems: a sentence each, and what they leave unknown is not there. Of a search also its candidates; the student is the
+        largest of them.
     """
     problems: list[str] = []
     models = _models(config, problems)
@@ -77,10 +84,13 @@ def plan(config: Run) -> dict:
     figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
     for role, (arch, where) in models.items():
         counts = {"parameters": table.count(arch), "without_embeddings": table.count(arch, embeddings=False)}
+        counts |= dict(zip(MISSING, (len(arch.no_attention), len(arch.no_mlp)), strict=True))
         figures["models"][role] = counts | arch.to_json() | {"from": where}
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
+    if isinstance(config, SearchRun) and "student" in archs:
+        figures["candidates"] = search.rows(_candidates(config), config.search.budget)
     for stage, row in enumerate(figures["ranks"]):
         if row.get("total", 0) > config.dry.memory * GIB:
             problems.append(
@@ -104,6 +114,8 @@ def _training(config: Run) -> DistillConfig | None:
     """What a stage that trains would train with."""
     if isinstance(config, CorrectRun):
         return DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
+    if isinstance(config, SearchRun):
+        return dataclasses.replace(config.distill, steps=config.search.steps)
     return config.distill if isinstance(config, DistillRun) else None
 
 
@@ -117,6 +129,8 @@ def _models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, s
     elif isinstance(config, DistillRun):
         makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.kd_weight else {}
         makers["student"] = lambda: _at(config.student, config)
+    elif isinstance(config, SearchRun):
+        makers = {"teacher": lambda: _at(config.teacher, config), "student": lambda: _largest(config)}
     found = {}
     for role, make in makers.items():
         try:
@@ -148,6 +162,19 @@ def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
 
         return load_plan(config.plan).target, config.plan
     return target_architecture(_start(config)[0], config.prune), "prune.*"
+
+
+def _candidates(config: SearchRun) -> list[search.Candidate]:
+    space = search.Space(_at(config.source, config)[0], config.search, config.parallel)
+    if space.combinations > search.GRID:
+        raise UserError(f"{space.combinations:,} combinations are too many to look at each: plan with fewer sizes.")
+    return space.candidates
+
+
+def _largest(config: SearchRun) -> tuple[Architecture, str]:
+    """Of a search's candidates the one with the most parameters."""
+    largest = _candidates(config)[-1]
+    return largest.target, f"search.*, {largest.name}"
 
 
 def _at(folder: str, config: Run) -> tuple[Architecture, str]:
@@ -193,10 +220,16 @@ def _problems(
         for role, arch in archs.items():
             yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
-        yield from checks.problems(student, archs.get("teacher"), training, setting.replicas)
+        yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
+    if isinstance(config, ImportanceRun) and "model" in archs:
+        yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
-        if role in ("target", "student") or (isinstance(config, ExportRun) and config.format == ExportFormat.hf):
+        if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
+            yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
+        elif isinstance(config, ExportRun | CutRun) or (role in ("target", "student") and config.prune.exportable):
             yield from architecture.export_problems(arch)
+    if isinstance(config, DepthRun) and "model" in archs:
+        yield from study.problems(config, archs["model"].blocks)
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
@@ -215,6 +248,8 @@ def _ranks(
         micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
         ahead, shared = training.teacher_ahead, training.distributed_optimizer
         rows = cost.training(main, archs.get("teacher"), setting, micro_batches, ahead, shared)
+    elif isinstance(config, DepthRun):
+        rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
         rows = cost.scoring(main, setting)
     else:
@@ -222,9 +257,9 @@ def _ranks(
             {f"{role}'s weights": cost.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}
             for stage in range(setting.parallel.pipeline)
         ]
-    blocks = layout.stage_blocks(main, setting.parallel)
+    blocks = [sum(map(len, layout.rank_chunks(main, setting.parallel, n))) for n in range(setting.parallel.pipeline)]
     return [
-        {"stage": n, "blocks": len(blocks[n]), "parameters": sum(cost.parameters(main, setting, n))}
+        {"stage": n, "blocks": blocks[n], "parameters": sum(cost.parameters(main, setting, n))}
         | {kind: round(size) for kind, size in row.items()}
         for n, row in enumerate(rows)
     ]
@@ -237,11 +272,18 @@ def _operations(
     length, rate = setting.sequence_length, setting.world * config.dry.peak_tflops * 1e12 * config.dry.mfu
     if training:
         steps, tokens = training.steps, training.global_batch * length
+        steps *= config.search.best if isinstance(config, SearchRun) else 1
         times = {"teacher": 1, "student": 3, "model": 3}
         found = {role: times[role] * tokens * cost.forward_flops(arch, length) for role, arch in archs.items()}
     elif isinstance(config, ImportanceRun):
         steps, tokens = 1, config.importance.samples * length
         found = {"model": tokens * cost.forward_flops(archs["model"], length, head=False)}
+    elif (
+        isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
+    ):
+        steps = 1 + study.count(config.depth, archs["model"].blocks)
+        tokens = len(config.data.heldout) * config.depth.windows * length
+        found = {"model": tokens * cost.forward_flops(archs["model"], length)}
     else:
         return {}
     total = sum(found.values())
@@ -253,6 +295,7 @@ def _show(config: Run, figures: dict) -> None:
     p, dry, world = config.parallel, config.dry, figures["gpus"]
     replicas = world // max(1, p.tensor * p.pipeline * p.context)
     axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
+    axes += f", {p.virtual} chunks a pipeline rank" if p.virtual > 1 else ""
     notes = [f"processes: {world}; {axes}{', sequence parallel' if p.sequence else ''}; {config.dtype} on {dry.device}"]
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [
@@ -260,6 +303,9 @@ def _show(config: Run, figures: dict) -> None:
         for role, model in figures["models"].items()
     ]
     report.table(f"dry run of {figures['stage']}, {config.model.name}", models, notes)
+    if candidates := figures.get("candidates"):
+        at = f"keys and values of {config.search.budget.batch} x {config.search.budget.context} tokens; prefill of as many"
+        report.table(f"{len(candidates)} candidates", candidates, [at])
     if ranks := figures["ranks"]:
         counts = ("stage", "blocks", "parameters")
         kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]

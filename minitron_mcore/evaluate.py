@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.build import DTYPES, LanguageModel
+from minitron_mcore.models.build import DTYPES, Model
 from minitron_mcore.schedule import forward
 from minitron_mcore.textfiles import documents, is_prefix
 from minitron_mcore.tokenizer import Spans, Tokenizer, open_tokenizer
@@ -116,9 +116,25 @@ def evaluate_text(
     Raises:
         UserError: see `windows`.
     """
-    cuts = [windows(path, tokenizer, sequence_length) for path in files]
+    cuts = {path: windows(path, tokenizer, sequence_length) for path in files}
+    return evaluate_windows(
+        cuts, nll, micro_batch=micro_batch, max_windows=max_windows, dp_rank=dp_rank, dp_size=dp_size, group=group
+    )
+
+
+def evaluate_windows(
+    cuts: Mapping[str, Windows],
+    nll: Nll,
+    *,
+    micro_batch: int,
+    max_windows: int | None = None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+) -> list[dict]:
+    """`evaluate_text` of files that are cut already, for those who ask of many models (collective over `group`)."""
     rows = []
-    for path, (tokens, mask, num_bytes) in zip(files, cuts, strict=True):
+    for path, (tokens, mask, num_bytes) in cuts.items():
         if max_windows is not None and len(tokens) > max_windows:
             kept = torch.arange(max_windows) * len(tokens) // max_windows
             tokens, mask, num_bytes = tokens[kept], mask[kept], num_bytes[kept]
@@ -208,14 +224,15 @@ def _check_folder(folder: str) -> None:
 class ShardedModel:
     """A model in the running layout; each rank holds its shards. `parameters` counts the whole model."""
 
-    def __init__(self, model: LanguageModel, arch: Architecture):
+    def __init__(self, model: Model, arch: Architecture):
         self.model, self.arch, self.parameters = model, arch, table.count(arch)
 
     def nll(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """See `Nll`; collective over the ranks of a model replica, the same on all of them. Logits are never held."""
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).t().reshape(-1)
-        predicted = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1).t().reshape(-1).float()
+        labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
+        predicted = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+        whole = {"tokens": tokens, "labels": labels, "predicted": predicted}
 
         def on_output(hidden: Tensor, batch: dict) -> None:
             if self.model.config.sequence_parallel:
@@ -225,8 +242,8 @@ class ShardedModel:
                 self.model.head(),
                 None,
                 None,
-                labels,
-                predicted,
+                batch["labels"].t().reshape(-1),
+                batch["predicted"].t().reshape(-1).float(),
                 vocab_size=self.arch.vocab,
                 tp_group=runtime.tp_group(),
                 kd_weight=0.0,
@@ -234,7 +251,10 @@ class ShardedModel:
             )
             total.add_(sums[1])
 
-        forward(self.model, [{"tokens": tokens}], on_output)
+        # Cut into as many micro-batches as there are pipeline ranks, so that none of them waits for another.
+        parts = zip(*(x.chunk(runtime.pp_group().size()) for x in whole.values()), strict=True)
+        forward(self.model, [dict(zip(whole, part, strict=True)) for part in parts], on_output)
+        dist.all_reduce(total, group=runtime.cp_group())
         return runtime.from_last_stage(total)
 
 

@@ -1,13 +1,14 @@
 """Greedy continuation of a text by a sharded checkpoint: to read what a model says, and to hold it against other runtimes."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_mcore import runtime
 from minitron_mcore.errors import UserError
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.build import LanguageModel
+from minitron_mcore.models.build import Model
 from minitron_mcore.schedule import Batch, forward
 
 from megatron.core.tensor_parallel import (  # isort: skip
@@ -16,7 +17,7 @@ from megatron.core.tensor_parallel import (  # isort: skip
 )
 
 
-def generate(model: LanguageModel, arch: Architecture, prompt: Tensor, count: int, eos: int | None = None) -> Tensor:
+def generate(model: Model, arch: Architecture, prompt: Tensor, count: int, eos: int | None = None) -> Tensor:
     """The likeliest token, `count` times over, each after all before it (collective; the same on all ranks).
 
     Each rank holds its shard of the model. No keys and values are kept: every token costs a pass over all before it.
@@ -44,19 +45,24 @@ def generate(model: LanguageModel, arch: Architecture, prompt: Tensor, count: in
     return tokens
 
 
-def _next(model: LanguageModel, arch: Architecture, tokens: Tensor) -> Tensor:
+def _next(model: Model, arch: Architecture, tokens: Tensor) -> Tensor:
     """[B, 1]"""
-    batch, length = tokens.shape
-    found = torch.zeros(batch, 1, dtype=torch.int64, device=tokens.device)
+    tp, cp = runtime.tp_group(), runtime.cp_group()
+    found = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
 
-    def on_output(hidden: Tensor, _: Batch) -> None:
+    def on_output(hidden: Tensor, batch: Batch) -> None:
         if model.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=runtime.tp_group())
-        logits = gather_from_tensor_model_parallel_region(
-            hidden[length - 1] @ model.head().t(), group=runtime.tp_group()
-        )
+            hidden = gather_from_sequence_parallel_region(hidden, group=tp)
+        last = (hidden * batch["last"].t()[..., None]).sum(
+            0
+        )  # zeros but on the context-parallel rank that holds the token
+        dist.all_reduce(last, group=cp)
+        logits = gather_from_tensor_model_parallel_region(last @ model.head().t(), group=tp)
         found.copy_(logits[:, : arch.vocab].argmax(dim=1, keepdim=True))
 
-    # Under sequence parallelism ranks share the positions evenly; those behind the last token change nothing before them.
-    forward(model, [{"tokens": F.pad(tokens, (0, -length % runtime.tp_group().size()))}], on_output)
+    # Ranks that share the positions share them evenly; those behind the last token change nothing before them.
+    padded = F.pad(tokens, (0, -tokens.shape[1] % (2 * cp.size() * tp.size())))
+    last = torch.zeros_like(padded)
+    last[:, tokens.shape[1] - 1] = 1
+    forward(model, [{"tokens": padded, "last": last}], on_output)
     return runtime.from_last_stage(found)

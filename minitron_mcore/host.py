@@ -1,8 +1,9 @@
 """Lets megatron-core run where there is no CUDA: gloo for NCCL, host memory for device memory.
 
 megatron-core names CUDA in three ways: it asks `torch.cuda` for a device, a stream or a random state; it allocates with
-`device="cuda"`; and its optimizers read `Tensor.type()`. `prepare()` gives each a stand-in that means the CPU. Where CUDA is
-there it changes nothing. Call it before the first megatron import that runs code (every entry of this package does).
+`device="cuda"` or in pinned memory; and its optimizers read `Tensor.type()`. `prepare()` gives each a stand-in that means the
+CPU. Where CUDA is there it changes nothing. Call it before the first megatron import that runs code (every entry of this
+package does).
 """
 
 import contextlib
@@ -31,13 +32,15 @@ class _Stream:
 
 
 class _OnCpu(TorchFunctionMode):
-    """Turns `device="cuda"` into the CPU. A mode, since torch keeps some of its tables by function identity."""
+    """Turns `device="cuda"` into the CPU, and pins no memory. A mode, since torch keeps some of its tables by function identity."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs = kwargs | {"device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = kwargs | {"pin_memory": False}
         return func(*args, **kwargs)
 
 

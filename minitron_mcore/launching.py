@@ -15,11 +15,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_mcore.config import STAGES, GenerateRun, PipelineRun, Run, StageRun
+from minitron_mcore.config import STAGES, GenerateRun, PipelineRun, ReportRun, Run, SearchRun, StageRun
 from minitron_mcore.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
-LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun}
+LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "search": SearchRun, "report": ReportRun}
 SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
     "model",
     "parallel",
@@ -43,7 +43,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
             gc.set_threshold(50_000)
             try:
                 config = resolve(raw)
-                if config.dry_run and not isinstance(config, PipelineRun):  # which plans its stages itself
+                if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # which do so themselves
                     from minitron_mcore import dryrun
 
                     dryrun.run(config)
@@ -83,11 +83,12 @@ def resolve(raw: DictConfig):
 
 
 def plain(config: StageRun) -> dict:
-    """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, and
-    without `stop_after`, which says only when to pause, and `dry_run`."""
+    """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, without
+    what says only when to pause (`stop_after`) or who does which part (`shard`), and without `dry_run`."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
-    for section in ("correct", "distill"):
-        data.get(section, {}).pop("stop_after", None)
+    for section in ("correct", "distill", "search"):
+        for key in ("stop_after", "shard", "shards"):
+            data.get(section, {}).pop(key, None)
 
     def simple(value):
         if isinstance(value, dict):

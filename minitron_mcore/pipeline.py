@@ -15,7 +15,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.launching import CONF, compose, plain
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-INPUTS = ("source", "scores", "plan", "student", "teacher")
+INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
 ENDS = ("export", "evaluate")
 ALONE = ("plan", "export", "evaluate")
 """Stages of one process."""
@@ -96,7 +96,7 @@ def _chosen(config: PipelineRun, runs: dict[str, StageRun]) -> list[str]:
 
 
 def _inputs(run: StageRun) -> set[Path]:
-    return {Path(getattr(run, name)) for name in INPUTS if hasattr(run, name)}
+    return {Path(path) for name in INPUTS if (path := getattr(run, name, None))}
 
 
 def finished(run: StageRun) -> bool:

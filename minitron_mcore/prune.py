@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore import checkpoint, runtime, stream
+from minitron_mcore import ancestry, checkpoint, runtime, stream
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build, hf, table
@@ -46,10 +46,12 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
     for parameter, target in _survivors(plan, hf.stage_parameters(source.arch, parallel)):
         for box in stream.boxes(parameter, tp.rank(), tp.size()):
             placed, kept = select(parameter, plan, box)
-            make = partial(_cut, reader.read, parameter, box, kept)
+            make = partial(_cut, reader.read, parameter, plan, box, kept)
             pieces.append(stream.Piece(target, *placed, reader.dtype(parameter), make))
-    parents = {"source": checkpoint.identity(source)}
-    checkpoint.describe(out_dir, plan.target, fingerprint(plan), parents, source.hf, **_done(plan, source.lineage))
+    parents, plans = {"source": checkpoint.identity(source)}, ancestry.plans(source.path)
+    checkpoint.describe(
+        out_dir, plan.target, fingerprint(plan), parents, source.hf, plans, **_done(plan, source.lineage)
+    )
     if runtime.rank() == 0:
         checkpoint.replace_text(Path(out_dir) / FILE, plan.to_json())
     stream.save(out_dir, pieces, hf.replica, "prune")
@@ -57,7 +59,7 @@ def prune(source: checkpoint.Checkpoint, plan: Plan, out_dir: str | Path, parall
 
 def build_pruned(
     source: checkpoint.Checkpoint, plan: Plan, parallel: ParallelConfig, dtype: str, reader: stream.Reader | None = None
-) -> build.LanguageModel:
+) -> build.Model:
     """A pruned model in memory, its weights cut straight out of the source's files (collective); nothing is written.
 
     A rank holds its part of the target and reads, parameter by parameter, the stretch of the source that its part was kept from.
@@ -92,7 +94,7 @@ def _kept(reader: stream.Reader, parameter: table.Parameter, plan: Plan, offset:
     first = tuple(int(keep[0]) for keep in keeps)
     stretch = tuple(int(keep[-1]) + 1 - low for keep, low in zip(keeps, first, strict=True))
     kept = [keep - low for keep, low in zip(keeps, first, strict=True)]
-    return _cut(reader.read, parameter, (first, stretch), kept)
+    return _cut(reader.read, parameter, plan, (first, stretch), kept)
 
 
 def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | None = None) -> int:
@@ -127,8 +129,7 @@ def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | N
         parameter, hashing = origin[target], True
         for box in stream.boxes(parameter):
             kept = select(parameter, plan, box)[1]
-            read = partial(hf.read, folder, hashing)
-            yield partial(_cut, read, parameter, box, kept)
+            yield partial(_cut, partial(hf.read, folder, hashing), parameter, plan, box, kept)
             hashing = False
 
     targets = list(table.parameters(plan.target))
@@ -161,6 +162,9 @@ def _done(plan: Plan, ancestry: dict) -> dict:
         "statistic": plan.statistic,
         "before": plan.source.to_json(),
         "dropped_blocks": plan.dropped_blocks(),
+        "dropped_attention": plan.dropped_layers("attention"),
+        "dropped_mlp": plan.dropped_layers("mlp"),
+        "merged_heads": sum(map(len, plan.merged.values())),
         "ancestry": ancestry,
     }
 
@@ -189,8 +193,27 @@ def select(parameter: table.Parameter, plan: Plan, box: Box) -> tuple[Box, list[
     return (tuple(offset), tuple(map(len, kept))), kept
 
 
-def _cut(read: Callable[..., Tensor], parameter: table.Parameter, box: Box, kept: list[np.ndarray]) -> Tensor:
-    data = read(parameter, *box)
+def _cut(
+    read: Callable[..., Tensor], parameter: table.Parameter, plan: Plan, box: Box, kept: list[np.ndarray]
+) -> Tensor:
+    """The kept positions of a box of the source's parameter; queries with what is merged into them (`choose_heads`)."""
+    data = _take(read(parameter, *box), kept)
+    if parameter.row.axes[0] != "qkv" or parameter.block not in plan.merged:
+        return data
+    rows = box[0][0] + kept[0]
+    others = table.partners(plan, parameter.block)[rows]
+    if not (merged := np.flatnonzero(others != rows)).size:
+        return data
+    # A partner lies in the same group, so on the same tensor-parallel rank, but not always in the same box.
+    low, high = int(others[merged].min()), int(others[merged].max()) + 1
+    dropped = read(parameter, (low, *box[0][1:]), (high - low, *box[1][1:]))
+    dropped = _take(dropped, [others[merged] - low, *kept[1:]]).float()
+    queries = data[merged].float()
+    return data.index_copy(0, torch.from_numpy(merged), (queries + (queries - dropped)).to(data.dtype))
+
+
+def _take(data: Tensor, kept: list[np.ndarray]) -> Tensor:
+    """The kept positions of each dimension."""
     bits = data.view(
         BITS[data.itemsize]
     ).numpy()  # NumPy has no bfloat16, but takes columns at three times torch's speed

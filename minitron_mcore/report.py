@@ -1,32 +1,23 @@
-"""What every stage ends with: a table, a JSON file, a picture."""
+"""What every stage ends with: a table and a JSON file. Pictures are in `pictures`, the page over all stages in `page`."""
 
 import io
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors.numpy import load_file
 
 from minitron_mcore.launching import alone
 
-# Okabe and Ito's palette: colour-blind readers tell its members apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PIPED_WIDTH = 160
-_DPI = 130
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value as tables show it: whole numbers in full, others with four digits, None as nothing."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     if isinstance(value, int):
@@ -56,13 +47,25 @@ def markdown(rows: Sequence[Mapping]) -> str:
 
 def _grid(rows: Sequence[Mapping], style: box.Box) -> Table:
     shown = Table(box=style)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
-        shown.add_column(column.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
+    for column in columns(rows):
+        shown.add_column(label(column), justify="right" if numbers(rows, column) else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(_cell(row.get(column))) for column in columns))
+        shown.add_row(*(Text(cell(row.get(column))) for column in columns(rows)))
     return shown
+
+
+def columns(rows: Sequence[Mapping]) -> list[str]:
+    """The union of the rows' keys, in their order."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def label(column: str) -> str:
+    return column.replace("_", " ")
+
+
+def numbers(rows: Sequence[Mapping], column: str) -> bool:
+    """True of a column that stands to the right."""
+    return all(isinstance(row.get(column), int | float | None) for row in rows)
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:
@@ -70,108 +73,3 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     from minitron_mcore import checkpoint  # imports torch: a table needs none
 
     checkpoint.replace_text(Path(path), json.dumps(value, indent=1) + "\n")
-
-
-def _by_block(scores: Mapping[str, np.ndarray], kind: str) -> dict[int, np.ndarray]:
-    """The vectors named blocks.{i}.{kind}, by block."""
-    found = {m[1]: name for name in scores if (m := re.fullmatch(rf"blocks\.(\d+)\.{kind}", name))}
-    return {int(i): scores[found[i]] for i in sorted(found, key=int)}
-
-
-def _heat(axes: Axes, rows: dict[int, np.ndarray], extent_x: tuple[float, float], **labels: str) -> None:
-    """A heat map on a log scale, one row a block; the outermost hundredths share the end colours."""
-    grid = np.stack(list(rows.values()))
-    low, high = np.quantile(grid[grid > 0], (0.01, 0.99)) if grid.any() else (1.0, 1.0)
-    norm = LogNorm(low, max(high, low * 1.01), clip=True)
-    extent = (*extent_x, max(rows) + 0.5, min(rows) - 0.5)
-    image = axes.imshow(grid, norm=norm, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent)
-    axes.figure.colorbar(image, ax=axes, label="score (mean over S, L2 over B)", extend="both")
-    axes.set(ylabel="block (from 0)", **labels)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _hidden(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
-    if "hidden" not in scores:
-        return False
-    ordered = np.sort(scores["hidden"])[::-1]
-    axes.semilogy(np.arange(1, len(ordered) + 1), ordered, color=_COLOURS[0])
-    axes.set(title=f"Hidden channels (H = {len(ordered)})", xlabel="channels, most important first")
-    axes.set(ylabel="score (summed over norms)")
-    axes.margins(x=0.01)
-    axes.grid(alpha=0.3)
-    return True
-
-
-def _ffn(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
-    if not (rows := _by_block(scores, "ffn")):
-        return False
-    quantiles = {i: np.quantile(row, np.linspace(0, 1, 101)) for i, row in rows.items()}
-    channels = max(row.shape[-1] for row in rows.values())
-    _heat(axes, quantiles, (0, 100), title=f"FFN channels (F = {channels})", xlabel="quantile within the block (%)")
-    return True
-
-
-def _heads(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
-    if not (rows := _by_block(scores, "heads")):
-        return False
-    heads = max(map(len, rows.values()))
-    padded = {i: np.pad(row, (0, heads - len(row))) for i, row in rows.items()}
-    _heat(axes, padded, (-0.5, heads - 0.5), title=f"Attention heads (N = {heads})", xlabel="head (from 0)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return True
-
-
-def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
-    if not (blocks := _by_block(scores, "block")):
-        return False
-    axes.bar(list(blocks), [float(value) for value in blocks.values()], color=_COLOURS[5], label="block")
-    for kind, name, marker, colour in (("attention", "attention", "o", _COLOURS[1]), ("mlp", "MLP", "^", _COLOURS[2])):
-        if values := _by_block(scores, kind):
-            heights = [float(value) for value in values.values()]
-            axes.plot(list(values), heights, marker, markersize=4, color=colour, label=f"its {name}")
-    axes.set_yscale("log")
-    axes.set(title="Depth", xlabel="block (from 0)", ylabel="1 - cosine of input and output")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(ncols=3, fontsize="small")
-    return True
-
-
-def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> None:
-    """One picture of a scores.safetensors: hidden (sorted), FFN (quantiles by block), heads and depth, where scored."""
-    scores = load_file(scores_file)
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    for axes, draw in zip(figure.subplots(2, 2).flat, (_hidden, _ffn, _heads, _depth), strict=True):
-        if not draw(axes, scores):
-            axes.set_axis_off()
-    figure.savefig(png, dpi=_DPI)
-
-
-def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -> None:
-    """KD and LM loss and learning rate of labelled runs (label -> metrics.jsonl) against tokens.
-
-    Pale lines are single steps, full ones a running mean over a twentieth of the run.
-    """
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
-    names = (("kd_loss", "KD loss (nats / token)"), ("lm_loss", "LM loss (nats / token)"), ("lr", "learning rate"))
-    for axes, (key, label) in zip(panels, names, strict=True):
-        for i, (run, path) in enumerate(runs.items()):
-            rows = [row for row in map(json.loads, Path(path).read_text().splitlines()) if row.get(key) is not None]
-            tokens, values = np.array([row["tokens"] for row in rows]), np.array([row[key] for row in rows])
-            colour, width = _COLOURS[i % len(_COLOURS)], max(1, len(rows) // 20)
-            if key != "lr" and width > 1:
-                axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
-                values = np.convolve(values, np.full(width, 1 / width), mode="valid")
-                tokens = tokens[width // 2 :][: len(values)]
-            axes.plot(tokens, values, color=colour, label=run)
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    if any(line.get_ydata().max(initial=0) > 0 for line in panels[0].lines):  # all 0 without a teacher
-        panels[0].set_yscale("log")
-        panels[0].yaxis.set_major_formatter("{x:g}")
-        panels[0].yaxis.set_minor_formatter("{x:g}")
-    panels[0].legend()
-    panels[-1].set_xlabel("tokens trained on")
-    panels[-1].xaxis.set_major_formatter(EngFormatter())
-    panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    figure.savefig(png, dpi=_DPI)

@@ -55,21 +55,6 @@ def agreed() -> Iterator[None]:
         raise UserError(first[1] if len(set(errors)) == 1 else f"rank {first[0]}: {first[1]}")
 
 
-def check_layout(parallel: ParallelConfig, world_size: int, sequence_length: int | None = None) -> None:
-    """Refuse a layout that this world or this host cannot hold, or that cannot share sequences of that many tokens.
-
-    Raises:
-        UserError: a size below 1, a world that the sizes don't divide, a combination that would be silently wrong.
-    """
-    found = list(layout.problems(parallel, world_size, sequence_length))
-    if parallel.context > 1 and host.is_cpu():
-        found.append(
-            f"parallel.context is {parallel.context}, but the torch layer spec has no context-parallel attention: "
-            "use context 1, or a GPU with Transformer Engine."
-        )
-    refuse(found)
-
-
 @contextlib.contextmanager
 def distributed(
     parallel: ParallelConfig,
@@ -86,10 +71,10 @@ def distributed(
         store: rendezvous for tests; otherwise the environment's, or a file's where torchrun isn't there.
 
     Raises:
-        UserError: a layout that doesn't fit (see `check_layout`).
+        UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`).
     """
     world_size, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    check_layout(parallel, world_size, sequence_length)
+    refuse(layout.problems(parallel, world_size, sequence_length))
     if not host.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if store is None and "MASTER_ADDR" not in os.environ:
@@ -105,6 +90,7 @@ def distributed(
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
@@ -125,8 +111,18 @@ def pp_group() -> dist.ProcessGroup:
     return mpu.get_pipeline_model_parallel_group()
 
 
+def cp_group() -> dist.ProcessGroup:
+    return mpu.get_context_parallel_group()
+
+
 def dp_group() -> dist.ProcessGroup:
+    """The ranks that see other samples; context-parallel ranks, which see other tokens of the same ones, are not among them."""
     return mpu.get_data_parallel_group()
+
+
+def dp_cp_group() -> dist.ProcessGroup:
+    """The ranks that hold the same parameters, experts aside, and see other tokens."""
+    return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
 def ep_group() -> dist.ProcessGroup:
@@ -145,10 +141,12 @@ def own_experts(experts: int) -> range:
 
 
 def is_first_stage() -> bool:
+    """The first stage is on this rank, maybe among others."""
     return mpu.is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
+    """The last stage is on this rank, maybe among others."""
     return mpu.is_pipeline_last_stage()
 
 

@@ -1,48 +1,72 @@
-"""Megatron-Core's pipeline schedules, called with batches in and a function on the last stage's output."""
+"""Megatron-Core's pipeline schedules, called with batches in and a function on the last stage's output.
 
+A batch holds whole sequences, [B, S] a tensor, the same on all ranks of a model replica. Here, and only here, each
+context-parallel rank r of CP takes its share of them, [B, S / CP]: parts r and 2 CP - 1 - r of 2 CP, as megatron-core's rotary
+embedding and Transformer Engine's attention have it. Models, losses and `on_output` see shares.
+"""
+
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitron_mcore import runtime
-from minitron_mcore.models.build import LanguageModel
+from minitron_mcore.models.build import Model
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+from megatron.core.utils import get_batch_on_this_cp_rank  # isort: skip
 
 Batch = dict[str, Tensor]
 
 
+def share(batch: Batch) -> Batch:
+    """This context-parallel rank's part of a batch's [B, S] tensors; others are shares already."""
+    whole = {key: value for key, value in batch.items() if value is not None and value.dim() == 2}
+    return batch | get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=runtime.cp_group())
+
+
 def forward(
-    model: LanguageModel, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None], headless: bool = True
+    model: Model, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None], headless: bool = True
 ) -> None:
-    """Forward passes over micro-batches of one shape, through whatever pipeline the model is laid out in (collective).
+    """Forward passes over micro-batches, through whatever pipeline the model is laid out in (collective).
+
+    Micro-batches of one shape that follow each other fill the pipeline together. The interleaved schedule takes them in groups
+    of as many as there are pipeline ranks: what is missing to the last is filled up with padding, of which no output is given.
 
     Args:
         model: this rank's part; every stage takes part in every micro-batch.
-        batches: each with "tokens" [B, S] int64, the same on all ranks of a model replica.
-        on_output: called on last-stage ranks with each output: the final norm's hidden states [S, B, H] ([S_r, B, H] under
-            sequence parallelism), or this rank's logits [B, S, V_r] where `headless` is false.
+        batches: each with "tokens" [B, S] int64, and maybe "mask" [B, S] bool, False on padding.
+        on_output: called on last-stage ranks with each output and its share of the batch: the final norm's hidden states
+            [S_r, B, H], S_r = S / CP or S / CP / TP under sequence parallelism, or this rank's logits [B, S / CP, V_r] where
+            `headless` is false.
     """
 
-    def step(iterator, model):
-        batch = next(iterator)
-        output = model(batch["tokens"], None, None, headless=headless, loss_mask=batch.get("mask"))
+    def step(iterator, chunk):
+        whole = next(iterator)
+        batch = share(whole)
+        output = chunk(batch["tokens"], None, None, headless=headless, loss_mask=batch.get("mask"))
 
         def collect(output: Tensor, non_loss_data: bool) -> None:
-            on_output(output, batch)
+            if whole is not idle:
+                on_output(output, batch)
 
         return output, collect
 
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        _run(step, model, batches, batches[0], len(batches), forward_only=True, collect_non_loss_data=True)
+        for _, run in itertools.groupby(batches, key=lambda batch: batch["tokens"].shape):
+            run = list(run)
+            idle = {"tokens": run[0]["tokens"], "mask": torch.zeros_like(run[0]["tokens"], dtype=torch.bool)}
+            if len(model.chunks) > 1:
+                run += [idle] * (-len(run) % runtime.pp_group().size())
+            _run(step, model.chunks, run, run[0], len(run), forward_only=True, collect_non_loss_data=True)
     model.train(was_training)
 
 
 def forward_backward(
-    model: torch.nn.Module,
+    chunks: Sequence[nn.Module],
     batches: Iterable[Batch],
     loss: Callable[[Tensor, Batch], tuple[Tensor, Tensor, Tensor]],
     like: Batch,
@@ -51,28 +75,29 @@ def forward_backward(
     """One training step's forward and backward passes, gradients finalized over all ranks (collective).
 
     Args:
-        model: this rank's part under megatron-core's DDP.
-        batches: `count` micro-batches of this data-parallel rank, taken one by one as the schedule asks for them.
-        loss: on last-stage ranks, (hidden states, batch) -> (summed loss, number of tokens int32, statistics).
+        chunks: of this rank's part, each under megatron-core's DDP.
+        batches: `count` micro-batches of this data-parallel rank, taken one by one as the schedule asks for them; of several
+            chunks each asks for all, and `count` is a multiple of the pipeline ranks.
+        loss: on last-stage ranks, (hidden states, share of the batch) -> (summed loss, number of tokens int32, statistics).
         like: a micro-batch of their shape.
 
     Returns:
         The statistics of every micro-batch on last-stage ranks, an empty list elsewhere.
     """
 
-    def step(iterator, model):
-        batch = next(iterator)
-        return model(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)
+    def step(iterator, chunk):
+        batch = share(next(iterator))
+        return chunk(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)
 
-    return _run(step, model, batches, like, count, forward_only=False)
+    return _run(step, chunks, batches, like, count, forward_only=False)
 
 
-def _run(step, model, batches, like: Batch, count: int, **kwargs) -> list:
+def _run(step, chunks, batches, like: Batch, count: int, **kwargs) -> list:
     micro_batch, length = like["tokens"].shape
     results = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=list(itertools.tee(batches, len(chunks))),
+        model=list(chunks),
         num_microbatches=count,
         seq_length=length,
         micro_batch_size=micro_batch,

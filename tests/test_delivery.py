@@ -10,18 +10,19 @@ import pytest
 import torch
 import yaml
 
-from minitron_mcore import data, delivery, loaders, prune
+from minitron_mcore import ancestry, data, delivery, loaders, prune
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import DataConfig, DistillConfig, DistillRun, ModelConfig, PruneConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.importance.scores import Scores
+from minitron_mcore.importance.scores import Scores, load_scores, save_scores
 from minitron_mcore.models import architecture, hf, table
+from minitron_mcore.models.folder import Folder
 from minitron_mcore.plan.plan import load_plan, make_plan, target_architecture
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_data import write_jsonl
 from tests.test_launch import compose, word_tokenizer
-from tests.test_prune import ONE, random_scores, run_prune
+from tests.test_prune import ONE, cut_by_hand, random_scores, run_prune
 
 SETTINGS = DistillConfig(steps=3, global_batch=2, sequence_length=12, warmup_steps=1, peak_lr=0.0123)
 PARENTS_CARD = "---\nlicense: llama3.1\nlanguage:\n- en\n---\n# The parent\n"
@@ -61,7 +62,9 @@ def made(tmp_path_factory):
     (folder / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.25}')
     on_ranks(models.import_hf, 1, ONE, folder, root / "parent", ONE)
     opened = open_checkpoint(root / "parent")
-    scores = Scores(random_scores(opened.arch).vectors, {"aggregation": "batch l2, sequence mean", "samples": "77"})
+    known = {"aggregation": "batch l2, sequence mean", "samples": "77", "fingerprint": opened.fingerprint}
+    scores = Scores(random_scores(opened.arch).vectors, known)
+    save_scores(root, scores)
     plan = make_plan(opened.arch, opened.fingerprint, scores, PruneConfig(hidden=24, ffn=17, drop_blocks=[1, 3]))
     on_ranks(run_prune, 1, ONE, root / "parent", plan, root / "pruned", ONE)
     write_jsonl(root / "text.jsonl", [" ".join(f"w{i + j}" for j in range(40)) for i in range(40)])
@@ -99,9 +102,10 @@ def test_the_card_says_what_was_done(made):
     ]
     assert [text.find(part) for part in order] == sorted(text.find(part) for part in order) and order[2] in text
     plan = json.loads((root / "pruned" / "plan.json").read_text())
+    plan_digest = pruned.lineage["plan"]
     for fact in (
         f"Scores `{plan['scores']}`: aggregation batch l2, sequence mean, samples 77.",
-        "dropped, counted from 0: 1, 3.",
+        f"dropped, counted from 0: 1, 3. Every kept index: `minitron/plan_{plan_digest}.json`.",
         f"`{parent.fingerprint}`, pruned by plan `{pruned.lineage['plan']}`",
         f"`{pruned.fingerprint}`, distilled from teacher `{parent.fingerprint}`",
         f"Data `{hashed}`: text.jsonl",
@@ -117,6 +121,49 @@ def test_the_card_says_what_was_done(made):
         )
 
 
+def record(folder: Path) -> tuple[dict, dict]:
+    """What an exported folder says of itself: its lineage, and its plans by digest."""
+    files = {file.stem.removeprefix("plan_"): file for file in (folder / "minitron").glob("plan_*.json")}
+    return json.loads((folder / "minitron" / "lineage.json").read_text()), {k: load_plan(v) for k, v in files.items()}
+
+
+def same(found: dict, expected: dict) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def test_an_exported_folder_leads_back_to_its_parent(made, tmp_path):
+    """Distilled since: the plan that it carries still makes the pruned weights from the parent's, and every hash is somebody's."""
+    root, _ = made
+    parent, pruned, student = (open_checkpoint(root / name) for name in ("parent", "pruned", "distill"))
+    found, plans = record(root / "out")
+    assert (found["fingerprint"], found["lineage"]) == (student.fingerprint, student.lineage) and found["command"]
+    step = found["lineage"]["ancestry"]
+    (digest,), (plan,) = plans, plans.values()
+    assert digest == plan.digest() == step["plan"]
+    assert found["lineage"]["parents"]["student"]["fingerprint"] == pruned.fingerprint == prune.fingerprint(plan)
+    assert step["parents"]["source"]["fingerprint"] == plan.fingerprint == parent.fingerprint
+    assert step["scores"] == load_scores(root, parent.arch, parent.fingerprint).digest()
+    folder = Folder(root / "Tiny-Llama")
+    for parameter in table.parameters(parent.arch):
+        folder.hash(parameter)
+    assert step["ancestry"]["parents"]["huggingface"]["sha256"] == folder.fingerprint(parent.arch) == plan.fingerprint
+    deliver(root / "pruned", tmp_path / "pruned")
+    assert same(models.weights(tmp_path / "pruned"), cut_by_hand(models.weights(root / "Tiny-Llama"), plan))
+
+
+def test_a_chain_carries_every_plan(made, tmp_path):
+    root, _ = made
+    middle = open_checkpoint(root / "distill")
+    scores = Scores(random_scores(middle.arch).vectors, {})
+    plan = make_plan(middle.arch, middle.fingerprint, scores, PruneConfig(ffn=11, blocks=2))
+    on_ranks(run_prune, 1, ONE, root / "distill", plan, tmp_path / "again", ONE)
+    deliver(tmp_path / "again", tmp_path / "out")
+    found, plans = record(tmp_path / "out")
+    assert plans == {plan.digest(): plan} | record(root / "out")[1] and len(plans) == 2
+    assert found["lineage"]["ancestry"]["ancestry"]["plan"] in plans
+    assert same(models.weights(tmp_path / "out"), cut_by_hand(models.weights(root / "out"), plan))
+
+
 def test_a_corrected_teacher_is_told_too():
     """Its own way from the same parent, before the student that it taught."""
     parent, corrected, pruned, student = ({"fingerprint": name} for name in "abcd")
@@ -124,7 +171,7 @@ def test_a_corrected_teacher_is_told_too():
     correct = {"parents": {"student": parent, "teacher": None}, "ancestry": convert, "teacher": None}
     prune = {"parents": {"source": parent}, "ancestry": convert}
     distil = {"parents": {"student": pruned, "teacher": corrected}, "ancestry": prune, "teacher": correct}
-    found = delivery.history(distil, student)
+    found = ancestry.history(distil, student)
     assert [step.identity["fingerprint"] for step in found] == ["a", "c", "b", "d"]
     assert [step.lineage for step in found] == [convert, prune, correct, distil]
 
@@ -169,6 +216,14 @@ def test_cutting_in_one_pass_is_told_as_pruning(made, tmp_path):
     deliver(root / "pruned", tmp_path / "out")
     one, two = ((tmp_path / name / "README.md").read_text() for name in ("cut", "out"))
     assert one == two and open_checkpoint(root / "pruned").fingerprint in one
+    (cut, plans), (pruned, same_plans) = record(tmp_path / "cut"), record(tmp_path / "out")
+    assert plans == same_plans == {plan.digest(): plan}
+    assert cut["fingerprint"] == pruned["fingerprint"]
+    hashes = [
+        (found["lineage"]["plan"], found["lineage"]["scores"], found["lineage"]["parents"]["source"]["fingerprint"])
+        for found in (cut, pruned)
+    ]
+    assert hashes[0] == hashes[1]
 
 
 def test_a_converted_model_without_anything(tmp_path):

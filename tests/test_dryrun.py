@@ -27,6 +27,7 @@ DENSE = {
     "qwen2": dataclasses.replace(TINY, family="qwen2"),
     "qwen3": dataclasses.replace(TINY, family="qwen3", tied=True),
     "window": dataclasses.replace(TINY, family="mistral", window=5),
+    "missing layers": dataclasses.replace(TINY, no_attention=(0,), no_mlp=(2,)),
 }
 MIXED = {
     "mixtral": dataclasses.replace(TINY, family="mixtral", **EXPERTS),
@@ -39,6 +40,7 @@ LAYOUTS = {
     "tp2_sp_pp2_ep2": (4, ParallelConfig(tensor=2, pipeline=2, sequence=True, expert=2), MIXED),
     "tp2_sp_pp2": (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), DENSE),
     "dp2_ep2": (2, ParallelConfig(expert=2), MIXED),
+    "cp2": (2, ParallelConfig(context=2), DENSE),
 }
 MICRO_BATCH, LENGTH = 2, 24
 
@@ -62,14 +64,17 @@ def built(archs, parallel, dtype):
         kept = 0
         if parallel.pipeline == 1:
             with saved_bytes(model.parameters()) as saved:
-                output = model(torch.randint(0, arch.vocab, (MICRO_BATCH, LENGTH)), None, None, headless=True)
+                ids = torch.randint(0, arch.vocab, (MICRO_BATCH, LENGTH // parallel.context))
+                output = model(ids, None, None, headless=True)
             kept = saved.now
             del output
         found[name] = (runtime.pp_group().rank(), *counts, kept)
     return found
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [*((layout, Dtype.bf16) for layout in LAYOUTS), ("one", Dtype.fp32)])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [*((layout, Dtype.bf16) for layout in LAYOUTS), ("one", Dtype.fp32), ("cp2", Dtype.fp32)]
+)
 def test_parameters_and_activations_are_those_of_built_models(layout, dtype):
     world, parallel, archs = LAYOUTS[layout]
     given, activations = setting(world, parallel, dtype), {name: 0 for name in archs}
@@ -86,7 +91,10 @@ def test_parameters_and_activations_are_those_of_built_models(layout, dtype):
 CONFIG = DistillConfig(
     steps=4, global_batch=12, micro_batch=MICRO_BATCH, sequence_length=LENGTH, warmup_steps=1, teacher_ahead=2
 )
-PAIR = {"student": DENSE["tied"], "teacher": dataclasses.replace(DENSE["tied"], hidden=48, ffn=42)}
+PAIR = {
+    "student": dataclasses.replace(DENSE["tied"], blocks=5),
+    "teacher": dataclasses.replace(DENSE["tied"], blocks=5, hidden=48, ffn=42),
+}
 
 
 def write_pair(folder, dtype):
@@ -133,8 +141,9 @@ def trained(folder, parallel, config, dtype):
         (2, ParallelConfig(), Dtype.bf16, False),
         (2, ParallelConfig(), Dtype.fp32, True),
         (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Dtype.bf16, True),
+        (4, ParallelConfig(pipeline=2, virtual=2, context=2), Dtype.bf16, True),
     ],
-    ids=["dp2", "dp2_shared", "dp2_fp32", "tp2_sp_pp2"],
+    ids=["dp2", "dp2_shared", "dp2_fp32", "tp2_sp_pp2", "pp2_virtual2_cp2"],
 )
 def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed):
     on_ranks(write_pair, 1, ParallelConfig(), tmp_path, dtype.value)
@@ -175,7 +184,7 @@ def test_operations_are_those_that_torch_counts():
     for name, flops in on_ranks(counted, 1, ParallelConfig(), EVERY)[0].items():
         arch = EVERY[name]
         positions = [min(i + 1, arch.window or LENGTH) for i in range(LENGTH)]
-        attention = 4 * arch.blocks * arch.heads * arch.head_dim * sum(positions) / LENGTH
+        attention = 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * sum(positions) / LENGTH
         assert cost.forward_flops(arch, LENGTH) - attention == pytest.approx(flops / (MICRO_BATCH * LENGTH)), name
 
 

@@ -24,6 +24,7 @@ LAYOUTS = {
     "ep2": (2, ParallelConfig(expert=2)),
     "tp2_ep2": (2, ParallelConfig(tensor=2, sequence=True, expert=2)),
     "dp2": (2, ONE),
+    "cp2_ep2": (2, ParallelConfig(context=2, expert=2)),
     "ep3_pp2": (6, ParallelConfig(expert=3, pipeline=2)),
 }
 LENGTHS = [12, 7, 12, 3, 9]  # samples that no number of ranks divides

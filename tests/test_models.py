@@ -66,7 +66,11 @@ def test_bad_folders_are_refused(tmp_path, damage, sentence):
         ),
         (3, ParallelConfig(tensor=2), "3 processes cannot hold tensor 2"),
         (1, ParallelConfig(sequence=True), "parallel.sequence needs parallel.tensor > 1"),
-        (2, ParallelConfig(context=2), "no context-parallel attention"),
+        (
+            2,
+            ParallelConfig(pipeline=2, virtual=3),
+            "parallel.pipeline 2 x virtual 3 = 6 is more than the model's 5 blocks",
+        ),
     ],
 )
 def test_impossible_layouts_are_refused(tmp_path, world, parallel, sentence):

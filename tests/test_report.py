@@ -12,9 +12,12 @@ import pytest
 from matplotlib.image import imread
 from safetensors.numpy import save_file
 
-from minitron_mcore import report, runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore import pictures, report, runtime
+from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import on_ranks
+from tests.test_prune import random_scores
 
 ROWS = [
     {
@@ -84,7 +87,7 @@ def shown(panel, image) -> float:
 def test_importance_shows_what_is_scored(tmp_path, missing):
     found = {name: value for name, value in scores(blocks=12).items() if not missing or not name.endswith(missing)}
     save_file(found, tmp_path / "scores.safetensors")
-    report.plot_importance(tmp_path / "scores.safetensors", tmp_path / "scores.png")
+    pictures.plot_importance(tmp_path / "scores.safetensors", tmp_path / "scores.png")
     image = imread(tmp_path / "scores.png")
     panels = {"hidden": (0, 0), "ffn": (0, 1), "heads": (1, 0), "block": (1, 1)}
     for name, panel in panels.items():
@@ -98,14 +101,56 @@ def test_importance_draws_the_values(tmp_path):
     found["blocks.2.ffn"][:] = 0  # a dead block must not break the log scale
     figure = Figure()
     hidden, ffn, heads, depth = figure.subplots(2, 2).flat
-    assert report._hidden(hidden, found) and report._ffn(ffn, found)
-    assert report._heads(heads, found) and report._depth(depth, found)
+    assert pictures._hidden(hidden, found) and pictures._ffn(ffn, found)
+    assert pictures._heads(heads, found) and pictures._depth(depth, found)
     assert np.array_equal(hidden.lines[0].get_ydata(), np.sort(found["hidden"])[::-1])
     assert np.allclose(ffn.images[0].get_array()[3], np.quantile(found["blocks.3.ffn"], np.linspace(0, 1, 101)))
     assert np.array_equal(heads.images[0].get_array(), np.stack([found[f"blocks.{i}.heads"] for i in range(5)]))
     bars = [bar.get_height() for bar in depth.patches]
     assert np.array_equal(bars, np.array([found[f"blocks.{i}.block"] for i in range(5)]))
     figure.savefig(tmp_path / "all.png")
+
+
+def test_importance_says_its_statistic(tmp_path):
+    save_file(scores(), tmp_path / "silent.safetensors")
+    said = {"aggregation": "batch mean, sequence variance", "ffn_site": "before_gate", "fingerprint": "0123"}
+    save_file(scores(), tmp_path / "scores.safetensors", metadata=said)
+    assert pictures.statistic(tmp_path / "silent.safetensors") == ""
+    title = "aggregation: batch mean, sequence variance; ffn site: before_gate"
+    assert pictures.statistic(tmp_path / "scores.safetensors") == title
+    for name in ("silent", "scores"):
+        pictures.plot_importance(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.png")
+    silent, spoken = (imread(tmp_path / f"{name}.png")[:30, :, :3] for name in ("silent", "scores"))
+    assert (spoken < 0.5).sum() > (silent < 0.5).sum() + 1000
+
+
+@pytest.mark.parametrize("experts", [0, 6])
+def test_what_a_plan_keeps_of_each_block(tmp_path, experts):
+    """Shares of units and of summed score, by comprehension; dropped blocks have none."""
+    mixture = {"experts": experts, "experts_per_token": 2} if experts else {}
+    arch = Architecture(
+        "mixtral" if experts else "llama", 4, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, False, **mixture
+    )
+    cut = PruneConfig(hidden=20, ffn=11, heads=6, drop_blocks=[1], experts=4 if experts else None)
+    found = random_scores(arch)
+    plan = make_plan(arch, "x", found, cut)
+    pictures.plot_plan(plan, found.vectors, tmp_path / "plan.png")
+    assert (imread(tmp_path / "plan.png")[..., :3] < 0.99).any(axis=2).mean() > 0.3
+    v = {name: vector.tolist() for name, vector in found.vectors.items()}
+    rows = pictures._kept_shares(plan, {name: vector.numpy() for name, vector in found.vectors.items()})
+    assert rows.keys() >= {"hidden", "ffn, by score", "heads"} and ("experts" in rows) == bool(experts)
+    assert all(np.isnan(row[1]) and not np.isnan(np.delete(row, 1)).any() for row in rows.values())
+    for b in plan.blocks:
+        expected = {"hidden": 20 / 36, "hidden, by score": sum(v["hidden"][i] for i in plan.hidden) / sum(v["hidden"])}
+        heads = v[f"blocks.{b}.heads"]
+        expected |= {"heads": 0.5, "heads, by score": sum(heads[i] for i in plan.heads[b]) / sum(heads)}
+        ffn = v[f"blocks.{b}.ffn"]
+        if experts:
+            kept = sum(ffn[e][i] for e, channels in plan.experts[b].items() for i in channels)
+            expected |= {"ffn": 4 * 11 / (6 * 30), "ffn, by score": kept / sum(map(sum, ffn)), "experts": 4 / 6}
+        else:
+            expected |= {"ffn": 11 / 30, "ffn, by score": sum(ffn[i] for i in plan.ffn[b]) / sum(ffn)}
+        assert all(rows[name][b] == pytest.approx(share, rel=1e-5) for name, share in expected.items())
 
 
 @pytest.mark.parametrize("steps", [1, 7, 90])
@@ -116,9 +161,9 @@ def test_losses_of_several_runs(tmp_path, steps):
             for s in range(1, steps + 1)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.plot_losses({"KL": tmp_path / "kl.jsonl", "cross-entropy": tmp_path / "ce.jsonl"}, tmp_path / "loss.png")
+    pictures.plot_losses({"KL": tmp_path / "kl.jsonl", "cross-entropy": tmp_path / "ce.jsonl"}, tmp_path / "loss.png")
     image = imread(tmp_path / "loss.png")[..., :3]
-    for colour in report._COLOURS[:2]:
+    for colour in pictures.COLOURS[:2]:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert steps == 1 or (np.abs(image - wanted).max(axis=2) < 0.02).any()
 
@@ -126,7 +171,7 @@ def test_losses_of_several_runs(tmp_path, steps):
 def test_pictures_need_no_display(tmp_path):
     save_file(scores(), tmp_path / "scores.safetensors")
     code = (
-        "import sys; from minitron_mcore import report; report.plot_importance(*sys.argv[1:3]); "
+        "import sys; from minitron_mcore import pictures; pictures.plot_importance(*sys.argv[1:3]); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}

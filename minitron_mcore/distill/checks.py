@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 
-from minitron_mcore.config import DistillConfig
+from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.models.architecture import Architecture
 
 
-def problems(student: Architecture, teacher: Architecture | None, config: DistillConfig, dp_size: int) -> Iterator[str]:
-    """A size below 1, vocabularies that differ, a batch that the data-parallel ranks don't divide, a warm-up as long as the run, no
-    loss."""
+def problems(
+    student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
+) -> Iterator[str]:
+    """A size below 1, vocabularies that differ, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a
+    warm-up as long as the run, no loss."""
     sizes = {name: getattr(config, name) for name in ("steps", "global_batch", "micro_batch", "sequence_length")}
     small = {name: size for name, size in sizes.items() if size < 1}
     yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
@@ -17,11 +19,14 @@ def problems(student: Architecture, teacher: Architecture | None, config: Distil
             f"the teacher's vocabulary has {teacher.vocab} tokens, the student's {student.vocab}: "
             "distillation on logits needs the same tokenizer."
         )
-    unit = config.micro_batch * dp_size
+    # The interleaved schedule takes micro-batches in groups of as many as there are pipeline ranks.
+    group = parallel.pipeline if parallel.virtual > 1 else 1
+    unit = config.micro_batch * dp_size * group
     if not small and config.global_batch % unit:
+        interleaved = f" x parallel.pipeline {group}, interleaved," if group > 1 else ""
         yield (
             f"global_batch {config.global_batch} is not a multiple of micro_batch {config.micro_batch} x {dp_size} "
-            f"data-parallel ranks = {unit}: give {max(1, config.global_batch // unit) * unit}."
+            f"data-parallel ranks{interleaved} = {unit}: give {max(1, config.global_batch // unit) * unit}."
         )
     if not 0 <= config.warmup_steps < config.steps:
         yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."

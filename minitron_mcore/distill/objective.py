@@ -9,7 +9,7 @@ from minitron_mcore import runtime
 from minitron_mcore.config import DistillConfig
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.distill.teacher import Teacher
-from minitron_mcore.models.build import LanguageModel
+from minitron_mcore.models.build import Model
 from minitron_mcore.schedule import Batch
 
 from megatron.core.tensor_parallel import (  # isort: skip
@@ -20,15 +20,17 @@ from megatron.core.tensor_parallel import (  # isort: skip
 
 @dataclass(frozen=True)
 class Objective:
-    """Called with the student's final hidden states [S, B, H] ([S_r, B, H] under sequence parallelism) of a micro-batch."""
+    """Called with the student's final hidden states of a micro-batch [S_r, B, H], S_r = S / CP or S / CP / TP under sequence
+    parallelism, and this context-parallel rank's share of the batch."""
 
-    student: LanguageModel
+    student: Model
     teacher: Teacher | None
     vocab: int
     config: DistillConfig
 
     def __call__(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(summed loss, number of tokens int32, [kd, lm, teacher entropy, tokens] sums); the same on all tensor-parallel ranks.
+        """(summed loss, number of tokens int32, [kd, lm, teacher entropy, tokens] sums) over the share; the same on all
+        tensor-parallel ranks.
 
         The hidden gradient that leaves here is complete: its sum over tensor-parallel ranks is part of the gather or copy.
         """

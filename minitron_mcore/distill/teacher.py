@@ -6,18 +6,19 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from minitron_mcore import runtime, schedule
-from minitron_mcore.models.build import LanguageModel
+from minitron_mcore.models.build import Model
 from minitron_mcore.schedule import Batch
 
 
 class Teacher:
     """A model in the student's layout that never trains.
 
-    What it leaves behind of a micro-batch lies on last-stage ranks only: the final norm's output [S, B, H] ([S_r, B, H] under
-    sequence parallelism) in the teacher's dtype. Its head's rows [V_r, H] lie there too, sharded as the student's.
+    What it leaves behind of a micro-batch lies on last-stage ranks only: the final norm's output [S_r, B, H], S_r = S / CP or
+    S / CP / TP under sequence parallelism, in the teacher's dtype. Its head's rows [V_r, H] lie there too, sharded as the
+    student's.
     """
 
-    def __init__(self, model: LanguageModel, ahead: int):
+    def __init__(self, model: Model, ahead: int):
         """`ahead`: micro-batches that the teacher runs at a time."""
         self.model, self.ahead = model.eval().requires_grad_(False), ahead
 

@@ -36,13 +36,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # i
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig, dp_size: int) -> None:
+def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig, parallel: ParallelConfig) -> None:
     """Refuse what cannot train before a model is built.
 
     Raises:
         UserError: see `checks.problems`.
     """
-    refuse(checks.problems(student.arch, teacher and teacher.arch, config, dp_size))
+    dp_size = runtime.dp_group().size()
+    refuse(checks.problems(student.arch, teacher and teacher.arch, config, parallel, dp_size))
 
 
 class Trainer:
@@ -61,7 +62,7 @@ class Trainer:
         Raises:
             UserError: see `check`; a layout that doesn't divide a model; a damaged checkpoint.
         """
-        check(student, teacher, config, runtime.dp_group().size())
+        check(student, teacher, config, parallel)
         self.config, self.arch, self.step = config, student.arch, 0
         self.teacher_arch = teacher.arch if teacher else None
         model = checkpoint.build_model(student, parallel, dtype)
@@ -74,7 +75,7 @@ class Trainer:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=runtime.device().type == "cuda",
         )
-        self.model = DistributedDataParallel(model.config, ddp, model)
+        self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -88,14 +89,15 @@ class Trainer:
                 params_dtype=build.DTYPES[dtype],
                 use_distributed_optimizer=config.distributed_optimizer,
             ),
-            [self.model],
+            self.chunks,
             use_gloo_process_groups=False,
         )
         for optimizer in self.optimizer.chained_optimizers if config.distributed_optimizer else ():
             _save_buckets_in_place(optimizer)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
-        model.config.no_sync_func = self.model.no_sync
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -133,11 +135,12 @@ class Trainer:
             UserError: a loss or gradient that is not finite; the weights are still those of the step before.
         """
         start = time.monotonic()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         fed = self.teacher.feed(batches) if self.teacher else batches
         sums = torch.zeros(4, device=runtime.device())
-        for part in schedule.forward_backward(self.model, fed, self.objective, batches[0], len(batches)):
+        for part in schedule.forward_backward(self.chunks, fed, self.objective, batches[0], len(batches)):
             sums += part
         kd, lm, entropy, tokens = self._total(sums).tolist()
         if not torch.isfinite(torch.tensor([kd, lm])).all():
@@ -166,13 +169,14 @@ class Trainer:
         }
 
     def _total(self, sums: Tensor) -> Tensor:
-        dist.all_reduce(sums, group=runtime.dp_group())
+        dist.all_reduce(sums, group=runtime.dp_cp_group())
         return runtime.from_last_stage(sums)
 
     def _state(self, loading: bool) -> dict:
-        tp, model = runtime.tp_group(), self.model.module
-        optimizer = self.optimizer.sharded_state_dict(model.sharded_state_dict(), is_loading=loading, metadata=SHARDING)
-        weights = checkpoint.model_state(model, self.arch, tp.rank(), tp.size())
+        tp = runtime.tp_group()
+        parameters = [chunk.sharded_state_dict() for chunk in self.model.chunks]
+        optimizer = self.optimizer.sharded_state_dict(parameters, is_loading=loading, metadata=SHARDING)
+        weights = checkpoint.model_state(self.model, self.arch, tp.rank(), tp.size())
         # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
         return {"weights": weights, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": self.step}
 

@@ -1,13 +1,14 @@
-"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline, data and expert parallelism.
+"""Activation statistics of a sharded model, exact under tensor, sequence, pipeline, context, data and expert parallelism.
 
-For every channel c the paper's choice (arXiv 2407.14679, section 2.2 and table 11) is mean over the sequence, L2 over samples:
-
-    score_c = sqrt( sum_b ( 1/S_b sum_s |a[b, s, c]| )^2 )
+A channel's score is an aggregation over samples of an aggregation over each sample's tokens (`metrics`) of its activation a:
 
     hidden    a = output of each norm before attention and MLP; one vector a norm, summed over norms
-    ffn       a = input of the down projection (after the gate), per block
+    ffn       a = input of the down projection, or before_gate the up projection's output (of SwiGLU the gate's rows), per block
     heads     a = L2 norm over head_dim of each head's attention output, per block
     depth     1 - mean over tokens of cos(layer input, layer output), for attention, MLP and the whole block
+
+`weighted` multiplies a by the L2 norm of the weights that read it: for a norm's channel the column of q, k, v or of gate and up,
+for an ffn channel (at either site) the down projection's column, for a head the output projection's columns together.
 
 In a mixture of experts tokens of many samples reach an expert mixed, so there it is the mean over all tokens (the paper's
 other good pair, mean and mean), 0 for tokens that go elsewhere, with the router's probability p as a factor:
@@ -20,126 +21,163 @@ What a rank sees, and what completes it:
     input of linear_fc2 / linear_proj   [S, B, own channels]   nothing: tensor-parallel ranks own disjoint channels
     input, output of an expert          [own tokens, F or H]   the sum over ranks that hold it, once at the end
     norm output, layer output           [S_r, B, H] under sequence parallelism, else [S, B, H] replicated, of which a rank
-                                        counts its share of S: the sum over S, over tensor-parallel ranks, before it is squared
-    different samples                                          the sum over b, over data-parallel ranks, once at the end
+                                        counts its share of S: the sums over S, over tensor-parallel ranks, before they become
+                                        a sample's score
+    all of these, where S is its share  the sums over S, over context-parallel ranks, before that too; a sample's length as well
+    different samples                                          the sums over b, over data-parallel ranks, once at the end
     different blocks                                           own entries; hidden sums over pipeline stages at the end
 
-Sums are fp32 (bf16 overflows), padding is masked out of every mean, nothing leaves the device before the end, and a
-micro-batch costs one small collective where there is tensor parallelism, else none.
+Sums are fp32 (bf16 overflows), padding is masked out of all, nothing leaves the device before the end, and a micro-batch costs
+a pipeline stage one small collective (two for variance) for each of tensor and context parallelism.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitron_mcore import runtime
 from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.errors import UserError
-from minitron_mcore.importance.scores import Scores
+from minitron_mcore.config import FfnSite, Statistic
+from minitron_mcore.errors import refuse
+from minitron_mcore.importance import checks, metrics
+from minitron_mcore.importance.metrics import Sums
+from minitron_mcore.importance.scores import Scores, check_finite
+from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.build import LanguageModel
 from minitron_mcore.schedule import forward
 
-
-def _sum_abs(x: Tensor) -> Tensor:
-    """[S, B, C] -> [B, C]: the sum over S of |x|, in fp32."""
-    flat = x.abs().flatten(1)
-    # As products with ones: on a CPU .sum(0) takes longer by half, and vector_norm(ord=1, dim=0) six times as long.
-    # In parts: fp32 copies of 8 MB stay in the cache.
-    ones = torch.ones(len(flat), device=x.device)
-    parts = flat.split(max(1, 2**21 // len(flat)), dim=1)
-    return torch.cat([torch.mv(part.float().t(), ones) for part in parts]).view(x.shape[1:])
+FUSE_FROM = 2**20
+"""Tokens of a run for which compiling takes less time than it saves."""
 
 
 class Collector:
-    """Accumulators of one rank: a [C] vector of squares for each hook, a scalar sum of 1 - cosine for each layer, and for its
-    own experts sums over tokens."""
+    """Accumulators of one rank: sums over samples of each hooked channel, a sum of 1 - cosine for each layer and block, and for its
+    own experts sums over tokens.
 
-    def __init__(self, model: LanguageModel, arch: Architecture):
-        self.model, self.arch = model, arch
-        self.squares: dict[str, Tensor] = {}
-        self.distances: dict[str, Tensor] = {}
+    Args:
+        model: this rank's part.
+        arch: the whole model's.
+        statistic: how activations become scores.
+        fused: compile the reductions (see `metrics.fused`); the result differs by rounding.
+
+    Raises:
+        UserError: a statistic that the model doesn't have.
+    """
+
+    def __init__(self, model: build.Model, arch: Architecture, statistic: Statistic | None = None, fused: bool = False):
+        self.model, self.arch, self.statistic = model, arch, statistic or Statistic()
+        refuse(checks.statistic_problems(arch, self.statistic))
+        self.sums: dict[
+            tuple[str, ...], Sums
+        ] = {}  # over samples, by the names whose channels follow each other in them
+        self.distances: dict[tuple[str, ...], Tensor] = {}  # likewise
         self.routed: dict[str, Tensor] = {}  # by block: [own experts, F + 1], the channels and then the output's norm
         self.tokens = torch.zeros((), dtype=torch.int64, device=runtime.device())
-        self.samples = 0
-        self._open: dict[str, Tensor] = {}  # per-sample sums over S of this micro-batch, not yet squared
-        self._split: set[str] = set()  # those of `_open` whose S is spread over tensor-parallel ranks
-        self._mask: Tensor | None = None  # [S, B, 1], or None where nothing is padding
-        self._length = 0  # S
-        self._stream: Tensor | None = None  # the last layer's output, as `_directions` gives it: the next one's input
-        self._change: tuple[Tensor, Tensor] | None = None  # of the open block's attention, and its squared length
+        self._fused = metrics.fused if fused else lambda function: function
+        self._widths: dict[str, int] = {}  # channels of each name on this rank
+        self._readers: dict[str, nn.Parameter] = {}  # by name, the weights whose columns read its channels
+        self._open: dict[str, Sums] = {}  # per sample over S, of this micro-batch
+        self._split: dict[str, Sums] = {}  # the same over `_own`, where tensor-parallel ranks have the rest
+        self._all = self._own = _Span(slice(0), None, self.tokens)  # S, and the rows of it that this rank counts
+        self._streams: list[Tensor] = []  # the open block's input and its layers' outputs
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Register every hook; yields their handles."""
-        yield self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        yield self.model.register_forward_hook(self._end)
-        for layer in self.model.decoder.layers:
-            block, is_mlp = divmod(layer.layer_number - 1, 2)
-            at = f"blocks.{block}"
-            part = "mlp" if is_mlp else "attention"
-            norm = layer.pre_mlp_layernorm if is_mlp else layer.input_layernorm
-            yield norm.register_forward_hook(self._norm(f"{at}.{part}.norm"))
-            if is_mlp and self.arch.experts:
-                yield layer.mlp.router.register_forward_hook(self._route)
-                own = layer.mlp.experts.local_experts
-                self.routed[at] = torch.zeros(len(own), self.arch.ffn + 1, device=runtime.device())
-                for sums, expert in zip(self.routed[at], own, strict=True):
-                    yield expert.linear_fc2.register_forward_hook(self._expert(sums))
-            elif is_mlp:
-                yield layer.mlp.linear_fc2.register_forward_pre_hook(self._channels(f"{at}.ffn"))
-            else:
-                yield layer.self_attention.linear_proj.register_forward_pre_hook(self._heads(f"{at}.heads"))
-            yield layer.register_forward_hook(self._layer(at, part), with_kwargs=True)
+        for chunk in self.model.chunks:  # which take turns: none begins before another has ended
+            yield chunk.register_forward_pre_hook(self._begin, with_kwargs=True)
+            yield chunk.register_forward_hook(self._end)
+        blocks = itertools.groupby(build.layers(self.model), lambda layer: self._place(layer)[0])
+        for at, layers in ((f"blocks.{block}", list(layers)) for block, layers in blocks):
+            parts = [self._place(layer)[1] for layer in layers]
+            yield layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+            for layer, part in zip(layers, parts, strict=True):
+                yield from (self._mlp if part == "mlp" else self._attention)(at, layer)
+                yield layer.register_forward_hook(self._leave)
+            yield layers[-1].register_forward_hook(self._close(tuple(f"{at}.{x}" for x in (*parts, "block"))))
+
+    def _place(self, layer: nn.Module) -> tuple[int, str]:
+        """A layer's block, and which of its parts it is."""
+        return self.arch.layers[layer.layer_number - 1]
+
+    def _attention(self, at: str, layer: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        yield layer.input_layernorm.register_forward_hook(self._norm(f"{at}.attention.norm"))
+        yield layer.self_attention.linear_proj.register_forward_pre_hook(self._heads(f"{at}.heads"))
+        self._readers[f"{at}.attention.norm"] = layer.self_attention.linear_qkv.weight
+        self._readers[f"{at}.heads"] = layer.self_attention.linear_proj.weight
+
+    def _mlp(self, at: str, layer: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        yield layer.pre_mlp_layernorm.register_forward_hook(self._norm(f"{at}.mlp.norm"))
+        if self.arch.experts:
+            yield layer.mlp.router.register_forward_hook(self._route)
+            own = layer.mlp.experts.local_experts
+            self.routed[at] = torch.zeros(len(own), self.arch.ffn + 1, device=runtime.device())
+            for sums, expert in zip(self.routed[at], own, strict=True):
+                yield expert.linear_fc2.register_forward_hook(self._expert(sums))
+            return
+        if self.statistic.ffn_site == FfnSite.after_gate:
+            yield layer.mlp.linear_fc2.register_forward_pre_hook(self._down(f"{at}.ffn"))
+        else:
+            yield layer.mlp.linear_fc1.register_forward_hook(self._up(f"{at}.ffn"))
+        self._readers[f"{at}.mlp.norm"] = layer.mlp.linear_fc1.weight
+        self._readers[f"{at}.ffn"] = layer.mlp.linear_fc2.weight
 
     def _begin(self, module, args, kwargs) -> None:
+        batch, length = args[0].shape
         mask = kwargs.get("loss_mask")  # [B, S]; True where a token is real
-        ids = args[0]
-        self.samples += len(ids)
-        self._mask, self._length = None, ids.shape[1]
-        self._lengths = torch.full((len(ids), 1), ids.shape[1], device=ids.device, dtype=torch.float32)
-        if mask is not None:
-            self._lengths = mask.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1)
-            self._mask = mask.t()[..., None]
-        self.tokens += mask.sum() if mask is not None else ids.numel()
+        real = None if mask is None else mask.t()[..., None]
+        tp = runtime.tp_group()
+        own = slice(length * tp.rank() // tp.size(), length * (tp.rank() + 1) // tp.size())
+        self._all, self._own = (_Span.of(rows, real, batch, args[0].device) for rows in (slice(0, length), own))
+        if module is self.model.chunks[0]:
+            self.tokens += batch * length if mask is None else mask.sum()
 
-    def _share(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The rows of the residual stream or a norm's output [S or S_r, B, H] that this rank counts, and the mask's for them."""
-        rank, size = runtime.tp_group().rank(), runtime.tp_group().size()
-        low, high = (self._length * r // size for r in (rank, rank + 1))
-        mask = None if self._mask is None else self._mask[low:high]
-        return x if len(x) < self._length else x[low:high], mask
-
-    def _add(self, name: str, x: Tensor, mask: Tensor | None) -> None:
-        self._open[name] = _sum_abs(x if mask is None else x * mask.to(x.dtype))
+    def _rows(self, x: Tensor) -> Tensor:
+        """The rows of the residual stream or a norm's output [S or S_r, B, H] that this rank counts."""
+        return x[self._own.rows] if len(x) == self._all.rows.stop else x
 
     def _norm(self, name):
         def hook(module, args, output) -> None:
-            self._add(name, *self._share(output))
-            self._split.add(name)
+            self._split[name] = self._sums(self._rows(output), self._own)
 
         return hook
 
-    def _channels(self, name):
-        return lambda module, args: self._add(name, args[0], self._mask)
+    def _down(self, name):
+        def hook(module, args) -> None:
+            self._open[name] = self._sums(args[0], self._all)
+
+        return hook
+
+    def _up(self, name):
+        def hook(module, args, output) -> None:
+            channels = output[0].shape[-1] // (2 if self.arch.traits.gated else 1)  # the gate's rows come first
+            self._open[name] = self._sums(output[0][..., :channels], self._all)
+
+        return hook
 
     def _heads(self, name):
         def hook(module, args) -> None:
-            per_head = args[0].unflatten(-1, (-1, self.arch.head_dim))
-            self._add(name, torch.linalg.vector_norm(per_head, dim=-1, dtype=torch.float32), self._mask)
+            reduce = self._fused(metrics.head_sums)
+            self._open[name] = reduce(
+                self.statistic.sequence, args[0], self._all.real, self._all.count, self.arch.head_dim
+            )
 
         return hook
 
+    def _sums(self, x: Tensor, span: "_Span") -> Sums:
+        return self._fused(metrics.sums)(self.statistic.sequence, x, span.real, span.count)
+
     def _route(self, module, args, output):
         """Send padding to no expert: nothing of it reaches a sum, and no real token attends to it."""
-        _, mask = self._share(args[0])
-        if mask is None:
+        if self._own.real is None:
             return output
         probs, routing_map = output
-        real = mask.reshape(-1, 1)
+        real = self._own.real.reshape(-1, 1)
         return probs * real, routing_map & real
 
     def _expert(self, sums: Tensor):
@@ -149,45 +187,30 @@ class Collector:
 
         return hook
 
-    def _layer(self, at, part):
-        def hook(module, args, kwargs, output) -> None:
-            source = self._directions(kwargs["hidden_states"]) if self._stream is None else self._stream
-            self._stream = self._directions(output[0] if isinstance(output, tuple) else output)
-            # 1 - u.v = |u - v|^2 / 2 for directions u, v: nothing cancels where a layer changes little.
-            change = (self._stream - source).flatten()
-            size = torch.dot(change, change)
-            self._add_distance(f"{at}.{part}", size / 2)
-            if part == "attention":
-                self._change = change, size
-            else:
-                first, first_size = self._change
-                self._add_distance(f"{at}.block", (first_size + size) / 2 + torch.dot(first, change))
+    def _enter(self, module, args, kwargs) -> None:
+        self._streams = [self._rows(kwargs["hidden_states"])]
+
+    def _leave(self, module, args, output) -> None:
+        self._streams.append(self._rows(output[0] if isinstance(output, tuple) else output))
+
+    def _close(self, names):
+        def hook(module, args, output) -> None:
+            found = self._fused(metrics.distances)(self._streams, self._own.real)
+            self.distances[names] = self.distances.get(names, 0) + found
+            self._streams = []
 
         return hook
 
-    def _directions(self, x: Tensor) -> Tensor:
-        """This rank's rows of the residual stream, each divided by its length; padding becomes 0. fp32."""
-        x, mask = self._share(x)
-        x = x.to(torch.float32, copy=True)
-        lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
-        return x.div_(lengths if mask is None else lengths / mask)
-
-    def _add_distance(self, name: str, distance: Tensor) -> None:
-        """Add the sum of 1 - cosine over this rank's real tokens."""
-        self.distances[name] = self.distances.get(name, 0) + distance
-
     def _end(self, module, args, output) -> None:
-        if runtime.tp_group().size() > 1:
-            names = sorted(self._split)
-            stacked = torch.stack([self._open[name] for name in names])
-            dist.all_reduce(stacked, group=runtime.tp_group())
-            self._open |= dict(zip(names, stacked, strict=True))
-        for name, sums in self._open.items():
-            squares = (sums / self._lengths).square().sum(0)
-            self.squares[name] = self.squares.get(name, 0) + squares
-        self._open.clear()
-        self._split.clear()
-        self._stream = self._change = None
+        names = (*self._split, *self._open)
+        self._widths |= {name: part.total.shape[-1] for name, part in (self._split | self._open).items()}
+        split = completed(_side_by_side(self._split.values()), runtime.tp_group())
+        part = completed(_side_by_side([split, *self._open.values()]), runtime.cp_group())
+        samples = metrics.aggregate(self.statistic.sequence, part)  # [B, channels of all names]
+        real = part.count > 0  # [B, 1]
+        found = metrics.sums(self.statistic.batch, samples, real, real.sum(0, dtype=torch.float32))
+        self.sums[names] = metrics.plus(self.sums.get(names), found)
+        self._open, self._split = {}, {}
 
     def scores(self) -> dict[str, Tensor]:
         """Reduce over all ranks and gather the global vectors; the same result on every rank (collective).
@@ -196,29 +219,74 @@ class Collector:
             `hidden` [H], `blocks.i.ffn` [F], `blocks.i.heads` [N], `blocks.i.{attention,mlp,block}` []; fp32 on the CPU. In a
             mixture of experts `blocks.i.ffn` [E, F] and `blocks.i.experts` [E].
         """
-        for squares in self.squares.values():
-            dist.all_reduce(squares, group=runtime.dp_group())
-        dist.all_reduce(self.tokens, group=runtime.dp_group())
-        distances = torch.stack([self.distances[name] for name in sorted(self.distances)])
-        dist.all_reduce(distances, group=runtime.dp_group())
-        dist.all_reduce(distances, group=runtime.tp_group())
-
+        dist.all_reduce(self.tokens, group=runtime.dp_cp_group())
         found, hidden = {}, torch.zeros(self.arch.hidden, device=runtime.device())
-        for name, squares in self.squares.items():
-            if name.endswith(".norm"):
-                hidden += squares.sqrt()
-            else:
-                found[name] = _gather(squares.sqrt(), runtime.tp_group())
+        for names, part in self.sums.items():
+            vectors = metrics.aggregate(self.statistic.batch, completed(part, runtime.dp_group()))
+            for name, vector in zip(names, vectors.split([self._widths[name] for name in names]), strict=True):
+                vector = vector * self._weight(name) if self.statistic.weighted else vector
+                if name.endswith(".norm"):
+                    hidden += vector
+                else:
+                    found[name] = _gather(vector, runtime.tp_group())
         for at, sums in self.routed.items():
             dist.all_reduce(sums, group=runtime.expert_dp_group())
             means = _gather(sums / self.tokens, runtime.ep_group())
             found |= {f"{at}.ffn": means[:, :-1].contiguous(), f"{at}.experts": means[:, -1].contiguous()}
-        for name, distance in zip(sorted(self.distances), distances, strict=True):
-            found[name] = distance / self.tokens
+        distances = torch.cat(list(self.distances.values()))
+        for group in (runtime.dp_cp_group(), runtime.tp_group()):
+            dist.all_reduce(distances, group=group)
+        found |= zip(itertools.chain(*self.distances), distances / self.tokens, strict=True)
         dist.all_reduce(hidden, group=runtime.pp_group())
         stages: list = [None] * runtime.pp_group().size()
         dist.all_gather_object(stages, {k: v.cpu() for k, v in found.items()}, group=runtime.pp_group())
         return {"hidden": hidden.cpu()} | {name: vector for stage in stages for name, vector in stage.items()}
+
+    def _weight(self, name: str) -> Tensor:
+        """What `weighted` makes of a score: the norms of the weights that read the channels, to the power that the aggregations
+        give their argument."""
+        norms = torch.linalg.vector_norm(self._readers[name].detach(), dim=0, dtype=torch.float32)
+        if name.endswith(".norm"):  # tensor-parallel ranks hold other rows of its columns
+            squares = norms.square()
+            dist.all_reduce(squares, group=runtime.tp_group())
+            norms = squares.sqrt()
+        elif name.endswith(".heads"):
+            norms = torch.linalg.vector_norm(norms.unflatten(0, (-1, self.arch.head_dim)), dim=-1)
+        return norms ** (metrics.DEGREE[self.statistic.sequence] * metrics.DEGREE[self.statistic.batch])
+
+
+class _Span(NamedTuple):
+    """A stretch of the sequence."""
+
+    rows: slice
+    real: Tensor | None
+    """[rows, B, 1] bool; None where all tokens are"""
+    count: Tensor
+    """[B, 1] fp32: real tokens"""
+
+    @classmethod
+    def of(cls, rows: slice, real: Tensor | None, batch: int, device: torch.device) -> "_Span":
+        if real is None:
+            return cls(rows, None, torch.full((batch, 1), float(rows.stop - rows.start), device=device))
+        return cls(rows, real[rows], real[rows].sum(0, dtype=torch.float32))
+
+
+def completed(part: Sums, group: dist.ProcessGroup) -> Sums:
+    """The sums of all ranks of a group, each of which saw other tokens of the same samples, or other samples (collective)."""
+
+    def summed(tensors: list[Tensor]) -> list[Tensor]:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+    return part if group.size() == 1 else metrics.pool(part, summed)
+
+
+def _side_by_side(parts: Iterable[Sums]) -> Sums:
+    """Sums over the same values of several names, their channels one after the other."""
+    counts, totals, spreads = zip(*parts, strict=True)
+    return Sums(counts[0], torch.cat(totals, dim=-1), None if spreads[0] is None else torch.cat(spreads, dim=-1))
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -229,9 +297,11 @@ def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 @contextmanager
-def collecting(model: LanguageModel, arch: Architecture) -> Iterator[Collector]:
-    """Collect importance from every forward pass of `model` inside the block; its hooks are gone after it."""
-    collector = Collector(model, arch)
+def collecting(
+    model: build.Model, arch: Architecture, statistic: Statistic | None = None, fused: bool = False
+) -> Iterator[Collector]:
+    """Collect importance from every forward pass of `model` inside the block; its hooks are gone after it. See `Collector`."""
+    collector = Collector(model, arch, statistic, fused)
     handles = list(collector.hooks())
     try:
         yield collector
@@ -240,22 +310,26 @@ def collecting(model: LanguageModel, arch: Architecture) -> Iterator[Collector]:
             handle.remove()
 
 
-def score(model: LanguageModel, source: Checkpoint, tokens: Tensor, mask: Tensor, micro_batch: int) -> Scores:
+def score(
+    model: build.Model,
+    source: Checkpoint,
+    tokens: Tensor,
+    mask: Tensor,
+    micro_batch: int,
+    statistic: Statistic | None = None,
+) -> Scores:
     """Score a model on calibration samples (collective); the same result on every rank.
 
     Args:
         model: this rank's part of `source`.
         tokens, mask: [N, S] int64 and bool, the same on all ranks; data-parallel rank r takes samples r, r + dp, ...
         micro_batch: samples a forward pass; the last pass takes what is left.
+        statistic: how activations become scores; None is the paper's choice.
 
     Raises:
-        UserError: fewer samples than data-parallel ranks.
+        UserError: a statistic that the model doesn't have, a score that is not finite.
     """
-    dp = runtime.dp_group()
-    if len(tokens) < dp.size():
-        raise UserError(
-            f"importance.samples is {len(tokens)}, fewer than the {dp.size()} data-parallel ranks: give at least that many."
-        )
+    statistic, dp = statistic or Statistic(), runtime.dp_group()
     # Expert-parallel ranks pass tokens to each other, so all make equally many passes: samples of padding fill up the last.
     missing = -len(tokens) % dp.size()
     tokens, mask = F.pad(tokens, (0, 0, 0, missing)), F.pad(mask, (0, 0, 0, missing))
@@ -267,16 +341,21 @@ def score(model: LanguageModel, source: Checkpoint, tokens: Tensor, mask: Tensor
         for t, m in zip(tokens[mine].split(micro_batch), mask[mine].split(micro_batch), strict=True)
     ]
     progress = runtime.Progress("importance", len(batches), "micro-batches")
-    with collecting(model, source.arch) as collector:
-        for done, batch in enumerate(batches, 1):
-            forward(model, [batch], lambda hidden, batch: None)
-            progress.update(done)
+    fused = tokens[mine].numel() >= FUSE_FROM and metrics.compiles()
+    with collecting(model, source.arch, statistic, fused) as collector:
+        for start in range(0, len(batches), runtime.pp_group().size()):
+            group = batches[start : start + runtime.pp_group().size()]  # together they keep every stage busy
+            forward(model, group, lambda hidden, batch: None)
+            progress.update(start + len(group))
+    found = collector.scores()
+    check_finite(found, "the model")
     metadata = {
         "fingerprint": source.fingerprint,
         "architecture": source.arch.digest(),
-        "metric": "activation; depth by cosine",
-        "aggregation": "batch l2, sequence mean",
+        "metric": f"activation{' x norm of the weights that read it' if statistic.weighted else ''}; depth by cosine",
+        "aggregation": f"batch {statistic.batch}, sequence {statistic.sequence}",
+        "ffn_site": str(statistic.ffn_site),
         "samples": str(int(mask.any(1).sum())),
         "tokens": str(int(mask.sum())),
     }
-    return Scores(collector.scores(), metadata)
+    return Scores(found, metadata)

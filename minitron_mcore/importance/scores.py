@@ -32,11 +32,16 @@ class Scores:
 
 def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"hidden": (arch.hidden,)}
-    for block in range(arch.blocks):
-        ffn = (arch.experts, arch.ffn) if arch.experts else (arch.ffn,)
-        shapes |= {f"blocks.{block}.ffn": ffn, f"blocks.{block}.heads": (arch.heads,)}
-        shapes |= {f"blocks.{block}.experts": (arch.experts,)} if arch.experts else {}
-        shapes |= {f"blocks.{block}.{part}": () for part in ("attention", "mlp", "block")}
+    shapes |= {f"blocks.{block}.block": () for block in range(arch.blocks)}
+    for block, part in arch.layers:
+        at = f"blocks.{block}"
+        shapes[f"{at}.{part}"] = ()
+        if part == "attention":
+            shapes[f"{at}.heads"] = (arch.heads,)
+        elif arch.experts:
+            shapes |= {f"{at}.ffn": (arch.experts, arch.ffn), f"{at}.experts": (arch.experts,)}
+        else:
+            shapes[f"{at}.ffn"] = (arch.ffn,)
     return shapes
 
 
@@ -75,21 +80,29 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
         if name not in vectors or tuple(vectors[name].shape) != shape:
             found = tuple(vectors[name].shape) if name in vectors else "nothing"
             raise UserError(f"{path} has {found} for {name}, expected shape {shape}: run launch/importance.py again.")
-        if not torch.isfinite(vectors[name]).all():
-            raise UserError(
-                f"{path} holds a value that is not finite in {name}: check the model and its data, then score again."
-            )
+    check_finite(vectors, path)
     return Scores(vectors, metadata)
 
 
+def check_finite(vectors: dict[str, Tensor], origin: str | Path) -> None:
+    """Raises UserError for the first vector that holds a NaN or an infinity; `origin` says where they came from."""
+    for name, vector in vectors.items():
+        if not torch.isfinite(vector).all():
+            raise UserError(
+                f"{origin} gives a value that is not finite in {name}: check the model and its data, then score again."
+            )
+
+
 def summary(scores: Scores) -> list[dict]:
-    """Rows for a table: spread of the hidden scores, and by block those of ffn, heads and depth."""
-    rows = [_spread("hidden", scores.vectors["hidden"])]
-    blocks = sum(name.endswith(".block") for name in scores.vectors)
-    for i in range(blocks):
-        at = f"blocks.{i}"
-        depth = {part: scores.vectors[f"{at}.{part}"].item() for part in ("block", "attention", "mlp")}
-        rows.append(_spread(f"{at}.ffn", scores.vectors[f"{at}.ffn"]) | depth)
+    """Rows for a table: spread of the hidden scores, and by block those of ffn and depth, as far as the block has them."""
+    vectors = scores.vectors
+    rows = [_spread("hidden", vectors["hidden"])]
+    blocks = sum(name.endswith(".block") for name in vectors)
+    for at in (f"blocks.{i}" for i in range(blocks)):
+        parts = (part for part in ("block", "attention", "mlp") if f"{at}.{part}" in vectors)
+        depth = {part: vectors[f"{at}.{part}"].item() for part in parts}
+        spread = _spread(f"{at}.ffn", vectors[f"{at}.ffn"]) if f"{at}.ffn" in vectors else {"scores": at}
+        rows.append(spread | depth)
     return rows
 
 

@@ -1,6 +1,7 @@
 """A model's shape and constants, and their translation from and to Hugging Face's `config.json`. No torch import."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -49,10 +50,20 @@ class Architecture:
     experts_per_token: int = 0
     normalize_experts: bool = True
     """The chosen experts' probabilities are scaled to sum to 1."""
+    no_attention: tuple[int, ...] = ()
+    """Blocks without an attention layer (and without the norm before it), ascending."""
+    no_mlp: tuple[int, ...] = ()
+    """Blocks without an MLP layer, or without experts; other blocks than those above."""
 
     def __post_init__(self):
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        for name in ("no_attention", "no_mlp"):
+            object.__setattr__(self, name, gone := tuple(sorted(set(getattr(self, name)))))
+            if gone and not 0 <= gone[0] <= gone[-1] < self.blocks:
+                raise UserError(f"{name} names blocks {list(gone)}, but the model has blocks 0 to {self.blocks - 1}.")
+        if empty := set(self.no_attention) & set(self.no_mlp):
+            raise UserError(f"block {min(empty)} has neither attention nor MLP: such a block does not exist.")
         if self.heads % self.groups:
             raise UserError(f"{self.heads} query heads cannot be shared out over {self.groups} key/value groups.")
         if self.experts_per_token > self.experts:
@@ -66,11 +77,31 @@ class Architecture:
     def heads_per_group(self) -> int:
         return self.heads // self.groups
 
+    @property
+    def layers(self) -> list[tuple[int, str]]:
+        """(block, "attention" or "mlp") of each layer that is there, in order; a layer's number is its position here."""
+        return list(_layers(self.blocks, self.no_attention, self.no_mlp))
+
+    def layer(self, block: int, part: str) -> int | None:
+        """The number of a block's "attention" or "mlp" layer; None where the block has none."""
+        return _layers(self.blocks, self.no_attention, self.no_mlp).get((block, part))
+
+    def having(self, part: str) -> list[int]:
+        """The blocks that have an "attention" or "mlp" layer."""
+        return [block for block, found in self.layers if found == part]
+
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _layers(blocks: int, no_attention: tuple[int, ...], no_mlp: tuple[int, ...]) -> dict[tuple[int, str], int]:
+    gone = {"attention": no_attention, "mlp": no_mlp}
+    there = [(block, part) for block in range(blocks) for part in gone if block not in gone[part]]
+    return {layer: number for number, layer in enumerate(there)}
 
 
 def from_hf(config: dict) -> Architecture:
@@ -152,13 +183,24 @@ def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
 
 
 def export_problems(arch: Architecture) -> Iterator[str]:
-    """What the family's Hugging Face class cannot hold: transformers' LlamaConfig refuses a hidden size that its heads don't
-    divide, whatever head_dim says."""
+    """What the family's Hugging Face class cannot hold: a block without attention or MLP, and in LlamaConfig a hidden size that
+    the heads don't divide, whatever head_dim says."""
+    yield from missing_layers(arch, f"transformers' {arch.traits.hf_class}")
     if arch.traits.heads_divide_hidden and arch.hidden % arch.heads:
         below = arch.hidden - arch.hidden % arch.heads
         yield (
             f"hidden {arch.hidden} is not a multiple of {arch.heads} heads, which transformers' LlamaConfig demands: "
             f"use {below} or {below + arch.heads}."
+        )
+
+
+def missing_layers(arch: Architecture, holder: str) -> Iterator[str]:
+    """What keeps a model from a class whose blocks all have attention and MLP; `holder` names the class."""
+    gone = {"attention": arch.no_attention, "MLP": arch.no_mlp}
+    if named := [f"no {part} in {', '.join(map(str, blocks))}" for part, blocks in gone.items() if blocks]:
+        yield (
+            f"the model has blocks with {' and '.join(named)}, which {holder} cannot hold: keep it in sharded checkpoints "
+            "(prune.exportable=false lets the plan pass), or drop whole blocks."
         )
 
 

@@ -39,11 +39,38 @@ class LanguageModel(HybridModel):
         finally:
             self.post_process = had_head
 
+    @property
+    def chunks(self) -> list["LanguageModel"]:
+        return [self]
+
     def head(self) -> nn.Parameter:
         """This rank's rows [V_r, H] of the output head, on the last stage; the embedding table's where they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+class InterleavedModel(nn.ModuleList):
+    """The chunks of a pipeline rank, each a `LanguageModel`: chunk v of rank r is stage v * PP + r.
+
+    The first stage, of rank 0, also holds the embedding table's rows, the last one, of the last rank, the final norm and the
+    head's rows. Only megatron-core's interleaved schedule can call the chunks in their order (see `schedule`).
+    """
+
+    @property
+    def chunks(self) -> list[LanguageModel]:
+        return list(self)
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self[0].config
+
+    def head(self) -> nn.Parameter:
+        return self[-1].head()
+
+
+Model = LanguageModel | InterleavedModel
+"""A rank's part of a model; `chunks` are what its pipeline schedule calls."""
 
 
 def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str) -> TransformerConfig:
@@ -61,7 +88,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         "expert_tensor_parallel_size": 1,
     }
     return TransformerConfig(
-        num_layers=2 * arch.blocks,
+        num_layers=len(arch.layers),
         hidden_size=arch.hidden,
         ffn_hidden_size=arch.ffn,
         num_attention_heads=arch.heads,
@@ -80,7 +107,9 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        cp_comm_type="all_gather" if arch.window else "p2p",  # Transformer Engine's ring knows no window
         sequence_parallel=parallel.sequence,
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
@@ -93,13 +122,15 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         bias_dropout_fusion=gpu,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
-        batch_p2p_comm=gpu,  # gloo has no batched point-to-point
-        overlap_p2p_comm=False,
+        # Interleaved on two ranks both neighbours are one rank, and a batch of messages mixes up activations and gradients in
+        # silence (seen on gloo; Megatron-LM refuses it). One by one and apart, as it then wants them, they keep their order.
+        overlap_p2p_comm=parallel.virtual > 1,
+        batch_p2p_comm=gpu and parallel.virtual == 1,
         **(experts if arch.experts else {}),
     )
 
 
-def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> LanguageModel:
+def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> Model:
     """This rank's part of a model; its parameters are not set yet (`checkpoint.load_weights` sets them).
 
     Args:
@@ -113,20 +144,28 @@ def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> LanguageM
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}.")
     check_shardable(arch, parallel)
-    block = "*E" if arch.experts else "*-"
+    config = transformer_config(arch, parallel, dtype)
+    chunks = [_chunk(arch, parallel, config, v).to(runtime.device()) for v in range(parallel.virtual)]
+    return chunks[0] if parallel.virtual == 1 else InterleavedModel(chunks)
+
+
+def _chunk(arch: Architecture, parallel: ParallelConfig, config: TransformerConfig, number: int) -> LanguageModel:
+    letters = {"attention": "*", "mlp": "E" if arch.experts else "-"}
+    stages = [[letters[part] for block, part in arch.layers if block in own] for own in stage_blocks(arch, parallel)]
     model = LanguageModel(
-        config=transformer_config(arch, parallel, dtype),
+        config=config,
         hybrid_stack_spec=spec.stack_spec(arch.traits.qk_norm),
         vocab_size=padded_vocab(arch, parallel.tensor),
         max_sequence_length=arch.max_positions,
-        hybrid_layer_pattern="|".join(block * len(blocks) for blocks in stage_blocks(arch, parallel)),
-        pre_process=runtime.is_first_stage(),
-        post_process=runtime.is_last_stage(),
+        hybrid_layer_pattern="|".join(map("".join, stages)),
+        pre_process=runtime.is_first_stage() and number == 0,
+        post_process=runtime.is_last_stage() and number == parallel.virtual - 1,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
         rotary_percent=arch.rotary_fraction,
         rotary_base=arch.rope_theta,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        vp_stage=number if parallel.virtual > 1 else None,
     )
     if arch.rope_scaling:
         # HybridModel has no argument for it; its rotary embedding has the method.
@@ -135,24 +174,30 @@ def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> LanguageM
         rope.inv_freq = rope._apply_scaling(
             rope.inv_freq, s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_positions
         )
-    return model.to(runtime.device())
+    return model
 
 
-def global_name(model: LanguageModel, name: str) -> str:
+def layers(model: Model) -> list[nn.Module]:
+    """This rank's layers over all chunks, each with its `layer_number`, which counts from 1 over the whole model."""
+    return [layer for chunk in model.chunks for layer in chunk.decoder.layers]
+
+
+def global_name(chunk: LanguageModel, name: str) -> str:
     """A local parameter's key in the distributed checkpoint: layers numbered over all stages, experts over all ranks."""
     if not name.startswith("decoder.layers."):
         return name
     index, rest = name.removeprefix("decoder.layers.").split(".", 1)
     if rest.startswith("mlp.experts.local_experts."):
         expert, rest = rest.removeprefix("mlp.experts.local_experts.").split(".", 1)
-        own = runtime.own_experts(model.config.num_moe_experts)
+        own = runtime.own_experts(chunk.config.num_moe_experts)
         rest = f"mlp.experts.{own[int(expert)]}.{rest}"
-    return f"decoder.layers.{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
+    return f"decoder.layers.{chunk.decoder.layers[int(index)].layer_number - 1}.{rest}"
 
 
-def named_parameters(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
     """(checkpoint key, parameter) of this rank's part; a last stage's copy of a tied head goes by the embedding's key."""
-    for name, parameter in model.named_parameters():
-        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"
-        yield global_name(model, name), parameter
+    for chunk in model.chunks:
+        for name, parameter in chunk.named_parameters():
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"
+            yield global_name(chunk, name), parameter

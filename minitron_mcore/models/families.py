@@ -27,6 +27,11 @@ class Row:
     def in_expert(self) -> bool:
         return "{e}" in self.name
 
+    @property
+    def part(self) -> str | None:
+        """The layer of a block that has it: "attention" or "mlp"; None outside the blocks."""
+        return "attention" if "{a}" in self.name else "mlp" if "{m}" in self.name else None
+
 
 @dataclass(frozen=True)
 class Family:

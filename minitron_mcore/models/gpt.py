@@ -26,8 +26,8 @@ from torch import Tensor
 
 from minitron_mcore import checkpoint, distcp, runtime, stream
 from minitron_mcore.config import ParallelConfig
-from minitron_mcore.errors import UserError
-from minitron_mcore.models import build, hf, table
+from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.models import architecture, build, hf, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import CODES, Weights, raw, write_config
 
@@ -195,10 +195,11 @@ def export_folder(
         vocab_multiple: the vocabulary is padded with zeros to a multiple of this.
 
     Raises:
-        UserError: a layout that doesn't divide the model, a damaged checkpoint.
+        UserError: a block without attention or MLP, a layout that doesn't divide the model, a damaged checkpoint.
     """
     out_dir, arch = Path(out_dir), source.arch
     with runtime.agreed():
+        refuse(architecture.missing_layers(arch, "megatron-core's GPTModel"))
         build.check_shardable(arch, parallel)
         reader = stream.Reader(source)
     whole = -(-arch.vocab // vocab_multiple) * vocab_multiple
@@ -248,5 +249,5 @@ def _extra_state(parameter: table.Parameter, where: Place, names: str) -> dict:
     if kind != "weight" or not (norm or ".linear_" in module):
         return {}
     key, tp = f"{module}._extra_state", runtime.tp_group().rank()
-    replica = hf.replica(parameter) if parameter.expert is not None else (tp, runtime.dp_group().rank())
+    replica = hf.replica(parameter) if parameter.expert is not None else (tp, runtime.dp_cp_group().rank())
     return {f"{parameter.name}@extra": ShardedObject(key, None, where.sizes or (1,), where.index or (0,), replica)}

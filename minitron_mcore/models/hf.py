@@ -61,16 +61,16 @@ def read(weights: Weights, hashing: bool, parameter: table.Parameter, offset: tu
 
 
 def stage_parameters(arch: Architecture, parallel: ParallelConfig) -> Iterator[table.Parameter]:
-    """Parameters of this rank's pipeline stage, of the experts only its own."""
+    """Parameters of this rank's pipeline stages, of the experts only its own."""
     return layout.held(arch, parallel, runtime.pp_group().rank(), runtime.own_experts(arch.experts))
 
 
 def replica(parameter: table.Parameter) -> tuple[int, int]:
-    """All zeros on the rank that writes a piece: tensor-parallel rank 0 of what is replicated, data-parallel rank 0; of an
-    expert, the first of the ranks that hold it."""
+    """All zeros on the rank that writes a piece: tensor-parallel rank 0 of what is replicated, the first of the data- and
+    context-parallel ranks; of an expert, the first of the ranks that hold it."""
     if parameter.expert is not None:
         return (0, runtime.expert_dp_group().rank())
-    return (runtime.tp_group().rank() if parameter.row.tp_dim is None else 0, runtime.dp_group().rank())
+    return (runtime.tp_group().rank() if parameter.row.tp_dim is None else 0, runtime.dp_cp_group().rank())
 
 
 def export_folder(source: checkpoint.Checkpoint, out_dir: str | Path, dtype: str | None = None) -> int:

@@ -1,5 +1,7 @@
 """How a model lies over processes: what a layout must keep, and what each rank of it holds. No torch import."""
 
+import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,8 +13,15 @@ from minitron_mcore.models.architecture import Architecture
 
 
 def sizes(parallel: ParallelConfig) -> dict[str, int]:
-    """Ranks along each model-parallel axis."""
-    return {axis: getattr(parallel, axis) for axis in ("tensor", "pipeline", "context", "expert")}
+    """Ranks along each model-parallel axis, and the chunks of a pipeline rank."""
+    return {axis: getattr(parallel, axis) for axis in ("tensor", "pipeline", "virtual", "context", "expert")}
+
+
+def sequence_unit(parallel: ParallelConfig) -> int:
+    """What divides the length of every sequence: a context-parallel rank takes one part from its start and one from its end, and
+    sequence parallelism shares these over tensor-parallel ranks."""
+    halves = 2 * parallel.context if parallel.context > 1 else 1
+    return math.lcm(halves, parallel.context * parallel.tensor if parallel.sequence else 1)
 
 
 def problems(parallel: ParallelConfig, world_size: int, sequence_length: int | None = None) -> Iterator[str]:
@@ -33,16 +42,15 @@ def problems(parallel: ParallelConfig, world_size: int, sequence_length: int | N
         )
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence needs parallel.tensor > 1: sequence parallelism shards over the tensor-parallel ranks."
-    if parallel.sequence and sequence_length and sequence_length % parallel.tensor:
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        yield f"parallel.virtual is {parallel.virtual}, but parallel.pipeline is 1: only a pipeline's stages are interleaved."
+    unit = sequence_unit(parallel)
+    if sequence_length and sequence_length % unit:
+        context = f"parallel.context {parallel.context}, in two parts a rank" if parallel.context > 1 else ""
+        tensor = f"parallel.tensor {parallel.tensor} under parallel.sequence" if parallel.sequence else ""
         yield (
-            f"sequence_length {sequence_length} cannot be shared by parallel.tensor {parallel.tensor} under "
-            f"parallel.sequence: give {-(-sequence_length // parallel.tensor) * parallel.tensor}, or parallel.sequence=false."
-        )
-    halves = 2 * parallel.context  # a rank takes one part from the sequence's start and one from its end
-    if parallel.context > 1 and sequence_length and sequence_length % halves:
-        yield (
-            f"sequence_length {sequence_length} cannot be shared by parallel.context {parallel.context}, which cuts it into "
-            f"{halves} parts: give {-(-sequence_length // halves) * halves}."
+            f"sequence_length {sequence_length} cannot be shared by {' and '.join(filter(None, (context, tensor)))}: "
+            f"give {-(-sequence_length // unit) * unit}, or another layout."
         )
 
 
@@ -68,8 +76,9 @@ def model_problems(arch: Architecture, parallel: ParallelConfig) -> Iterator[str
         yield (
             f"a mixture of experts on parallel.tensor {tp} needs parallel.sequence=true: experts are whole, so ranks share tokens."
         )
-    if parallel.pipeline > arch.blocks:
-        yield f"parallel.pipeline {parallel.pipeline} is more than the model's {arch.blocks} blocks."
+    if (stages := parallel.pipeline * parallel.virtual) > arch.blocks:
+        chunks = f" x virtual {parallel.virtual} = {stages}" if parallel.virtual > 1 else ""
+        yield f"parallel.pipeline {parallel.pipeline}{chunks} is more than the model's {arch.blocks} blocks."
 
 
 def check_shardable(arch: Architecture, parallel: ParallelConfig) -> None:
@@ -82,15 +91,21 @@ def check_shardable(arch: Architecture, parallel: ParallelConfig) -> None:
 
 
 def stage_blocks(arch: Architecture, parallel: ParallelConfig) -> list[list[int]]:
-    """Blocks of each pipeline stage: as even as can be, earlier stages take the rest."""
-    return [part.tolist() for part in np.array_split(np.arange(arch.blocks), parallel.pipeline)]
+    """Blocks of each pipeline stage: as even as can be, earlier stages take the rest. Stage v * PP + r is chunk v of pipeline rank
+    r, and without interleaving stage r is rank r."""
+    return [part.tolist() for part in np.array_split(np.arange(arch.blocks), parallel.pipeline * parallel.virtual)]
 
 
-def held(arch: Architecture, parallel: ParallelConfig, stage: int, experts: range) -> Iterator[table.Parameter]:
-    """Parameters of which a pipeline stage has a part, of the experts only the given ones; a tied head goes by the embedding."""
-    blocks, last = set(stage_blocks(arch, parallel)[stage]), parallel.pipeline - 1
+def rank_chunks(arch: Architecture, parallel: ParallelConfig, rank: int) -> list[list[int]]:
+    """Blocks of each chunk of a pipeline rank, which holds every PP-th stage."""
+    return stage_blocks(arch, parallel)[rank :: parallel.pipeline]
+
+
+def held(arch: Architecture, parallel: ParallelConfig, rank: int, experts: range) -> Iterator[table.Parameter]:
+    """Parameters of which a pipeline rank has a part, of the experts only the given ones; a tied head goes by the embedding."""
+    blocks, last = set(itertools.chain(*rank_chunks(arch, parallel, rank))), parallel.pipeline - 1
     for parameter in table.parameters(arch):
         first = parameter.name.startswith("embedding")
-        here = parameter.block in blocks if parameter.block is not None else stage == (0 if first else last)
+        here = parameter.block in blocks if parameter.block is not None else rank == (0 if first else last)
         if here and (parameter.expert is None or parameter.expert in experts):
             yield parameter

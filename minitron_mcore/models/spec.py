@@ -19,7 +19,11 @@ host.prepare()
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules  # noqa: E402
 from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
+from megatron.core.tensor_parallel import (  # noqa: E402
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
@@ -62,23 +66,46 @@ class TorchNorm(nn.Module):
 class TorchAttention(nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, for grouped queries, over a sliding window where config has one.
 
-    Takes query [S, B, N_r, D], key and value [S, B, G_r, D] of this rank's heads; returns [S, B, N_r D]. Sequences are padded
-    at their end only, so the causal mask already keeps padding out of every real token's context.
+    Takes query [S_r, B, N_r, D], key and value [S_r, B, G_r, D] of this rank's heads; returns [S_r, B, N_r D]. Sequences are
+    padded at their end only, so the causal mask already keeps padding out of every real token's context.
+
+    Context-parallel rank r of CP holds parts r and 2 CP - 1 - r of the sequence's 2 CP (S_r = S / CP; see `schedule`). Keys and
+    values are gathered over the group, whose backward pass sums and scatters their gradients; each part of the queries meets
+    the keys up to its end, so that all ranks compute equally much.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused):
+    def __init__(self, config: TransformerConfig, pg_collection, softmax_scale: float | None = None, **unused):
         super().__init__()
-        self.scale = softmax_scale
+        self.scale, self.group = softmax_scale, pg_collection.cp
         self.window = config.window_size[0] + 1 if config.window_size else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **unused) -> Tensor:
+        rank, size = self.group.rank(), self.group.size()
+        if size == 1:
+            return self._attend(query, key, value)
+        key, value = self._whole(torch.cat([key, value], dim=-1)).chunk(2, dim=-1)
+        part = len(query) // 2
+        ends = ((rank + 1) * part, (2 * size - rank) * part)
+        return torch.cat(
+            [self._attend(q, key[:end], value[:end]) for q, end in zip(query.split(part), ends, strict=True)]
+        )
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """[S_r, ...] -> [S, ...], its parts in the sequence's order."""
+        size = self.group.size()
+        gathered = gather_from_sequence_parallel_region(x, group=self.group).unflatten(0, (2 * size, -1))
+        order = [*range(0, 2 * size, 2), *range(2 * size - 1, 0, -2)]
+        return gathered[order].flatten(0, 1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Queries are the last of the keys' positions."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
-        length, mask = q.shape[2], None
-        if self.window and self.window < length:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
+        before, mask = len(key) - len(query), None
+        if before or (self.window and self.window < len(key)):
+            mask = torch.ones(len(query), len(key), dtype=torch.bool, device=q.device).tril(before)
+            mask = mask.triu(before + 1 - self.window) if self.window else mask
         out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 

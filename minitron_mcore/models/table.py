@@ -41,10 +41,11 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """Key in the distributed checkpoint: layers count from 0 over all stages, two a block."""
+        """Key in the distributed checkpoint: layers count from 0 over all stages, two a block where none is gone."""
         if self.block is None:
             return self.row.name
-        return self.row.name.format(a=2 * self.block, m=2 * self.block + 1, e=self.expert)
+        layer = self.arch.layer(self.block, self.row.part)
+        return self.row.name.format(a=layer, m=layer, e=self.expert)
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -72,10 +73,11 @@ def parameters(arch: Architecture) -> Iterator[Parameter]:
         if not row.in_block and not (row.name == "output_layer.weight" and arch.tied):
             yield Parameter(row, arch)
     for block in range(arch.blocks):
-        for row in (row for row in rows if row.in_block and not row.in_expert):
+        here = [row for row in rows if row.in_block and arch.layer(block, row.part) is not None]
+        for row in (row for row in here if not row.in_expert):
             yield Parameter(row, arch, block)
         for expert in range(arch.experts):
-            for row in (row for row in rows if row.in_expert):
+            for row in (row for row in here if row.in_expert):
                 yield Parameter(row, arch, block, expert)
 
 
@@ -134,7 +136,7 @@ def padded_vocab(arch: Architecture, tp_size: int) -> int:
 
 def keeps(plan: "Plan", parameter: Parameter) -> bool:
     """True where anything of a parameter of the plan's source is kept."""
-    if parameter.block is not None and parameter.block not in plan.blocks:
+    if parameter.block is not None and parameter.block not in plan.having(parameter.row.part):
         return False
     return parameter.expert is None or parameter.expert in plan.experts[parameter.block]
 
@@ -154,10 +156,24 @@ def kept(axis: str, plan: "Plan", block: int | None = None, expert: int | None =
     heads = _spread(np.asarray(plan.heads[block]), arch.head_dim)
     if axis == "heads":
         return heads
+    keys = _spread(np.asarray(plan.groups[block]), arch.head_dim)
+    starts = np.cumsum((0, *hf_rows("qkv", arch)[:-1]))
     keep = np.zeros(size("qkv", arch), dtype=bool)
-    keep[heads] = True
-    keep[arch.heads * arch.head_dim :] = True  # keys and values stay: groups are not pruned
+    for start, rows in zip(starts, (heads, keys, keys), strict=True):
+        keep[start + rows] = True
     return np.flatnonzero(keep[packing("qkv", arch)])
+
+
+def partners(plan: "Plan", block: int) -> np.ndarray:
+    """For each position of the source's axis qkv, the position of the dropped query head that is merged into it (see
+    `Plan.merged`); its own where there is none (int64)."""
+    arch = plan.source
+    at = np.argsort(packing("qkv", arch))  # of each Hugging Face row
+    found = np.arange(size("qkv", arch))
+    for pair in plan.merged.get(block, {}).items():
+        stays, goes = (at[_spread(np.asarray([head]), arch.head_dim)] for head in pair)
+        found[stays] = goes
+    return found
 
 
 def _spread(units: np.ndarray, width: int) -> np.ndarray:

@@ -8,7 +8,8 @@ Bytes are those of tensors alive at the step's worst moment, layer by layer as a
                  context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it
     teacher      its weights
     hand-off     its hidden states, of every micro-batch that it is ahead
-    activations  what the backward pass waits for, of every micro-batch in flight (1F1B: as many as stages follow, itself included)
+    activations  what the backward pass waits for, of every micro-batch in flight (1F1B: as many as stages follow, itself included;
+                 interleaved: more, each of one chunk)
     workspace    on the last stage the loss; elsewhere the gradients of one block
 
 Device "cuda" has the fused norms and activations of megatron-core and Transformer Engine; "cpu" is what torch does without them.
@@ -16,6 +17,7 @@ CUDA's own context, NCCL's buffers and the allocator's holes come on top.
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -115,34 +117,62 @@ def _mlp(arch: Architecture, setting: Setting) -> float:
     return (arch.experts_per_token * routed + 5 * arch.experts) / setting.sharers
 
 
-def block_activations(arch: Architecture, setting: Setting) -> float:
-    """Bytes that one block keeps of a micro-batch for its backward pass, on one rank."""
-    b, tp, length = setting.element, setting.parallel.tensor, setting.sequence_length // setting.parallel.context
-    heads, groups, dim = arch.heads / tp, arch.groups / tp, arch.head_dim
-    # Two norms: their inputs, and their outputs, which are the inputs of the matrices.
-    token = 2 * (_norm(arch.hidden, arch, setting) + b * arch.hidden) / setting.sharers
-    # Queries, keys and values as one matrix makes them; queries and keys turned; the output, and each head's log-sum-exp.
-    token += b * dim * ((heads + 2 * groups) + (heads + groups) + heads) + 4 * heads
+def _attention(arch: Architecture, setting: Setting) -> float:
+    """Bytes kept of one token between attention's two matrices, of a tensor-parallel rank's heads."""
+    b, tp, dim = setting.element, setting.parallel.tensor, arch.head_dim
+    heads, groups = arch.heads / tp, arch.groups / tp
+    gathered = setting.device == Device.cpu and setting.parallel.context > 1
+    # Queries, keys and values as one matrix makes them; queries and keys turned; the output. Where keys and values are gathered:
+    # queries turned; keys and values of the whole sequence; the output by parts and as one.
+    kept = (heads + 2 * groups) + (heads + groups) + heads
+    if gathered:
+        kept = heads + 2 * setting.parallel.context * groups + 2 * heads
+    norms = 0
     if arch.traits.qk_norm:
-        token += (heads + groups) * _norm(dim, arch, setting)
+        norms = (heads + groups) * _norm(dim, arch, setting)
         if setting.device == Device.cuda or setting.dtype == Dtype.fp32:
-            token -= b * dim * groups  # keys are read where they lie, beside the values that are kept anyway
-    token += _mlp(arch, setting)
-    rotary = 4 * b * dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
+            # Keys are read where they lie, beside the values that are kept anyway, unless these were gathered elsewhere.
+            kept += heads + groups if gathered else -groups
+    return b * dim * kept + norms + 4 * heads  # and each head's log-sum-exp
+
+
+def layer_activations(arch: Architecture, setting: Setting, part: str) -> float:
+    """Bytes that one "attention" or "mlp" layer keeps of a micro-batch for its backward pass, on one rank."""
+    b, context = setting.element, setting.parallel.context
+    length = setting.sequence_length // context
+    # The norm before it: its input, and its output, which is the input of the matrices.
+    token = (_norm(arch.hidden, arch, setting) + b * arch.hidden) / setting.sharers
+    if part == "mlp":
+        return (token + _mlp(arch, setting)) * setting.tokens
+    token += _attention(arch, setting)
+    rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
     mask = 0
-    if setting.device == Device.cpu and arch.window and arch.window < length:
-        mask = (1 + b) * length**2
+    if setting.device == Device.cpu and context > 1:
+        mask = b * (2 * context + 1) * (length / 2) ** 2  # two parts of the queries, on the keys up to their ends
+    elif setting.device == Device.cpu and arch.window and arch.window < length:
+        mask = b * length**2
     return token * setting.tokens + rotary * length + mask
 
 
 def activations(arch: Architecture, setting: Setting, stage: int, micro_batches: int) -> float:
     """Bytes that a rank of a stage keeps for the backward passes of all micro-batches in flight."""
-    blocks = len(layout.stage_blocks(arch, setting.parallel)[stage])
+    pipeline, chunks = setting.parallel.pipeline, setting.parallel.virtual
     border = setting.element * arch.hidden * setting.tokens / setting.sharers
-    kept = blocks * block_activations(arch, setting) + border * ((stage > 0) + (stage < setting.last))
+    kept = [
+        sum(layer_activations(arch, setting, part) for block, part in arch.layers if block in blocks)
+        + border * ((stage + v > 0) + (stage < setting.last or v < chunks - 1))
+        for v, blocks in enumerate(layout.rank_chunks(arch, setting.parallel, stage))
+    ]
     if stage == setting.last:
-        kept += (_norm(arch.hidden, arch, setting) * setting.tokens) / setting.sharers
-    return kept * min(setting.parallel.pipeline - stage, micro_batches)
+        kept[-1] += (_norm(arch.hidden, arch, setting) * setting.tokens) / setting.sharers
+    # megatron-core's order: chunk by chunk for a group of micro-batches; so many passes forward before the first one backward.
+    passes = micro_batches * chunks
+    order = [n // pipeline % chunks for n in range(passes)]
+    ahead = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline if chunks > 1 else pipeline - stage - 1
+    ahead = min(ahead + 1, passes)
+    made = [0, *itertools.accumulate(kept[v] for v in order)]
+    freed = [0, *itertools.accumulate(kept[-1 - v] for v in order)]
+    return max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
 
 
 def hand_off(teacher: Architecture, setting: Setting, stage: int, micro_batches: int, ahead: int) -> float:
@@ -191,7 +221,7 @@ def forward_flops(arch: Architecture, sequence_length: int, head: bool = True) -
     window = min(arch.window or sequence_length, sequence_length)
     attended = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
     weights = matrix_parameters(arch) + head * arch.vocab * arch.hidden
-    return 2 * weights + 4 * arch.blocks * arch.heads * arch.head_dim * attended
+    return 2 * weights + 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * attended
 
 
 def training(
@@ -236,4 +266,15 @@ def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
     for stage in range(setting.parallel.pipeline):
         weights = setting.element * sum(parameters(arch, setting, stage))
         rows.append({"weights": weights, "workspace": passing, "total": weights + passing})
+    return rows
+
+
+def studying(arch: Architecture, setting: Setting, windows: int) -> list[dict[str, float]]:
+    """`scoring`, and the hidden states of so many windows that a depth study keeps on the last stage."""
+    passes = math.ceil(windows / (setting.micro_batch * setting.replicas))
+    kept = passes * setting.tokens * arch.hidden * setting.element / setting.sharers
+    rows = []
+    for stage, row in enumerate(scoring(arch, setting)):
+        here = kept if stage == setting.last else 0
+        rows.append(row | {"hidden states": here, "total": row["total"] + here})
     return rows

@@ -1,0 +1,221 @@
+"""Products of parallelisms on eight ranks, context parallelism, interleaved pipelines: a failure means that a layout changes what
+is scored, cut, said or learnt.
+
+Every layout makes one process launch: scores, a cut, and logits of what was cut.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import DistillConfig, ParallelConfig, PruneConfig
+from minitron_mcore.distill import checks
+from minitron_mcore.importance.scores import Scores
+from minitron_mcore.models import layout, table
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.testing import on_ranks
+from tests import families, models, test_distill
+from tests.test_importance import oracle
+from tests.test_prune import ONE, export, run_prune
+
+LAYOUTS = {
+    "tp2_pp2_cp2": (8, ParallelConfig(tensor=2, pipeline=2, context=2)),
+    "tp2_pp2_dp2": (8, ParallelConfig(tensor=2, pipeline=2)),
+    "tp2_sp_cp2": (4, ParallelConfig(tensor=2, sequence=True, context=2)),
+    "pp2_virtual2_dp2": (4, ParallelConfig(pipeline=2, virtual=2)),
+    "pp3_virtual2_cp2": (6, ParallelConfig(pipeline=3, virtual=2, context=2)),
+}
+LENGTHS = [12, 7, 12, 3, 9]  # padded samples of different lengths, which two ranks don't divide
+CUT = PruneConfig(hidden=24, ffn=18, heads=6, blocks=6)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A checkpoint of seven blocks, scores by the formulas, and the cut that follows from them made on one process."""
+    at = tmp_path_factory.mktemp("parent")
+    models.tiny_llama(at / "hf", tied=True, num_hidden_layers=7)
+    on_ranks(models.import_hf, 1, ONE, at / "hf", at / "ckpt", ONE)
+    ids, opened = models.tokens(len(LENGTHS)), open_checkpoint(at / "ckpt")
+    expected = oracle(at / "hf", ids, LENGTHS)
+    plan = make_plan(opened.arch, opened.fingerprint, Scores(expected, {}), CUT)
+    on_ranks(run_prune, 1, ONE, at / "ckpt", plan, at / "pruned", ONE)
+    return at, ids, expected, plan
+
+
+def score_cut_say(source, parallel, ids, out_dir):
+    """Scores, the plan that they give, its cut in `out_dir`; (positions, logits there) of what was cut, on last-stage ranks; the
+    pieces that this rank alone wrote."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from minitron_mcore import runtime, stream
+    from minitron_mcore.checkpoint import build_model
+    from minitron_mcore.importance.collect import score
+    from minitron_mcore.models import hf
+    from minitron_mcore.prune import build_pruned
+    from minitron_mcore.schedule import forward
+
+    opened = open_checkpoint(source)
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
+    found = score(build_model(opened, parallel, "fp32"), opened, ids, mask, micro_batch=2)
+    plan = make_plan(opened.arch, opened.fingerprint, found, CUT)
+    run_prune(source, plan, out_dir, parallel)
+    said = []
+
+    def keep(logits, batch):
+        whole = gather_from_tensor_model_parallel_region(logits, group=runtime.tp_group())
+        said.append((batch["at"][0], whole[..., : opened.arch.vocab]))
+
+    batch = {"tokens": ids, "at": torch.arange(ids.shape[1]).expand_as(ids)}
+    forward(build_pruned(opened, plan, parallel, "fp32"), [batch], keep, headless=False)
+    tp = runtime.tp_group()
+    written = [
+        (parameter.name, offset)
+        for parameter in hf.stage_parameters(opened.arch, parallel)
+        for offset, _ in stream.boxes(parameter, tp.rank(), tp.size())
+        if not any(hf.replica(parameter))
+    ]
+    return found.vectors, found.metadata, plan, said, written
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_scores_cuts_and_logits_are_those_of_one_process(tmp_path, parent, name):
+    world, parallel = LAYOUTS[name]
+    at, ids, expected, wanted = parent
+    logits = models.hf_logits(export_folder(at / "pruned", tmp_path / "hf"), ids)
+    spoken, pieces = set(), []
+    for vectors, metadata, plan, said, written in on_ranks(
+        score_cut_say, world, parallel, at / "ckpt", parallel, ids, tmp_path / "pruned"
+    ):
+        assert (metadata["samples"], metadata["tokens"]) == (str(len(LENGTHS)), str(sum(LENGTHS)))
+        assert vectors.keys() == expected.keys()
+        for key, vector in expected.items():
+            torch.testing.assert_close(vectors[key].double(), vector, rtol=1e-5, atol=1e-7, msg=key)
+        kept = ("hidden", "ffn", "heads", "blocks")
+        assert all(getattr(plan, axis) == getattr(wanted, axis) for axis in kept)
+        pieces += written
+        for positions, found in said:
+            spoken |= set(positions.tolist())
+            torch.testing.assert_close(found, logits[:, positions], rtol=0, atol=2e-4)
+    assert spoken == set(range(ids.shape[1]))
+    assert len(pieces) == len(set(pieces))
+    assert {name for name, _ in pieces} == {p.name for p in table.parameters(open_checkpoint(at / "ckpt").arch)}
+    found, alone = export(tmp_path / "pruned", tmp_path / "a"), models.weights(tmp_path / "hf")
+    assert found.keys() == alone.keys() and all(torch.equal(found[key], alone[key]) for key in alone)
+
+
+def export_folder(checkpoint, out_dir):
+    export(checkpoint, out_dir)
+    return out_dir
+
+
+def micro_batches(config: DistillConfig, start: int):
+    """Samples of `test_distill`; of every four the first is masked throughout, the second where rank 0 of two holds it."""
+    for n, batch in enumerate(test_distill.micro_batches(config, start, 0, 1)):
+        mask, quarter = batch["loss_mask"], config.sequence_length // 4
+        if n % 4 == 0:
+            mask[:] = 0
+        elif n % 4 == 1:
+            mask[:, :quarter] = mask[:, -quarter:] = 0
+        yield batch
+
+
+def distill(student, teacher, config, parallel, out_dir, resume=False):
+    """Train and save; the history, on every rank."""
+    from minitron_mcore import checkpoint
+    from minitron_mcore.distill.train import Trainer, train
+
+    opened = open_checkpoint(student)
+    trainer = Trainer(opened, open_checkpoint(teacher), config, parallel, "fp32")
+    if resume:
+        trainer.resume(open_checkpoint(out_dir))
+    checkpoint.describe(out_dir, opened.arch, "test", {}, opened.hf)
+    return train(trainer, micro_batches(config, trainer.step * config.global_batch), out_dir)
+
+
+def test_students_learn_as_on_one_process_and_resume(tmp_path, parent):
+    pair = (parent[0] / "pruned", parent[0] / "ckpt")
+    config = dataclasses.replace(test_distill.CONFIG, steps=3)
+    alone = on_ranks(distill, 1, ONE, *pair, config, ONE, tmp_path / "one")[0]
+    expected = export(tmp_path / "one", tmp_path / "one_hf")
+    layouts = {
+        "pp2_virtual2_cp2": (4, ParallelConfig(pipeline=2, virtual=2, context=2)),
+        "tp2_sp_cp2": LAYOUTS["tp2_sp_cp2"],
+    }
+    for name, (world, parallel) in layouts.items():
+        for history in on_ranks(distill, world, parallel, *pair, config, parallel, tmp_path / name):
+            for a, b in zip(alone, history, strict=True):
+                for key in ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr"):
+                    assert math.isclose(a[key], b[key], rel_tol=2e-5), (name, key, a, b)
+        found = export(tmp_path / name, tmp_path / f"{name}_hf")
+        for key, weight in expected.items():  # see test_distill: what a step can move
+            assert (found[key] - weight).abs().max() <= 0.02 * config.peak_lr * config.steps, (name, key)
+    world, parallel = layouts["pp2_virtual2_cp2"]
+    half = dataclasses.replace(config, stop_after=2)
+    on_ranks(distill, world, parallel, *pair, half, parallel, tmp_path / "parts")
+    on_ranks(distill, world, parallel, *pair, config, parallel, tmp_path / "parts", True)
+    parts, whole = export(tmp_path / "parts", tmp_path / "parts_hf"), models.weights(tmp_path / "pp2_virtual2_cp2_hf")
+    assert all(torch.equal(parts[key], weight) for key, weight in whole.items())
+
+
+def weigh_and_say(source, parallel, ids, mask, prompt):
+    """-log p of what the mask names, and a continuation."""
+    from minitron_mcore.checkpoint import build_model
+    from minitron_mcore.evaluate import ShardedModel
+    from minitron_mcore.generate import generate
+
+    opened = open_checkpoint(source)
+    model = build_model(opened, parallel, "fp32")
+    return ShardedModel(model, opened.arch).nll(ids, mask), generate(model, opened.arch, prompt, 3)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(3, ParallelConfig(context=3)), (4, ParallelConfig(pipeline=2, virtual=2, context=2))],
+    ids=["cp3", "pp2_virtual2_cp2"],
+)
+def test_likelihoods_and_continuations_are_those_of_transformers(tmp_path, world, parallel):
+    """With a sliding window that is shorter than a rank's part of the sequence, or longer."""
+    families.tiny("mistral", tmp_path / "hf", num_hidden_layers=4)
+    on_ranks(models.import_hf, 1, ONE, tmp_path / "hf", tmp_path / "ckpt", ONE)
+    ids, prompt = models.tokens(3, 48), models.tokens(2, 7)
+    mask = torch.arange(48)[None] < torch.tensor([48, 31, 5])[:, None]
+    mask[:, 0] = False
+    log_p = models.hf_logits(tmp_path / "hf", ids).double().log_softmax(-1)
+    expected = -(log_p[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum()
+    says = models.hf_says(tmp_path / "hf", prompt, 3)
+    for nll, said in on_ranks(weigh_and_say, world, parallel, tmp_path / "ckpt", parallel, ids, mask, prompt):
+        assert math.isclose(nll, expected, rel_tol=1e-5) and torch.equal(said, says)
+
+
+ARCH = Architecture("llama", 7, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, tied=False)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "length", "sentence"),
+    [
+        (2, ParallelConfig(virtual=2), 8, "parallel.virtual is 2, but parallel.pipeline is 1"),
+        (2, ParallelConfig(pipeline=2, virtual=0), 8, "parallel.virtual is 0; it must be at least 1"),
+        (2, ParallelConfig(pipeline=2, virtual=4), 8, "pipeline 2 x virtual 4 = 8 is more than the model's 7 blocks"),
+        (2, ParallelConfig(context=2), 10, "10 cannot be shared by parallel.context 2, in two parts a rank: give 12"),
+        (4, ParallelConfig(tensor=2, sequence=True), 7, "7 cannot be shared by parallel.tensor 2 under parallel.sequence: give 8"),
+        (  # both divide 12, but not one after the other
+            6, ParallelConfig(tensor=3, sequence=True, context=2), 8,
+            "8 cannot be shared by parallel.context 2, in two parts a rank and parallel.tensor 3 under parallel.sequence: give 12",
+        ),
+    ],
+)  # fmt: skip
+def test_impossible_layouts_are_refused(world, parallel, length, sentence):
+    found = [*layout.problems(parallel, world, length), *layout.model_problems(ARCH, parallel)]
+    assert any(sentence in problem for problem in found), found
+
+
+def test_interleaving_wants_whole_groups_of_micro_batches():
+    config = dataclasses.replace(test_distill.CONFIG, global_batch=10)
+    parallel = ParallelConfig(pipeline=2, virtual=2)
+    (problem,) = checks.problems(ARCH, None, config, parallel, 2)
+    assert "micro_batch 1 x 2 data-parallel ranks x parallel.pipeline 2, interleaved, = 4: give 8" in problem
+    assert not list(checks.problems(ARCH, None, config, dataclasses.replace(parallel, virtual=1), 2))
