@@ -1,12 +1,11 @@
 """What collecting importance costs: forward passes with the hooks over the same passes without, interleaved in one run.
 
 Random models in bf16, batches of 4 x 510 tokens; time does not depend on the weights. The reductions run as torch's separate
-operations, as in a short run, or compiled, as in a long one. Seconds are rank 0's processor time over all threads, so that other
-work on the machine counts little; medians over the rounds, after the first passes, which compile. `spread` is how far apart the
-same measurement's quarters lie: half of the rounds are within it.
+operations, as in a short run, or compiled, as in a long one. Seconds are rank 0's processor time with one thread a rank, so that
+other work on the machine counts little; medians over the rounds, after the first passes, which compile. `spread` is how far apart
+the same measurement's quarters lie: half of the rounds are within it.
 """
 
-import os
 import time
 from statistics import median, quantiles
 
@@ -28,9 +27,7 @@ CASES = {
 }
 
 
-def measure(
-    arch: Architecture, parallel: ParallelConfig, threads: int, rounds: int
-) -> list[tuple[float, float, float]]:
+def measure(arch: Architecture, parallel: ParallelConfig, rounds: int) -> list[tuple[float, float, float]]:
     """Seconds of each round: plain, collecting, collecting compiled."""
     import torch.distributed as dist
 
@@ -38,7 +35,6 @@ def measure(
     from minitron_mcore.models import build
     from minitron_mcore.schedule import forward
 
-    torch.set_num_threads(threads)
     model = build.build(arch, parallel, "bf16")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -58,9 +54,7 @@ def measure(
         return plain(), collected(fused=False), collected(fused=True)
 
     once()
-    found = [once() for _ in range(rounds)]
-    torch.set_num_threads(1)
-    return found
+    return [once() for _ in range(rounds)]
 
 
 def main() -> None:
@@ -69,8 +63,7 @@ def main() -> None:
     rows, figures = [], []
     for case in cases:
         arch, world, parallel = CASES[case]
-        threads = max(1, os.cpu_count() // world)
-        found = on_ranks(measure, world, parallel, arch, parallel, threads, rounds, timeout=900)[0]
+        found = on_ranks(measure, world, parallel, arch, parallel, rounds, timeout=900)[0]
         rows.append({"case": case, "forward (s)": median(plain for plain, _, _ in found)})
         for column, name in enumerate(("operations", "compiled"), 1):
             shares = [times[column] / times[0] - 1 for times in found]

@@ -248,11 +248,10 @@ def _ranks(
         micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
         ahead, shared = training.teacher_ahead, training.distributed_optimizer
         rows = cost.training(main, archs.get("teacher"), setting, micro_batches, ahead, shared)
-    elif isinstance(config, ImportanceRun | DepthRun | EvaluateRun | GenerateRun):
+    elif isinstance(config, DepthRun):
+        rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
+    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
         rows = cost.scoring(main, setting)
-        if isinstance(config, DepthRun):
-            kept = cost.kept_states(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
-            rows[-1] |= {"hidden states": kept, "total": rows[-1]["total"] + kept}
     else:
         rows = [
             {f"{role}'s weights": cost.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}

@@ -66,11 +66,13 @@ def questions() -> list[dict]:
 def measured(checkpoint, parallel, found, rows):
     """Points, option scores, logits without an attention and an MLP layer, a mistake, and the bytes that were kept."""
     from minitron_mcore import checkpoint as checkpoints
-    from minitron_mcore import tokenizer
+    from minitron_mcore import runtime, tokenizer
     from minitron_mcore.importance import depth
 
     opened = open_checkpoint(checkpoint)
     model = checkpoints.build_model(opened, parallel, "fp32")
+    if runtime.is_last_stage():  # the vocabulary's padding must have no say, whatever it holds
+        model.head().data[opened.arch.vocab - runtime.tp_group().rank() * len(model.head()) :] = 0.7
     quiz = choices.Quiz(model, opened.arch, rows, tokenizer.load(opened.hf), 4)
     meter = depth.Meter(model, opened.arch, found, 2, quiz)
     points = [meter(dropped) for dropped in SETS]
@@ -164,7 +166,7 @@ def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
     assert (parts - logits_with(made / "hf", weights)).abs().max() <= 2e-4
     assert (whole - models.hf_logits(made / "hf", models.tokens())).abs().max() <= 2e-4  # nothing stays skipped
     given = cost.Setting(parallel, world, "fp32", 2, LENGTH)
-    assert kept == cost.kept_states(open_checkpoint(made / "ckpt").arch, given, 6)
+    assert kept == cost.studying(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
 
 
 def logits_with(folder, weights) -> torch.Tensor:
@@ -327,6 +329,10 @@ def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch
         on_ranks(studied, 1, ParallelConfig(), config_of("depth", *command))
     assert (folder / "points.jsonl").read_text().splitlines() == lines
 
+    (folder / "points.jsonl").write_text("\n".join([lines[0], lines[1][:9], *lines[2:], ""]))
+    with pytest.raises(RankError, match="points.jsonl is damaged .*: remove its folder"):
+        on_ranks(studied, 1, ParallelConfig(), config_of("depth", *command))
+
     opened = open_checkpoint(made / "ckpt")
     save_scores(tmp_path, Scores(random_scores(opened.arch).vectors, {"fingerprint": opened.fingerprint}))
     command += ["scores=scores.safetensors", "study=runs/tiny/depth"]
@@ -404,9 +410,9 @@ def test_dry_run_counts_the_passes(tmp_path, monkeypatch):
     from minitron_mcore import dryrun, launching
 
     monkeypatch.chdir(tmp_path)
-    command = ["+model=smollm2_135m", "depth=small", "data.heldout=[a,b]", "parallel=tp3"]
+    command = ["+model=smollm2_135m", "depth=small", "data.heldout=[a,b]", "parallel=pp2"]
     with initialize_config_dir(str(launching.CONF), version_base="1.3"):
         found = dryrun.plan(launching.compose("depth", command))
     points = 1 + 30 + 29 + 27 + 23 + 16 + 4  # the last are scattered sets
     assert found["operations"]["steps"] == points + 1 and found["operations"]["tokens"] == (points + 1) * 2 * 4 * 512
-    assert found["ranks"][-1]["hidden states"] == 2 * 4 * 512 * 576 * 2 and not found["problems"]
+    assert [rank["hidden states"] for rank in found["ranks"]] == [0, 2 * 4 * 512 * 576 * 2] and not found["problems"]

@@ -167,6 +167,7 @@ FROM_IMPORTANCE = ["importance", "plan", "prune", "distill", "export"]
     [
         ("llama31_minitron_4b_width", [], ["convert", *FROM_IMPORTANCE[:3], "correct", *FROM_IMPORTANCE[3:]]),
         ("llama31_minitron_4b_width", ["recipe.teacher=${recipe.source}"], ["convert", *FROM_IMPORTANCE]),
+        ("smollm2_100m", ["recipe.study=${work_dir}/depth"], ["convert", "importance", "depth", *FROM_IMPORTANCE[1:]]),
         ("smollm2_100m", ["data.heldout=[x]", "parallel=tp3"], ["convert", *FROM_IMPORTANCE, "evaluate"]),
     ],
 )

@@ -64,14 +64,20 @@ class Points:
             )  # the folder stays when the run ends early
             return {}
         whole, _, cut = self.path.read_text().rpartition("\n")
-        first, *lines = [json.loads(line) for line in whole.splitlines()]
+        try:
+            first, *lines = [json.loads(line) for line in whole.splitlines()]
+            found = {tuple(point["dropped"]): point for point in lines}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({type(error).__name__}: {error}): remove its folder and study again."
+            ) from error
         if first != subject:
             raise UserError(
                 f"{self.path} has points of another model, text or questions: choose another out_dir, or remove it."
             )
         if cut:  # the run ended while it wrote this
             checkpoint.replace_text(self.path, whole + "\n")
-        return {tuple(point["dropped"]): point for point in lines}
+        return found
 
     def __call__(self, dropped: Sequence[int]) -> dict:
         """The point without these blocks, measured unless it was before (collective); the same on every rank."""

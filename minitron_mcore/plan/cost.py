@@ -269,7 +269,12 @@ def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
     return rows
 
 
-def kept_states(arch: Architecture, setting: Setting, windows: int) -> float:
-    """Bytes of the hidden states that a last-stage rank keeps of so many windows, shared out over the replicas."""
+def studying(arch: Architecture, setting: Setting, windows: int) -> list[dict[str, float]]:
+    """`scoring`, and the hidden states of so many windows that a depth study keeps on the last stage."""
     passes = math.ceil(windows / (setting.micro_batch * setting.replicas))
-    return passes * setting.tokens * arch.hidden * setting.element / setting.sharers
+    kept = passes * setting.tokens * arch.hidden * setting.element / setting.sharers
+    rows = []
+    for stage, row in enumerate(scoring(arch, setting)):
+        here = kept if stage == setting.last else 0
+        rows.append(row | {"hidden states": here, "total": row["total"] + here})
+    return rows

@@ -1,0 +1,83 @@
+"""Depth studies of SmolLM2-135M: runs of 1, 2, 4, 8 and half of its blocks by loss, held against an independent trial; single
+blocks and half by accuracy on WinoGrande.
+
+Both are run by launch/depth.py on one process below runs/depth, where a stopped one goes on: remove the folder to start anew. Text
+is ../shared/data's WikiText-2 validation set, 4 windows of 512 spread over it; questions are its first 200 of WinoGrande (standard
+error 0.035). The trial took 4 windows of 512 of WikiText-2 too, but it is not known which. --quick takes one window, single blocks
+and no questions.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from common import Figure, arguments, write
+
+from minitron_mcore import demo, report
+from minitron_mcore.importance.study import spans
+from minitron_mcore.pipeline import stage
+
+DATA = Path(__file__).parents[2] / "shared/data"
+TEXT, QUESTIONS = DATA / "text/wikitext2.valid.txt", DATA / "eval/winogrande_winogrande_xl.validation.jsonl"
+RUNS = {12: 4.55, 10: 5.77, 16: 6.08, 22: 19.96, 20: 14.78}
+TRIAL = {(): 3.20, (0,): 10.98, (1,): 6.17, (29,): 5.48, (11,): 4.73, (28,): 4.69}
+TRIAL |= {tuple(range(first, first + 8)): loss for first, loss in RUNS.items()} | {tuple(range(14, 29)): 22.27}
+"""Its loss without these blocks; 3.3 to 3.9 without any other single one."""
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    if missing := [path for path in (TEXT, QUESTIONS) if not path.is_file()]:
+        sys.exit(f"skipped: {missing[0]} is not there.")
+    root = Path("runs/depth_quick" if options.quick else "runs/depth")
+    teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
+    model = ["+model=smollm2_135m", f"model.hf={teacher}", f"work_dir={root}"]
+    if not (root / "convert/.complete").is_file():
+        stage("convert", *model)
+    command = [*model, "depth=small", f"data.heldout=[{TEXT}]"]
+    quick = ["depth.windows=1", "depth.sizes=[1]"] if options.quick else []
+    stage("depth", *command, f"out_dir={root}/loss", "depth.kind=best", "dtype=fp32", *quick)
+    by_loss = json.loads((root / "loss/depth.json").read_text())
+    figures = _against_trial(by_loss)
+    if not options.quick:
+        asked = ["depth.sizes=[1,0.5]", "depth.metric=accuracy", "depth.kind=best", f"depth.choices={QUESTIONS}"]
+        stage("depth", *command, f"out_dir={root}/accuracy", *asked)
+        figures += _by_accuracy(json.loads((root / "accuracy/depth.json").read_text()))
+    write(figures, options.json)
+
+
+def _against_trial(study: dict) -> list[Figure]:
+    found = {tuple(point["dropped"]): point["loss"] for point in study["sweep"]} | {(): study["baseline"]["loss"]}
+    rows = [
+        {
+            "without": spans(dropped) or "none",
+            "loss": found[dropped],
+            "trial": loss,
+            "difference": found[dropped] - loss,
+        }
+        for dropped, loss in TRIAL.items()
+        if dropped in found
+    ]
+    others = [loss for dropped, loss in found.items() if len(dropped) == 1 and dropped not in TRIAL]
+    note = f"without any other single block {min(others):.2f} to {max(others):.2f} (the trial: 3.3 to 3.9)"
+    report.table(f"loss on {study['tokens']:,} tokens of WikiText-2", rows, [note])
+    figures = [
+        Figure("depth", f"without {row['without']}", "minitron", "loss", row["loss"], "nats/token") for row in rows
+    ]
+    return figures + [
+        Figure("depth", f"without {row['without']}", "trial", "loss", row["trial"], "nats/token") for row in rows
+    ]
+
+
+def _by_accuracy(study: dict) -> list[Figure]:
+    points = [{"size": 0, "dropped": []} | study["baseline"], *study["sweep"]]
+    return [
+        Figure(
+            "depth", f"without {spans(point['dropped']) or 'none'}", "minitron", "winogrande", point["accuracy"], "1"
+        )
+        for point in points
+    ]
+
+
+if __name__ == "__main__":
+    main()
