@@ -104,7 +104,7 @@ def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> N
     """
     scores = load_file(scores_file)
     figure = Figure(figsize=(12, 8.5), layout="constrained")
-    figure.suptitle(statistic(scores_file))
+    figure.suptitle(statistic(scores_file), fontsize="small")
     for axes, draw in zip(figure.subplots(2, 2).flat, (_hidden, _ffn, _heads, _depth), strict=True):
         if not draw(axes, scores):
             axes.set_axis_off()

@@ -11,6 +11,7 @@ from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_models import LAYOUTS
 
+MORE = {"pp2_dp2": (4, ParallelConfig(pipeline=2)), "cp2": (2, ParallelConfig(context=2))}
 LENGTHS = [12, 7, 12, 3]  # padded samples of different lengths
 
 
@@ -126,13 +127,13 @@ def parent(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("parent", "layout"),
-    [*(("llama", layout) for layout in (*LAYOUTS, "pp2_dp2")), ("nemotron", "tp2_sp"), ("qwen3", "tp2_pp2")],
+    [*(("llama", layout) for layout in (*LAYOUTS, *MORE)), ("nemotron", "tp2_sp"), ("qwen3", "tp2_pp2")],
     indirect=["parent"],
 )
 def test_scores_equal_the_formulas(parent, layout):
     """Every statistic: nine pairs of aggregations, both sites of ffn, weighted or not."""
     checkpoint, ids, seen = parent
-    world, parallel = LAYOUTS.get(layout, (4, ParallelConfig(pipeline=2)))
+    world, parallel = (LAYOUTS | MORE)[layout]
     expected = [scores_of(*seen, statistic) for statistic in STATISTICS]
     for rank in on_ranks(collect, world, parallel, checkpoint, parallel, ids, LENGTHS, STATISTICS):
         for statistic, scores, wanted in zip(STATISTICS, rank, expected, strict=True):

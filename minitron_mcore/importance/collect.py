@@ -73,9 +73,7 @@ class Collector:
     def __init__(self, model: build.Model, arch: Architecture, statistic: Statistic | None = None, fused: bool = False):
         self.model, self.arch, self.statistic = model, arch, statistic or Statistic()
         refuse(checks.statistic_problems(arch, self.statistic))
-        self.sums: dict[
-            tuple[str, ...], Sums
-        ] = {}  # over samples, by the names whose channels follow each other in them
+        self.sums: dict[tuple[str, ...], Sums] = {}  # over samples; their channels are those of the names in the key
         self.distances: dict[tuple[str, ...], Tensor] = {}  # likewise
         self.routed: dict[str, Tensor] = {}  # by block: [own experts, F + 1], the channels and then the output's norm
         self.tokens = torch.zeros((), dtype=torch.int64, device=runtime.device())

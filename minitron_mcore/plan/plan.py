@@ -74,12 +74,10 @@ class Plan:
     def _check_heads(self, block: int) -> None:
         """Heads lie in kept groups, equally many in each, and a merged one is dropped from a kept one's group."""
         held, heads, pairs = self.source.heads_per_group, self.heads[block], self.merged.get(block, {})
-        if [head // held for head in heads] != [
-            g for g in self.groups[block] for _ in range(self.target.heads_per_group)
-        ]:
+        groups, each = self.groups[block], self.target.heads_per_group
+        if [head // held for head in heads] != [group for group in groups for _ in range(each)]:
             raise UserError(
-                f"the plan's heads of block {block} must be {self.target.heads_per_group} in each of its key/value groups "
-                f"{self.groups[block]}, which hold {held} each."
+                f"the plan's heads of block {block} must be {each} in each of its key/value groups {groups} of {held}."
             )
         for kept, dropped in pairs.items():
             if kept not in heads or dropped in heads or kept // held != dropped // held:
