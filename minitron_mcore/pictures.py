@@ -156,6 +156,10 @@ def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.n
             units[block] = len(kept[block]) / len(vector)
             held[block] = vector[kept[block]].sum() / vector.sum()
         rows |= {axis: units, f"{axis}, by score": held}
+    if plan.target.groups < plan.source.groups:  # their score is that of their heads
+        units = np.full(plan.source.blocks, np.nan)
+        units[list(plan.groups)] = plan.target.groups / plan.source.groups
+        rows["key/value groups"] = units
     return rows
 
 

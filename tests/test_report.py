@@ -153,6 +153,17 @@ def test_what_a_plan_keeps_of_each_block(tmp_path, experts):
         assert all(rows[name][b] == pytest.approx(share, rel=1e-5) for name, share in expected.items())
 
 
+def test_kept_groups_have_a_row_where_some_go():
+    arch = Architecture("llama", 4, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, False)
+    found = random_scores(arch)
+    vectors = {name: vector.numpy() for name, vector in found.vectors.items()}
+    for groups, row in ((6, None), (4, [2 / 3, np.nan, 2 / 3, np.nan])):
+        cut = PruneConfig(groups=groups, drop_blocks=[1], drop_attention=[3], exportable=False)
+        rows = pictures._kept_shares(make_plan(arch, "x", found, cut), vectors)
+        assert (row is None) == ("key/value groups" not in rows)
+        assert row is None or rows["key/value groups"] == pytest.approx(row, nan_ok=True)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 90])
 def test_losses_of_several_runs(tmp_path, steps):
     for name, scale in (("kl", 1.0), ("ce", 0.0)):
