@@ -6,6 +6,7 @@ Pieces of a checkpoint so come out of different sizes, which the format allows; 
 renumber the same way.
 """
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -71,6 +72,7 @@ def build_pruned(
         UserError: a plan for another model, a layout that doesn't divide the target, a damaged source.
     """
     _check(plan, source.fingerprint, source.path)
+    gc.collect()  # a model's modules refer to each other in circles: the one before would still be there
     model = build.build(plan.target, parallel, dtype)
     origin = {target.name: parameter for parameter, target in _survivors(plan, table.parameters(source.arch))}
     targets = {parameter.name: parameter for parameter in table.parameters(plan.target)}

@@ -11,6 +11,7 @@ A file is written when its result is whole, so a run that was killed goes on aft
 (`search.shard`) write different files in the same folder: first all of them measure, and the next time the same sweep trains.
 """
 
+import gc
 import hashlib
 import json
 from dataclasses import fields, replace
@@ -239,6 +240,7 @@ class Ranking:
             runtime.log(f"{candidate.name}: held-out loss {losses[trainer.step]:.4f} after {trainer.step} steps")
             self._write(candidate, "trained.json", {"steps": list(losses), "losses": list(losses.values())})
 
+        gc.collect()  # see `prune.build_pruned`: the candidate before, its teacher and its optimizer
         student = checkpoint.open_checkpoint(pruned, "student")
         stage.run(run, run.distill, student, self.teacher, looks, look)
 
