@@ -165,7 +165,7 @@ def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
 
 
 def _candidates(config: SearchRun) -> list[search.Candidate]:
-    space = search.Space(_at(config.source, config)[0], config.search, config.parallel)
+    space = search.Space.of(_at(config.source, config)[0], config)
     if space.combinations > search.GRID:
         raise UserError(f"{space.combinations:,} combinations are too many to look at each: plan with fewer sizes.")
     return space.candidates

@@ -68,7 +68,7 @@ class Ranking:
         """
         self.config, self.search, self.out_dir = config, config.search, Path(config.out_dir)
         self.source, self.teacher, self.scores = source, teacher, scores
-        self.space = Space(source.arch, config.search, config.parallel)
+        self.space = Space.of(source.arch, config)
         if self.space.combinations > GRID and self.search.shards > 1:
             raise UserError(
                 f"{self.space.combinations:,} combinations are searched one after another by optuna, which search.shards "

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from minitron_mcore.config import BudgetConfig, ParallelConfig, PruneConfig, SearchConfig
+from minitron_mcore.config import BudgetConfig, ParallelConfig, PruneConfig, SearchConfig, SearchRun
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
@@ -25,6 +25,10 @@ GRID = 10_000
 """Combinations up to which all are looked at."""
 PATIENCE = 500
 """Combinations in a row that bring no new candidate, after which optuna's search ends."""
+
+
+BESIDE_SIZES = ("merge_heads", "drop_attention", "drop_mlp", "attention", "mlp")
+"""Of a prune config."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,20 @@ class Space:
         self.axes = {axis: _sizes(axis, given, source) for axis, given in wanted.items() if given is not None}
         self.left_out: Counter[str] = Counter()
         """Reason -> combinations that do not fit; filled by `candidates`."""
+
+    @classmethod
+    def of(cls, source: Architecture, config: SearchRun) -> "Space":
+        """The space of a run, whose candidates are cut by their sizes alone.
+
+        Raises:
+            UserError: settings of `prune` beside sizes; see above.
+        """
+        if ignored := [name for name in BESIDE_SIZES if getattr(config.prune, name)]:
+            raise UserError(
+                f"prune.{' and prune.'.join(ignored)} has no part in a search: leave it out, and give it to launch/plan.py for the "
+                "candidate that you choose."
+            )
+        return cls(source, config.search, config.parallel)
 
     def _problems(self) -> Iterator[str]:
         search, budget = self.search, self.search.budget
