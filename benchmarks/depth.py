@@ -3,8 +3,8 @@ blocks and half by accuracy on WinoGrande.
 
 Both are run by launch/depth.py on one process below runs/depth, where a stopped one goes on: remove the folder to start anew. Text
 is ../shared/data's WikiText-2 validation set, 4 windows of 512 spread over it; questions are its first 200 of WinoGrande (standard
-error 0.035). The trial took 4 windows of 512 of WikiText-2 too, but it is not known which. --quick takes one window, single blocks
-and no questions.
+error 0.035). The trial took 4 windows of 512 of WikiText-2 too, but it is not known which; so transformers, with the layers
+deleted, is asked for the same points on the study's own windows. --quick takes one window, single blocks and no questions.
 """
 
 import json
@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from common import Figure, arguments, write
+from torch import nn
 
-from minitron_mcore import demo, report
+from minitron_mcore import demo, evaluate, report, tokenizer
 from minitron_mcore.importance.study import spans
 from minitron_mcore.pipeline import stage
 
@@ -38,7 +39,7 @@ def main() -> None:
     quick = ["depth.windows=1", "depth.sizes=[1]"] if options.quick else []
     stage("depth", *command, f"out_dir={root}/loss", "depth.kind=best", "dtype=fp32", *quick)
     by_loss = json.loads((root / "loss/depth.json").read_text())
-    figures = _against_trial(by_loss)
+    figures = _compared(by_loss, _by_transformers(teacher, 1 if options.quick else 4))
     if not options.quick:
         asked = ["depth.sizes=[1,0.5]", "depth.metric=accuracy", "depth.kind=best", f"depth.choices={QUESTIONS}"]
         stage("depth", *command, f"out_dir={root}/accuracy", *asked)
@@ -46,26 +47,40 @@ def main() -> None:
     write(figures, options.json)
 
 
-def _against_trial(study: dict) -> list[Figure]:
+def _by_transformers(folder: Path, windows: int) -> dict[tuple[int, ...], float]:
+    """Loss of the trial's points in transformers, on the windows of the study."""
+    model, words, found = evaluate.HFModel(str(folder)), tokenizer.load(folder), {}
+    layers = list(model.model.model.layers)
+    for dropped in TRIAL:
+        model.model.model.layers = nn.ModuleList(layer for n, layer in enumerate(layers) if n not in dropped)
+        settings = {"sequence_length": 512, "micro_batch": 4, "max_windows": windows}
+        found[dropped] = evaluate.evaluate_text([str(TEXT)], words, model.nll, **settings)[0]["loss"]
+    return found
+
+
+def _compared(study: dict, by_transformers: dict[tuple[int, ...], float]) -> list[Figure]:
     found = {tuple(point["dropped"]): point["loss"] for point in study["sweep"]} | {(): study["baseline"]["loss"]}
     rows = [
         {
             "without": spans(dropped) or "none",
-            "loss": found[dropped],
+            "minitron": found[dropped],
+            "transformers": by_transformers[dropped],
             "trial": loss,
-            "difference": found[dropped] - loss,
         }
         for dropped, loss in TRIAL.items()
         if dropped in found
     ]
     others = [loss for dropped, loss in found.items() if len(dropped) == 1 and dropped not in TRIAL]
-    note = f"without any other single block {min(others):.2f} to {max(others):.2f} (the trial: 3.3 to 3.9)"
-    report.table(f"loss on {study['tokens']:,} tokens of WikiText-2", rows, [note])
-    figures = [
-        Figure("depth", f"without {row['without']}", "minitron", "loss", row["loss"], "nats/token") for row in rows
+    largest = max(abs(row["minitron"] - row["transformers"]) for row in rows)
+    notes = [
+        f"largest difference from transformers {largest:.1e}",
+        f"without any other single block {min(others):.2f} to {max(others):.2f} (the trial: 3.3 to 3.9)",
     ]
-    return figures + [
-        Figure("depth", f"without {row['without']}", "trial", "loss", row["trial"], "nats/token") for row in rows
+    report.table(f"loss on {study['tokens']:,} tokens of WikiText-2", rows, notes)
+    return [
+        Figure("depth", f"without {row['without']}", name, "loss", row[name], "nats/token")
+        for row in rows
+        for name in ("minitron", "transformers", "trial")
     ]
 
 
