@@ -12,7 +12,8 @@ A point is what the model does without some of its blocks, on held-out text:
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from minitron_mcore.config import DepthConfig, DepthKind, DepthMetric, DepthRun, PruneConfig
@@ -24,8 +25,8 @@ FIGURES = ("loss", "kl", "mse", "accuracy")
 
 Measure = Callable[[Sequence[int]], dict]
 """Dropped blocks -> their point; asking again costs nothing."""
-Damage = Callable[[dict], tuple[float, float]]
-"""Point -> what makes it worse than another."""
+Ranking = Callable[[Iterable[dict]], list[dict]]
+"""Points -> the same, the one that is missed least first."""
 
 
 def problems(config: DepthRun, blocks: int) -> Iterator[str]:
@@ -75,42 +76,59 @@ def count(config: DepthConfig, blocks: int) -> int:
     return total
 
 
-def damage(metric: DepthMetric, cosines: Sequence[float] = ()) -> Damage:
-    """How much a point is missed by a metric; of equals the one with less loss is better (accuracies often are equal).
+def standard_error(accuracy: float, questions: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / questions)
+
+
+def ranking(metric: DepthMetric, cosines: Sequence[float] = (), questions: int = 1) -> Ranking:
+    """Order points by how little they are missed by a metric; of equals the one with less loss comes first.
+
+    Accuracies within one standard error of the best are equals: such differences are mostly chance, and chance leads to blocks
+    whose loss is nats higher.
 
     Args:
         cosines: for the metric of that name: 1 - cos(input, output) of each block; a set's is their sum.
+        questions: for accuracy: how many were asked.
     """
 
-    def of(point: dict) -> tuple[float, float]:
-        if metric == DepthMetric.cosine:
-            return sum(cosines[block] for block in point["dropped"]), point["loss"]
-        return -point["accuracy"] if metric == DepthMetric.accuracy else point[metric.value], point["loss"]
+    def ranked(points: Iterable[dict]) -> list[dict]:
+        points = list(points)
+        best = max(point["accuracy"] for point in points) if metric == DepthMetric.accuracy else 0.0
+        enough = best - standard_error(best, questions)
 
-    return of
+        def missed(point: dict) -> tuple[float, float]:
+            if metric == DepthMetric.cosine:
+                return sum(cosines[block] for block in point["dropped"]), point["loss"]
+            return -min(point["accuracy"], enough) if metric == DepthMetric.accuracy else point[metric.value], point[
+                "loss"
+            ]
+
+        return sorted(points, key=missed)
+
+    return ranked
 
 
-def contiguous(blocks: int, size: int, measure: Measure, missed: Damage) -> list[int]:
-    return min(map(measure, runs(blocks, size)), key=missed)["dropped"]
+def contiguous(blocks: int, size: int, measure: Measure, ranked: Ranking) -> list[int]:
+    return ranked(map(measure, runs(blocks, size)))[0]["dropped"]
 
 
-def scattered(blocks: int, size: int, measure: Measure, missed: Damage) -> list[int]:
-    ranked = sorted(range(blocks), key=lambda block: missed(measure([block])))
-    return sorted(ranked[:size])
+def scattered(blocks: int, size: int, measure: Measure, ranked: Ranking) -> list[int]:
+    alone = ranked(measure([block]) for block in range(blocks))
+    return sorted(point["dropped"][0] for point in alone[:size])
 
 
-def iterative(blocks: int, size: int, measure: Measure, missed: Damage) -> list[int]:
+def iterative(blocks: int, size: int, measure: Measure, ranked: Ranking) -> list[int]:
     dropped: list[int] = []
     while len(dropped) < size:
         left = [block for block in range(blocks) if block not in dropped]
-        dropped = min((measure(sorted([*dropped, block])) for block in left), key=missed)["dropped"]
+        dropped = ranked(measure(sorted([*dropped, block])) for block in left)[0]["dropped"]
     return dropped
 
 
 RULES = {DepthKind.contiguous: contiguous, DepthKind.scattered: scattered, DepthKind.iterative: iterative}
 
 
-def decide(config: DepthConfig, blocks: int, measure: Measure, missed: Damage) -> list[dict]:
+def decide(config: DepthConfig, blocks: int, measure: Measure, ranked: Ranking) -> list[dict]:
     """What each kind of choice would drop, measured as a whole: single blocks that are hardly missed may be missed together.
 
     Returns:
@@ -123,32 +141,32 @@ def decide(config: DepthConfig, blocks: int, measure: Measure, missed: Damage) -
     found = []
     for size in sizes(config, blocks):
         rows = [
-            {"size": size, "kind": kind.value} | measure(RULES[kind](blocks, size, measure, missed)) for kind in kinds
+            {"size": size, "kind": kind.value} | measure(RULES[kind](blocks, size, measure, ranked)) for kind in kinds
         ]
-        if config.kind == DepthKind.best:
-            taken = min(rows, key=missed)
-        else:
-            taken = next(row for row in rows if row["kind"] == config.kind.value)
+        taken = next(row for row in ranked(rows) if config.kind in (DepthKind.best, row["kind"]))
         found += [row | {"taken": row is taken} for row in rows]
     return found
 
 
-def warnings(rows: Sequence[Mapping], metric: DepthMetric, missed: Damage, chance: float | None) -> Iterator[str]:
+def warnings(
+    rows: Sequence[Mapping], metric: DepthMetric, ranked: Ranking, chance: float | None, questions: int
+) -> Iterator[str]:
     """Where a choice is not what it seems: another kind is missed less as a whole, or the questions are answered by chance."""
-    figure = "loss" if metric == DepthMetric.cosine else metric.value
-    worse = damage(DepthMetric.loss) if metric == DepthMetric.cosine else missed
+    by = DepthMetric.loss if metric == DepthMetric.cosine else metric
+    order = ranking(by) if metric == DepthMetric.cosine else ranked
     for taken in (row for row in rows if row["taken"]):
-        rivals = [row for row in rows if row["size"] == taken["size"] and worse(row)[0] < worse(taken)[0]]
-        if rivals:
-            best = min(rivals, key=worse)
+        best = order(row for row in rows if row["size"] == taken["size"])[0]
+        if best["dropped"] != taken["dropped"]:
+            names = dict.fromkeys((by.value, "loss"))  # of equal accuracies the loss decides
+            figures = ", ".join(f"{name} {best[name]:.4g} against {taken[name]:.4g}" for name in names)
             yield (
                 f"warning: of {taken['size']} blocks the {best['kind']} choice, {spans(best['dropped'])}, is missed less as a "
-                f"whole: {figure} {best[figure]:.4g} against {taken[figure]:.4g} (depth.kind={best['kind']})."
+                f"whole: {figures} (depth.kind={best['kind']})."
             )
-        if taken["accuracy"] is not None and taken["accuracy"] <= chance:
+        if taken["accuracy"] is not None and taken["accuracy"] <= chance + standard_error(chance, questions):
             yield (
                 f"warning: without {spans(taken['dropped'])} the questions are answered no better than by chance "
-                f"({taken['accuracy']:.3f}, chance {chance:.3f})."
+                f"({taken['accuracy']:.3f}, chance {chance:.3f} +- {standard_error(chance, questions):.3f})."
             )
 
 

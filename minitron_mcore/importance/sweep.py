@@ -121,14 +121,14 @@ def run(config: DepthRun) -> None:
             model=source.fingerprint,
             data=_digest(windows, questions),
         )
-        missed = study.damage(settings.metric, cosines)
+        ranked = study.ranking(settings.metric, cosines, len(questions))
         baseline = points([])
         sweep = [
             {"size": size, "first": dropped[0]} | points(dropped)
             for size in study.swept(settings, blocks)
             for dropped in study.runs(blocks, size)
         ]
-        chosen = study.decide(settings, blocks, points, missed)
+        chosen = study.decide(settings, blocks, points, ranked)
         chance = quiz.chance if quiz else None
         found = {
             "model": source.fingerprint,
@@ -143,7 +143,8 @@ def run(config: DepthRun) -> None:
             "drop": {str(row["size"]): row["dropped"] for row in chosen if row["taken"]},
         }
         if runtime.rank() == 0:
-            _write(Path(config.out_dir), found, list(study.warnings(chosen, settings.metric, missed, chance)))
+            warnings = study.warnings(chosen, settings.metric, ranked, chance, len(questions))
+            _write(Path(config.out_dir), found, list(warnings))
         checkpoint.finish(config.out_dir)
 
 
