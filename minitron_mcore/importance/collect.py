@@ -52,7 +52,7 @@ from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.schedule import forward
 
-FUSE_FROM = 2**20
+FUSE_FROM = 2**18
 """Tokens of a run for which compiling takes less time than it saves."""
 
 
@@ -82,7 +82,7 @@ class Collector:
         self._readers: dict[str, nn.Parameter] = {}  # by name, the weights whose columns read its channels
         self._open: dict[str, Sums] = {}  # per sample over S, of this micro-batch
         self._split: dict[str, Sums] = {}  # the same over `_own`, where tensor-parallel ranks have the rest
-        self._all = self._own = _Span(slice(0), None, self.tokens)  # S, and the rows of it that this rank counts
+        self._all = self._own = _Span(slice(0), None)  # S, and the rows of it that this rank counts
         self._streams: list[Tensor] = []  # the open block's input and its layers' outputs
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -131,7 +131,8 @@ class Collector:
         real = None if mask is None else mask.t()[..., None]
         tp = runtime.tp_group()
         own = slice(length * tp.rank() // tp.size(), length * (tp.rank() + 1) // tp.size())
-        self._all, self._own = (_Span.of(rows, real, batch, args[0].device) for rows in (slice(0, length), own))
+        spans = slice(0, length), own
+        self._all, self._own = (_Span(rows, None if real is None else real[rows]) for rows in spans)
         if module is self.model.chunks[0]:
             self.tokens += batch * length if mask is None else mask.sum()
 
@@ -161,14 +162,12 @@ class Collector:
     def _heads(self, name):
         def hook(module, args) -> None:
             reduce = self._fused(metrics.head_sums)
-            self._open[name] = reduce(
-                self.statistic.sequence, args[0], self._all.real, self._all.count, self.arch.head_dim
-            )
+            self._open[name] = reduce(args[0], self._all.real, self.statistic.sequence, self.arch.head_dim)
 
         return hook
 
     def _sums(self, x: Tensor, span: "_Span") -> Sums:
-        return self._fused(metrics.sums)(self.statistic.sequence, x, span.real, span.count)
+        return self._fused(metrics.sums)(x, span.real, self.statistic.sequence)
 
     def _route(self, module, args, output):
         """Send padding to no expert: nothing of it reaches a sum, and no real token attends to it."""
@@ -206,8 +205,8 @@ class Collector:
         part = completed(_side_by_side([split, *self._open.values()]), runtime.cp_group())
         samples = metrics.aggregate(self.statistic.sequence, part)  # [B, channels of all names]
         real = part.count > 0  # [B, 1]
-        found = metrics.sums(self.statistic.batch, samples, real, real.sum(0, dtype=torch.float32))
-        self.sums[names] = metrics.plus(self.sums.get(names), found)
+        found = metrics.sums(samples, real, self.statistic.batch)
+        self.sums[names] = metrics.joined([self.sums[names], found]) if names in self.sums else found
         self._open, self._split = {}, {}
 
     def scores(self) -> dict[str, Tensor]:
@@ -259,14 +258,6 @@ class _Span(NamedTuple):
     rows: slice
     real: Tensor | None
     """[rows, B, 1] bool; None where all tokens are"""
-    count: Tensor
-    """[B, 1] fp32: real tokens"""
-
-    @classmethod
-    def of(cls, rows: slice, real: Tensor | None, batch: int, device: torch.device) -> "_Span":
-        if real is None:
-            return cls(rows, None, torch.full((batch, 1), float(rows.stop - rows.start), device=device))
-        return cls(rows, real[rows], real[rows].sum(0, dtype=torch.float32))
 
 
 def completed(part: Sums, group: dist.ProcessGroup) -> Sums:

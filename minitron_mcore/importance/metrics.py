@@ -13,7 +13,7 @@ variance comes from sums around each part's own mean, so that nothing large canc
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -37,30 +37,41 @@ class Sums(NamedTuple):
     """sum (x - mean)^2 for variance, else None"""
 
 
-def sums(how: Aggregation, x: Tensor, real: Tensor | None, count: Tensor) -> Sums:
+def sums(x: Tensor, real: Tensor | None, how: Aggregation) -> Sums:
     """Of x [n, ..., C] over its first dimension.
 
     Args:
         real: [n, ..., 1] bool, False where x is no value; None where all are.
-        count: [..., 1] fp32, how many are.
     """
-    x = x if real is None else x * real.to(x.dtype)
+    if real is None:
+        count = torch.full((*x.shape[1:-1], 1), float(len(x)), device=x.device)
+    else:
+        count, x = real.sum(0, dtype=torch.float32), x * real.to(x.dtype)
     if how == Aggregation.mean:
-        return Sums(count, x.abs().sum(0, dtype=torch.float32), None)
+        return Sums(count, _total(x.abs()), None)
     x = x.float()
     if how == Aggregation.l2:
-        return Sums(count, x.square().sum(0), None)
-    total = x.sum(0)
+        return Sums(count, _total(x.square()), None)
+    total = _total(x)
     away = x - total / count.clamp(min=1)
     away = away if real is None else away * real
-    return Sums(count, total, away.square().sum(0))
+    return Sums(count, total, _total(away.square()))
 
 
-def head_sums(how: Aggregation, x: Tensor, real: Tensor | None, count: Tensor, head_dim: int) -> Sums:
+def _total(x: Tensor) -> Tensor:
+    """The sum in fp32 over the first dimension, a few rows at a time: compiled, a column is read down its rows, each of which
+    may lie in a page of its own."""
+    rows = 16
+    whole = len(x) - len(x) % rows
+    parts = x[:whole].reshape(-1, rows, *x.shape[1:]).sum(1, dtype=torch.float32)
+    return parts.sum(0) + x[whole:].sum(0, dtype=torch.float32)
+
+
+def head_sums(x: Tensor, real: Tensor | None, how: Aggregation, head_dim: int) -> Sums:
     """Of the L2 norms over head_dim of x [n, ..., N D]; `sums` has the rest."""
-    # Cast before: as part of the norm it takes twice as long on a CPU.
-    norms = torch.linalg.vector_norm(x.float().unflatten(-1, (-1, head_dim)), dim=-1)
-    return sums(how, norms, real, count)
+    # Cast before: as part of the norm it takes twice as long on a CPU. Not unflatten, which torch.compile does not look into.
+    heads = x.float().reshape(*x.shape[:-1], -1, head_dim)
+    return sums(torch.linalg.vector_norm(heads, dim=-1), real, how)
 
 
 def pool(part: Sums, summed: Callable[[list[Tensor]], list[Tensor]]) -> Sums:
@@ -77,11 +88,9 @@ def pool(part: Sums, summed: Callable[[list[Tensor]], list[Tensor]]) -> Sums:
     return Sums(count, total, *summed([part.spread + part.count * shift.square()]))
 
 
-def plus(a: Sums | None, b: Sums) -> Sums:
-    """Both parts together; None has no values."""
-    if a is None:
-        return b
-    stacked = Sums(*(x if x is None else torch.stack([x, y]) for x, y in zip(a, b, strict=True)))
+def joined(parts: Iterable[Sums]) -> Sums:
+    """All parts' values together."""
+    stacked = Sums(*(None if fields[0] is None else torch.stack(fields) for fields in zip(*parts, strict=True)))
     return pool(stacked, lambda tensors: [x.sum(0) for x in tensors])
 
 
