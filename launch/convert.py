@@ -4,8 +4,8 @@ torchrun --nproc-per-node 3 launch/convert.py +model=smollm2_135m model.hf=/path
 torchrun --nproc-per-node 8 launch/convert.py +model=llama31_8b model.weights=/path/to/megatron/checkpoint parallel=tp8
 """
 
-from minitron_mcore.config import ConvertRun
 from minitron_mcore.launching import entry, plain
+from minitron_mcore.runs import ConvertRun
 
 
 @entry("convert")

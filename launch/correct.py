@@ -3,8 +3,9 @@
 torchrun --nproc-per-node 8 launch/correct.py +recipe=llama31_minitron_4b_width parallel=tp8_sp data.train=[text.jsonl]
 """
 
-from minitron_mcore.config import CorrectRun, DistillConfig
+from minitron_mcore.config import DistillConfig
 from minitron_mcore.launching import entry
+from minitron_mcore.runs import CorrectRun
 
 
 @entry("correct")

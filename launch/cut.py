@@ -3,8 +3,8 @@
 python launch/cut.py +model=smollm2_135m plan=/path/to/plan.json
 """
 
-from minitron_mcore.config import CutRun
 from minitron_mcore.launching import alone, entry, plain
+from minitron_mcore.runs import CutRun
 
 
 @entry("cut")

@@ -6,8 +6,8 @@ torchrun --nproc-per-node 3 launch/depth.py +model=smollm2_135m parallel=tp3 dep
 python launch/plan.py +model=smollm2_135m study=runs/smollm2_135m/depth prune.blocks=22
 """
 
-from minitron_mcore.config import DepthRun
 from minitron_mcore.launching import entry
+from minitron_mcore.runs import DepthRun
 
 
 @entry("depth")

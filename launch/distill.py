@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 8 launch/distill.py +model=llama31_8b parallel=tp8_sp data.train=[text.jsonl]
 """
 
-from minitron_mcore.config import DistillRun
 from minitron_mcore.launching import entry
+from minitron_mcore.runs import DistillRun
 
 
 @entry("distill")

@@ -5,8 +5,8 @@ torchrun --nproc-per-node 3 launch/evaluate.py +model=smollm2_135m parallel=tp3 
     source=runs/smollm2_135m/distill data.heldout=[x.jsonl]
 """
 
-from minitron_mcore.config import EvaluateRun
 from minitron_mcore.launching import entry, plain
+from minitron_mcore.runs import EvaluateRun
 
 
 @entry("evaluate")

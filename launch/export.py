@@ -5,8 +5,8 @@ python launch/export.py +model=smollm2_135m
 torchrun --nproc-per-node 8 launch/export.py +model=llama31_8b format=gpt parallel=tp8
 """
 
-from minitron_mcore.config import ExportRun
 from minitron_mcore.launching import alone, entry, plain
+from minitron_mcore.runs import ExportRun
 
 
 @entry("export")

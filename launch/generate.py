@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 3 launch/generate.py +model=smollm2_135m parallel=tp3 prompt='def fibonacci(n):'
 """
 
-from minitron_mcore.config import GenerateRun
 from minitron_mcore.launching import entry
+from minitron_mcore.runs import GenerateRun
 
 
 @entry("generate")

@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 3 launch/importance.py +model=smollm2_135m parallel=tp3 data.train=[text.jsonl]
 """
 
-from minitron_mcore.config import ImportanceRun
 from minitron_mcore.launching import entry, plain
+from minitron_mcore.runs import ImportanceRun
 
 
 @entry("importance")

@@ -4,8 +4,8 @@ python launch/pipeline.py +recipe=llama31_minitron_4b_width processes=8 parallel
 python launch/pipeline.py --multirun +recipe=minitron_8b,minitron_4b processes=8 parallel=tp8_sp data.train=[text.jsonl]
 """
 
-from minitron_mcore.config import PipelineRun
 from minitron_mcore.launching import entry
+from minitron_mcore.runs import PipelineRun
 
 
 @entry("pipeline")

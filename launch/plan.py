@@ -5,8 +5,8 @@ python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
 `parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
 """
 
-from minitron_mcore.config import PlanRun
 from minitron_mcore.launching import alone, entry, plain
+from minitron_mcore.runs import PlanRun
 
 
 @entry("plan")

@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 3 launch/prune.py +model=smollm2_135m parallel=tp3
 """
 
-from minitron_mcore.config import PruneRun
 from minitron_mcore.launching import entry, plain
+from minitron_mcore.runs import PruneRun
 
 
 @entry("prune")

@@ -4,8 +4,8 @@ python launch/report.py work_dir=runs/demo
 python launch/report.py +recipe=smollm2_100m html=/path/report.html
 """
 
-from minitron_mcore.config import ReportRun
 from minitron_mcore.launching import alone, entry
+from minitron_mcore.runs import ReportRun
 
 
 @entry("report")

@@ -10,8 +10,8 @@ STAGE=search sbatch launch/slurm/distill.sbatch search.shards=4 search.shard=0 .
 Shards measure all candidates, and when that is done the same sweep trains the best; a last run without shards collects.
 """
 
-from minitron_mcore.config import SearchRun
 from minitron_mcore.launching import entry
+from minitron_mcore.runs import SearchRun
 
 
 @entry("search")

@@ -8,12 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron_mcore import report
-from minitron_mcore.config import (
+from minitron_mcore.config import DistillConfig
+from minitron_mcore.distill import checks
+from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.importance import checks as importance
+from minitron_mcore.importance import study
+from minitron_mcore.launching import CONF, alone, compose
+from minitron_mcore.models import architecture, layout, table
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.plan import cost, search
+from minitron_mcore.plan.target import check_counts, target_architecture
+from minitron_mcore.runs import (
     ConvertRun,
     CorrectRun,
     CutRun,
     DepthRun,
-    DistillConfig,
     DistillRun,
     EvaluateRun,
     ExportFormat,
@@ -25,15 +34,6 @@ from minitron_mcore.config import (
     Run,
     SearchRun,
 )
-from minitron_mcore.distill import checks
-from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.importance import checks as importance
-from minitron_mcore.importance import study
-from minitron_mcore.launching import CONF, alone, compose
-from minitron_mcore.models import architecture, layout, table
-from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost, search
-from minitron_mcore.plan.target import check_counts, target_architecture
 
 MISSING = ("blocks_without_attention", "blocks_without_mlp")
 SHAPE = ("blocks", *MISSING, "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_mcore import checkpoint, host, loaders, runtime
-from minitron_mcore.config import EvaluateRun
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import DTYPES, Model
+from minitron_mcore.runs import EvaluateRun
 from minitron_mcore.schedule import forward
 from minitron_mcore.textfiles import documents, is_prefix
 from minitron_mcore.tokenizer import Spans, Tokenizer, open_tokenizer
@@ -89,37 +89,10 @@ def windows(path: str, tokenizer: Tokenizer, sequence_length: int) -> Windows:
 
 
 def evaluate_text(
-    files: Sequence[str],
-    tokenizer: Tokenizer,
-    nll: Nll,
-    *,
-    sequence_length: int,
-    micro_batch: int,
-    max_windows: int | None = None,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    group: dist.ProcessGroup | None = None,
+    files: Sequence[str], tokenizer: Tokenizer, nll: Nll, *, sequence_length: int, **how: Any
 ) -> list[dict]:
-    """How well `nll` predicts each file: one row a file, the same on every rank (collective over `group`).
-
-    Data-parallel rank r is given microbatches r, r + dp_size, ... as [micro_batch, S], all ranks equally many: the last
-    are filled up with windows whose mask is all False. Ranks of one `dp_rank` work together in `nll` on the same ones.
-
-    Args:
-        max_windows: how many windows of each file to take, spread evenly over it; None takes all.
-        group: the data-parallel group, where dp_size > 1.
-
-    Returns:
-        rows {file, tokens, bytes, loss, perplexity, bits_per_byte, tokens_per_second}: predicted tokens and their
-        bytes, loss in nats a token, speed of all ranks together.
-
-    Raises:
-        UserError: see `windows`.
-    """
-    cuts = {path: windows(path, tokenizer, sequence_length) for path in files}
-    return evaluate_windows(
-        cuts, nll, micro_batch=micro_batch, max_windows=max_windows, dp_rank=dp_rank, dp_size=dp_size, group=group
-    )
+    """How well `nll` predicts each text file: `evaluate_windows` of its `windows`, which raise what is wrong with it."""
+    return evaluate_windows({path: windows(path, tokenizer, sequence_length) for path in files}, nll, **how)
 
 
 def evaluate_windows(
@@ -132,7 +105,19 @@ def evaluate_windows(
     dp_size: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> list[dict]:
-    """`evaluate_text` of files that are cut already, for those who ask of many models (collective over `group`)."""
+    """How well `nll` predicts each file's windows: one row a file, the same on every rank (collective over `group`).
+
+    Data-parallel rank r is given microbatches r, r + dp_size, ... as [micro_batch, S], all ranks equally many: the last
+    are filled up with windows whose mask is all False. Ranks of one `dp_rank` work together in `nll` on the same ones.
+
+    Args:
+        max_windows: how many windows of each file to take, spread evenly over it; None takes all.
+        group: the data-parallel group, where dp_size > 1.
+
+    Returns:
+        rows {file, tokens, bytes, loss, perplexity, bits_per_byte, tokens_per_second}: predicted tokens and their
+        bytes, loss in nats a token, speed of all ranks together.
+    """
     rows = []
     for path, (tokens, mask, num_bytes) in cuts.items():
         if max_windows is not None and len(tokens) > max_windows:

@@ -15,8 +15,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_mcore.config import STAGES, GenerateRun, PipelineRun, ReportRun, Run, SearchRun, StageRun
 from minitron_mcore.errors import UserError
+from minitron_mcore.runs import STAGES, GenerateRun, PipelineRun, ReportRun, Run, SearchRun, StageRun
 
 CONF = Path(__file__).parents[1] / "conf"
 LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "search": SearchRun, "report": ReportRun}

@@ -10,9 +10,10 @@ from pathlib import Path
 import yaml
 
 from minitron_mcore.checkpoint import COMPLETE
-from minitron_mcore.config import STAGES, ParallelConfig, PipelineRun, StageRun
+from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.launching import CONF, compose, plain
+from minitron_mcore.runs import STAGES, PipelineRun, StageRun
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 INPUTS = ("source", "scores", "study", "plan", "student", "teacher")

@@ -12,12 +12,13 @@ import yaml
 
 from minitron_mcore import ancestry, data, delivery, loaders, prune
 from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DataConfig, DistillConfig, DistillRun, ModelConfig, PruneConfig
+from minitron_mcore.config import DataConfig, DistillConfig, ModelConfig, PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores
 from minitron_mcore.models import architecture, hf, table
 from minitron_mcore.models.folder import Folder
 from minitron_mcore.plan.plan import load_plan, make_plan, target_architecture
+from minitron_mcore.runs import DistillRun
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_data import write_jsonl

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from minitron_mcore.checkpoint import COMPLETE, open_checkpoint
-from minitron_mcore.config import DepthConfig, DepthKind, DepthMetric, DepthRun, ParallelConfig
+from minitron_mcore.config import DepthConfig, DepthKind, DepthMetric, ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance import choices, study
 from minitron_mcore.importance.scores import Scores, save_scores
+from minitron_mcore.runs import DepthRun
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_launch import ROOT, config_of, plan, word_tokenizer

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from minitron_mcore import dryrun, launching
-from minitron_mcore.config import STAGES, Device, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import cost
+from minitron_mcore.runs import STAGES
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
 
 ROOT = Path(__file__).parents[1]

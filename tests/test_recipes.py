@@ -14,10 +14,10 @@ from hydra import initialize_config_dir
 
 from minitron_mcore import launching, pipeline
 from minitron_mcore.checkpoint import COMPLETE
-from minitron_mcore.config import STAGES
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, table
 from minitron_mcore.plan.target import target_architecture
+from minitron_mcore.runs import STAGES
 
 RECIPES = sorted(path.stem for path in (launching.CONF / "recipe").glob("*.yaml"))
 ANYWHERE = ["parallel=tp8_sp", "data.train=[x.jsonl]", "work_dir=w"]

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from minitron_mcore import dryrun, launching, pictures_search
 from minitron_mcore.checkpoint import COMPLETE, open_checkpoint
-from minitron_mcore.config import BudgetConfig, EvaluateRun, ParallelConfig, Run, SearchConfig, SpeedConfig
+from minitron_mcore.config import BudgetConfig, ParallelConfig, SearchConfig, SpeedConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import FILE as SCORES
 from minitron_mcore.importance.scores import Scores, save_scores
@@ -22,6 +22,7 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import counts
 from minitron_mcore.plan.plan import load_plan
 from minitron_mcore.plan.search import Space
+from minitron_mcore.runs import EvaluateRun, Run
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_launch import word_tokenizer

@@ -15,8 +15,9 @@ from transformers.tokenization_utils_base import generate_merges
 
 from minitron_mcore import data, evaluate
 from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DataConfig, Dtype, EvaluateRun, ParallelConfig
+from minitron_mcore.config import DataConfig, Dtype, ParallelConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.runs import EvaluateRun
 from minitron_mcore.testing import on_ranks
 from minitron_mcore.tokenizer import load
 from tests import models as tiny

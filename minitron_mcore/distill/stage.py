@@ -6,10 +6,11 @@ from pathlib import Path
 
 from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.config import DistillConfig, StageRun
+from minitron_mcore.config import DistillConfig
 from minitron_mcore.distill import train
 from minitron_mcore.launching import plain
 from minitron_mcore.models import spec
+from minitron_mcore.runs import StageRun
 
 
 def run(

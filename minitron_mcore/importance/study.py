@@ -16,9 +16,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from minitron_mcore.config import DepthConfig, DepthKind, DepthMetric, DepthRun, PruneConfig
-from minitron_mcore.errors import UserError
+from minitron_mcore.config import DepthConfig, DepthKind, DepthMetric, PruneConfig
+from minitron_mcore.errors import UserError, result_of
 from minitron_mcore.plan.target import resolve, spans
+from minitron_mcore.runs import DepthRun
 
 FILE = "depth.json"
 FIGURES = ("loss", "kl", "mse", "accuracy")
@@ -176,10 +177,7 @@ def load(path: str | Path, fingerprint: str) -> dict:
     Raises:
         UserError: no such file, not a study, a study of another model.
     """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"no depth study at {path}: run launch/depth.py to its end, or give study=/path/to/{FILE}.")
+    path = result_of(path, FILE, "depth study", "run launch/depth.py to its end, or give study=")
     try:
         study = json.loads(path.read_text())
         study["drop"] = {int(size): [int(block) for block in blocks] for size, blocks in study["drop"].items()}

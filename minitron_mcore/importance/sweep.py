@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mcore import checkpoint, evaluate, pictures_depth, report, runtime
-from minitron_mcore.config import DepthMetric, DepthRun
+from minitron_mcore.config import DepthMetric
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import study
 from minitron_mcore.importance.choices import Question, Quiz, read
@@ -24,6 +24,7 @@ from minitron_mcore.importance.depth import Meter
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.launching import plain
 from minitron_mcore.plan.target import spans
+from minitron_mcore.runs import DepthRun
 from minitron_mcore.tokenizer import Tokenizer, open_tokenizer
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.config import PruneConfig
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, result_of
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
@@ -151,10 +151,7 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         UserError: no such file, or not a plan.
     """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"no plan at {path}: run launch/plan.py first, or give plan=/path/to/{FILE}.")
+    path = result_of(path, FILE, "plan", "run launch/plan.py first, or give plan=")
     try:
         data = json.loads(path.read_text())
         data.pop("parameters")

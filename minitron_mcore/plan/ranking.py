@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from minitron_mcore import checkpoint, evaluate, pictures_search, prune, report, runtime, stream
 from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.config import DistillConfig, DistillRun, PruneConfig, Run, SearchRun
+from minitron_mcore.config import DistillConfig, PruneConfig
 from minitron_mcore.distill import stage, train
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance import study
@@ -32,6 +32,7 @@ from minitron_mcore.models.build import Model
 from minitron_mcore.plan import counts, latency
 from minitron_mcore.plan.plan import Plan, make_plan
 from minitron_mcore.plan.search import GRID, Candidate, Space
+from minitron_mcore.runs import DistillRun, Run, SearchRun
 from minitron_mcore.tokenizer import open_tokenizer
 
 FILE = "search.json"

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from minitron_mcore.config import BudgetConfig, ParallelConfig, PruneConfig, SearchConfig, SearchRun
+from minitron_mcore.config import BudgetConfig, ParallelConfig, PruneConfig, SearchConfig
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import counts
 from minitron_mcore.plan.target import target_architecture
+from minitron_mcore.runs import SearchRun
 
 AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "groups": "G", "experts": "E"}
 """Axis -> its letter in a candidate's name; groups and experts are named where they are not the source's."""
