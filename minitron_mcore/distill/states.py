@@ -173,12 +173,12 @@ class States:
         return total.item()
 
     def sharded_state(self) -> dict[str, ShardedTensor]:
-        """The projection for a checkpoint; no reader of models asks for it."""
+        """The projection for a checkpoint, where no reader of models asks for it."""
         if self.projection is None:
             return {}
         copy = tuple(group.rank() for group in (runtime.pp_group(), runtime.tp_group(), runtime.dp_cp_group()))
         key = "states.projection"
-        return {key: ShardedTensor.from_rank_offsets(key, self.projection.data, replica_id=copy)}
+        return {key: ShardedTensor.from_rank_offsets(key, self.projection, replica_id=copy)}
 
 
 class _Joined(torch.autograd.Function):

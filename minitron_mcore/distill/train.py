@@ -190,7 +190,7 @@ class Trainer:
         weights = checkpoint.model_state(self.model, self.arch, tp.rank(), tp.size())
         # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
         scheduler = self.scheduler.state_dict()
-        return {"weights": weights | states, "optimizer": optimizer, "scheduler": scheduler, "step": self.step}
+        return {"weights": weights, "states": states, "optimizer": optimizer, "scheduler": scheduler, "step": self.step}
 
     def save(self, out_dir: Path) -> None:
         checkpoint.save(out_dir, self.step, self._state(loading=False))
