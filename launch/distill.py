@@ -15,7 +15,7 @@ def main(config: DistillRun) -> None:
     settings = config.distill
     with runtime.distributed(config.parallel, config.seed, settings.sequence_length):
         student = checkpoint.open_checkpoint(config.student, "student")
-        teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.kd_weight else None
+        teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.taught else None
         stage.run(config, settings, student, teacher)
 
 

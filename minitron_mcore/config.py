@@ -194,17 +194,46 @@ class TrainConfig:
     """Save and stop after this step; the same command without it goes on."""
 
 
+class StatesLoss(StrEnum):
+    """How a token's intermediate states differ."""
+
+    cosine = "cosine"
+    """1 - cosine."""
+    mse = "mse"
+    """Mean over the teacher's channels of the squared difference."""
+
+
+@dataclass
+class StatesConfig:
+    """Training what chosen blocks of the student put out on what blocks of the teacher do (see `distill.states`)."""
+
+    weight: float = 0.0
+    """Of the sum over the pairs; 0 compares nothing."""
+    loss: StatesLoss = StatesLoss.cosine
+    pairs: list[list[int]] | None = None
+    """[[student's block, teacher's block], ...], counted from 0; null pairs the last block but two of both (arXiv 2407.14679,
+    table 17), [] none."""
+    embeddings: bool = True
+    """Compare what the embedding tables put out, too."""
+
+
 @dataclass
 class DistillConfig(TrainConfig):
     """Training the student on the teacher's distribution."""
 
     kd_weight: float = 1.0
-    """Weight of the forward KL divergence; 0 trains without a teacher."""
+    """Weight of the forward KL divergence."""
     lm_weight: float = 0.0
     """Weight of the next-token cross-entropy, which is logged either way."""
     temperature: float = 1.0
     teacher_ahead: int = 1
     """Micro-batches the teacher runs ahead of the student; with pipeline parallelism always a whole step's."""
+    states: StatesConfig = field(default_factory=StatesConfig)
+
+    @property
+    def taught(self) -> bool:
+        """The run has a teacher."""
+        return bool(self.kd_weight or self.states.weight)
 
 
 @dataclass

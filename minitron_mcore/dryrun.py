@@ -127,7 +127,7 @@ def _models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, s
     elif isinstance(config, PlanRun | PruneRun | CutRun):
         makers = {"source": lambda: _start(config), "target": lambda: _target(config)}
     elif isinstance(config, DistillRun):
-        makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.kd_weight else {}
+        makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.taught else {}
         makers["student"] = lambda: _at(config.student, config)
     elif isinstance(config, SearchRun):
         makers = {"teacher": lambda: _at(config.teacher, config), "student": lambda: _largest(config)}

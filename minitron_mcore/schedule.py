@@ -71,6 +71,7 @@ def forward_backward(
     loss: Callable[[Tensor, Batch], tuple[Tensor, Tensor, Tensor]],
     like: Batch,
     count: int,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> list[Tensor]:
     """One training step's forward and backward passes, gradients finalized over all ranks (collective).
 
@@ -80,6 +81,7 @@ def forward_backward(
             chunks each asks for all, and `count` is a multiple of the pipeline ranks.
         loss: on last-stage ranks, (hidden states, share of the batch) -> (summed loss, number of tokens int32, statistics).
         like: a micro-batch of their shape.
+        on_batch: called with the share of the batch that a chunk takes next.
 
     Returns:
         The statistics of every micro-batch on last-stage ranks, an empty list elsewhere.
@@ -87,6 +89,7 @@ def forward_backward(
 
     def step(iterator, chunk):
         batch = share(next(iterator))
+        on_batch(batch)
         return chunk(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)
 
     return _run(step, chunks, batches, like, count, forward_only=False)

@@ -2,15 +2,54 @@
 
 from collections.abc import Iterator
 
-from minitron_mcore.config import DistillConfig, ParallelConfig
+from minitron_mcore.config import DistillConfig, ParallelConfig, StatesConfig
 from minitron_mcore.models.architecture import Architecture
+
+EMBEDDINGS = -1
+"""In a pair of blocks: what the embedding table puts out, which is what block 0 takes in."""
+
+
+def state_pairs(student: Architecture, teacher: Architecture, config: StatesConfig) -> list[tuple[int, int]]:
+    """(student's block, teacher's block) whose outputs are compared; none with weight 0."""
+    last = [[student.blocks - 3, teacher.blocks - 3]]
+    blocks = last if config.pairs is None else config.pairs
+    return [(EMBEDDINGS, EMBEDDINGS)] * config.embeddings + [(s, t) for s, t in blocks] if config.weight else []
+
+
+def state_problems(student: Architecture, teacher: Architecture | None, config: StatesConfig) -> Iterator[str]:
+    """Pairs of blocks that are not there, or no pair at all."""
+    if config.weight == 0:
+        return
+    if not 0 < config.weight < float("inf"):
+        yield f"distill.states.weight is {config.weight}; it must be finite and at least 0."
+    if teacher is None:
+        yield f"distill.states.weight is {config.weight}, but there is no teacher whose states the student's could follow."
+        return
+    if config.pairs is None and min(student.blocks, teacher.blocks) < 3:
+        yield (
+            f"a student of {student.blocks} and a teacher of {teacher.blocks} blocks have no last block but two each: "
+            "give distill.states.pairs=[[student's block, teacher's block]]."
+        )
+    if not (config.pairs is None or config.pairs or config.embeddings):
+        yield "distill.states.pairs and .embeddings are empty: give a pair of blocks, or weight 0."
+    for pair in config.pairs or ():
+        if len(pair) != 2:
+            yield f"distill.states.pairs has {pair}: give [student's block, teacher's block]."
+            continue
+        for name, arch, block in (("student", student, pair[0]), ("teacher", teacher, pair[1])):
+            if not 0 <= block < arch.blocks:
+                yield (
+                    f"distill.states.pairs names block {block} of the {name}, which has blocks 0 to {arch.blocks - 1}."
+                )
+        if config.pairs.count(pair) > 1:
+            yield f"distill.states.pairs has {pair} twice: give it once."
 
 
 def problems(
     student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
     """A size below 1, vocabularies that differ, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a
-    warm-up as long as the run, no loss."""
+    warm-up as long as the run, no loss, intermediate states that are not there."""
     sizes = {name: getattr(config, name) for name in ("steps", "global_batch", "micro_batch", "sequence_length")}
     small = {name: size for name, size in sizes.items() if size < 1}
     yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
@@ -30,5 +69,6 @@ def problems(
         )
     if not 0 <= config.warmup_steps < config.steps:
         yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."
-    if config.kd_weight == 0 and config.lm_weight == 0:
-        yield "kd_weight and lm_weight are both 0: there is nothing to train on."
+    if config.kd_weight == config.lm_weight == config.states.weight == 0:
+        yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
+    yield from state_problems(student, teacher, config.states)

@@ -43,7 +43,12 @@ def run(
         text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
         name = train.fingerprint(student, teacher, plain(config), text["hash"])
         lineages = {"ancestry": student.lineage, "teacher": teacher and teacher.lineage}
-        details = {"plans": ancestry.plans(student.path), "settings": vars(settings), "data": text, **lineages}
+        details = {
+            "plans": ancestry.plans(student.path),
+            "settings": dataclasses.asdict(settings),
+            "data": text,
+            **lineages,
+        }
         checkpoint.describe(out_dir, student.arch, name, parents, student.hf, **details)
         batches = data.train_batches(prefixes, weights, **trainer.data_position(config.data))
         figures = []

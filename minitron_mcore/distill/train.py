@@ -18,6 +18,7 @@ from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.distill.objective import Objective
+from minitron_mcore.distill.states import States
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import build
@@ -66,15 +67,18 @@ class Trainer:
         self.config, self.arch, self.step = config, student.arch, 0
         self.teacher_arch = teacher.arch if teacher else None
         model = checkpoint.build_model(student, parallel, dtype)
-        self.teacher = (
-            Teacher(checkpoint.build_model(teacher, parallel, dtype), config.teacher_ahead) if teacher else None
-        )
-        self.objective = Objective(model, self.teacher, student.arch.vocab, config)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=config.distributed_optimizer,
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=runtime.device().type == "cuda",
         )
+        self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
+        self.teacher = (
+            Teacher(checkpoint.build_model(teacher, parallel, dtype), config.teacher_ahead, self.states)
+            if teacher
+            else None
+        )
+        self.objective = Objective(model, self.teacher, student.arch.vocab, config)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -89,12 +93,12 @@ class Trainer:
                 params_dtype=build.DTYPES[dtype],
                 use_distributed_optimizer=config.distributed_optimizer,
             ),
-            self.chunks,
+            [*self.chunks, *(self.states.trained if self.states else [])],
             use_gloo_process_groups=False,
         )
         for optimizer in self.optimizer.chained_optimizers if config.distributed_optimizer else ():
             _save_buckets_in_place(optimizer)
-        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.finalize_model_grads_func = self.states.finalize if self.states else finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [chunk.no_sync for chunk in self.chunks]
         model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -137,15 +141,20 @@ class Trainer:
         start = time.monotonic()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
+        if self.states:
+            self.states.begin()
         self.optimizer.zero_grad()
         fed = self.teacher.feed(batches) if self.teacher else batches
         sums = torch.zeros(4, device=runtime.device())
-        for part in schedule.forward_backward(self.chunks, fed, self.objective, batches[0], len(batches)):
+        on_batch = [self.states.take] if self.states else []
+        for part in schedule.forward_backward(self.chunks, fed, self.objective, batches[0], len(batches), *on_batch):
             sums += part
         kd, lm, entropy, tokens = self._total(sums).tolist()
-        if not torch.isfinite(torch.tensor([kd, lm])).all():
+        states = {"states_loss": self.states.total() / max(tokens, 1.0)} if self.states else {}
+        if not torch.isfinite(torch.tensor([kd, lm, *states.values()])).all():
+            found = ", ".join(f"{name} {value}" for name, value in ({"kd": kd, "lm": lm} | states).items())
             raise UserError(
-                f"the loss of step {self.step + 1} is not finite (kd {kd}, lm {lm}): nothing was changed; lower peak_lr."
+                f"the loss of step {self.step + 1} is not finite ({found}): nothing was changed; lower peak_lr."
             )
         self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
         updated, norm, _ = self.optimizer.step()
@@ -158,6 +167,7 @@ class Trainer:
             "tokens": self.step * self.config.global_batch * self.config.sequence_length,
             "kd_loss": kd / count,
             "lm_loss": lm / count,
+            **states,
             "teacher_entropy": entropy / count,
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -174,11 +184,13 @@ class Trainer:
 
     def _state(self, loading: bool) -> dict:
         tp = runtime.tp_group()
-        parameters = [chunk.sharded_state_dict() for chunk in self.model.chunks]
+        states = self.states.sharded_state() if self.states else {}
+        parameters = [*(chunk.sharded_state_dict() for chunk in self.model.chunks), states]
         optimizer = self.optimizer.sharded_state_dict(parameters, is_loading=loading, metadata=SHARDING)
         weights = checkpoint.model_state(self.model, self.arch, tp.rank(), tp.size())
         # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
-        return {"weights": weights, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": self.step}
+        scheduler = self.scheduler.state_dict()
+        return {"weights": weights, "states": states, "optimizer": optimizer, "scheduler": scheduler, "step": self.step}
 
     def save(self, out_dir: Path) -> None:
         checkpoint.save(out_dir, self.step, self._state(loading=False))
@@ -270,8 +282,8 @@ def summary(history: list[dict[str, float]]) -> list[dict]:
     """Rows for a table: the first and the last step that a run made, and its speed."""
     rows = [history[0], history[-1]]
     speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
-    shown = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr")
-    return [{k: row[k] for k in shown} | {"median tokens/s": speed} for row in rows]
+    shown = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
+    return [{k: row[k] for k in shown if k in row} | {"median tokens/s": speed} for row in rows]
 
 
 class _Stop:

@@ -50,7 +50,7 @@ def run(config: SearchRun) -> None:
         UserError: see `open_checkpoint`, `load_scores`, `Ranking` and `claimed`.
     """
     source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
-    teaches = config.search.best and config.distill.kd_weight
+    teaches = config.search.best and config.distill.taught
     teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if teaches else None
     ranking = Ranking(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
     with checkpoint.claimed(config.out_dir, plain(config), resume=True):

@@ -1,0 +1,217 @@
+"""A loss between intermediate states of student and teacher (arXiv 2407.14679, section 3), on any pipeline stage:
+
+    L = sum over pairs and tokens of mask * difference(P h_s, h_t),    difference = 1 - cos or mean_i (P h_s - h_t)_i^2
+
+h_s and h_t are what a block of the student and one of the teacher put out (the residual stream; the paper takes it after a
+norm), or their embedding tables. P [H_t, H_s] lifts the student's width to the teacher's: one learned matrix for all pairs, there
+only where the widths differ. Products in the run's dtype, all else fp32.
+
+What a rank holds of each pair, of S_r = S / CP or S / CP / TP rows under sequence parallelism:
+
+    h_s [S_r, B, H_s]   where the stage of the student's block is
+    h_t [S_r, B, H_t]   left by the teacher's forward passes on the stage of the teacher's block; sent, micro-batch by micro-batch,
+                        to the stage of the student's, before the student's schedule begins
+    P [H_t, H_s]        whole, the same on all ranks. Its gradient is a sum over ranks that see other tokens (data, context, and
+                        under sequence parallelism tensor-parallel ones) and over pipeline stages, which see other pairs
+
+The loss is computed where h_s is made, and its gradient joins the one that comes back through the later blocks: megatron-core's
+schedules know nothing of it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minitron_mcore import runtime
+from minitron_mcore.config import DistillConfig, ParallelConfig, StatesLoss
+from minitron_mcore.distill import checks
+from minitron_mcore.models import build, layout
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.schedule import Batch
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
+from megatron.core.distributed import (  # isort: skip
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+
+SEED = 1234
+"""Of the projection's first values, the same on all ranks of all layouts."""
+
+
+class States:
+    """The pairs of a run, hooked into the student, and their projection, which lies under a DDP of its own."""
+
+    def __init__(
+        self,
+        model: build.Model,
+        arch: Architecture,
+        teacher: Architecture,
+        config: DistillConfig,
+        parallel: ParallelConfig,
+        ddp: DistributedDataParallelConfig,
+    ):
+        """`model`: the student, of architecture `arch`, not yet under DDP; `teacher`: lies in the same layout."""
+        self.config, self.model, self.teacher = config.states, model, teacher
+        self.batch: Batch = {}
+        self.sum = torch.zeros((), device=runtime.device())
+        # The groups over which a sum over this rank's rows and pairs becomes one over a sequence's and all.
+        self.groups = [runtime.pp_group(), *([runtime.tp_group()] if parallel.sequence else [])]
+        routes = set()
+        for own, theirs in checks.state_pairs(arch, teacher, config.states):
+            routes.add((theirs, _rank(teacher, parallel, theirs), _rank(arch, parallel, own)))
+            if module := _maker(model, arch, own):
+                module.register_forward_hook(partial(self._attach, theirs))
+        self.routes = sorted(routes)
+        """(teacher's block, pipeline rank that has it, pipeline rank that wants it)"""
+        self.projection: nn.Parameter | None = None
+        self.trained: list[DistributedDataParallel] = []
+        """For the optimizer, beside the student's chunks."""
+        if arch.hidden != teacher.hidden:
+            first = torch.randn(teacher.hidden, arch.hidden, generator=torch.Generator().manual_seed(SEED))
+            linear = nn.Linear(arch.hidden, teacher.hidden, bias=False)
+            linear.weight.data = (first * arch.hidden**-0.5).to(runtime.device(), model.config.params_dtype)
+            linear.weight.shared = runtime.pp_group().rank() > 0  # the gradient's norm counts it once
+            self.projection, self.trained = linear.weight, [DistributedDataParallel(model.config, ddp, linear)]
+
+    @contextmanager
+    def recorded(self, teacher: build.Model, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+        """Record what the teacher's forward passes over `batches` inside the block leave; at its end the list that was yielded
+        has for each what this rank's part of the student is compared with (collective over pipeline stages)."""
+        rank, group = runtime.pp_group().rank(), runtime.pp_group()
+        found = {block: [] for block, source, _ in self.routes if source == rank}
+        handles = [
+            _maker(teacher, self.teacher, block).register_forward_hook(
+                lambda module, args, output, kept=kept: kept.append(_hidden(output))
+            )
+            for block, kept in found.items()
+        ]
+        states = [{} for _ in batches]
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+        for block, source, target in self.routes:  # one order for all ranks: whoever is first in it never waits in vain
+            for number, batch in enumerate(batches):
+                if rank == source == target:
+                    states[number][_key(block)] = found[block][number]
+                elif rank == source:
+                    dist.send(found[block][number].contiguous(), group_dst=target, group=group)
+                elif rank == target:
+                    states[number][_key(block)] = self._empty(batch)
+                    dist.recv(states[number][_key(block)], group_src=source, group=group)
+
+    def _empty(self, batch: Batch) -> Tensor:
+        """Room for a block's output [S_r, B, H_t]."""
+        size, length = batch["tokens"].shape
+        config = self.model.config
+        rows = length // runtime.cp_group().size() // (runtime.tp_group().size() if config.sequence_parallel else 1)
+        return torch.empty(rows, size, self.teacher.hidden, dtype=config.params_dtype, device=batch["tokens"].device)
+
+    def take(self, batch: Batch) -> None:
+        """The micro-batch (this context-parallel rank's share) that a chunk of the student is about to run."""
+        self.batch = batch
+
+    def _attach(self, theirs: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+        """A hook on what makes the student's states: the same output, through which the loss's gradient will flow."""
+        if not torch.is_grad_enabled():
+            return None  # no training step
+        hidden, mask = _hidden(output), self.batch["loss_mask"].t()
+        if self.model.config.sequence_parallel:
+            mask = mask.chunk(runtime.tp_group().size())[runtime.tp_group().rank()]
+        # Computed again in the backward pass: until then nothing is kept but what others keep anyway.
+        wanted = self.batch[_key(theirs)]
+        loss = checkpoint(self._loss, hidden, wanted, mask, use_reentrant=False, preserve_rng_state=False)
+        self.sum += loss.detach()
+        hidden = _Joined.apply(hidden, self.model.config.grad_scale_func(self.config.weight * loss))
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _loss(self, hidden: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+        """Sum over this rank's rows; those of mask 0 may hold anything."""
+        hidden, wanted = (x.masked_fill((mask == 0)[..., None], 0) for x in (hidden, wanted))
+        if self.projection is not None:
+            hidden = F.linear(hidden, self.projection)
+        hidden, wanted = hidden.float(), wanted.float()
+        if self.config.loss == StatesLoss.cosine:
+            each = 1 - F.cosine_similarity(hidden, wanted, dim=-1)
+        else:
+            each = (hidden - wanted).square().mean(-1)
+        return (each * mask).sum()
+
+    def begin(self) -> None:
+        """Before a step: no gradient, no loss."""
+        self.sum.zero_()
+        for ddp in self.trained:
+            ddp.zero_grad_buffer()
+            for group in ddp.bucket_groups:
+                group.is_last_microbatch = (
+                    False  # `finalize` reduces it: a rank may use it many times in a pass, or never
+                )
+
+    def finalize(self, chunks: Sequence[nn.Module], num_tokens: Tensor, **kwargs) -> None:
+        """megatron-core's `finalize_model_grads`, and the same for the projection (collective)."""
+        finalize_model_grads(chunks, num_tokens, **kwargs)  # leaves the number over all ranks in num_tokens
+        for ddp in self.trained:
+            ddp.finish_grad_sync()
+            for group in self.groups:
+                dist.all_reduce(self.projection.main_grad, group=group)
+            ddp.scale_gradients(1 / num_tokens.clamp(min=1))
+
+    def total(self) -> float:
+        """The step's loss, before its weight, over all pairs and tokens (collective)."""
+        total = self.sum.clone()
+        for group in (*self.groups, runtime.dp_cp_group()):
+            dist.all_reduce(total, group=group)
+        return total.item()
+
+    def sharded_state(self) -> dict[str, ShardedTensor]:
+        """The projection for a checkpoint, where no reader of models asks for it."""
+        if self.projection is None:
+            return {}
+        copy = tuple(group.rank() for group in (runtime.pp_group(), runtime.tp_group(), runtime.dp_cp_group()))
+        key = "states.projection"
+        return {key: ShardedTensor.from_rank_offsets(key, self.projection, replica_id=copy)}
+
+
+class _Joined(torch.autograd.Function):
+    """(hidden states, a loss of them) -> the hidden states; the loss's gradient joins theirs."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return hidden
+
+    @staticmethod
+    def backward(ctx, d_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return d_hidden, torch.ones_like(*ctx.saved_tensors)
+
+
+def _key(block: int) -> str:
+    return f"teacher_block_{block}"
+
+
+def _hidden(output: Tensor | tuple) -> Tensor:
+    """megatron-core's attention and MLP layers return a tuple, its embedding a tensor."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _rank(arch: Architecture, parallel: ParallelConfig, block: int) -> int:
+    """The pipeline rank that holds a block, or the embedding table."""
+    first = max(block, 0)
+    return next(n for n, own in enumerate(layout.stage_blocks(arch, parallel)) if first in own) % parallel.pipeline
+
+
+def _maker(model: build.Model, arch: Architecture, block: int) -> nn.Module | None:
+    """The module whose output is the block's: its last layer, or the embedding; None where another rank holds it."""
+    if block == checks.EMBEDDINGS:
+        return model.chunks[0].embedding if runtime.is_first_stage() else None
+    last = max(n for n, (found, _) in enumerate(arch.layers) if found == block)
+    return next((layer for layer in build.layers(model) if layer.layer_number - 1 == last), None)

@@ -1,0 +1,231 @@
+"""Intermediate states: a failure means that a layout, a pause or a checkpoint changes what the student learns from them.
+
+The oracle is transformers' own modules in fp64 on one process, and the formula.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import ParallelConfig, PruneConfig, StatesConfig, StatesLoss
+from minitron_mcore.distill import checks
+from minitron_mcore.models import hf
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.testing import on_ranks
+from tests import models, test_distill
+from tests.test_prune import ONE, export, random_scores, run_prune
+
+LAYOUTS = {
+    "tp2_sp": ParallelConfig(tensor=2, sequence=True),
+    "tp2": ParallelConfig(tensor=2),
+    "pp2": ParallelConfig(pipeline=2),
+    "pp2_virtual2": ParallelConfig(pipeline=2, virtual=2),
+    "cp2": ParallelConfig(context=2),
+    "dp2": ParallelConfig(),
+}
+# From a stage to an earlier one, to a later one, to itself; two of one block of the student; two of one block of the teacher.
+PAIRS = [[0, 6], [4, 1], [2, 4], [4, 4]]
+CONFIG = dataclasses.replace(test_distill.CONFIG, clip_grad=1e9, distributed_optimizer=False)
+CASES = {
+    # student, weights of KD and LM loss, states
+    "cosine": ("width", 1.0, 0.5, StatesConfig(0.7, StatesLoss.cosine, PAIRS)),
+    "mse": ("width", 0.0, 0.0, StatesConfig(0.3, StatesLoss.mse, PAIRS[:2], embeddings=False)),
+    "depth": ("depth", 0.0, 0.0, StatesConfig(2.0)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A teacher of seven blocks, its student of five narrower ones, and one of five as wide; what each is to learn."""
+    at = tmp_path_factory.mktemp("states")
+    models.tiny_llama(at / "hf", tied=True, num_hidden_layers=7)
+    on_ranks(models.import_hf, 1, ONE, at / "hf", at / "teacher", ONE)
+    opened = open_checkpoint(at / "teacher")
+    for name, target in (("width", PruneConfig(hidden=24, ffn=18, blocks=5)), ("depth", PruneConfig(blocks=5))):
+        plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), target)
+        on_ranks(run_prune, 1, ONE, at / "teacher", plan, at / name, ONE)
+    for name in ("teacher", "width", "depth"):
+        (at / f"{name}_hf").mkdir()
+        hf.export_folder(open_checkpoint(at / name), at / f"{name}_hf")
+    return at
+
+
+def settings(case):
+    student, kd, lm, states = CASES[case]
+    return student, dataclasses.replace(CONFIG, kd_weight=kd, lm_weight=lm, states=states)
+
+
+def micro_batches(config, start, dp_rank, dp_size):
+    """Of every four samples the second is masked throughout."""
+    for n, batch in enumerate(test_distill.micro_batches(config, start, dp_rank, dp_size)):
+        if (start + n * dp_size + dp_rank) % 4 == 1:
+            batch["loss_mask"][:] = 0
+        yield batch
+
+
+def run_model(folder, tokens):
+    """A model in fp64, its logits, and what its embedding and every block put out."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    found = {}
+    parts = {-1: model.model.embed_tokens} | dict(enumerate(model.model.layers))
+    for block, module in parts.items():
+        module.register_forward_hook(lambda module, args, out, block=block: found.update({block: out}))
+    return model, model(tokens).logits, found
+
+
+def oracle(folders, case, projection):
+    """{kd, lm, states}, gradients by transformers' names, the projection's gradient: of the first step's four samples."""
+    name, config = settings(case)
+    batch = [next(micro_batches(config, n, 0, 1)) for n in range(4)]
+    tokens, labels, mask = (torch.cat([x[key] for x in batch]) for key in ("tokens", "labels", "loss_mask"))
+    model, logits, own = run_model(folders / f"{name}_hf", tokens)
+    _, taught, theirs = run_model(folders / "teacher_hf", tokens)
+    s, t = logits.log_softmax(-1), taught.detach().log_softmax(-1)
+    lifted = torch.eye(36).double() if projection is None else projection.double().requires_grad_()
+    differences = []
+    pairs = [[2, 4]] if config.states.pairs is None else config.states.pairs
+    for a, b in [*pairs, *([[-1, -1]] if config.states.embeddings else [])]:
+        x, y = own[a] @ lifted.t(), theirs[b].detach()
+        if config.states.loss == StatesLoss.cosine:
+            differences.append(1 - (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1))
+        else:
+            differences.append(((x - y) ** 2).mean(-1))
+    losses = {
+        "kd_loss": (t.exp() * (t - s)).sum(-1),
+        "lm_loss": -s.gather(-1, labels[..., None])[..., 0],
+        "states_loss": sum(differences),
+    }
+    losses = {key: (each * mask).sum() / mask.sum() for key, each in losses.items()}
+    weights = (config.kd_weight, config.lm_weight, config.states.weight)
+    sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True)).backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return {key: loss.item() for key, loss in losses.items()}, gradients, lifted.grad
+
+
+def first_step(folders, parallel, out_dir):
+    """Of each case, on every rank: the first step's figures, the projection before it and its gradient; the student's gradients
+    are saved as if they were weights."""
+    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.distill.train import Trainer
+
+    found, dp = {}, runtime.dp_group()
+    for case in CASES:
+        name, config = settings(case)
+        student, teacher = (open_checkpoint(folders / x) for x in (name, "teacher"))
+        trainer = Trainer(student, teacher, config, parallel, "fp32")
+        projection = trainer.states.projection
+        before = None if projection is None else projection.detach().clone()
+        batches = list(micro_batches(config, 0, dp.rank(), dp.size()))[: 4 // dp.size()]
+        figures = trainer.train_step(batches)
+        found[case] = figures, before, None if projection is None else projection.main_grad.clone()
+        for parameter in trainer.model.parameters():
+            parameter.data.copy_(parameter.main_grad)
+        trainer.save(out_dir / case)
+        checkpoint.describe(out_dir / case, student.arch, "test", {}, student.hf)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradients_are_the_dense_ones(tmp_path, folders, layout):
+    ranks = on_ranks(first_step, 2, LAYOUTS[layout], folders, LAYOUTS[layout], tmp_path)
+    for case in CASES:
+        projection = ranks[0][case][1]
+        losses, gradients, lifted = oracle(folders, case, projection)
+        for figures, before, gradient in (rank[case] for rank in ranks):
+            for key, loss in losses.items():
+                assert math.isclose(figures[key], loss, rel_tol=1e-5), (case, key)
+            squares = [g.square().sum() for g in (*gradients.values(), *([] if lifted is None else [lifted]))]
+            assert math.isclose(figures["grad_norm"], sum(squares).sqrt().item(), rel_tol=1e-5), case
+            if lifted is not None:
+                assert torch.equal(before, projection)
+                assert (gradient - lifted).abs().max() <= 1e-5 * lifted.abs().max(), case
+        found = export(tmp_path / case, tmp_path / f"{case}_hf")
+        for key, gradient in gradients.items():
+            assert (found[key] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), (case, key)
+        assert all(not found[key].any() for key in found.keys() - gradients.keys())
+
+
+def learn(folders, config, parallel, out_dir, resume=False):
+    """Train the narrower student and save; the history and the projection, on every rank."""
+    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.distill.train import Trainer, train
+
+    student, dp = open_checkpoint(folders / "width"), runtime.dp_group()
+    trainer = Trainer(student, open_checkpoint(folders / "teacher"), config, parallel, "fp32")
+    if resume:
+        trainer.resume(open_checkpoint(out_dir))
+    checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
+    batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
+    return train(trainer, batches, out_dir), trainer.states.projection.detach().clone()
+
+
+def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, folders):
+    """Two stages of two data-parallel ranks, which share out the optimizer's state of the projection too."""
+    parallel, states = ParallelConfig(pipeline=2), StatesConfig(1.0)
+    config = dataclasses.replace(test_distill.CONFIG, kd_weight=0.0, states=states)
+    half = dataclasses.replace(config, stop_after=2)
+    alone, alone_p = on_ranks(learn, 1, ONE, folders, config, ONE, tmp_path / "one")[0]
+    whole = on_ranks(learn, 4, parallel, folders, config, parallel, tmp_path / "whole")
+    first = on_ranks(learn, 4, parallel, folders, half, parallel, tmp_path / "parts")
+    second = on_ranks(learn, 4, parallel, folders, config, parallel, tmp_path / "parts", True)
+    for history, projection in whole:
+        assert torch.equal(projection, whole[0][1])  # stages and replicas agree to the bit
+        assert (projection - alone_p).abs().max() <= 0.02 * config.peak_lr * config.steps
+        for a, b in zip(alone, history, strict=True):
+            for key in ("kd_loss", "lm_loss", "states_loss", "grad_norm", "lr"):
+                assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
+    for a, b in zip(whole[0][0], first[0][0] + second[0][0], strict=True):
+        assert all(a[key] == b[key] for key in ("kd_loss", "lm_loss", "states_loss", "grad_norm", "lr"))
+    assert not torch.equal(second[0][1], first[0][1])
+    assert all(torch.equal(projection, whole[0][1]) for _, projection in second)
+    found, expected = export(tmp_path / "parts", tmp_path / "a"), export(tmp_path / "whole", tmp_path / "b")
+    assert found.keys() == models.weights(folders / "width_hf").keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+ARCH = {
+    name: Architecture("llama", n, h, 24, 6, 3, 8, 101, 256, 1e-5, 1e4, None, False)
+    for name, n, h in (("student", 16, 24), ("teacher", 32, 36), ("short", 2, 24))
+}
+
+
+def test_pairs_without_a_word_are_the_paper_s():
+    given = StatesConfig(1.0)
+    pairs = checks.state_pairs(ARCH["student"], ARCH["teacher"], given)
+    assert pairs == [(checks.EMBEDDINGS, checks.EMBEDDINGS), (13, 29)]  # arXiv 2407.14679, table 17
+    assert checks.state_pairs(ARCH["student"], ARCH["teacher"], StatesConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("student", "given", "sentence"),
+    [
+        ("student", {"pairs": [[16, 3]]}, "names block 16 of the student, which has blocks 0 to 15."),
+        ("student", {"pairs": [[3, -1]]}, "names block -1 of the teacher, which has blocks 0 to 31."),
+        ("student", {"pairs": [[1, 2, 3]]}, "has [1, 2, 3]: give [student's block, teacher's block]."),
+        ("student", {"pairs": [[1, 2], [1, 2]]}, "has [1, 2] twice"),
+        ("student", {"pairs": [], "embeddings": False}, "are empty: give a pair of blocks, or weight 0."),
+        ("student", {"weight": -1.0}, "distill.states.weight is -1.0"),
+        ("short", {}, "a student of 2 and a teacher of 32 blocks have no last block but two each"),
+    ],
+)
+def test_impossible_pairs_are_refused(student, given, sentence):
+    config = dataclasses.replace(CONFIG, states=StatesConfig(**({"weight": 1.0} | given)))
+    found = list(checks.problems(ARCH[student], ARCH["teacher"], config, ONE, 1))
+    assert any(sentence in problem for problem in found), found
+    assert list(checks.problems(ARCH["student"], None, dataclasses.replace(CONFIG, states=StatesConfig(1.0)), ONE, 1))
+
+
+def test_states_alone_are_something_to_train_on():
+    config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=0.0)
+    (problem,) = checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1)
+    assert "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on." in problem
+    config = dataclasses.replace(config, states=StatesConfig(1.0))
+    assert not list(checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1))
+    assert config.taught and not dataclasses.replace(config, states=StatesConfig()).taught
