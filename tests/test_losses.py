@@ -100,12 +100,16 @@ def shapes(case: Case) -> dict[str, Case]:
             case, kd_weight=0.7, lm_weight=0.3, temperature=temperature, masked=0.3, chunk_tokens=10
         ),
         "a rank of padding only": replace(case, vocab=100, padded=192, lm_weight=0.5, temperature=temperature),
-        "large logits": replace(case, spread=10.0),
+        "large logits": replace(case, spread=10.0 if case.divergence == Divergence.jsd else 30.0),
         "several tiles": replace(case, tokens=131, vocab=49_999, padded=50_004, hidden=12, teacher_hidden=8),
     }
 
 
 ALL = CASES | {f"{name}, {shape}": case for name, kind in KINDS.items() for shape, case in shapes(kind).items()}
+
+
+# Unrelated large logits: what the docstring of `divergences` says of them. All else keeps within 1e-5.
+LIMITS = {"reverse_kl, large logits": 5e-5, "jsd, large logits": 1e-3, "jsd, beta 0.2, large logits": 1e-3}
 
 
 def formula(case: Case, student: Tensor, teacher: Tensor) -> Tensor:
@@ -189,7 +193,7 @@ def run_all(fn, tp: int, cases: dict[str, Case]) -> dict[str, list]:
 def test_value_and_gradients_equal_dense_fp64(tp):
     for name, results in run_all(on_rank, tp, ALL).items():
         errors = relative_errors(ALL[name], results)
-        assert max(errors) <= 1e-5, (name, errors)
+        assert max(errors[:4]) <= 1e-5 and max(errors[4:]) <= LIMITS.get(name, 1e-5), (name, errors)
 
 
 def same_model_on_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -19,9 +19,10 @@ of a JSD before it knows the global log-sum-exps: hence the second collective. T
 largest are on this rank; the tail is summed apart, not as what is left of 1. jsd is the generalised Jensen-Shannon divergence of
 Agarwal et al. (arXiv 2306.13649). mse and cosine are of the logits as they are.
 
-Against dense fp64 value and gradients are within 1e-5 of their largest element in fp32, for logits with a standard deviation of
-up to 10. At 30 reverse KL's gradient is 3e-5 off, as the logits' own rounding in fp32 is; jsd's then vanishes where the two
-softmaxes lie apart, and what is left is rounding, some 1e-7 p_s. In bf16 most of the error is in the logits' rounding (2^-9 of
+Against dense fp64, value and gradients are within 1e-5 of their largest element in fp32, for logits with a standard deviation of 3,
+and but for two also of 30. Reverse KL and jsd read differences of logits, not only probabilities: where teacher and student have
+nothing in common, reverse KL's gradient is 3e-5 off at 30, and jsd's, which vanishes there, 5e-4 at 10 and all rounding, some
+1e-7 p_s, at 30. In bf16 most of the error is in the logits' rounding (2^-9 of
 their size): measured at a standard deviation of 3, as value / gradients, 1e-4 / 7e-3 forward KL, 4e-4 / 1.1e-2 reverse KL,
 5e-5 / 8e-3 jsd, 3e-5 / 4e-3 mse, 2e-5 / 3e-3 cosine, 6e-4 / 1.5e-2 top-k, where entries at the border change sides.
 """
