@@ -217,15 +217,37 @@ class StatesConfig:
     """Compare what the embedding tables put out, too."""
 
 
+class Divergence(StrEnum):
+    """How far the student's logits are from the teacher's (see `distill.divergences`)."""
+
+    forward_kl = "forward_kl"
+    """KL(teacher || student), the papers' choice."""
+    reverse_kl = "reverse_kl"
+    """KL(student || teacher)."""
+    jsd = "jsd"
+    """Jensen-Shannon, between both."""
+    mse = "mse"
+    """Mean squared difference of the logits."""
+    cosine = "cosine"
+    """1 - cosine of the logits."""
+
+
 @dataclass
 class DistillConfig(TrainConfig):
     """Training the student on the teacher's distribution."""
 
     kd_weight: float = 1.0
-    """Weight of the forward KL divergence."""
+    """Weight of the divergence."""
     lm_weight: float = 0.0
     """Weight of the next-token cross-entropy, which is logged either way."""
+    divergence: Divergence = Divergence.forward_kl
+    jsd_beta: float = 0.5
+    """divergence=jsd: the teacher's part of the mixture, above 0 (towards forward KL) and below 1 (towards reverse KL)."""
+    top_k: int | None = None
+    """divergence=forward_kl: only the teacher's k largest logits one by one, all others as one entry; null takes the whole
+    vocabulary."""
     temperature: float = 1.0
+    """Of both softmaxes; the divergence is multiplied by its square, which keeps the gradient's size (Hinton et al. 2015)."""
     teacher_ahead: int = 1
     """Micro-batches the teacher runs ahead of the student; with pipeline parallelism always a whole step's."""
     states: StatesConfig = field(default_factory=StatesConfig)

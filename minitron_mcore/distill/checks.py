@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from minitron_mcore.config import DistillConfig, ParallelConfig, StatesConfig
+from minitron_mcore.config import DistillConfig, Divergence, ParallelConfig, StatesConfig
 from minitron_mcore.models.architecture import Architecture
 
 EMBEDDINGS = -1
@@ -49,7 +49,7 @@ def problems(
     student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
     """A size below 1, vocabularies that differ, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a
-    warm-up as long as the run, no loss, intermediate states that are not there."""
+    warm-up as long as the run, no loss, and what `divergence` and `state_problems` find."""
     sizes = {name: getattr(config, name) for name in ("steps", "global_batch", "micro_batch", "sequence_length")}
     small = {name: size for name, size in sizes.items() if size < 1}
     yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
@@ -72,3 +72,21 @@ def problems(
     if config.kd_weight == config.lm_weight == config.states.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from state_problems(student, teacher, config.states)
+    yield from divergence(config.divergence, config.jsd_beta, config.top_k, config.temperature, student.vocab)
+
+
+def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature: float, vocab: int) -> Iterator[str]:
+    """A temperature that is not above 0 or that would do nothing, a mixture of one alone, a top-k of nothing, of everything or of
+    another divergence."""
+    if temperature <= 0:
+        yield f"temperature is {temperature}; it must be above 0 (1 leaves the logits as they are)."
+    elif temperature != 1 and kind in (Divergence.mse, Divergence.cosine):
+        yield f"temperature is {temperature}, but divergence {kind} is of the logits as they are: give temperature 1."
+    if kind == Divergence.jsd and not 0 < jsd_beta < 1:
+        yield (
+            f"jsd_beta is {jsd_beta}; it must be above 0 and below 1 (the limits are divergence forward_kl and reverse_kl)."
+        )
+    if top_k is not None and kind != Divergence.forward_kl:
+        yield f"top_k is {top_k}, but divergence {kind} takes the whole vocabulary: give forward_kl, or top_k null."
+    elif top_k is not None and not 1 <= top_k < vocab:
+        yield f"top_k is {top_k}; it must be at least 1 and below the vocabulary of {vocab}, which is top_k null."

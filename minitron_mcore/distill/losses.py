@@ -1,4 +1,4 @@
-"""Forward KL from teacher to student over a tensor-parallel vocabulary, from hidden states, never holding the logits.
+"""A divergence between teacher and student over a tensor-parallel vocabulary, from hidden states, never holding the logits.
 
 Tokens are worked off in chunks: two matrix products give a chunk's logits, the loss's gradient then takes the place of
 the student's, and two more products carry it to the hidden states and to the head. Nothing is left for the backward
@@ -12,7 +12,8 @@ t_r, s_r the distributions within it,
     KL(t || s) = sum_r w^t_r (KL(t_r || s_r) + log w^t_r - log w^s_r),    H(t) = sum_r w^t_r (H(t_r) - log w^t_r),
 
 so a rank gives the log-sum-exps that w is made of (teacher's, student's, student's at temperature 1), its own KL and
-entropy, and the label's logit: six floats a token.
+entropy, and the label's logit: six floats a token. The other divergences (see `divergences`) differ in what a rank sums
+and in what it writes.
 """
 
 from collections.abc import Iterator
@@ -22,11 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore.distill import chunks
-from minitron_mcore.runtime import UserError
-
-# Log-sum-exp of a rank that holds only padding: finite, and so far below any other that its weight is exactly 0.
-_NOTHING = -1e30
+from minitron_mcore.config import Divergence
+from minitron_mcore.distill import checks, chunks, divergences
+from minitron_mcore.errors import UserError, refuse
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,9 @@ class _Settings:
     kd_weight: float
     lm_weight: float
     temperature: float
+    divergence: Divergence
+    jsd_beta: float
+    top_k: int | None
     chunk_tokens: int | None
     with_gradient: bool
 
@@ -53,14 +55,17 @@ def distillation_loss(
     kd_weight: float = 1.0,
     lm_weight: float = 0.0,
     temperature: float = 1.0,
+    divergence: Divergence = Divergence.forward_kl,
+    jsd_beta: float = 0.5,
+    top_k: int | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of mask * (kd_weight * temperature^2 * KL(teacher || student) + lm_weight * cross-entropy).
+    """Sum over tokens of mask * (kd_weight * temperature^2 * divergence + lm_weight * cross-entropy).
 
-    KL is taken between softmax(logits / temperature) of both (Hinton et al. 2015; the factor keeps the gradient's size
-    as the temperature grows), cross-entropy at temperature 1; nats. Logits are products in the inputs' dtype, all that
-    follows is fp32 (fp64 for fp64). The gradients are formed here; backward only scales them, and only once (no
-    `retain_graph`).
+    The divergence is taken between softmax(logits / temperature) of both (Hinton et al. 2015; the factor keeps the
+    gradient's size as the temperature grows), mse and cosine between the logits; cross-entropy at temperature 1; nats.
+    Logits are products in the inputs' dtype, all that follows is fp32 (fp64 for fp64). The gradients are formed here;
+    backward only scales them, and only once (no `retain_graph`).
 
     What each tensor-parallel rank r holds (T tokens, V_r = padded vocabulary / TP):
 
@@ -74,25 +79,30 @@ def distillation_loss(
     Args:
         vocab_size: global, without padding.
         tp_group: the ranks that share the vocabulary; None: the heads are whole.
+        divergence: by name; the table in `divergences` has their formulas.
+        jsd_beta: the teacher's part of jsd's mixture, above 0 and below 1.
+        top_k: the forward KL of the teacher's k largest logits (of the whole vocabulary, over all ranks) and of the tail's mass.
         chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 64 MiB (512 MiB on CUDA).
 
     Returns:
-        (loss [], stats [3]): the loss; the masked sums of KL (without its factors), cross-entropy and the teacher's
+        (loss [], stats [3]): the loss; the masked sums of the divergence (without its factors), cross-entropy and the teacher's
         entropy, detached, the first and last 0 without a teacher. fp32, the same on all ranks.
 
     Raises:
-        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads, temperature <= 0.
+        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads; see `checks.divergence`.
     """
     tp = tp_group.size() if tp_group else 1
-    _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight, temperature)
+    _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight)
+    refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
     with_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
     temperature = temperature if teacher_head is not None else 1.0
     group = tp_group if tp > 1 else None
-    settings = _Settings(vocab_size, group, kd_weight, lm_weight, temperature, chunk_tokens, with_gradient)
+    kind = divergence, jsd_beta, top_k
+    settings = _Settings(vocab_size, group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient)
     return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
 
 
-def _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight, temperature) -> None:
+def _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight) -> None:
     if (teacher_hidden is None) != (teacher_head is None) or (teacher_hidden is None and kd_weight != 0):
         raise UserError(
             f"kd_weight is {kd_weight} without a whole teacher: give its hidden states and its head, or kd_weight 0."
@@ -105,8 +115,6 @@ def _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight
         )
     if not 0 < vocab_size <= rows:
         raise UserError(f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {rows} rows.")
-    if temperature <= 0:
-        raise UserError(f"temperature is {temperature}; it must be above 0 (1 leaves the logits as they are).")
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -163,101 +171,107 @@ def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements
         total[rows] += d_logits[:, rows].t() @ hidden
 
 
-def _shift(logits: Tensor, temperature: float, out: Tensor, largest: Tensor | None = None) -> Tensor:
-    """out [T, V] := logits / temperature - its maximum, which is returned (or `largest` [T], where it is known)."""
-    out.copy_(logits)
-    if temperature != 1:
-        out.div_(temperature)
-    largest = out.amax(-1) if largest is None else largest
-    out.sub_(largest[:, None])
-    return largest
-
-
 class _Tiles:
     """The work between the products, on a few tokens at a time, in buffers that are used again and again."""
 
     def __init__(self, settings: _Settings, like: Tensor, num_rows: int):
-        self.settings, self.rank = settings, settings.tp_group.rank() if settings.tp_group else 0
+        s = self.settings = settings
+        self.rank = s.tp_group.rank() if s.tp_group else 0
         self.start = self.rank * num_rows
-        self.width = min(max(settings.vocab_size - self.start, 0), num_rows)
+        self.width = min(max(s.vocab_size - self.start, 0), num_rows)
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.elements = chunks.TILE_ELEMENTS[like.device.type]
         self.size = chunks.tile_tokens(len(like), num_rows, like.device.type)
         self.buffers = torch.empty(chunks.TILE_BUFFERS, self.size, self.width, dtype=self.dtype, device=like.device)
+        self.divergence = divergences.make(s.divergence, s.vocab_size, s.jsd_beta, s.top_k, s.temperature)
 
     def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
-        """[KL, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
-        s, num_tokens = self.settings, len(labels)
-        tiles = [
-            (at, logits_s[at], None if logits_t is None else logits_t[at]) for at in _slices(num_tokens, self.size)
-        ]
+        """[divergence, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
+        s, divergence, num_tokens = self.settings, self.divergence, len(labels)
+        tiles = list(_slices(num_tokens, self.size)) if self.width else []
         place = labels - self.start
         inside = (place >= 0) & (place < self.width)
         place = place.clamp(0, max(self.width - 1, 0))[:, None]
-        # log-sum-exp of student, teacher, student at temperature 1; KL; entropy; label's logit
-        own = self.buffers.new_zeros(6, num_tokens)
-        largest, sums = torch.zeros_like(own[:3]), torch.ones_like(own[:3])
-        for at, *logits in tiles if self.width else ():
-            self._read(*logits, own[:, at], largest[:, at], sums[:, at])
+        kd, lm = s.kd_weight * s.temperature * mask, s.lm_weight * mask
+        # log-sum-exp of student, teacher, student at temperature 1; entropy; label's logit; the divergence's sums
+        own = self.buffers.new_zeros(5 + len(divergence.of_nothing), num_tokens)
+        chunk = divergences.Chunk(
+            (logits_s, logits_t, logits_s),
+            s.temperature,
+            torch.stack((kd, kd, lm)),
+            torch.zeros_like(own[:3]),
+            torch.ones_like(own[:3]),
+        )
+        if logits_t is not None:
+            divergence.start(logits_t, self._gather, self.rank)
+        for at in tiles:
+            self._read(chunk, at, own[:, at])
         if self.width:
-            own[5] = torch.where(inside, logits_s.gather(1, place).squeeze(1), 0)
+            own[4] = torch.where(inside, logits_s.gather(1, place).squeeze(1), 0)
         else:
-            own[:3] = _NOTHING
-        parts = own[None]
-        if s.tp_group:
-            parts = own.new_empty(s.tp_group.size(), *own.shape)
-            dist.all_gather(list(parts), own, group=s.tp_group)
-        lse, kl, entropy, label = parts[:, :3], parts[:, 3], parts[:, 4], parts[:, 5]
-        lse_all = lse.logsumexp(0)
-        log_share = lse - lse_all  # [TP, 3, T]: how much of each of the three softmaxes each rank holds
-        share = log_share.exp()
-        if s.with_gradient and self.width:
-            kd, lm = s.kd_weight * s.temperature * mask, s.lm_weight * mask
-            scale = torch.stack((kd, kd, lm)) * share[self.rank] / sums
-            for at, *logits in tiles:
-                self._write(*logits, largest[:, at], scale[:, at], place[at], (lm * inside)[at])
-        lm_loss = lse_all[2] - label.sum(0)
-        if logits_t is None:
-            return torch.stack((torch.zeros_like(lm_loss), lm_loss, torch.zeros_like(lm_loss)))
-        kl = (share[:, 1] * (kl + log_share[:, 1] - log_share[:, 0])).sum(0)
-        return torch.stack((kl, lm_loss, (share[:, 1] * (entropy - log_share[:, 1])).sum(0)))
+            own[:3] = divergences.NOTHING
+            own[5:] = own.new_tensor(divergence.of_nothing)[:, None]
+        parts = self._gather(own)
+        chunk.exchanged(parts[:, :3], self.rank)
+        lm_loss = chunk.lse[2] - parts[:, 4].sum(0)
+        values = torch.zeros_like(lm_loss), lm_loss, torch.zeros_like(lm_loss)
+        if logits_t is not None:
+            entropy = (chunk.share[:, 1] * (parts[:, 3] - chunk.log_share[:, 1])).sum(0)
+            values = divergence.value(chunk, parts[:, 5:], self._again(chunk, tiles)), lm_loss, entropy
+        for at in tiles if s.with_gradient else ():
+            self._write(chunk, at, place[at], (lm * inside)[at])
+        return torch.stack(values)
 
-    def _read(self, logits_s, logits_t, own: Tensor, largest: Tensor, sums: Tensor) -> None:
-        """A tile's first pass: fills `own` [6, T] but for its last row, the softmaxes' maxima and sums of exponentials [3, T]."""
-        x_s, e_s, x_t, e_t = self.buffers[:, : len(logits_s)]
+    def _gather(self, own: Tensor) -> Tensor:
+        """[TP, ...] of all ranks."""
+        if not self.settings.tp_group:
+            return own[None]
+        parts = own.new_empty(self.settings.tp_group.size(), *own.shape)
+        dist.all_gather(list(parts), own, group=self.settings.tp_group)
+        return parts
 
-        def exponentials(n: int, logits: Tensor, temperature: float, x: Tensor, e: Tensor) -> None:
-            largest[n] = _shift(logits, temperature, x)
+    def _again(self, chunk: divergences.Chunk, tiles: list[slice]) -> Tensor | None:
+        """[n, T]: the sums over all ranks of a second pass, where the divergence needs one."""
+        if not self.divergence.num_again:
+            return None
+        sums = chunk.sums.new_zeros(self.divergence.num_again, chunk.sums.shape[1])
+        for at in tiles:
+            sums[:, at] = self.divergence.read_again(chunk, at, *self.buffers[:, : at.stop - at.start])
+        if self.settings.tp_group:
+            dist.all_reduce(sums, group=self.settings.tp_group)
+        return sums
+
+    def _read(self, chunk: divergences.Chunk, at: slice, own: Tensor) -> None:
+        """A tile's first pass: fills `own` [n, T] but for the label's logit, and the softmaxes' maxima and sums of exponentials."""
+        x_s, e_s, x_t, e_t = self.buffers[:, : at.stop - at.start]
+
+        def exponentials(n: int, x: Tensor, e: Tensor) -> None:
+            divergences.scaled(chunk.logits[n][at], 1.0 if n == 2 else chunk.temperature, x)
+            chunk.largest[n, at] = x.amax(-1)
             # Not torch.softmax: on a CPU it sums one by one, which is 1e-5 off at 128 k entries.
-            sums[n] = torch.exp(x, out=e).sum(-1)
-            own[n] = largest[n] + sums[n].log()
+            chunk.sums[n, at] = torch.exp(x.sub_(chunk.largest[n, at, None]), out=e).sum(-1)
+            own[n] = chunk.largest[n, at] + chunk.sums[n, at].log()
 
-        exponentials(0, logits_s, self.settings.temperature, x_s, e_s)
-        if logits_t is not None:
-            exponentials(1, logits_t, self.settings.temperature, x_t, e_t)
-            own[3] = torch.sub(x_t, x_s, out=x_s).mul_(e_t).sum(-1) / sums[1] + (sums[0] / sums[1]).log()
-            own[4] = sums[1].log() - x_t.mul_(e_t).sum(-1) / sums[1]
-        if self.settings.temperature == 1:
-            largest[2], sums[2], own[2] = largest[0], sums[0], own[0]
+        exponentials(0, x_s, e_s)
+        if chunk.logits[1] is not None:
+            exponentials(1, x_t, e_t)
+            own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)
+            own[3] = chunk.sums[1, at].log() - x_t.mul_(e_t).sum(-1) / chunk.sums[1, at]
+        if chunk.temperature == 1:
+            chunk.largest[2, at], chunk.sums[2, at], own[2] = chunk.largest[0, at], chunk.sums[0, at], own[0]
         else:
-            exponentials(2, logits_s, 1.0, x_s, e_s)
+            exponentials(2, x_s, e_s)
 
-    def _write(self, logits_s, logits_t, largest: Tensor, scale: Tensor, place: Tensor, hit: Tensor) -> None:
-        """A tile's second pass: d loss / d logits_s over `logits_s`; `scale` [3, T] makes the exponentials its terms."""
-        s, (total, term, *_) = self.settings, self.buffers[:, : len(logits_s)]
-
-        def exponentials(n: int, logits: Tensor, temperature: float, out: Tensor) -> Tensor:
-            _shift(logits, temperature, out, largest[n])
-            return out.exp_()
-
-        if s.temperature == 1:
-            exponentials(0, logits_s, 1.0, total).mul_((scale[0] + scale[2])[:, None])
+    def _write(self, chunk: divergences.Chunk, at: slice, place: Tensor, hit: Tensor) -> None:
+        """A tile's second pass: d loss / d logits_s over the student's logits."""
+        total, term, *_ = self.buffers[:, : at.stop - at.start]
+        lm_weight = self.settings.lm_weight
+        if chunk.logits[1] is None:
+            chunk.exponentials(2, at, total).mul_(chunk.scale[2, at, None])
         else:
-            exponentials(0, logits_s, s.temperature, total).mul_(scale[0][:, None])
-            if s.lm_weight:
-                total.addcmul_(exponentials(2, logits_s, 1.0, term), scale[2][:, None])
-        if logits_t is not None:
-            total.addcmul_(exponentials(1, logits_t, s.temperature, term), scale[1][:, None], value=-1)
-        if s.lm_weight:
+            self.divergence.write(chunk, at, total, term)
+            if lm_weight and not self.divergence.joint:
+                total.addcmul_(chunk.exponentials(2, at, term), chunk.scale[2, at, None])
+        if lm_weight:
             total.scatter_add_(1, place, -hit[:, None])
-        logits_s.copy_(total)
+        chunk.logits[0][at].copy_(total)

@@ -55,6 +55,9 @@ class Objective:
             kd_weight=self.config.kd_weight,
             lm_weight=self.config.lm_weight,
             temperature=self.config.temperature,
+            divergence=self.config.divergence,
+            jsd_beta=self.config.jsd_beta,
+            top_k=self.config.top_k,
         )
         tokens = mask.sum()
         return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])
