@@ -97,12 +97,11 @@ def _verdict(found: dict[int, dict], size: int, where: str) -> tuple[str, list[i
     busy = [rank for rank, answer in found.items() if not answer["waits"]]
     longest = max(answer["still"] for answer in found.values())
     reasons = [f"rank {rank} does not answer (its process is stopped or gone)" for rank in silent]
-    if not silent:
-        reasons = [f"rank {rank} is in {found[rank]['place']} while others wait for it" for rank in busy]
+    reasons += [f"rank {rank} is in {found[rank]['place']} while others wait" for rank in busy]
     if not reasons:
         reasons = [f"rank {rank} waits in {answer['place']}" for rank, answer in found.items()]
     shown = "; ".join(reasons[:8]) + (f"; and {len(reasons) - 8} more" if len(reasons) > 8 else "")
-    return (
-        f"nothing has moved for {longest:.0f} s in {where}: {shown}. The same command goes on from the last saved step.",
-        silent or busy,
+    message = (
+        f"nothing has moved for {longest:.0f} s in {where}: {shown}. The same command goes on from the last saved step."
     )
+    return message, silent + busy
