@@ -33,7 +33,8 @@ _KEPT = ("tokens", "labels", "loss_mask")
 class BadStep(Exception):
     """A step that cannot be taken, on all ranks alike; weights, optimizer and schedule are those of the step before.
 
-    `what` is "loss" or "gradient"; `sums` are the statistics of each micro-batch on last-stage ranks, empty elsewhere.
+    `what` is "loss", which the micro-batches' own statistics show, "gradient", or another sum; `sums` are these statistics on
+    last-stage ranks, empty elsewhere.
     """
 
     def __init__(self, what: str, value: float, sums: list[Tensor]):
@@ -112,7 +113,7 @@ class Guard:
         if not runtime.is_last_stage() or runtime.tp_group().rank():
             return None
         sums = torch.stack(bad.sums) if bad.sums else torch.zeros(len(batches), 0)
-        chosen = [n for n in range(len(batches)) if bad.what == "gradient" or not sums[n].isfinite().all()]
+        chosen = [n for n in range(len(batches)) if bad.what != "loss" or not sums[n].isfinite().all()]
         if not chosen:
             return None
         config, dp = self.config, runtime.dp_group()

@@ -17,9 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from minitron_mcore import checkpoint, runtime, schedule
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
-from minitron_mcore.distill import checks, failure
+from minitron_mcore.distill import checks, failure, vocabulary
 from minitron_mcore.distill.objective import Objective
-from minitron_mcore.distill.teacher import Teacher
+from minitron_mcore.distill.teacher import Teacher, cut_head
 from minitron_mcore.errors import NotFinite, refuse
 from minitron_mcore.models import build
 from minitron_mcore.plan import cost
@@ -41,10 +41,11 @@ def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig
     """Refuse what cannot train before a model is built.
 
     Raises:
-        UserError: see `checks.problems`.
+        UserError: see `checks.problems` and `vocabulary.problems`.
     """
-    dp_size = runtime.dp_group().size()
-    refuse(checks.problems(student.arch, teacher and teacher.arch, config, parallel, dp_size))
+    found = [*checks.problems(student.arch, teacher and teacher.arch, config, parallel, runtime.dp_group().size())]
+    found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
+    refuse(found)
 
 
 class Trainer:
@@ -67,10 +68,12 @@ class Trainer:
         self.config, self.arch, self.step = config, student.arch, 0
         self.teacher_arch = teacher.arch if teacher else None
         model = checkpoint.build_model(student, parallel, dtype)
-        self.teacher = (
-            Teacher(checkpoint.build_model(teacher, parallel, dtype), config.teacher_ahead) if teacher else None
-        )
-        self.objective = Objective(model, self.teacher, student.arch.vocab, config)
+        self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
+        self.teacher = None
+        if teacher:
+            frozen = checkpoint.build_model(teacher, parallel, dtype)
+            self.teacher = Teacher(frozen, config.teacher_ahead, cut_head(frozen, teacher, student.arch))
+        self.objective = Objective(model, self.teacher, self.vocab, config)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=config.distributed_optimizer,
             grad_reduce_in_fp32=True,
@@ -119,7 +122,7 @@ class Trainer:
         config, dp = self.config, runtime.dp_group()
         return {
             "cache": data.cache,
-            "vocab_size": self.arch.vocab,
+            "vocab_size": self.vocab,
             "seed": data.seed,
             "sequence_length": config.sequence_length,
             "micro_batch_size": config.micro_batch,
