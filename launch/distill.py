@@ -13,7 +13,7 @@ def main(config: DistillRun) -> None:
     from minitron_mcore.distill import stage
 
     settings = config.distill
-    with runtime.distributed(config.parallel, config.seed, settings.sequence_length):
+    with runtime.distributed(config.parallel, config.seed, settings.sequence_length, patience=settings.hang_minutes):
         student = checkpoint.open_checkpoint(config.student, "student")
         teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.taught else None
         stage.run(config, settings, student, teacher)

@@ -19,7 +19,9 @@ def main(config: SearchRun) -> None:
     from minitron_mcore import runtime
     from minitron_mcore.plan import ranking
 
-    with runtime.distributed(config.parallel, config.seed, config.evaluate.sequence_length):
+    with runtime.distributed(
+        config.parallel, config.seed, config.evaluate.sequence_length, patience=config.distill.hang_minutes
+    ):
         ranking.run(config)
 
 

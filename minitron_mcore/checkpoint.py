@@ -32,7 +32,7 @@ import yaml
 from torch import Tensor
 
 from minitron_mcore import distcp, runtime
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import NotFinite, UserError
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import shipped
@@ -111,8 +111,9 @@ def claimed(out_dir: str | Path, config: dict, resume: bool = False) -> Iterator
         dist.broadcast_object_list(box, src=0)
     try:
         yield box[0]
-    except BaseException:
-        if runtime.rank() == 0 and not (out_dir / "latest").is_file():
+    except BaseException as error:
+        kept = (out_dir / "latest").is_file() or isinstance(error, NotFinite)
+        if runtime.rank() == 0 and not kept:
             shutil.rmtree(out_dir, ignore_errors=True)
         raise
     if not resume:

@@ -169,6 +169,14 @@ class PruneConfig:
     """Refuse a target that the model's Hugging Face class cannot hold; false is for a model that stays in sharded checkpoints."""
 
 
+class BadLoss(StrEnum):
+    """What a run does about a step whose loss or gradient is NaN or infinite; its micro-batches are kept in either case."""
+
+    stop = "stop"
+    skip = "skip"
+    """The step's data counts as seen, weights and optimizer stay as they are."""
+
+
 @dataclass
 class TrainConfig:
     """A training run; defaults are Llama-3.1-Minitron-4B's distillation (arXiv 2408.11796, table 4)."""
@@ -192,6 +200,11 @@ class TrainConfig:
     save_every: int = 500
     stop_after: int | None = None
     """Save and stop after this step; the same command without it goes on."""
+    on_bad_loss: BadLoss = BadLoss.stop
+    bad_loss_limit: int = 10
+    """With on_bad_loss=skip, at most so many steps in a row."""
+    hang_minutes: float = 10.0
+    """When a rank has stood still for so long, the run ends and names those that kept the others waiting."""
 
 
 class StatesLoss(StrEnum):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minitron_mcore import report
 from minitron_mcore.config import DistillConfig
-from minitron_mcore.distill import checks
+from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.importance import study
@@ -80,7 +80,7 @@ def plan(config: Run) -> dict:
     )
     sizes = (*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length)
     countable = not problems and min(sizes) >= 1
-    problems += _problems(config, archs, training, setting)
+    problems += _problems(config, models, training, setting)
     figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
     for role, (arch, where) in models.items():
         counts = {"parameters": table.count(arch), "without_embeddings": table.count(arch, embeddings=False)}
@@ -210,9 +210,10 @@ def _maker(path: Path, config: Run) -> Run:
 
 
 def _problems(
-    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
+    config: Run, models: dict[str, tuple[Architecture, str]], training: DistillConfig | None, setting: cost.Setting
 ) -> Iterator[str]:
     """All rules that the stage would break."""
+    archs = {role: arch for role, (arch, _) in models.items()}
     if not _on_one_process(config):
         length = setting.sequence_length if setting.sequence_length > 1 else None
         yield from layout.problems(config.parallel, setting.world, length)
@@ -221,6 +222,9 @@ def _problems(
             yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
         yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
+    if {"student", "teacher"} <= archs.keys():
+        folders = (_hf(models[role][1]) for role in ("student", "teacher"))
+        yield from vocabulary.problems(archs["student"], archs["teacher"], *folders)
     if isinstance(config, ImportanceRun) and "model" in archs:
         yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
@@ -235,6 +239,12 @@ def _problems(
             check_counts(archs["target"], config.parameters, config.without_embeddings)
         except UserError as mistake:
             yield str(mistake)
+
+
+def _hf(where: str) -> Path | None:
+    """The tokenizer's folder of a model that was found there; None where it is not made yet."""
+    folder = Path(where)
+    return next((path for path in (folder / "hf", folder) if (path / "config.json").is_file()), None)
 
 
 def _ranks(

@@ -1,4 +1,4 @@
-"""The one exception that users see as a sentence."""
+"""The exceptions that users see as a sentence, and the exit statuses that go with them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,6 +6,18 @@ from pathlib import Path
 
 class UserError(Exception):
     """A mistake in what the user gave: one sentence that names the value, the limit and the remedy; several on a line each."""
+
+    exit_status = 2
+
+
+class NotFinite(UserError):
+    """A loss or gradient that is NaN or infinite ended a training run; what it left in its folder stays there."""
+
+    exit_status = 3
+
+
+HUNG_STATUS = 4
+"""Exit status of the ranks that waited in vain for another (see `watch`)."""
 
 
 def refuse(problems: Iterable[str]) -> None:

@@ -32,7 +32,8 @@ for _name, _schema in LAUNCH_FILES.items():
 def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
     """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass from `LAUNCH_FILES`.
 
-    A UserError becomes its sentence on one rank and exit status 2; with `dry_run` the stage is planned instead (see `dryrun`).
+    A UserError becomes its sentence on one rank and its exit status (see `errors`); with `dry_run` the stage is planned instead
+    (see `dryrun`).
     """
 
     def decorate(fn: Callable) -> Callable[[], None]:
@@ -54,7 +55,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
                     print("\n".join(f"error: {line}" for line in str(error).splitlines()), flush=True)
                 else:
                     time.sleep(10)  # torchrun ends all when the first goes, and rank 0 has something to say
-                sys.exit(2)
+                sys.exit(error.exit_status)
 
         return main
 
@@ -84,10 +85,11 @@ def resolve(raw: DictConfig):
 
 def plain(config: StageRun) -> dict:
     """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, without
-    what says only when to pause (`stop_after`) or who does which part (`shard`), and without `dry_run`."""
+    what says only when to pause (`stop_after`), who does which part (`shard`) or what to do about failures, and without
+    `dry_run`."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
     for section in ("correct", "distill", "search"):
-        for key in ("stop_after", "shard", "shards"):
+        for key in ("stop_after", "shard", "shards", "on_bad_loss", "bad_loss_limit", "hang_minutes"):
             data.get(section, {}).pop(key, None)
 
     def simple(value):

@@ -61,6 +61,7 @@ def distributed(
     seed: int = 1234,
     sequence_length: int | None = None,
     store: dist.Store | None = None,
+    patience: float = 10.0,
 ) -> Iterator[None]:
     """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
 
@@ -69,6 +70,8 @@ def distributed(
         seed: megatron-core's model-parallel random state starts from it.
         sequence_length: tokens of the sequences that will go through a model, where the caller knows.
         store: rendezvous for tests; otherwise the environment's, or a file's where torchrun isn't there.
+
+        patience: minutes that `watch` gives a rank; two more, and a collective that still waits fails by itself.
 
     Raises:
         UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`).
@@ -84,7 +87,7 @@ def distributed(
         store=store,
         rank=this_rank,
         world_size=world_size,
-        timeout=datetime.timedelta(minutes=10),
+        timeout=datetime.timedelta(minutes=patience + 2),
     )
     try:
         mpu.initialize_model_parallel(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from minitron_mcore import runtime
+from minitron_mcore import runtime, watch
 from minitron_mcore.models.build import Model
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
@@ -43,6 +43,7 @@ def forward(
     """
 
     def step(iterator, chunk):
+        watch.beat()
         whole = next(iterator)
         batch = share(whole)
         output = chunk(batch["tokens"], None, None, headless=headless, loss_mask=batch.get("mask"))
@@ -88,6 +89,7 @@ def forward_backward(
     """
 
     def step(iterator, chunk):
+        watch.beat()
         batch = share(next(iterator))
         on_batch(batch)
         return chunk(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)

@@ -50,6 +50,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str: ...
 
+    @abstractmethod
+    def pieces(self) -> dict[int, str]:
+        """What each id stands for, as the vocabulary writes it."""
+
     def documents(self, texts: list[str]) -> list[list[int]]:
         return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._ids(texts)]
 
@@ -74,6 +78,9 @@ class _HuggingFace(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+
+    def pieces(self) -> dict[int, str]:
+        return {number: piece for piece, number in self.tokenizer.get_vocab().items()}
 
 
 class _Fast(_HuggingFace):
@@ -145,6 +152,9 @@ class _SentencePiece(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
+
+    def pieces(self) -> dict[int, str]:
+        return {number: self.processor.id_to_piece(number) for number in range(self.vocab_size)}
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [[*self.start, *ids] for ids in self.processor.encode(texts)]

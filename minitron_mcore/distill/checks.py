@@ -48,16 +48,11 @@ def state_problems(student: Architecture, teacher: Architecture | None, config: 
 def problems(
     student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
-    """A size below 1, vocabularies that differ, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a
-    warm-up as long as the run, no loss, and what `divergence` and `state_problems` find."""
+    """A size below 1, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a warm-up as
+    long as the run, no loss, and what `divergence` and `state_problems` find."""
     sizes = {name: getattr(config, name) for name in ("steps", "global_batch", "micro_batch", "sequence_length")}
     small = {name: size for name, size in sizes.items() if size < 1}
     yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
-    if teacher and teacher.vocab != student.vocab:
-        yield (
-            f"the teacher's vocabulary has {teacher.vocab} tokens, the student's {student.vocab}: "
-            "distillation on logits needs the same tokenizer."
-        )
     # The interleaved schedule takes micro-batches in groups of as many as there are pipeline ranks.
     group = parallel.pipeline if parallel.virtual > 1 else 1
     unit = config.micro_batch * dp_size * group
@@ -69,6 +64,9 @@ def problems(
         )
     if not 0 <= config.warmup_steps < config.steps:
         yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."
+    if config.bad_loss_limit < 1 or config.hang_minutes <= 0:
+        limits = f"bad_loss_limit is {config.bad_loss_limit} and hang_minutes {config.hang_minutes:g}"
+        yield f"{limits}: the former must be at least 1, the latter above 0."
     if config.kd_weight == config.lm_weight == config.states.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from state_problems(student, teacher, config.states)

@@ -7,7 +7,7 @@ from pathlib import Path
 from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig
-from minitron_mcore.distill import train
+from minitron_mcore.distill import train, vocabulary
 from minitron_mcore.launching import plain
 from minitron_mcore.models import spec
 from minitron_mcore.runs import StageRun
@@ -34,7 +34,9 @@ def run(
     train.check(student, teacher, settings, config.parallel)
     with checkpoint.claimed(out_dir, plain(config), resume=True) as resumed:
         runtime.log(spec.describe())
-        prefixes, weights = data.prepare(config.data, student.hf, student.arch.vocab)
+        prefixes, weights = data.prepare(
+            config.data, student.hf, vocabulary.shared(student.arch, teacher and teacher.arch)
+        )
         trainer = train.Trainer(student, teacher, settings, config.parallel, config.dtype.value)
         if resumed:
             trainer.resume(checkpoint.open_checkpoint(out_dir))

@@ -4,10 +4,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from minitron_mcore import runtime, schedule
+from minitron_mcore import runtime, schedule, stream
+from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.distill.states import States
+from minitron_mcore.models import table
+from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
 from minitron_mcore.schedule import Batch
 
@@ -20,13 +23,13 @@ class Teacher:
     student's. States of its blocks lie where the student's are compared with them (see `states`).
     """
 
-    def __init__(self, model: Model, ahead: int, states: States | None = None):
-        """`ahead`: micro-batches that the teacher runs at a time."""
-        self.model, self.ahead, self.states = model.eval().requires_grad_(False), ahead, states
+    def __init__(self, model: Model, ahead: int, head: Tensor | None = None, states: States | None = None):
+        """`ahead`: micro-batches that the teacher runs at a time; `head`: instead of the model's (see `cut_head`)."""
+        self.model, self.ahead, self._head, self.states = model.eval().requires_grad_(False), ahead, head, states
 
     @property
-    def head(self) -> nn.Parameter:
-        return self.model.head()
+    def head(self) -> Tensor:
+        return self.model.head() if self._head is None else self._head
 
     def feed(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """A step's micro-batches with "teacher_hidden" added on last-stage ranks, and what `states` adds (collective).
@@ -47,3 +50,26 @@ class Teacher:
             schedule.forward(self.model, batches, lambda output, batch: hidden.append(output))
         parts = itertools.zip_longest(batches, states, hidden)
         return [batch | inner | {"teacher_hidden": final} for batch, inner, final in parts]
+
+
+def cut_head(model: Model, source: Checkpoint, student: Architecture) -> Tensor | None:
+    """The rows of a teacher's head that go with the student's; None where its own shards are these, and off the last stage.
+
+    Tensor-parallel rank r of TP holds rows r * V_s / TP .. (r + 1) * V_s / TP of either, V_s the student's padded vocabulary; ids
+    that the teacher doesn't have are zeros. The teacher was loaded at its own V_t / TP, so the rows are read again by their place
+    in the whole head. The model's own head goes, unless it is its embedding too.
+    """
+    tp, arch = runtime.tp_group(), source.arch
+    padded = table.padded_vocab(student, tp.size())
+    if not runtime.is_last_stage() or padded == table.padded_vocab(arch, tp.size()):
+        return None
+    own = model.head()
+    name = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
+    parameter = next(parameter for parameter in table.parameters(arch) if parameter.name == name)
+    head = own.new_zeros(padded // tp.size(), arch.hidden)
+    start = tp.rank() * len(head)
+    if (rows := min(len(head), arch.vocab - start)) > 0:
+        head[:rows] = stream.Reader(source).read(parameter, (start, 0), (rows, arch.hidden))
+    if not (arch.tied and runtime.is_first_stage()):
+        own.data = own.new_empty(0)
+    return head

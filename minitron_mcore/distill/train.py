@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import signal
 import threading
 import time
@@ -16,11 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 from minitron_mcore import checkpoint, runtime, schedule
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
-from minitron_mcore.distill import checks
+from minitron_mcore.distill import checks, failure, vocabulary
 from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.states import States
-from minitron_mcore.distill.teacher import Teacher
-from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.distill.teacher import Teacher, cut_head
+from minitron_mcore.errors import NotFinite, refuse
 from minitron_mcore.models import build
 from minitron_mcore.plan import cost
 from minitron_mcore.schedule import Batch
@@ -41,10 +42,11 @@ def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig
     """Refuse what cannot train before a model is built.
 
     Raises:
-        UserError: see `checks.problems`.
+        UserError: see `checks.problems` and `vocabulary.problems`.
     """
-    dp_size = runtime.dp_group().size()
-    refuse(checks.problems(student.arch, teacher and teacher.arch, config, parallel, dp_size))
+    found = [*checks.problems(student.arch, teacher and teacher.arch, config, parallel, runtime.dp_group().size())]
+    found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
+    refuse(found)
 
 
 class Trainer:
@@ -67,18 +69,19 @@ class Trainer:
         self.config, self.arch, self.step = config, student.arch, 0
         self.teacher_arch = teacher.arch if teacher else None
         model = checkpoint.build_model(student, parallel, dtype)
+        self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=config.distributed_optimizer,
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=runtime.device().type == "cuda",
         )
         self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
-        self.teacher = (
-            Teacher(checkpoint.build_model(teacher, parallel, dtype), config.teacher_ahead, self.states)
-            if teacher
-            else None
-        )
-        self.objective = Objective(model, self.teacher, student.arch.vocab, config)
+        self.teacher = None
+        if teacher:
+            frozen = checkpoint.build_model(teacher, parallel, dtype)
+            head = cut_head(frozen, teacher, student.arch)
+            self.teacher = Teacher(frozen, config.teacher_ahead, head, self.states)
+        self.objective = Objective(model, self.teacher, self.vocab, config)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -96,6 +99,7 @@ class Trainer:
             [*self.chunks, *(self.states.trained if self.states else [])],
             use_gloo_process_groups=False,
         )
+        failure.guard_gradient(self.optimizer)
         for optimizer in self.optimizer.chained_optimizers if config.distributed_optimizer else ():
             _save_buckets_in_place(optimizer)
         model.config.finalize_model_grads_func = self.states.finalize if self.states else finalize_model_grads
@@ -121,7 +125,7 @@ class Trainer:
         config, dp = self.config, runtime.dp_group()
         return {
             "cache": data.cache,
-            "vocab_size": self.arch.vocab,
+            "vocab_size": self.vocab,
             "seed": data.seed,
             "sequence_length": config.sequence_length,
             "micro_batch_size": config.micro_batch,
@@ -135,8 +139,10 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.
 
+        A step all of whose tokens are masked moves nothing, not even by weight decay, and counts.
+
         Raises:
-            UserError: a loss or gradient that is not finite; the weights are still those of the step before.
+            BadStep: a loss or gradient that is not finite, on all ranks; all is still as after the step before.
         """
         start = time.monotonic()
         for chunk in self.chunks:
@@ -145,21 +151,24 @@ class Trainer:
             self.states.begin()
         self.optimizer.zero_grad()
         fed = self.teacher.feed(batches) if self.teacher else batches
-        sums = torch.zeros(4, device=runtime.device())
         on_batch = [self.states.take] if self.states else []
-        for part in schedule.forward_backward(self.chunks, fed, self.objective, batches[0], len(batches), *on_batch):
+        parts = schedule.forward_backward(self.chunks, fed, self.objective, batches[0], len(batches), *on_batch)
+        sums = torch.zeros(4, device=runtime.device())
+        for part in parts:
             sums += part
         kd, lm, entropy, tokens = self._total(sums).tolist()
+        if not math.isfinite(kd + lm + tokens):
+            raise failure.BadStep("loss", kd + lm + tokens, parts)
         states = {"states_loss": self.states.total() / max(tokens, 1.0)} if self.states else {}
-        if not torch.isfinite(torch.tensor([kd, lm, *states.values()])).all():
-            found = ", ".join(f"{name} {value}" for name, value in ({"kd": kd, "lm": lm} | states).items())
-            raise UserError(
-                f"the loss of step {self.step + 1} is not finite ({found}): nothing was changed; lower peak_lr."
-            )
+        for value in states.values():
+            if not math.isfinite(value):
+                raise failure.BadStep("loss of intermediate states", value, parts)
         self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
-        updated, norm, _ = self.optimizer.step()
-        if not updated or not 0 <= norm < float("inf"):
-            raise UserError(f"the gradient of step {self.step + 1} is not finite (norm {norm}): lower peak_lr.")
+        try:
+            norm = self.optimizer.step()[1] if tokens else 0.0
+        except failure.BadStep as bad:
+            self.scheduler.step(increment=-1)
+            raise failure.BadStep(bad.what, bad.value, parts) from None
         self.step += 1
         seconds, count, length = time.monotonic() - start, max(tokens, 1.0), self.config.sequence_length
         return {
@@ -177,6 +186,16 @@ class Trainer:
             if self.teacher
             else 0.0,
         }
+
+    def skip_step(self) -> None:
+        """Count a step that was not taken: its data has been seen and its learning rate had its turn."""
+        self.scheduler.step(increment=1)
+        self.step += 1
+
+    def bad_gradient(self) -> str:
+        """Names the first of this rank's parameters whose gradient is not finite; empty where there is none."""
+        named = build.named_parameters(self.model)
+        return next((name for name, parameter in named if not parameter.main_grad.isfinite().all()), "")
 
     def _total(self, sums: Tensor) -> Tensor:
         dist.all_reduce(sums, group=runtime.dp_cp_group())
@@ -249,7 +268,10 @@ def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dic
         out_dir: claimed and described folder.
 
     Returns:
-        The figures of the steps that this call ran.
+        The figures of the steps that this call ran, but for those that it skipped.
+
+    Raises:
+        NotFinite: see `failure.Guard`; the steps before are saved.
     """
     config, history = trainer.config, []
     last = min(config.steps, config.stop_after or config.steps)
@@ -257,25 +279,34 @@ def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dic
     record = _Record(out_dir, trainer.step) if runtime.rank() == 0 else None
     progress = runtime.Progress("train", last - trainer.step, "steps")
     first = saved = trainer.step
-    stop = _Stop()
-    while trainer.step < last and not stop.agreed():
-        figures = trainer.train_step([next(batches) for _ in range(per_step)])
-        history.append(figures)
-        if record and (trainer.step % config.log_every == 0 or trainer.step == last):
-            record.write(figures)
-        progress.update(
-            trainer.step - first,
-            f", kd {figures['kd_loss']:.3f}, lm {figures['lm_loss']:.3f}, {figures['tokens_per_second']:.0f} tokens/s",
-        )
-        if trainer.step % config.save_every == 0 or trainer.step == last:
+    stop, guard = _Stop(), failure.Guard(config, out_dir)
+    with failure.watched(trainer, out_dir):
+        while trainer.step < last and not stop.agreed():
+            try:
+                figures = guard.step(trainer, [next(batches) for _ in range(per_step)])
+            except NotFinite:
+                if trainer.step > saved:
+                    trainer.save(out_dir)
+                raise
+            if figures:
+                history.append(figures)
+                if record and (trainer.step % config.log_every == 0 or trainer.step == last):
+                    record.write(figures)
+                progress.update(trainer.step - first, _progress(figures))
+            if trainer.step % config.save_every == 0 or trainer.step == last:
+                trainer.save(out_dir)
+                saved = trainer.step
+        if trainer.step > saved:
             trainer.save(out_dir)
-            saved = trainer.step
-    if trainer.step > saved:
-        trainer.save(out_dir)
-        runtime.log(f"told to stop: saved step {trainer.step}; the same command goes on from there")
+            runtime.log(f"told to stop: saved step {trainer.step}; the same command goes on from there")
     if record:
         record.close()
     return history
+
+
+def _progress(figures: dict[str, float]) -> str:
+    losses = f"kd {figures['kd_loss']:.3f}, lm {figures['lm_loss']:.3f}"
+    return f", {losses}, {figures['tokens_per_second']:.0f} tokens/s"
 
 
 def summary(history: list[dict[str, float]]) -> list[dict]:
