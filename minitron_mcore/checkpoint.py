@@ -333,7 +333,8 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     with runtime.agreed():
         for name, parameter in build.named_parameters(model):
             peak = parameter.detach().abs().max().item()
-            zero = peak == 0 and parameter.dim() > 1  # biases and zero-centred norms may all be 0
+            centred = parameter.dim() == 1 and checkpoint.arch.traits.norm == "LayerNorm1P"
+            zero = peak == 0 and not (centred or name.endswith("bias"))
             if zero or not peak < float("inf"):
                 raise UserError(
                     f"{name} in {checkpoint.path} has largest magnitude {peak}: these are no trained weights."
