@@ -145,6 +145,11 @@ def test_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, pair):
         ({"global_batch": 3}, "global_batch 3 is not a multiple of micro_batch 1 x 2 data-parallel ranks = 2: give 2"),
         ({"warmup_steps": 4}, "warmup_steps is 4; it must be below steps 4"),
         ({"kd_weight": 0.0}, "nothing to train on"),
+        (
+            {"divergence": "cosine", "temperature": 2.0},
+            "divergence cosine is of the logits as they are",
+        ),
+        ({"top_k": 100_000}, "top_k is 100000; it must be at least 1 and below the vocabulary"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, pair, change, sentence):
