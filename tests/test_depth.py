@@ -198,7 +198,7 @@ SINGLE = [5.0, 0.4, 0.1, 0.3, 0.1, 0.5, 0.2, 4.0]
 
 def test_no_rule_but_the_naive_one_walks_into_the_cliff():
     """2 and 4 are each missed least, and together most."""
-    measure, ranked = landscape(SINGLE, {2, 4}), study.ranking(DepthMetric.loss)
+    measure, ranked = landscape(SINGLE, {2, 4}), study.ranking(DepthMetric.loss, questions=0)
     assert study.scattered(8, 2, measure, ranked) == [2, 4]
     assert study.contiguous(8, 2, measure, ranked) == [2, 3]
     assert study.iterative(8, 3, measure, ranked) == [2, 3, 6]
@@ -221,7 +221,9 @@ def test_no_rule_but_the_naive_one_walks_into_the_cliff():
 
 def test_each_metric_has_its_direction():
     measure = landscape(SINGLE, {2, 4})
-    choose = {metric: study.contiguous(8, 2, measure, study.ranking(metric)) for metric in list(DepthMetric)[:3]}
+    choose = {
+        metric: study.contiguous(8, 2, measure, study.ranking(metric, questions=0)) for metric in list(DepthMetric)[:3]
+    }
     assert choose == {"loss": [2, 3], "kl": [2, 3], "mse": [0, 1]}
     # Of those that answer all questions, the one with the least loss.
     assert study.contiguous(8, 2, measure, study.ranking(DepthMetric.accuracy)) == [5, 6]

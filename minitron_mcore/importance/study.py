@@ -89,20 +89,21 @@ def ranking(metric: DepthMetric, cosines: Sequence[float] = (), questions: int =
 
     Args:
         cosines: for the metric of that name: 1 - cos(input, output) of each block; a set's is their sum.
-        questions: for accuracy: how many were asked.
+        questions: for accuracy: how many were asked; others may have none.
     """
 
     def ranked(points: Iterable[dict]) -> list[dict]:
-        points = list(points)
-        best = max(point["accuracy"] for point in points) if metric == DepthMetric.accuracy else 0.0
-        enough = best - standard_error(best, questions)
+        points, enough = list(points), 1.0
+        if metric == DepthMetric.accuracy:
+            best = max(point["accuracy"] for point in points)
+            enough = best - standard_error(best, questions)
 
         def missed(point: dict) -> tuple[float, float]:
             if metric == DepthMetric.cosine:
                 return sum(cosines[block] for block in point["dropped"]), point["loss"]
-            return -min(point["accuracy"], enough) if metric == DepthMetric.accuracy else point[metric.value], point[
-                "loss"
-            ]
+            if metric == DepthMetric.accuracy:
+                return -min(point["accuracy"], enough), point["loss"]
+            return point[metric.value], point["loss"]
 
         return sorted(points, key=missed)
 
