@@ -257,7 +257,11 @@ def _ranks(
     if training:
         micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
         ahead, shared = training.teacher_ahead, training.distributed_optimizer
-        rows = cost.training(main, archs.get("teacher"), setting, micro_batches, ahead, shared)
+        teacher = archs.get("teacher")
+        if list(checks.state_problems(main, teacher, training.states)):
+            return []  # pairs of blocks that are not there
+        pairs = checks.state_pairs(main, teacher, training.states) if teacher else []
+        rows = cost.training(main, teacher, setting, micro_batches, ahead, shared, pairs)
     elif isinstance(config, DepthRun):
         rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):

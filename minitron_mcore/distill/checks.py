@@ -1,8 +1,9 @@
 """What a training run must keep. No torch import."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from minitron_mcore.config import DistillConfig, Divergence, ParallelConfig, StatesConfig
+from minitron_mcore.models import layout
 from minitron_mcore.models.architecture import Architecture
 
 EMBEDDINGS = -1
@@ -14,6 +15,17 @@ def state_pairs(student: Architecture, teacher: Architecture, config: StatesConf
     last = [[student.blocks - 3, teacher.blocks - 3]]
     blocks = last if config.pairs is None else config.pairs
     return [(EMBEDDINGS, EMBEDDINGS)] * config.embeddings + [(s, t) for s, t in blocks] if config.weight else []
+
+
+def state_routes(
+    student: Architecture, teacher: Architecture, pairs: Sequence[tuple[int, int]], parallel: ParallelConfig
+) -> Iterator[tuple[int, int, int]]:
+    """(teacher's block, pipeline rank that has it, pipeline rank that wants it) of each pair."""
+    for own, theirs in pairs:
+        source, target = (
+            layout.block_rank(arch, parallel, max(block, 0)) for arch, block in ((teacher, theirs), (student, own))
+        )
+        yield theirs, source, target
 
 
 def state_problems(student: Architecture, teacher: Architecture | None, config: StatesConfig) -> Iterator[str]:

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from minitron_mcore import runtime
 from minitron_mcore.config import DistillConfig, ParallelConfig, StatesLoss
 from minitron_mcore.distill import checks
-from minitron_mcore.models import build, layout
+from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.schedule import Batch
 
@@ -64,13 +64,11 @@ class States:
         self.sum = torch.zeros((), device=runtime.device())
         # The groups over which a sum over this rank's rows and pairs becomes one over a sequence's and all.
         self.groups = [runtime.pp_group(), *([runtime.tp_group()] if parallel.sequence else [])]
-        routes = set()
-        for own, theirs in checks.state_pairs(arch, teacher, config.states):
-            routes.add((theirs, _rank(teacher, parallel, theirs), _rank(arch, parallel, own)))
+        pairs = checks.state_pairs(arch, teacher, config.states)
+        self.routes = sorted(set(checks.state_routes(arch, teacher, pairs, parallel)))
+        for own, theirs in pairs:
             if module := _maker(model, arch, own):
                 module.register_forward_hook(partial(self._attach, theirs))
-        self.routes = sorted(routes)
-        """(teacher's block, pipeline rank that has it, pipeline rank that wants it)"""
         self.projection: nn.Parameter | None = None
         self.trained: list[DistributedDataParallel] = []
         """For the optimizer, beside the student's chunks."""
@@ -201,12 +199,6 @@ def _key(block: int) -> str:
 def _hidden(output: Tensor | tuple) -> Tensor:
     """megatron-core's attention and MLP layers return a tuple, its embedding a tensor."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def _rank(arch: Architecture, parallel: ParallelConfig, block: int) -> int:
-    """The pipeline rank that holds a block, or the embedding table."""
-    first = max(block, 0)
-    return next(n for n, own in enumerate(layout.stage_blocks(arch, parallel)) if first in own) % parallel.pipeline
 
 
 def _maker(model: build.Model, arch: Architecture, block: int) -> nn.Module | None:

@@ -194,7 +194,8 @@ class Trainer:
 
     def bad_gradient(self) -> str:
         """Names the first of this rank's parameters whose gradient is not finite; empty where there is none."""
-        named = build.named_parameters(self.model)
+        extra = self.states.trained if self.states else []
+        named = [*build.named_parameters(self.model), *(named for part in extra for named in part.named_parameters())]
         return next((name for name, parameter in named if not parameter.main_grad.isfinite().all()), "")
 
     def _total(self, sums: Tensor) -> Tensor:

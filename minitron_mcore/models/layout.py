@@ -101,6 +101,11 @@ def rank_chunks(arch: Architecture, parallel: ParallelConfig, rank: int) -> list
     return stage_blocks(arch, parallel)[rank :: parallel.pipeline]
 
 
+def block_rank(arch: Architecture, parallel: ParallelConfig, block: int) -> int:
+    """The pipeline rank that holds a block."""
+    return next(n for n, own in enumerate(stage_blocks(arch, parallel)) if block in own) % parallel.pipeline
+
+
 def held(arch: Architecture, parallel: ParallelConfig, rank: int, experts: range) -> Iterator[table.Parameter]:
     """Parameters of which a pipeline rank has a part, of the experts only the given ones; a tied head goes by the embedding."""
     blocks, last = set(itertools.chain(*rank_chunks(arch, parallel, rank))), parallel.pipeline - 1

@@ -18,7 +18,17 @@ CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters patt
 """Columns of what is copied rather than read."""
 LOWER_IS_BETTER = ("loss", "kl", "mse")
 SIZES = ("blocks", "hidden", "ffn", "heads", "groups")
-TRAINED = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr", "tokens_per_second")
+TRAINED = (
+    "step",
+    "tokens",
+    "kd_loss",
+    "lm_loss",
+    "states_loss",
+    "teacher_entropy",
+    "grad_norm",
+    "lr",
+    "tokens_per_second",
+)
 
 
 @dataclasses.dataclass

@@ -7,10 +7,12 @@ Bytes are those of tensors alive at the step's worst moment, layer by layer as a
     optimizer    Adam's two moments in fp32 and, of bf16 weights, an fp32 copy: 12 or 8 a parameter, over the data-parallel (and
                  context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it
     teacher      its weights
-    hand-off     its hidden states, of every micro-batch that it is ahead
+    hand-off     its hidden states, final ones and those that blocks are compared with, of every micro-batch that it is ahead
     activations  what the backward pass waits for, of every micro-batch in flight (1F1B: as many as stages follow, itself included;
                  interleaved: more, each of one chunk)
-    workspace    on the last stage the loss; elsewhere the gradients of one block
+    workspace    on the last stage the loss; elsewhere the gradients of one block, or the loss between blocks
+
+The projection between blocks of different widths counts as the student's, whole on every rank.
 
 Device "cuda" has the fused norms and activations of megatron-core and Transformer Engine; "cpu" is what torch does without them.
 CUDA's own context, NCCL's buffers and the allocator's holes come on top.
@@ -19,10 +21,11 @@ CUDA's own context, NCCL's buffers and the allocator's holes come on top.
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minitron_mcore.config import Device, Dtype, ParallelConfig
-from minitron_mcore.distill import chunks
+from minitron_mcore.distill import checks, chunks
 from minitron_mcore.models import layout, table
 from minitron_mcore.models.architecture import Architecture
 
@@ -81,9 +84,11 @@ def _local(parameter: table.Parameter, tp: int) -> int:
     return math.prod(parameter.shape) // (1 if parameter.row.tp_dim is None else tp)
 
 
-def states(arch: Architecture, setting: Setting, stage: int, distributed: bool) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer on a rank of a stage; `distributed`: the optimizer's state is shared out."""
+def states(arch: Architecture, setting: Setting, stage: int, distributed: bool, more: int = 0) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer on a rank of a stage; `distributed`: the optimizer's state is shared out; `more`:
+    parameters beside the model's."""
     experts, others = parameters(arch, setting, stage)
+    others += more
     each = 12 if setting.dtype == Dtype.bf16 else 8
     shares = (
         setting.world // (setting.parallel.pipeline * setting.parallel.expert),
@@ -175,12 +180,18 @@ def activations(arch: Architecture, setting: Setting, stage: int, micro_batches:
     return max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
 
 
-def hand_off(teacher: Architecture, setting: Setting, stage: int, micro_batches: int, ahead: int) -> float:
-    """Bytes of the teacher's hidden states that a rank of a stage holds."""
-    if stage != setting.last:
-        return 0
+def hand_off(
+    teacher: Architecture, setting: Setting, stage: int, micro_batches: int, ahead: int, blocks: int = 0
+) -> float:
+    """Bytes of the teacher's hidden states that a rank of a stage holds; `blocks`: those of which it wants the outputs."""
     held = micro_batches if setting.parallel.pipeline > 1 else min(ahead, micro_batches)
-    return held * setting.element * teacher.hidden * setting.tokens / setting.sharers
+    each = setting.element * teacher.hidden * setting.tokens / setting.sharers
+    return held * each * (blocks + (stage == setting.last))
+
+
+def states_workspace(teacher: Architecture, setting: Setting) -> float:
+    """Bytes that the loss between two blocks takes in its backward pass: about eight fp32 tensors as wide as the teacher."""
+    return 32 * teacher.hidden * setting.tokens / setting.sharers
 
 
 def loss_workspace(student: Architecture, teacher: Architecture | None, setting: Setting) -> float:
@@ -231,6 +242,7 @@ def training(
     micro_batches: int,
     ahead: int = 1,
     distributed: bool = True,
+    pairs: Sequence[tuple[int, int]] = (),
 ) -> list[dict[str, float]]:
     """Bytes of a training step on a rank of each pipeline stage, by kind and in all (see the head of this file).
 
@@ -239,16 +251,23 @@ def training(
         micro_batches: of a step, on one data-parallel rank.
         ahead: micro-batches that the teacher runs at a time.
         distributed: the optimizer's state is shared out over data-parallel ranks.
+        pairs: blocks of student and teacher whose outputs are compared (`checks.state_pairs`).
     """
-    rows = []
+    rows, projection = [], 0
+    if pairs and student.hidden != teacher.hidden:
+        projection = student.hidden * teacher.hidden
+    routes = set(checks.state_routes(student, teacher, pairs, setting.parallel))
     for stage in range(setting.parallel.pipeline):
-        row = states(student, setting, stage, distributed)
+        row = states(student, setting, stage, distributed, projection)
+        wanted = sum(target == stage for _, _, target in routes)
         row |= {"teacher": 0, "hand-off": 0}
         if teacher:
             row["teacher"] = setting.element * sum(parameters(teacher, setting, stage))
-            row["hand-off"] = hand_off(teacher, setting, stage, micro_batches, ahead)
+            row["hand-off"] = hand_off(teacher, setting, stage, micro_batches, ahead, wanted)
         row["activations"] = activations(student, setting, stage, micro_batches)
         work = block_workspace(student, setting)
+        if wanted:
+            work = max(work, states_workspace(teacher, setting))
         if stage == setting.last:
             work = max(work, loss_workspace(student, teacher, setting))
         if setting.device == Device.cpu and distributed:
