@@ -108,8 +108,8 @@ def shapes(case: Case) -> dict[str, Case]:
 ALL = CASES | {f"{name}, {shape}": case for name, kind in KINDS.items() for shape, case in shapes(kind).items()}
 
 
-# Unrelated large logits: what the docstring of `divergences` says of them. All else keeps within 1e-5.
-LIMITS = {"reverse_kl, large logits": 5e-5, "jsd, large logits": 1e-3, "jsd, beta 0.2, large logits": 1e-3}
+# Where teacher and student have nothing in common jsd's gradients vanish: these may lose twice what a dense fp32 one does.
+VANISHING = "jsd, large logits", "jsd, beta 0.2, large logits"
 
 
 def formula(case: Case, student: Tensor, teacher: Tensor) -> Tensor:
@@ -150,6 +150,15 @@ def reference(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = case.kd_weight * case.temperature**2 * kd + case.lm_weight * lm
     loss.backward()
     return loss.detach(), torch.stack((kd, lm, entropy)).detach(), hidden.grad, weight.grad
+
+
+def dense_error(case: Case) -> float:
+    """What fp32 costs the gradients when the divergence alone is computed densely, by the largest element of each."""
+    student, head, teacher, teacher_head, *_ = case.tensors()
+    leaves = student.requires_grad_(), head.requires_grad_()
+    formula(case, (student @ head.t())[:, : case.vocab], (teacher @ teacher_head.t())[:, : case.vocab]).backward()
+    pairs = zip(leaves, reference(case)[2:], strict=True)
+    return max(((leaf.grad - exact).abs().max() / exact.abs().max()).item() for leaf, exact in pairs)
 
 
 def on_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -193,7 +202,8 @@ def run_all(fn, tp: int, cases: dict[str, Case]) -> dict[str, list]:
 def test_value_and_gradients_equal_dense_fp64(tp):
     for name, results in run_all(on_rank, tp, ALL).items():
         errors = relative_errors(ALL[name], results)
-        assert max(errors[:4]) <= 1e-5 and max(errors[4:]) <= LIMITS.get(name, 1e-5), (name, errors)
+        limit = 2 * dense_error(ALL[name]) if name in VANISHING else 1e-5
+        assert max(errors[:4]) <= 1e-5 and max(errors[4:]) <= limit, (name, errors)
 
 
 def same_model_on_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -228,7 +238,7 @@ def test_all_tokens_masked_give_exact_zeros(tp):
 @pytest.mark.parametrize("tp", [1, 3])
 def test_bf16(tp):
     """The measured errors are in the docstring of `divergences`."""
-    small = dict(dtype=torch.bfloat16, masked=0.2, chunk_tokens=10)
+    small = dict(dtype=torch.bfloat16, lm_weight=0.5, masked=0.2, chunk_tokens=10)
     cases = {name: replace(case, **small) for name, case in KINDS.items()}
     for name, results in run_all(on_rank, tp, cases).items():
         errors, rough = relative_errors(cases[name], results), 2 if name in ("reverse_kl", "top 20", "top 1") else 1

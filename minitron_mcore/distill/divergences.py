@@ -1,9 +1,9 @@
 """The divergences between teacher and student: what each sums over a rank's logits, and the gradient that it writes over them.
 
 p_t and p_s are softmax(z / temperature) of teacher and student over the whole vocabulary of V entries. Of every token the
-ranks exchange five floats for any of them (three log-sum-exps, the teacher's entropy, the label's logit) and, beside these:
+ranks exchange five fp64 numbers for any of them (three log-sum-exps, the teacher's entropy, the label's logit) and, beside these:
 
-    name         value                                           gradient in z_s / temperature        floats
+    name         value                                           gradient in z_s / temperature        numbers
     forward_kl   sum p_t log(p_t / p_s)                          p_s - p_t                            1
     reverse_kl   sum p_s log(p_s / p_t)                          p_s (log(p_s / p_t) - value)         1
     jsd          beta KL(p_t || m) + (1 - beta) KL(p_s || m)     (1 - beta) p_s                       2, in a second
@@ -19,10 +19,9 @@ of a JSD before it knows the global log-sum-exps: hence the second collective. T
 largest are on this rank; the tail is summed apart, not as what is left of 1. jsd is the generalised Jensen-Shannon divergence of
 Agarwal et al. (arXiv 2306.13649). mse and cosine are of the logits as they are.
 
-Against dense fp64, value and gradients are within 1e-5 of their largest element in fp32, for logits with a standard deviation of 3,
-and but for two also of 30. Reverse KL and jsd read differences of logits, not only probabilities: where teacher and student have
-nothing in common, reverse KL's gradient is 3e-5 off at 30, and jsd's, which vanishes there, 5e-4 at 10 and all rounding, some
-1e-7 p_s, at 30. In bf16 most of the error is in the logits' rounding (2^-9 of
+Against dense fp64, value and gradients are within 1e-5 of their largest element in fp32, for logits with a standard deviation of 3
+and of 30, but for jsd's gradients: where teacher and student have nothing in common they vanish, and lose as much to rounding as a
+dense computation in fp32 does, 8e-5 at 10 and everything at 30. In bf16 most of the error is in the logits' rounding (2^-9 of
 their size): measured at a standard deviation of 3, as value / gradients, 1e-4 / 7e-3 forward KL, 4e-4 / 1.1e-2 reverse KL,
 5e-5 / 8e-3 jsd, 3e-5 / 4e-3 mse, 2e-5 / 3e-3 cosine, 6e-4 / 1.5e-2 top-k, where entries at the border change sides.
 """
@@ -47,7 +46,8 @@ class Chunk:
     """Some tokens' logits on this rank and their softmaxes: 0 the student's, 1 the teacher's, 2 the student's at temperature 1.
 
     `largest` and `sums` [3, T] are of this rank's entries: the maximum of logits / temperature, and the sum of exponentials
-    above it. `exchanged` adds what all ranks know.
+    above it. `exchanged` adds what all ranks know, in fp64: a log-sum-exp is as large as the logits, and what is read off their
+    differences is not.
     """
 
     logits: tuple[Tensor, Tensor | None, Tensor]
@@ -62,8 +62,12 @@ class Chunk:
         self.lse = lse.logsumexp(0)
         self.log_share = lse - self.lse  # how much of each of the three softmaxes each rank holds
         self.share = self.log_share.exp()
-        self.scale = self.weights * self.share[rank] / self.sums
-        self.log_norm = self.sums.log() - self.log_share[rank]
+        self.scale = self.like(self.weights * self.share[rank] / self.sums)
+        self.log_norm = self.like(self.sums.double().log() - self.log_share[rank])
+
+    def like(self, x: Tensor) -> Tensor:
+        """x in the precision of what is done to every logit."""
+        return x.to(self.sums.dtype)
 
     def shift(self, n: int, at: slice, out: Tensor) -> Tensor:
         """out := logits / temperature - their maximum."""
@@ -135,8 +139,9 @@ class ReverseKL(ForwardKL):
         return (torch.sub(x_s, x_t, out=x_s).mul_(e_s).sum(-1) / sums[0] + (sums[1] / sums[0]).log())[None]
 
     def value(self, chunk, own, again):
-        self.kl = (chunk.share[:, 0] * (own[:, 0] + chunk.log_share[:, 0] - chunk.log_share[:, 1])).sum(0)
-        return self.kl
+        kl = (chunk.share[:, 0] * (own[:, 0] + chunk.log_share[:, 0] - chunk.log_share[:, 1])).sum(0)
+        self.kl = chunk.like(kl)
+        return kl
 
     def write(self, chunk, at, total, term):
         log_p = chunk.log_softmax(0, at, term)
@@ -158,8 +163,9 @@ class Jsd(ForwardKL):
         return torch.stack((kl_s, kl_t))
 
     def value(self, chunk, own, again):
-        self.kl, kl_t = again
-        return self.beta * kl_t + (1 - self.beta) * self.kl
+        kl_s, kl_t = again
+        self.kl = chunk.like(kl_s)
+        return self.beta * kl_t + (1 - self.beta) * kl_s
 
     def write(self, chunk, at, total, term):
         log_p = chunk.log_softmax(0, at, term)
@@ -209,7 +215,7 @@ class Cosine(ForwardKL):
         # Logits that are all 0 point nowhere: cosine 0, gradient finite.
         student, norms = student.clamp(min=1e-12), (student * teacher).clamp(min=1e-12).sqrt()
         cosine = product / norms
-        self.along, self.across = cosine / student, 1 / norms
+        self.along, self.across = chunk.like(cosine / student), chunk.like(1 / norms)
         return 1 - cosine
 
     def write(self, chunk, at, total, term):
@@ -236,10 +242,10 @@ class TopK(ForwardKL):
     def read(self, chunk, at, x_s, e_s, x_t, e_t):
         log_s, log_t = (x.gather(1, self.places[at]) - chunk.sums[n, at, None].log() for n, x in enumerate((x_s, x_t)))
         p = torch.where(self.chosen[at], log_t.exp(), 0)
-        largest = chunk.largest[:, at]
+        largest = chunk.largest[:, at].double()
         tail_s = largest[0] + self._tail(at, x_s)
         tail_t = largest[1] + self._tail(at, x_s.copy_(x_t))
-        return torch.stack((p.mul(log_t - log_s).sum(-1), p.sum(-1), tail_s, tail_t))
+        return torch.stack((p.mul(log_t - log_s).sum(-1).double(), p.sum(-1).double(), tail_s, tail_t))
 
     def _tail(self, at: slice, x: Tensor) -> Tensor:
         """Log-sum-exp of what is not chosen; x is overwritten."""
@@ -254,16 +260,17 @@ class TopK(ForwardKL):
 
     def value(self, chunk, own, again):
         kl, mass, *tails = own.unbind(1)
-        self.tail_s, tail_t = (tail.logsumexp(0) for tail in tails)
-        log_s, log_t = self.tail_s - chunk.lse[0], tail_t - chunk.lse[1]
-        self.mass_t = log_t.exp()
+        tail_s, tail_t = (tail.logsumexp(0) for tail in tails)
+        log_s, log_t = tail_s - chunk.lse[0], tail_t - chunk.lse[1]
+        mass_t = log_t.exp()
+        self.above, self.mass_t = chunk.like(chunk.largest[0] - tail_s), chunk.like(mass_t)
         inside = chunk.share[:, 1] * (kl + mass * (chunk.log_share[:, 1] - chunk.log_share[:, 0]))
-        return inside.sum(0) + self.mass_t * (log_t - log_s)
+        return inside.sum(0) + mass_t * (log_t - log_s)
 
     def write(self, chunk, at, total, term):
         self._student(chunk, at, total)
         # What the student's softmax is drawn to: the teacher's in the k, its own shape with the teacher's mass in the tail.
-        chunk.shift(0, at, term).add_((chunk.largest[0] - self.tail_s)[at, None]).clamp_(max=0).exp_()
+        chunk.shift(0, at, term).add_(self.above[at, None]).clamp_(max=0).exp_()
         term.mul_((chunk.weights[0] * self.mass_t)[at, None])
         picked = chunk.logits[1][at].gather(1, self.places[at]).to(total.dtype) / chunk.temperature
         picked = (picked - chunk.largest[1, at, None]).exp() * chunk.scale[1, at, None]

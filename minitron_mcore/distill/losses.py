@@ -12,7 +12,7 @@ t_r, s_r the distributions within it,
     KL(t || s) = sum_r w^t_r (KL(t_r || s_r) + log w^t_r - log w^s_r),    H(t) = sum_r w^t_r (H(t_r) - log w^t_r),
 
 so a rank gives the log-sum-exps that w is made of (teacher's, student's, student's at temperature 1), its own KL and
-entropy, and the label's logit: six floats a token. The other divergences (see `divergences`) differ in what a rank sums
+entropy, and the label's logit: six fp64 numbers a token. The other divergences (see `divergences`) differ in what a rank sums
 and in what it writes.
 """
 
@@ -194,13 +194,13 @@ class _Tiles:
         place = place.clamp(0, max(self.width - 1, 0))[:, None]
         kd, lm = s.kd_weight * s.temperature * mask, s.lm_weight * mask
         # log-sum-exp of student, teacher, student at temperature 1; entropy; label's logit; the divergence's sums
-        own = self.buffers.new_zeros(5 + len(divergence.of_nothing), num_tokens)
+        own = self.buffers.new_zeros(5 + len(divergence.of_nothing), num_tokens, dtype=torch.float64)
         chunk = divergences.Chunk(
             (logits_s, logits_t, logits_s),
             s.temperature,
             torch.stack((kd, kd, lm)),
-            torch.zeros_like(own[:3]),
-            torch.ones_like(own[:3]),
+            self.buffers.new_zeros(3, num_tokens),
+            self.buffers.new_ones(3, num_tokens),
         )
         if logits_t is not None:
             divergence.start(logits_t, self._gather, self.rank)
@@ -239,7 +239,7 @@ class _Tiles:
             sums[:, at] = self.divergence.read_again(chunk, at, *self.buffers[:, : at.stop - at.start])
         if self.settings.tp_group:
             dist.all_reduce(sums, group=self.settings.tp_group)
-        return sums
+        return sums.double()
 
     def _read(self, chunk: divergences.Chunk, at: slice, own: Tensor) -> None:
         """A tile's first pass: fills `own` [n, T] but for the label's logit, and the softmaxes' maxima and sums of exponentials."""
@@ -250,7 +250,7 @@ class _Tiles:
             chunk.largest[n, at] = x.amax(-1)
             # Not torch.softmax: on a CPU it sums one by one, which is 1e-5 off at 128 k entries.
             chunk.sums[n, at] = torch.exp(x.sub_(chunk.largest[n, at, None]), out=e).sum(-1)
-            own[n] = chunk.largest[n, at] + chunk.sums[n, at].log()
+            own[n] = chunk.largest[n, at].double() + chunk.sums[n, at].double().log()
 
         exponentials(0, x_s, e_s)
         if chunk.logits[1] is not None:
