@@ -70,7 +70,6 @@ def distributed(
         seed: megatron-core's model-parallel random state starts from it.
         sequence_length: tokens of the sequences that will go through a model, where the caller knows.
         store: rendezvous for tests; otherwise the environment's, or a file's where torchrun isn't there.
-
         patience: minutes that `watch` gives a rank; two more, and a collective that still waits fails by itself.
 
     Raises:

@@ -48,10 +48,6 @@ def distill_masked(student, teacher, config, parallel, out_dir, masks, resume=Fa
         return type(error).__name__
 
 
-def weights(run, to) -> dict[str, torch.Tensor]:
-    return export(run, to)
-
-
 def same(a: dict, b: dict) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -85,7 +81,7 @@ def test_bad_loss_stops_all_and_costs_nothing(tmp_path, pair):  # noqa: F811
     assert open_checkpoint(run).step_dir.name == "step_0000001"
     on_ranks(distill_masked, WORLD, LAYOUT, *pair, CONFIG, LAYOUT, run, {}, True)
     on_ranks(distill, WORLD, LAYOUT, *pair, CONFIG, LAYOUT, tmp_path / "whole")
-    assert same(weights(run, tmp_path / "a"), weights(tmp_path / "whole", tmp_path / "b"))
+    assert same(export(run, tmp_path / "a"), export(tmp_path / "whole", tmp_path / "b"))
     assert not (run / "failure.json").exists()
 
 
@@ -97,7 +93,7 @@ def test_bad_losses_are_skipped_up_to_a_limit(tmp_path, pair):  # noqa: F811
     assert [[figures["step"] for figures in each] for each in history] == [[1]] * two
     assert [file.name for file in (tmp_path / "skip/bad_batches").iterdir()] == ["step_0000002_rank_0.safetensors"]
     on_ranks(distill, two, parallel, *pair, dataclasses.replace(CONFIG, stop_after=1), parallel, tmp_path / "one")
-    before, after = weights(tmp_path / "one", tmp_path / "a"), weights(tmp_path / "skip", tmp_path / "b")
+    before, after = export(tmp_path / "one", tmp_path / "a"), export(tmp_path / "skip", tmp_path / "b")
     assert same(before, after)
     third = on_ranks(distill_masked, two, parallel, *pair, SKIP, parallel, tmp_path / "skip", {}, True)[0]
     whole = on_ranks(distill, two, parallel, *pair, CONFIG, parallel, tmp_path / "whole")[0]

@@ -8,11 +8,12 @@ import torch
 
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import ParallelConfig
-from minitron_mcore.distill import vocabulary
+from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_distill import CONFIG, ONE, distill, micro_batches
 from tests.test_launch import word_tokenizer
+from tests.test_statistics import ARCH
 
 LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor=2)),
@@ -69,3 +70,11 @@ def test_other_tokenizers_are_refused(tmp_path):
     [problem] = vocabulary.problems(*archs, student / "hf", None)
     assert "129 tokens, the student's 101, and one has no tokenizer" in problem
     assert not list(vocabulary.problems(archs[0], archs[0], student / "hf", None))
+
+
+def test_top_k_is_of_the_shared_ids():
+    student, teacher = (dataclasses.replace(ARCH, vocab=vocab) for vocab in (130, 101))
+    config = dataclasses.replace(CONFIG, top_k=110)
+    assert list(checks.problems(student, teacher, config, ONE, 1)) == [
+        "top_k is 110; it must be at least 1 and below the vocabulary of 101, which is top_k null."
+    ]

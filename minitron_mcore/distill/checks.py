@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from minitron_mcore.config import DistillConfig, Divergence, ParallelConfig, StatesConfig
+from minitron_mcore.distill import vocabulary
 from minitron_mcore.models import layout
 from minitron_mcore.models.architecture import Architecture
 
@@ -82,7 +83,9 @@ def problems(
     if config.kd_weight == config.lm_weight == config.states.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from state_problems(student, teacher, config.states)
-    yield from divergence(config.divergence, config.jsd_beta, config.top_k, config.temperature, student.vocab)
+    yield from divergence(
+        config.divergence, config.jsd_beta, config.top_k, config.temperature, vocabulary.shared(student, teacher)
+    )
 
 
 def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature: float, vocab: int) -> Iterator[str]:
