@@ -93,12 +93,18 @@ class DepthRun(StageRun):
 
 
 @dataclass
-class PlanRun(StageRun):
-    reads = ("prune",)
+class ScoredRun(StageRun):
+    """What chooses by scores."""
+
     source: str = MISSING
     scores: str = MISSING
     study: str | None = None
     """A depth study (folder or file) that says which blocks go; null: those of the least cosine distance."""
+
+
+@dataclass
+class PlanRun(ScoredRun):
+    reads = ("prune",)
     parameters: int | None = None
     without_embeddings: int | None = None
 
@@ -156,12 +162,8 @@ class EvaluateRun(StageRun):
 
 
 @dataclass
-class SearchRun(StageRun):
+class SearchRun(ScoredRun):
     reads = ("data", "distill", "evaluate", "search")
-    source: str = MISSING
-    scores: str = MISSING
-    study: str | None = None
-    """A depth study (folder or file) that says which blocks go; null: those of the least cosine distance."""
     teacher: str = MISSING
 
 
