@@ -10,6 +10,9 @@ from minitron_mcore.models.architecture import Architecture
 EMBEDDINGS = -1
 """In a pair of blocks: what the embedding table puts out, which is what block 0 takes in."""
 
+Route = tuple[int, int, int]
+"""A teacher's block, the pipeline rank that has it, the pipeline rank that wants it."""
+
 
 def state_pairs(student: Architecture, teacher: Architecture, config: StatesConfig) -> list[tuple[int, int]]:
     """(student's block, teacher's block) whose outputs are compared; none with weight 0."""
@@ -20,8 +23,8 @@ def state_pairs(student: Architecture, teacher: Architecture, config: StatesConf
 
 def state_routes(
     student: Architecture, teacher: Architecture, pairs: Sequence[tuple[int, int]], parallel: ParallelConfig
-) -> Iterator[tuple[int, int, int]]:
-    """(teacher's block, pipeline rank that has it, pipeline rank that wants it) of each pair."""
+) -> Iterator[Route]:
+    """The route of each pair."""
     for own, theirs in pairs:
         source, target = (
             layout.block_rank(arch, parallel, max(block, 0)) for arch, block in ((teacher, theirs), (student, own))

@@ -59,7 +59,7 @@ class States:
         ddp: DistributedDataParallelConfig,
     ):
         """`model`: the student, of architecture `arch`, not yet under DDP; `teacher`: lies in the same layout."""
-        self.config, self.model, self.teacher = config.states, model, teacher
+        self.config, self.model = config.states, model
         self.batch: Batch = {}
         self.sum = torch.zeros((), device=runtime.device())
         # The groups over which a sum over this rank's rows and pairs becomes one over a sequence's and all.
@@ -78,41 +78,6 @@ class States:
             linear.weight.data = (first * arch.hidden**-0.5).to(runtime.device(), model.config.params_dtype)
             linear.weight.shared = runtime.pp_group().rank() > 0  # the gradient's norm counts it once
             self.projection, self.trained = linear.weight, [DistributedDataParallel(model.config, ddp, linear)]
-
-    @contextmanager
-    def recorded(self, teacher: build.Model, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
-        """Record what the teacher's forward passes over `batches` inside the block leave; at its end the list that was yielded
-        has for each what this rank's part of the student is compared with (collective over pipeline stages)."""
-        rank, group = runtime.pp_group().rank(), runtime.pp_group()
-        found = {block: [] for block, source, _ in self.routes if source == rank}
-        handles = [
-            _maker(teacher, self.teacher, block).register_forward_hook(
-                lambda module, args, output, kept=kept: kept.append(_hidden(output))
-            )
-            for block, kept in found.items()
-        ]
-        states = [{} for _ in batches]
-        try:
-            yield states
-        finally:
-            for handle in handles:
-                handle.remove()
-        for block, source, target in self.routes:  # one order for all ranks: whoever is first in it never waits in vain
-            for number, batch in enumerate(batches):
-                if rank == source == target:
-                    states[number][_key(block)] = found[block][number]
-                elif rank == source:
-                    dist.send(found[block][number].contiguous(), group_dst=target, group=group)
-                elif rank == target:
-                    states[number][_key(block)] = self._empty(batch)
-                    dist.recv(states[number][_key(block)], group_src=source, group=group)
-
-    def _empty(self, batch: Batch) -> Tensor:
-        """Room for a block's output [S_r, B, H_t]."""
-        size, length = batch["tokens"].shape
-        config = self.model.config
-        rows = length // runtime.cp_group().size() // (runtime.tp_group().size() if config.sequence_parallel else 1)
-        return torch.empty(rows, size, self.teacher.hidden, dtype=config.params_dtype, device=batch["tokens"].device)
 
     def take(self, batch: Batch) -> None:
         """The micro-batch (this context-parallel rank's share) that a chunk of the student is about to run."""
@@ -177,6 +142,50 @@ class States:
         copy = tuple(group.rank() for group in (runtime.pp_group(), runtime.tp_group(), runtime.dp_cp_group()))
         key = "states.projection"
         return {key: ShardedTensor.from_rank_offsets(key, self.projection, replica_id=copy)}
+
+
+@contextmanager
+def recorded(
+    teacher: build.Model, arch: Architecture, routes: Sequence[checks.Route], batches: Sequence[Batch]
+) -> Iterator[list[Batch]]:
+    """Record what the teacher's forward passes over `batches` inside the block leave; at its end the list that was yielded
+    has for each what this rank's part of a student is compared with (collective over pipeline stages).
+
+    Args:
+        teacher: this rank's part of the model, of architecture `arch`.
+        routes: of all students, the same order on all ranks: whoever is first in it never waits in vain.
+    """
+    rank, group = runtime.pp_group().rank(), runtime.pp_group()
+    found = {block: [] for block, source, _ in routes if source == rank}
+    handles = [
+        _maker(teacher, arch, block).register_forward_hook(
+            lambda module, args, output, kept=kept: kept.append(_hidden(output))
+        )
+        for block, kept in found.items()
+    ]
+    states = [{} for _ in batches]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+    for block, source, target in routes:
+        for number, batch in enumerate(batches):
+            if rank == source == target:
+                states[number][_key(block)] = found[block][number]
+            elif rank == source:
+                dist.send(found[block][number].contiguous(), group_dst=target, group=group)
+            elif rank == target:
+                states[number][_key(block)] = _empty(teacher, batch)
+                dist.recv(states[number][_key(block)], group_src=source, group=group)
+
+
+def _empty(teacher: build.Model, batch: Batch) -> Tensor:
+    """Room for a block's output [S_r, B, H_t]."""
+    size, length = batch["tokens"].shape
+    config = teacher.config
+    rows = length // runtime.cp_group().size() // (runtime.tp_group().size() if config.sequence_parallel else 1)
+    return torch.empty(rows, size, config.hidden_size, dtype=config.params_dtype, device=batch["tokens"].device)
 
 
 class _Joined(torch.autograd.Function):

@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 
 from torch import Tensor
 
-from minitron_mcore import runtime, schedule, stream
+from minitron_mcore import checkpoint, runtime, schedule, stream
 from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.distill.states import States
+from minitron_mcore.config import DistillConfig, ParallelConfig
+from minitron_mcore.distill import checks, states
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
@@ -23,16 +23,30 @@ class Teacher:
     student's. States of its blocks lie where the student's are compared with them (see `states`).
     """
 
-    def __init__(self, model: Model, ahead: int, head: Tensor | None = None, states: States | None = None):
+    def __init__(self, model: Model, arch: Architecture, ahead: int, head: Tensor | None = None):
         """`ahead`: micro-batches that the teacher runs at a time; `head`: instead of the model's (see `cut_head`)."""
-        self.model, self.ahead, self._head, self.states = model.eval().requires_grad_(False), ahead, head, states
+        self.model, self.arch, self.ahead, self._head = model.eval().requires_grad_(False), arch, ahead, head
+        self.routes: list[checks.Route] = []
+        """Which blocks' states go where, ascending (see `states`)."""
+
+    @classmethod
+    def load(
+        cls, source: Checkpoint, student: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str
+    ) -> "Teacher":
+        """Build it in the layout of `student` and load its weights (collective).
+
+        Raises:
+            UserError: a layout that doesn't divide it; a damaged checkpoint.
+        """
+        model = checkpoint.build_model(source, parallel, dtype)
+        return cls(model, source.arch, config.teacher_ahead, cut_head(model, source, student))
 
     @property
     def head(self) -> Tensor:
         return self.model.head() if self._head is None else self._head
 
     def feed(self, batches: Sequence[Batch]) -> Iterable[Batch]:
-        """A step's micro-batches with "teacher_hidden" added on last-stage ranks, and what `states` adds (collective).
+        """A step's micro-batches with "teacher_hidden" added on last-stage ranks, and what `routes` add (collective).
 
         With one stage the teacher runs when a micro-batch is asked for, `ahead` at a time. With several it runs the whole step
         at once: a later stage waits for the student's message before it asks for its micro-batch.
@@ -45,10 +59,9 @@ class Teacher:
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
         hidden: list[Tensor] = []
-        recorded = self.states.recorded(self.model, batches) if self.states else nullcontext([{} for _ in batches])
-        with recorded as states:
+        with states.recorded(self.model, self.arch, self.routes, batches) as found:
             schedule.forward(self.model, batches, lambda output, batch: hidden.append(output))
-        parts = itertools.zip_longest(batches, states, hidden)
+        parts = itertools.zip_longest(batches, found, hidden)
         return [batch | inner | {"teacher_hidden": final} for batch, inner, final in parts]
 
 

@@ -20,7 +20,7 @@ from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, failure, vocabulary
 from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.states import States
-from minitron_mcore.distill.teacher import Teacher, cut_head
+from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import NotFinite, refuse
 from minitron_mcore.models import build
 from minitron_mcore.plan import cost
@@ -59,8 +59,12 @@ class Trainer:
         config: DistillConfig,
         parallel: ParallelConfig,
         dtype: str,
+        source: Teacher | None = None,
     ):
         """Build both models and load their weights (collective).
+
+        Args:
+            source: `teacher` as another trainer on these ranks has it already, whose student has the same vocabulary.
 
         Raises:
             UserError: see `check`; a layout that doesn't divide a model; a damaged checkpoint.
@@ -76,11 +80,11 @@ class Trainer:
             overlap_grad_reduce=runtime.device().type == "cuda",
         )
         self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
-        self.teacher = None
-        if teacher:
-            frozen = checkpoint.build_model(teacher, parallel, dtype)
-            head = cut_head(frozen, teacher, student.arch)
-            self.teacher = Teacher(frozen, config.teacher_ahead, head, self.states)
+        self.teacher = source
+        if teacher and source is None:
+            self.teacher = Teacher.load(teacher, student.arch, config, parallel, dtype)
+        if self.states:
+            self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
         self.objective = Objective(model, self.teacher, self.vocab, config)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
         self.optimizer = get_megatron_optimizer(
