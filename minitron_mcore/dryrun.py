@@ -258,7 +258,7 @@ def _ranks(
         micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
         ahead, shared = training.teacher_ahead, training.distributed_optimizer
         teacher = archs.get("teacher")
-        if list(checks.state_problems(main, teacher, training.states)):
+        if list(checks.state_problems(main, teacher, training.states, training.kd_weight)):
             return []  # pairs of blocks that are not there
         pairs = checks.state_pairs(main, teacher, training.states) if teacher else []
         rows = cost.training(main, teacher, setting, micro_batches, ahead, shared, pairs)
