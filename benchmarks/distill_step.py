@@ -8,7 +8,7 @@ In one run, in turn, on the same micro-batches, each from its start to its end o
     over parts = step / (teacher + student), the median over the rounds
 
 The second table says what a step's time goes into, by megatron-core's timers and clocks around the teacher and the loss. Random
-weights, bf16. On CPU ranks: SmolLM2-135M teaching its 100 M cut. On a GPU: a 2 B teacher with students of 135 M and 1 B, with tokens
+weights, bf16. On CPU ranks: SmolLM2-135M teaching its 100 M cut. On a GPU: a 2 B teacher with students of 135 M and 1 B, tokens
 a second and percent of the card's dense peak (--peak-tflops, by default an H100's 989). Measure on an idle machine.
 """
 
