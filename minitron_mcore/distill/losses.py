@@ -4,7 +4,8 @@ Tokens are worked off in chunks: two matrix products give a chunk's logits, the 
 the student's, and two more products carry it to the hidden states and to the head. Nothing is left for the backward
 pass but to scale. Between the products a chunk is cut into tiles that stay in the cache. It is gone through twice, with one
 small collective in between: for what the ranks' sums are made of, then for the gradient, whose exponentials cost less to
-form again than to keep.
+form again than to keep. On CUDA two Triton kernels (`kernels`) do this work of the forward KL, the default; the other divergences
+run in torch there too.
 
 What crosses ranks follows from the chain rule of KL: with w_r the probability of rank r's part of the vocabulary and
 t_r, s_r the distributions within it,
@@ -16,8 +17,11 @@ entropy, and the label's logit: six fp64 numbers a token. The other divergences 
 and in what it writes.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -171,8 +175,19 @@ def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements
         total[rows] += d_logits[:, rows].t() @ hidden
 
 
+def _kernels(like: Tensor, divergence: divergences.ForwardKL) -> ModuleType | None:
+    """The Triton kernels where they do the work between the products: the forward KL's, on CUDA or under Triton's interpreter."""
+    here = like.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    known = type(divergence) is divergences.ForwardKL and like.dtype != torch.float64
+    if not (here and known and find_spec("triton")):
+        return None
+    from minitron_mcore.distill import kernels
+
+    return kernels
+
+
 class _Tiles:
-    """The work between the products, on a few tokens at a time, in buffers that are used again and again."""
+    """The work between the products: at once by `kernels`, or on a few tokens at a time in buffers that are used again."""
 
     def __init__(self, settings: _Settings, like: Tensor, num_rows: int):
         s = self.settings = settings
@@ -181,9 +196,11 @@ class _Tiles:
         self.width = min(max(s.vocab_size - self.start, 0), num_rows)
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.elements = chunks.TILE_ELEMENTS[like.device.type]
-        self.size = chunks.tile_tokens(len(like), num_rows, like.device.type)
-        self.buffers = torch.empty(chunks.TILE_BUFFERS, self.size, self.width, dtype=self.dtype, device=like.device)
         self.divergence = divergences.make(s.divergence, s.vocab_size, s.jsd_beta, s.top_k, s.temperature)
+        self.kernels = _kernels(like, self.divergence)
+        self.size = len(like) if self.kernels else chunks.tile_tokens(len(like), num_rows, like.device.type)
+        tiles = 0 if self.kernels else chunks.TILE_BUFFERS
+        self.buffers = torch.empty(tiles, self.size, self.width, dtype=self.dtype, device=like.device)
 
     def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
         """[divergence, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
@@ -243,6 +260,8 @@ class _Tiles:
 
     def _read(self, chunk: divergences.Chunk, at: slice, own: Tensor) -> None:
         """A tile's first pass: fills `own` [n, T] but for the label's logit, and the softmaxes' maxima and sums of exponentials."""
+        if self.kernels:
+            return self.kernels.read(chunk, own)
         x_s, e_s, x_t, e_t = self.buffers[:, : at.stop - at.start]
 
         def exponentials(n: int, x: Tensor, e: Tensor) -> None:
@@ -264,6 +283,8 @@ class _Tiles:
 
     def _write(self, chunk: divergences.Chunk, at: slice, place: Tensor, hit: Tensor) -> None:
         """A tile's second pass: d loss / d logits_s over the student's logits."""
+        if self.kernels:
+            return self.kernels.write(chunk, place.squeeze(1), hit)
         total, term, *_ = self.buffers[:, : at.stop - at.start]
         lm_weight = self.settings.lm_weight
         if chunk.logits[1] is None:
