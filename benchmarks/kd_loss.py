@@ -1,14 +1,15 @@
 """Distillation loss from hidden states to gradients: time, extra peak memory, collectives, beside torch and ModelOpt.
 
-All three get the same bf16 hidden states and heads and give the loss and its gradients to the student's hidden states
+All get the same bf16 hidden states and heads and give the loss and its gradients to the student's hidden states
 and head:
 
     minitron   minitron_mcore.distill.losses.distillation_loss
+    minitron, given logits   both logits, distillation_loss_of_logits of the same file
     torch      both logits, gathered over the vocabulary, log_softmax and kl_div in fp32
     modelopt   both logits, LogitsKLLoss of modelopt.torch.distill.plugins.megatron
 
 Time is the median over interleaved repetitions, of the slowest rank, with cores / TP threads a rank. Memory is the peak
-beyond the inputs (and beyond the two bf16 logits of torch and modelopt) over tokens x this rank's vocabulary.
+beyond the inputs (and beyond the two bf16 logits of all but minitron) over tokens x this rank's vocabulary.
 Collectives are those of one call, forward and backward, less the reduction of the hidden states' gradient, which all
 need alike. On one rank others may disturb the time: threads wait for each other, so measure on an idle machine.
 """
@@ -46,6 +47,17 @@ def minitron() -> Loss:
     return loss
 
 
+def minitron_logits() -> Loss:
+    from minitron_mcore.distill.losses import distillation_loss_of_logits
+
+    def loss(hidden, head, teacher_hidden, teacher_head):
+        labels, mask = torch.zeros(len(hidden), dtype=torch.int64), torch.ones(len(hidden))
+        logits = hidden @ head.t(), teacher_hidden @ teacher_head.t()
+        return distillation_loss_of_logits(*logits, labels, mask, vocab_size=VOCAB, tp_group=runtime.tp_group())[0]
+
+    return loss
+
+
 def dense() -> Loss:
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region as gather
 
@@ -78,7 +90,12 @@ def modelopt() -> Loss:
     return loss
 
 
-IMPLEMENTATIONS = {"minitron": minitron, "torch": dense, "modelopt": modelopt}
+IMPLEMENTATIONS = {
+    "minitron": minitron,
+    "minitron, given logits": minitron_logits,
+    "torch": dense,
+    "modelopt": modelopt,
+}
 
 
 def inputs(tokens: int) -> Inputs:

@@ -1,4 +1,5 @@
-"""A divergence between teacher and student over a tensor-parallel vocabulary, from hidden states, never holding the logits.
+"""A divergence between teacher and student over a tensor-parallel vocabulary, from hidden states, never holding the logits; or
+from logits that are there.
 
 Tokens are worked off in chunks: two matrix products give a chunk's logits, the loss's gradient then takes the place of
 the student's, and two more products carry it to the hidden states and to the head. Nothing is left for the backward
@@ -95,30 +96,71 @@ def distillation_loss(
     Raises:
         UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads; see `checks.divergence`.
     """
-    tp = tp_group.size() if tp_group else 1
-    _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight)
-    refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise UserError("Half a teacher is given: give its hidden states and its head, or neither.")
     with_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
-    temperature = temperature if teacher_head is not None else 1.0
-    group = tp_group if tp > 1 else None
+    rows = len(student_head), None if teacher_head is None else len(teacher_head)
     kind = divergence, jsd_beta, top_k
-    settings = _Settings(vocab_size, group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient)
+    settings = _settings(
+        *rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient
+    )
     return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
 
 
-def _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight) -> None:
-    if (teacher_hidden is None) != (teacher_head is None) or (teacher_hidden is None and kd_weight != 0):
+def distillation_loss_of_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None = None,
+    kd_weight: float = 1.0,
+    lm_weight: float = 0.0,
+    temperature: float = 1.0,
+    divergence: Divergence = Divergence.forward_kl,
+    jsd_beta: float = 0.5,
+    top_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`distillation_loss` of logits that are there already: the same loss, options, results and errors, in one collective a call
+    (jsd and top-k in two).
+
+    It consumes the student's logits: their gradient is written over them, so that beside both logits there are only the
+    buffers of a tile. An operation that keeps its output for its backward pass may not be the one that made them; a
+    product doesn't. Without a gradient they stay as they are; the teacher's always do.
+
+    What each tensor-parallel rank r holds (T tokens, V_r = padded vocabulary / TP):
+
+        student_logits [T, V_r]  columns r * V_r .. (r + 1) * V_r; from `vocab_size` on padding: no softmax, gradient 0.
+                                 The gradient is complete, nothing is to be summed over ranks
+        teacher_logits [T, V_r]  likewise, no gradient; None with kd_weight 0: LM loss
+        labels, mask [T]         the same on all ranks; where mask is 0 the logits may hold anything
+    """
+    with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    rows = student_logits.shape[1], None if teacher_logits is None else teacher_logits.shape[1]
+    kind = divergence, jsd_beta, top_k
+    settings = _settings(*rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *kind, None, with_gradient)
+    return _LossOfLogits.apply(student_logits, teacher_logits, labels, mask, settings)
+
+
+def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *rest) -> _Settings:
+    """Checks what both forms are given; `num_rows` V_r are the student's, `teacher_rows` the teacher's, None without one."""
+    tp = tp_group.size() if tp_group else 1
+    if teacher_rows is None and kd_weight != 0:
+        raise UserError(f"kd_weight is {kd_weight} without a teacher: give one, or kd_weight 0.")
+    if teacher_rows not in (None, num_rows):
         raise UserError(
-            f"kd_weight is {kd_weight} without a whole teacher: give its hidden states and its head, or kd_weight 0."
-        )
-    rows = tp * len(student_head)
-    if teacher_head is not None and len(teacher_head) != len(student_head):
-        raise UserError(
-            f"The teacher's padded vocabulary has {tp * len(teacher_head)} rows, the student's {rows}: "
+            f"The teacher's padded vocabulary has {tp * teacher_rows} rows, the student's {tp * num_rows}: "
             "pad both to the same size."
         )
-    if not 0 < vocab_size <= rows:
-        raise UserError(f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {rows} rows.")
+    if not 0 < vocab_size <= tp * num_rows:
+        raise UserError(
+            f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {tp * num_rows} rows."
+        )
+    divergence, jsd_beta, top_k, *_ = rest
+    refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
+    temperature = 1.0 if teacher_rows is None else temperature
+    return _Settings(vocab_size, tp_group if tp > 1 else None, kd_weight, lm_weight, temperature, *rest)
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -146,17 +188,44 @@ class _DistillationLoss(torch.autograd.Function):
                 _add_head_gradient(d_head[: tiles.width], logits_s, hidden, tiles.elements)
             del logits_s, logits_t  # before the next chunk's, and before the head's gradient is cast
         ctx.gradients = d_hidden, None if d_head is None else d_head.to(student_head.dtype)
-        stats = (per_token * mask).sum(1)
-        ctx.mark_non_differentiable(stats)
-        return settings.temperature**2 * settings.kd_weight * stats[0] + settings.lm_weight * stats[1], stats
+        return _totals(ctx, settings, per_token * mask)
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        # Scaled in place and given away, so that no second copy of the head's gradient ever exists.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("distillation_loss gives its gradients away: call backward through it only once.")
-        return *(None if x is None else x.mul_(d_loss) for x in gradients), None, None, None, None, None
+        return *_scaled_gradients(ctx, d_loss), None, None, None, None, None
+
+
+class _LossOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, labels, mask, settings: _Settings):
+        tiles = _Tiles(settings, student_logits, student_logits.shape[1])
+        mask, ignored = mask.to(tiles.dtype), mask == 0
+        logits_t = None if teacher_logits is None else teacher_logits[:, : tiles.width]
+        per_token = tiles.run(student_logits[:, : tiles.width], logits_t, labels, mask).to(mask) * mask
+        if settings.with_gradient:
+            student_logits[:, tiles.width :] = 0
+            student_logits.masked_fill_(ignored[:, None], 0)
+        ctx.gradients = (student_logits.detach(),)
+        return _totals(ctx, settings, per_token.masked_fill(ignored, 0))
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        return *_scaled_gradients(ctx, d_loss), None, None, None, None
+
+
+def _totals(ctx, settings: _Settings, per_token: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss [], stats [3]) from `_Tiles.run`'s numbers times the mask."""
+    stats = per_token.sum(1)
+    ctx.mark_non_differentiable(stats)
+    return settings.temperature**2 * settings.kd_weight * stats[0] + settings.lm_weight * stats[1], stats
+
+
+def _scaled_gradients(ctx, d_loss: Tensor) -> list[Tensor | None]:
+    """Scaled in place and given away, so that no second copy of a head's gradient, or of the logits, ever exists."""
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        raise RuntimeError("A distillation loss gives its gradients away: call backward through it only once.")
+    return [None if x is None else x.mul_(d_loss) for x in gradients]
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
