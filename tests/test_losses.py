@@ -19,6 +19,9 @@ from minitron_mcore.distill.losses import distillation_loss, distillation_loss_o
 from minitron_mcore.runtime import UserError
 from minitron_mcore.testing import on_ranks
 
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
+from megatron.core.transformer import TransformerConfig  # isort: skip
+
 
 @dataclass(frozen=True)
 class Case:
@@ -292,6 +295,46 @@ def test_tied_embedding_gets_both_gradients(tp):
     assert (ours - weight.grad).abs().max() <= 1e-5 * weight.grad.abs().max()
 
 
+class Head(torch.nn.Module):
+    """Called with the ids [T] of an embedding table of its own or, tied, of the head; what lies between is a tanh."""
+
+    def __init__(self, case: Case, tied: bool):
+        super().__init__()
+        self.case, self.weight = case, torch.nn.Parameter(case.tensors()[1])
+        self.weight.zero_out_wgrad = tied  # as megatron-core's models say of tied weights
+        self.embedding = self.weight if tied else torch.nn.Parameter(self.weight.detach().flip(0).contiguous())
+
+    def forward(self, ids: Tensor, fused: bool) -> Tensor:
+        _, _, *rest = self.case.tensors()
+        hidden = torch.nn.functional.embedding(ids, self.embedding).tanh()
+        sizes = dict(vocab_size=self.case.vocab, chunk_tokens=self.case.chunk_tokens)
+        return distillation_loss(hidden, self.weight, *rest, **sizes, gradient_accumulation_fusion=fused)[0]
+
+
+def main_grads(tied: bool, fused: bool) -> list[Tensor]:
+    """Of two microbatches whose loss is scaled, with megatron-core's DistributedDataParallel around the head."""
+    case = Case(chunk_tokens=10)
+    config = TransformerConfig(num_layers=1, hidden_size=case.hidden, num_attention_heads=1)
+    head = Head(case, tied)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), head)
+    model.zero_grad_buffer()
+    for seed in (0, 1):
+        ids = torch.randint(case.vocab, (case.tokens,), generator=torch.Generator().manual_seed(seed))
+        (0.25 * model(ids, fused)).backward()
+    assert head.weight.grad_added_to_main_grad == fused and all(p.grad is None for p in head.parameters())
+    return [parameter.main_grad.clone() for parameter in head.parameters()]
+
+
+def fusion_on_rank() -> list[tuple[list[Tensor], list[Tensor]]]:
+    return [(main_grads(tied, False), main_grads(tied, True)) for tied in (False, True)]
+
+
+def test_gradient_accumulation_fusion_adds_to_main_grad():
+    for off, on in on_ranks(fusion_on_rank, 1, ParallelConfig())[0]:
+        for expected, found in zip(off, on, strict=True):
+            assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_backward_scales_once():
     case = Case(chunk_tokens=10)
     tensors = case.tensors()
@@ -352,6 +395,9 @@ def test_bad_input_is_refused_by_one_sentence():
         case.run([student, head, teacher, None, *rest])
     with pytest.raises(UserError, match="vocab_size is 1009.*1008 rows"):
         Case(vocab=1009).run([student, head, teacher, teacher_head, *rest])
+    with pytest.raises(UserError, match="the student's head has no main_grad"):
+        inputs = student, head.clone().requires_grad_(), teacher, teacher_head, *rest
+        distillation_loss(*inputs, vocab_size=1000, gradient_accumulation_fusion=True)
     for change, sentence in (
         (dict(temperature=0), "temperature is 0; it must be above 0"),
         (

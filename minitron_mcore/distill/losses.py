@@ -45,6 +45,7 @@ class _Settings:
     top_k: int | None
     chunk_tokens: int | None
     with_gradient: bool
+    into_main_grad: bool = False
 
 
 def distillation_loss(
@@ -64,6 +65,7 @@ def distillation_loss(
     jsd_beta: float = 0.5,
     top_k: int | None = None,
     chunk_tokens: int | None = None,
+    gradient_accumulation_fusion: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of mask * (kd_weight * temperature^2 * divergence + lm_weight * cross-entropy).
 
@@ -88,21 +90,30 @@ def distillation_loss(
         jsd_beta: the teacher's part of jsd's mixture, above 0 and below 1.
         top_k: the forward KL of the teacher's k largest logits (of the whole vocabulary, over all ranks) and of the tail's mass.
         chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 64 MiB (512 MiB on CUDA).
+        gradient_accumulation_fusion: megatron-core's: backward adds the head's gradient to its `main_grad`, in that one's
+            precision, and leaves autograd a dummy, which megatron-core's DistributedDataParallel throws away.
 
     Returns:
         (loss [], stats [3]): the loss; the masked sums of the divergence (without its factors), cross-entropy and the teacher's
         entropy, detached, the first and last 0 without a teacher. fp32, the same on all ranks.
 
     Raises:
-        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads; see `checks.divergence`.
+        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads, a head without `main_grad`
+            to add to; see `checks.divergence`.
     """
     if (teacher_hidden is None) != (teacher_head is None):
         raise UserError("Half a teacher is given: give its hidden states and its head, or neither.")
+    fused = gradient_accumulation_fusion and student_head.requires_grad
+    if fused and not hasattr(student_head, "main_grad"):
+        raise UserError(
+            "gradient_accumulation_fusion is on, but the student's head has no main_grad: "
+            "wrap the student in megatron-core's DistributedDataParallel, or turn it off."
+        )
     with_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
     rows = len(student_head), None if teacher_head is None else len(teacher_head)
     kind = divergence, jsd_beta, top_k
     settings = _settings(
-        *rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient
+        *rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient, fused
     )
     return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
 
@@ -172,27 +183,36 @@ class _DistillationLoss(torch.autograd.Function):
         mask, ignored = mask.to(tiles.dtype), (mask == 0)[:, None]
         per_token = mask.new_zeros(3, num_tokens)
         d_hidden = torch.zeros_like(student_hidden) if need[0] else None
-        # A product sums in fp32 over its chunk; this tensor does over several chunks.
-        d_head = torch.zeros_like(student_head, dtype=tiles.dtype if chunk < num_tokens else None) if need[1] else None
-        head = student_head[: tiles.width]
+        # A product sums in fp32 over its chunk; this tensor does over several chunks, or until it is added to one that does.
+        precise = tiles.dtype if chunk < num_tokens or settings.into_main_grad else None
+        d_head = torch.zeros_like(student_head, dtype=precise) if need[1] else None
+        head, head_t = (None if x is None else x[: tiles.width] for x in (student_head, teacher_head))
+        # One chunk's logits after the other in the same memory: fresh memory costs a CPU as much as a pass over it.
+        out, out_t = (None if x is None else x.new_empty(chunk, tiles.width) for x in (head, head_t))
         for at in _slices(num_tokens, chunk):
             # Ignored rows become zeros: all that follows is finite there, and their weight of 0 then silences them.
             hidden = student_hidden[at].masked_fill(ignored[at], 0)
-            logits_s, logits_t = hidden @ head.t(), None
-            if teacher_head is not None:
-                logits_t = teacher_hidden[at].masked_fill(ignored[at], 0) @ teacher_head[: tiles.width].t()
+            logits_s, logits_t = torch.mm(hidden, head.t(), out=out[: len(hidden)]), None
+            if head_t is not None:
+                hidden_t = teacher_hidden[at].masked_fill(ignored[at], 0)
+                logits_t = torch.mm(hidden_t, head_t.t(), out=out_t[: len(hidden)])
             per_token[:, at] = tiles.run(logits_s, logits_t, labels[at], mask[at])
             if need[0]:
                 torch.mm(logits_s, head, out=d_hidden[at])
             if need[1]:
                 _add_head_gradient(d_head[: tiles.width], logits_s, hidden, tiles.elements)
-            del logits_s, logits_t  # before the next chunk's, and before the head's gradient is cast
-        ctx.gradients = d_hidden, None if d_head is None else d_head.to(student_head.dtype)
+        del logits_s, logits_t, out, out_t  # before the head's gradient is cast
+        if need[1] and not settings.into_main_grad:
+            d_head = d_head.to(student_head.dtype)
+        ctx.gradients, ctx.head = (d_hidden, d_head), student_head if settings.into_main_grad else None
         return _totals(ctx, settings, per_token * mask)
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        return *_scaled_gradients(ctx, d_loss), None, None, None, None, None
+        d_hidden, d_head = _scaled_gradients(ctx, d_loss)
+        if ctx.head is not None:
+            d_head = _added_to_main_grad(ctx.head, d_head)
+        return d_hidden, d_head, None, None, None, None, None
 
 
 class _LossOfLogits(torch.autograd.Function):
@@ -226,6 +246,16 @@ def _scaled_gradients(ctx, d_loss: Tensor) -> list[Tensor | None]:
     if gradients is None:
         raise RuntimeError("A distillation loss gives its gradients away: call backward through it only once.")
     return [None if x is None else x.mul_(d_loss) for x in gradients]
+
+
+def _added_to_main_grad(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    """What megatron-core's linear layers do under gradient accumulation fusion, and return: a gradient that says nothing."""
+    weight.main_grad.add_(gradient)
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    # A tied head's dummy is added to what comes from the embedding, and then to main_grad: megatron-core wants zeros for it.
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
