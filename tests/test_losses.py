@@ -6,16 +6,21 @@ were off by the number of ranks, so every case compares the loss, its parts and 
 
 import functools
 from dataclasses import dataclass, replace
+from itertools import batched
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from minitron_mcore import runtime
 from minitron_mcore.config import Divergence, ParallelConfig
-from minitron_mcore.distill.losses import distillation_loss
+from minitron_mcore.distill.losses import distillation_loss, distillation_loss_of_logits
 from minitron_mcore.runtime import UserError
 from minitron_mcore.testing import on_ranks
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
+from megatron.core.transformer import TransformerConfig  # isort: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Case:
     masked: float = 0.0
     """Part of the tokens that is ignored; their labels are -100, their hidden states NaN and infinite."""
     dtype: torch.dtype = torch.float32
+    given_logits: bool = False
+    """The form on given logits; those of ignored tokens are NaN, the heads' products are autograd's."""
 
     def tensors(self) -> list[Tensor]:
         """Student hidden and head, teacher hidden and head, labels, mask."""
@@ -61,9 +68,19 @@ class Case:
     def run(self, tensors: list[Tensor], group=None) -> tuple[Tensor, Tensor]:
         options = dict(kd_weight=self.kd_weight, lm_weight=self.lm_weight, temperature=self.temperature)
         kind = dict(divergence=self.divergence, jsd_beta=self.jsd_beta, top_k=self.top_k)
-        return distillation_loss(
-            *tensors, vocab_size=self.vocab, tp_group=group, chunk_tokens=self.chunk_tokens, **options, **kind
-        )
+        options |= kind | dict(vocab_size=self.vocab, tp_group=group)
+        if self.given_logits:
+            student, teacher = (
+                None if hidden is None else product(hidden, head, tensors[5])
+                for hidden, head in batched(tensors[:4], 2)
+            )
+            return distillation_loss_of_logits(student, teacher, *tensors[4:], **options)
+        return distillation_loss(*tensors, chunk_tokens=self.chunk_tokens, **options)
+
+
+def product(hidden: Tensor, head: Tensor, mask: Tensor) -> Tensor:
+    ignored = (mask == 0)[:, None]
+    return torch.where(ignored, torch.nan, hidden.masked_fill(ignored, 0) @ head.t())
 
 
 CASES = {
@@ -76,6 +93,7 @@ CASES = {
     "large logits": Case(spread=30.0, lm_weight=0.5),
     "lm only": Case(kd_weight=0.0, lm_weight=1.0, masked=0.2),
     "a rank of padding only": Case(vocab=100, padded=192, lm_weight=0.5, temperature=3.0),
+    "lm only, given logits": Case(kd_weight=0.0, lm_weight=1.0, masked=0.2, given_logits=True),
 }
 
 
@@ -94,11 +112,12 @@ KINDS = {
 def shapes(case: Case) -> dict[str, Case]:
     """What could go wrong, for any divergence."""
     temperature = 1.0 if case.divergence in (Divergence.mse, Divergence.cosine) else 2.0
+    mixed = replace(case, kd_weight=0.7, lm_weight=0.3, temperature=temperature, masked=0.3)
     return {
+        "given logits": replace(mixed, given_logits=True),
+        "given logits, a rank of padding only": replace(mixed, given_logits=True, vocab=100, padded=192),
         "mixed": replace(case, kd_weight=0.7, lm_weight=0.3, masked=0.3, chunk_tokens=10),
-        "temperature": replace(
-            case, kd_weight=0.7, lm_weight=0.3, temperature=temperature, masked=0.3, chunk_tokens=10
-        ),
+        "temperature": replace(mixed, chunk_tokens=10),
         "a rank of padding only": replace(case, vocab=100, padded=192, lm_weight=0.5, temperature=temperature),
         "large logits": replace(case, spread=10.0 if case.divergence == Divergence.jsd else 30.0),
         "several tiles": replace(case, tokens=131, vocab=49_999, padded=50_004, hidden=12, teacher_hidden=8),
@@ -240,8 +259,9 @@ def test_bf16(tp):
     """The measured errors are in the docstring of `divergences`."""
     small = dict(dtype=torch.bfloat16, lm_weight=0.5, masked=0.2, chunk_tokens=10)
     cases = {name: replace(case, **small) for name, case in KINDS.items()}
+    cases |= {f"{name}, given logits": replace(case, given_logits=True) for name, case in cases.items()}
     for name, results in run_all(on_rank, tp, cases).items():
-        errors, rough = relative_errors(cases[name], results), 2 if name in ("reverse_kl", "top 20", "top 1") else 1
+        errors, rough = relative_errors(cases[name], results), 2 if name.startswith(("reverse_kl", "top")) else 1
         assert max(errors[:4]) <= 5e-4 * rough and max(errors[4:]) <= 1e-2 * rough, (name, errors)
 
 
@@ -275,6 +295,46 @@ def test_tied_embedding_gets_both_gradients(tp):
     assert (ours - weight.grad).abs().max() <= 1e-5 * weight.grad.abs().max()
 
 
+class Head(torch.nn.Module):
+    """Called with the ids [T] of an embedding table of its own or, tied, of the head; what lies between is a tanh."""
+
+    def __init__(self, case: Case, tied: bool):
+        super().__init__()
+        self.case, self.weight = case, torch.nn.Parameter(case.tensors()[1])
+        self.weight.zero_out_wgrad = tied  # as megatron-core's models say of tied weights
+        self.embedding = self.weight if tied else torch.nn.Parameter(self.weight.detach().flip(0).contiguous())
+
+    def forward(self, ids: Tensor, fused: bool) -> Tensor:
+        _, _, *rest = self.case.tensors()
+        hidden = torch.nn.functional.embedding(ids, self.embedding).tanh()
+        sizes = dict(vocab_size=self.case.vocab, chunk_tokens=self.case.chunk_tokens)
+        return distillation_loss(hidden, self.weight, *rest, **sizes, gradient_accumulation_fusion=fused)[0]
+
+
+def main_grads(tied: bool, fused: bool) -> list[Tensor]:
+    """Of two microbatches whose loss is scaled, with megatron-core's DistributedDataParallel around the head."""
+    case = Case(chunk_tokens=10)
+    config = TransformerConfig(num_layers=1, hidden_size=case.hidden, num_attention_heads=1)
+    head = Head(case, tied)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), head)
+    model.zero_grad_buffer()
+    for seed in (0, 1):
+        ids = torch.randint(case.vocab, (case.tokens,), generator=torch.Generator().manual_seed(seed))
+        (0.25 * model(ids, fused)).backward()
+    assert head.weight.grad_added_to_main_grad == fused and all(p.grad is None for p in head.parameters())
+    return [parameter.main_grad.clone() for parameter in head.parameters()]
+
+
+def fusion_on_rank() -> list[tuple[list[Tensor], list[Tensor]]]:
+    return [(main_grads(tied, False), main_grads(tied, True)) for tied in (False, True)]
+
+
+def test_gradient_accumulation_fusion_adds_to_main_grad():
+    for off, on in on_ranks(fusion_on_rank, 1, ParallelConfig())[0]:
+        for expected, found in zip(off, on, strict=True):
+            assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_backward_scales_once():
     case = Case(chunk_tokens=10)
     tensors = case.tensors()
@@ -287,6 +347,28 @@ def test_backward_scales_once():
     assert torch.allclose(head.grad.double(), 0.25 * d_head, atol=1e-6)
     with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
+
+
+def consumed_on_rank(cases: list[Case]) -> list[int]:
+    """Collectives of a call on given logits; its gradient is written over the student's, the teacher's stay."""
+    group, counts = runtime.tp_group(), []
+    for case in cases:
+        student, head, teacher, teacher_head, *rest = case.tensors()
+        logits, given = (
+            x @ rows.chunk(group.size())[group.rank()].t() for x, rows in ((student, head), (teacher, teacher_head))
+        )
+        leaf, before = logits.requires_grad_(), given.clone()
+        with CommDebugMode() as counter:
+            options = dict(divergence=case.divergence, top_k=case.top_k, vocab_size=case.vocab, tp_group=group)
+            distillation_loss_of_logits(leaf, given, *rest, **options)[0].backward()
+        assert leaf.grad.data_ptr() == leaf.data_ptr() and torch.equal(given, before)
+        counts.append(counter.get_total_counts())
+    return counts
+
+
+def test_given_logits_are_consumed_in_one_collective():
+    for name, ranks in run_all(consumed_on_rank, 2, KINDS).items():
+        assert list(ranks) == [2 if name.startswith(("jsd", "top")) else 1] * 2, name
 
 
 def test_forms_only_the_gradients_asked_for():
@@ -307,10 +389,15 @@ def test_bad_input_is_refused_by_one_sentence():
     student, head, teacher, teacher_head, *rest = case.tensors()
     with pytest.raises(UserError, match="1001 rows, the student's 1008"):
         case.run([student, head, teacher, teacher_head[:1001], *rest])
-    with pytest.raises(UserError, match="kd_weight is 1.0 without a whole teacher"):
+    with pytest.raises(UserError, match="kd_weight is 1.0 without a teacher"):
         case.run([student, head, None, None, *rest])
+    with pytest.raises(UserError, match="Half a teacher"):
+        case.run([student, head, teacher, None, *rest])
     with pytest.raises(UserError, match="vocab_size is 1009.*1008 rows"):
         Case(vocab=1009).run([student, head, teacher, teacher_head, *rest])
+    with pytest.raises(UserError, match="the student's head has no main_grad"):
+        inputs = student, head.clone().requires_grad_(), teacher, teacher_head, *rest
+        distillation_loss(*inputs, vocab_size=1000, gradient_accumulation_fusion=True)
     for change, sentence in (
         (dict(temperature=0), "temperature is 0; it must be above 0"),
         (

@@ -1,10 +1,12 @@
-"""A divergence between teacher and student over a tensor-parallel vocabulary, from hidden states, never holding the logits.
+"""A divergence between teacher and student over a tensor-parallel vocabulary, from hidden states, never holding the logits; or
+from logits that are there.
 
 Tokens are worked off in chunks: two matrix products give a chunk's logits, the loss's gradient then takes the place of
 the student's, and two more products carry it to the hidden states and to the head. Nothing is left for the backward
 pass but to scale. Between the products a chunk is cut into tiles that stay in the cache. It is gone through twice, with one
 small collective in between: for what the ranks' sums are made of, then for the gradient, whose exponentials cost less to
-form again than to keep.
+form again than to keep. On CUDA two Triton kernels (`kernels`) do this work of the forward KL, the default; the other divergences
+run in torch there too.
 
 What crosses ranks follows from the chain rule of KL: with w_r the probability of rank r's part of the vocabulary and
 t_r, s_r the distributions within it,
@@ -16,8 +18,11 @@ entropy, and the label's logit: six fp64 numbers a token. The other divergences 
 and in what it writes.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -40,6 +45,7 @@ class _Settings:
     top_k: int | None
     chunk_tokens: int | None
     with_gradient: bool
+    into_main_grad: bool = False
 
 
 def distillation_loss(
@@ -59,6 +65,7 @@ def distillation_loss(
     jsd_beta: float = 0.5,
     top_k: int | None = None,
     chunk_tokens: int | None = None,
+    gradient_accumulation_fusion: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of mask * (kd_weight * temperature^2 * divergence + lm_weight * cross-entropy).
 
@@ -83,38 +90,88 @@ def distillation_loss(
         jsd_beta: the teacher's part of jsd's mixture, above 0 and below 1.
         top_k: the forward KL of the teacher's k largest logits (of the whole vocabulary, over all ranks) and of the tail's mass.
         chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 64 MiB (512 MiB on CUDA).
+        gradient_accumulation_fusion: megatron-core's: backward adds the head's gradient to its `main_grad`, in that one's
+            precision, and leaves autograd a dummy, which megatron-core's DistributedDataParallel throws away.
 
     Returns:
         (loss [], stats [3]): the loss; the masked sums of the divergence (without its factors), cross-entropy and the teacher's
         entropy, detached, the first and last 0 without a teacher. fp32, the same on all ranks.
 
     Raises:
-        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads; see `checks.divergence`.
+        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads, a head without `main_grad`
+            to add to; see `checks.divergence`.
     """
-    tp = tp_group.size() if tp_group else 1
-    _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight)
-    refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise UserError("Half a teacher is given: give its hidden states and its head, or neither.")
+    fused = gradient_accumulation_fusion and student_head.requires_grad
+    if fused and not hasattr(student_head, "main_grad"):
+        raise UserError(
+            "gradient_accumulation_fusion is on, but the student's head has no main_grad: "
+            "wrap the student in megatron-core's DistributedDataParallel, or turn it off."
+        )
     with_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
-    temperature = temperature if teacher_head is not None else 1.0
-    group = tp_group if tp > 1 else None
+    rows = len(student_head), None if teacher_head is None else len(teacher_head)
     kind = divergence, jsd_beta, top_k
-    settings = _Settings(vocab_size, group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient)
+    settings = _settings(
+        *rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient, fused
+    )
     return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
 
 
-def _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight) -> None:
-    if (teacher_hidden is None) != (teacher_head is None) or (teacher_hidden is None and kd_weight != 0):
+def distillation_loss_of_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None = None,
+    kd_weight: float = 1.0,
+    lm_weight: float = 0.0,
+    temperature: float = 1.0,
+    divergence: Divergence = Divergence.forward_kl,
+    jsd_beta: float = 0.5,
+    top_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`distillation_loss` of logits that are there already: the same loss, options, results and errors, in one collective a call
+    (jsd and top-k in two).
+
+    It consumes the student's logits: their gradient is written over them, so that beside both logits there are only the
+    buffers of a tile. An operation that keeps its output for its backward pass may not be the one that made them; a
+    product doesn't. Without a gradient they stay as they are; the teacher's always do.
+
+    What each tensor-parallel rank r holds (T tokens, V_r = padded vocabulary / TP):
+
+        student_logits [T, V_r]  columns r * V_r .. (r + 1) * V_r; from `vocab_size` on padding: no softmax, gradient 0.
+                                 The gradient is complete, nothing is to be summed over ranks
+        teacher_logits [T, V_r]  likewise, no gradient; None with kd_weight 0: LM loss
+        labels, mask [T]         the same on all ranks; where mask is 0 the logits may hold anything
+    """
+    with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    rows = student_logits.shape[1], None if teacher_logits is None else teacher_logits.shape[1]
+    kind = divergence, jsd_beta, top_k
+    settings = _settings(*rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *kind, None, with_gradient)
+    return _LossOfLogits.apply(student_logits, teacher_logits, labels, mask, settings)
+
+
+def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *rest) -> _Settings:
+    """Checks what both forms are given; `num_rows` V_r are the student's, `teacher_rows` the teacher's, None without one."""
+    tp = tp_group.size() if tp_group else 1
+    if teacher_rows is None and kd_weight != 0:
+        raise UserError(f"kd_weight is {kd_weight} without a teacher: give one, or kd_weight 0.")
+    if teacher_rows not in (None, num_rows):
         raise UserError(
-            f"kd_weight is {kd_weight} without a whole teacher: give its hidden states and its head, or kd_weight 0."
-        )
-    rows = tp * len(student_head)
-    if teacher_head is not None and len(teacher_head) != len(student_head):
-        raise UserError(
-            f"The teacher's padded vocabulary has {tp * len(teacher_head)} rows, the student's {rows}: "
+            f"The teacher's padded vocabulary has {tp * teacher_rows} rows, the student's {tp * num_rows}: "
             "pad both to the same size."
         )
-    if not 0 < vocab_size <= rows:
-        raise UserError(f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {rows} rows.")
+    if not 0 < vocab_size <= tp * num_rows:
+        raise UserError(
+            f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {tp * num_rows} rows."
+        )
+    divergence, jsd_beta, top_k, *_ = rest
+    refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
+    temperature = 1.0 if teacher_rows is None else temperature
+    return _Settings(vocab_size, tp_group if tp > 1 else None, kd_weight, lm_weight, temperature, *rest)
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -126,33 +183,79 @@ class _DistillationLoss(torch.autograd.Function):
         mask, ignored = mask.to(tiles.dtype), (mask == 0)[:, None]
         per_token = mask.new_zeros(3, num_tokens)
         d_hidden = torch.zeros_like(student_hidden) if need[0] else None
-        # A product sums in fp32 over its chunk; this tensor does over several chunks.
-        d_head = torch.zeros_like(student_head, dtype=tiles.dtype if chunk < num_tokens else None) if need[1] else None
-        head = student_head[: tiles.width]
+        # A product sums in fp32 over its chunk; this tensor does over several chunks, or until it is added to one that does.
+        precise = tiles.dtype if chunk < num_tokens or settings.into_main_grad else None
+        d_head = torch.zeros_like(student_head, dtype=precise) if need[1] else None
+        head, head_t = (None if x is None else x[: tiles.width] for x in (student_head, teacher_head))
+        # One chunk's logits after the other in the same memory: fresh memory costs a CPU as much as a pass over it.
+        out, out_t = (None if x is None else x.new_empty(chunk, tiles.width) for x in (head, head_t))
         for at in _slices(num_tokens, chunk):
             # Ignored rows become zeros: all that follows is finite there, and their weight of 0 then silences them.
             hidden = student_hidden[at].masked_fill(ignored[at], 0)
-            logits_s, logits_t = hidden @ head.t(), None
-            if teacher_head is not None:
-                logits_t = teacher_hidden[at].masked_fill(ignored[at], 0) @ teacher_head[: tiles.width].t()
+            logits_s, logits_t = torch.mm(hidden, head.t(), out=out[: len(hidden)]), None
+            if head_t is not None:
+                hidden_t = teacher_hidden[at].masked_fill(ignored[at], 0)
+                logits_t = torch.mm(hidden_t, head_t.t(), out=out_t[: len(hidden)])
             per_token[:, at] = tiles.run(logits_s, logits_t, labels[at], mask[at])
             if need[0]:
                 torch.mm(logits_s, head, out=d_hidden[at])
             if need[1]:
                 _add_head_gradient(d_head[: tiles.width], logits_s, hidden, tiles.elements)
-            del logits_s, logits_t  # before the next chunk's, and before the head's gradient is cast
-        ctx.gradients = d_hidden, None if d_head is None else d_head.to(student_head.dtype)
-        stats = (per_token * mask).sum(1)
-        ctx.mark_non_differentiable(stats)
-        return settings.temperature**2 * settings.kd_weight * stats[0] + settings.lm_weight * stats[1], stats
+        del logits_s, logits_t, out, out_t  # before the head's gradient is cast
+        if need[1] and not settings.into_main_grad:
+            d_head = d_head.to(student_head.dtype)
+        ctx.gradients, ctx.head = (d_hidden, d_head), student_head if settings.into_main_grad else None
+        return _totals(ctx, settings, per_token * mask)
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        # Scaled in place and given away, so that no second copy of the head's gradient ever exists.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("distillation_loss gives its gradients away: call backward through it only once.")
-        return *(None if x is None else x.mul_(d_loss) for x in gradients), None, None, None, None, None
+        d_hidden, d_head = _scaled_gradients(ctx, d_loss)
+        if ctx.head is not None:
+            d_head = _added_to_main_grad(ctx.head, d_head)
+        return d_hidden, d_head, None, None, None, None, None
+
+
+class _LossOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, labels, mask, settings: _Settings):
+        tiles = _Tiles(settings, student_logits, student_logits.shape[1])
+        mask, ignored = mask.to(tiles.dtype), mask == 0
+        logits_t = None if teacher_logits is None else teacher_logits[:, : tiles.width]
+        per_token = tiles.run(student_logits[:, : tiles.width], logits_t, labels, mask).to(mask) * mask
+        if settings.with_gradient:
+            student_logits[:, tiles.width :] = 0
+            student_logits.masked_fill_(ignored[:, None], 0)
+        ctx.gradients = (student_logits.detach(),)
+        return _totals(ctx, settings, per_token.masked_fill(ignored, 0))
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        return *_scaled_gradients(ctx, d_loss), None, None, None, None
+
+
+def _totals(ctx, settings: _Settings, per_token: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss [], stats [3]) from `_Tiles.run`'s numbers times the mask."""
+    stats = per_token.sum(1)
+    ctx.mark_non_differentiable(stats)
+    return settings.temperature**2 * settings.kd_weight * stats[0] + settings.lm_weight * stats[1], stats
+
+
+def _scaled_gradients(ctx, d_loss: Tensor) -> list[Tensor | None]:
+    """Scaled in place and given away, so that no second copy of a head's gradient, or of the logits, ever exists."""
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        raise RuntimeError("A distillation loss gives its gradients away: call backward through it only once.")
+    return [None if x is None else x.mul_(d_loss) for x in gradients]
+
+
+def _added_to_main_grad(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    """What megatron-core's linear layers do under gradient accumulation fusion, and return: a gradient that says nothing."""
+    weight.main_grad.add_(gradient)
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    # A tied head's dummy is added to what comes from the embedding, and then to main_grad: megatron-core wants zeros for it.
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -171,8 +274,19 @@ def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements
         total[rows] += d_logits[:, rows].t() @ hidden
 
 
+def _kernels(like: Tensor, divergence: divergences.ForwardKL) -> ModuleType | None:
+    """The Triton kernels where they do the work between the products: the forward KL's, on CUDA or under Triton's interpreter."""
+    here = like.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    known = type(divergence) is divergences.ForwardKL and like.dtype != torch.float64
+    if not (here and known and find_spec("triton")):
+        return None
+    from minitron_mcore.distill import kernels
+
+    return kernels
+
+
 class _Tiles:
-    """The work between the products, on a few tokens at a time, in buffers that are used again and again."""
+    """The work between the products: at once by `kernels`, or on a few tokens at a time in buffers that are used again."""
 
     def __init__(self, settings: _Settings, like: Tensor, num_rows: int):
         s = self.settings = settings
@@ -181,9 +295,11 @@ class _Tiles:
         self.width = min(max(s.vocab_size - self.start, 0), num_rows)
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.elements = chunks.TILE_ELEMENTS[like.device.type]
-        self.size = chunks.tile_tokens(len(like), num_rows, like.device.type)
-        self.buffers = torch.empty(chunks.TILE_BUFFERS, self.size, self.width, dtype=self.dtype, device=like.device)
         self.divergence = divergences.make(s.divergence, s.vocab_size, s.jsd_beta, s.top_k, s.temperature)
+        self.kernels = _kernels(like, self.divergence)
+        self.size = len(like) if self.kernels else chunks.tile_tokens(len(like), num_rows, like.device.type)
+        tiles = 0 if self.kernels else chunks.TILE_BUFFERS
+        self.buffers = torch.empty(tiles, self.size, self.width, dtype=self.dtype, device=like.device)
 
     def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
         """[divergence, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
@@ -243,6 +359,8 @@ class _Tiles:
 
     def _read(self, chunk: divergences.Chunk, at: slice, own: Tensor) -> None:
         """A tile's first pass: fills `own` [n, T] but for the label's logit, and the softmaxes' maxima and sums of exponentials."""
+        if self.kernels:
+            return self.kernels.read(chunk, own)
         x_s, e_s, x_t, e_t = self.buffers[:, : at.stop - at.start]
 
         def exponentials(n: int, x: Tensor, e: Tensor) -> None:
@@ -264,6 +382,8 @@ class _Tiles:
 
     def _write(self, chunk: divergences.Chunk, at: slice, place: Tensor, hit: Tensor) -> None:
         """A tile's second pass: d loss / d logits_s over the student's logits."""
+        if self.kernels:
+            return self.kernels.write(chunk, place.squeeze(1), hit)
         total, term, *_ = self.buffers[:, : at.stop - at.start]
         lm_weight = self.settings.lm_weight
         if chunk.logits[1] is None:

@@ -55,6 +55,7 @@ class Objective:
             divergence=self.config.divergence,
             jsd_beta=self.config.jsd_beta,
             top_k=self.config.top_k,
+            gradient_accumulation_fusion=self.student.config.gradient_accumulation_fusion,
         )
         tokens = mask.sum()
         return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])
