@@ -263,6 +263,9 @@ class DistillConfig(TrainConfig):
     """Of both softmaxes; the divergence is multiplied by its square, which keeps the gradient's size (Hinton et al. 2015)."""
     teacher_ahead: int = 1
     """Micro-batches the teacher runs ahead of the student; with pipeline parallelism always a whole step's."""
+    teacher_parallel: ParallelConfig | None = None
+    """The teacher's own layout of the same ranks; null is the student's. Its data-parallel ranks share what `teacher_ahead` is of
+    all of the student's: best a multiple of them."""
     states: StatesConfig = field(default_factory=StatesConfig)
 
     @property

@@ -2,12 +2,15 @@
 
 import collections
 import contextlib
+import dataclasses
 import datetime
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,20 +92,100 @@ def distributed(
         timeout=datetime.timedelta(minutes=patience + 2),
     )
     try:
-        mpu.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
-        )
+        _initialize(parallel)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
         dist.barrier()
     finally:
+        _layouts.clear()
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _initialize(parallel: ParallelConfig) -> None:
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Another layout of the same ranks, for a second model beside that of `distributed`; `within` puts it in force."""
+
+    parallel: ParallelConfig
+    state: dict[str, Any]
+    """megatron-core's global variables in it."""
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> "Layout":
+        """Make its groups, where this world doesn't have them yet (collective).
+
+        Raises:
+            UserError: a layout that doesn't fit the world (see `layout.problems`).
+        """
+        key = dataclasses.astuple(parallel)
+        if key not in _layouts:
+            refuse(layout.problems(parallel, dist.get_world_size()))
+            with _swapped(_BARE):
+                _initialize(parallel)
+                _layouts[key] = cls(parallel, _state())
+        return _layouts[key]
+
+
+_layouts: dict[tuple, Layout] = {}
+"""Of this world."""
+
+
+@contextlib.contextmanager
+def within(other: Layout | None) -> Iterator[None]:
+    """Everything inside the block happens in that layout; None is the one in force. What was in force is so again at the end.
+
+    megatron-core takes groups as arguments in many places, but its schedules, its experts and what reads its checkpoints ask its
+    global variables, and so does this file, for all others. To change these in one place is less than to hand groups to all.
+    """
+    with contextlib.nullcontext() if other is None else _swapped(other.state):
+        yield
+
+
+@contextlib.contextmanager
+def _swapped(state: dict[str, Any]) -> Iterator[None]:
+    before = _state()
+    try:
+        vars(mpu).update(state)
+        yield
+    finally:
+        vars(mpu).update(before)
+
+
+def _state() -> dict[str, Any]:
+    return {name: value for name, value in vars(mpu).items() if name.startswith("_") and name.isupper()}
+
+
+_BARE = _state()
+"""They are so before there are groups."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's number along each axis of a layout."""
+
+    pipeline: int
+    data: int
+    context: int
+    tensor: int
+
+
+def places() -> list[Place]:
+    """Of each rank of the world, in the layout in force (collective)."""
+    own = Place(*(group().rank() for group in (pp_group, dp_group, cp_group, tp_group)))
+    every = [own] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every
 
 
 def tp_group() -> dist.ProcessGroup:
