@@ -16,7 +16,7 @@ def main(config: CorrectRun) -> None:
     settings = DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
     with runtime.distributed(config.parallel, config.seed, settings.sequence_length, patience=settings.hang_minutes):
         source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
-        stage.run(config, settings, source, teacher=None)
+        stage.run([config], settings, [source], teacher=None)
 
 
 if __name__ == "__main__":

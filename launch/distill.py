@@ -1,7 +1,11 @@
 """Train a pruned student on its teacher's distribution. The same command again goes on where a stopped run ended.
 
 torchrun --nproc-per-node 8 launch/distill.py +model=llama31_8b parallel=tp8_sp data.train=[text.jsonl]
+torchrun --nproc-per-node 8 launch/distill.py +model=llama31_8b parallel=tp8_sp data.train=[text.jsonl] \\
+    'students={width: runs/a/prune, depth: runs/b/prune}'
 """
+
+import dataclasses
 
 from minitron_mcore.launching import entry
 from minitron_mcore.runs import DistillRun
@@ -13,10 +17,15 @@ def main(config: DistillRun) -> None:
     from minitron_mcore.distill import stage
 
     settings = config.distill
+    runs = [
+        dataclasses.replace(config, student=student, students={}, out_dir=f"{config.out_dir}/{name}")
+        for name, student in config.students.items()
+    ]
     with runtime.distributed(config.parallel, config.seed, settings.sequence_length, patience=settings.hang_minutes):
-        student = checkpoint.open_checkpoint(config.student, "student")
+        runs = runs or [config]
+        students = [checkpoint.open_checkpoint(run.student, "student") for run in runs]
         teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.taught else None
-        stage.run(config, settings, student, teacher)
+        stage.run(runs, settings, students, teacher)
 
 
 if __name__ == "__main__":

@@ -349,6 +349,8 @@ class SearchConfig:
     """Of training each of them with the other settings of `distill` (arXiv 2407.14679, section 2.3)."""
     look_every: int = 100
     """Steps between two looks at the held-out loss."""
+    together: int = 1
+    """Candidates that one pass of the teacher trains at a time; a rank holds all their weights and optimizers."""
     latency: bool = False
     """Measure every candidate's speed."""
     speed: SpeedConfig = field(default_factory=SpeedConfig)

@@ -89,7 +89,7 @@ def plain(config: StageRun) -> dict:
     `dry_run`."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
     for section in ("correct", "distill", "search"):
-        for key in ("stop_after", "shard", "shards", "on_bad_loss", "bad_loss_limit", "hang_minutes"):
+        for key in ("stop_after", "shard", "shards", "together", "on_bad_loss", "bad_loss_limit", "hang_minutes"):
             data.get(section, {}).pop(key, None)
 
     def simple(value):

@@ -130,6 +130,8 @@ class CorrectRun(StageRun):
 class DistillRun(StageRun):
     reads = ("data", "distill")
     student: str = MISSING
+    students: dict[str, str] = field(default_factory=dict)
+    """Several by name, instead of `student`: one pass of the teacher trains them all, each into its own folder of out_dir."""
     teacher: str = MISSING
 
 

@@ -126,14 +126,15 @@ def micro_batches(config: DistillConfig, start: int):
 def distill(student, teacher, config, parallel, out_dir, resume=False):
     """Train and save; the history, on every rank."""
     from minitron_mcore import checkpoint
-    from minitron_mcore.distill.train import Trainer, train
+    from minitron_mcore.distill.loop import train
+    from minitron_mcore.distill.train import Trainer
 
     opened = open_checkpoint(student)
     trainer = Trainer(opened, open_checkpoint(teacher), config, parallel, "fp32")
     if resume:
         trainer.resume(open_checkpoint(out_dir))
     checkpoint.describe(out_dir, opened.arch, "test", {}, opened.hf)
-    return train(trainer, micro_batches(config, trainer.step * config.global_batch), out_dir)
+    return train({out_dir: trainer}, micro_batches(config, trainer.step * config.global_batch), out_dir)[0]
 
 
 def test_students_learn_as_on_one_process_and_resume(tmp_path, parent):

@@ -317,7 +317,7 @@ def searches(config, root) -> dict:
             raise Cut
         return usual(*args)
 
-    run("whole")
+    run("whole", together=2)
     run("pieces", stop_after=1)
     assert there("measured.json") == 1
     run("pieces", shards=2, shard=1)

@@ -155,7 +155,8 @@ def test_losses_and_gradients_are_the_dense_ones(tmp_path, folders, layout):
 def learn(folders, config, parallel, out_dir, resume=False):
     """Train the narrower student and save; the history and the projection, on every rank."""
     from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill.train import Trainer, train
+    from minitron_mcore.distill.loop import train
+    from minitron_mcore.distill.train import Trainer
 
     student, dp = open_checkpoint(folders / "width"), runtime.dp_group()
     trainer = Trainer(student, open_checkpoint(folders / "teacher"), config, parallel, "fp32")
@@ -163,7 +164,7 @@ def learn(folders, config, parallel, out_dir, resume=False):
         trainer.resume(open_checkpoint(out_dir))
     checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
-    return train(trainer, batches, out_dir), trainer.states.projection.detach().clone()
+    return train({out_dir: trainer}, batches, out_dir)[0], trainer.states.projection.detach().clone()
 
 
 def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, folders):

@@ -9,6 +9,7 @@ out_dir/
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,15 +64,18 @@ class Guard:
 
     def __init__(self, config: TrainConfig, out_dir: Path):
         self.config, self.out_dir, self.in_a_row = config, out_dir, 0
+        _forget(out_dir)
 
-    def step(self, trainer: "Trainer", batches: list[Batch]) -> dict[str, float] | None:
-        """`trainer.train_step(batches)`; None where the step was skipped (collective).
+    def step(
+        self, trainer: "Trainer", batches: list[Batch], fed: Sequence[Batch] | None = None
+    ) -> dict[str, float] | None:
+        """`trainer.train_step(batches, fed)`; None where the step was skipped (collective).
 
         Raises:
             NotFinite: a bad step that may not be skipped; rank 0 has written failure.json.
         """
         try:
-            figures = trainer.train_step(batches)
+            figures = trainer.train_step(batches, fed)
         except BadStep as bad:
             self._judge(bad, trainer, batches)
             trainer.skip_step()
@@ -134,9 +138,14 @@ def watched(trainer: "Trainer", out_dir: Path) -> Watch:
     def told(message: str, ranks: list[int]) -> None:
         report(out_dir, "hung", HUNG_STATUS, trainer.step + 1, message, ranks, [])
 
+    _forget(out_dir)
+    return Watch(trainer.config.hang_minutes, lambda: f"step {trainer.step + 1}", told)
+
+
+def _forget(out_dir: Path) -> None:
+    """Remove the report of an earlier run that this one goes on from (rank 0)."""
     if runtime.rank() == 0:
         (out_dir / REPORT).unlink(missing_ok=True)
-    return Watch(trainer.config.hang_minutes, lambda: f"step {trainer.step + 1}", told)
 
 
 def report(

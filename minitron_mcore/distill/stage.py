@@ -1,72 +1,107 @@
-"""A training stage from its opened checkpoints to its finished folder: what launch/correct.py and launch/distill.py share."""
+"""A training stage from its opened checkpoints to its finished folders: what launch/correct.py and launch/distill.py share."""
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig
-from minitron_mcore.distill import train, vocabulary
+from minitron_mcore.distill import loop, train, vocabulary
+from minitron_mcore.errors import UserError
 from minitron_mcore.launching import plain
 from minitron_mcore.models import spec
 from minitron_mcore.runs import StageRun
 
 
 def run(
-    config: StageRun,
+    configs: Sequence[StageRun],
     settings: DistillConfig,
-    student: Checkpoint,
+    students: Sequence[Checkpoint],
     teacher: Checkpoint | None,
     looks: Sequence[int] = (),
-    look: Callable[[train.Trainer], None] | None = None,
+    look: Callable[[int, train.Trainer], None] | None = None,
 ) -> None:
-    """Train `student` into `config.out_dir`, or go on where a stopped run ended (collective).
+    """Train `students[i]` into `configs[i].out_dir`, or go on where a stopped run ended (collective).
+
+    Several are trained in turn, step by step, from one pass of the teacher; each folder is then what a run of its own would
+    have made of it. The configs differ in `student` and `out_dir` alone.
 
     Args:
-        looks: steps, ascending up to the last, after which the run is saved and `look` is called with its trainer; a run that
-            goes on right after one of them looks again.
+        looks: steps, ascending up to the last, after which the run is saved and `look` is called with each student's number and
+            trainer; a run that goes on right after one of them looks again.
 
     Raises:
-        UserError: see `train.check`, `data.prepare` and `checkpoint.claimed`.
+        UserError: see `train.check`, `data.prepare` and `checkpoint.claimed`; students of several vocabularies.
     """
-    out_dir = Path(config.out_dir)
-    train.check(student, teacher, settings, config.parallel)
-    with checkpoint.claimed(out_dir, plain(config), resume=True) as resumed:
-        runtime.log(spec.describe())
-        prefixes, weights = data.prepare(
-            config.data, student.hf, vocabulary.shared(student.arch, teacher and teacher.arch)
-        )
-        trainer = train.Trainer(student, teacher, settings, config.parallel, config.dtype.value)
-        if resumed:
-            trainer.resume(checkpoint.open_checkpoint(out_dir))
-            runtime.log(f"going on after step {trainer.step} of {out_dir}")
-        parents = {"student": checkpoint.identity(student), "teacher": teacher and checkpoint.identity(teacher)}
-        text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
-        name = train.fingerprint(student, teacher, plain(config), text["hash"])
-        lineages = {"ancestry": student.lineage, "teacher": teacher and teacher.lineage}
-        details = {
-            "plans": ancestry.plans(student.path),
-            "settings": dataclasses.asdict(settings),
-            "data": text,
-            **lineages,
-        }
-        checkpoint.describe(out_dir, student.arch, name, parents, student.hf, **details)
-        batches = data.train_batches(prefixes, weights, **trainer.data_position(config.data))
-        figures = []
-        for stop in looks or (settings.stop_after,):
-            trainer.config = dataclasses.replace(settings, stop_after=stop)
-            figures += train.train(trainer, batches, out_dir)
-            if look and trainer.step == stop:
-                look(trainer)
-            elif look and trainer.step < stop:  # told to stop
-                break
-        if trainer.step == settings.steps:
-            checkpoint.finish(out_dir)
-        if runtime.rank() == 0 and figures:
-            pictures.plot_losses({out_dir.name: out_dir / "metrics.jsonl"}, out_dir / "losses.png")
-            report.table(
-                f"trained {student.path}",
-                train.summary(figures),
-                [f"checkpoint: {out_dir}", f"curve: {out_dir}/losses.png"],
+    config, first = configs[0], students[0]
+    for student in students:
+        train.check(student, teacher, settings, config.parallel)
+        if student.arch.vocab != first.arch.vocab:
+            raise UserError(
+                f"{student.path} has a vocabulary of {student.arch.vocab} and {first.path} one of {first.arch.vocab}: students "
+                "of one pass of the teacher share the rows of its head; train these in runs of their own."
             )
+    with contextlib.ExitStack() as claims:
+        held = [checkpoint.claimed(each.out_dir, plain(each), resume=True) for each in configs]
+        resumed = [claims.enter_context(claim) for claim in held]
+        runtime.log(spec.describe())
+        vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
+        prefixes, weights = data.prepare(config.data, first.hf, vocab)
+        text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
+        trainers: dict[Path, train.Trainer] = {}
+        for each, student, goes_on in zip(configs, students, resumed, strict=True):
+            source = next((trainer.teacher for trainer in trainers.values()), None)
+            trainer = train.Trainer(student, teacher, settings, config.parallel, config.dtype.value, source)
+            trainers[Path(each.out_dir)] = trainer
+            if goes_on:
+                trainer.resume(checkpoint.open_checkpoint(each.out_dir))
+                runtime.log(f"going on after step {trainer.step} of {each.out_dir}")
+            _describe(each, settings, student, teacher, text)
+        behind = min(trainers.values(), key=lambda trainer: trainer.step)
+        batches = data.train_batches(prefixes, weights, **behind.data_position(config.data))
+        figures = [[] for _ in trainers]
+        for stop in looks or (settings.stop_after,):
+            for trainer in trainers.values():
+                trainer.config = dataclasses.replace(settings, stop_after=stop)
+            for before, new in zip(figures, loop.train(trainers, batches, _common(configs)), strict=True):
+                before += new
+            for number, trainer in enumerate(trainers.values()):
+                if look and trainer.step == stop:
+                    look(number, trainer)
+            if look and behind.step < stop:  # told to stop
+                break
+        for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
+            if trainer.step == settings.steps:
+                checkpoint.finish(folder)
+            _show(folder, student, rows)
+
+
+def _common(configs: Sequence[StageRun]) -> Path:
+    """The folder of one run, or the one that those of several share."""
+    return Path(os.path.commonpath([config.out_dir for config in configs]))
+
+
+def _describe(
+    config: StageRun, settings: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, text: dict
+) -> None:
+    """Write the lineage of what will be trained (rank 0)."""
+    parents = {"student": checkpoint.identity(student), "teacher": teacher and checkpoint.identity(teacher)}
+    details = {
+        "plans": ancestry.plans(student.path),
+        "settings": dataclasses.asdict(settings),
+        "data": text,
+        "ancestry": student.lineage,
+        "teacher": teacher and teacher.lineage,
+    }
+    name = train.fingerprint(student, teacher, plain(config), text["hash"])
+    checkpoint.describe(config.out_dir, student.arch, name, parents, student.hf, **details)
+
+
+def _show(folder: Path, student: Checkpoint, figures: list[dict[str, float]]) -> None:
+    if runtime.rank() == 0 and figures:
+        pictures.plot_losses({folder.name: folder / "metrics.jsonl"}, folder / "losses.png")
+        notes = [f"checkpoint: {folder}", f"curve: {folder}/losses.png"]
+        report.table(f"trained {student.path}", loop.summary(figures), notes)

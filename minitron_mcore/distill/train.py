@@ -1,18 +1,15 @@
-"""The distillation loop: megatron-core's schedule, DDP, optimizer and learning-rate schedule around our objective."""
+"""One student's training step: megatron-core's schedule, DDP, optimizer and learning-rate schedule around our objective."""
 
 import hashlib
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from minitron_mcore import checkpoint, runtime, schedule
 from minitron_mcore.checkpoint import Checkpoint
@@ -21,7 +18,7 @@ from minitron_mcore.distill import checks, failure, vocabulary
 from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.states import States
 from minitron_mcore.distill.teacher import Teacher
-from minitron_mcore.errors import NotFinite, refuse
+from minitron_mcore.errors import refuse
 from minitron_mcore.models import build
 from minitron_mcore.plan import cost
 from minitron_mcore.schedule import Batch
@@ -140,10 +137,11 @@ class Trainer:
             "dp_size": dp.size(),
         }
 
-    def train_step(self, batches: list[Batch]) -> dict[str, float]:
+    def train_step(self, batches: list[Batch], fed: Sequence[Batch] | None = None) -> dict[str, float]:
         """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.
 
-        A step all of whose tokens are masked moves nothing, not even by weight decay, and counts.
+        `fed` are the same with what the teacher has already added; without them it runs now. A step all of whose tokens are
+        masked moves nothing, not even by weight decay, and counts.
 
         Raises:
             BadStep: a loss or gradient that is not finite, on all ranks; all is still as after the step before.
@@ -154,7 +152,8 @@ class Trainer:
         if self.states:
             self.states.begin()
         self.optimizer.zero_grad()
-        fed = self.teacher.feed(batches) if self.teacher else batches
+        if fed is None:
+            fed = self.teacher.feed(batches) if self.teacher else batches
         on_batch = [self.states.take] if self.states else []
         parts = schedule.forward_backward(self.chunks, fed, self.objective, batches[0], len(batches), *on_batch)
         sums = torch.zeros(4, device=runtime.device())
@@ -262,102 +261,6 @@ def _prepare_torch_adam(optimizer) -> None:
     # It counts steps in a tensor, which the checkpoint keeps elsewhere: tell the loader to leave it alone.
     restore = optimizer._set_main_param_and_optimizer_states
     optimizer._set_main_param_and_optimizer_states = lambda param, tensors: restore(param, {"step": None} | tensors)
-
-
-def train(trainer: Trainer, batches: Iterator[Batch], out_dir: Path) -> list[dict[str, float]]:
-    """Run to `config.steps` (or `stop_after`), writing metrics.jsonl, tensorboard events and checkpoints (collective).
-
-    Args:
-        trainer: fresh, or resumed.
-        batches: micro-batches of this data-parallel rank, from the trainer's position on.
-        out_dir: claimed and described folder.
-
-    Returns:
-        The figures of the steps that this call ran, but for those that it skipped.
-
-    Raises:
-        NotFinite: see `failure.Guard`; the steps before are saved.
-    """
-    config, history = trainer.config, []
-    last = min(config.steps, config.stop_after or config.steps)
-    per_step = config.global_batch // (config.micro_batch * runtime.dp_group().size())
-    record = _Record(out_dir, trainer.step) if runtime.rank() == 0 else None
-    progress = runtime.Progress("train", last - trainer.step, "steps")
-    first = saved = trainer.step
-    stop, guard = _Stop(), failure.Guard(config, out_dir)
-    with failure.watched(trainer, out_dir):
-        while trainer.step < last and not stop.agreed():
-            try:
-                figures = guard.step(trainer, [next(batches) for _ in range(per_step)])
-            except NotFinite:
-                if trainer.step > saved:
-                    trainer.save(out_dir)
-                raise
-            if figures:
-                history.append(figures)
-                if record and (trainer.step % config.log_every == 0 or trainer.step == last):
-                    record.write(figures)
-                progress.update(trainer.step - first, _progress(figures))
-            if trainer.step % config.save_every == 0 or trainer.step == last:
-                trainer.save(out_dir)
-                saved = trainer.step
-        if trainer.step > saved:
-            trainer.save(out_dir)
-            runtime.log(f"told to stop: saved step {trainer.step}; the same command goes on from there")
-    if record:
-        record.close()
-    return history
-
-
-def _progress(figures: dict[str, float]) -> str:
-    losses = f"kd {figures['kd_loss']:.3f}, lm {figures['lm_loss']:.3f}"
-    return f", {losses}, {figures['tokens_per_second']:.0f} tokens/s"
-
-
-def summary(history: list[dict[str, float]]) -> list[dict]:
-    """Rows for a table: the first and the last step that a run made, and its speed."""
-    rows = [history[0], history[-1]]
-    speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
-    shown = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
-    return [{k: row[k] for k in shown if k in row} | {"median tokens/s": speed} for row in rows]
-
-
-class _Stop:
-    """SIGUSR1 (SLURM's warning, see launch/slurm) or SIGTERM on any rank: all ranks save after the step and end well."""
-
-    def __init__(self):
-        self.asked = torch.zeros(1, device=runtime.device())
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGUSR1, signal.SIGTERM):
-                signal.signal(number, lambda *_: self.asked.fill_(1))
-
-    def agreed(self) -> bool:
-        """Collective."""
-        asked = self.asked.clone()
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
-
-
-class _Record:
-    """metrics.jsonl and tensorboard; a resumed run drops the lines after its checkpoint, so that no step appears twice."""
-
-    def __init__(self, out_dir: Path, step: int):
-        path = out_dir / "metrics.jsonl"
-        # A killed run may leave half a line, which is of a step after its checkpoint.
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        checkpoint.replace_text(path, "".join(kept))
-        self.file = path.open("a")
-        self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1 if step else None)
-
-    def write(self, figures: dict[str, float]) -> None:
-        print(json.dumps(figures), file=self.file, flush=True)
-        for name in figures.keys() - {"step"}:
-            self.board.add_scalar(f"train/{name}", figures[name], figures["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
 
 
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, config: dict, data: str) -> str:

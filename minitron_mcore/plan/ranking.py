@@ -1,4 +1,5 @@
-"""An architecture search under way: candidates are pruned and measured one after another; the best are trained and ranked again.
+"""An architecture search under way: candidates are pruned and measured one after another; the best are trained, one or some
+at a time, and ranked again.
 
     out_dir/
       search.json                     all that was found, in order of rank
@@ -13,7 +14,9 @@ A file is written when its result is whole, so a run that was killed goes on aft
 
 import gc
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -211,39 +214,46 @@ class Ranking:
         return sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
 
     def _train(self, found: dict[Candidate, dict]) -> None:
-        """Train this shard's share of the best (collective)."""
+        """Train this shard's share of the best, some at a time (collective)."""
         best = sorted(found, key=lambda c: (found[c]["zero_shot_loss"], c.name))[: self.search.best]
-        for number, candidate in enumerate(best):
-            if not self._mine(number) or (self._folder(candidate) / "distill" / checkpoint.COMPLETE).is_file():
-                continue
-            if self.left <= 0:
+        mine = [candidate for number, candidate in enumerate(best) if self._mine(number)]
+        left = [c for c in mine if not (self._folder(c) / "distill" / checkpoint.COMPLETE).is_file()]
+        for some in itertools.batched(left, self.search.together):
+            some = some[: int(min(self.left, len(some)))]
+            if not some:
                 break
-            runtime.log(f"training {candidate.name}, {number + 1} of {len(best)}")
-            self._trained(candidate)
-            self.left -= 1
+            runtime.log(
+                f"training {', '.join(candidate.name for candidate in some)}; {len(left)} of the best are not yet"
+            )
+            self._trained(some)
+            self.left -= len(some)
 
-    def _trained(self, candidate: Candidate) -> None:
-        """Prune a candidate on disk and train it, or go on with that; its held-out loss is written at every look."""
-        config, plan, folder = self.config, self._plan(candidate), self._folder(candidate)
-        pruned = folder / "prune"
-        if not (pruned / checkpoint.COMPLETE).is_file():
-            with checkpoint.claimed(pruned, {"stage": "prune", "source": config.source, "plan": plan.digest()}):
-                prune.prune(self.source, plan, pruned, config.parallel)
+    def _trained(self, candidates: Sequence[Candidate]) -> None:
+        """Prune candidates on disk and train them, or go on with that; their held-out losses are written at every look."""
+        config, runs = self.config, []
         given = {field.name: getattr(config, field.name) for field in fields(Run)}
-        run = DistillRun(**given, student=str(pruned), teacher=config.teacher, out_dir=str(folder / "distill"))
-        run.distill = distillation(config)
+        for candidate in candidates:
+            plan, folder = self._plan(candidate), self._folder(candidate)
+            pruned = folder / "prune"
+            if not (pruned / checkpoint.COMPLETE).is_file():
+                with checkpoint.claimed(pruned, {"stage": "prune", "source": config.source, "plan": plan.digest()}):
+                    prune.prune(self.source, plan, pruned, config.parallel)
+            run = DistillRun(**given, student=str(pruned), teacher=config.teacher, out_dir=str(folder / "distill"))
+            run.distill = distillation(config)
+            runs.append(run)
         looks = [*range(self.search.look_every, self.search.steps, self.search.look_every), self.search.steps]
 
-        def look(trainer: train.Trainer) -> None:
+        def look(number: int, trainer: train.Trainer) -> None:
+            candidate = candidates[number]
             before = self._known(candidate, "trained.json")
             losses = dict(zip(before.get("steps", []), before.get("losses", []), strict=True))
             losses[trainer.step] = self._loss(trainer.model, trainer.arch)
             runtime.log(f"{candidate.name}: held-out loss {losses[trainer.step]:.4f} after {trainer.step} steps")
             self._write(candidate, "trained.json", {"steps": list(losses), "losses": list(losses.values())})
 
-        gc.collect()  # see `prune.build_pruned`: the candidate before, its teacher and its optimizer
-        student = checkpoint.open_checkpoint(pruned, "student")
-        stage.run(run, run.distill, student, self.teacher, looks, look)
+        gc.collect()  # see `prune.build_pruned`: the candidates before, their teacher and their optimizers
+        students = [checkpoint.open_checkpoint(run.student, "student") for run in runs]
+        stage.run(runs, distillation(config), students, self.teacher, looks, look)
 
     def _collect(self, candidates: list[Candidate]) -> dict:
         """The search's results as they go into search.json, best first: by loss, then by zero-shot loss."""

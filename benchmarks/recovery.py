@@ -1,0 +1,155 @@
+"""A recovery run: SmolLM2-135M cut to 100 M, then trained on its teacher's distribution or on the text alone, equal tokens.
+
+Both arms are run by the launch files on one process below runs/recovery, where finished stages are kept and a stopped one goes on:
+remove the folder to start anew. They see the same samples in the same order, a blend of ../shared/data's text. Losses are those of
+the exported folders in transformers, fp32, windows of 512: on books and WikiText-2 that are held out, on a book of technical
+prose that nobody trained on, and on the standard library's code. Accuracies are lm-eval's, 0-shot, of the first questions of
+each task (400 of them: standard error 0.025; normalised by length but for WinoGrande). pip install -e .[eval] -c constraints.txt.
+
+--steps N trains longer: on a GPU 24000 steps see the text once. On two cores the default takes about two hours;
+--quick takes two steps and eight questions, about eight minutes, and shows only that it runs.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from common import Figure, parser, write
+
+from minitron_mcore import demo, pictures, report
+from minitron_mcore.pipeline import stage
+
+DATA = Path(__file__).parents[2] / "shared/data"
+BLEND = {
+    "books_train": 0.4,
+    "peps": 0.15,
+    "rust_rfcs": 0.15,
+    "eips": 0.1,
+    "react_docs": 0.1,
+    "thealgorithms_python": 0.1,
+}
+HELDOUT = {"books": "books_valid.jsonl.gz", "technical prose": "rust_book.jsonl.gz", "WikiText-2": "wikitext2.test.raw"}
+TASKS = {
+    # lm-eval's own task file, the questions, the metric
+    "HellaSwag": ("hellaswag/hellaswag.yaml", "hellaswag.validation.jsonl.gz", "acc_norm,none"),
+    "PIQA": ("piqa/piqa.yaml", "piqa.validation.jsonl", "acc_norm,none"),
+    "ARC-Easy": ("arc/arc_easy.yaml", "ai2_arc_ARC-Easy.validation.jsonl", "acc_norm,none"),
+    "WinoGrande": ("winogrande/default.yaml", "winogrande_winogrande_xl.validation.jsonl", "acc,none"),
+}
+STEPS, LENGTH, BATCH = 96, 512, 4
+ARMS = {"kl": [], "cross-entropy": ["distill.kd_weight=0", "distill.lm_weight=1"]}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} x {LENGTH} tokens")
+    options.add_argument("--questions", type=int, default=400, help="of each task")
+    options = options.parse_args()
+    texts, held = (
+        [DATA / f"text/{name}.jsonl.gz" for name in BLEND],
+        [DATA / "text" / file for file in HELDOUT.values()],
+    )
+    if missing := [path for path in (*texts, *held) if not path.is_file()]:
+        sys.exit(f"skipped: {missing[0]} is not there.")
+    steps, questions = (2, 8) if options.quick else (options.steps, options.questions)
+    root = Path("runs/recovery_quick" if options.quick else "runs/recovery")
+    models = _train(root, texts, steps)
+    heldout = [*held, demo.write_stdlib_text(root / "text")[1]]
+    names = [*HELDOUT, "code"]
+    rows, figures = [], []
+    for name, folder in models.items():
+        out_dir = root / f"evaluate_{name.replace(' ', '_')}"
+        losses = _losses(out_dir, folder, heldout, 2 if options.quick else 24)
+        row = {"model": name, "tokens": steps * BATCH * LENGTH * name.startswith("distilled")}
+        row |= {f"{text}: perplexity": found["perplexity"] for text, found in zip(names, losses, strict=True)}
+        scores = _accuracies(out_dir, folder, questions)
+        rows.append(row | scores)
+        figures += [
+            Figure("recovery", f"{steps} steps, {text}", name, "loss", found["loss"], "nats/token")
+            for text, found in zip(names, losses, strict=True)
+        ]
+        figures += [
+            Figure("recovery", f"{steps} steps, {task}", name, "accuracy", n, "1") for task, n in scores.items()
+        ]
+    curves = {arm: root / arm / "distill/metrics.jsonl" for arm in ARMS}
+    pictures.plot_losses(curves, root / "losses.png")
+    notes = [f"accuracies of {questions} questions a task", f"curves: {root}/losses.png"]
+    report.table(f"SmolLM2-135M -> 100 M, {steps * BATCH * LENGTH:,} tokens an arm", rows, notes)
+    write(figures, options.json)
+
+
+def _train(root: Path, texts: list[Path], steps: int) -> dict[str, Path]:
+    """Every stage that is not finished; the folders of the teacher, of what was just pruned, and of both arms."""
+    teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
+    blend = ",".join(f"'{weight} {path}'" for path, weight in zip(texts, BLEND.values(), strict=True))
+    model = ["+model=smollm2_135m", f"model.hf={teacher}", f"work_dir={root}", "prune=smollm2_100m"]
+    text = [f"data.train=[{blend}]", "importance=small"]
+    length = [f"distill.sequence_length={LENGTH}", f"distill.global_batch={BATCH}", f"distill.micro_batch={BATCH}"]
+    rate = ["distill.peak_lr=6e-4", "distill.min_lr=6e-5", f"distill.warmup_steps={max(1, steps // 12)}"]
+    settings = ["distill=small", f"distill.steps={steps}", *length, *rate, "distill.save_every=24"]
+    models = {"teacher": teacher, "just pruned": root / "pruned/hf"}
+
+    def once(name: str, out_dir: Path, *overrides: str) -> None:
+        if not (out_dir / ".complete").is_file():
+            stage(name, *model, *overrides, f"out_dir={out_dir}")
+
+    once("convert", root / "convert")
+    once("importance", root / "importance", *text)
+    once("plan", root / "plan")
+    once("prune", root / "prune")
+    once("export", models["just pruned"], f"source={root}/prune")
+    for arm, losses in ARMS.items():
+        once("distill", root / arm / "distill", *text, *settings, *losses)
+        once("export", root / arm / "hf", f"source={root}/{arm}/distill")
+        models[f"distilled by {arm}"] = root / arm / "hf"
+    return models
+
+
+def _losses(out_dir: Path, folder: Path, heldout: list[Path], windows: int) -> list[dict]:
+    if not (out_dir / ".complete").is_file():
+        where = [
+            f"source={folder}",
+            f"out_dir={out_dir}",
+            f"data.heldout=[{','.join(map(str, heldout))}]",
+            "dtype=fp32",
+        ]
+        stage("evaluate", "+model=smollm2_135m", *where, "evaluate=small", f"evaluate.max_windows={windows}")
+    return json.loads((out_dir / "evaluation.json").read_text())["files"]
+
+
+def _accuracies(out_dir: Path, folder: Path, questions: int) -> dict[str, float]:
+    kept = out_dir / "lm_eval.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    import lm_eval
+
+    tasks = out_dir / "tasks"
+    tasks.mkdir(exist_ok=True)
+    for name, (stock, questions_file, _) in TASKS.items():
+        local = {"validation": str(DATA / "eval" / questions_file)}
+        task = {"include": str(Path(lm_eval.__file__).parent / "tasks" / stock), "task": name, "tag": None}
+        task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": local}}
+        task |= {"training_split": None, "test_split": None}
+        (tasks / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    found = lm_eval.simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(folder), "dtype": "float32"},
+        tasks=list(TASKS),
+        limit=questions,
+        batch_size=16,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=False,
+    )["results"]
+    scores = {name: found[name][metric] for name, (*_, metric) in TASKS.items()}
+    report.write_json(kept, scores)
+    return scores
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Several students of one teacher: a failure means that a student learns something else in company than alone."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import BadLoss, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.testing import on_ranks
+from tests import models, test_distill
+from tests.test_prune import ONE, export, random_scores, run_prune
+
+CONFIG = dataclasses.replace(test_distill.CONFIG, states=StatesConfig(0.5, pairs=[[1, 2]]))
+CUTS = {
+    "narrow": PruneConfig(hidden=24, ffn=18),
+    "short": PruneConfig(blocks=3),
+    "both": PruneConfig(hidden=24, blocks=4),
+}
+FIGURES = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
+LAYOUTS = {
+    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A teacher and three students of it."""
+    at = tmp_path_factory.mktemp("students")
+    models.tiny_llama(at / "hf", tied=True)
+    on_ranks(models.import_hf, 1, ONE, at / "hf", at / "teacher", ONE)
+    opened = open_checkpoint(at / "teacher")
+    for name, target in CUTS.items():
+        plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), target)
+        on_ranks(run_prune, 1, ONE, at / "teacher", plan, at / name, ONE)
+    return at
+
+
+def learn(family, names, config, parallel, out_dir, spoiled=""):
+    """Train students together; their histories, on every rank. `spoiled`: this one's second step sees an infinite weight."""
+    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.distill.loop import train
+    from minitron_mcore.distill.train import Trainer
+
+    teacher, trainers = open_checkpoint(family / "teacher"), {}
+    for name in names:
+        student, folder = open_checkpoint(family / name), Path(out_dir) / name
+        source = next((trainer.teacher for trainer in trainers.values()), None)
+        trainers[folder] = trainer = Trainer(student, teacher, config, parallel, "fp32", source)
+        if (folder / "latest").is_file():
+            trainer.resume(open_checkpoint(folder))
+        checkpoint.describe(folder, student.arch, "test", {}, student.hf)
+        if name == spoiled:
+            _spoil(trainer)
+    step, dp = min(trainer.step for trainer in trainers.values()), runtime.dp_group()
+    batches = test_distill.micro_batches(config, step * config.global_batch, dp.rank(), dp.size())
+    return train(trainers, batches, Path(out_dir))
+
+
+def learn_one_by_one(family, config, parallel, out_dir):
+    return {name: learn(family, [name], config, parallel, out_dir)[0] for name in CUTS}
+
+
+def _spoil(trainer):
+    whole = trainer.train_step
+
+    def step(batches, fed=None):
+        if trainer.step == 1:
+            fed = [batch | {"loss_mask": batch["loss_mask"] * float("inf")} for batch in fed]
+        return whole(batches, fed)
+
+    trainer.train_step = step
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_learns_as_it_would_alone(tmp_path, family, layout):
+    """To the bit; also where one joins later, and the others wait for it."""
+    world, parallel = LAYOUTS[layout]
+    alone = on_ranks(learn_one_by_one, world, parallel, family, CONFIG, parallel, tmp_path / "alone")
+    half = dataclasses.replace(CONFIG, stop_after=2)
+    early = on_ranks(learn, world, parallel, family, ["narrow", "both"], half, parallel, tmp_path / "together")
+    late = on_ranks(learn, world, parallel, family, [*CUTS], CONFIG, parallel, tmp_path / "together")
+    for rank in range(world):
+        (narrow, both), (narrow_2, short, both_2) = early[rank], late[rank]
+        for name, history in {"narrow": narrow + narrow_2, "short": short, "both": both + both_2}.items():
+            expected = alone[rank][name]
+            assert len(history) == len(expected) == CONFIG.steps
+            for a, b in zip(expected, history, strict=True):
+                assert all(a[key] == b[key] for key in FIGURES), (name, a, b)
+    for name in CUTS:
+        found = export(tmp_path / "together" / name, tmp_path / f"{name}_a")
+        expected = export(tmp_path / "alone" / name, tmp_path / f"{name}_b")
+        assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+        assert len((tmp_path / "together" / name / "metrics.jsonl").read_text().splitlines()) == CONFIG.steps
+
+
+def test_one_student_s_bad_step_is_its_own(tmp_path, family):
+    """Where bad steps are skipped, the others' figures are those of a run without it."""
+    parallel, config = ParallelConfig(), dataclasses.replace(CONFIG, on_bad_loss=BadLoss.skip)
+    names = ["narrow", "short"]
+    good = on_ranks(learn, 1, parallel, family, names, config, parallel, tmp_path / "good")[0]
+    bad = on_ranks(learn, 1, parallel, family, names, config, parallel, tmp_path / "bad", "short")[0]
+    assert [row["step"] for row in bad[1]] == [1, 3, 4]
+    for a, b in zip(good[0], bad[0], strict=True):
+        assert all(a[key] == b[key] for key in FIGURES)
+    kept = list((tmp_path / "bad" / "short" / "bad_batches").iterdir())
+    assert len(kept) == 1 and not (tmp_path / "bad" / "narrow" / "bad_batches").exists()
