@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron_mcore import report
-from minitron_mcore.config import DistillConfig
+from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import checks as importance
@@ -37,7 +37,6 @@ from minitron_mcore.runs import (
 
 MISSING = ("blocks_without_attention", "blocks_without_mlp")
 SHAPE = ("blocks", *MISSING, "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
-GIB = 2**30
 
 
 def run(*configs: Run) -> None:
@@ -69,7 +68,7 @@ def plan(config: Run) -> dict:
     archs = {role: arch for role, (arch, _) in models.items()}
     training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
     settings = training or getattr(config, name, None)
-    world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config)
+    world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config, training)
     setting = cost.Setting(
         config.parallel,
         world,
@@ -78,7 +77,9 @@ def plan(config: Run) -> dict:
         getattr(settings, "sequence_length", 1),
         config.dry.device,
     )
-    sizes = (*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length)
+    sizes = [*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length]
+    if training and training.teacher_parallel:
+        sizes += layout.sizes(training.teacher_parallel).values()
     countable = not problems and min(sizes) >= 1
     problems += _problems(config, models, training, setting)
     figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
@@ -92,9 +93,9 @@ def plan(config: Run) -> dict:
     if isinstance(config, SearchRun) and "student" in archs:
         figures["candidates"] = search.rows(_candidates(config), config.search.budget)
     for stage, row in enumerate(figures["ranks"]):
-        if row.get("total", 0) > config.dry.memory * GIB:
+        if (needed := row.get("total", 0) / cost.GIB) > config.dry.memory:
             problems.append(
-                f"a rank of pipeline stage {stage} needs {row['total'] / GIB:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
+                f"a rank of pipeline stage {stage} needs {needed:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
                 "share the model over more ranks (parallel.tensor, .pipeline, .sequence) or take smaller micro-batches."
             )
     return figures
@@ -105,9 +106,10 @@ def _on_one_process(config: Run) -> bool:
     return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format == ExportFormat.hf)
 
 
-def _fewest(config: Run) -> int:
-    """Processes that the layout needs at least."""
-    return config.parallel.pipeline * math.lcm(config.parallel.tensor * config.parallel.context, config.parallel.expert)
+def _fewest(config: Run, training: DistillConfig | None) -> int:
+    """Processes that the layouts need at least."""
+    layouts = [config.parallel, *filter(None, [training and training.teacher_parallel])]
+    return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts))
 
 
 def _training(config: Run) -> DistillConfig | None:
@@ -219,7 +221,8 @@ def _problems(
         yield from layout.problems(config.parallel, setting.world, length)
     if min(layout.sizes(config.parallel).values()) >= 1:
         for role, arch in archs.items():
-            yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
+            if not (role == "teacher" and training and training.teacher_parallel):  # `checks.problems` looks at that
+                yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
         yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
     if {"student", "teacher"} <= archs.keys():
@@ -255,13 +258,10 @@ def _ranks(
         return []
     main = archs.get("student") or next(iter(archs.values()))
     if training:
-        micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
-        ahead, shared = training.teacher_ahead, training.distributed_optimizer
         teacher = archs.get("teacher")
         if list(checks.state_problems(main, teacher, training.states)):
             return []  # pairs of blocks that are not there
-        pairs = checks.state_pairs(main, teacher, training.states) if teacher else []
-        rows = cost.training(main, teacher, setting, micro_batches, ahead, shared, pairs)
+        rows = cost.run([main], teacher, training, setting)
     elif isinstance(config, DepthRun):
         rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
@@ -305,12 +305,19 @@ def _operations(
     return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, "days": days}
 
 
-def _show(config: Run, figures: dict) -> None:
-    p, dry, world = config.parallel, config.dry, figures["gpus"]
+def _axes(p: ParallelConfig, world: int) -> str:
+    """A layout in words."""
     replicas = world // max(1, p.tensor * p.pipeline * p.context)
     axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
     axes += f", {p.virtual} chunks a pipeline rank" if p.virtual > 1 else ""
-    notes = [f"processes: {world}; {axes}{', sequence parallel' if p.sequence else ''}; {config.dtype} on {dry.device}"]
+    return f"{axes}{', sequence parallel' if p.sequence else ''}"
+
+
+def _show(config: Run, figures: dict) -> None:
+    dry, world, training = config.dry, figures["gpus"], _training(config)
+    notes = [f"processes: {world}; {_axes(config.parallel, world)}; {config.dtype} on {dry.device}"]
+    if training and training.teacher_parallel:
+        notes.append(f"teacher: {_axes(training.teacher_parallel, world)}")
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [
         {"model": role} | {key: model[key] for key in ("parameters", "without_embeddings", *shown, "from")}
@@ -323,7 +330,7 @@ def _show(config: Run, figures: dict) -> None:
     if ranks := figures["ranks"]:
         counts = ("stage", "blocks", "parameters")
         kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]
-        rows = [{key: row[key] for key in counts} | {key: row[key] / GIB for key in kinds} for row in ranks]
+        rows = [{key: row[key] for key in counts} | {key: row[key] / cost.GIB for key in kinds} for row in ranks]
         worst = "tensors at the worst moment, nothing recomputed; CUDA's context, NCCL's buffers, the allocator's holes come on top"
         passing = "shards, which pass through a piece at a time"
         report.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])

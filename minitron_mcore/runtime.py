@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -39,6 +40,13 @@ def log(message: str) -> None:
 def device() -> torch.device:
     """Where this rank's tensors live: its CUDA device, or the CPU where there is none."""
     return torch.device("cpu") if host.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def free_bytes() -> int:
+    """Of this rank's CUDA device; of a host's memory this rank's share."""
+    if host.is_cpu():
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return torch.cuda.mem_get_info()[0]
 
 
 @contextlib.contextmanager
