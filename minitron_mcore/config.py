@@ -269,6 +269,9 @@ class DistillConfig(TrainConfig):
     teacher_parallel: Any = None
     """The teacher's own layout of the same ranks, a `ParallelConfig`, as {tensor: 2, pipeline: 2}; null is the student's. Its
     replicas share what the student's ask for at one time, `teacher_ahead` each: best a multiple of their number."""
+    teacher_ranks: int = 0
+    """The last so many processes hold the teacher and nothing else, in `teacher_parallel`, and run ahead while the student learns;
+    the others hold the student. 0: all hold both."""
     states: StatesConfig = field(default_factory=StatesConfig)
 
     def __post_init__(self):

@@ -317,7 +317,7 @@ def _show(config: Run, figures: dict) -> None:
     dry, world, training = config.dry, figures["gpus"], _training(config)
     notes = [f"processes: {world}; {_axes(config.parallel, world)}; {config.dtype} on {dry.device}"]
     if training and training.teacher_parallel:
-        notes.append(f"teacher: {_axes(training.teacher_parallel, world)}")
+        notes.append(f"teacher: {_axes(training.teacher_parallel, training.teacher_ranks or world)}")
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [
         {"model": role} | {key: model[key] for key in ("parameters", "without_embeddings", *shown, "from")}

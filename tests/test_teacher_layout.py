@@ -74,13 +74,45 @@ def two_steps(folders, config, parallel, out_dir):
 def test_gradients_are_those_of_one_process(tmp_path, folders, name):
     (at, alone, expected), (world, parallel, other) = folders, PAIRS[name]
     config = dataclasses.replace(CONFIG, teacher_parallel=other)
-    for figures in on_ranks(two_steps, world, parallel, at, config, parallel, tmp_path / "run"):
+    hold(alone, expected, on_ranks(two_steps, world, parallel, at, config, parallel, tmp_path / "run"), tmp_path)
+
+
+def hold(alone, expected, ranks, tmp_path):
+    """The figures of every rank, and the gradients in `run`, against those of one process."""
+    for figures in ranks:
         for a, b in zip(alone, figures, strict=True):
             for key in ("kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm"):
                 assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
     found = export(tmp_path / "run", tmp_path / "hf")
     for key, gradient in expected.items():
         assert (found[key] - gradient).abs().max() <= 2e-5 * gradient.abs().max(), key
+
+
+APART = {
+    # processes of the student, layout, of the teacher, layout
+    "dp2_of_tp2_sp": (2, ParallelConfig(), 2, ParallelConfig(tensor=2, sequence=True)),
+    "tp2_sp_of_one": (2, ParallelConfig(tensor=2, sequence=True), 1, ParallelConfig()),
+    "pp2_of_dp2": (2, ParallelConfig(pipeline=2), 2, ParallelConfig()),
+}
+
+
+def serve_or_learn(folders, config, parallel, out_dir):
+    from minitron_mcore import runtime
+    from minitron_mcore.distill import apart
+
+    if runtime.bridge().beyond:
+        return apart.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")
+    return two_steps(folders, config, parallel, out_dir)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_ranks_of_its_own_teach_the_same(tmp_path, folders, name):
+    (at, alone, expected), (world, parallel, apart, other) = folders, APART[name]
+    config = dataclasses.replace(CONFIG, teacher_parallel=other, teacher_ranks=apart)
+    args = at, config, parallel, tmp_path / "run"
+    found = on_ranks(serve_or_learn, world + apart, parallel, *args, apart=apart, other=other)
+    assert found[world:] == [None] * apart
+    hold(alone, expected, found[:world], tmp_path)
 
 
 def world_after_an_error(parallel, other):

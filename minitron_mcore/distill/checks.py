@@ -67,12 +67,13 @@ def teacher_problems(
     teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
     """A layout of its own that doesn't fit the teacher or the ranks of the student, or that is nobody's."""
-    if (own := config.teacher_parallel) is None:
+    if config.teacher_parallel is None and not config.teacher_ranks:
         return
     if teacher is None:
-        yield "distill.teacher_parallel is a layout, but there is no teacher to lay out: give null."
+        yield "distill.teacher_parallel and .teacher_ranks lay out a teacher, but there is none: give null and 0."
         return
-    world = dp_size * parallel.tensor * parallel.pipeline * parallel.context
+    own = config.teacher_parallel or parallel
+    world = config.teacher_ranks or dp_size * parallel.tensor * parallel.pipeline * parallel.context
     found = list(layout.problems(own, world, config.sequence_length)) or list(layout.model_problems(teacher, own))
     yield from (f"distill.teacher_parallel: {problem}" for problem in found)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore import checkpoint, runtime, schedule, stream
@@ -53,10 +54,14 @@ class Teacher:
         layout = runtime.Layout.of(own) if own != parallel else None
         with runtime.within(layout):
             model = checkpoint.build_model(source, own, dtype)
-        head = cut_head(model, source, student, layout)
-        return cls(
-            model, source.arch, config.teacher_ahead, head, layout, layout and OtherLayout(parallel, layout, model)
-        )
+        head, handover = cut_head(model, source, student, layout), None
+        if layout:
+            student_places = runtime.places()
+            with runtime.within(layout):
+                places = student_places, runtime.places()
+            empty = next(model.parameters()).new_empty(0, source.arch.hidden)
+            handover = OtherLayout((parallel, own), places, runtime.rank(), dist.all_to_all_single, empty)
+        return cls(model, source.arch, config.teacher_ahead, head, layout, handover)
 
     @property
     def head(self) -> Tensor:
@@ -75,18 +80,35 @@ class Teacher:
         )
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
-        hidden: list[Tensor] = []
         given, last = self.handover.given(batches), runtime.pp_group().size() - 1
         with runtime.within(self.layout):
-            own_last = runtime.pp_group().size() - 1
-            with states.recorded(self.model, self.arch, {block for block, *_ in self.routes}) as found:
-                schedule.forward(self.model, given, lambda output, batch: hidden.append(output))
-        wanted = [(states.key(block), found[block], *stages) for block, *stages in self.routes]
-        fed = [batch | {"teacher_hidden": None} for batch in batches]
-        for key, kept, *stages in [("teacher_hidden", hidden, own_last, last), *wanted]:
-            for batch, moved in zip(fed, self.handover.moved(kept, *stages, batches), strict=True):
-                batch |= {} if moved is None else {key: moved}
-        return fed
+            left = passes(self.model, self.arch, given, self.routes, last)
+        return filled(batches, left, self.handover)
+
+
+Left = tuple[str, Sequence[Tensor], int, int]
+"""States of one kind: their key in a batch, what this rank has of each micro-batch that its replica of the teacher ran, the
+teacher's stage that left them, the student's stage that wants them."""
+
+
+def passes(
+    model: Model, arch: Architecture, given: Sequence[Batch], routes: Sequence[checks.Route], last: int
+) -> list[Left]:
+    """The teacher's forward passes, in its own layout (collective over its replica); `last`: the student's last stage."""
+    hidden: list[Tensor] = []
+    with states.recorded(model, arch, {block for block, *_ in routes}) as found:
+        schedule.forward(model, given, lambda output, batch: hidden.append(output))
+    inner = [(states.key(block), found[block], *stages) for block, *stages in routes]
+    return [("teacher_hidden", hidden, runtime.pp_group().size() - 1, last), *inner]
+
+
+def filled(batches: Sequence[Batch], left: Sequence[Left], handover: SameLayout | OtherLayout) -> list[Batch]:
+    """The student's micro-batches with what the teacher left for this rank (collective)."""
+    fed = [batch | {"teacher_hidden": None} for batch in batches]
+    for key, kept, source, target in left:
+        for batch, moved in zip(fed, handover.moved(kept, source, target, batches), strict=True):
+            batch |= {} if moved is None else {key: moved}
+    return fed
 
 
 def cut_head(
@@ -109,11 +131,15 @@ def cut_head(
         return None
     if own is not None and not embedding:
         own.data = own.new_empty(0)
-    if not last:
-        return None
+    return head_rows(source, student, next(model.parameters())) if last else None
+
+
+def head_rows(source: Checkpoint, student: Architecture, like: Tensor) -> Tensor:
+    """This rank's rows of a teacher's head, read by their place (see `cut_head`); `like`: of their dtype, on their device."""
+    tp, arch = runtime.tp_group(), source.arch
     name = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
     parameter = next(parameter for parameter in table.parameters(arch) if parameter.name == name)
-    head = next(model.parameters()).new_zeros(padded // tp.size(), arch.hidden)
+    head = like.new_zeros(table.padded_vocab(student, tp.size()) // tp.size(), arch.hidden)
     start = tp.rank() * len(head)
     if (rows := min(len(head), arch.vocab - start)) > 0:
         head[:rows] = stream.Reader(source).read(parameter, (start, 0), (rows, arch.hidden))

@@ -193,10 +193,13 @@ def hand_off(
 
 
 def teacher_weights(
-    student: Architecture, teacher: Architecture, setting: Setting, other: ParallelConfig, stage: int
+    student: Architecture, teacher: Architecture, setting: Setting, other: ParallelConfig | None, stage: int
 ) -> int:
     """Bytes of a teacher of layout `other` on a rank of the student's `stage`, of these the one that has most (see
-    `distill.teacher.cut_head`)."""
+    `distill.teacher.cut_head`); None: on ranks of its own."""
+    if other is None:
+        rows = table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
+        return setting.element * rows * teacher.hidden * (stage == setting.last)
     own, most = dataclasses.replace(setting, parallel=other), 0
     rows, owned = (table.padded_vocab(arch, s.parallel.tensor) for arch, s in ((student, setting), (teacher, own)))
     same, last = (rows, setting.parallel.tensor) == (owned, other.tensor), stage == setting.last
@@ -268,6 +271,7 @@ def training(
     distributed: bool = True,
     pairs: Sequence[tuple[int, int]] = (),
     other: ParallelConfig | None = None,
+    apart: bool = False,
     top_k: int = 0,
 ) -> list[dict[str, float]]:
     """Bytes of a training step on a rank of each pipeline stage, by kind and in all (see the head of this file).
@@ -279,6 +283,7 @@ def training(
         distributed: the optimizer's state is shared out over data-parallel ranks.
         pairs: blocks of student and teacher whose outputs are compared (`checks.state_pairs`).
         other: the teacher's layout, where it is not the student's.
+        apart: it has ranks of its own, and the student's only rows of its head.
         top_k: of the divergence; 0 is the whole vocabulary.
     """
     rows, projection = [], 0
@@ -290,7 +295,9 @@ def training(
         wanted = sum(target == stage for _, _, target in routes)
         row |= {"teacher": 0, "hand-off": 0}
         if teacher:
-            row["teacher"] = teacher_weights(student, teacher, setting, other or setting.parallel, stage)
+            row["teacher"] = teacher_weights(
+                student, teacher, setting, None if apart else other or setting.parallel, stage
+            )
             row["hand-off"] = hand_off(teacher, setting, stage, micro_batches, ahead, wanted)
         row["activations"] = activations(student, setting, stage, micro_batches)
         work = block_workspace(student, setting)
@@ -322,6 +329,7 @@ def run(
             config.distributed_optimizer,
             checks.state_pairs(student, teacher, config.states) if teacher else (),
             config.teacher_parallel,
+            config.teacher_ranks > 0,
             config.top_k or 0,
         )
         for student in students
