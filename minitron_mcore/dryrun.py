@@ -61,7 +61,7 @@ def plan(config: Run) -> dict:
     Returns:
         stage; gpus: processes; models: by role; ranks: bytes by kind, a row a pipeline stage; operations: of a step and in all;
         problems: a sentence each, and what they leave unknown is not there. Of a search also its candidates; the student is the
-        largest of them.
+        largest of them. Of a teacher on ranks of its own also teacher_ranks: as ranks, of these.
     """
     problems: list[str] = []
     models = _models(config, problems)
@@ -69,9 +69,10 @@ def plan(config: Run) -> dict:
     training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
     settings = training or getattr(config, name, None)
     world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config, training)
+    apart = training.teacher_ranks if training else 0
     setting = cost.Setting(
         config.parallel,
-        world,
+        world - apart,
         config.dtype,
         getattr(settings, "micro_batch", 1),
         getattr(settings, "sequence_length", 1),
@@ -90,12 +91,18 @@ def plan(config: Run) -> dict:
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
+        if apart and "teacher" in archs:
+            figures["teacher_ranks"] = cost.beside(archs["teacher"], training, setting)
     if isinstance(config, SearchRun) and "student" in archs:
         figures["candidates"] = search.rows(_candidates(config), config.search.budget)
-    for stage, row in enumerate(figures["ranks"]):
+    named = [(f"pipeline stage {stage}", row) for stage, row in enumerate(figures["ranks"])]
+    named += [
+        (f"the teacher's pipeline stage {stage}", row) for stage, row in enumerate(figures.get("teacher_ranks", []))
+    ]
+    for name, row in named:
         if (needed := row.get("total", 0) / cost.GIB) > config.dry.memory:
             problems.append(
-                f"a rank of pipeline stage {stage} needs {needed:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
+                f"a rank of {name} needs {needed:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
                 "share the model over more ranks (parallel.tensor, .pipeline, .sequence) or take smaller micro-batches."
             )
     return figures
@@ -108,8 +115,9 @@ def _on_one_process(config: Run) -> bool:
 
 def _fewest(config: Run, training: DistillConfig | None) -> int:
     """Processes that the layouts need at least."""
-    layouts = [config.parallel, *filter(None, [training and training.teacher_parallel])]
-    return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts))
+    apart = training.teacher_ranks if training else 0
+    layouts = [config.parallel, *filter(None, [training and not apart and training.teacher_parallel])]
+    return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts)) + apart
 
 
 def _training(config: Run) -> DistillConfig | None:
@@ -228,6 +236,8 @@ def _problems(
     if {"student", "teacher"} <= archs.keys():
         folders = (_hf(models[role][1]) for role in ("student", "teacher"))
         yield from vocabulary.problems(archs["student"], archs["teacher"], *folders)
+    if isinstance(config, SearchRun) and training.teacher_ranks:
+        yield checks.NOT_APART
     if isinstance(config, ImportanceRun) and "model" in archs:
         yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
@@ -283,7 +293,8 @@ def _operations(
     config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
 ) -> dict:
     """Floating-point operations of a step, and the days that all steps take."""
-    length, rate = setting.sequence_length, setting.world * config.dry.peak_tflops * 1e12 * config.dry.mfu
+    gpus = setting.world + (training.teacher_ranks if training else 0)
+    length, rate = setting.sequence_length, gpus * config.dry.peak_tflops * 1e12 * config.dry.mfu
     if training:
         steps, tokens = training.steps, training.global_batch * length
         steps *= config.search.best if isinstance(config, SearchRun) else 1
@@ -315,9 +326,10 @@ def _axes(p: ParallelConfig, world: int) -> str:
 
 def _show(config: Run, figures: dict) -> None:
     dry, world, training = config.dry, figures["gpus"], _training(config)
-    notes = [f"processes: {world}; {_axes(config.parallel, world)}; {config.dtype} on {dry.device}"]
-    if training and training.teacher_parallel:
-        notes.append(f"teacher: {_axes(training.teacher_parallel, training.teacher_ranks or world)}")
+    apart = training.teacher_ranks if training else 0
+    notes = [f"processes: {world}; {_axes(config.parallel, world - apart)}; {config.dtype} on {dry.device}"]
+    if training and (other := training.teacher_parallel or (apart and config.parallel)):
+        notes.append(f"teacher: {_axes(other, apart or world)}{', on ranks of its own' if apart else ''}")
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [
         {"model": role} | {key: model[key] for key in ("parameters", "without_embeddings", *shown, "from")}
@@ -334,6 +346,9 @@ def _show(config: Run, figures: dict) -> None:
         worst = "tensors at the worst moment, nothing recomputed; CUDA's context, NCCL's buffers, the allocator's holes come on top"
         passing = "shards, which pass through a piece at a time"
         report.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
+    if held := figures.get("teacher_ranks"):
+        rows = [{"stage": n} | {kind: size / cost.GIB for kind, size in row.items()} for n, row in enumerate(held)]
+        report.table("GiB on a rank of each of the teacher's own pipeline stages", rows)
     if found := figures["operations"]:
         row = {"steps": found["steps"], "tokens": found["tokens"]}
         row |= {f"{role} PFLOP a step": flop / 1e15 for role, flop in found["flop_a_step"].items()}

@@ -231,7 +231,12 @@ def test_a_teacher_s_own_layout_is_planned(tmp_path):
     found = [line.split() for line in output.splitlines() if line.split()[:2] in (["0", "16"], ["1", "16"])]
     held = [2 * rank / 2**30, 2 * (rank + head) / 2**30]
     assert [float(row[6]) for row in found] == pytest.approx(held, rel=1e-3)
-    given[2] = "distill.teacher_parallel={tensor: 3, sequence: true}"
+    given.append("distill.teacher_ranks=16")
+    status, output = dry(tmp_path, "distill", *given)
+    assert status == 0 and "processes: 18; TP 1 x PP 2 x CP 1 x DP 1" in output and "teacher: TP 8 x PP 1" in output
+    found = [line.split() for line in output.splitlines() if line.split()[:2] in (["0", "16"], ["1", "16"])]
+    assert float(found[1][6]) == pytest.approx(2 * head / 2**30, rel=1e-3) and len(found[0]) == len(found[1])
+    given[2:] = ["distill.teacher_parallel={tensor: 3, sequence: true}"]
     status, output = dry(tmp_path, "distill", *given, "dry.gpus=6")
     assert (
         status == 2 and "distill.teacher_parallel: sequence_length 8192 cannot be shared by parallel.tensor 3" in output

@@ -34,7 +34,7 @@ class DistantTeacher:
             UserError: there are none; a damaged checkpoint.
         """
         if runtime.bridge() is None:
-            raise UserError("distill.teacher_ranks is for launch/distill.py: give 0 here.")
+            raise UserError(checks.NOT_APART)
         self.bridge, self.arch, self.ahead = runtime.bridge(), source.arch, config.teacher_ahead
         self.handover = _handover(source.arch, config, parallel, dtype)
         self.last = (config.teacher_parallel or parallel).pipeline - 1

@@ -13,6 +13,8 @@ EMBEDDINGS = -1
 Route = tuple[int, int, int]
 """A teacher's block, the pipeline rank of the teacher that has it, the pipeline rank of the student that wants it."""
 
+NOT_APART = "distill.teacher_ranks is for launch/distill.py: give 0 here."
+
 
 def state_pairs(student: Architecture, teacher: Architecture, config: StatesConfig) -> list[tuple[int, int]]:
     """(student's block, teacher's block) whose outputs are compared; none with weight 0."""

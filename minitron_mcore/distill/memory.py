@@ -23,6 +23,11 @@ def tell(
     needed = {kind: size / cost.GIB for kind, size in rows[stage].items() if size}
     fullest = f"a rank of pipeline stage {stage}, the fullest," if len(rows) > 1 else "a rank"
     report.table(f"GiB that {fullest} will hold", [needed], [f"free for rank 0: {free:.3g} GiB"])
+    if teacher and config.teacher_ranks:
+        row = max(cost.beside(teacher, config, setting), key=lambda row: row["total"])
+        report.table(
+            "GiB that a rank of the teacher will hold", [{kind: size / cost.GIB for kind, size in row.items()}]
+        )
     if needed["total"] > free:
         runtime.log(
             f"warning: a rank needs {needed['total']:.3g} GiB, but {free:.3g} are free: share the model over more ranks "

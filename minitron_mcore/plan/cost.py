@@ -352,6 +352,20 @@ def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
     return rows
 
 
+def beside(teacher: Architecture, config: DistillConfig, setting: Setting) -> list[dict[str, float]]:
+    """`scoring` of a teacher on ranks of its own, and of a step's final states what its last stage has not handed over yet."""
+    other, ranks = config.teacher_parallel or setting.parallel, config.teacher_ranks
+    own, asked = dataclasses.replace(setting, parallel=other, world=ranks), config.global_batch // setting.micro_batch
+    if setting.parallel.pipeline == 1:
+        asked = min(asked, config.teacher_ahead * setting.replicas)
+    rows = []
+    for stage, row in enumerate(scoring(teacher, own)):
+        each = own.element * teacher.hidden * own.tokens / own.sharers
+        kept = math.ceil(asked / own.replicas) * each * (stage == own.last)
+        rows.append(row | {"hand-off": kept, "total": row["total"] + kept})
+    return rows
+
+
 def studying(arch: Architecture, setting: Setting, windows: int) -> list[dict[str, float]]:
     """`scoring`, and the hidden states of so many windows that a depth study keeps on the last stage."""
     passes = math.ceil(windows / (setting.micro_batch * setting.replicas))
