@@ -14,14 +14,24 @@ from minitron_mcore.runs import DistillRun
 @entry("distill")
 def main(config: DistillRun) -> None:
     from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill import stage
+    from minitron_mcore.distill import apart, stage
 
     settings = config.distill
     runs = [
         dataclasses.replace(config, student=student, students={}, out_dir=f"{config.out_dir}/{name}")
         for name, student in config.students.items()
     ]
-    with runtime.distributed(config.parallel, config.seed, settings.sequence_length, patience=settings.hang_minutes):
+    with runtime.distributed(
+        config.parallel,
+        config.seed,
+        settings.sequence_length,
+        patience=settings.hang_minutes,
+        apart=settings.teacher_ranks,
+        other=settings.teacher_parallel,
+    ):
+        if (bridge := runtime.bridge()) and bridge.beyond:
+            teacher = checkpoint.open_checkpoint(config.teacher, "teacher")
+            return apart.serve(teacher, settings, config.parallel, config.dtype.value)
         runs = runs or [config]
         students = [checkpoint.open_checkpoint(run.student, "student") for run in runs]
         teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.taught else None

@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from minitron_mcore.errors import UserError
 
 
 class Dtype(StrEnum):
@@ -265,7 +268,23 @@ class DistillConfig(TrainConfig):
     """Of both softmaxes; the divergence is multiplied by its square, which keeps the gradient's size (Hinton et al. 2015)."""
     teacher_ahead: int = 1
     """Micro-batches the teacher runs ahead of the student; with pipeline parallelism always a whole step's."""
+    teacher_parallel: Any = None
+    """The teacher's own layout of the same ranks, a `ParallelConfig`, as {tensor: 2, pipeline: 2}; null is the student's. Its
+    replicas share what the student's ask for at one time, `teacher_ahead` each: best a multiple of their number."""
+    teacher_ranks: int = 0
+    """The last so many processes hold the teacher and nothing else, in `teacher_parallel`, and run ahead while the student learns;
+    the others hold the student. 0: all hold both."""
     states: StatesConfig = field(default_factory=StatesConfig)
+
+    def __post_init__(self):
+        # As Any, for omegaconf cannot override a field of a dataclass or null.
+        if isinstance(given := self.teacher_parallel, dict):
+            try:
+                typed = OmegaConf.merge(OmegaConf.structured(ParallelConfig), given)
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"distill.teacher_parallel is {given}, which is no layout: {reason}.") from error
+            self.teacher_parallel = OmegaConf.to_object(typed)
 
     @property
     def taught(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron_mcore import report
-from minitron_mcore.config import DistillConfig
+from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import checks as importance
@@ -37,7 +37,6 @@ from minitron_mcore.runs import (
 
 MISSING = ("blocks_without_attention", "blocks_without_mlp")
 SHAPE = ("blocks", *MISSING, "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
-GIB = 2**30
 
 
 def run(*configs: Run) -> None:
@@ -62,23 +61,26 @@ def plan(config: Run) -> dict:
     Returns:
         stage; gpus: processes; models: by role; ranks: bytes by kind, a row a pipeline stage; operations: of a step and in all;
         problems: a sentence each, and what they leave unknown is not there. Of a search also its candidates; the student is the
-        largest of them.
+        largest of them. Of a teacher on ranks of its own also teacher_ranks: as ranks, of these.
     """
     problems: list[str] = []
     models = _models(config, problems)
     archs = {role: arch for role, (arch, _) in models.items()}
     training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
     settings = training or getattr(config, name, None)
-    world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config)
+    world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config, training)
+    apart = training.teacher_ranks if training else 0
     setting = cost.Setting(
         config.parallel,
-        world,
+        world - apart,
         config.dtype,
         getattr(settings, "micro_batch", 1),
         getattr(settings, "sequence_length", 1),
         config.dry.device,
     )
-    sizes = (*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length)
+    sizes = [*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length]
+    if training and training.teacher_parallel:
+        sizes += layout.sizes(training.teacher_parallel).values()
     countable = not problems and min(sizes) >= 1
     problems += _problems(config, models, training, setting)
     figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
@@ -89,12 +91,18 @@ def plan(config: Run) -> dict:
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
+        if apart and "teacher" in archs:
+            figures["teacher_ranks"] = cost.beside(archs["teacher"], training, setting)
     if isinstance(config, SearchRun) and "student" in archs:
         figures["candidates"] = search.rows(_candidates(config), config.search.budget)
-    for stage, row in enumerate(figures["ranks"]):
-        if row.get("total", 0) > config.dry.memory * GIB:
+    named = [(f"pipeline stage {stage}", row) for stage, row in enumerate(figures["ranks"])]
+    named += [
+        (f"the teacher's pipeline stage {stage}", row) for stage, row in enumerate(figures.get("teacher_ranks", []))
+    ]
+    for name, row in named:
+        if (needed := row.get("total", 0) / cost.GIB) > config.dry.memory:
             problems.append(
-                f"a rank of pipeline stage {stage} needs {row['total'] / GIB:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
+                f"a rank of {name} needs {needed:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
                 "share the model over more ranks (parallel.tensor, .pipeline, .sequence) or take smaller micro-batches."
             )
     return figures
@@ -105,9 +113,11 @@ def _on_one_process(config: Run) -> bool:
     return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format == ExportFormat.hf)
 
 
-def _fewest(config: Run) -> int:
-    """Processes that the layout needs at least."""
-    return config.parallel.pipeline * math.lcm(config.parallel.tensor * config.parallel.context, config.parallel.expert)
+def _fewest(config: Run, training: DistillConfig | None) -> int:
+    """Processes that the layouts need at least."""
+    apart = training.teacher_ranks if training else 0
+    layouts = [config.parallel, *filter(None, [training and not apart and training.teacher_parallel])]
+    return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts)) + apart
 
 
 def _training(config: Run) -> DistillConfig | None:
@@ -219,12 +229,15 @@ def _problems(
         yield from layout.problems(config.parallel, setting.world, length)
     if min(layout.sizes(config.parallel).values()) >= 1:
         for role, arch in archs.items():
-            yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
+            if not (role == "teacher" and training and training.teacher_parallel):  # `checks.problems` looks at that
+                yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
     if training and (student := archs.get("student", archs.get("model"))):
         yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
     if {"student", "teacher"} <= archs.keys():
         folders = (_hf(models[role][1]) for role in ("student", "teacher"))
         yield from vocabulary.problems(archs["student"], archs["teacher"], *folders)
+    if isinstance(config, SearchRun) and training.teacher_ranks:
+        yield checks.NOT_APART
     if isinstance(config, ImportanceRun) and "model" in archs:
         yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
@@ -255,13 +268,10 @@ def _ranks(
         return []
     main = archs.get("student") or next(iter(archs.values()))
     if training:
-        micro_batches = max(1, training.global_batch // (setting.micro_batch * setting.replicas))
-        ahead, shared = training.teacher_ahead, training.distributed_optimizer
         teacher = archs.get("teacher")
         if list(checks.state_problems(main, teacher, training.states, training.kd_weight)):
             return []  # pairs of blocks that are not there
-        pairs = checks.state_pairs(main, teacher, training.states) if teacher else []
-        rows = cost.training(main, teacher, setting, micro_batches, ahead, shared, pairs)
+        rows = cost.run([main], teacher, training, setting)
     elif isinstance(config, DepthRun):
         rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
@@ -283,7 +293,8 @@ def _operations(
     config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
 ) -> dict:
     """Floating-point operations of a step, and the days that all steps take."""
-    length, rate = setting.sequence_length, setting.world * config.dry.peak_tflops * 1e12 * config.dry.mfu
+    gpus = setting.world + (training.teacher_ranks if training else 0)
+    length, rate = setting.sequence_length, gpus * config.dry.peak_tflops * 1e12 * config.dry.mfu
     if training:
         steps, tokens = training.steps, training.global_batch * length
         steps *= config.search.best if isinstance(config, SearchRun) else 1
@@ -305,12 +316,20 @@ def _operations(
     return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, "days": days}
 
 
-def _show(config: Run, figures: dict) -> None:
-    p, dry, world = config.parallel, config.dry, figures["gpus"]
+def _axes(p: ParallelConfig, world: int) -> str:
+    """A layout in words."""
     replicas = world // max(1, p.tensor * p.pipeline * p.context)
     axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
     axes += f", {p.virtual} chunks a pipeline rank" if p.virtual > 1 else ""
-    notes = [f"processes: {world}; {axes}{', sequence parallel' if p.sequence else ''}; {config.dtype} on {dry.device}"]
+    return f"{axes}{', sequence parallel' if p.sequence else ''}"
+
+
+def _show(config: Run, figures: dict) -> None:
+    dry, world, training = config.dry, figures["gpus"], _training(config)
+    apart = training.teacher_ranks if training else 0
+    notes = [f"processes: {world}; {_axes(config.parallel, world - apart)}; {config.dtype} on {dry.device}"]
+    if training and (other := training.teacher_parallel or (apart and config.parallel)):
+        notes.append(f"teacher: {_axes(other, apart or world)}{', on ranks of its own' if apart else ''}")
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [
         {"model": role} | {key: model[key] for key in ("parameters", "without_embeddings", *shown, "from")}
@@ -323,10 +342,13 @@ def _show(config: Run, figures: dict) -> None:
     if ranks := figures["ranks"]:
         counts = ("stage", "blocks", "parameters")
         kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]
-        rows = [{key: row[key] for key in counts} | {key: row[key] / GIB for key in kinds} for row in ranks]
+        rows = [{key: row[key] for key in counts} | {key: row[key] / cost.GIB for key in kinds} for row in ranks]
         worst = "tensors at the worst moment, nothing recomputed; CUDA's context, NCCL's buffers, the allocator's holes come on top"
         passing = "shards, which pass through a piece at a time"
         report.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
+    if held := figures.get("teacher_ranks"):
+        rows = [{"stage": n} | {kind: size / cost.GIB for kind, size in row.items()} for n, row in enumerate(held)]
+        report.table("GiB on a rank of each of the teacher's own pipeline stages", rows)
     if found := figures["operations"]:
         row = {"steps": found["steps"], "tokens": found["tokens"]}
         row |= {f"{role} PFLOP a step": flop / 1e15 for role, flop in found["flop_a_step"].items()}

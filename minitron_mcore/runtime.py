@@ -2,13 +2,19 @@
 
 import collections
 import contextlib
+import dataclasses
 import datetime
+import itertools
+import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -38,6 +44,13 @@ def device() -> torch.device:
     return torch.device("cpu") if host.is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def free_bytes() -> int:
+    """Of this rank's CUDA device; of a host's memory this rank's share."""
+    if host.is_cpu():
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return torch.cuda.mem_get_info()[0]
+
+
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
     """Ranks pass this block together or fail together: a UserError on any becomes the same UserError on all (collective)."""
@@ -62,8 +75,13 @@ def distributed(
     sequence_length: int | None = None,
     store: dist.Store | None = None,
     patience: float = 10.0,
+    apart: int = 0,
+    other: ParallelConfig | None = None,
 ) -> Iterator[None]:
     """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
+
+    With `apart` there are two worlds, each with its own ranks from 0: the last so many processes make the second, and `bridge`
+    joins both.
 
     Args:
         parallel: sizes of the model-parallel axes; data parallelism takes the rest of the world.
@@ -71,38 +89,191 @@ def distributed(
         sequence_length: tokens of the sequences that will go through a model, where the caller knows.
         store: rendezvous for tests; otherwise the environment's, or a file's where torchrun isn't there.
         patience: minutes that `watch` gives a rank; two more, and a collective that still waits fails by itself.
+        apart: processes of the second world; 0 makes none.
+        other: their layout; None is `parallel`.
 
     Raises:
-        UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`).
+        UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`), no process left for one world.
     """
-    world_size, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    global _bridge
+    processes, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if not 0 <= apart < processes:
+        raise UserError(f"{apart} of {processes} processes cannot stand apart: there must be 0 to {processes - 1}.")
+    world_size, other = processes - apart, other or parallel
     refuse(layout.problems(parallel, world_size, sequence_length))
+    refuse(layout.problems(other, apart, sequence_length) if apart else ())
     if not host.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if store is None and "MASTER_ADDR" not in os.environ:
         store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
+    timeout = datetime.timedelta(minutes=patience + 2)
+    if apart:
+        store = store or next(dist.rendezvous("env://"))[0]
+        _bridge = Bridge(dist.PrefixStore("bridge", store), this_rank, world_size, processes, timeout)
+        if _bridge.beyond:
+            parallel, this_rank, world_size = other, this_rank - world_size, apart
+        store = dist.PrefixStore(f"beyond {_bridge.beyond}", store)
     dist.init_process_group(
-        "gloo" if host.is_cpu() else "nccl",
-        store=store,
-        rank=this_rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(minutes=patience + 2),
+        "gloo" if host.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
     )
     try:
-        mpu.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
-        )
+        _initialize(parallel)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
         dist.barrier()
     finally:
+        if _bridge and not _bridge.beyond:
+            _bridge.ask(None)
+        _bridge = None
+        _layouts.clear()
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _initialize(parallel: ParallelConfig) -> None:
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Another layout of the same ranks, for a second model beside that of `distributed`; `within` puts it in force."""
+
+    parallel: ParallelConfig
+    state: dict[str, Any]
+    """megatron-core's global variables in it."""
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> "Layout":
+        """Make its groups, where this world doesn't have them yet (collective).
+
+        Raises:
+            UserError: a layout that doesn't fit the world (see `layout.problems`).
+        """
+        key = dataclasses.astuple(parallel)
+        if key not in _layouts:
+            refuse(layout.problems(parallel, dist.get_world_size()))
+            with _swapped(_BARE):
+                _initialize(parallel)
+                _layouts[key] = cls(parallel, _state())
+        return _layouts[key]
+
+
+_layouts: dict[tuple, Layout] = {}
+"""Of this world."""
+
+
+@contextlib.contextmanager
+def within(other: Layout | None) -> Iterator[None]:
+    """Everything inside the block happens in that layout; None is the one in force. What was in force is so again at the end.
+
+    megatron-core takes groups as arguments in many places, but its schedules, its experts and what reads its checkpoints ask its
+    global variables, and so does this file, for all others. To change these in one place is less than to hand groups to all.
+    """
+    with contextlib.nullcontext() if other is None else _swapped(other.state):
+        yield
+
+
+@contextlib.contextmanager
+def _swapped(state: dict[str, Any]) -> Iterator[None]:
+    before = _state()
+    try:
+        vars(mpu).update(state)
+        yield
+    finally:
+        vars(mpu).update(before)
+
+
+def _state() -> dict[str, Any]:
+    return {name: value for name, value in vars(mpu).items() if name.startswith("_") and name.isupper()}
+
+
+_BARE = _state()
+"""They are so before there are groups."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's number along each axis of a layout."""
+
+    pipeline: int
+    data: int
+    context: int
+    tensor: int
+
+
+def places() -> list[Place]:
+    """Of each rank of the world, in the layout in force (collective)."""
+    own = Place(*(group().rank() for group in (pp_group, dp_group, cp_group, tp_group)))
+    every = [own] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every
+
+
+class Bridge:
+    """Joins the two worlds of `distributed`. Its ranks are the first world's, then the second's, and its tensors travel between
+    all of them; requests go from the first world to the second, whose ranks wait for them however long that takes."""
+
+    def __init__(self, store: dist.Store, rank: int, first: int, size: int, timeout: datetime.timedelta):
+        """`first`: ranks of the first world."""
+        self.store, self.rank, self.first, self.size, self.asked = store, rank, first, size, 0
+        # torch has groups within one world only; these are what they are made of.
+        if host.is_cpu():
+            self.group = dist.ProcessGroupGloo(dist.PrefixStore("group", store), rank, size, timeout)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self.group = dist.ProcessGroupNCCL(dist.PrefixStore("group", store), rank, size, options)
+
+    @property
+    def beyond(self) -> bool:
+        """This rank is of the second world."""
+        return self.rank >= self.first
+
+    def ask(self, what: dict | None) -> None:
+        """Send a request to the second world; None is the last. Called on all ranks of the first, rank 0 sends."""
+        if self.rank == 0:
+            self.store.set(f"request {self.asked}", json.dumps(what))
+        self.asked += 1
+
+    def requests(self) -> Iterator[dict]:
+        """In the second world, what the first asks for until it ends."""
+        for number in itertools.count():
+            self.store.wait([f"request {number}"], datetime.timedelta(days=365))
+            if (what := json.loads(self.store.get(f"request {number}"))) is None:
+                return
+            yield what
+
+    def meet(self, own: list[Place]) -> tuple[list[Place | None], list[Place | None]]:
+        """(places in the first world, in the second) of each rank of the bridge, None of those in the other (collective)."""
+        if self.rank in (0, self.first):
+            self.store.set(f"places {self.beyond}", json.dumps([dataclasses.astuple(place) for place in own]))
+        near, far = ([Place(*x) for x in json.loads(self.store.get(f"places {side}"))] for side in (False, True))
+        return [*near, *[None] * len(far)], [*[None] * len(near), *far]
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """In place, from the first world's rank 0 (collective)."""
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        self.group.broadcast([tensor], options).wait()
+
+    def all_to_all(self, into: torch.Tensor, out: torch.Tensor, taken: list[int], sent: list[int]) -> None:
+        """As torch.distributed's `all_to_all_single`."""
+        self.group.alltoall_base(into, out, taken, sent, dist.AllToAllOptions()).wait()
+
+
+_bridge: Bridge | None = None
+
+
+def bridge() -> Bridge | None:
+    """To the other world, where there is one."""
+    return _bridge
 
 
 def tp_group() -> dist.ProcessGroup:

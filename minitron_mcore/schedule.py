@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron_mcore import runtime, watch
+from minitron_mcore.config import ParallelConfig
 from minitron_mcore.models.build import Model
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
@@ -24,6 +25,16 @@ def share(batch: Batch) -> Batch:
     """This context-parallel rank's part of a batch's [B, S] tensors; others are shares already."""
     whole = {key: value for key, value in batch.items() if value is not None and value.dim() == 2}
     return batch | get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=runtime.cp_group())
+
+
+def positions(length: int, parallel: ParallelConfig, place: runtime.Place) -> Tensor:
+    """Of each of the rows [S_r] of a rank's hidden states, its token's position in the sequence of `length`: S_r = S / CP or
+    S / CP / TP under sequence parallelism."""
+    own, parts = torch.arange(length), 2 * parallel.context
+    if parallel.context > 1:
+        halves = own.view(parts, -1)
+        own = torch.cat([halves[place.context], halves[parts - 1 - place.context]])
+    return own.view(parallel.tensor, -1)[place.tensor] if parallel.sequence else own
 
 
 def forward(

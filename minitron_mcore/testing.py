@@ -41,15 +41,25 @@ class RankError(Exception):
         self.rank, self.kind, self.reason = rank, kind, reason
 
 
-def on_ranks(fn: Callable, world_size: int, parallel: ParallelConfig, *args: Any, timeout: float = 300) -> list:
+def on_ranks(
+    fn: Callable,
+    world_size: int,
+    parallel: ParallelConfig,
+    *args: Any,
+    timeout: float = 300,
+    apart: int = 0,
+    other: ParallelConfig | None = None,
+) -> list:
     """`fn(*args)` on ranks 0..world_size-1 within the layout `parallel`; its results (numbers, CPU tensors) in rank order.
+
+    `apart` and `other` make two worlds of them (see `runtime.distributed`).
 
     Raises:
         RankError: the first rank that failed, died, or had not answered in `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _server.Process(target=_work, args=(rank, world_size, parallel, folder, fn, args))
+            _server.Process(target=_work, args=(rank, world_size, (parallel, apart, other), folder, fn, args))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -78,14 +88,16 @@ def on_ranks(fn: Callable, world_size: int, parallel: ParallelConfig, *args: Any
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
-def _work(rank: int, world_size: int, parallel: ParallelConfig, folder: str, fn: Callable, args: tuple) -> None:
+def _work(rank: int, world_size: int, laid: tuple, folder: str, fn: Callable, args: tuple) -> None:
     os.setpgrp()
     torch.set_num_threads(1)
     get_write_results_queue("fork")  # megatron-core's own choice, spawn, would import everything again in each rank
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
     # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
-    with _told(rank, folder), runtime.distributed(parallel, store=store), _told(rank, folder):
+    parallel, apart, other = laid
+    world = runtime.distributed(parallel, store=store, apart=apart, other=other)
+    with _told(rank, folder), world, _told(rank, folder):
         torch.save(fn(*args), folder / f"{rank}.result")
 
 

@@ -111,6 +111,8 @@ def trained(folder, parallel, config, dtype):
     student, teacher = (checkpoint.open_checkpoint(folder / name) for name in ("student", "teacher"))
     trainer = Trainer(student, teacher, config, parallel, dtype)
     weights, taught = list(trainer.model.parameters()), list(trainer.teacher.model.parameters())
+    if runtime.is_last_stage() and all(trainer.teacher.head is not weight for weight in taught):
+        taught.append(trainer.teacher.head)
     count = config.global_batch // (config.micro_batch * runtime.dp_group().size())
     ids = torch.randint(0, student.arch.vocab, (count, MICRO_BATCH, LENGTH + 1))
     batches = [{"tokens": x[:, :-1], "labels": x[:, 1:], "loss_mask": torch.ones(MICRO_BATCH, LENGTH)} for x in ids]
@@ -136,27 +138,26 @@ def trained(folder, parallel, config, dtype):
 
 
 @pytest.mark.parametrize(
-    ("world", "parallel", "dtype", "distributed"),
+    ("world", "parallel", "dtype", "distributed", "other"),
     [
-        (2, ParallelConfig(), Dtype.bf16, True),
-        (2, ParallelConfig(), Dtype.bf16, False),
-        (2, ParallelConfig(), Dtype.fp32, True),
-        (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Dtype.bf16, True),
-        (4, ParallelConfig(pipeline=2, virtual=2, context=2), Dtype.bf16, True),
+        (2, ParallelConfig(), Dtype.bf16, True, None),
+        (2, ParallelConfig(), Dtype.bf16, False, None),
+        (2, ParallelConfig(), Dtype.fp32, True, ParallelConfig(tensor=2)),
+        (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Dtype.bf16, True, ParallelConfig(tensor=2)),
+        (4, ParallelConfig(pipeline=2, virtual=2, context=2), Dtype.bf16, True, ParallelConfig(tensor=2, pipeline=2)),
     ],
     ids=["dp2", "dp2_shared", "dp2_fp32", "tp2_sp_pp2", "pp2_virtual2_cp2"],
 )
-def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed):
+def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed, other):
     on_ranks(write_pair, 1, ParallelConfig(), tmp_path, dtype.value)
-    config = dataclasses.replace(CONFIG, distributed_optimizer=distributed)
-    given = setting(world, parallel, dtype)
-    micro_batches = config.global_batch // (MICRO_BATCH * given.replicas)
-    rows = cost.training(*PAIR.values(), given, micro_batches, config.teacher_ahead, distributed)
+    config = dataclasses.replace(CONFIG, distributed_optimizer=distributed, teacher_parallel=other)
+    rows = cost.run([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
     found = on_ranks(trained, world, parallel, tmp_path, parallel, config, dtype.value)
     for stage, row in enumerate(rows):
         ranks = [rank for rank in found if rank["stage"] == stage]
-        for kind in ("weights", "gradients", "teacher", "hand-off"):
+        for kind in ("weights", "gradients", "hand-off"):
             assert all(rank[kind] == row[kind] for rank in ranks), (stage, kind)
+        assert max(rank["teacher"] for rank in ranks) == row["teacher"], stage
         # megatron-core cuts its buffer evenly, wherever that falls: shares differ by a parameter's padding.
         assert sum(rank["optimizer"] for rank in ranks) / len(ranks) == pytest.approx(row["optimizer"], rel=1e-6)
         assert max(rank["activations"] for rank in ranks) == pytest.approx(row["activations"], rel=0.1)
@@ -218,6 +219,28 @@ def test_llama_8b_on_256_gpus(tmp_path):
     flops = 4 * (2 * weights + 32 * 4 * 4096 * 4096.5) * 9960 * 1152 * 8192
     days = flops / (256 * 989e12 * 0.4) / 86400
     assert f"{days:#.4g}" in output and f"{9960 * 1152 * 8192:,}" in output
+
+
+def test_a_teacher_s_own_layout_is_planned(tmp_path):
+    """A rank of stage 0 holds a stage of the teacher and no head; all that is wrong with the layout is told."""
+    given = ["+model=llama31_8b", "parallel.pipeline=2", "distill.teacher_parallel={tensor: 8}", "dry.memory=1000"]
+    status, output = dry(tmp_path, "distill", *given)
+    assert status == 0 and "processes: 8; TP 1 x PP 2 x CP 1 x DP 4" in output and "teacher: TP 8 x PP 1" in output
+    norms, head = 65 * 4096, 128256 * 4096
+    rank = (8_030_261_248 - norms - head) // 8 + norms
+    found = [line.split() for line in output.splitlines() if line.split()[:2] in (["0", "16"], ["1", "16"])]
+    held = [2 * rank / 2**30, 2 * (rank + head) / 2**30]
+    assert [float(row[6]) for row in found] == pytest.approx(held, rel=1e-3)
+    given.append("distill.teacher_ranks=16")
+    status, output = dry(tmp_path, "distill", *given)
+    assert status == 0 and "processes: 18; TP 1 x PP 2 x CP 1 x DP 1" in output and "teacher: TP 8 x PP 1" in output
+    found = [line.split() for line in output.splitlines() if line.split()[:2] in (["0", "16"], ["1", "16"])]
+    assert float(found[1][6]) == pytest.approx(2 * head / 2**30, rel=1e-3) and len(found[0]) == len(found[1])
+    given[2:] = ["distill.teacher_parallel={tensor: 3, sequence: true}"]
+    status, output = dry(tmp_path, "distill", *given, "dry.gpus=6")
+    assert (
+        status == 2 and "distill.teacher_parallel: sequence_length 8192 cannot be shared by parallel.tensor 3" in output
+    )
 
 
 def test_every_problem_is_told_at_once(tmp_path):

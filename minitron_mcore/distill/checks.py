@@ -11,7 +11,9 @@ EMBEDDINGS = -1
 """In a pair of blocks: what the embedding table puts out, which is what block 0 takes in."""
 
 Route = tuple[int, int, int]
-"""A teacher's block, the pipeline rank that has it, the pipeline rank that wants it."""
+"""A teacher's block, the pipeline rank of the teacher that has it, the pipeline rank of the student that wants it."""
+
+NOT_APART = "distill.teacher_ranks is for launch/distill.py: give 0 here."
 
 
 def state_pairs(student: Architecture, teacher: Architecture, config: StatesConfig) -> list[tuple[int, int]]:
@@ -22,14 +24,16 @@ def state_pairs(student: Architecture, teacher: Architecture, config: StatesConf
 
 
 def state_routes(
-    student: Architecture, teacher: Architecture, pairs: Sequence[tuple[int, int]], parallel: ParallelConfig
+    student: Architecture,
+    teacher: Architecture,
+    pairs: Sequence[tuple[int, int]],
+    parallel: ParallelConfig,
+    other: ParallelConfig | None = None,
 ) -> Iterator[Route]:
-    """The route of each pair."""
+    """The route of each pair; `other`: the teacher's layout, where it is not the student's."""
     for own, theirs in pairs:
-        source, target = (
-            layout.block_rank(arch, parallel, max(block, 0)) for arch, block in ((teacher, theirs), (student, own))
-        )
-        yield theirs, source, target
+        source = layout.block_rank(teacher, other or parallel, max(theirs, 0))
+        yield theirs, source, layout.block_rank(student, parallel, max(own, 0))
 
 
 def state_problems(
@@ -65,12 +69,28 @@ def state_problems(
             yield f"distill.states.pairs has {pair} twice: give it once."
 
 
+def teacher_problems(
+    teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
+) -> Iterator[str]:
+    """A layout of its own that doesn't fit the teacher or the ranks of the student, or that is nobody's."""
+    if config.teacher_parallel is None and not config.teacher_ranks:
+        return
+    if teacher is None:
+        yield "distill.teacher_parallel and .teacher_ranks lay out a teacher, but there is none: give null and 0."
+        return
+    own = config.teacher_parallel or parallel
+    world = config.teacher_ranks or dp_size * parallel.tensor * parallel.pipeline * parallel.context
+    found = list(layout.problems(own, world, config.sequence_length)) or list(layout.model_problems(teacher, own))
+    yield from (f"distill.teacher_parallel: {problem}" for problem in found)
+
+
 def problems(
     student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
     """A size below 1, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a warm-up as
-    long as the run, no loss, and what `divergence` and `state_problems` find."""
-    sizes = {name: getattr(config, name) for name in ("steps", "global_batch", "micro_batch", "sequence_length")}
+    long as the run, no loss, and what `divergence`, `teacher_problems` and `state_problems` find."""
+    names = ("steps", "global_batch", "micro_batch", "sequence_length", "teacher_ahead")
+    sizes = {name: getattr(config, name) for name in names}
     small = {name: size for name, size in sizes.items() if size < 1}
     yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
     # The interleaved schedule takes micro-batches in groups of as many as there are pipeline ranks.
@@ -89,6 +109,7 @@ def problems(
         yield f"{limits}: the former must be at least 1, the latter above 0."
     if config.kd_weight == config.lm_weight == config.states.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
+    yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.states, config.kd_weight)
     yield from divergence(
         config.divergence, config.jsd_beta, config.top_k, config.temperature, vocabulary.shared(student, teacher)

@@ -11,7 +11,7 @@ from pathlib import Path
 from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig
-from minitron_mcore.distill import loop, train, vocabulary
+from minitron_mcore.distill import loop, memory, train, vocabulary
 from minitron_mcore.errors import UserError
 from minitron_mcore.launching import plain
 from minitron_mcore.models import spec
@@ -54,6 +54,8 @@ def run(
         held = [checkpoint.claimed(each.out_dir, plain(each), resume=True) for each in configs]
         resumed = [claims.enter_context(claim) for claim in held]
         runtime.log(spec.describe())
+        archs = [student.arch for student in students]
+        memory.tell(archs, teacher and teacher.arch, settings, config.parallel, config.dtype)
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = data.prepare(config.data, first.hf, vocab)
         text = {"files": config.data.train, "hash": data.data_hash(prefixes)}

@@ -11,8 +11,8 @@ only where the widths differ. Products in the run's dtype, all else fp32.
 What a rank holds of each pair, of S_r = S / CP or S / CP / TP rows under sequence parallelism:
 
     h_s [S_r, B, H_s]   where the stage of the student's block is
-    h_t [S_r, B, H_t]   left by the teacher's forward passes on the stage of the teacher's block; sent, micro-batch by micro-batch,
-                        to the stage of the student's, before the student's schedule begins
+    h_t [S_r, B, H_t]   left by the teacher's forward passes on the stage of the teacher's block, handed over to the stage of the
+                        student's before the student's schedule needs it (see `handover`)
     P [H_t, H_s]        whole, the same on all ranks. Its gradient is a sum over ranks that see other tokens (data, context, and
                         under sequence parallelism tensor-parallel ones) and over pipeline stages, which see other pairs
 
@@ -20,7 +20,7 @@ The loss is computed where h_s is made, and its gradient joins the one that come
 schedules know nothing of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -60,7 +60,7 @@ class States:
         parallel: ParallelConfig,
         ddp: DistributedDataParallelConfig,
     ):
-        """`model`: the student, of architecture `arch`, not yet under DDP; `teacher`: lies in the same layout."""
+        """`model`: the student, of architecture `arch`, not yet under DDP, in layout `parallel`."""
         self.config, self.model = config.states, model
         self.batch: Batch = {}
         self.sum = torch.zeros((), device=runtime.device())
@@ -68,7 +68,7 @@ class States:
         # The groups over which a sum over this rank's rows and pairs becomes one over a sequence's and all.
         self.groups = [runtime.pp_group(), *([runtime.tp_group()] if parallel.sequence else [])]
         pairs = checks.state_pairs(arch, teacher, config.states)
-        self.routes = sorted(set(checks.state_routes(arch, teacher, pairs, parallel)))
+        self.routes = sorted(set(checks.state_routes(arch, teacher, pairs, parallel, config.teacher_parallel)))
         for own, theirs in pairs:
             if module := _maker(model, arch, own):
                 module.register_forward_hook(partial(self._attach, theirs))
@@ -94,7 +94,7 @@ class States:
         if self.model.config.sequence_parallel:
             mask = mask.chunk(runtime.tp_group().size())[runtime.tp_group().rank()]
         # Computed again in the backward pass: until then nothing is kept but what others keep anyway.
-        wanted = self.batch[_key(theirs)]
+        wanted = self.batch[key(theirs)]
         loss = checkpoint(self._loss, hidden, wanted, mask, use_reentrant=False, preserve_rng_state=False)
         self.sum += loss.detach()
         hidden = _Joined.apply(hidden, self.model.config.grad_scale_func(self.weight * loss))
@@ -162,47 +162,24 @@ class States:
 
 
 @contextmanager
-def recorded(
-    teacher: build.Model, arch: Architecture, routes: Sequence[checks.Route], batches: Sequence[Batch]
-) -> Iterator[list[Batch]]:
-    """Record what the teacher's forward passes over `batches` inside the block leave; at its end the list that was yielded
-    has for each what this rank's part of a student is compared with (collective over pipeline stages).
+def recorded(teacher: build.Model, arch: Architecture, blocks: Iterable[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Record what the teacher's forward passes inside the block leave: by block of `blocks`, of every micro-batch what this rank
+    has, in their order; nothing of blocks that another rank holds.
 
     Args:
-        teacher: this rank's part of the model, of architecture `arch`.
-        routes: of all students, the same order on all ranks: whoever is first in it never waits in vain.
+        teacher: this rank's part of the model, of architecture `arch`, in whose layout the block is.
     """
-    rank, group = runtime.pp_group().rank(), runtime.pp_group()
-    found = {block: [] for block, source, _ in routes if source == rank}
+    found: dict[int, list[Tensor]] = {block: [] for block in blocks}
     handles = [
-        _maker(teacher, arch, block).register_forward_hook(
-            lambda module, args, output, kept=kept: kept.append(_hidden(output))
-        )
+        module.register_forward_hook(lambda module, args, output, kept=kept: kept.append(_hidden(output)))
         for block, kept in found.items()
+        if (module := _maker(teacher, arch, block))
     ]
-    states = [{} for _ in batches]
     try:
-        yield states
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    for block, source, target in routes:
-        for number, batch in enumerate(batches):
-            if rank == source == target:
-                states[number][_key(block)] = found[block][number]
-            elif rank == source:
-                dist.send(found[block][number].contiguous(), group_dst=target, group=group)
-            elif rank == target:
-                states[number][_key(block)] = _empty(teacher, batch)
-                dist.recv(states[number][_key(block)], group_src=source, group=group)
-
-
-def _empty(teacher: build.Model, batch: Batch) -> Tensor:
-    """Room for a block's output [S_r, B, H_t]."""
-    size, length = batch["tokens"].shape
-    config = teacher.config
-    rows = length // runtime.cp_group().size() // (runtime.tp_group().size() if config.sequence_parallel else 1)
-    return torch.empty(rows, size, config.hidden_size, dtype=config.params_dtype, device=batch["tokens"].device)
 
 
 class _Joined(torch.autograd.Function):
@@ -218,7 +195,8 @@ class _Joined(torch.autograd.Function):
         return d_hidden, torch.ones_like(*ctx.saved_tensors)
 
 
-def _key(block: int) -> str:
+def key(block: int) -> str:
+    """Of what a teacher's block put out, in a batch."""
     return f"teacher_block_{block}"
 
 

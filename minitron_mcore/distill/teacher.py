@@ -1,14 +1,15 @@
-"""The frozen teacher: it runs its own forward-only schedule ahead of the student and hands over final hidden states, not logits."""
+"""The frozen teacher: it runs its own forward-only schedule ahead of the student and hands over hidden states, not logits."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore import checkpoint, runtime, schedule, stream
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, states
+from minitron_mcore.distill.handover import OtherLayout, SameLayout
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
@@ -16,16 +17,27 @@ from minitron_mcore.schedule import Batch
 
 
 class Teacher:
-    """A model in the student's layout that never trains.
+    """A model that never trains, in the student's layout or one of its own.
 
-    What it leaves behind of a micro-batch lies on last-stage ranks only: the final norm's output [S_r, B, H], S_r = S / CP or
-    S / CP / TP under sequence parallelism, in the teacher's dtype. Its head's rows [V_r, H] lie there too, sharded as the
-    student's. States of its blocks lie where the student's are compared with them (see `states`).
+    What it leaves behind of a micro-batch lies on the student's last-stage ranks only, shared out as the student's: the final
+    norm's output [S_r, B, H], S_r = S / CP or S / CP / TP under sequence parallelism, in the teacher's dtype. Its head's rows
+    [V_r, H] lie there too, sharded as the student's. States of its blocks lie where the student's are compared with them (see
+    `states`).
     """
 
-    def __init__(self, model: Model, arch: Architecture, ahead: int, head: Tensor | None = None):
-        """`ahead`: micro-batches that the teacher runs at a time; `head`: instead of the model's (see `cut_head`)."""
+    def __init__(
+        self,
+        model: Model,
+        arch: Architecture,
+        ahead: int,
+        head: Tensor | None = None,
+        layout: runtime.Layout | None = None,
+        handover: SameLayout | OtherLayout | None = None,
+    ):
+        """`ahead`: micro-batches that the teacher runs at a time; `head`: instead of the model's (see `cut_head`); `layout`: the
+        model's, where it isn't the student's, and then how its states get from one to the other."""
         self.model, self.arch, self.ahead, self._head = model.eval().requires_grad_(False), arch, ahead, head
+        self.layout, self.handover = layout, handover or SameLayout(model)
         self.routes: list[checks.Route] = []
         """Which blocks' states go where, ascending (see `states`)."""
 
@@ -33,13 +45,23 @@ class Teacher:
     def load(
         cls, source: Checkpoint, student: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str
     ) -> "Teacher":
-        """Build it in the layout of `student` and load its weights (collective).
+        """Build it in the layout of `student`, or its own, and load its weights (collective).
 
         Raises:
             UserError: a layout that doesn't divide it; a damaged checkpoint.
         """
-        model = checkpoint.build_model(source, parallel, dtype)
-        return cls(model, source.arch, config.teacher_ahead, cut_head(model, source, student))
+        own = config.teacher_parallel or parallel
+        layout = runtime.Layout.of(own) if own != parallel else None
+        with runtime.within(layout):
+            model = checkpoint.build_model(source, own, dtype)
+        head, handover = cut_head(model, source, student, layout), None
+        if layout:
+            student_places = runtime.places()
+            with runtime.within(layout):
+                places = student_places, runtime.places()
+            empty = next(model.parameters()).new_empty(0, source.arch.hidden)
+            handover = OtherLayout((parallel, own), places, runtime.rank(), dist.all_to_all_single, empty)
+        return cls(model, source.arch, config.teacher_ahead, head, layout, handover)
 
     @property
     def head(self) -> Tensor:
@@ -48,8 +70,8 @@ class Teacher:
     def feed(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """A step's micro-batches with "teacher_hidden" added on last-stage ranks, and what `routes` add (collective).
 
-        With one stage the teacher runs when a micro-batch is asked for, `ahead` at a time. With several it runs the whole step
-        at once: a later stage waits for the student's message before it asks for its micro-batch.
+        With one stage of the student the teacher runs when a micro-batch is asked for, `ahead` at a time. With several it runs the
+        whole step at once: a later stage waits for the student's message before it asks for its micro-batch.
         """
         if runtime.pp_group().size() > 1:
             return self._run(batches)
@@ -58,31 +80,67 @@ class Teacher:
         )
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
-        hidden: list[Tensor] = []
-        with states.recorded(self.model, self.arch, self.routes, batches) as found:
-            schedule.forward(self.model, batches, lambda output, batch: hidden.append(output))
-        parts = itertools.zip_longest(batches, found, hidden)
-        return [batch | inner | {"teacher_hidden": final} for batch, inner, final in parts]
+        given, last = self.handover.given(batches), runtime.pp_group().size() - 1
+        with runtime.within(self.layout):
+            left = passes(self.model, self.arch, given, self.routes, last)
+        return filled(batches, left, self.handover)
 
 
-def cut_head(model: Model, source: Checkpoint, student: Architecture) -> Tensor | None:
-    """The rows of a teacher's head that go with the student's; None where its own shards are these, and off the last stage.
+Left = tuple[str, Sequence[Tensor], int, int]
+"""States of one kind: their key in a batch, what this rank has of each micro-batch that its replica of the teacher ran, the
+teacher's stage that left them, the student's stage that wants them."""
+
+
+def passes(
+    model: Model, arch: Architecture, given: Sequence[Batch], routes: Sequence[checks.Route], last: int
+) -> list[Left]:
+    """The teacher's forward passes, in its own layout (collective over its replica); `last`: the student's last stage."""
+    hidden: list[Tensor] = []
+    with states.recorded(model, arch, {block for block, *_ in routes}) as found:
+        schedule.forward(model, given, lambda output, batch: hidden.append(output))
+    inner = [(states.key(block), found[block], *stages) for block, *stages in routes]
+    return [("teacher_hidden", hidden, runtime.pp_group().size() - 1, last), *inner]
+
+
+def filled(batches: Sequence[Batch], left: Sequence[Left], handover: SameLayout | OtherLayout) -> list[Batch]:
+    """The student's micro-batches with what the teacher left for this rank (collective)."""
+    fed = [batch | {"teacher_hidden": None} for batch in batches]
+    for key, kept, source, target in left:
+        for batch, moved in zip(fed, handover.moved(kept, source, target, batches), strict=True):
+            batch |= {} if moved is None else {key: moved}
+    return fed
+
+
+def cut_head(
+    model: Model, source: Checkpoint, student: Architecture, layout: runtime.Layout | None = None
+) -> Tensor | None:
+    """The rows of a teacher's head that go with the student's; None where its own shards are these, and off the student's last
+    stage.
 
     Tensor-parallel rank r of TP holds rows r * V_s / TP .. (r + 1) * V_s / TP of either, V_s the student's padded vocabulary; ids
-    that the teacher doesn't have are zeros. The teacher was loaded at its own V_t / TP, so the rows are read again by their place
-    in the whole head. The model's own head goes, unless it is its embedding too.
+    that the teacher doesn't have are zeros. The teacher was loaded at its own V_t / TP, maybe in a `layout` of its own, so the rows
+    are read again by their place in the whole head. The model's own head goes, unless it is its embedding too.
     """
-    tp, arch = runtime.tp_group(), source.arch
+    tp, arch, last = runtime.tp_group(), source.arch, runtime.is_last_stage()
     padded = table.padded_vocab(student, tp.size())
-    if not runtime.is_last_stage() or padded == table.padded_vocab(arch, tp.size()):
+    with runtime.within(layout):
+        theirs, own = runtime.tp_group(), model.head() if runtime.is_last_stage() else None
+        embedding = arch.tied and runtime.is_first_stage()
+    same = (padded, tp.size()) == (table.padded_vocab(arch, theirs.size()), theirs.size())
+    if last and own is not None and same:
         return None
-    own = model.head()
+    if own is not None and not embedding:
+        own.data = own.new_empty(0)
+    return head_rows(source, student, next(model.parameters())) if last else None
+
+
+def head_rows(source: Checkpoint, student: Architecture, like: Tensor) -> Tensor:
+    """This rank's rows of a teacher's head, read by their place (see `cut_head`); `like`: of their dtype, on their device."""
+    tp, arch = runtime.tp_group(), source.arch
     name = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
     parameter = next(parameter for parameter in table.parameters(arch) if parameter.name == name)
-    head = own.new_zeros(padded // tp.size(), arch.hidden)
+    head = like.new_zeros(table.padded_vocab(student, tp.size()) // tp.size(), arch.hidden)
     start = tp.rank() * len(head)
     if (rows := min(len(head), arch.vocab - start)) > 0:
         head[:rows] = stream.Reader(source).read(parameter, (start, 0), (rows, arch.hidden))
-    if not (arch.tied and runtime.is_first_stage()):
-        own.data = own.new_empty(0)
     return head

@@ -15,6 +15,7 @@ from minitron_mcore import checkpoint, runtime, schedule
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, failure, vocabulary
+from minitron_mcore.distill.apart import DistantTeacher
 from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.states import States
 from minitron_mcore.distill.teacher import Teacher
@@ -79,7 +80,8 @@ class Trainer:
         self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
         self.teacher = source
         if teacher and source is None:
-            self.teacher = Teacher.load(teacher, student.arch, config, parallel, dtype)
+            make = DistantTeacher if config.teacher_ranks else Teacher.load
+            self.teacher = make(teacher, student.arch, config, parallel, dtype)
         if self.states:
             self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
         self.objective = Objective(model, self.teacher, self.vocab, config)

@@ -6,7 +6,7 @@ Bytes are those of tensors alive at the step's worst moment, layer by layer as a
     gradients    megatron-core's buffer, always fp32: 4 a parameter
     optimizer    Adam's two moments in fp32 and, of bf16 weights, an fp32 copy: 12 or 8 a parameter, over the data-parallel (and
                  context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it
-    teacher      its weights
+    teacher      its weights in its own layout, and of its head the rows that go with the student's
     hand-off     its hidden states, final ones and those that blocks are compared with, of every micro-batch that it is ahead
     activations  what the backward pass waits for, of every micro-batch in flight (1F1B: as many as stages follow, itself included;
                  interleaved: more, each of one chunk)
@@ -18,16 +18,19 @@ Device "cuda" has the fused norms and activations of megatron-core and Transform
 CUDA's own context, NCCL's buffers and the allocator's holes come on top.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minitron_mcore.config import Device, Dtype, ParallelConfig
+from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, chunks
 from minitron_mcore.models import layout, table
 from minitron_mcore.models.architecture import Architecture
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -189,12 +192,35 @@ def hand_off(
     return held * each * (blocks + (stage == setting.last))
 
 
+def teacher_weights(
+    student: Architecture, teacher: Architecture, setting: Setting, other: ParallelConfig | None, stage: int
+) -> int:
+    """Bytes of a teacher of layout `other` on a rank of the student's `stage`, of these the one that has most (see
+    `distill.teacher.cut_head`); None: on ranks of its own."""
+    if other is None:
+        rows = table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
+        return setting.element * rows * teacher.hidden * (stage == setting.last)
+    own, most = dataclasses.replace(setting, parallel=other), 0
+    rows, owned = (table.padded_vocab(arch, s.parallel.tensor) for arch, s in ((student, setting), (teacher, own)))
+    same, last = (rows, setting.parallel.tensor) == (owned, other.tensor), stage == setting.last
+    # Pipeline stages are the outermost axis: each is a stretch of the ranks.
+    ranks, each = (max(1, setting.world // layout.pipeline) for layout in (setting.parallel, other))
+    for place in range(stage * ranks // each, ((stage + 1) * ranks - 1) // each + 1):
+        elements = sum(parameters(teacher, own, place))
+        if not (last and place == own.last and same):
+            freed = place == own.last and not (teacher.tied and place == 0)
+            elements -= freed * owned // other.tensor * teacher.hidden
+            elements += last * rows // setting.parallel.tensor * teacher.hidden
+        most = max(most, elements)
+    return setting.element * most
+
+
 def states_workspace(teacher: Architecture, setting: Setting) -> float:
     """Bytes that the loss between two blocks takes in its backward pass: about eight fp32 tensors as wide as the teacher."""
     return 32 * teacher.hidden * setting.tokens / setting.sharers
 
 
-def loss_workspace(student: Architecture, teacher: Architecture | None, setting: Setting) -> float:
+def loss_workspace(student: Architecture, teacher: Architecture | None, setting: Setting, top_k: int = 0) -> float:
     """Bytes that the loss takes beside the student's activations (see `distill.losses`)."""
     b, tokens = setting.element, setting.tokens
     rows = table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
@@ -206,7 +232,8 @@ def loss_workspace(student: Architecture, teacher: Architecture | None, setting:
     # A block of the head's gradient; to add it to the fp32 sum, torch's CPU ops make an fp32 copy.
     block = (b + 4 * (several and setting.device == Device.cpu)) * min(2 * chunks.TILE_ELEMENTS[setting.device], head)
     whole = b * tokens * (width if setting.parallel.sequence else 0)  # gathered hidden states
-    at_chunk = chunk * (bytes_a_token + b * width) + block + (4 if several else b) * head
+    places = 9 * min(top_k, rows)  # where a token's largest logits are, and which of them are the teacher's largest
+    at_chunk = chunk * (bytes_a_token + b * width + places) + block + (4 if several else b) * head
     at_end = (4 + b if several else b) * head
     return whole + b * tokens * student.hidden + tiles + max(at_chunk, at_end)
 
@@ -243,37 +270,74 @@ def training(
     ahead: int = 1,
     distributed: bool = True,
     pairs: Sequence[tuple[int, int]] = (),
+    other: ParallelConfig | None = None,
+    apart: bool = False,
+    top_k: int = 0,
 ) -> list[dict[str, float]]:
     """Bytes of a training step on a rank of each pipeline stage, by kind and in all (see the head of this file).
 
     Args:
-        teacher: in the student's layout; None trains on the text alone.
+        teacher: None trains on the text alone.
         micro_batches: of a step, on one data-parallel rank.
         ahead: micro-batches that the teacher runs at a time.
         distributed: the optimizer's state is shared out over data-parallel ranks.
         pairs: blocks of student and teacher whose outputs are compared (`checks.state_pairs`).
+        other: the teacher's layout, where it is not the student's.
+        apart: it has ranks of its own, and the student's only rows of its head.
+        top_k: of the divergence; 0 is the whole vocabulary.
     """
     rows, projection = [], 0
     if pairs and student.hidden != teacher.hidden:
         projection = student.hidden * teacher.hidden
-    routes = set(checks.state_routes(student, teacher, pairs, setting.parallel))
+    routes = set(checks.state_routes(student, teacher, pairs, setting.parallel, other))
     for stage in range(setting.parallel.pipeline):
         row = states(student, setting, stage, distributed, projection)
         wanted = sum(target == stage for _, _, target in routes)
         row |= {"teacher": 0, "hand-off": 0}
         if teacher:
-            row["teacher"] = setting.element * sum(parameters(teacher, setting, stage))
+            row["teacher"] = teacher_weights(
+                student, teacher, setting, None if apart else other or setting.parallel, stage
+            )
             row["hand-off"] = hand_off(teacher, setting, stage, micro_batches, ahead, wanted)
         row["activations"] = activations(student, setting, stage, micro_batches)
         work = block_workspace(student, setting)
         if wanted:
             work = max(work, states_workspace(teacher, setting))
         if stage == setting.last:
-            work = max(work, loss_workspace(student, teacher, setting))
+            work = max(work, loss_workspace(student, teacher, setting, top_k))
         if setting.device == Device.cpu and distributed:
             # gloo adds up a copy of the gradients, when the activations are gone.
             work = max(work, row["gradients"] - row["activations"] - row["hand-off"])
         row["workspace"] = work
+        rows.append(row | {"total": sum(row.values())})
+    return rows
+
+
+def run(
+    students: Sequence[Architecture], teacher: Architecture | None, config: DistillConfig, setting: Setting
+) -> list[dict[str, float]]:
+    """`training` with a run's settings; of several students all states are there, and one at a time takes its step."""
+    micro_batches = max(1, config.global_batch // (setting.micro_batch * setting.replicas))
+    ahead = config.teacher_ahead if len(students) == 1 else micro_batches
+    each = [
+        training(
+            student,
+            teacher,
+            setting,
+            micro_batches,
+            ahead,
+            config.distributed_optimizer,
+            checks.state_pairs(student, teacher, config.states) if teacher else (),
+            config.teacher_parallel,
+            config.teacher_ranks > 0,
+            config.top_k or 0,
+        )
+        for student in students
+    ]
+    rows = []
+    for stages in zip(*each, strict=True):
+        row = {kind: max(stage[kind] for stage in stages) for kind in stages[0] if kind != "total"}
+        row |= {kind: sum(stage[kind] for stage in stages) for kind in ("weights", "gradients", "optimizer")}
         rows.append(row | {"total": sum(row.values())})
     return rows
 
@@ -285,6 +349,20 @@ def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
     for stage in range(setting.parallel.pipeline):
         weights = setting.element * sum(parameters(arch, setting, stage))
         rows.append({"weights": weights, "workspace": passing, "total": weights + passing})
+    return rows
+
+
+def beside(teacher: Architecture, config: DistillConfig, setting: Setting) -> list[dict[str, float]]:
+    """`scoring` of a teacher on ranks of its own, and of a step's final states what its last stage has not handed over yet."""
+    other, ranks = config.teacher_parallel or setting.parallel, config.teacher_ranks
+    own, asked = dataclasses.replace(setting, parallel=other, world=ranks), config.global_batch // setting.micro_batch
+    if setting.parallel.pipeline == 1:
+        asked = min(asked, config.teacher_ahead * setting.replicas)
+    rows = []
+    for stage, row in enumerate(scoring(teacher, own)):
+        each = own.element * teacher.hidden * own.tokens / own.sharers
+        kept = math.ceil(asked / own.replicas) * each * (stage == own.last)
+        rows.append(row | {"hand-off": kept, "total": row["total"] + kept})
     return rows
 
 

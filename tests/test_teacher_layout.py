@@ -1,0 +1,153 @@
+"""A teacher of another layout: a failure means that where the teacher lies changes what the student learns.
+
+The oracle is the run on one process, which test_distill and test_states hold to dense modules.
+"""
+
+import dataclasses
+import math
+
+import pytest
+
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.testing import RankError, on_ranks
+from tests import models, test_distill
+from tests.test_prune import ONE, export, random_scores, run_prune
+
+# Blocks of different stages in most layouts, one of the teacher's twice, and the embeddings.
+STATES = StatesConfig(0.7, pairs=[[0, 3], [3, 1], [2, 3]])
+CONFIG = dataclasses.replace(
+    test_distill.CONFIG, clip_grad=1e9, distributed_optimizer=False, lm_weight=0.5, states=STATES, teacher_ahead=2
+)
+PAIRS = {
+    # processes, student, teacher
+    "dp4_of_tp2_pp2": (4, ParallelConfig(), ParallelConfig(tensor=2, pipeline=2)),
+    "tp3_of_dp3": (3, ParallelConfig(tensor=3), ParallelConfig()),  # two micro-batches at a time for three replicas
+    "tp2_sp_dp2_of_pp2_dp2": (4, ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2)),
+    "pp2_of_tp2_sp": (2, ParallelConfig(pipeline=2), ParallelConfig(tensor=2, sequence=True)),
+    "pp2_virtual2_dp2_of_cp2_tp2_sp": (
+        4,
+        ParallelConfig(pipeline=2, virtual=2),
+        ParallelConfig(context=2, tensor=2, sequence=True),
+    ),
+    "cp2_tp2_sp_of_pp2_virtual2_dp2": (
+        4,
+        ParallelConfig(context=2, tensor=2, sequence=True),
+        ParallelConfig(pipeline=2, virtual=2),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A teacher, its narrower student, and what the student learns on one process."""
+    at = tmp_path_factory.mktemp("teacher_layout")
+    models.tiny_llama(at / "hf", tied=True)
+    on_ranks(models.import_hf, 1, ONE, at / "hf", at / "teacher", ONE)
+    opened = open_checkpoint(at / "teacher")
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=18))
+    on_ranks(run_prune, 1, ONE, at / "teacher", plan, at / "student", ONE)
+    (alone,) = on_ranks(two_steps, 1, ONE, at, CONFIG, ONE, at / "one")
+    return at, alone, export(at / "one", at / "one_hf")
+
+
+def two_steps(folders, config, parallel, out_dir):
+    """Figures of two steps; the first one's gradients are saved as if they were weights."""
+    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.distill.train import Trainer
+
+    student, dp = open_checkpoint(folders / "student"), runtime.dp_group()
+    trainer = Trainer(student, open_checkpoint(folders / "teacher"), config, parallel, "fp32")
+    batches, count = test_distill.micro_batches(config, 0, dp.rank(), dp.size()), config.global_batch // dp.size()
+    figures = [trainer.train_step([next(batches) for _ in range(count)])]
+    gradients = [parameter.main_grad.clone() for parameter in trainer.model.parameters()]
+    figures.append(trainer.train_step([next(batches) for _ in range(count)]))
+    for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
+        parameter.data.copy_(gradient)
+    trainer.save(out_dir)
+    checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
+    return figures
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradients_are_those_of_one_process(tmp_path, folders, name):
+    (at, alone, expected), (world, parallel, other) = folders, PAIRS[name]
+    config = dataclasses.replace(CONFIG, teacher_parallel=other)
+    hold(alone, expected, on_ranks(two_steps, world, parallel, at, config, parallel, tmp_path / "run"), tmp_path)
+
+
+def hold(alone, expected, ranks, tmp_path):
+    """The figures of every rank, and the gradients in `run`, against those of one process."""
+    for figures in ranks:
+        for a, b in zip(alone, figures, strict=True):
+            for key in ("kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm"):
+                assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
+    found = export(tmp_path / "run", tmp_path / "hf")
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).abs().max() <= 2e-5 * gradient.abs().max(), key
+
+
+APART = {
+    # processes of the student, layout, of the teacher, layout
+    "dp2_of_tp2_sp": (2, ParallelConfig(), 2, ParallelConfig(tensor=2, sequence=True)),
+    "tp2_sp_of_one": (2, ParallelConfig(tensor=2, sequence=True), 1, ParallelConfig()),
+    "pp2_of_dp2": (2, ParallelConfig(pipeline=2), 2, ParallelConfig()),
+}
+
+
+def serve_or_learn(folders, config, parallel, out_dir):
+    from minitron_mcore import runtime
+    from minitron_mcore.distill import apart
+
+    if runtime.bridge().beyond:
+        return apart.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")
+    return two_steps(folders, config, parallel, out_dir)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_ranks_of_its_own_teach_the_same(tmp_path, folders, name):
+    (at, alone, expected), (world, parallel, apart, other) = folders, APART[name]
+    config = dataclasses.replace(CONFIG, teacher_parallel=other, teacher_ranks=apart)
+    args = at, config, parallel, tmp_path / "run"
+    found = on_ranks(serve_or_learn, world + apart, parallel, *args, apart=apart, other=other)
+    assert found[world:] == [None] * apart
+    hold(alone, expected, found[:world], tmp_path)
+
+
+def world_after_an_error(parallel, other):
+    """The student's groups and ranks before another layout, in it, and after an error in it."""
+    from minitron_mcore import runtime
+
+    def sizes():
+        groups = (runtime.tp_group, runtime.pp_group, runtime.cp_group, runtime.dp_group, runtime.ep_group)
+        return [(id(group()), group().size()) for group in groups], runtime.is_last_stage()
+
+    before, second = sizes(), runtime.Layout.of(other)
+    assert sizes() == before and runtime.Layout.of(other) is second
+    with pytest.raises(ZeroDivisionError), runtime.within(second):
+        inside = sizes()
+        raise ZeroDivisionError
+    return [size for _, size in inside[0]], sizes() == before
+
+
+def test_an_error_in_the_teacher_s_world_leads_back_to_the_student_s():
+    for inside, back in on_ranks(world_after_an_error, 2, ParallelConfig(tensor=2), ONE, ParallelConfig(pipeline=2)):
+        assert inside == [1, 2, 1, 1, 1] and back
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"teacher_parallel": ParallelConfig(tensor=4)}, "distill.teacher_parallel: 2 processes cannot hold tensor 4"),
+        (
+            {"teacher_parallel": ParallelConfig(pipeline=2, virtual=3)},
+            "x virtual 3 = 6 is more than the model's 5 blocks",
+        ),
+        ({"teacher_ahead": 0}, "teacher_ahead is 0; it must be at least 1"),
+    ],
+)
+def test_impossible_layouts_are_refused(tmp_path, folders, change, sentence):
+    config = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(RankError, match=sentence):
+        on_ranks(two_steps, 2, ONE, folders[0], config, ONE, tmp_path / "x")
