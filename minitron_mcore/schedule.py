@@ -26,6 +26,11 @@ def share(batch: Batch) -> Batch:
     return batch | get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=runtime.cp_group())
 
 
+def positions(length: int) -> Tensor:
+    """Which of a sequence's positions are this context-parallel rank's, in the order of its share [S / CP]."""
+    return share({"positions": torch.arange(length)[None]})["positions"][0]
+
+
 def forward(
     model: Model, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None], headless: bool = True
 ) -> None:

@@ -106,3 +106,16 @@ def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature
         yield f"top_k is {top_k}, but divergence {kind} takes the whole vocabulary: give forward_kl, or top_k null."
     elif top_k is not None and not 1 <= top_k < vocab:
         yield f"top_k is {top_k}; it must be at least 1 and below the vocabulary of {vocab}, which is top_k null."
+
+
+def given(k: int, divergence: Divergence, top_k: int | None, temperature: float, live: bool = False) -> Iterator[str]:
+    """What the k largest entries of a teacher can't be used for in place of its logits; `live`: these are there, too."""
+    if divergence != Divergence.forward_kl or temperature != 1:
+        yield (
+            f"the teacher's {k} largest log-probabilities are given, of which there is no divergence {divergence} at temperature "
+            f"{temperature:g}: give forward_kl and temperature 1."
+        )
+    if top_k not in (None, k):
+        yield f"top_k is {top_k}, but the teacher's {k} largest log-probabilities are given: give top_k {k} or null."
+    if live:
+        yield f"the teacher's {k} largest log-probabilities are given, and its hidden states, too: give one of them."

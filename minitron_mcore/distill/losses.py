@@ -40,6 +40,7 @@ class _Settings:
     top_k: int | None
     chunk_tokens: int | None
     with_gradient: bool
+    given: divergences.Given | None
 
 
 def distillation_loss(
@@ -59,6 +60,7 @@ def distillation_loss(
     jsd_beta: float = 0.5,
     top_k: int | None = None,
     chunk_tokens: int | None = None,
+    teacher_top: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of mask * (kd_weight * temperature^2 * divergence + lm_weight * cross-entropy).
 
@@ -74,6 +76,8 @@ def distillation_loss(
                                  gather_from_sequence_parallel_region, whose backward adds the ranks' parts
         student_head [V_r, H_s]  rows r * V_r .. (r + 1) * V_r; from `vocab_size` on padding: no softmax, gradient 0
         teacher_hidden [T, H_t], teacher_head [V_r, H_t]  likewise, no gradient; both None with kd_weight 0: LM loss
+        teacher_top              instead of the two, the same on all ranks: ids [T, k] int64 below `vocab_size`, all different in
+                                 a token, their log-probabilities [T, k], the log of the mass that is left [T]
         labels [T] int64, mask [T] float  the same on all ranks. Tokens of mask 0 may hold anything anywhere (NaN, -100)
 
     Args:
@@ -82,6 +86,7 @@ def distillation_loss(
         divergence: by name; the table in `divergences` has their formulas.
         jsd_beta: the teacher's part of jsd's mixture, above 0 and below 1.
         top_k: the forward KL of the teacher's k largest logits (of the whole vocabulary, over all ranks) and of the tail's mass.
+        teacher_top: makes it the forward KL of the k entries and the tail at temperature 1; so is the teacher's entropy.
         chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 64 MiB (512 MiB on CUDA).
 
     Returns:
@@ -89,16 +94,19 @@ def distillation_loss(
         entropy, detached, the first and last 0 without a teacher. fp32, the same on all ranks.
 
     Raises:
-        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads; see `checks.divergence`.
+        UserError: half a teacher, two, one of another padded vocabulary, a `vocab_size` beyond the heads; see `checks.divergence`.
     """
     tp = tp_group.size() if tp_group else 1
-    _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight)
+    _check(student_head, teacher_hidden, teacher_head, vocab_size, tp, kd_weight * (teacher_top is None))
     refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
+    if teacher_top is not None:
+        refuse(checks.given(teacher_top[0].shape[1], divergence, top_k, temperature, teacher_head is not None))
+    given = None if teacher_top is None else divergences.Given(*teacher_top)
     with_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
     temperature = temperature if teacher_head is not None else 1.0
     group = tp_group if tp > 1 else None
     kind = divergence, jsd_beta, top_k
-    settings = _Settings(vocab_size, group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient)
+    settings = _Settings(vocab_size, group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient, given)
     return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
 
 
@@ -132,7 +140,7 @@ class _DistillationLoss(torch.autograd.Function):
         for at in _slices(num_tokens, chunk):
             # Ignored rows become zeros: all that follows is finite there, and their weight of 0 then silences them.
             hidden = student_hidden[at].masked_fill(ignored[at], 0)
-            logits_s, logits_t = hidden @ head.t(), None
+            logits_s, logits_t = hidden @ head.t(), settings.given and settings.given.part(at, ignored)
             if teacher_head is not None:
                 logits_t = teacher_hidden[at].masked_fill(ignored[at], 0) @ teacher_head[: tiles.width].t()
             per_token[:, at] = tiles.run(logits_s, logits_t, labels[at], mask[at])
@@ -184,8 +192,10 @@ class _Tiles:
         self.size = chunks.tile_tokens(len(like), num_rows, like.device.type)
         self.buffers = torch.empty(chunks.TILE_BUFFERS, self.size, self.width, dtype=self.dtype, device=like.device)
         self.divergence = divergences.make(s.divergence, s.vocab_size, s.jsd_beta, s.top_k, s.temperature)
+        if s.given:
+            self.divergence = divergences.GivenTopK(self.start, self.width)
 
-    def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
+    def run(self, logits_s: Tensor, logits_t: "Tensor | divergences.Given | None", labels: Tensor, mask: Tensor) -> Tensor:
         """[divergence, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
         s, divergence, num_tokens = self.settings, self.divergence, len(labels)
         tiles = list(_slices(num_tokens, self.size)) if self.width else []
@@ -253,7 +263,10 @@ class _Tiles:
             own[n] = chunk.largest[n, at].double() + chunk.sums[n, at].double().log()
 
         exponentials(0, x_s, e_s)
-        if chunk.logits[1] is not None:
+        if isinstance(chunk.logits[1], divergences.Given):
+            own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)
+            own[1], own[3] = divergences.NOTHING if self.rank else 0.0, chunk.logits[1].entropy(at)
+        elif chunk.logits[1] is not None:
             exponentials(1, x_t, e_t)
             own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)
             own[3] = chunk.sums[1, at].log() - x_t.mul_(e_t).sum(-1) / chunk.sums[1, at]
