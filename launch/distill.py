@@ -10,12 +10,12 @@ from minitron_mcore.runs import DistillRun
 @entry("distill")
 def main(config: DistillRun) -> None:
     from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill import stage
+    from minitron_mcore.distill import cache, stage
 
     settings = config.distill
     with runtime.distributed(config.parallel, config.seed, settings.sequence_length, patience=settings.hang_minutes):
         student = checkpoint.open_checkpoint(config.student, "student")
-        teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.taught else None
+        teacher = cache.open_teacher(config.teacher) if settings.taught else None
         stage.run(config, settings, student, teacher)
 
 

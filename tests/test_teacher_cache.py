@@ -1,16 +1,30 @@
 """Distillation from a teacher's answers on disk: a failure means that what was cached is not what the teacher says."""
 
-from dataclasses import dataclass, replace
+import dataclasses
+import json
+import math
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from minitron_mcore import runtime
-from minitron_mcore.config import Divergence, ParallelConfig
+from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.config import DataConfig, DistillConfig, Dtype, ParallelConfig, PruneConfig
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
+from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.runs import DistillRun, TeacherCacheRun
 from minitron_mcore.testing import on_ranks
+from tests import models
+from tests.test_prune import random_scores, run_prune
+
+ONE = ParallelConfig()
 
 
 @dataclass(frozen=True)
@@ -89,3 +103,141 @@ def test_loss_on_given_entries_equals_dense_fp64(tp):
         ours = *results[0][:2], sum(r[2].double() for r in results), torch.cat([r[3] for r in results])
         for x, y in zip(ours, case.reference(), strict=True):
             assert (x.double() - y).abs().max() <= 1e-5 * y.abs().max(), (name, x, y)
+
+
+SETTINGS = DistillConfig(
+    steps=4, global_batch=4, micro_batch=1, sequence_length=12, peak_lr=1e-2, min_lr=1e-3, warmup_steps=1, save_every=100
+)  # fmt: skip
+K, MOST = 8, models.SIZES["vocab_size"] - 1
+WRITERS = {
+    "hidden": (4, ParallelConfig(tensor=2, sequence=True), {"kind": "hidden"}),
+    "hidden_int8": (2, ParallelConfig(), {"kind": "hidden_int8"}),
+    "top": (4, ParallelConfig(pipeline=2, context=2), {"kind": "topk", "top_k": K}),
+    "most": (3, ParallelConfig(tensor=3), {"kind": "topk", "top_k": MOST}),
+}
+"""Each kind at a layout of its own."""
+
+
+def write_text(folder: Path) -> list[str]:
+    """Two files of different lengths, blended: fewer samples of them are another order."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    g, entries = np.random.default_rng(0), []
+    for name, documents in (("0.3 a", 9), ("0.7 b", 20)):
+        path = folder / name[-1]
+        builder = IndexedDatasetBuilder(f"{path}.bin", dtype=DType.optimal_dtype(models.SIZES["vocab_size"]))
+        for _ in range(documents):
+            builder.add_document(torch.from_numpy(g.integers(0, models.SIZES["vocab_size"], 31)), [31])
+        builder.finalize(f"{path}.idx")
+        entries.append(f"{name[:-1]}{path}")
+    return entries
+
+
+@dataclass
+class World:
+    """A teacher, its student, their text, and caches of the teacher."""
+
+    path: Path
+    text: list[str]
+
+    def data(self, **changes) -> DataConfig:
+        return DataConfig(**{"train": self.text, "cache": str(self.path / "cache")} | changes)
+
+    def writer(self, name: str, parallel=ONE, **changes) -> TeacherCacheRun:
+        """4 steps of 4 samples of 12 tokens, in files of 3 samples."""
+        sizes = dict(steps=4, global_batch=4, micro_batch=2, sequence_length=12, file_samples=3)
+        where = dict(teacher=str(self.path / "teacher"), out_dir=str(self.path / name), dtype=Dtype.fp32)
+        return TeacherCacheRun(parallel=parallel, data=self.data(), **where, **sizes | changes)
+
+    def run(self, name: str, teacher: str, parallel=ONE, changes=None, text=None) -> DistillRun:
+        settings = dataclasses.replace(SETTINGS, **changes or {})
+        where = dict(
+            student=str(self.path / "student"), teacher=str(self.path / teacher), out_dir=str(self.path / name)
+        )
+        return DistillRun(parallel=parallel, data=self.data(**text or {}), distill=settings, dtype=Dtype.fp32, **where)
+
+    def history(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def record(config: TeacherCacheRun, die_at: int | None = None) -> None:
+    """Write a cache; the rank that is about to put file `die_at` in its place dies instead."""
+    from minitron_mcore.distill import recording
+
+    replace = os.replace
+
+    def dying(part, path):
+        if die_at is not None and str(path).endswith(f"{die_at}.safetensors"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(part, path)
+
+    os.replace = dying
+    recording.run(config, open_checkpoint(config.teacher))
+    os.replace = replace
+
+
+def distill(*runs: DistillRun) -> list[str | None]:
+    """Train; the sentence of each run that is refused."""
+    from minitron_mcore.distill import cache, stage
+
+    found = []
+    for run in runs:
+        try:
+            stage.run(run, run.distill, open_checkpoint(run.student), cache.open_teacher(run.teacher))
+            found.append(None)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    path = tmp_path_factory.mktemp("world")
+    folder = models.tiny_llama(path / "hf")
+    on_ranks(models.import_hf, 1, ONE, folder, path / "teacher", ONE)
+    opened = open_checkpoint(path / "teacher")
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=18))
+    on_ranks(run_prune, 1, ONE, path / "teacher", plan, path / "student", ONE)
+    found = World(path, write_text(path))
+    for name, (size, parallel, kind) in WRITERS.items():
+        on_ranks(record, size, parallel, found.writer(name, parallel, **kind))
+    live = [found.run("live", "teacher"), found.run("live_top", "teacher", changes={"top_k": K})]
+    # The live runs are of the caches' order of samples, as all runs of the same steps are.
+    cached = [found.run(f"from_{name}", name) for name in WRITERS]
+    assert on_ranks(distill, 1, ONE, *live, *cached) == [[None] * 6]
+    return found
+
+
+def assert_same(
+    ours: list[dict], theirs: list[dict], rel: float, keys=("kd_loss", "lm_loss", "grad_norm", "lr")
+) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        for key in keys:
+            assert math.isclose(a[key], b[key], rel_tol=rel), (key, a, b)
+
+
+def test_cached_runs_are_live_ones(world):
+    every = ("kd_loss", "lm_loss", "grad_norm", "teacher_entropy", "lr")
+    assert_same(world.history("from_hidden"), world.history("live"), 2e-5, every)
+    assert_same(world.history("from_hidden_int8"), world.history("live"), 3e-2)
+    assert_same(world.history("from_top"), world.history("live_top"), 1e-3)
+    assert_same(world.history("from_most"), world.history("live"), 1e-3, every)
+
+
+LAYOUTS = {
+    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
+    "interleaved": (2, ParallelConfig(pipeline=2, virtual=2)),
+    "cp2": (2, ParallelConfig(context=2)),
+    "dp2": (2, ParallelConfig()),
+    "tp3": (3, ParallelConfig(tensor=3)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_reads_the_same(world, layout):
+    size, parallel = LAYOUTS[layout]
+    names = ("hidden", "top")
+    runs = [world.run(f"{layout}_{name}", name, parallel) for name in names]
+    assert on_ranks(distill, size, parallel, *runs) == [[None] * 2] * size
+    for name in names:
+        assert_same(world.history(f"{layout}_{name}"), world.history(f"from_{name}"), 2e-5)

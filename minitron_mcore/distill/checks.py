@@ -6,6 +6,7 @@ from minitron_mcore.config import DistillConfig, Divergence, ParallelConfig, Sta
 from minitron_mcore.distill import vocabulary
 from minitron_mcore.models import layout
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.runs import CacheKind, TeacherCacheRun
 
 EMBEDDINGS = -1
 """In a pair of blocks: what the embedding table puts out, which is what block 0 takes in."""
@@ -119,3 +120,12 @@ def given(k: int, divergence: Divergence, top_k: int | None, temperature: float,
         yield f"top_k is {top_k}, but the teacher's {k} largest log-probabilities are given: give top_k {k} or null."
     if live:
         yield f"the teacher's {k} largest log-probabilities are given, and its hidden states, too: give one of them."
+
+
+def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
+    """What keeps a teacher's cache from being written."""
+    for name in ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples"):
+        if getattr(config, name) < 1:
+            yield f"{name} is {getattr(config, name)}; it must be at least 1."
+    if config.kind == CacheKind.topk and not 1 <= config.top_k < teacher.vocab:
+        yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."

@@ -106,7 +106,9 @@ def distillation_loss(
     temperature = temperature if teacher_head is not None else 1.0
     group = tp_group if tp > 1 else None
     kind = divergence, jsd_beta, top_k
-    settings = _Settings(vocab_size, group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient, given)
+    settings = _Settings(
+        vocab_size, group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient, given
+    )
     return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
 
 
@@ -195,7 +197,9 @@ class _Tiles:
         if s.given:
             self.divergence = divergences.GivenTopK(self.start, self.width)
 
-    def run(self, logits_s: Tensor, logits_t: "Tensor | divergences.Given | None", labels: Tensor, mask: Tensor) -> Tensor:
+    def run(
+        self, logits_s: Tensor, logits_t: "Tensor | divergences.Given | None", labels: Tensor, mask: Tensor
+    ) -> Tensor:
         """[divergence, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
         s, divergence, num_tokens = self.settings, self.divergence, len(labels)
         tiles = list(_slices(num_tokens, self.size)) if self.width else []

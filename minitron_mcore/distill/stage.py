@@ -8,6 +8,7 @@ from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig
 from minitron_mcore.distill import train, vocabulary
+from minitron_mcore.distill.cache import Cache
 from minitron_mcore.launching import plain
 from minitron_mcore.models import spec
 from minitron_mcore.runs import StageRun
@@ -28,7 +29,7 @@ def run(
             goes on right after one of them looks again.
 
     Raises:
-        UserError: see `train.check`, `data.prepare` and `checkpoint.claimed`.
+        UserError: see `train.check`, `data.prepare`, `Cache.check` and `checkpoint.claimed`.
     """
     out_dir = Path(config.out_dir)
     train.check(student, teacher, settings, config.parallel)
@@ -37,6 +38,8 @@ def run(
         prefixes, weights = data.prepare(
             config.data, student.hf, vocabulary.shared(student.arch, teacher and teacher.arch)
         )
+        if isinstance(teacher, Cache):
+            teacher.check(prefixes, weights, config.data.seed, settings.steps * settings.global_batch)
         trainer = train.Trainer(student, teacher, settings, config.parallel, config.dtype.value)
         if resumed:
             trainer.resume(checkpoint.open_checkpoint(out_dir))
