@@ -71,13 +71,6 @@ def unpack_hidden(packed: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     return (hidden * packed["scale"][..., None]).to(dtype) if "scale" in packed else hidden
 
 
-def bytes_a_token(kind: CacheKind, k: int, vocab: int, hidden: int, element: int) -> int:
-    """Of what a file keeps; `element`: bytes of a number of the run's dtype."""
-    if kind == CacheKind.topk:
-        return (4 if vocab <= 1 << 16 else 5) * k + 2
-    return element * hidden if kind == CacheKind.hidden else hidden + 4
-
-
 def file_name(number: int) -> str:
     return f"samples_{number:07d}.safetensors"
 
@@ -207,9 +200,9 @@ class CachedTeacher:
         """The rows that go with this rank's of the student's head (see `teacher.cut_head`)."""
         tp = runtime.tp_group()
         with safe_open(self.cache.folder / HEAD, "pt") as file:
-            whole = file.get_slice("head")
             rows = table.padded_vocab(student, tp.size()) // tp.size()
-            found = whole[tp.rank() * rows : (tp.rank() + 1) * rows]
+            first, end = (min(n * rows, self.cache.arch.vocab) for n in (tp.rank(), tp.rank() + 1))
+            found = file.get_slice("head")[first:end]
         head = found.new_zeros(rows, self.cache.arch.hidden)
         head[: len(found)] = found
         return head.to(runtime.device())

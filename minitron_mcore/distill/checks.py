@@ -129,3 +129,10 @@ def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
             yield f"{name} is {getattr(config, name)}; it must be at least 1."
     if config.kind == CacheKind.topk and not 1 <= config.top_k < teacher.vocab:
         yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."
+
+
+def cache_bytes(kind: CacheKind, k: int, vocab: int, hidden: int, element: int) -> int:
+    """Of a token in a teacher's cache (see `cache`); `element`: bytes of a number of the run's dtype."""
+    if kind == CacheKind.topk:
+        return (4 if vocab <= 1 << 16 else 5) * k + 2
+    return element * hidden if kind == CacheKind.hidden else hidden + 4

@@ -53,7 +53,7 @@ class Recording:
         """Begin the index, or read what it begins with (collective)."""
         self.config, self.teacher, self.out_dir = config, teacher, Path(config.out_dir)
         arch, self.kind = teacher.arch, config.kind
-        self.bytes_a_token = cache.bytes_a_token(self.kind, config.top_k, arch.vocab, arch.hidden, self._dtype.itemsize)
+        self.bytes_a_token = checks.cache_bytes(self.kind, config.top_k, arch.vocab, arch.hidden, self._dtype.itemsize)
         self.index = {
             "kind": str(self.kind),
             "top_k": config.top_k if self.kind == CacheKind.topk else None,

@@ -28,6 +28,7 @@ from minitron_mcore.config import Device, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, chunks
 from minitron_mcore.models import layout, table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.runs import CacheKind
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,20 @@ def training(
         row["workspace"] = work
         rows.append(row | {"total": sum(row.values())})
     return rows
+
+
+def from_cache(
+    rows: list[dict], student: Architecture, teacher: Architecture, kind: CacheKind, k: int | None, setting: Setting
+) -> None:
+    """Make rows of `training` those of a cached teacher: of it the last stage holds the head, where the cache has hidden states,
+    and three micro-batches: one in use, two read ahead."""
+    top, tp = kind == CacheKind.topk, setting.parallel.tensor
+    head = 0 if top else setting.element * table.padded_vocab(student, tp) // tp * teacher.hidden
+    each = 12 * k + 4 if top else setting.element * teacher.hidden / setting.sharers
+    for stage, row in enumerate(rows):
+        last = stage == setting.last
+        row |= {"teacher": head * last, "hand-off": 3 * setting.tokens * each * last}
+        row["total"] = sum(size for name, size in row.items() if name != "total")
 
 
 def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
