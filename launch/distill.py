@@ -14,7 +14,7 @@ from minitron_mcore.runs import DistillRun
 @entry("distill")
 def main(config: DistillRun) -> None:
     from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill import apart, stage
+    from minitron_mcore.distill import apart, cache, stage
 
     settings = config.distill
     runs = [
@@ -34,7 +34,7 @@ def main(config: DistillRun) -> None:
             return apart.serve(teacher, settings, config.parallel, config.dtype.value)
         runs = runs or [config]
         students = [checkpoint.open_checkpoint(run.student, "student") for run in runs]
-        teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if settings.taught else None
+        teacher = cache.open_teacher(config.teacher) if settings.taught else None
         stage.run(runs, settings, students, teacher)
 
 

@@ -174,15 +174,20 @@ def describe(
     """
     if runtime.rank() == 0:
         out_dir = Path(out_dir)
-        (out_dir / "hf").mkdir(parents=True, exist_ok=True)
-        for file in shipped(hf):
-            shutil.copy2(file, out_dir / "hf" / file.name)
+        ship(hf, out_dir)
         for digest, text in (plans or {}).items():
             (out_dir / "plans").mkdir(exist_ok=True)
             replace_text(out_dir / "plans" / f"{digest}.json", text)
         made = lineage(parents, **details)
         model = {"architecture": arch.to_json(), "fingerprint": fingerprint, "lineage": made}
         replace_text(out_dir / "model.json", json.dumps(model, indent=1))
+
+
+def ship(hf: Path, out_dir: Path) -> None:
+    """Copy what is not weights of a Hugging Face folder to out_dir/hf."""
+    (out_dir / "hf").mkdir(parents=True, exist_ok=True)
+    for file in shipped(hf):
+        shutil.copy2(file, out_dir / "hf" / file.name)
 
 
 def lineage(parents: dict, **details) -> dict:

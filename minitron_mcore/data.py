@@ -268,6 +268,47 @@ def _dataset(streams: list[TokenStream], counts: list[int], sequence_length: int
     return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, [c for c in counts if c], None, config)
 
 
+def order_hash(
+    prefixes: Sequence[str], weights: Sequence[float] | None, *, seed: int, sequence_length: int, num_samples: int
+) -> str:
+    """16 hex digits that name the order of samples of `ordered`, wherever its data lie."""
+    order = json.dumps([data_hash(prefixes), weights, _counts(weights, num_samples), seed, sequence_length])
+    return hashlib.sha256(order.encode()).hexdigest()[:16]
+
+
+def _counts(weights: Sequence[float] | None, num_samples: int) -> list[int]:
+    return _apportion(weights or [1.0], num_samples)
+
+
+def ordered(
+    prefixes: Sequence[str],
+    weights: Sequence[float] | None,
+    *,
+    cache: str,
+    vocab_size: int,
+    seed: int,
+    sequence_length: int,
+    num_samples: int,
+):
+    """The dataset of `num_samples` samples, for `batch_of` (collective). All but `cache` and `vocab_size` fix their one order,
+    whatever the layout.
+
+    Raises:
+        UserError: data below one sample (S + 1 tokens); when it is read, an id of `vocab_size` or more.
+    """
+    groups = [list(prefixes)] if weights is None else [[prefix] for prefix in prefixes]
+    streams = [TokenStream(group, vocab_size) for group in groups]
+    for group, stream in zip(groups, streams, strict=True):
+        if stream.num_tokens <= sequence_length:
+            size = f"{stream.num_tokens} tokens are fewer than one sample of {sequence_length} + 1"
+            raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
+    name = order_hash(prefixes, weights, seed=seed, sequence_length=sequence_length, num_samples=num_samples)
+    folder = os.path.join(cache, f"order-{name}")
+    build = functools.partial(_dataset, streams, _counts(weights, num_samples), sequence_length, seed)
+    _on_rank_0(lambda: _make_folder(folder, build))
+    return build(folder)
+
+
 def train_batches(
     prefixes: Sequence[str],
     weights: Sequence[float] | None,
@@ -279,6 +320,7 @@ def train_batches(
     micro_batch_size: int,
     global_batch_size: int,
     num_samples: int,
+    order_samples: int | None = None,
     consumed_samples: int = 0,
     dp_rank: int = 0,
     dp_size: int = 1,
@@ -288,39 +330,33 @@ def train_batches(
     Data, weights, seed, sequence length and num_samples fix one order of samples, whatever the layout. Global batch k
     is samples k * GBS .. (k + 1) * GBS; microbatch m of rank r starts (m * dp_size + r) * micro_batch_size into it, as
     in Megatron's sampler. Tensor- and pipeline-parallel ranks of one dp_rank read the same. num_samples is that of
-    the whole run, so that a resumed run goes on in the same order.
+    the whole run, so that a resumed run goes on in the same order. With `order_samples` the order is that of a run of so many
+    samples, and begins again after its last.
 
     Yields:
-        tokens, labels (the tokens that follow) and position_ids [B, S] int64, loss_mask [B, S] float32, on the device.
+        tokens, labels (the tokens that follow) and position_ids [B, S] int64, loss_mask [B, S] float32, samples [B] int64 (places
+        in the order), on the device.
 
     Raises:
-        UserError: a global batch that micro_batch_size * dp_size doesn't divide; data below one sample (S + 1 tokens); on the
-            ranks that read it, an id of `vocab_size` or more.
+        UserError: a global batch that micro_batch_size * dp_size doesn't divide; see `ordered`.
     """
     step = micro_batch_size * dp_size
     if global_batch_size % step:
         parts = f"microbatches of {micro_batch_size} on {dp_size} data-parallel ranks"
         raise UserError(f"A global batch of {global_batch_size} cannot be made of {parts}: give a multiple of {step}.")
-    groups = [list(prefixes)] if weights is None else [[prefix] for prefix in prefixes]
-    streams = [TokenStream(group, vocab_size) for group in groups]
-    for group, stream in zip(groups, streams, strict=True):
-        if stream.num_tokens <= sequence_length:
-            size = f"{stream.num_tokens} tokens are fewer than one sample of {sequence_length} + 1"
-            raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
-    counts = _apportion(weights or [1.0], num_samples)
-    order = json.dumps([data_hash(prefixes), weights, counts, seed, sequence_length])
-    folder = os.path.join(cache, f"order-{hashlib.sha256(order.encode()).hexdigest()[:16]}")
-    build = functools.partial(_dataset, streams, counts, sequence_length, seed)
-    _on_rank_0(lambda: _make_folder(folder, build))
-    dataset = build(folder)
+    samples = order_samples or num_samples
+    order = dict(cache=cache, vocab_size=vocab_size, seed=seed, sequence_length=sequence_length, num_samples=samples)
+    dataset = ordered(prefixes, weights, **order)
     end = num_samples - (num_samples - consumed_samples) % global_batch_size
     starts = range(consumed_samples + dp_rank * micro_batch_size, end, step)
-    return (_collate(dataset, range(start, start + micro_batch_size)) for start in starts)
+    return (batch_of(dataset, [(start + n) % samples for n in range(micro_batch_size)]) for start in starts)
 
 
-def _collate(dataset, rows: range) -> Batch:
+def batch_of(dataset, rows: Sequence[int]) -> Batch:
+    """These samples of a dataset of `ordered` as one microbatch (see `train_batches`)."""
     samples = [dataset[row] for row in rows]
-    return {key: torch.stack([sample[key] for sample in samples]).to(runtime.device()) for key in _FIELDS}
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS} | {"samples": torch.tensor(rows)}
+    return {key: tensor.to(runtime.device()) for key, tensor in batch.items()}
 
 
 def calibration(

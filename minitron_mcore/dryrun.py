@@ -2,9 +2,11 @@
 at once. Imports torch only to open what an earlier stage has left."""
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from minitron_mcore import report
@@ -19,6 +21,7 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import cost, search
 from minitron_mcore.plan.target import check_counts, target_architecture
 from minitron_mcore.runs import (
+    CacheKind,
     ConvertRun,
     CorrectRun,
     CutRun,
@@ -33,6 +36,7 @@ from minitron_mcore.runs import (
     PruneRun,
     Run,
     SearchRun,
+    TeacherCacheRun,
 )
 
 MISSING = ("blocks_without_attention", "blocks_without_mlp")
@@ -67,7 +71,7 @@ def plan(config: Run) -> dict:
     models = _models(config, problems)
     archs = {role: arch for role, (arch, _) in models.items()}
     training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
-    settings = training or getattr(config, name, None)
+    settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
     world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config, training)
     apart = training.teacher_ranks if training else 0
     setting = cost.Setting(
@@ -136,9 +140,12 @@ def _models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, s
         makers = {"model": lambda: _source(config)}
     elif isinstance(config, PlanRun | PruneRun | CutRun):
         makers = {"source": lambda: _start(config), "target": lambda: _target(config)}
+    elif isinstance(config, TeacherCacheRun):
+        makers = {"model": lambda: _at(config.teacher, config)}
     elif isinstance(config, DistillRun):
         makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.taught else {}
-        makers["student"] = lambda: _at(config.student, config)
+        several = {f"student {name}": partial(_at, path, config) for name, path in config.students.items()}
+        makers |= several or {"student": lambda: _at(config.student, config)}
     elif isinstance(config, SearchRun):
         makers = {"teacher": lambda: _at(config.teacher, config), "student": lambda: _largest(config)}
     found = {}
@@ -148,6 +155,11 @@ def _models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, s
         except UserError as mistake:
             problems += str(mistake).splitlines()
     return found
+
+
+def _kind(role: str) -> str:
+    """ "student" of every "student NAME"."""
+    return role.split()[0]
 
 
 def _source(config: Run) -> tuple[Architecture, str]:
@@ -198,16 +210,40 @@ def _at(folder: str, config: Run) -> tuple[Architecture, str]:
         from minitron_mcore import checkpoint  # imports torch
 
         return checkpoint.open_checkpoint(path).arch, folder
+    if (path / "index.json").is_file():
+        return _cache(folder).arch, folder
     if (path / "config.json").is_file():
         return architecture.read_hf(path)[0], folder
     if path.parent != Path(config.work_dir):
         config = _maker(path, config)
     if path.name == "convert":
         return _source(config)
+    if path.name == "teacher_cache":
+        return _at(config.recipe.teacher, config)
     if path.name not in ("correct", "prune", "cut", "distill", *ExportFormat):
         raise UserError(f"no model at {folder}: give the folder of a checkpoint or of a Hugging Face model.")
     arch, where = _at(config.recipe.source, config)
     return (arch, where) if path.name == "correct" else (target_architecture(arch, config.prune), f"{where}, prune.*")
+
+
+def _cache(folder: str):
+    """The `cache.Cache` in a folder.
+
+    Raises:
+        UserError: see `cache.open_teacher`.
+    """
+    from minitron_mcore.distill import cache  # imports torch
+
+    return cache.open_teacher(folder)
+
+
+def _cached(config: Run) -> tuple[CacheKind, int | None] | None:
+    """Kind and top_k of the cache that teaches, the defaults' where it is not written yet; None: the teacher is live."""
+    path = Path(getattr(config, "teacher", ""))
+    if (path / "index.json").is_file():
+        found = _cache(path)
+        return found.kind, found.index["top_k"]
+    return (TeacherCacheRun.kind, TeacherCacheRun.top_k) if path.name == "teacher_cache" else None
 
 
 def _maker(path: Path, config: Run) -> Run:
@@ -231,11 +267,17 @@ def _problems(
         for role, arch in archs.items():
             if not (role == "teacher" and training and training.teacher_parallel):  # `checks.problems` looks at that
                 yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
-    if training and (student := archs.get("student", archs.get("model"))):
-        yield from checks.problems(student, archs.get("teacher"), training, config.parallel, setting.replicas)
-    if {"student", "teacher"} <= archs.keys():
-        folders = (_hf(models[role][1]) for role in ("student", "teacher"))
-        yield from vocabulary.problems(archs["student"], archs["teacher"], *folders)
+    teacher, students = archs.get("teacher"), {role: arch for role, arch in archs.items() if _kind(role) == "student"}
+    if training:
+        trained = students or {role: arch for role, arch in archs.items() if role == "model"}
+        found = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
+        yield from dict.fromkeys(itertools.chain(*found))
+    for role, student in students.items() if teacher else ():
+        yield from vocabulary.problems(student, teacher, _hf(models[role][1]), _hf(models["teacher"][1]))
+        if (Path(config.teacher) / "index.json").is_file():
+            yield from _cache(config.teacher).problems(student, training)
+    if isinstance(config, TeacherCacheRun) and "model" in archs:
+        yield from checks.cache(config, archs["model"])
     if isinstance(config, SearchRun) and training.teacher_ranks:
         yield checks.NOT_APART
     if isinstance(config, ImportanceRun) and "model" in archs:
@@ -243,7 +285,9 @@ def _problems(
     for role, arch in archs.items():
         if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
             yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
-        elif isinstance(config, ExportRun | CutRun) or (role in ("target", "student") and config.prune.exportable):
+        elif isinstance(config, ExportRun | CutRun) or (
+            _kind(role) in ("target", "student") and config.prune.exportable
+        ):
             yield from architecture.export_problems(arch)
     if isinstance(config, DepthRun) and "model" in archs:
         yield from study.problems(config, archs["model"].blocks)
@@ -266,15 +310,17 @@ def _ranks(
     """Bytes on a rank of each pipeline stage; none where there are no ranks."""
     if _on_one_process(config):
         return []
-    main = archs.get("student") or next(iter(archs.values()))
+    students = [arch for role, arch in archs.items() if _kind(role) == "student"]
+    main = students[0] if students else next(iter(archs.values()))
     if training:
-        teacher = archs.get("teacher")
-        if list(checks.state_problems(main, teacher, training.states, training.kd_weight)):
+        teacher, students = archs.get("teacher"), students or [main]
+        if any(list(checks.state_problems(s, teacher, training.states, training.kd_weight)) for s in students):
             return []  # pairs of blocks that are not there
-        rows = cost.run([main], teacher, training, setting)
+        students *= min(config.search.together, config.search.best) if isinstance(config, SearchRun) else 1
+        rows = cost.run(students, teacher, training, setting, teacher and _cached(config))
     elif isinstance(config, DepthRun):
         rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
-    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun):
+    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
         rows = cost.scoring(main, setting)
     else:
         rows = [
@@ -299,7 +345,11 @@ def _operations(
         steps, tokens = training.steps, training.global_batch * length
         steps *= config.search.best if isinstance(config, SearchRun) else 1
         times = {"teacher": 1, "student": 3, "model": 3}
-        found = {role: times[role] * tokens * cost.forward_flops(arch, length) for role, arch in archs.items()}
+        times |= {"teacher": 0} if _cached(config) else {}
+        found = {role: times[_kind(role)] * tokens * cost.forward_flops(arch, length) for role, arch in archs.items()}
+    elif isinstance(config, TeacherCacheRun):
+        steps, tokens = config.steps, config.global_batch * length
+        found = {"model": tokens * cost.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}
     elif isinstance(config, ImportanceRun):
         steps, tokens = 1, config.importance.samples * length
         found = {"model": tokens * cost.forward_flops(archs["model"], length, head=False)}
@@ -313,7 +363,12 @@ def _operations(
         return {}
     total = sum(found.values())
     days = steps * total / rate / 86400
-    return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, "days": days}
+    written = {}
+    if isinstance(config, TeacherCacheRun):
+        arch = archs["model"]
+        each = checks.cache_bytes(config.kind, config.top_k, arch.vocab, arch.hidden, setting.element)
+        written = {"cache_bytes": steps * tokens * each}
+    return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, **written, "days": days}
 
 
 def _axes(p: ParallelConfig, world: int) -> str:
@@ -354,4 +409,5 @@ def _show(config: Run, figures: dict) -> None:
         row |= {f"{role} PFLOP a step": flop / 1e15 for role, flop in found["flop_a_step"].items()}
         share = f"days at dry.mfu {dry.mfu:.0%} of {world} x dry.peak_tflops {dry.peak_tflops:g}"
         counted = "two operations a weight of every matrix that a token meets, and causal attention's; the student's times three"
-        report.table("operations", [row | {"days": found["days"]}], [f"{share}; {counted}"])
+        written = {"cache GB": found["cache_bytes"] / 1e9} if "cache_bytes" in found else {}
+        report.table("operations", [row | written | {"days": found["days"]}], [f"{share}; {counted}"])

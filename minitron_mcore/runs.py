@@ -126,6 +126,38 @@ class CorrectRun(StageRun):
     source: str = MISSING
 
 
+class CacheKind(StrEnum):
+    """What a teacher's cache keeps of each token (see `distill.cache`)."""
+
+    topk = "topk"
+    """The `top_k` largest log-probabilities and their ids, and the mass of all others."""
+    hidden = "hidden"
+    """The final hidden state, in the run's dtype."""
+    hidden_int8 = "hidden_int8"
+    """The same in 8 bits."""
+
+
+@dataclass
+class TeacherCacheRun(StageRun):
+    """The samples are those of a distillation with these steps, batch and length, in its order; conf takes them from `distill`."""
+
+    reads = ("data",)
+    teacher: str = MISSING
+    kind: CacheKind = CacheKind.topk
+    top_k: int = 64
+    """kind=topk: entries of each token."""
+    file_samples: int = 32
+    """Samples of a file, which is held in memory while it is made."""
+    steps: int = MISSING
+    global_batch: int = MISSING
+    micro_batch: int = MISSING
+    sequence_length: int = MISSING
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.global_batch
+
+
 @dataclass
 class DistillRun(StageRun):
     reads = ("data", "distill")
@@ -133,6 +165,7 @@ class DistillRun(StageRun):
     students: dict[str, str] = field(default_factory=dict)
     """Several by name, instead of `student`: one pass of the teacher trains them all, each into its own folder of out_dir."""
     teacher: str = MISSING
+    """A checkpoint, or the cache of one."""
 
 
 class ExportFormat(StrEnum):
@@ -199,6 +232,7 @@ STAGES = {
     "prune": PruneRun,
     "correct": CorrectRun,
     "cut": CutRun,
+    "teacher_cache": TeacherCacheRun,
     "distill": DistillRun,
     "export": ExportRun,
     "evaluate": EvaluateRun,

@@ -208,11 +208,15 @@ class Place:
     tensor: int
 
 
+def place() -> Place:
+    """This rank's, in the layout in force."""
+    return Place(*(group().rank() for group in (pp_group, dp_group, cp_group, tp_group)))
+
+
 def places() -> list[Place]:
     """Of each rank of the world, in the layout in force (collective)."""
-    own = Place(*(group().rank() for group in (pp_group, dp_group, cp_group, tp_group)))
-    every = [own] * dist.get_world_size()
-    dist.all_gather_object(every, own)
+    every = [place()] * dist.get_world_size()
+    dist.all_gather_object(every, place())
     return every
 
 

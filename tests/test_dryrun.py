@@ -292,7 +292,12 @@ def test_every_stage_plans(tmp_path, monkeypatch, name):
     one = {"model": cut["target" if name in ("export", "evaluate") else "source"]}
     assert {role: model["parameters"] for role, model in found["models"].items()} == expected.get(name, one)
     assert bool(found["ranks"]) == (name not in ("plan", "cut", "export")) and not list(tmp_path.iterdir())
-    assert found["operations"].get("tokens") == {"importance": 64 * 256, "correct": 65536, "distill": 65536}.get(name)
+    assert found["operations"].get("tokens") == {
+        "importance": 64 * 256,
+        "correct": 65536,
+        "distill": 65536,
+        "teacher_cache": 65536,
+    }.get(name)
 
 
 def test_sizes_come_from_what_is_there(tmp_path, monkeypatch):

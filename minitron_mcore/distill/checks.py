@@ -6,6 +6,7 @@ from minitron_mcore.config import DistillConfig, Divergence, ParallelConfig, Sta
 from minitron_mcore.distill import vocabulary
 from minitron_mcore.models import layout
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.runs import CacheKind, TeacherCacheRun
 
 EMBEDDINGS = -1
 """In a pair of blocks: what the embedding table puts out, which is what block 0 takes in."""
@@ -131,3 +132,32 @@ def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature
         yield f"top_k is {top_k}, but divergence {kind} takes the whole vocabulary: give forward_kl, or top_k null."
     elif top_k is not None and not 1 <= top_k < vocab:
         yield f"top_k is {top_k}; it must be at least 1 and below the vocabulary of {vocab}, which is top_k null."
+
+
+def given(k: int, divergence: Divergence, top_k: int | None, temperature: float, live: bool = False) -> Iterator[str]:
+    """What the k largest entries of a teacher can't be used for in place of its logits; `live`: these are there, too."""
+    if divergence != Divergence.forward_kl or temperature != 1:
+        yield (
+            f"the teacher's {k} largest log-probabilities are given, of which there is no divergence {divergence} at temperature "
+            f"{temperature:g}: give forward_kl and temperature 1."
+        )
+    if top_k not in (None, k):
+        yield f"top_k is {top_k}, but the teacher's {k} largest log-probabilities are given: give top_k {k} or null."
+    if live:
+        yield f"the teacher's {k} largest log-probabilities are given, and its hidden states, too: give one of them."
+
+
+def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
+    """What keeps a teacher's cache from being written."""
+    for name in ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples"):
+        if getattr(config, name) < 1:
+            yield f"{name} is {getattr(config, name)}; it must be at least 1."
+    if config.kind == CacheKind.topk and not 1 <= config.top_k < teacher.vocab:
+        yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."
+
+
+def cache_bytes(kind: CacheKind, k: int, vocab: int, hidden: int, element: int) -> int:
+    """Of a token in a teacher's cache (see `cache`); `element`: bytes of a number of the run's dtype."""
+    if kind == CacheKind.topk:
+        return (4 if vocab <= 1 << 16 else 5) * k + 2
+    return element * hidden if kind == CacheKind.hidden else hidden + 4

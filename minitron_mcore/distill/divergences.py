@@ -13,6 +13,7 @@ ranks exchange five fp64 numbers for any of them (three log-sum-exps, the teache
                                                                    / |z_s|
     forward_kl   over k + 1 entries: the teacher's k largest     p_s - p_t in an entry of the k,      4, and k in a
     with top_k   and all others as one, the tail                 p_s (1 - tail_t / tail_s) elsewhere    collective before
+    the same,    where these of the teacher are given                                                 3
 
 Both KLs follow the same chain rule over ranks (see `losses`). m is a mixture of whole softmaxes, so a rank can't take its part
 of a JSD before it knows the global log-sum-exps: hence the second collective. That of top-k finds which of the teacher's k
@@ -50,7 +51,7 @@ class Chunk:
     differences is not.
     """
 
-    logits: tuple[Tensor, Tensor | None, Tensor]
+    logits: tuple[Tensor, "Tensor | Given | None", Tensor]
     temperature: float
     weights: Tensor
     """[3, T]: of the divergence, again of the divergence, of the LM loss."""
@@ -259,23 +260,89 @@ class TopK(ForwardKL):
         x.scatter_(1, places, torch.where(self.chosen[at], chosen, x.gather(1, places)))
 
     def value(self, chunk, own, again):
-        kl, mass, *tails = own.unbind(1)
-        tail_s, tail_t = (tail.logsumexp(0) for tail in tails)
-        log_s, log_t = tail_s - chunk.lse[0], tail_t - chunk.lse[1]
-        mass_t = log_t.exp()
-        self.above, self.mass_t = chunk.like(chunk.largest[0] - tail_s), chunk.like(mass_t)
+        kl, mass, tail_s, tail_t = own.unbind(1)
         inside = chunk.share[:, 1] * (kl + mass * (chunk.log_share[:, 1] - chunk.log_share[:, 0]))
-        return inside.sum(0) + mass_t * (log_t - log_s)
+        return inside.sum(0) + self._of_tail(chunk, tail_s, tail_t.logsumexp(0) - chunk.lse[1])
+
+    def _of_tail(self, chunk: Chunk, tail_s: Tensor, log_t: Tensor) -> Tensor:
+        """The tail's part of the divergence, from the log-sum-exps of all ranks' parts of the student's and the log of its mass in
+        the teacher."""
+        tail_s, mass_t = tail_s.logsumexp(0), log_t.exp()
+        self.above, self.mass_t = chunk.like(chunk.largest[0] - tail_s), chunk.like(mass_t)
+        return mass_t * (log_t - (tail_s - chunk.lse[0]))
 
     def write(self, chunk, at, total, term):
         self._student(chunk, at, total)
         # What the student's softmax is drawn to: the teacher's in the k, its own shape with the teacher's mass in the tail.
         chunk.shift(0, at, term).add_(self.above[at, None]).clamp_(max=0).exp_()
         term.mul_((chunk.weights[0] * self.mass_t)[at, None])
-        picked = chunk.logits[1][at].gather(1, self.places[at]).to(total.dtype) / chunk.temperature
-        picked = (picked - chunk.largest[1, at, None]).exp() * chunk.scale[1, at, None]
-        self._put(at, term, picked)
+        self._put(at, term, self._picked(chunk, at, total.dtype))
         total.sub_(term)
+
+    def _picked(self, chunk: Chunk, at: slice, dtype: torch.dtype) -> Tensor:
+        """The teacher's probabilities in `places`, times the weight."""
+        picked = chunk.logits[1][at].gather(1, self.places[at]).to(dtype) / chunk.temperature
+        return (picked - chunk.largest[1, at, None]).exp() * chunk.scale[1, at, None]
+
+
+@dataclass
+class Given:
+    """A teacher's largest entries, the same on all ranks, where its logits would be."""
+
+    ids: Tensor
+    """[T, k] int64, all different in a token."""
+    log_probs: Tensor
+    """[T, k]"""
+    log_tail: Tensor
+    """[T], of the mass that is left."""
+
+    def part(self, at: slice, ignored: Tensor) -> "Given":
+        """Tokens `at`, what they say harmless where `ignored` [T, 1]."""
+        log_probs = self.log_probs[at].masked_fill(ignored[at], NOTHING).clamp(min=NOTHING)
+        log_tail = self.log_tail[at].masked_fill(ignored[at, 0], 0).clamp(min=NOTHING)
+        return Given(self.ids[at], log_probs, log_tail)
+
+    def entropy(self, at: slice) -> Tensor:
+        """Of tokens `at`, of the k + 1 entries."""
+        entries = torch.cat((self.log_probs[at], self.log_tail[at, None]), 1).double()
+        return -(entries.exp() * entries).sum(1)
+
+
+class GivenTopK(TopK):
+    """TopK at temperature 1 where the teacher is `Given`: its side is known before anything is exchanged.
+
+    Its log-sum-exp counts as 0 on rank 0 and as nothing elsewhere, and so does its entropy, which is that of the k + 1 entries.
+    """
+
+    of_nothing = 0.0, 0.0, NOTHING
+
+    def __init__(self, first: int, width: int):
+        """`first`, `width`: the entries of this rank."""
+        self.first, self.width, self.joint = first, width, True
+
+    def start(self, logits_t, gather, rank):
+        self.given, places = logits_t, logits_t.ids - self.first
+        self.chosen = (places >= 0) & (places < self.width)
+        self.places = places.clamp(0, max(self.width - 1, 0))
+
+    def read(self, chunk, at, x_s, e_s, x_t, e_t):
+        log_s = x_s.gather(1, self.places[at]) - chunk.sums[0, at, None].log()
+        log_t = self.given.log_probs[at]
+        p = torch.where(self.chosen[at], log_t.exp(), 0)
+        tail_s = chunk.largest[0, at].double() + self._tail(at, x_s)
+        return torch.stack((p.mul(log_t - log_s).sum(-1).double(), p.sum(-1).double(), tail_s))
+
+    def _put(self, at, x, chosen):
+        # Places of other ranks' entries are this rank's too, so they must not be written.
+        token, entry = self.chosen[at].nonzero(as_tuple=True)
+        x[token, self.places[at][token, entry]] = chosen[token, entry]
+
+    def value(self, chunk, own, again):
+        kl, mass, tail_s = own.unbind(1)
+        return (kl - mass * chunk.log_share[:, 0]).sum(0) + self._of_tail(chunk, tail_s, self.given.log_tail.double())
+
+    def _picked(self, chunk, at, dtype):
+        return self.given.log_probs[at].exp().to(dtype) * chunk.weights[0, at, None]
 
 
 KINDS = {

@@ -46,6 +46,7 @@ class _Settings:
     chunk_tokens: int | None
     with_gradient: bool
     into_main_grad: bool = False
+    given: divergences.Given | None = None
 
 
 def distillation_loss(
@@ -66,6 +67,7 @@ def distillation_loss(
     top_k: int | None = None,
     chunk_tokens: int | None = None,
     gradient_accumulation_fusion: bool = False,
+    teacher_top: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of mask * (kd_weight * temperature^2 * divergence + lm_weight * cross-entropy).
 
@@ -81,6 +83,8 @@ def distillation_loss(
                                  gather_from_sequence_parallel_region, whose backward adds the ranks' parts
         student_head [V_r, H_s]  rows r * V_r .. (r + 1) * V_r; from `vocab_size` on padding: no softmax, gradient 0
         teacher_hidden [T, H_t], teacher_head [V_r, H_t]  likewise, no gradient; both None with kd_weight 0: LM loss
+        teacher_top              instead of the two, the same on all ranks: ids [T, k] int64 below `vocab_size`, all different in
+                                 a token, their log-probabilities [T, k], the log of the mass that is left [T]
         labels [T] int64, mask [T] float  the same on all ranks. Tokens of mask 0 may hold anything anywhere (NaN, -100)
 
     Args:
@@ -89,6 +93,7 @@ def distillation_loss(
         divergence: by name; the table in `divergences` has their formulas.
         jsd_beta: the teacher's part of jsd's mixture, above 0 and below 1.
         top_k: the forward KL of the teacher's k largest logits (of the whole vocabulary, over all ranks) and of the tail's mass.
+        teacher_top: makes it the forward KL of the k entries and the tail at temperature 1; so is the teacher's entropy.
         chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 64 MiB (512 MiB on CUDA).
         gradient_accumulation_fusion: megatron-core's: backward adds the head's gradient to its `main_grad`, in that one's
             precision, and leaves autograd a dummy, which megatron-core's DistributedDataParallel throws away.
@@ -98,8 +103,8 @@ def distillation_loss(
         entropy, detached, the first and last 0 without a teacher. fp32, the same on all ranks.
 
     Raises:
-        UserError: half a teacher, one of another padded vocabulary, a `vocab_size` beyond the heads, a head without `main_grad`
-            to add to; see `checks.divergence`.
+        UserError: half a teacher, two, one of another padded vocabulary, a `vocab_size` beyond the heads, a head without
+            `main_grad` to add to; see `checks.divergence` and `checks.given`.
     """
     if (teacher_hidden is None) != (teacher_head is None):
         raise UserError("Half a teacher is given: give its hidden states and its head, or neither.")
@@ -109,11 +114,14 @@ def distillation_loss(
             "gradient_accumulation_fusion is on, but the student's head has no main_grad: "
             "wrap the student in megatron-core's DistributedDataParallel, or turn it off."
         )
+    given = None if teacher_top is None else divergences.Given(*teacher_top)
+    if given:
+        refuse(checks.given(given.ids.shape[1], divergence, top_k, temperature, teacher_head is not None))
     with_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
     rows = len(student_head), None if teacher_head is None else len(teacher_head)
     kind = divergence, jsd_beta, top_k
     settings = _settings(
-        *rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient, fused
+        *rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *kind, chunk_tokens, with_gradient, fused, given
     )
     return _DistillationLoss.apply(student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings)
 
@@ -157,7 +165,9 @@ def distillation_loss_of_logits(
 def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *rest) -> _Settings:
     """Checks what both forms are given; `num_rows` V_r are the student's, `teacher_rows` the teacher's, None without one."""
     tp = tp_group.size() if tp_group else 1
-    if teacher_rows is None and kd_weight != 0:
+    divergence, jsd_beta, top_k, *others = rest
+    taught = teacher_rows is not None or isinstance(others[-1], divergences.Given)
+    if not taught and kd_weight != 0:
         raise UserError(f"kd_weight is {kd_weight} without a teacher: give one, or kd_weight 0.")
     if teacher_rows not in (None, num_rows):
         raise UserError(
@@ -168,9 +178,8 @@ def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight
         raise UserError(
             f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {tp * num_rows} rows."
         )
-    divergence, jsd_beta, top_k, *_ = rest
     refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
-    temperature = 1.0 if teacher_rows is None else temperature
+    temperature = temperature if taught else 1.0
     return _Settings(vocab_size, tp_group if tp > 1 else None, kd_weight, lm_weight, temperature, *rest)
 
 
@@ -193,7 +202,9 @@ class _DistillationLoss(torch.autograd.Function):
             # Ignored rows become zeros: all that follows is finite there, and their weight of 0 then silences them.
             hidden = student_hidden[at].masked_fill(ignored[at], 0)
             logits_s, logits_t = torch.mm(hidden, head.t(), out=out[: len(hidden)]), None
-            if head_t is not None:
+            if settings.given:
+                logits_t = settings.given.part(at, ignored)
+            elif head_t is not None:
                 hidden_t = teacher_hidden[at].masked_fill(ignored[at], 0)
                 logits_t = torch.mm(hidden_t, head_t.t(), out=out_t[: len(hidden)])
             per_token[:, at] = tiles.run(logits_s, logits_t, labels[at], mask[at])
@@ -296,12 +307,16 @@ class _Tiles:
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.elements = chunks.TILE_ELEMENTS[like.device.type]
         self.divergence = divergences.make(s.divergence, s.vocab_size, s.jsd_beta, s.top_k, s.temperature)
+        if s.given:
+            self.divergence = divergences.GivenTopK(self.start, self.width)
         self.kernels = _kernels(like, self.divergence)
         self.size = len(like) if self.kernels else chunks.tile_tokens(len(like), num_rows, like.device.type)
         tiles = 0 if self.kernels else chunks.TILE_BUFFERS
         self.buffers = torch.empty(tiles, self.size, self.width, dtype=self.dtype, device=like.device)
 
-    def run(self, logits_s: Tensor, logits_t: Tensor | None, labels: Tensor, mask: Tensor) -> Tensor:
+    def run(
+        self, logits_s: Tensor, logits_t: "Tensor | divergences.Given | None", labels: Tensor, mask: Tensor
+    ) -> Tensor:
         """[divergence, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
         s, divergence, num_tokens = self.settings, self.divergence, len(labels)
         tiles = list(_slices(num_tokens, self.size)) if self.width else []
@@ -371,7 +386,10 @@ class _Tiles:
             own[n] = chunk.largest[n, at].double() + chunk.sums[n, at].double().log()
 
         exponentials(0, x_s, e_s)
-        if chunk.logits[1] is not None:
+        if isinstance(chunk.logits[1], divergences.Given):
+            own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)
+            own[1], own[3] = divergences.NOTHING if self.rank else 0.0, chunk.logits[1].entropy(at)
+        elif chunk.logits[1] is not None:
             exponentials(1, x_t, e_t)
             own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)
             own[3] = chunk.sums[1, at].log() - x_t.mul_(e_t).sum(-1) / chunk.sums[1, at]

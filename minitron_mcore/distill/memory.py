@@ -6,6 +6,7 @@ from minitron_mcore import report, runtime
 from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import cost
+from minitron_mcore.runs import CacheKind
 
 
 def tell(
@@ -14,11 +15,15 @@ def tell(
     config: DistillConfig,
     parallel: ParallelConfig,
     dtype: Dtype,
+    cached: tuple[CacheKind, int | None] | None = None,
 ) -> None:
-    """Print what a rank of the fullest pipeline stage will hold, by kind, and warn where rank 0 has less than that."""
+    """Print what a rank of the fullest pipeline stage will hold, by kind, and warn where rank 0 has less than that.
+
+    `cached`: see `cost.run`.
+    """
     device = Device(runtime.device().type)
     setting = cost.Setting(parallel, dist.get_world_size(), dtype, config.micro_batch, config.sequence_length, device)
-    rows, free = cost.run(students, teacher, config, setting), runtime.free_bytes() / cost.GIB
+    rows, free = cost.run(students, teacher, config, setting, cached), runtime.free_bytes() / cost.GIB
     stage = max(range(len(rows)), key=lambda n: rows[n]["total"])
     needed = {kind: size / cost.GIB for kind, size in rows[stage].items() if size}
     fullest = f"a rank of pipeline stage {stage}, the fullest," if len(rows) > 1 else "a rank"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minitron_mcore import runtime
 from minitron_mcore.config import DistillConfig
+from minitron_mcore.distill.cache import CachedTeacher
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.models.build import Model
@@ -24,7 +25,7 @@ class Objective:
     parallelism, and this context-parallel rank's share of the batch."""
 
     student: Model
-    teacher: Teacher | None
+    teacher: Teacher | CachedTeacher | None
     vocab: int
     config: DistillConfig
 
@@ -34,7 +35,10 @@ class Objective:
 
         The hidden gradient that leaves here is complete: its sum over tensor-parallel ranks is part of the gather or copy.
         """
-        group, teacher_hidden = runtime.tp_group(), batch.get("teacher_hidden")
+        group, teacher_hidden, teacher_top = runtime.tp_group(), batch.get("teacher_hidden"), None
+        if "teacher_ids" in batch:
+            ids, log_probs = (batch[key].flatten(0, 1) for key in ("teacher_ids", "teacher_log_probs"))
+            teacher_top = ids, log_probs[:, :-1], log_probs[:, -1]
         if self.student.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         else:
@@ -56,6 +60,7 @@ class Objective:
             jsd_beta=self.config.jsd_beta,
             top_k=self.config.top_k,
             gradient_accumulation_fusion=self.student.config.gradient_accumulation_fusion,
+            teacher_top=teacher_top,
         )
         tokens = mask.sum()
         return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])

@@ -12,10 +12,11 @@ from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig
 from minitron_mcore.distill import loop, memory, train, vocabulary
+from minitron_mcore.distill.cache import Cache
 from minitron_mcore.errors import UserError
 from minitron_mcore.launching import plain
 from minitron_mcore.models import spec
-from minitron_mcore.runs import StageRun
+from minitron_mcore.runs import CacheKind, StageRun
 from minitron_mcore.schedule import Batch
 
 NOISE = 0.9
@@ -40,7 +41,7 @@ def run(
             trainer; a run that goes on right after one of them looks again.
 
     Raises:
-        UserError: see `train.check`, `data.prepare` and `checkpoint.claimed`; students of several vocabularies.
+        UserError: see `train.check`, `data.prepare`, `Cache.check` and `checkpoint.claimed`; students of several vocabularies.
     """
     config, first = configs[0], students[0]
     for student in students:
@@ -55,10 +56,13 @@ def run(
         resumed = [claims.enter_context(claim) for claim in held]
         runtime.log(spec.describe())
         archs = [student.arch for student in students]
-        memory.tell(archs, teacher and teacher.arch, settings, config.parallel, config.dtype)
+        cached = (teacher.kind, teacher.index["top_k"]) if isinstance(teacher, Cache) else None
+        memory.tell(archs, teacher and teacher.arch, settings, config.parallel, config.dtype, cached)
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = data.prepare(config.data, first.hf, vocab)
         text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
+        if isinstance(teacher, Cache):
+            teacher.check(prefixes, weights, config.data.seed, settings.steps * settings.global_batch)
         trainers: dict[Path, train.Trainer] = {}
         for each, student, goes_on in zip(configs, students, resumed, strict=True):
             source = next((trainer.teacher for trainer in trainers.values()), None)
@@ -70,7 +74,7 @@ def run(
             _describe(each, settings, student, teacher, text)
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
         batches = data.train_batches(prefixes, weights, **behind.data_position(config.data))
-        if behind.teacher and behind.step == 0:
+        if behind.teacher and behind.step == 0 and not (cached and teacher.kind == CacheKind.topk):
             batches = _probed(behind, batches, vocab)
         figures = [[] for _ in trainers]
         for stop in looks or (settings.stop_after,):

@@ -16,6 +16,7 @@ from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, failure, vocabulary
 from minitron_mcore.distill.apart import DistantTeacher
+from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.states import States
 from minitron_mcore.distill.teacher import Teacher
@@ -40,10 +41,11 @@ def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig
     """Refuse what cannot train before a model is built.
 
     Raises:
-        UserError: see `checks.problems` and `vocabulary.problems`.
+        UserError: see `checks.problems`, `vocabulary.problems` and `Cache.problems`.
     """
     found = [*checks.problems(student.arch, teacher and teacher.arch, config, parallel, runtime.dp_group().size())]
     found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
+    found += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
     refuse(found)
 
 
@@ -80,8 +82,11 @@ class Trainer:
         self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
         self.teacher = source
         if teacher and source is None:
-            make = DistantTeacher if config.teacher_ranks else Teacher.load
-            self.teacher = make(teacher, student.arch, config, parallel, dtype)
+            if isinstance(teacher, Cache):
+                self.teacher = CachedTeacher(teacher, student.arch, parallel)
+            else:
+                make = DistantTeacher if config.teacher_ranks else Teacher.load
+                self.teacher = make(teacher, student.arch, config, parallel, dtype)
         if self.states:
             self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
         self.objective = Objective(model, self.teacher, self.vocab, config)
@@ -126,6 +131,7 @@ class Trainer:
     def data_position(self, data: DataConfig) -> dict:
         """Arguments of `data.train_batches` for this rank, from the sample where the next step begins."""
         config, dp = self.config, runtime.dp_group()
+        cached = isinstance(self.teacher, CachedTeacher)
         return {
             "cache": data.cache,
             "vocab_size": self.vocab,
@@ -134,6 +140,7 @@ class Trainer:
             "micro_batch_size": config.micro_batch,
             "global_batch_size": config.global_batch,
             "num_samples": config.steps * config.global_batch,
+            "order_samples": self.teacher.cache.index["samples"] if cached else None,
             "consumed_samples": self.step * config.global_batch,
             "dp_rank": dp.rank(),
             "dp_size": dp.size(),
@@ -192,7 +199,7 @@ class Trainer:
             "tokens_per_second": count / seconds,
             "student_tflops": 3 * cost.forward_flops(self.arch, length) * count / seconds / 1e12,
             "teacher_tflops": cost.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
-            if self.teacher
+            if isinstance(self.teacher, Teacher)
             else 0.0,
         }
 

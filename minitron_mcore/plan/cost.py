@@ -29,6 +29,7 @@ from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, chunks
 from minitron_mcore.models import layout, table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.runs import CacheKind
 
 GIB = 2**30
 
@@ -314,18 +315,26 @@ def training(
 
 
 def run(
-    students: Sequence[Architecture], teacher: Architecture | None, config: DistillConfig, setting: Setting
+    students: Sequence[Architecture],
+    teacher: Architecture | None,
+    config: DistillConfig,
+    setting: Setting,
+    cached: tuple[CacheKind, int | None] | None = None,
 ) -> list[dict[str, float]]:
-    """`training` with a run's settings; of several students all states are there, and one at a time takes its step."""
+    """`training` with a run's settings; of several students all states are there, and one at a time takes its step.
+
+    Args:
+        cached: kind and top_k of the teacher's cache, where it is not live.
+    """
     micro_batches = max(1, config.global_batch // (setting.micro_batch * setting.replicas))
-    ahead = config.teacher_ahead if len(students) == 1 else micro_batches
+    held = config.teacher_ahead if len(students) == 1 else micro_batches
     each = [
         training(
             student,
-            teacher,
+            None if cached and cached[0] == CacheKind.topk else teacher,
             setting,
             micro_batches,
-            ahead,
+            held,
             config.distributed_optimizer,
             checks.state_pairs(student, teacher, config.states) if teacher else (),
             config.teacher_parallel,
@@ -335,11 +344,32 @@ def run(
         for student in students
     ]
     rows = []
-    for stages in zip(*each, strict=True):
-        row = {kind: max(stage[kind] for stage in stages) for kind in stages[0] if kind != "total"}
-        row |= {kind: sum(stage[kind] for stage in stages) for kind in ("weights", "gradients", "optimizer")}
+    for stage, stages in enumerate(zip(*each, strict=True)):
+        row = {kind: max(row[kind] for row in stages) for kind in stages[0] if kind != "total"}
+        row |= {kind: sum(row[kind] for row in stages) for kind in ("weights", "gradients", "optimizer")}
+        if cached:
+            row |= _from_cache(
+                students[0], teacher, *cached, setting, 3 if len(students) == 1 else micro_batches, stage
+            )
         rows.append(row | {"total": sum(row.values())})
     return rows
+
+
+def _from_cache(
+    student: Architecture,
+    teacher: Architecture,
+    kind: CacheKind,
+    k: int | None,
+    setting: Setting,
+    held: int,
+    stage: int,
+) -> dict[str, float]:
+    """What a rank has of a cached teacher: on the last stage the head, where the cache has hidden states, and `held`
+    micro-batches; of one student one in use and two read ahead."""
+    top, tp, last = kind == CacheKind.topk, setting.parallel.tensor, stage == setting.last
+    head = 0 if top else setting.element * table.padded_vocab(student, tp) // tp * teacher.hidden
+    each = 12 * k + 4 if top else setting.element * teacher.hidden / setting.sharers
+    return {"teacher": head * last, "hand-off": held * setting.tokens * each * last}
 
 
 def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:

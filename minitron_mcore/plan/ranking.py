@@ -25,7 +25,7 @@ import torch.distributed as dist
 from minitron_mcore import checkpoint, evaluate, pictures_search, prune, report, runtime, stream
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, PruneConfig
-from minitron_mcore.distill import stage, train
+from minitron_mcore.distill import cache, stage, train
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance import study
 from minitron_mcore.importance.scores import Scores, load_scores
@@ -54,7 +54,7 @@ def run(config: SearchRun) -> None:
     """
     source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
     teaches = config.search.best and config.distill.taught
-    teacher = checkpoint.open_checkpoint(config.teacher, "teacher") if teaches else None
+    teacher = cache.open_teacher(config.teacher) if teaches else None
     ranking = Ranking(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
     with checkpoint.claimed(config.out_dir, plain(config), resume=True):
         ranking.run()

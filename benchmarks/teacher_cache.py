@@ -1,0 +1,163 @@
+"""What a teacher's cache costs: bytes a token, the error of the student's gradient, the time of a step beside the live teacher's.
+
+SmolLM2-135M teaches its 100 M student, just pruned by importance over a few samples. Error: the gradients that one micro-batch's
+forward KL sends into the student's final hidden states and its head, against those from live logits, all in fp32, so that only what
+the cache leaves out shows: norm of the difference over the norm. The 1,024 tokens are WikiText-2's, or without ../shared/data the
+standard library's. Time: whole steps of 4 x 256 tokens in bf16, one process on all cores, the teachers in turn, median.
+"""
+
+import os
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import Figure, arguments, write
+from torch import Tensor
+
+from minitron_mcore import checkpoint, demo, report
+from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig, PruneConfig, Statistic
+from minitron_mcore.models import hf
+from minitron_mcore.runs import CacheKind, TeacherCacheRun
+from minitron_mcore.testing import on_ranks
+
+TEXT = Path(__file__).parents[2] / "shared/data/text/wikitext2.valid.txt"
+RUN = Path("runs/teacher_cache")
+ONE = ParallelConfig()
+SETTINGS = DistillConfig(steps=12, global_batch=4, micro_batch=4, sequence_length=256, warmup_steps=1)
+TIMED = {"topk 64": {"kind": CacheKind.topk, "top_k": 64}, "hidden": {"kind": CacheKind.hidden}}
+
+
+def final_hidden(model, tokens: Tensor) -> Tensor:
+    from minitron_mcore import schedule
+
+    found = []
+    schedule.forward(model, [{"tokens": tokens}], lambda hidden, batch: found.append(hidden.flatten(0, 1)))
+    return found[0]
+
+
+def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]:
+    """By kind of cache: bytes a token, relative error of the gradients of hidden states and head."""
+    from minitron_mcore import runtime
+    from minitron_mcore.distill import cache, checks
+    from minitron_mcore.distill.losses import distillation_loss
+    from minitron_mcore.distill.recording import largest
+
+    teacher, student = (checkpoint.open_checkpoint(RUN / name) for name in ("convert", "student"))
+    vocab, (ours, theirs) = teacher.arch.vocab, (checkpoint.build_model(x, ONE, "fp32") for x in (student, teacher))
+    hidden, wanted, head = final_hidden(ours, tokens), final_hidden(theirs, tokens), theirs.head().detach()
+    labels, mask = tokens.t().reshape(-1), torch.ones(tokens.numel())
+
+    def gradients(teacher_hidden=None, teacher_head=None, top=None) -> tuple[Tensor, Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, ours.head())]
+        inputs = *leaves, teacher_hidden, teacher_head, labels, mask
+        distillation_loss(*inputs, vocab_size=vocab, teacher_top=top)[0].backward()
+        return tuple(leaf.grad for leaf in leaves)
+
+    exact = gradients(wanted, head)
+
+    def against(found: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        return tuple(((x - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True))
+
+    def size(kind: CacheKind, k: int = 0) -> int:
+        return checks.cache_bytes(kind, k, vocab, teacher.arch.hidden, 2)
+
+    found, logits = {}, wanted @ head[:vocab].t()
+    for k in ks:
+        packed = cache.pack_top(*largest(logits.clone(), k, 0, runtime.tp_group()), vocab)
+        ids, log_probs = cache.unpack_top(packed)
+        found[f"topk {k}"] = (
+            size(CacheKind.topk, k),
+            *against(gradients(top=(ids, log_probs[:, :-1], log_probs[:, -1]))),
+        )
+    rounded = head.bfloat16().float()
+    for kind in (CacheKind.hidden, CacheKind.hidden_int8):
+        kept = cache.unpack_hidden(cache.pack_hidden(wanted.bfloat16(), kind), torch.bfloat16).float()
+        found[str(kind)] = size(kind), *against(gradients(kept, rounded))
+    return found
+
+
+def prepare(text: str) -> Tensor:
+    """Write the student and the caches; one micro-batch of the text."""
+    from minitron_mcore import data, prune
+    from minitron_mcore.distill import recording
+    from minitron_mcore.importance.collect import score
+    from minitron_mcore.plan.plan import make_plan
+
+    torch.set_num_threads(os.cpu_count())
+    source, config = checkpoint.open_checkpoint(RUN / "convert"), DataConfig([text], cache=str(RUN / "cache"))
+    prefixes, _ = data.prepare(config, source.hf, source.arch.vocab)
+    shape = dict(vocab_size=source.arch.vocab, sequence_length=SETTINGS.sequence_length)
+    if not (RUN / "student/latest").is_file():
+        tokens, mask = data.calibration(prefixes, num_samples=16, seed=1, **shape)
+        scores = score(checkpoint.build_model(source, ONE, "bf16"), source, tokens, mask, 4, Statistic())
+        plan = make_plan(source.arch, source.fingerprint, scores, PruneConfig(hidden=504, ffn=1152))
+        prune.prune(source, plan, RUN / "student", ONE)
+    sizes = {name: getattr(SETTINGS, name) for name in ("steps", "global_batch", "micro_batch", "sequence_length")}
+    for name, kind in TIMED.items():
+        out_dir = str(RUN / name.replace(" ", "_"))
+        recording.run(
+            TeacherCacheRun(data=config, teacher=str(RUN / "convert"), out_dir=out_dir, **kind, **sizes), source
+        )
+    return data.calibration(prefixes, num_samples=4, seed=2, **shape)[0]
+
+
+def step_seconds(text: str, repetitions: int) -> dict[str, list[float]]:
+    """Of each teacher, the first step of each left out."""
+    from minitron_mcore import data
+    from minitron_mcore.distill import cache
+    from minitron_mcore.distill.train import Trainer
+
+    torch.set_num_threads(os.cpu_count())
+    config = DataConfig([text], cache=str(RUN / "cache"))
+    student = checkpoint.open_checkpoint(RUN / "student")
+    folders = {"live": RUN / "convert"} | {name: RUN / name.replace(" ", "_") for name in TIMED}
+    runs = {}
+    for name, folder in folders.items():
+        trainer = Trainer(student, cache.open_teacher(folder), replace(SETTINGS), ONE, "bf16")
+        prefixes, weights = data.prepare(config, student.hf, student.arch.vocab)
+        runs[name] = trainer, data.train_batches(prefixes, weights, **trainer.data_position(config))
+    seconds = {name: [] for name in runs}
+    for _ in range(repetitions + 1):
+        for name, (trainer, batches) in runs.items():
+            figures = trainer.train_step([next(batches)])
+            seconds[name].append(SETTINGS.global_batch * SETTINGS.sequence_length / figures["tokens_per_second"])
+    return {name: found[1:] for name, found in seconds.items()}
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0])
+    ks, repetitions = ([16, 256], 2) if options.quick else ([16, 64, 256, 1024], 9)
+    RUN.mkdir(parents=True, exist_ok=True)
+    teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
+    if not (RUN / "convert/latest").is_file():
+        on_ranks(hf.import_folder, 1, ONE, teacher, RUN / "convert", ONE)
+    text = str(TEXT if TEXT.is_file() else demo.write_stdlib_text(RUN / "text")[0])
+    tokens = on_ranks(prepare, 1, ONE, text, timeout=1800)[0]
+    found = on_ranks(errors, 1, ONE, tokens, ks, timeout=1800)[0]
+    seconds = on_ranks(step_seconds, 1, ONE, text, repetitions, timeout=1800)[0]
+    times = {name: statistics.median(each) for name, each in seconds.items()}
+    ratios = {
+        name: statistics.median(x / y for x, y in zip(each, seconds["live"], strict=True))
+        for name, each in seconds.items()
+    }
+    rows = [{"teacher": "live", "error of hidden gradient": 0.0, "error of head gradient": 0.0}]
+    rows += [
+        {"teacher": name, "bytes a token": size, "error of hidden gradient": hidden, "error of head gradient": head}
+        for name, (size, hidden, head) in found.items()
+    ]
+    for row in rows:
+        row |= {"step [s]": times.get(row["teacher"]), "of live": ratios.get(row["teacher"])}
+    report.table("a teacher's cache: SmolLM2-135M to 100 M", rows, [f"text: {text}"])
+    case = "smollm2 135M to 100M"
+    figures = [Figure("teacher_cache", case, name, "bytes_a_token", size, "B") for name, (size, *_) in found.items()]
+    for name, (_, *each) in found.items():
+        for what, error in zip(("hidden", "head"), each, strict=True):
+            figures.append(Figure("teacher_cache", case, name, f"{what}_gradient_error", error, "of its norm"))
+    figures += [Figure("teacher_cache", case, name, "step", value, "s") for name, value in times.items()]
+    figures += [Figure("teacher_cache", case, name, "step_of_live", value, "of live") for name, value in ratios.items()]
+    write(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()
