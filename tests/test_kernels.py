@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minitron_mcore.config import Divergence
-from minitron_mcore.distill import kernels, losses
+from minitron_mcore.distill import kernels, tiles
 from minitron_mcore.distill.divergences import make
 from tests import test_losses
 from tests.test_losses import Case
@@ -36,7 +36,7 @@ CASES = {
 
 
 def on_rank(cases: list[Case]) -> list:
-    assert losses._kernels(torch.empty(0), make(Divergence.forward_kl, 1, 0.5, None, 1.0)) is kernels
+    assert tiles.kernels_for(torch.empty(0), make(Divergence.forward_kl, 1, 0.5, None, 1.0)) is kernels
     return test_losses.on_rank(cases)
 
 

@@ -213,7 +213,7 @@ def distill(*runs: DistillRun) -> list[str | None]:
     found = []
     for run in runs:
         try:
-            stage.run(run, run.distill, open_checkpoint(run.student), open_teacher(run.teacher))
+            stage.run([run], run.distill, [open_checkpoint(run.student)], open_teacher(run.teacher))
             found.append(None)
         except UserError as error:
             found.append(str(error))

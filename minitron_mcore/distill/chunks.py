@@ -1,6 +1,7 @@
 """How the loss cuts its tokens: into chunks, whose logits exist at a time, and these into tiles. No torch import."""
 
 import math
+from collections.abc import Iterator
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Both logits of a chunk together. More makes longer products and adds to the head's gradient less often."""
@@ -18,3 +19,7 @@ def chunk_tokens(num_tokens: int, bytes_a_token: int, device: str) -> int:
 def tile_tokens(num_tokens: int, num_rows: int, device: str) -> int:
     """Tokens of a tile, with a logit for each of the head's rows on this rank."""
     return max(1, min(TILE_ELEMENTS[device] // num_rows, num_tokens))
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, length)) for first in range(0, length, size))

@@ -1,11 +1,11 @@
-"""The forward KL's work between the matrix products as two Triton kernels, for what `losses._Tiles` otherwise does in torch.
+"""The forward KL's work between the matrix products as two Triton kernels, for what `tiles.Tiles` otherwise does in torch.
 
-This file alone imports triton; `losses` imports it only where the kernels run: on CUDA, and on a CPU under Triton's interpreter
+This file alone imports triton; `tiles` imports it only where the kernels run: on CUDA, and on a CPU under Triton's interpreter
 (TRITON_INTERPRET=1, set before anything imports triton).
 
 Per element of a rank's logits, of b bytes in either model, `read` reads 2 b, and `write` reads 2 b and writes b: 10 bytes
 in bf16, and no buffers but a few numbers a token. An H100 (3.35 TB/s) moves those of 8,192 tokens x 128,256 in 3.1 ms at best.
-Within a row all is fp32, over blocks one after the other; what crosses ranks is fp64, as in `losses`.
+Within a row all is fp32, over blocks one after the other; what crosses ranks is fp64, as in `tiles`.
 """
 
 import triton
@@ -91,7 +91,7 @@ def _write(
 
 
 def read(chunk: Chunk, own: Tensor) -> None:
-    """A chunk's first pass: the chunk's maxima and sums of exponentials, and `own` [6, T] (see `losses._Tiles.run`) but for the
+    """A chunk's first pass: the chunk's maxima and sums of exponentials, and `own` [6, T] (see `tiles.Tiles.run`) but for the
     label's logit."""
     out = chunk.sums.new_empty(8, own.shape[1])
     student, teacher, *rest = _arguments(chunk)

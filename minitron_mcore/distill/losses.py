@@ -18,35 +18,14 @@ entropy, and the label's logit: six fp64 numbers a token. The other divergences 
 and in what it writes.
 """
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
-from types import ModuleType
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore.config import Divergence
 from minitron_mcore.distill import checks, chunks, divergences
+from minitron_mcore.distill.tiles import Settings, Tiles
 from minitron_mcore.errors import UserError, refuse
-
-
-@dataclass(frozen=True)
-class _Settings:
-    vocab_size: int
-    tp_group: dist.ProcessGroup | None
-    kd_weight: float
-    lm_weight: float
-    temperature: float
-    divergence: Divergence
-    jsd_beta: float
-    top_k: int | None
-    chunk_tokens: int | None
-    with_gradient: bool
-    into_main_grad: bool = False
-    given: divergences.Given | None = None
 
 
 def distillation_loss(
@@ -162,7 +141,7 @@ def distillation_loss_of_logits(
     return _LossOfLogits.apply(student_logits, teacher_logits, labels, mask, settings)
 
 
-def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *rest) -> _Settings:
+def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight, temperature, *rest) -> Settings:
     """Checks what both forms are given; `num_rows` V_r are the student's, `teacher_rows` the teacher's, None without one."""
     tp = tp_group.size() if tp_group else 1
     divergence, jsd_beta, top_k, *others = rest
@@ -180,14 +159,14 @@ def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight
         )
     refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
     temperature = temperature if taught else 1.0
-    return _Settings(vocab_size, tp_group if tp > 1 else None, kd_weight, lm_weight, temperature, *rest)
+    return Settings(vocab_size, tp_group if tp > 1 else None, kd_weight, lm_weight, temperature, *rest)
 
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings: _Settings):
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, settings: Settings):
         num_tokens, need = len(student_hidden), [settings.with_gradient and x for x in ctx.needs_input_grad[:2]]
-        tiles = _Tiles(settings, student_hidden, len(student_head))
+        tiles = Tiles(settings, student_hidden, len(student_head))
         chunk = settings.chunk_tokens or _chunk_tokens(num_tokens, student_head, teacher_head)
         mask, ignored = mask.to(tiles.dtype), (mask == 0)[:, None]
         per_token = mask.new_zeros(3, num_tokens)
@@ -198,7 +177,7 @@ class _DistillationLoss(torch.autograd.Function):
         head, head_t = (None if x is None else x[: tiles.width] for x in (student_head, teacher_head))
         # One chunk's logits after the other in the same memory: fresh memory costs a CPU as much as a pass over it.
         out, out_t = (None if x is None else x.new_empty(chunk, tiles.width) for x in (head, head_t))
-        for at in _slices(num_tokens, chunk):
+        for at in chunks.slices(num_tokens, chunk):
             # Ignored rows become zeros: all that follows is finite there, and their weight of 0 then silences them.
             hidden = student_hidden[at].masked_fill(ignored[at], 0)
             logits_s, logits_t = torch.mm(hidden, head.t(), out=out[: len(hidden)]), None
@@ -228,8 +207,8 @@ class _DistillationLoss(torch.autograd.Function):
 
 class _LossOfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_logits, teacher_logits, labels, mask, settings: _Settings):
-        tiles = _Tiles(settings, student_logits, student_logits.shape[1])
+    def forward(ctx, student_logits, teacher_logits, labels, mask, settings: Settings):
+        tiles = Tiles(settings, student_logits, student_logits.shape[1])
         mask, ignored = mask.to(tiles.dtype), mask == 0
         logits_t = None if teacher_logits is None else teacher_logits[:, : tiles.width]
         per_token = tiles.run(student_logits[:, : tiles.width], logits_t, labels, mask).to(mask) * mask
@@ -244,8 +223,8 @@ class _LossOfLogits(torch.autograd.Function):
         return *_scaled_gradients(ctx, d_loss), None, None, None, None
 
 
-def _totals(ctx, settings: _Settings, per_token: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss [], stats [3]) from `_Tiles.run`'s numbers times the mask."""
+def _totals(ctx, settings: Settings, per_token: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss [], stats [3]) from `Tiles.run`'s numbers times the mask."""
     stats = per_token.sum(1)
     ctx.mark_non_differentiable(stats)
     return settings.temperature**2 * settings.kd_weight * stats[0] + settings.lm_weight * stats[1], stats
@@ -269,10 +248,6 @@ def _added_to_main_grad(weight: Tensor, gradient: Tensor) -> Tensor | None:
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, length)) for first in range(0, length, size))
-
-
 def _chunk_tokens(num_tokens: int, student_head: Tensor, teacher_head: Tensor | None) -> int:
     heads = [head for head in (student_head, teacher_head) if head is not None]
     bytes_a_token = sum(len(head) * head.element_size() for head in heads)
@@ -281,135 +256,5 @@ def _chunk_tokens(num_tokens: int, student_head: Tensor, teacher_head: Tensor | 
 
 def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int) -> None:
     """total [V_r, H] += d_logits^T [V_r, T] @ hidden [T, H], in blocks of rows that are added while in the cache."""
-    for rows in _slices(len(total), max(1, 2 * elements // hidden.shape[1])):
+    for rows in chunks.slices(len(total), max(1, 2 * elements // hidden.shape[1])):
         total[rows] += d_logits[:, rows].t() @ hidden
-
-
-def _kernels(like: Tensor, divergence: divergences.ForwardKL) -> ModuleType | None:
-    """The Triton kernels where they do the work between the products: the forward KL's, on CUDA or under Triton's interpreter."""
-    here = like.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    known = type(divergence) is divergences.ForwardKL and like.dtype != torch.float64
-    if not (here and known and find_spec("triton")):
-        return None
-    from minitron_mcore.distill import kernels
-
-    return kernels
-
-
-class _Tiles:
-    """The work between the products: at once by `kernels`, or on a few tokens at a time in buffers that are used again."""
-
-    def __init__(self, settings: _Settings, like: Tensor, num_rows: int):
-        s = self.settings = settings
-        self.rank = s.tp_group.rank() if s.tp_group else 0
-        self.start = self.rank * num_rows
-        self.width = min(max(s.vocab_size - self.start, 0), num_rows)
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
-        self.elements = chunks.TILE_ELEMENTS[like.device.type]
-        self.divergence = divergences.make(s.divergence, s.vocab_size, s.jsd_beta, s.top_k, s.temperature)
-        if s.given:
-            self.divergence = divergences.GivenTopK(self.start, self.width)
-        self.kernels = _kernels(like, self.divergence)
-        self.size = len(like) if self.kernels else chunks.tile_tokens(len(like), num_rows, like.device.type)
-        tiles = 0 if self.kernels else chunks.TILE_BUFFERS
-        self.buffers = torch.empty(tiles, self.size, self.width, dtype=self.dtype, device=like.device)
-
-    def run(
-        self, logits_s: Tensor, logits_t: "Tensor | divergences.Given | None", labels: Tensor, mask: Tensor
-    ) -> Tensor:
-        """[divergence, cross-entropy, teacher's entropy] of each token; its gradient overwrites `logits_s` [T, width]."""
-        s, divergence, num_tokens = self.settings, self.divergence, len(labels)
-        tiles = list(_slices(num_tokens, self.size)) if self.width else []
-        place = labels - self.start
-        inside = (place >= 0) & (place < self.width)
-        place = place.clamp(0, max(self.width - 1, 0))[:, None]
-        kd, lm = s.kd_weight * s.temperature * mask, s.lm_weight * mask
-        # log-sum-exp of student, teacher, student at temperature 1; entropy; label's logit; the divergence's sums
-        own = self.buffers.new_zeros(5 + len(divergence.of_nothing), num_tokens, dtype=torch.float64)
-        chunk = divergences.Chunk(
-            (logits_s, logits_t, logits_s),
-            s.temperature,
-            torch.stack((kd, kd, lm)),
-            self.buffers.new_zeros(3, num_tokens),
-            self.buffers.new_ones(3, num_tokens),
-        )
-        if logits_t is not None:
-            divergence.start(logits_t, self._gather, self.rank)
-        for at in tiles:
-            self._read(chunk, at, own[:, at])
-        if self.width:
-            own[4] = torch.where(inside, logits_s.gather(1, place).squeeze(1), 0)
-        else:
-            own[:3] = divergences.NOTHING
-            own[5:] = own.new_tensor(divergence.of_nothing)[:, None]
-        parts = self._gather(own)
-        chunk.exchanged(parts[:, :3], self.rank)
-        lm_loss = chunk.lse[2] - parts[:, 4].sum(0)
-        values = torch.zeros_like(lm_loss), lm_loss, torch.zeros_like(lm_loss)
-        if logits_t is not None:
-            entropy = (chunk.share[:, 1] * (parts[:, 3] - chunk.log_share[:, 1])).sum(0)
-            values = divergence.value(chunk, parts[:, 5:], self._again(chunk, tiles)), lm_loss, entropy
-        for at in tiles if s.with_gradient else ():
-            self._write(chunk, at, place[at], (lm * inside)[at])
-        return torch.stack(values)
-
-    def _gather(self, own: Tensor) -> Tensor:
-        """[TP, ...] of all ranks."""
-        if not self.settings.tp_group:
-            return own[None]
-        parts = own.new_empty(self.settings.tp_group.size(), *own.shape)
-        dist.all_gather(list(parts), own, group=self.settings.tp_group)
-        return parts
-
-    def _again(self, chunk: divergences.Chunk, tiles: list[slice]) -> Tensor | None:
-        """[n, T]: the sums over all ranks of a second pass, where the divergence needs one."""
-        if not self.divergence.num_again:
-            return None
-        sums = chunk.sums.new_zeros(self.divergence.num_again, chunk.sums.shape[1])
-        for at in tiles:
-            sums[:, at] = self.divergence.read_again(chunk, at, *self.buffers[:, : at.stop - at.start])
-        if self.settings.tp_group:
-            dist.all_reduce(sums, group=self.settings.tp_group)
-        return sums.double()
-
-    def _read(self, chunk: divergences.Chunk, at: slice, own: Tensor) -> None:
-        """A tile's first pass: fills `own` [n, T] but for the label's logit, and the softmaxes' maxima and sums of exponentials."""
-        if self.kernels:
-            return self.kernels.read(chunk, own)
-        x_s, e_s, x_t, e_t = self.buffers[:, : at.stop - at.start]
-
-        def exponentials(n: int, x: Tensor, e: Tensor) -> None:
-            divergences.scaled(chunk.logits[n][at], 1.0 if n == 2 else chunk.temperature, x)
-            chunk.largest[n, at] = x.amax(-1)
-            # Not torch.softmax: on a CPU it sums one by one, which is 1e-5 off at 128 k entries.
-            chunk.sums[n, at] = torch.exp(x.sub_(chunk.largest[n, at, None]), out=e).sum(-1)
-            own[n] = chunk.largest[n, at].double() + chunk.sums[n, at].double().log()
-
-        exponentials(0, x_s, e_s)
-        if isinstance(chunk.logits[1], divergences.Given):
-            own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)
-            own[1], own[3] = divergences.NOTHING if self.rank else 0.0, chunk.logits[1].entropy(at)
-        elif chunk.logits[1] is not None:
-            exponentials(1, x_t, e_t)
-            own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)
-            own[3] = chunk.sums[1, at].log() - x_t.mul_(e_t).sum(-1) / chunk.sums[1, at]
-        if chunk.temperature == 1:
-            chunk.largest[2, at], chunk.sums[2, at], own[2] = chunk.largest[0, at], chunk.sums[0, at], own[0]
-        else:
-            exponentials(2, x_s, e_s)
-
-    def _write(self, chunk: divergences.Chunk, at: slice, place: Tensor, hit: Tensor) -> None:
-        """A tile's second pass: d loss / d logits_s over the student's logits."""
-        if self.kernels:
-            return self.kernels.write(chunk, place.squeeze(1), hit)
-        total, term, *_ = self.buffers[:, : at.stop - at.start]
-        lm_weight = self.settings.lm_weight
-        if chunk.logits[1] is None:
-            chunk.exponentials(2, at, total).mul_(chunk.scale[2, at, None])
-        else:
-            self.divergence.write(chunk, at, total, term)
-            if lm_weight and not self.divergence.joint:
-                total.addcmul_(chunk.exponentials(2, at, term), chunk.scale[2, at, None])
-        if lm_weight:
-            total.scatter_add_(1, place, -hit[:, None])
-        chunk.logits[0][at].copy_(total)
