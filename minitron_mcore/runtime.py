@@ -249,17 +249,36 @@ class Bridge:
     def requests(self) -> Iterator[dict]:
         """In the second world, what the first asks for until it ends."""
         for number in itertools.count():
-            self.store.wait([f"request {number}"], datetime.timedelta(days=365))
-            if (what := json.loads(self.store.get(f"request {number}"))) is None:
+            if (what := self._heard(f"request {number}")) is None:
                 return
             yield what
 
     def meet(self, own: list[Place]) -> tuple[list[Place | None], list[Place | None]]:
-        """(places in the first world, in the second) of each rank of the bridge, None of those in the other (collective)."""
+        """(places in the first world, in the second) of each rank of the bridge, None of those in the other (collective).
+
+        Raises:
+            UserError: what the second world could not be `prepared` for.
+        """
         if self.rank in (0, self.first):
             self.store.set(f"places {self.beyond}", json.dumps([dataclasses.astuple(place) for place in own]))
-        near, far = ([Place(*x) for x in json.loads(self.store.get(f"places {side}"))] for side in (False, True))
+        found = [self._heard(f"places {side}") for side in (False, True)]
+        if isinstance(found[1], str):
+            raise UserError(found[1])
+        near, far = ([Place(*x) for x in each] for each in found)
         return [*near, *[None] * len(far)], [*[None] * len(near), *far]
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """In the second world, what comes before `meet`; a UserError is also the first world's, which tells the user."""
+        try:
+            yield
+        except UserError as error:
+            self.store.set("places True", json.dumps(str(error)))
+            raise
+
+    def _heard(self, key: str):
+        self.store.wait([key], datetime.timedelta(days=365))
+        return json.loads(self.store.get(key))
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """In place, from the first world's rank 0 (collective)."""

@@ -10,6 +10,7 @@ import pytest
 
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.errors import UserError
 from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models, test_distill
@@ -96,13 +97,30 @@ APART = {
 }
 
 
-def serve_or_learn(folders, config, parallel, out_dir):
+def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
+    """The teacher's ranks are told to stop after their first request, as SLURM tells all, but the student's decide when."""
+    import os
+    import signal
+
     from minitron_mcore import runtime
     from minitron_mcore.distill import apart
 
-    if runtime.bridge().beyond:
-        return apart.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")
-    return two_steps(folders, config, parallel, out_dir)
+    bridge = runtime.bridge()
+    if not bridge.beyond:
+        return two_steps(folders, config, parallel, out_dir)
+    if damaged:
+        with pytest.raises(UserError), bridge.prepared():
+            raise UserError("the teacher's weights are zero.")
+        return None
+    every = bridge.requests
+
+    def requests():
+        for asked in every():
+            yield asked
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    bridge.requests = requests
+    return apart.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")
 
 
 @pytest.mark.parametrize("name", APART)
@@ -113,6 +131,12 @@ def test_ranks_of_its_own_teach_the_same(tmp_path, folders, name):
     found = on_ranks(serve_or_learn, world + apart, parallel, *args, apart=apart, other=other)
     assert found[world:] == [None] * apart
     hold(alone, expected, found[:world], tmp_path)
+
+
+def test_the_student_tells_why_there_is_no_teacher(tmp_path, folders):
+    config = dataclasses.replace(CONFIG, teacher_ranks=1)
+    with pytest.raises(RankError, match="UserError: the teacher's weights are zero"):
+        on_ranks(serve_or_learn, 2, ONE, folders[0], config, ONE, tmp_path / "x", True, apart=1)
 
 
 def world_after_an_error(parallel, other):

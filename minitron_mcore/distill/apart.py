@@ -4,6 +4,8 @@ The student's ranks ask for a step at a time and send its tokens; the teacher's 
 the student, hand over what they leave (see `handover`), and begin the next before the student asks for it.
 """
 
+import signal
+import threading
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -31,7 +33,7 @@ class DistantTeacher:
         """Learn where the teacher's ranks are (collective over both worlds).
 
         Raises:
-            UserError: there are none; a damaged checkpoint.
+            UserError: there are none; what they could not load; a damaged checkpoint.
         """
         if runtime.bridge() is None:
             raise UserError(checks.NOT_APART)
@@ -63,7 +65,11 @@ def serve(source: Checkpoint, config: DistillConfig, parallel: ParallelConfig, d
         UserError: a layout that doesn't divide it; a damaged checkpoint.
     """
     bridge = runtime.bridge()
-    model = checkpoint.build_model(source, config.teacher_parallel or parallel, dtype).eval().requires_grad_(False)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the student's ranks save, end the run, and with it this one
+    with bridge.prepared():
+        model = checkpoint.build_model(source, config.teacher_parallel or parallel, dtype).eval().requires_grad_(False)
     handover = _handover(source.arch, config, parallel, dtype)
     for asked in bridge.requests():
         every = torch.empty(asked["shape"], dtype=torch.int64, device=runtime.device())
