@@ -98,7 +98,8 @@ def passes(
     hidden: list[Tensor] = []
     with states.recorded(model, arch, {block for block, *_ in routes}) as found:
         schedule.forward(model, given, lambda output, batch: hidden.append(output))
-    inner = [(states.key(block), found[block], *stages) for block, *stages in routes]
+    # What follows them is padding, where the interleaved schedule needed more (see `schedule.forward`).
+    inner = [(states.key(block), found[block][: len(given)], *stages) for block, *stages in routes]
     return [("teacher_hidden", hidden, runtime.pp_group().size() - 1, last), *inner]
 
 
