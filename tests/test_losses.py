@@ -350,18 +350,22 @@ def test_backward_scales_once():
 
 
 def consumed_on_rank(cases: list[Case]) -> list[int]:
-    """Collectives of a call on given logits; its gradient is written over the student's, the teacher's stay."""
+    """Collectives of a call on given logits; its gradient is written over the student's, and is 0 for ignored tokens and padding;
+    the teacher's stay."""
     group, counts = runtime.tp_group(), []
     for case in cases:
-        student, head, teacher, teacher_head, *rest = case.tensors()
+        student, head, teacher, teacher_head, labels, mask = replace(case, masked=0.3).tensors()
         logits, given = (
             x @ rows.chunk(group.size())[group.rank()].t() for x, rows in ((student, head), (teacher, teacher_head))
         )
+        assert logits[mask == 0].isnan().any() and given[mask == 0].isnan().all()
         leaf, before = logits.requires_grad_(), given.clone()
         with CommDebugMode() as counter:
             options = dict(divergence=case.divergence, top_k=case.top_k, vocab_size=case.vocab, tp_group=group)
-            distillation_loss_of_logits(leaf, given, *rest, **options)[0].backward()
-        assert leaf.grad.data_ptr() == leaf.data_ptr() and torch.equal(given, before)
+            distillation_loss_of_logits(leaf, given, labels, mask, **options)[0].backward()
+        assert leaf.grad.data_ptr() == leaf.data_ptr() and torch.equal(given[mask != 0], before[mask != 0])
+        padding = leaf.grad[:, max(0, case.vocab - group.rank() * leaf.shape[1]) :]
+        assert leaf.grad.isfinite().all() and not leaf.grad[mask == 0].any() and not padding.any()
         counts.append(counter.get_total_counts())
     return counts
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Both logits of a chunk together. More makes longer products and adds to the head's gradient less often."""
-TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 32 << 20}
-"""Elements of a tile: its four fp32 buffers all but stay in a CPU's last-level cache, or are enough to fill a GPU."""
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 32 << 20}
+"""Elements of a tile: its four fp32 buffers stay near a CPU's core, or are enough to fill a GPU."""
 TILE_BUFFERS = 4
 
 
