@@ -231,6 +231,8 @@ class StatesConfig:
     table 17), [] none."""
     embeddings: bool = True
     """Compare what the embedding tables put out, too."""
+    dynamic: bool = False
+    """Times the step before's divergence over its loss of states, both over the global batch: the paper's alpha (section 3)."""
 
 
 class Divergence(StrEnum):

@@ -271,7 +271,7 @@ def _ranks(
     main = archs.get("student") or next(iter(archs.values()))
     if training:
         teacher = archs.get("teacher")
-        if list(checks.state_problems(main, teacher, training.states)):
+        if list(checks.state_problems(main, teacher, training.states, training.kd_weight)):
             return []  # pairs of blocks that are not there
         rows = cost.run([main], teacher, training, setting)
     elif isinstance(config, DepthRun):

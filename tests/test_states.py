@@ -109,6 +109,14 @@ def oracle(folders, case, projection):
     return {key: loss.item() for key, loss in losses.items()}, gradients, lifted.grad
 
 
+def teacher_loss(folders):
+    """The teacher's cross-entropy on what the data-parallel ranks see first: the first sample, for the second is masked."""
+    batch = next(micro_batches(CONFIG, 0, 0, 1))
+    logs = run_model(folders / "teacher_hf", batch["tokens"])[1].log_softmax(-1)
+    losses = -logs.gather(-1, batch["labels"][..., None])[..., 0] * batch["loss_mask"]
+    return (losses.sum() / batch["loss_mask"].sum()).item()
+
+
 def first_step(folders, parallel, out_dir):
     """Of each case, on every rank: the first step's figures, the projection before it and its gradient; the student's gradients
     are saved as if they were weights."""
@@ -123,7 +131,8 @@ def first_step(folders, parallel, out_dir):
         projection = trainer.states.projection
         before = None if projection is None else projection.detach().clone()
         batches = list(micro_batches(config, 0, dp.rank(), dp.size()))[: 4 // dp.size()]
-        figures = trainer.train_step(batches)
+        probed = trainer.teacher_loss(batches[0])
+        figures = trainer.train_step(batches) | {"probed": probed}
         found[case] = figures, before, None if projection is None else projection.main_grad.clone()
         for parameter in trainer.model.parameters():
             parameter.data.copy_(parameter.main_grad)
@@ -135,12 +144,14 @@ def first_step(folders, parallel, out_dir):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradients_are_the_dense_ones(tmp_path, folders, layout):
     ranks = on_ranks(first_step, 2, LAYOUTS[layout], folders, LAYOUTS[layout], tmp_path)
+    teacher = teacher_loss(folders)
     for case in CASES:
         projection = ranks[0][case][1]
         losses, gradients, lifted = oracle(folders, case, projection)
         for figures, before, gradient in (rank[case] for rank in ranks):
             for key, loss in losses.items():
                 assert math.isclose(figures[key], loss, rel_tol=1e-5), (case, key)
+            assert math.isclose(figures["probed"], teacher, rel_tol=1e-5), case
             squares = [g.square().sum() for g in (*gradients.values(), *([] if lifted is None else [lifted]))]
             assert math.isclose(figures["grad_norm"], sum(squares).sqrt().item(), rel_tol=1e-5), case
             if lifted is not None:
@@ -191,6 +202,42 @@ def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, 
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
+def dynamic_steps(folders, parallel, out_dir):
+    """Two steps with a dynamic weight; the second again from the first's checkpoint, and with the weight that it had as a fixed
+    one."""
+    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.distill.train import Trainer
+
+    states = StatesConfig(0.5, pairs=PAIRS, dynamic=True)
+    config = dataclasses.replace(CONFIG, kd_weight=2.0, temperature=1.5, states=states)
+    student, teacher = (open_checkpoint(folders / x) for x in ("width", "teacher"))
+    dp = runtime.dp_group()
+    batches = list(micro_batches(config, 0, dp.rank(), dp.size()))
+    count = config.global_batch // dp.size()
+    trainer = Trainer(student, teacher, config, parallel, "fp32")
+    first = trainer.train_step(batches[:count])
+    trainer.save(out_dir)
+    checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
+    found = [first, trainer.train_step(batches[count : 2 * count])]
+    for weight in (states, dataclasses.replace(states, weight=found[1]["states_weight"], dynamic=False)):
+        again = Trainer(student, teacher, dataclasses.replace(config, states=weight), parallel, "fp32")
+        again.resume(open_checkpoint(out_dir))
+        if not weight.dynamic:
+            again.states.ratio = 1.0
+        found.append(again.train_step(batches[count : 2 * count]))
+    return found
+
+
+def test_dynamic_weight_is_the_last_step_s_ratio_on_all_ranks(tmp_path, folders):
+    parallel = ParallelConfig(pipeline=2)
+    for first, second, resumed, fixed in on_ranks(dynamic_steps, 4, parallel, folders, parallel, tmp_path / "run"):
+        assert first["states_weight"] == 0.5
+        ratio = 2.0 * 1.5**2 * first["kd_loss"] / first["states_loss"]
+        assert math.isclose(second["states_weight"], 0.5 * ratio, rel_tol=1e-12) and ratio < 0.5
+        for key in ("kd_loss", "lm_loss", "states_loss", "states_weight", "grad_norm"):
+            assert second[key] == resumed[key] == fixed[key], key
+
+
 ARCH = {
     name: Architecture("llama", n, h, 24, 6, 3, 8, 101, 256, 1e-5, 1e4, None, False)
     for name, n, h in (("student", 16, 24), ("teacher", 32, 36), ("short", 2, 24))
@@ -221,6 +268,12 @@ def test_impossible_pairs_are_refused(student, given, sentence):
     found = list(checks.problems(ARCH[student], ARCH["teacher"], config, ONE, 1))
     assert any(sentence in problem for problem in found), found
     assert list(checks.problems(ARCH["student"], None, dataclasses.replace(CONFIG, states=StatesConfig(1.0)), ONE, 1))
+
+
+def test_a_ratio_to_nothing_is_refused():
+    config = dataclasses.replace(CONFIG, kd_weight=0.0, states=StatesConfig(1.0, dynamic=True))
+    (problem,) = checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1)
+    assert problem.startswith("distill.states.dynamic is the ratio to a divergence, but kd_weight is 0")
 
 
 def test_states_alone_are_something_to_train_on():

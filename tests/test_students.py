@@ -13,7 +13,7 @@ from minitron_mcore.testing import on_ranks
 from tests import models, test_distill
 from tests.test_prune import ONE, export, random_scores, run_prune
 
-CONFIG = dataclasses.replace(test_distill.CONFIG, states=StatesConfig(0.5, pairs=[[1, 2]]))
+CONFIG = dataclasses.replace(test_distill.CONFIG, states=StatesConfig(0.5, pairs=[[2, 2]]))
 CUTS = {
     "narrow": PruneConfig(hidden=24, ffn=18),
     "short": PruneConfig(blocks=3),

@@ -36,12 +36,16 @@ def state_routes(
         yield theirs, source, layout.block_rank(student, parallel, max(own, 0))
 
 
-def state_problems(student: Architecture, teacher: Architecture | None, config: StatesConfig) -> Iterator[str]:
-    """Pairs of blocks that are not there, or no pair at all."""
+def state_problems(
+    student: Architecture, teacher: Architecture | None, config: StatesConfig, kd_weight: float
+) -> Iterator[str]:
+    """Pairs of blocks that are not there, or no pair at all; a ratio to nothing."""
     if config.weight == 0:
         return
     if not 0 < config.weight < float("inf"):
         yield f"distill.states.weight is {config.weight}; it must be finite and at least 0."
+    if config.dynamic and kd_weight == 0:
+        yield "distill.states.dynamic is the ratio to a divergence, but kd_weight is 0: give a fixed weight (dynamic=false)."
     if teacher is None:
         yield f"distill.states.weight is {config.weight}, but there is no teacher whose states the student's could follow."
         return
@@ -106,7 +110,7 @@ def problems(
     if config.kd_weight == config.lm_weight == config.states.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)
-    yield from state_problems(student, teacher, config.states)
+    yield from state_problems(student, teacher, config.states, config.kd_weight)
     yield from divergence(
         config.divergence, config.jsd_beta, config.top_k, config.temperature, vocabulary.shared(student, teacher)
     )

@@ -34,19 +34,16 @@ class Objective:
 
         The hidden gradient that leaves here is complete: its sum over tensor-parallel ranks is part of the gather or copy.
         """
-        group, sequence = runtime.tp_group(), self.student.config.sequence_parallel
-        mask = batch["loss_mask"].t().reshape(-1)
-        teacher_hidden = batch.get("teacher_hidden")
-        if sequence:
+        group, teacher_hidden = runtime.tp_group(), batch.get("teacher_hidden")
+        if self.student.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
-            if teacher_hidden is not None:
-                teacher_hidden = gather_from_sequence_parallel_region(teacher_hidden, group=group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        mask = batch["loss_mask"].t().reshape(-1)
         loss, sums = distillation_loss(
             hidden.flatten(0, 1),
             self.student.head(),
-            None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
+            None if teacher_hidden is None else self._whole(teacher_hidden),
             None if self.teacher is None else self.teacher.head,
             batch["labels"].t().reshape(-1),
             mask,
@@ -61,3 +58,18 @@ class Objective:
         )
         tokens = mask.sum()
         return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """[S_r, B, H] without a gradient -> [T, H]: of all tensor-parallel ranks where these share the sequence."""
+        if self.student.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=runtime.tp_group())
+        return hidden.flatten(0, 1)
+
+    def teacher_loss(self, batch: Batch) -> Tensor:
+        """[sum over the share of the teacher's own cross-entropy, number of tokens], of a batch that it has been fed."""
+        mask = batch["loss_mask"].t().reshape(-1)
+        hidden, labels = self._whole(batch["teacher_hidden"]), batch["labels"].t().reshape(-1)
+        inputs = hidden, self.teacher.head, None, None, labels, mask
+        group = runtime.tp_group()
+        _, sums = distillation_loss(*inputs, vocab_size=self.vocab, tp_group=group, kd_weight=0.0, lm_weight=1.0)
+        return torch.stack([sums[1], mask.sum().to(sums)])

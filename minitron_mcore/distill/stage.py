@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from minitron_mcore import ancestry, checkpoint, data, pictures, report, runtime
@@ -14,6 +16,10 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.launching import plain
 from minitron_mcore.models import spec
 from minitron_mcore.runs import StageRun
+from minitron_mcore.schedule import Batch
+
+NOISE = 0.9
+"""A teacher whose loss is more than this share of a blind guess's, ln(vocabulary), is warned of."""
 
 
 def run(
@@ -64,6 +70,8 @@ def run(
             _describe(each, settings, student, teacher, text)
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
         batches = data.train_batches(prefixes, weights, **behind.data_position(config.data))
+        if behind.teacher and behind.step == 0:
+            batches = _probed(behind, batches, vocab)
         figures = [[] for _ in trainers]
         for stop in looks or (settings.stop_after,):
             for trainer in trainers.values():
@@ -79,6 +87,17 @@ def run(
             if trainer.step == settings.steps:
                 checkpoint.finish(folder)
             _show(folder, student, rows)
+
+
+def _probed(trainer: train.Trainer, batches: Iterator[Batch], vocab: int) -> Iterator[Batch]:
+    """The same batches, after a look at how well the teacher predicts the first of them (collective)."""
+    first = next(batches)
+    loss, guess = trainer.teacher_loss(first), math.log(vocab)
+    told = f"the teacher's own loss on the first micro-batch is {loss:.3f} nats a token"
+    if not loss < NOISE * guess:
+        told = f"warning: {told}, near the {guess:.2f} of a blind guess: is it the right checkpoint, and text of its tokenizer?"
+    runtime.log(told)
+    return itertools.chain([first], batches)
 
 
 def _common(configs: Sequence[StageRun]) -> Path:

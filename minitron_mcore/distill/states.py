@@ -2,6 +2,8 @@
 
     L = sum over pairs and tokens of mask * difference(P h_s, h_t),    difference = 1 - cos or mean_i (P h_s - h_t)_i^2
 
+Its weight is fixed, or the paper's alpha, L_logits / L as a number without a gradient, of the step before.
+
 h_s and h_t are what a block of the student and one of the teacher put out (the residual stream; the paper takes it after a
 norm), or their embedding tables. P [H_t, H_s] lifts the student's width to the teacher's: one learned matrix for all pairs, there
 only where the widths differ. Products in the run's dtype, all else fp32.
@@ -62,6 +64,7 @@ class States:
         self.config, self.model = config.states, model
         self.batch: Batch = {}
         self.sum = torch.zeros((), device=runtime.device())
+        self.ratio = 1.0  # of the first step, which knows no step before it
         # The groups over which a sum over this rank's rows and pairs becomes one over a sequence's and all.
         self.groups = [runtime.pp_group(), *([runtime.tp_group()] if parallel.sequence else [])]
         pairs = checks.state_pairs(arch, teacher, config.states)
@@ -94,7 +97,7 @@ class States:
         wanted = self.batch[key(theirs)]
         loss = checkpoint(self._loss, hidden, wanted, mask, use_reentrant=False, preserve_rng_state=False)
         self.sum += loss.detach()
-        hidden = _Joined.apply(hidden, self.model.config.grad_scale_func(self.config.weight * loss))
+        hidden = _Joined.apply(hidden, self.model.config.grad_scale_func(self.weight * loss))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _loss(self, hidden: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
@@ -108,6 +111,20 @@ class States:
         else:
             each = (hidden - wanted).square().mean(-1)
         return (each * mask).sum()
+
+    @property
+    def weight(self) -> float:
+        """Of this step's loss of states."""
+        return self.config.weight * self.ratio
+
+    def took(self, kd: float, states: float) -> None:
+        """A step was taken with these losses, means over the global batch, the same on all ranks; the former with its weight.
+
+        With `dynamic` the next step's weight follows: the ratio of a step cannot be known before its own backward passes, and
+        from one step to the next it moves little.
+        """
+        if self.config.dynamic and kd > 0 and states > 0:
+            self.ratio = kd / states
 
     def begin(self) -> None:
         """Before a step: no gradient, no loss."""

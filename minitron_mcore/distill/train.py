@@ -164,10 +164,11 @@ class Trainer:
         kd, lm, entropy, tokens = self._total(sums).tolist()
         if not math.isfinite(kd + lm + tokens):
             raise failure.BadStep("loss", kd + lm + tokens, parts)
-        states = {"states_loss": self.states.total() / max(tokens, 1.0)} if self.states else {}
-        for value in states.values():
-            if not math.isfinite(value):
-                raise failure.BadStep("loss of intermediate states", value, parts)
+        states = {}
+        if self.states:
+            states = {"states_loss": self.states.total() / max(tokens, 1.0), "states_weight": self.states.weight}
+            if not math.isfinite(states["states_loss"]):
+                raise failure.BadStep("loss of intermediate states", states["states_loss"], parts)
         self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
         try:
             norm = self.optimizer.step()[1] if tokens else 0.0
@@ -175,6 +176,9 @@ class Trainer:
             self.scheduler.step(increment=-1)
             raise failure.BadStep(bad.what, bad.value, parts) from None
         self.step += 1
+        if states:
+            taught = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
+            self.states.took(taught, states["states_loss"])
         seconds, count, length = time.monotonic() - start, max(tokens, 1.0), self.config.sequence_length
         return {
             "step": self.step,
@@ -191,6 +195,16 @@ class Trainer:
             if self.teacher
             else 0.0,
         }
+
+    def teacher_loss(self, batch: Batch) -> float:
+        """The teacher's own cross-entropy on the data-parallel ranks' micro-batches, nats a token (collective)."""
+        sums = torch.zeros(2, device=runtime.device())
+        with torch.no_grad():
+            for fed in self.teacher.feed([batch]):
+                if runtime.is_last_stage():
+                    sums += self.objective.teacher_loss(schedule.share(fed))
+        loss, tokens = self._total(sums).tolist()
+        return loss / max(tokens, 1.0)
 
     def skip_step(self) -> None:
         """Count a step that was not taken: its data has been seen and its learning rate had its turn."""
@@ -215,7 +229,8 @@ class Trainer:
         weights = checkpoint.model_state(self.model, self.arch, tp.rank(), tp.size())
         # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
         scheduler = self.scheduler.state_dict()
-        return {"weights": weights, "states": states, "optimizer": optimizer, "scheduler": scheduler, "step": self.step}
+        counted = {"step": self.step} | ({"states_ratio": self.states.ratio} if self.states else {})
+        return {"weights": weights, "states": states, "optimizer": optimizer, "scheduler": scheduler, **counted}
 
     def save(self, out_dir: Path) -> None:
         checkpoint.save(out_dir, self.step, self._state(loading=False))
@@ -233,6 +248,8 @@ class Trainer:
                 entry["step"] = entry["step"].clone()
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
+        if self.states:
+            self.states.ratio = state["states_ratio"]
 
 
 def _save_buckets_in_place(optimizer) -> None:
