@@ -262,6 +262,8 @@ def _problems(
     archs = {role: arch for role, (arch, _) in models.items()}
     if not _on_one_process(config):
         length = setting.sequence_length if setting.sequence_length > 1 else None
+        apart = training.teacher_ranks if training else 0
+        yield from layout.apart_problems(apart, setting.world + apart)
         yield from layout.problems(config.parallel, setting.world, length)
     if min(layout.sizes(config.parallel).values()) >= 1:
         for role, arch in archs.items():

@@ -4,8 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import itertools
-import json
 import os
 import tempfile
 import time
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mcore import host
+from minitron_mcore.bridge import Bridge
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import layout
@@ -87,7 +86,7 @@ def distributed(
         parallel: sizes of the model-parallel axes; data parallelism takes the rest of the world.
         seed: megatron-core's model-parallel random state starts from it.
         sequence_length: tokens of the sequences that will go through a model, where the caller knows.
-        store: rendezvous for tests; otherwise the environment's, or a file's where torchrun isn't there.
+        store: rendezvous for tests; otherwise the environment's, or a file's without torchrun.
         patience: minutes that `watch` gives a rank; two more, and a collective that still waits fails by itself.
         apart: processes of the second world; 0 makes none.
         other: their layout; None is `parallel`.
@@ -97,21 +96,19 @@ def distributed(
     """
     global _bridge
     processes, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if not 0 <= apart < processes:
-        raise UserError(f"{apart} of {processes} processes cannot stand apart: there must be 0 to {processes - 1}.")
-    world_size, other = processes - apart, other or parallel
-    refuse(layout.problems(parallel, world_size, sequence_length))
-    refuse(layout.problems(other, apart, sequence_length) if apart else ())
+    world_size = processes - apart
+    refuse(layout.apart_problems(apart, processes) or layout.problems(parallel, world_size, sequence_length))
     if not host.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if store is None and "MASTER_ADDR" not in os.environ:
         store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
     timeout = datetime.timedelta(minutes=patience + 2)
     if apart:
+        refuse(f"distill.teacher_parallel: {x}" for x in layout.problems(other or parallel, apart, sequence_length))
         store = store or next(dist.rendezvous("env://"))[0]
         _bridge = Bridge(dist.PrefixStore("bridge", store), this_rank, world_size, processes, timeout)
         if _bridge.beyond:
-            parallel, this_rank, world_size = other, this_rank - world_size, apart
+            parallel, this_rank, world_size = other or parallel, this_rank - world_size, apart
         store = dist.PrefixStore(f"beyond {_bridge.beyond}", store)
     dist.init_process_group(
         "gloo" if host.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
@@ -198,97 +195,16 @@ _BARE = _state()
 """They are so before there are groups."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A rank's number along each axis of a layout."""
-
-    pipeline: int
-    data: int
-    context: int
-    tensor: int
-
-
-def place() -> Place:
+def place() -> layout.Place:
     """This rank's, in the layout in force."""
-    return Place(*(group().rank() for group in (pp_group, dp_group, cp_group, tp_group)))
+    return layout.Place(*(group().rank() for group in (pp_group, dp_group, cp_group, tp_group)))
 
 
-def places() -> list[Place]:
+def places() -> list[layout.Place]:
     """Of each rank of the world, in the layout in force (collective)."""
     every = [place()] * dist.get_world_size()
     dist.all_gather_object(every, place())
     return every
-
-
-class Bridge:
-    """Joins the two worlds of `distributed`. Its ranks are the first world's, then the second's, and its tensors travel between
-    all of them; requests go from the first world to the second, whose ranks wait for them however long that takes."""
-
-    def __init__(self, store: dist.Store, rank: int, first: int, size: int, timeout: datetime.timedelta):
-        """`first`: ranks of the first world."""
-        self.store, self.rank, self.first, self.size, self.asked = store, rank, first, size, 0
-        # torch has groups within one world only; these are what they are made of.
-        if host.is_cpu():
-            self.group = dist.ProcessGroupGloo(dist.PrefixStore("group", store), rank, size, timeout)
-        else:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self.group = dist.ProcessGroupNCCL(dist.PrefixStore("group", store), rank, size, options)
-
-    @property
-    def beyond(self) -> bool:
-        """This rank is of the second world."""
-        return self.rank >= self.first
-
-    def ask(self, what: dict | None) -> None:
-        """Send a request to the second world; None is the last. Called on all ranks of the first, rank 0 sends."""
-        if self.rank == 0:
-            self.store.set(f"request {self.asked}", json.dumps(what))
-        self.asked += 1
-
-    def requests(self) -> Iterator[dict]:
-        """In the second world, what the first asks for until it ends."""
-        for number in itertools.count():
-            if (what := self._heard(f"request {number}")) is None:
-                return
-            yield what
-
-    def meet(self, own: list[Place]) -> tuple[list[Place | None], list[Place | None]]:
-        """(places in the first world, in the second) of each rank of the bridge, None of those in the other (collective).
-
-        Raises:
-            UserError: what the second world could not be `prepared` for.
-        """
-        if self.rank in (0, self.first):
-            self.store.set(f"places {self.beyond}", json.dumps([dataclasses.astuple(place) for place in own]))
-        found = [self._heard(f"places {side}") for side in (False, True)]
-        if isinstance(found[1], str):
-            raise UserError(found[1])
-        near, far = ([Place(*x) for x in each] for each in found)
-        return [*near, *[None] * len(far)], [*[None] * len(near), *far]
-
-    @contextlib.contextmanager
-    def prepared(self) -> Iterator[None]:
-        """In the second world, what comes before `meet`; a UserError is also the first world's, which tells the user."""
-        try:
-            yield
-        except UserError as error:
-            self.store.set("places True", json.dumps(str(error)))
-            raise
-
-    def _heard(self, key: str):
-        self.store.wait([key], datetime.timedelta(days=365))
-        return json.loads(self.store.get(key))
-
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """In place, from the first world's rank 0 (collective)."""
-        options = dist.BroadcastOptions()
-        options.rootRank = options.rootTensor = 0
-        self.group.broadcast([tensor], options).wait()
-
-    def all_to_all(self, into: torch.Tensor, out: torch.Tensor, taken: list[int], sent: list[int]) -> None:
-        """As torch.distributed's `all_to_all_single`."""
-        self.group.alltoall_base(into, out, taken, sent, dist.AllToAllOptions()).wait()
 
 
 _bridge: Bridge | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minitron_mcore import runtime, watch
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.models.build import Model
+from minitron_mcore.models.layout import Place
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 from megatron.core.utils import get_batch_on_this_cp_rank  # isort: skip
@@ -27,7 +28,7 @@ def share(batch: Batch) -> Batch:
     return batch | get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=runtime.cp_group())
 
 
-def positions(length: int, parallel: ParallelConfig, place: runtime.Place) -> Tensor:
+def positions(length: int, parallel: ParallelConfig, place: Place) -> Tensor:
     """Of each of the rows [S_r] of a rank's hidden states, its token's position in the sequence of `length`: S_r = S / CP or
     S / CP / TP under sequence parallelism."""
     own, parts = torch.arange(length), 2 * parallel.context

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minitron_mcore import runtime, schedule
 from minitron_mcore.config import ParallelConfig
+from minitron_mcore.models.layout import Place
 from minitron_mcore.schedule import Batch
 
 
@@ -79,7 +80,7 @@ class OtherLayout:
     def __init__(
         self,
         layouts: tuple[ParallelConfig, ParallelConfig],
-        places: tuple[Sequence[runtime.Place | None], Sequence[runtime.Place | None]],
+        places: tuple[Sequence[Place | None], Sequence[Place | None]],
         rank: int,
         exchange: Callable[[Tensor, Tensor, list[int], list[int]], object],
         empty: Tensor,

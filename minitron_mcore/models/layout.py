@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,6 +11,25 @@ from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's number along each axis of a layout."""
+
+    pipeline: int
+    data: int
+    context: int
+    tensor: int
+
+
+def apart_problems(apart: int, processes: int) -> list[str]:
+    """A number of the teacher's own ranks that leaves the student none."""
+    if 0 <= apart < processes:
+        return []
+    return [
+        f"distill.teacher_ranks is {apart}, but there are {processes} processes: give 0 to {processes - 1}, or start more."
+    ]
 
 
 def sizes(parallel: ParallelConfig) -> dict[str, int]:
