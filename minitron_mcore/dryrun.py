@@ -6,23 +6,21 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-from minitron_mcore import report
+from minitron_mcore import foreseen, report
 from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.importance import study
-from minitron_mcore.launching import CONF, alone, compose
+from minitron_mcore.launching import alone
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost, search
-from minitron_mcore.plan.target import check_counts, target_architecture
+from minitron_mcore.plan import cost, run_cost, search
+from minitron_mcore.plan.target import check_counts
 from minitron_mcore.runs import (
     CacheKind,
-    ConvertRun,
     CorrectRun,
     CutRun,
     DepthRun,
@@ -33,7 +31,6 @@ from minitron_mcore.runs import (
     GenerateRun,
     ImportanceRun,
     PlanRun,
-    PruneRun,
     Run,
     SearchRun,
     TeacherCacheRun,
@@ -68,7 +65,7 @@ def plan(config: Run) -> dict:
         largest of them. Of a teacher on ranks of its own also teacher_ranks: as ranks, of these.
     """
     problems: list[str] = []
-    models = _models(config, problems)
+    models = foreseen.models(config, problems)
     archs = {role: arch for role, (arch, _) in models.items()}
     training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
     settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
@@ -96,9 +93,9 @@ def plan(config: Run) -> dict:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
         if apart and "teacher" in archs:
-            figures["teacher_ranks"] = cost.beside(archs["teacher"], training, setting)
+            figures["teacher_ranks"] = run_cost.beside(archs["teacher"], training, setting)
     if isinstance(config, SearchRun) and "student" in archs:
-        figures["candidates"] = search.rows(_candidates(config), config.search.budget)
+        figures["candidates"] = search.rows(foreseen.candidates(config), config.search.budget)
     named = [(f"pipeline stage {stage}", row) for stage, row in enumerate(figures["ranks"])]
     named += [
         (f"the teacher's pipeline stage {stage}", row) for stage, row in enumerate(figures.get("teacher_ranks", []))
@@ -133,128 +130,6 @@ def _training(config: Run) -> DistillConfig | None:
     return config.distill if isinstance(config, DistillRun) else None
 
 
-def _models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, str]]:
-    """Architecture of each model that a stage deals with, by role, and where it was found."""
-    makers = {"model": lambda: _at(config.source, config)}
-    if isinstance(config, ConvertRun):
-        makers = {"model": lambda: _source(config)}
-    elif isinstance(config, PlanRun | PruneRun | CutRun):
-        makers = {"source": lambda: _start(config), "target": lambda: _target(config)}
-    elif isinstance(config, TeacherCacheRun):
-        makers = {"model": lambda: _at(config.teacher, config)}
-    elif isinstance(config, DistillRun):
-        makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.taught else {}
-        several = {f"student {name}": partial(_at, path, config) for name, path in config.students.items()}
-        makers |= several or {"student": lambda: _at(config.student, config)}
-    elif isinstance(config, SearchRun):
-        makers = {"teacher": lambda: _at(config.teacher, config), "student": lambda: _largest(config)}
-    found = {}
-    for role, make in makers.items():
-        try:
-            found[role] = make()
-        except UserError as mistake:
-            problems += str(mistake).splitlines()
-    return found
-
-
-def _kind(role: str) -> str:
-    """ "student" of every "student NAME"."""
-    return role.split()[0]
-
-
-def _source(config: Run) -> tuple[Architecture, str]:
-    """What `model` says: its folder, or where that isn't there its architecture."""
-    folder, wanted = Path(config.model.hf), architecture.given(config.model.architecture)
-    if wanted and not (folder / "config.json").is_file():
-        return wanted, "model.architecture"
-    found, _ = architecture.read_hf(folder)
-    architecture.expect(found, wanted, folder)
-    return found, str(folder)
-
-
-def _start(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
-    """What is pruned: a checkpoint, but a cut goes from folder to folder."""
-    return _source(config) if isinstance(config, CutRun) else _at(config.source, config)
-
-
-def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
-    """What the plan says, or where that isn't there yet, what it will be asked for."""
-    if not isinstance(config, PlanRun) and Path(config.plan).exists():
-        from minitron_mcore.plan.plan import load_plan  # imports torch
-
-        return load_plan(config.plan).target, config.plan
-    return target_architecture(_start(config)[0], config.prune), "prune.*"
-
-
-def _candidates(config: SearchRun) -> list[search.Candidate]:
-    space = search.Space.of(_at(config.source, config)[0], config)
-    if space.combinations > search.GRID:
-        raise UserError(f"{space.combinations:,} combinations are too many to look at each: plan with fewer sizes.")
-    return space.candidates
-
-
-def _largest(config: SearchRun) -> tuple[Architecture, str]:
-    """Of a search's candidates the one with the most parameters."""
-    largest = _candidates(config)[-1]
-    return largest.target, f"search.*, {largest.name}"
-
-
-def _at(folder: str, config: Run) -> tuple[Architecture, str]:
-    """The architecture in a folder or, where that isn't there yet, the one that the stages before will leave there.
-
-    Raises:
-        UserError: neither a model there nor a name that says which recipe or model makes it.
-    """
-    path = Path(folder)
-    if (path / "model.json").is_file():
-        from minitron_mcore import checkpoint  # imports torch
-
-        return checkpoint.open_checkpoint(path).arch, folder
-    if (path / "index.json").is_file():
-        return _cache(folder).arch, folder
-    if (path / "config.json").is_file():
-        return architecture.read_hf(path)[0], folder
-    if path.parent != Path(config.work_dir):
-        config = _maker(path, config)
-    if path.name == "convert":
-        return _source(config)
-    if path.name == "teacher_cache":
-        return _at(config.recipe.teacher, config)
-    if path.name not in ("correct", "prune", "cut", "distill", *ExportFormat):
-        raise UserError(f"no model at {folder}: give the folder of a checkpoint or of a Hugging Face model.")
-    arch, where = _at(config.recipe.source, config)
-    return (arch, where) if path.name == "correct" else (target_architecture(arch, config.prune), f"{where}, prune.*")
-
-
-def _cache(folder: str):
-    """The `cache.Cache` in a folder.
-
-    Raises:
-        UserError: see `cache.open_teacher`.
-    """
-    from minitron_mcore.distill import cache  # imports torch
-
-    return cache.open_teacher(folder)
-
-
-def _cached(config: Run) -> tuple[CacheKind, int | None] | None:
-    """Kind and top_k of the cache that teaches, the defaults' where it is not written yet; None: the teacher is live."""
-    path = Path(getattr(config, "teacher", ""))
-    if (path / "index.json").is_file():
-        found = _cache(path)
-        return found.kind, found.index["top_k"]
-    return (TeacherCacheRun.kind, TeacherCacheRun.top_k) if path.name == "teacher_cache" else None
-
-
-def _maker(path: Path, config: Run) -> Run:
-    """The config of the recipe, or of the model without one, that works in the folder above `path`."""
-    name = path.parent.name
-    for group in ("recipe", "model"):
-        if (CONF / group / f"{name}.yaml").is_file():
-            return compose("distill", [f"+{group}={name}", f"runs={config.runs}"])
-    raise UserError(f"no model at {path}, and {name} is no recipe or model that would make one: give another folder.")
-
-
 def _problems(
     config: Run, models: dict[str, tuple[Architecture, str]], training: DistillConfig | None, setting: cost.Setting
 ) -> Iterator[str]:
@@ -269,15 +144,20 @@ def _problems(
         for role, arch in archs.items():
             if not (role == "teacher" and training and training.teacher_parallel):  # `checks.problems` looks at that
                 yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
-    teacher, students = archs.get("teacher"), {role: arch for role, arch in archs.items() if _kind(role) == "student"}
+    teacher, students = (
+        archs.get("teacher"),
+        {role: arch for role, arch in archs.items() if foreseen.kind(role) == "student"},
+    )
     if training:
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
         found = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
         yield from dict.fromkeys(itertools.chain(*found))
     for role, student in students.items() if teacher else ():
-        yield from vocabulary.problems(student, teacher, _hf(models[role][1]), _hf(models["teacher"][1]))
+        yield from vocabulary.problems(
+            student, teacher, foreseen.hf(models[role][1]), foreseen.hf(models["teacher"][1])
+        )
         if (Path(config.teacher) / "index.json").is_file():
-            yield from _cache(config.teacher).problems(student, training)
+            yield from foreseen.cache(config.teacher).problems(student, training)
     if isinstance(config, TeacherCacheRun) and "model" in archs:
         yield from checks.cache(config, archs["model"])
     if isinstance(config, SearchRun) and training.teacher_ranks:
@@ -288,7 +168,7 @@ def _problems(
         if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
             yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
         elif isinstance(config, ExportRun | CutRun) or (
-            _kind(role) in ("target", "student") and config.prune.exportable
+            foreseen.kind(role) in ("target", "student") and config.prune.exportable
         ):
             yield from architecture.export_problems(arch)
     if isinstance(config, DepthRun) and "model" in archs:
@@ -300,26 +180,20 @@ def _problems(
             yield str(mistake)
 
 
-def _hf(where: str) -> Path | None:
-    """The tokenizer's folder of a model that was found there; None where it is not made yet."""
-    folder = Path(where)
-    return next((path for path in (folder / "hf", folder) if (path / "config.json").is_file()), None)
-
-
 def _ranks(
     config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
 ) -> list[dict]:
     """Bytes on a rank of each pipeline stage; none where there are no ranks."""
     if _on_one_process(config):
         return []
-    students = [arch for role, arch in archs.items() if _kind(role) == "student"]
+    students = [arch for role, arch in archs.items() if foreseen.kind(role) == "student"]
     main = students[0] if students else next(iter(archs.values()))
     if training:
         teacher, students = archs.get("teacher"), students or [main]
         if any(list(checks.state_problems(s, teacher, training.states, training.kd_weight)) for s in students):
             return []  # pairs of blocks that are not there
         students *= min(config.search.together, config.search.best) if isinstance(config, SearchRun) else 1
-        rows = cost.run(students, teacher, training, setting, teacher and _cached(config))
+        rows = run_cost.run(students, teacher, training, setting, teacher and foreseen.cached(config))
     elif isinstance(config, DepthRun):
         rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
@@ -347,8 +221,10 @@ def _operations(
         steps, tokens = training.steps, training.global_batch * length
         steps *= config.search.best if isinstance(config, SearchRun) else 1
         times = {"teacher": 1, "student": 3, "model": 3}
-        times |= {"teacher": 0} if _cached(config) else {}
-        found = {role: times[_kind(role)] * tokens * cost.forward_flops(arch, length) for role, arch in archs.items()}
+        times |= {"teacher": 0} if foreseen.cached(config) else {}
+        found = {
+            role: times[foreseen.kind(role)] * tokens * cost.forward_flops(arch, length) for role, arch in archs.items()
+        }
     elif isinstance(config, TeacherCacheRun):
         steps, tokens = config.steps, config.global_batch * length
         found = {"model": tokens * cost.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}

@@ -14,7 +14,7 @@ from minitron_mcore import dryrun, launching
 from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost
+from minitron_mcore.plan import cost, run_cost
 from minitron_mcore.runs import STAGES
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
 
@@ -151,7 +151,7 @@ def trained(folder, parallel, config, dtype):
 def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed, other):
     on_ranks(write_pair, 1, ParallelConfig(), tmp_path, dtype.value)
     config = dataclasses.replace(CONFIG, distributed_optimizer=distributed, teacher_parallel=other)
-    rows = cost.run([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
+    rows = run_cost.run([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
     found = on_ranks(trained, world, parallel, tmp_path, parallel, config, dtype.value)
     for stage, row in enumerate(rows):
         ranks = [rank for rank in found if rank["stage"] == stage]

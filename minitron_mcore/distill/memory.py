@@ -5,7 +5,7 @@ import torch.distributed as dist
 from minitron_mcore import report, runtime
 from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost
+from minitron_mcore.plan import cost, run_cost
 from minitron_mcore.runs import CacheKind
 
 
@@ -19,17 +19,17 @@ def tell(
 ) -> None:
     """Print what a rank of the fullest pipeline stage will hold, by kind, and warn where rank 0 has less than that.
 
-    `cached`: see `cost.run`.
+    `cached`: see `run_cost.run`.
     """
     device = Device(runtime.device().type)
     setting = cost.Setting(parallel, dist.get_world_size(), dtype, config.micro_batch, config.sequence_length, device)
-    rows, free = cost.run(students, teacher, config, setting, cached), runtime.free_bytes() / cost.GIB
+    rows, free = run_cost.run(students, teacher, config, setting, cached), runtime.free_bytes() / cost.GIB
     stage = max(range(len(rows)), key=lambda n: rows[n]["total"])
     needed = {kind: size / cost.GIB for kind, size in rows[stage].items() if size}
     fullest = f"a rank of pipeline stage {stage}, the fullest," if len(rows) > 1 else "a rank"
     report.table(f"GiB that {fullest} will hold", [needed], [f"free for rank 0: {free:.3g} GiB"])
     if teacher and config.teacher_ranks:
-        row = max(cost.beside(teacher, config, setting), key=lambda row: row["total"])
+        row = max(run_cost.beside(teacher, config, setting), key=lambda row: row["total"])
         report.table(
             "GiB that a rank of the teacher will hold", [{kind: size / cost.GIB for kind, size in row.items()}]
         )
