@@ -262,8 +262,7 @@ class DistillConfig(TrainConfig):
     jsd_beta: float = 0.5
     """divergence=jsd: the teacher's part of the mixture, above 0 (towards forward KL) and below 1 (towards reverse KL)."""
     top_k: int | None = None
-    """divergence=forward_kl: only the teacher's k largest logits one by one, all others as one entry; null takes the whole
-    vocabulary."""
+    """divergence=forward_kl: only the teacher's k largest logits one by one, all others as one entry; null takes every one."""
     temperature: float = 1.0
     """Of both softmaxes; the divergence is multiplied by its square, which keeps the gradient's size (Hinton et al. 2015)."""
     teacher_ahead: int = 1

@@ -170,11 +170,11 @@ def distill_signalled(student, teacher, config, parallel, out_dir):
 
     steps, whole_step = [], Trainer.train_step
 
-    def step(self, batches):
+    def step(self, batches, fed=None):
         steps.append(self.step)
         if len(steps) == 2 and runtime.rank() == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return whole_step(self, batches)
+        return whole_step(self, batches, fed)
 
     Trainer.train_step = step
     try:
