@@ -42,7 +42,7 @@ def train(root: Path) -> str:
         out_dir=str(root / "distill"),
     )
     student, teacher = open_checkpoint(config.student), open_checkpoint(config.teacher)
-    stage.run(config, SETTINGS, student, teacher)
+    stage.run([config], SETTINGS, [student], teacher)
     return data.data_hash(data.prepare(config.data, student.hf, student.arch.vocab)[0])
 
 
