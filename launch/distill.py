@@ -18,8 +18,8 @@ def main(config: DistillRun) -> None:
 
     settings = config.distill
     runs = [
-        dataclasses.replace(config, student=student, students={}, out_dir=f"{config.out_dir}/{name}")
-        for name, student in config.students.items()
+        dataclasses.replace(config, student=student, students=None, out_dir=f"{config.out_dir}/{name}")
+        for name, student in (config.students or {}).items()
     ]
     with runtime.distributed(
         config.parallel,

@@ -35,7 +35,7 @@ def models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, st
         makers = {"model": lambda: _at(config.teacher, config)}
     elif isinstance(config, DistillRun):
         makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.taught else {}
-        several = {f"student {name}": partial(_at, path, config) for name, path in config.students.items()}
+        several = {f"student {name}": partial(_at, path, config) for name, path in (config.students or {}).items()}
         makers |= several or {"student": lambda: _at(config.student, config)}
     elif isinstance(config, SearchRun):
         makers = {"teacher": lambda: _at(config.teacher, config), "student": lambda: _largest(config)}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -20,6 +20,7 @@ from minitron_mcore.config import (
     SearchConfig,
     TrainConfig,
 )
+from minitron_mcore.errors import UserError
 
 
 @dataclass
@@ -158,13 +159,28 @@ class TeacherCacheRun(StageRun):
         return self.steps * self.global_batch
 
 
+def _is_name(key: object) -> bool:
+    """One part of a path."""
+    return isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
+
+
 @dataclass
 class DistillRun(StageRun):
     reads = ("data", "distill")
     student: str = MISSING
-    students: dict[str, str] = field(default_factory=dict)
-    """Several by name, instead of `student`: one pass of the teacher trains them all, each into its own folder of out_dir."""
+    students: Any = None
+    """{name: folder} of several, instead of `student`: one pass of the teacher trains them all, each into its own folder of
+    out_dir."""
     teacher: str = MISSING
+
+    def __post_init__(self):
+        # As Any, for Hydra cannot put keys of its own into a typed dictionary.
+        given = self.students
+        if given is not None and not (isinstance(given, dict) and given and all(map(_is_name, given))):
+            raise UserError(
+                f"students is {given}: name the folders, students={{wide: runs/a/prune, deep: runs/b/prune}}."
+            )
+
     """A checkpoint, or the cache of one."""
 
 

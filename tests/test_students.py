@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import initialize_config_dir
 
+from minitron_mcore import dryrun, launching
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import BadLoss, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.errors import UserError
 from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import on_ranks
 from tests import models, test_distill
 from tests.test_prune import ONE, export, random_scores, run_prune
+from tests.test_search import composed
 
 CONFIG = dataclasses.replace(test_distill.CONFIG, states=StatesConfig(0.5, pairs=[[2, 2]]))
 CUTS = {
@@ -108,3 +112,27 @@ def test_one_student_s_bad_step_is_its_own(tmp_path, family):
         assert all(a[key] == b[key] for key in FIGURES)
     kept = list((tmp_path / "bad" / "short" / "bad_batches").iterdir())
     assert len(kept) == 1 and not (tmp_path / "bad" / "narrow" / "bad_batches").exists()
+
+
+def test_several_are_planned_by_name():
+    folders = "{width: runs/llama31_minitron_4b_width/prune, depth: runs/llama31_minitron_4b_depth/prune}"
+    given = ["+model=llama31_8b", "parallel=tp8_sp", "dry.gpus=64"]
+    teacher = "teacher=runs/llama31_8b/convert"
+    one = "student=runs/llama31_minitron_4b_{}/prune"
+    with initialize_config_dir(str(launching.CONF), version_base="1.3"):
+        students = [f"students={folders}", one.format("width"), one.format("depth")]
+        figures, *alone = (dryrun.plan(launching.compose("distill", [*given, each, teacher])) for each in students)
+    found = {role: model["parameters"] for role, model in figures["models"].items()}
+    assert found == {"teacher": 8_030_261_248, "student width": 4_512_746_496, "student depth": 4_540_469_248}
+    alone = [each["ranks"][0] for each in alone]
+    [row] = figures["ranks"]
+    for kind in ("weights", "gradients", "optimizer"):
+        assert row[kind] == sum(each[kind] for each in alone)
+    assert row["teacher"] == alone[0]["teacher"]
+    assert row["activations"] == max(each["activations"] for each in alone)
+
+
+@pytest.mark.parametrize("given", ["[a]", "{}", "{a/b: c}"])
+def test_students_have_names(given):
+    with pytest.raises(UserError, match="name the folders, students="):
+        composed("distill", "+model=llama31_8b", f"students={given}")
