@@ -26,7 +26,7 @@ demo: .venv/installed
 # The tests' own processes share the cores, so each takes one thread.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed
-	.venv/bin/python -m pytest -q -n 2 tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadgroup tests
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -172,6 +172,7 @@ class DistillRun(StageRun):
     """{name: folder} of several, instead of `student`: one pass of the teacher trains them all, each into its own folder of
     out_dir."""
     teacher: str = MISSING
+    """A checkpoint, or the cache of one."""
 
     def __post_init__(self):
         # As Any, for Hydra cannot put keys of its own into a typed dictionary.
@@ -180,8 +181,6 @@ class DistillRun(StageRun):
             raise UserError(
                 f"students is {given}: name the folders, students={{wide: runs/a/prune, deep: runs/b/prune}}."
             )
-
-    """A checkpoint, or the cache of one."""
 
 
 class ExportFormat(StrEnum):

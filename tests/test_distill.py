@@ -9,12 +9,12 @@ import torch
 
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import DistillConfig, ParallelConfig, PruneConfig
-from minitron_mcore.models import hf
-from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_models import LAYOUTS
-from tests.test_prune import ONE, export, random_scores, run_prune
+from tests.test_prune import ONE, export, write_family
+
+pytestmark = pytest.mark.xdist_group("distill")  # one worker, so that its models are made once
 
 CONFIG = DistillConfig(
     steps=4,
@@ -28,15 +28,20 @@ CONFIG = DistillConfig(
 )
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def pair(request, tmp_path):
-    """A teacher and its pruned student on disk."""
-    folder = models.tiny_llama(tmp_path / "hf", tied=request.param)
-    on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "teacher", ONE)
-    opened = open_checkpoint(tmp_path / "teacher")
-    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=18))
-    on_ranks(run_prune, 1, ONE, tmp_path / "teacher", plan, tmp_path / "student", ONE)
-    return tmp_path / "student", tmp_path / "teacher"
+@pytest.fixture(params=[True, False], ids=["tied", "untied"], scope="module")
+def pair(request, tmp_path_factory):
+    """A pruned student and its teacher on disk."""
+    at = tmp_path_factory.mktemp("pair")
+    write_family(at, {"student": PruneConfig(hidden=24, ffn=18)}, tied=request.param)
+    return at / "student", at / "teacher"
+
+
+@pytest.fixture(scope="module")
+def alone(pair, tmp_path_factory):
+    """What the student learns on one process: the steps' figures and its weights."""
+    at = tmp_path_factory.mktemp("alone")
+    history = on_ranks(distill, 1, ONE, *pair, CONFIG, ONE, at / "one")[0]
+    return history, export(at / "one", at / "hf")
 
 
 def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int):
@@ -68,14 +73,13 @@ def distill(student, teacher, config, parallel, out_dir, resume=False):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
-def test_every_layout_trains_as_one_process(tmp_path, pair, layout):
-    world, parallel = LAYOUTS[layout]
-    alone = on_ranks(distill, 1, ONE, *pair, CONFIG, ONE, tmp_path / "one")[0]
+def test_every_layout_trains_as_one_process(tmp_path, pair, alone, layout):
+    (world, parallel), (expected_history, expected) = LAYOUTS[layout], alone
     for history in on_ranks(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / layout):
-        for a, b in zip(alone, history, strict=True):
+        for a, b in zip(expected_history, history, strict=True):
             for key in ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr"):
                 assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
-    found, expected = export(tmp_path / layout, tmp_path / "a"), export(tmp_path / "one", tmp_path / "b")
+    found = export(tmp_path / layout, tmp_path / "hf")
     for name, weight in expected.items():
         # Adam divides by the gradient's size, so where that is near 0 rounding shows: compare what a step can move.
         assert (found[name] - weight).abs().max() <= 0.02 * CONFIG.peak_lr * CONFIG.steps, name
@@ -94,10 +98,9 @@ def test_first_step_is_the_dense_one(tmp_path, pair, kd_weight):
     step = on_ranks(distill, 3, parallel, pair[0], teacher, config, parallel, tmp_path / "run")[0][0]
     batch = next(micro_batches(dataclasses.replace(CONFIG, micro_batch=4), 0, 0, 1))
     logs = []
-    for name in ("teacher", "student"):
-        (tmp_path / f"{name}_hf").mkdir()
-        hf.export_folder(open_checkpoint(tmp_path / name), tmp_path / f"{name}_hf")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}_hf", dtype=torch.float64)
+    for folder in reversed(pair):
+        export(folder, tmp_path / folder.name)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder.name, dtype=torch.float64)
         logs.append(model(batch["tokens"]).logits.log_softmax(-1))
     t, s = logs[0].detach(), logs[1]
     mask, tokens = batch["loss_mask"], batch["loss_mask"].sum()
@@ -110,7 +113,12 @@ def test_first_step_is_the_dense_one(tmp_path, pair, kd_weight):
     assert math.isclose(step["grad_norm"], norm.item(), rel_tol=2e-5)
 
 
-@pytest.mark.parametrize("layout", ["tp3", "dp2", "pp2"])
+@pytest.mark.parametrize(
+    ("pair", "layout"),
+    [(True, "tp3"), (True, "pp2"), (False, "dp2"), (False, "pp2")],
+    indirect=["pair"],
+    ids=["tied-tp3", "tied-pp2", "untied-dp2", "untied-pp2"],
+)
 def test_resumed_run_is_bit_equal(tmp_path, pair, layout):
     world, parallel = LAYOUTS[layout]
     whole = on_ranks(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "whole")[0]

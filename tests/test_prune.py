@@ -30,6 +30,20 @@ def run_prune(source, plan: Plan, out_dir, parallel) -> None:
     prune(open_checkpoint(source), plan, out_dir, parallel)
 
 
+def write_family(at, cuts: dict[str, PruneConfig], **sizes):
+    """A tiny Llama in at/teacher and what `cuts` leave of it in at/NAME, by random scores."""
+    models.tiny_llama(at / "hf", **sizes)
+    on_ranks(_family, 1, ONE, at, cuts)
+
+
+def _family(at, cuts) -> None:
+    models.import_hf(at / "hf", at / "teacher", ONE)
+    opened = open_checkpoint(at / "teacher")
+    for name, target in cuts.items():
+        plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), target)
+        run_prune(at / "teacher", plan, at / name, ONE)
+
+
 @pytest.fixture
 def parent(tmp_path):
     folder = models.tiny_llama(tmp_path / "hf")

@@ -15,10 +15,11 @@ from minitron_mcore.config import ParallelConfig, PruneConfig, StatesConfig, Sta
 from minitron_mcore.distill import checks
 from minitron_mcore.models import hf
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import on_ranks
 from tests import models, test_distill
-from tests.test_prune import ONE, export, random_scores, run_prune
+from tests.test_prune import ONE, export, write_family
+
+pytestmark = pytest.mark.xdist_group("states")  # one worker, so that its models are made once
 
 LAYOUTS = {
     "tp2_sp": ParallelConfig(tensor=2, sequence=True),
@@ -43,12 +44,8 @@ CASES = {
 def folders(tmp_path_factory):
     """A teacher of seven blocks, its student of five narrower ones, and one of five as wide; what each is to learn."""
     at = tmp_path_factory.mktemp("states")
-    models.tiny_llama(at / "hf", tied=True, num_hidden_layers=7)
-    on_ranks(models.import_hf, 1, ONE, at / "hf", at / "teacher", ONE)
-    opened = open_checkpoint(at / "teacher")
-    for name, target in (("width", PruneConfig(hidden=24, ffn=18, blocks=5)), ("depth", PruneConfig(blocks=5))):
-        plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), target)
-        on_ranks(run_prune, 1, ONE, at / "teacher", plan, at / name, ONE)
+    cuts = {"width": PruneConfig(hidden=24, ffn=18, blocks=5), "depth": PruneConfig(blocks=5)}
+    write_family(at, cuts, tied=True, num_hidden_layers=7)
     for name in ("teacher", "width", "depth"):
         (at / f"{name}_hf").mkdir()
         hf.export_folder(open_checkpoint(at / name), at / f"{name}_hf")

@@ -11,11 +11,12 @@ from minitron_mcore import dryrun, launching
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import BadLoss, ParallelConfig, PruneConfig, StatesConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import on_ranks
-from tests import models, test_distill
-from tests.test_prune import ONE, export, random_scores, run_prune
+from tests import test_distill
+from tests.test_prune import export, write_family
 from tests.test_search import composed
+
+pytestmark = pytest.mark.xdist_group("students")  # one worker, so that its models are made once
 
 CONFIG = dataclasses.replace(test_distill.CONFIG, states=StatesConfig(0.5, pairs=[[2, 2]]))
 CUTS = {
@@ -24,22 +25,14 @@ CUTS = {
     "both": PruneConfig(hidden=24, blocks=4),
 }
 FIGURES = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
-LAYOUTS = {
-    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
-}
+LAYOUT = ParallelConfig(tensor=2, sequence=True, pipeline=2)
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     """A teacher and three students of it."""
     at = tmp_path_factory.mktemp("students")
-    models.tiny_llama(at / "hf", tied=True)
-    on_ranks(models.import_hf, 1, ONE, at / "hf", at / "teacher", ONE)
-    opened = open_checkpoint(at / "teacher")
-    for name, target in CUTS.items():
-        plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), target)
-        on_ranks(run_prune, 1, ONE, at / "teacher", plan, at / name, ONE)
+    write_family(at, CUTS, tied=True)
     return at
 
 
@@ -79,10 +72,9 @@ def _spoil(trainer):
     trainer.train_step = step
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_learns_as_it_would_alone(tmp_path, family, layout):
+def test_each_learns_as_it_would_alone(tmp_path, family):
     """To the bit; also where one joins later, and the others wait for it."""
-    world, parallel = LAYOUTS[layout]
+    world, parallel = 4, LAYOUT
     alone = on_ranks(learn_one_by_one, world, parallel, family, CONFIG, parallel, tmp_path / "alone")
     half = dataclasses.replace(CONFIG, stop_after=2)
     early = on_ranks(learn, world, parallel, family, ["narrow", "both"], half, parallel, tmp_path / "together")

@@ -23,11 +23,12 @@ from minitron_mcore.distill import cache, checks
 from minitron_mcore.distill.cache import open_teacher
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
-from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.runs import DistillRun, TeacherCacheRun
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
-from tests.test_prune import random_scores, run_prune
+from tests.test_prune import write_family
+
+pytestmark = pytest.mark.xdist_group("teacher_cache")  # one worker, so that its models are made once
 
 ONE = ParallelConfig()
 
@@ -223,11 +224,7 @@ def distill(*runs: DistillRun) -> list[str | None]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     path = tmp_path_factory.mktemp("world")
-    folder = models.tiny_llama(path / "hf")
-    on_ranks(models.import_hf, 1, ONE, folder, path / "teacher", ONE)
-    opened = open_checkpoint(path / "teacher")
-    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=18))
-    on_ranks(run_prune, 1, ONE, path / "teacher", plan, path / "student", ONE)
+    write_family(path, {"student": PruneConfig(hidden=24, ffn=18)})
     found = World(path, write_text(path))
     for parallel, names in LAYOUTS.values():
         on_ranks(record, 4, parallel, *(found.writer(name, parallel, **KINDS[name]) for name in names))

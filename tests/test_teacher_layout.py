@@ -11,10 +11,11 @@ import pytest
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import ParallelConfig, PruneConfig, StatesConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.plan.plan import make_plan
 from minitron_mcore.testing import RankError, on_ranks
 from tests import families, models, test_distill
-from tests.test_prune import ONE, export, random_scores, run_prune
+from tests.test_prune import ONE, export, write_family
+
+pytestmark = pytest.mark.xdist_group("teacher_layout")  # one worker, so that its models are made once
 
 # Blocks of different stages in most layouts, one of the teacher's twice, and the embeddings.
 STATES = StatesConfig(0.7, pairs=[[0, 3], [3, 1], [2, 3]])
@@ -44,11 +45,7 @@ PAIRS = {
 def folders(tmp_path_factory):
     """A teacher, its narrower student, and what the student learns on one process."""
     at = tmp_path_factory.mktemp("teacher_layout")
-    models.tiny_llama(at / "hf", tied=True)
-    on_ranks(models.import_hf, 1, ONE, at / "hf", at / "teacher", ONE)
-    opened = open_checkpoint(at / "teacher")
-    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(hidden=24, ffn=18))
-    on_ranks(run_prune, 1, ONE, at / "teacher", plan, at / "student", ONE)
+    write_family(at, {"student": PruneConfig(hidden=24, ffn=18)}, tied=True)
     (alone,) = on_ranks(two_steps, 1, ONE, at, CONFIG, ONE, at / "one")
     return at, alone, export(at / "one", at / "one_hf")
 

@@ -91,25 +91,7 @@ class Trainer:
             self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
         self.objective = Objective(model, self.teacher, self.vocab, config)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=config.peak_lr,
-                min_lr=config.min_lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.adam_beta1,
-                adam_beta2=config.adam_beta2,
-                clip_grad=config.clip_grad,
-                bf16=dtype == "bf16",
-                params_dtype=build.DTYPES[dtype],
-                use_distributed_optimizer=config.distributed_optimizer,
-            ),
-            [*self.chunks, *(self.states.trained if self.states else [])],
-            use_gloo_process_groups=False,
-        )
-        failure.guard_gradient(self.optimizer)
-        for optimizer in self.optimizer.chained_optimizers if config.distributed_optimizer else ():
-            _save_buckets_in_place(optimizer)
+        self.optimizer = self._make_optimizer(dtype)
         model.config.finalize_model_grads_func = self.states.finalize if self.states else finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -127,6 +109,30 @@ class Trainer:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+
+    def _make_optimizer(self, dtype: str):
+        """megatron-core's, of the student and what the states train, told what it lacks (collective)."""
+        config = self.config
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=config.peak_lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                clip_grad=config.clip_grad,
+                bf16=dtype == "bf16",
+                params_dtype=build.DTYPES[dtype],
+                use_distributed_optimizer=config.distributed_optimizer,
+            ),
+            [*self.chunks, *(self.states.trained if self.states else [])],
+            use_gloo_process_groups=False,
+        )
+        failure.guard_gradient(optimizer)
+        for part in optimizer.chained_optimizers if config.distributed_optimizer else ():
+            _save_buckets_in_place(part)
+        return optimizer
 
     def data_position(self, data: DataConfig) -> dict:
         """Arguments of `data.train_batches` for this rank, from the sample where the next step begins."""
