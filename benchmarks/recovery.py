@@ -6,7 +6,7 @@ the exported folders in transformers, fp32, windows of 512: on books and WikiTex
 prose that nobody trained on, and on the standard library's code. Accuracies are lm-eval's, 0-shot, of the first questions of
 each task (400 of them: standard error 0.025; normalised by length but for WinoGrande). pip install -e .[eval] -c constraints.txt.
 
---steps N trains longer: on a GPU 24000 steps see the text once. On two cores the default takes about two hours;
+--steps N trains longer: on a GPU 24000 steps see the text once. On two cores the default takes about an hour;
 --quick takes two steps and eight questions, about eight minutes, and shows only that it runs.
 """
 

@@ -144,18 +144,15 @@ def _problems(
         for role, arch in archs.items():
             if not (role == "teacher" and training and training.teacher_parallel):  # `checks.problems` looks at that
                 yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
-    teacher, students = (
-        archs.get("teacher"),
-        {role: arch for role, arch in archs.items() if foreseen.kind(role) == "student"},
-    )
+    teacher = archs.get("teacher")
+    students = {role: arch for role, arch in archs.items() if foreseen.kind(role) == "student"}
     if training:
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
         found = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
         yield from dict.fromkeys(itertools.chain(*found))
     for role, student in students.items() if teacher else ():
-        yield from vocabulary.problems(
-            student, teacher, foreseen.hf(models[role][1]), foreseen.hf(models["teacher"][1])
-        )
+        folders = (foreseen.hf(models[each][1]) for each in (role, "teacher"))
+        yield from vocabulary.problems(student, teacher, *folders)
         if (Path(config.teacher) / "index.json").is_file():
             yield from foreseen.cache(config.teacher).problems(student, training)
     if isinstance(config, TeacherCacheRun) and "model" in archs:
