@@ -8,7 +8,7 @@ import torch
 from minitron_mcore import runtime
 from minitron_mcore.models import spec
 from tests import families, models
-from tests.gpu.world import here
+from tests.gpu.world import alone, here
 from tests.test_families import ONE, round_trip
 from tests.test_prune import export
 
@@ -32,6 +32,12 @@ def test_bf16_logits_are_close(tmp_path, which):
     found, expected = here(bf16_logits, tmp_path / "ckpt", ids).float(), models.hf_logits(folder, ids)
     # An expert chosen otherwise changes a token's logits, so the mean is compared and not the largest difference.
     assert (found - expected).abs().mean() <= 0.05 * expected.abs().mean()
+
+
+def test_references_are_made_on_the_cpu(tmp_path):
+    """By a process that sees no CUDA device and no layers but torch's, whatever is installed."""
+    (found,) = alone(tmp_path / "reference", (here, spec.describe))
+    assert found.startswith("layers: torch") and found.endswith("device: cpu") and "torch.optim" in found
 
 
 def bf16_logits(checkpoint, ids):

@@ -3,6 +3,8 @@
 NCCL takes one rank a device, and a process that has used CUDA cannot be forked, so the tests of this folder start no ranks.
 """
 
+import functools
+import gc
 import os
 import pickle
 import subprocess
@@ -19,17 +21,31 @@ ROOT = Path(__file__).parents[2]
 
 def here(fn: Callable, *args: Any) -> Any:
     """`fn(*args)` in a world of one rank on this process's device; tensors in the result are moved to the CPU."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-
     from minitron_mcore import runtime
     from minitron_mcore.config import ParallelConfig
 
-    get_write_results_queue("fork")  # before CUDA is in use; megatron-core's default, spawn, imports everything again
+    _prepare()
     with runtime.distributed(ParallelConfig()):
         return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), fn(*args))
 
 
+@functools.cache
+def _prepare() -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    get_write_results_queue("fork")  # before CUDA is in use; megatron-core's default, spawn, imports everything again
+    # megatron-core's schedules collect garbage at every call, and half a test would be spent on what imports have made.
+    gc.collect()
+    gc.freeze()
+
+
 def on_cpu(folder: Path, *jobs: tuple) -> list:
+    """Results of jobs (function, *arguments) on the CPU: in this process where it has no CUDA device, else in one that sees none
+    (see `alone`)."""
+    return [fn(*args) for fn, *args in jobs] if not torch.cuda.is_available() else alone(folder, *jobs)
+
+
+def alone(folder: Path, *jobs: tuple) -> list:
     """Results of jobs (function, *arguments) in one process that sees no CUDA device, Transformer Engine or Apex."""
     folder.mkdir()
     (folder / "jobs").write_bytes(pickle.dumps(jobs))
@@ -43,7 +59,8 @@ def on_cpu(folder: Path, *jobs: tuple) -> list:
 def _main(folder: Path) -> None:
     sys.modules.update(dict.fromkeys(("transformer_engine", "apex"), None))  # their optimizers need CUDA
     jobs = pickle.loads((folder / "jobs").read_bytes())
-    torch.save([fn(*args) for fn, *args in jobs], folder / "results")
+    with torch.compiler.set_stance("force_eager"):
+        torch.save([fn(*args) for fn, *args in jobs], folder / "results")
 
 
 if __name__ == "__main__":
