@@ -1,6 +1,7 @@
 """Layers are torch's unless a test asks for Transformer Engine's, which computes fp32 products in TF32."""
 
 import os
+import signal
 
 import pytest
 
@@ -17,6 +18,25 @@ def torch_layers():
         # megatron-core's fused activations are compiled on the device that they are for; a CPU's compiler takes 16 s.
         with torch.compiler.set_stance("default" if torch.cuda.is_available() else "force_eager"):
             yield
+
+
+@pytest.fixture
+def eager():
+    """Runs megatron-core's fused activations without compiling them: a test of many models would compile for each."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A training loop takes over SIGTERM, which must still end the tests."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,9 @@ from tests.test_prune import ONE, export, run_prune
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.xdist_group("gpu_importance"),
-]  # one worker, so that its references are made once
+    pytest.mark.usefixtures("eager"),
+    pytest.mark.xdist_group("gpu_importance"),  # one worker, so that its references are made once
+]
 
 CUTS = {
     "llama31": PruneConfig(hidden=24, ffn=18, heads=6, blocks=2),

@@ -1,7 +1,5 @@
 """Logits of every family, and attention, on a CUDA device: a failure means that users' models are other models on GPUs."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -12,9 +10,13 @@ from tests.gpu.world import alone, here
 from tests.test_families import ONE, round_trip
 from tests.test_prune import export
 
+from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
+from megatron.core.transformer import TransformerConfig  # isort: skip
+
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("which", families.OF)
 def test_logits_equal_transformers(tmp_path, which):
     """In fp32; weights are bit-equal after the way back."""
@@ -61,10 +63,17 @@ SHAPES = {
 
 def attend(shape: tuple, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Output and gradients of the spec's attention."""
-    window, head_dim = shape[2], shape[5]
-    config = SimpleNamespace(window_size=(window - 1, 0) if window else None, context_parallel_size=1)
-    groups = SimpleNamespace(cp=runtime.cp_group())
-    attention = spec.TorchAttention(config=config, pg_collection=groups, softmax_scale=head_dim**-0.5)
+    window, heads, groups, head_dim = shape[2:]
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=heads * head_dim,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=head_dim,
+        window_size=(window - 1, 0) if window else None,
+    )
+    own = ProcessGroupCollection.use_mpu_process_groups()
+    attention = spec.TorchAttention(config=config, pg_collection=own, softmax_scale=head_dim**-0.5)
     *leaves, d_out = (tensor.to(runtime.device()) for tensor in tensors)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     out = attention(*leaves)

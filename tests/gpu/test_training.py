@@ -7,13 +7,11 @@ import dataclasses
 import math
 
 import pytest
-import torch
 
-from minitron_mcore.config import Dtype, PruneConfig, StatesConfig
-from tests import families, models, test_distill, test_states, test_teacher_cache
+from minitron_mcore.config import PruneConfig, StatesConfig
+from tests import families, models, test_distill, test_states
 from tests.gpu.world import here, on_cpu
 from tests.test_prune import ONE, _family, export
-from tests.test_teacher_cache import World, write_text
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,13 +29,15 @@ RUNS = {
     "reverse_kl": ("width", "teacher", dataclasses.replace(CONFIG, divergence="reverse_kl")),
     "states": ("width", "teacher", STATES),
 }
-DTYPES = ("fp32", "bf16")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("training"))
+
+
+def make_folders(at):
     """Students and teachers: a tied Llama, an untied one, two mixtures of experts."""
-    at = tmp_path_factory.mktemp("training")
     cut = PruneConfig(hidden=24, ffn=18)
     for prefix, tied in (("", True), ("plain_", False)):
         family = at / f"{prefix}family"
@@ -86,20 +86,6 @@ def test_bf16_steps_are_close(tmp_path, folders, on_the_cpu, name):
         assert math.isclose(ours["grad_norm"], theirs["grad_norm"], rel_tol=0.15), (ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["tied", "untied, label loss", "states"])
-def test_resumed_run_is_bit_equal(tmp_path, folders, name, dtype):
-    """With the distributed optimizer, whose state is resharded; intermediate states train a projection of their own."""
-    assert RUNS[name][2].distributed_optimizer
-    whole = here(train, folders, name, tmp_path / "whole", dtype)
-    parts = here(train, folders, name, tmp_path / "parts", dtype, 2)
-    parts += here(train, folders, name, tmp_path / "parts", dtype, None, True)
-    for a, b in zip(whole, parts, strict=True):
-        assert all(a[key] == b[key] for key in ("step", "tokens", *FIGURES)), (a, b)
-    found, expected = export(tmp_path / "parts", tmp_path / "a"), export(tmp_path / "whole", tmp_path / "b")
-    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
-
-
 def first_states(folders, out_dir):
     return test_states.first_step(folders, ONE, out_dir)
 
@@ -121,43 +107,3 @@ def test_intermediate_states_are_the_dense_ones(tmp_path):
         weights = export(tmp_path / "steps" / case, tmp_path / f"{case}_steps")
         for key, expected in gradients.items():
             assert (weights[key] - expected).abs().max() <= 5e-5 * expected.abs().max(), (case, key)
-
-
-KINDS = {
-    "fp32": {name: test_teacher_cache.KINDS[name] for name in ("hidden", "hidden_int8", "top")},
-    "bf16": {name: test_teacher_cache.KINDS[name] for name in ("hidden", "top")},
-}
-RESUMED = {"fp32": "top", "bf16": "hidden"}
-
-
-@pytest.fixture(scope="module", params=DTYPES)
-def cached(request, folders, tmp_path_factory):
-    """Caches of a teacher written on the device, and runs from them, whole and in parts, and from the live teacher."""
-    at = tmp_path_factory.mktemp("cached")
-    for name in ("teacher", "width"):
-        (at / {"width": "student"}.get(name, name)).symlink_to(folders / name)
-    world = World(at, write_text(at), Dtype(request.param))
-    here(test_teacher_cache.record, *(world.writer(name, **kind) for name, kind in KINDS[request.param].items()))
-    top = {"top_k": test_teacher_cache.K}
-    runs = [world.run("live", "teacher"), world.run("live_top", "teacher", changes=top)]
-    runs += [world.run(f"from_{name}", name) for name in KINDS[request.param]]
-    runs += [world.run("parts", RESUMED[request.param], changes={"stop_after": stop}) for stop in (2, None)]
-    assert here(test_teacher_cache.distill, *runs) == [None] * len(runs)
-    return world
-
-
-def test_cached_runs_are_live_ones(cached):
-    fp32 = cached.dtype == Dtype.fp32
-    same = test_teacher_cache.assert_same
-    same(cached.history("from_hidden"), cached.history("live"), 1e-4 if fp32 else 1e-2, FIGURES)
-    if fp32:
-        same(cached.history("from_hidden_int8"), cached.history("live"), 3e-2)
-    same(cached.history("from_top"), cached.history("live_top"), 1e-3 if fp32 else 5e-2)
-
-
-def test_resumed_run_from_a_cache_is_bit_equal(tmp_path, cached):
-    name = f"from_{RESUMED[cached.dtype.value]}"
-    for a, b in zip(cached.history(name), cached.history("parts"), strict=True):
-        assert all(a[key] == b[key] for key in ("step", "tokens", *FIGURES)), (a, b)
-    found, expected = export(cached.path / "parts", tmp_path / "a"), export(cached.path / name, tmp_path / "b")
-    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
