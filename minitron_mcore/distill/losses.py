@@ -260,6 +260,20 @@ def _chunk_tokens(num_tokens: int, student_head: Tensor, teacher_head: Tensor | 
 
 
 def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int) -> None:
-    """total [V_r, H] += d_logits^T [V_r, T] @ hidden [T, H], in blocks of rows that are added while in the cache."""
+    """total [V_r, H] += d_logits^T [V_r, T] @ hidden [T, H]. On CUDA the product itself adds to `total`, in its precision;
+    elsewhere blocks of rows are added while in the cache."""
+    if _product_accumulates(total, d_logits):
+        mixed = {} if total.dtype == d_logits.dtype else {"out_dtype": total.dtype}
+        torch.addmm(total, d_logits.t(), hidden, out=total, **mixed)
+        return
     for rows in chunks.slices(len(total), max(1, 2 * elements // hidden.shape[1])):
         total[rows] += d_logits[:, rows].t() @ hidden
+
+
+def _product_accumulates(total: Tensor, factor: Tensor) -> bool:
+    """Whether torch.addmm adds a product of `factor`'s dtype to `total` in place. fp32 sums of bf16 or fp16 products exist on CUDA
+    only; before torch 2.11 their addend may have to be of the factors' dtype."""
+    if total.device.type not in ("cuda", "meta"):
+        return False
+    half = factor.dtype in (torch.bfloat16, torch.float16)
+    return total.dtype == factor.dtype or (half and total.dtype == torch.float32 and torch.__version__ >= (2, 11))

@@ -1,0 +1,24 @@
+"""How the distillation loss cuts its tokens and adds up the head's gradient: a failure means a wrong gradient, or memory that grows."""
+
+import pytest
+import torch
+
+from minitron_mcore.distill import losses
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=needs_gpu)])
+def test_head_gradient_is_added_to_a_fp32_sum(device, dtype):
+    """On meta tensors: that torch has the product which sums in fp32, with `out`; its numbers exist on CUDA only."""
+    g = torch.Generator().manual_seed(0)
+    total, d_logits, hidden = (torch.randn(*shape, generator=g) for shape in ((40, 8), (100, 40), (100, 8)))
+    d_logits, hidden = d_logits.to(dtype), hidden.to(dtype)
+    expected = total.double() + d_logits.t().double() @ hidden.double()
+    total, *factors = (x.to(device) for x in (total, d_logits, hidden))
+    assert losses._product_accumulates(total, factors[0]) == (device != "cpu")
+    losses._add_head_gradient(total, *factors, 64)
+    if device != "meta":
+        rounded = device == "cpu" and dtype != torch.float32  # a CPU rounds the product before it is added
+        assert (total.cpu() - expected).abs().max() <= (4e-3 if rounded else 1e-5) * expected.abs().max()
