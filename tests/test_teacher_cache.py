@@ -45,6 +45,7 @@ class Case:
     lm_weight: float = 0.3
     masked: float = 0.3
     chunk_tokens: int | None = 10
+    dtype: torch.dtype = torch.float32
 
     def tensors(self) -> list[Tensor]:
         """Student hidden and head, labels, mask, ids, log-probabilities, log of the tail."""
@@ -58,7 +59,7 @@ class Case:
         mask = (torch.rand(self.tokens, generator=g) >= self.masked).float()
         labels[mask == 0], hidden[mask == 0] = -100, torch.inf
         log_probs[mask == 0], log_tail[mask == 0] = torch.nan, torch.nan
-        return [hidden, head, labels, mask, ids, log_probs.float(), log_tail.float()]
+        return [hidden.to(self.dtype), head.to(self.dtype), labels, mask, ids, log_probs.float(), log_tail.float()]
 
     def reference(self) -> list[Tensor]:
         """Loss, stats, gradients of hidden and head, dense and in fp64, over unmasked tokens only."""
@@ -90,7 +91,7 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
     """Of this rank, or of a whole head where there are no groups."""
     group, found = runtime.tp_group() if torch.distributed.is_initialized() else None, []
     for case in cases:
-        hidden, head, labels, mask, *top = case.tensors()
+        hidden, head, labels, mask, *top = (x.to(runtime.device()) for x in case.tensors())
         head = (head.chunk(group.size())[group.rank()].clone() if group else head).requires_grad_()
         hidden.requires_grad_()
         loss, stats = distillation_loss(
@@ -98,7 +99,7 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
             lm_weight=case.lm_weight, chunk_tokens=case.chunk_tokens, teacher_top=tuple(top),
         )  # fmt: skip
         loss.backward()
-        found.append([loss.detach(), stats, hidden.grad, head.grad])
+        found.append([x.cpu() for x in (loss.detach(), stats, hidden.grad, head.grad)])
     return found
 
 
@@ -151,6 +152,7 @@ class World:
 
     path: Path
     text: list[str]
+    dtype: Dtype = Dtype.fp32
 
     def data(self, **changes) -> DataConfig:
         return DataConfig(**{"train": self.text, "cache": str(self.path / "cache")} | changes)
@@ -158,7 +160,7 @@ class World:
     def writer(self, name: str, parallel=ONE, **changes) -> TeacherCacheRun:
         """4 steps of 4 samples of 12 tokens, in files of 3 samples."""
         sizes = dict(steps=4, global_batch=4, micro_batch=2, sequence_length=12, file_samples=3)
-        where = dict(teacher=str(self.path / "teacher"), out_dir=str(self.path / name), dtype=Dtype.fp32)
+        where = dict(teacher=str(self.path / "teacher"), out_dir=str(self.path / name), dtype=self.dtype)
         return TeacherCacheRun(parallel=parallel, data=self.data(), **where, **sizes | changes)
 
     def run(self, name: str, teacher: str, parallel=ONE, changes=None, text=None) -> DistillRun:
@@ -166,7 +168,7 @@ class World:
         where = dict(
             student=str(self.path / "student"), teacher=str(self.path / teacher), out_dir=str(self.path / name)
         )
-        return DistillRun(parallel=parallel, data=self.data(**text or {}), distill=settings, dtype=Dtype.fp32, **where)
+        return DistillRun(parallel=parallel, data=self.data(**text or {}), distill=settings, dtype=self.dtype, **where)
 
     def history(self, name: str) -> list[dict]:
         return [json.loads(line) for line in (self.path / name / "metrics.jsonl").read_text().splitlines()]
