@@ -77,6 +77,9 @@ def install(python: Path, site: Path) -> None:
     environment = os.environ | {
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # ninja
         "CPATH": str(packages / "nvidia" / "cu13" / "include" / "cccl"),
+        # One of its headers defines this macro after pybind11 was included by some files only, so that pybind11::arg_v
+        # has two layouts; where the compiler does not inline its destructor, the import ends in a double free.
+        "CFLAGS": f"{os.environ.get('CFLAGS', '')} -DPYBIND11_DETAILED_ERROR_MESSAGES=".strip(),
         "NVTE_FRAMEWORK": "pytorch",
         "NVTE_BUILD_USE_NVIDIA_WHEELS": "1",  # headers from the nvidia-* packages, not from a local toolkit
         "NVTE_CUDA_ARCHS": str(ARCH),
