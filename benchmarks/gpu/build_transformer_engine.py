@@ -3,19 +3,18 @@
     python benchmarks/gpu/build_transformer_engine.py OUT_DIR     # writes OUT_DIR/transformer_engine.tar.xz
 
 Needs Linux x86-64, CPython 3.12 (the interpreter of the target), g++, strip, access to a package index, 10 GB of disk and
-10 to 20 minutes on two cores. No CUDA toolkit: the headers come from NVIDIA's Python packages, and only C++ is compiled.
-Three measures bring about 640 MB of installed files below 35 MB:
+about 10 minutes on two cores. No CUDA toolkit: the headers come from NVIDIA's Python packages, and only C++ is compiled.
+Three measures bring 350 MB of libraries down to an archive of 24 MiB:
 
-- the machine code of every architecture other than ``ARCH`` is overwritten with zeros, which compress to nothing;
+- the machine code for every architecture other than ``ARCH`` is overwritten with zeros, which compress to nothing;
 - symbol tables, the JAX bindings and the NCCL expert-parallel library (it needs NCCL 2.30.4 or newer) are left out;
-- packages that the target already has (torch, triton, numpy, einops, onnx, onnxscript, the nvidia-* libraries) are not
-  carried.
+- packages that the target has (torch, triton, numpy, einops, onnx, onnxscript, the nvidia-* libraries) are not carried.
 
 On the target, with the same torch and Python versions:
 
     mkdir te && tar -xJf transformer_engine.tar.xz -C te
     export PYTHONPATH=$PWD/te
-    python3 -c "import torch, transformer_engine.pytorch"          # torch first: it loads NCCL, cuBLAS and cuDNN
+    python3 -c "import torch, transformer_engine.pytorch"     # torch first: it loads NCCL
 """
 
 import argparse
@@ -37,19 +36,14 @@ ARCH = 90  # compute capability times 10; 90 also keeps the sm_90a variants
 
 BUILD_PACKAGES = [
     f"torch=={TORCH}",
-    f"nvidia-cuda-crt=={CUDA}.*",  # headers that torch's own CUDA packages lack
-    f"nvidia-cuda-cccl=={CUDA}.*",
+    *(f"nvidia-cuda-crt=={CUDA}.*", f"nvidia-cuda-cccl=={CUDA}.*"),  # headers that torch's own CUDA packages lack
     *("setuptools", "wheel", "ninja", "pybind11", "numpy", "packaging"),
     *("einops", "onnx", "onnxscript"),  # imported by Transformer Engine; the target has them
 ]
-TARGET_PACKAGES = [
-    f"transformer-engine=={TRANSFORMER_ENGINE}",
-    f"transformer-engine-cu13=={TRANSFORMER_ENGINE}",
-    f"transformer-engine-torch=={TRANSFORMER_ENGINE}",  # source distribution: compiled here
-]
+# Python modules, core library and torch extension; the last is a source distribution and is compiled here.
+TARGET_PACKAGES = [f"transformer-engine{part}=={TRANSFORMER_ENGINE}" for part in ("", "-cu13", "-torch")]
 TARGET_DEPENDENCIES = ["pydantic"]
-EXCLUDED = ["transformer_engine/jax", "transformer_engine/wheel_lib/nccl_ep", "bin"]
-EXCLUDED_FILES = ["transformer_engine/wheel_lib/libnccl_ep.so"]
+EXCLUDED = ["jax", "wheel_lib/nccl_ep", "wheel_lib/libnccl_ep.so"]  # in the package transformer_engine
 
 FATBIN_MAGIC = 0xBA55ED50
 FATBIN_HEADER = struct.Struct("<IHHQ")  # magic, version, header bytes, payload bytes
@@ -60,9 +54,8 @@ CUBIN = 2  # kind of an entry that holds machine code; 1 is PTX
 
 def create_environment(work: Path) -> Path:
     """Create a virtual environment with torch and the build tools in `work`/venv; returns its interpreter."""
+    venv.create(work / "venv", with_pip=True)
     python = work / "venv" / "bin" / "python"
-    if not python.exists():
-        venv.create(work / "venv", with_pip=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", *BUILD_PACKAGES], check=True)
     return python
 
@@ -72,13 +65,12 @@ def install(python: Path, site: Path) -> None:
 
     The torch extension is compiled against the torch and the CUDA headers of `python`'s environment.
     """
-    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(subprocess.run([python, "-c", query], check=True, capture_output=True, text=True).stdout.strip())
+    packages = python.parents[1] / "lib" / "python{}.{}".format(*PYTHON) / "site-packages"
     environment = os.environ | {
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # ninja
         "CPATH": str(packages / "nvidia" / "cu13" / "include" / "cccl"),
-        # One of its headers defines this macro after pybind11 was included by some files only, so that pybind11::arg_v
-        # has two layouts; where the compiler does not inline its destructor, the import ends in a double free.
+        # One header of the extension defines this macro, but not all files include it before pybind11. The layout of
+        # pybind11::arg_v then differs between files, and the import can end in a double free. Define it for all files.
         "CFLAGS": f"{os.environ.get('CFLAGS', '')} -DPYBIND11_DETAILED_ERROR_MESSAGES=".strip(),
         "NVTE_FRAMEWORK": "pytorch",
         "NVTE_BUILD_USE_NVIDIA_WHEELS": "1",  # headers from the nvidia-* packages, not from a local toolkit
@@ -87,7 +79,7 @@ def install(python: Path, site: Path) -> None:
         "NVTE_PYTORCH_FORCE_BUILD": "TRUE",  # do not search for a prebuilt wheel
         "MAX_JOBS": os.environ.get("MAX_JOBS", "2"),  # about 1 GB of memory a job
     }
-    pip = [python, "-m", "pip", "install", "--quiet", "--target", site]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--target", site]
     # One call, because the first two packages share the folder transformer_engine.
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", *TARGET_PACKAGES], check=True, env=environment)
     subprocess.run([*pip, *TARGET_DEPENDENCIES], check=True)
@@ -109,7 +101,7 @@ def section_range(data: bytes | bytearray, name: str) -> tuple[int, int]:
 def fatbin_entries(data: bytes | bytearray, start: int, end: int):
     """Yield (kind, architecture, payload start, payload end) of each entry, one list per fat binary in [start, end).
 
-    The layout is not documented; it was read from the files. Anything unexpected raises ValueError.
+    The layout is not documented; it was read from the files. A wrong magic or length raises ValueError.
     """
     at = start
     while at < end:
@@ -132,8 +124,8 @@ def fatbin_entries(data: bytes | bytearray, start: int, end: int):
 def zero_other_architectures(library: Path) -> tuple[int, int]:
     """Overwrite in place the cubins of `library` that are not for `ARCH`; returns the bytes (kept, zeroed).
 
-    All headers and sizes stay, so the CUDA runtime still finds every entry; it decompresses only the one it selects. A
-    fat binary without a cubin for `ARCH` stays whole.
+    Headers, sizes and offsets stay, so that the CUDA runtime can still walk the entries. A fat binary without a cubin for
+    `ARCH` stays whole.
     """
     data = bytearray(library.read_bytes())
     kept = zeroed = 0
@@ -152,11 +144,8 @@ def zero_other_architectures(library: Path) -> tuple[int, int]:
 def shrink(site: Path) -> None:
     """Remove from `site` what an `ARCH` GPU and torch do not need."""
     for name in EXCLUDED:
-        shutil.rmtree(site / name, ignore_errors=True)
-    for name in EXCLUDED_FILES:
-        (site / name).unlink(missing_ok=True)
-    for cache in list(site.rglob("__pycache__")):
-        shutil.rmtree(cache)
+        path = site / "transformer_engine" / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
     kept, zeroed = zero_other_architectures(site / "transformer_engine" / "wheel_lib" / "libtransformer_engine.so")
     print(f"GPU code: kept {kept / 1e6:.1f} MB, zeroed {zeroed / 1e6:.1f} MB")
     for library in site.rglob("*.so"):

@@ -57,14 +57,15 @@ class Block:
     """More words on a CPU; None skips the block there."""
 
 
+PYTEST = "-m pytest -v -m gpu --timeout 90 --durations 5 tests/gpu "
 CAMPAIGNS = {
     "verify": [
-        Block("tests", "-m pytest -q -m gpu -n 6 tests", 150, alone=False, on_cpu="--on-cpu"),
-        Block("tests, Transformer Engine", "-m pytest -q -m gpu -n 3 tests", 150, alone=False, engine=True, on_cpu=None),
+        Block("tests", PYTEST + "-n 8", 120, alone=False, on_cpu="--on-cpu -n 2"),
+        Block("tests, Transformer Engine", PYTEST + "-n 4", 120, alone=False, engine=True, on_cpu=None),
         Block("kd_loss", "benchmarks/kd_loss.py --quick --json {json}", 100, on_cpu="--tokens 64"),
         Block("attention", "benchmarks/attention.py --quick --json {json}", 60),
-        Block("step", "benchmarks/distill_step.py --quick --json {json}", 150),
-        Block("step, Transformer Engine", "benchmarks/distill_step.py --quick --json {json}", 150, engine=True, on_cpu=None),
+        Block("step", "benchmarks/distill_step.py --quick --kernels --json {json}", 100),
+        Block("step, Transformer Engine", "benchmarks/distill_step.py --quick --kernels --json {json}", 100, engine=True, on_cpu=None),
     ],
     "recovery": [
         Block("recovery", "benchmarks/recovery.py --data {data} --out {out} --json {json}", 540, on_cpu="--quick"),
