@@ -170,12 +170,12 @@ class Collector:
         return self._fused(metrics.sums)(x, span.real, self.statistic.sequence)
 
     def _route(self, module, args, output):
-        """Send padding to no expert: nothing of it reaches a sum, and no real token attends to it."""
+        """Give padding the probability 0: nothing of it reaches a sum, and no real token attends to it. It keeps its k experts:
+        the all-to-all dispatcher expects as many for every token."""
         if self._own.real is None:
             return output
         probs, routing_map = output
-        real = self._own.real.reshape(-1, 1)
-        return probs * real, routing_map & real
+        return probs.masked_fill(~self._own.real.reshape(-1, 1), 0), routing_map
 
     def _expert(self, sums: Tensor):
         def hook(module, args, output) -> None:
