@@ -79,6 +79,8 @@ def distributed(
 ) -> Iterator[None]:
     """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
 
+    An exception leaves the groups as they are: the process must end after it (see `launching.entry`).
+
     With `apart` there are two worlds, each with its own ranks from 0: the last so many processes make the second, and `bridge`
     joins both.
 
@@ -110,9 +112,8 @@ def distributed(
         if _bridge.beyond:
             parallel, this_rank, world_size = other or parallel, this_rank - world_size, apart
         store = dist.PrefixStore(f"beyond {_bridge.beyond}", store)
-    dist.init_process_group(
-        "gloo" if host.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
-    )
+    backend = {"backend": "gloo"} if host.is_cpu() else {"backend": "nccl", "device_id": device()}
+    dist.init_process_group(**backend, store=store, rank=this_rank, world_size=world_size, timeout=timeout)
     try:
         _initialize(parallel)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -121,10 +122,11 @@ def distributed(
     finally:
         if _bridge and not _bridge.beyond:
             _bridge.ask(None)
-        _bridge = None
-        _layouts.clear()
-        mpu.destroy_model_parallel()
-        dist.destroy_process_group()
+    # Not after an exception: NCCL's shutdown waits for collectives that the other ranks may never make.
+    _bridge = None
+    _layouts.clear()
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _initialize(parallel: ParallelConfig) -> None:
@@ -267,6 +269,13 @@ def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     if pp_group().size() > 1:
         dist.broadcast(tensor, mpu.get_pipeline_model_parallel_last_rank(), group=pp_group())
     return tensor
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The group's tensors [N, ...] of one shape, joined in rank order along the first dimension: [ranks * N, ...] (collective)."""
+    every = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(every, tensor.contiguous(), group=group)
+    return every
 
 
 def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:

@@ -215,9 +215,7 @@ def largest(logits: Tensor, k: int, first: int, group: dist.ProcessGroup) -> tup
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[T, n] of every rank, side by side."""
-    parts = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, 1)
+    return torch.cat(runtime.all_gather(x, group).chunk(group.size()), 1)
 
 
 def _whole(part: Tensor) -> Tensor:
@@ -227,12 +225,6 @@ def _whole(part: Tensor) -> Tensor:
     positions = schedule.positions(length, cut, runtime.place()).to(part.device)
     # As bytes, which any backend carries and any device sorts.
     rows = part.contiguous().flatten(1).view(torch.uint8)
-    everywhere = (
-        [torch.empty_like(positions) for _ in range(group.size())],
-        [torch.empty_like(rows) for _ in range(group.size())],
-    )
-    for every, own in zip(everywhere, (positions, rows), strict=True):
-        dist.all_gather(every, own, group=group)
-    order, rows = (torch.cat(every) for every in everywhere)
+    order, rows = runtime.all_gather(positions, group), runtime.all_gather(rows, group)
     whole = rows[order.argsort()].view(part.dtype).unflatten(1, part.shape[1:])
     return whole.transpose(0, 1).contiguous().cpu()
