@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from minitron_mcore import runtime
+from minitron_mcore import host
 from minitron_mcore.errors import HUNG_STATUS
 
 _WAITS = (".wait(", "synchronize(")
@@ -86,7 +86,7 @@ def _main_thread() -> tuple[str, bool]:
     """Where the main thread is, and whether it waits for other ranks there."""
     frame = sys._current_frames()[threading.main_thread().ident]
     file, line = frame.f_code.co_filename, linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    marks = _WAITS + (_WAITS_CUDA if runtime.device().type == "cuda" else ())
+    marks = _WAITS + (() if host.is_cpu() else _WAITS_CUDA)
     waits = "torch/distributed/" in file or any(mark in line for mark in marks)
     return f"{frame.f_code.co_name} ({'/'.join(Path(file).parts[-2:])}:{frame.f_lineno})", waits
 
