@@ -29,6 +29,11 @@ SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_da
     "parallel",
 }
 
+_UNIDENTIFYING = (
+    *("stop_after", "shard", "shards", "together"),
+    *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes"),
+)
+
 for _name, _schema in LAUNCH_FILES.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
 
@@ -128,7 +133,7 @@ def plain(config: StageRun) -> dict:
     `dry_run`."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
     for section in ("correct", "distill", "search"):
-        for key in ("stop_after", "shard", "shards", "together", "on_bad_loss", "bad_loss_limit", "hang_minutes"):
+        for key in _UNIDENTIFYING:
             data.get(section, {}).pop(key, None)
 
     def simple(value):

@@ -73,7 +73,7 @@ def distributed(
     seed: int = 1234,
     sequence_length: int | None = None,
     store: dist.Store | None = None,
-    patience: float = 10.0,
+    patience: float = 60.0,
     apart: int = 0,
     other: ParallelConfig | None = None,
 ) -> Iterator[None]:
@@ -89,7 +89,8 @@ def distributed(
         seed: megatron-core's model-parallel random state starts from it.
         sequence_length: tokens of the sequences that will go through a model, where the caller knows.
         store: rendezvous for tests; otherwise the environment's, or a file's without torchrun.
-        patience: minutes that `watch` gives a rank; two more, and a collective that still waits fails by itself.
+        patience: minutes that a rank may work while others wait for it, of training steps and saves the longer (see `watch`);
+            two more, and a collective that still waits fails by itself.
         apart: processes of the second world; 0 makes none.
         other: their layout; None is `parallel`.
 
@@ -115,7 +116,7 @@ def distributed(
     backend = {"backend": "gloo"} if host.is_cpu() else {"backend": "nccl", "device_id": device()}
     dist.init_process_group(**backend, store=store, rank=this_rank, world_size=world_size, timeout=timeout)
     try:
-        _initialize(parallel)
+        _initialize(parallel, patience + 2)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
         dist.barrier()
@@ -129,7 +130,7 @@ def distributed(
     dist.destroy_process_group()
 
 
-def _initialize(parallel: ParallelConfig) -> None:
+def _initialize(parallel: ParallelConfig, minutes: float = 62.0) -> None:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -137,6 +138,7 @@ def _initialize(parallel: ParallelConfig) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
+        distributed_timeout_minutes=minutes,
     )
 
 

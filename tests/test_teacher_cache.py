@@ -225,7 +225,7 @@ def distill(*runs: DistillRun) -> list[str | None]:
 
 
 def ask_for_the_device_off_the_main_thread(*configs: DistillRun) -> list[str]:
-    """Threads that ask for the current CUDA device, which is one of each thread, in cached runs, a cut and a look for hung ranks."""
+    """Threads that ask for the current CUDA device, of which each has its own: cached runs, a cut, a look for hung ranks."""
     from minitron_mcore import prune, watch
     from minitron_mcore.plan.plan import make_plan
     from tests.test_prune import random_scores

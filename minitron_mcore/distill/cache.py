@@ -27,7 +27,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from minitron_mcore import checkpoint, data, runtime, schedule, stream
+from minitron_mcore import checkpoint, data, disk, runtime, schedule
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks
@@ -155,7 +155,7 @@ class Cache(Checkpoint):
         path, remedy = self.folder / name, "run the same launch/teacher_cache.py command again, which writes it anew."
         if not path.is_file():
             raise UserError(f"{path} of the teacher cache is missing: {remedy}")
-        if stream.sha256(path) != self.index["files"][name]:
+        if disk.sha256(path) != self.index["files"][name]:
             raise UserError(f"{path} of the teacher cache is not what was written: {remedy}")
 
 

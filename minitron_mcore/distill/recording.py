@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore import checkpoint, data, report, runtime, schedule, stream
+from minitron_mcore import checkpoint, data, disk, report, runtime, schedule, stream
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.distill import cache, checks, chunks
@@ -101,7 +101,7 @@ class Recording:
     def _look(self, files: list[str], known: dict[str, str]) -> list[int]:
         """Numbers of the files that are to be written (collective)."""
         own = files[runtime.rank() :: dist.get_world_size()]
-        found = {name: stream.sha256(self.out_dir / name) for name in own}
+        found = {name: disk.sha256(self.out_dir / name) for name in own}
         self.hashes = {name: digest for name, digest in found.items() if known.get(name, digest) == digest}
         whole = self._all_hashes()
         numbers = range(math.ceil(self.config.samples / self.config.file_samples))
@@ -152,7 +152,7 @@ class Recording:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        self.hashes[name] = stream.sha256(part)
+        self.hashes[name] = disk.sha256(part)
         os.replace(part, self.out_dir / name)
 
     def _head(self) -> Tensor:
