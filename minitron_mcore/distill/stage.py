@@ -45,7 +45,7 @@ def run(
     """
     config, first = configs[0], students[0]
     for student in students:
-        train.check(student, teacher, settings, config.parallel)
+        train.check(student, teacher, settings, config.parallel, config.dtype.value, config.performance)
         if student.arch.vocab != first.arch.vocab:
             raise UserError(
                 f"{student.path} has a vocabulary of {student.arch.vocab} and {first.path} one of {first.arch.vocab}: students "
@@ -66,7 +66,9 @@ def run(
         trainers: dict[Path, train.Trainer] = {}
         for each, student, goes_on in zip(configs, students, resumed, strict=True):
             source = next((trainer.teacher for trainer in trainers.values()), None)
-            trainer = train.Trainer(student, teacher, settings, config.parallel, config.dtype.value, source)
+            trainer = train.Trainer(
+                student, teacher, settings, config.parallel, config.dtype.value, source, config.performance
+            )
             trainers[Path(each.out_dir)] = trainer
             if goes_on:
                 trainer.resume(checkpoint.open_checkpoint(each.out_dir))
