@@ -10,7 +10,6 @@ from minitron_mcore.config import (
     DataConfig,
     DepthConfig,
     DistillConfig,
-    DryConfig,
     Dtype,
     EvaluateConfig,
     ImportanceConfig,
@@ -22,6 +21,7 @@ from minitron_mcore.config import (
 )
 from minitron_mcore.errors import UserError
 from minitron_mcore.performance import PerformanceConfig
+from minitron_mcore.plan.hardware import DryConfig
 
 
 @dataclass

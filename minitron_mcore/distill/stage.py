@@ -57,7 +57,9 @@ def run(
         runtime.log(spec.describe())
         archs = [student.arch for student in students]
         cached = (teacher.kind, teacher.index["top_k"]) if isinstance(teacher, Cache) else None
-        memory.tell(archs, teacher and teacher.arch, settings, config.parallel, config.dtype, cached)
+        memory.tell(
+            archs, teacher and teacher.arch, settings, config.parallel, config.dtype, cached, config.performance
+        )
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = data.prepare(config.data, first.hf, vocab)
         text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
