@@ -31,7 +31,7 @@ def main(config: DistillRun) -> None:
     ):
         if (bridge := runtime.bridge()) and bridge.beyond:
             teacher = checkpoint.open_checkpoint(config.teacher, "teacher")
-            return apart.serve(teacher, settings, config.parallel, config.dtype.value)
+            return apart.serve(teacher, settings, config.parallel, config.dtype.value, config.performance)
         runs = runs or [config]
         students = [checkpoint.open_checkpoint(run.student, "student") for run in runs]
         teacher = cache.open_teacher(config.teacher) if settings.taught else None

@@ -389,8 +389,8 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
                 )
 
 
-def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.Model:
-    """Build a checkpoint's model in a layout and set its weights (collective)."""
-    model = build.build(checkpoint.arch, parallel, dtype)
+def build_model(checkpoint: Checkpoint, parallel, dtype: str, performance=None) -> build.Model:
+    """Build a checkpoint's model in a layout and set its weights (collective); `performance`: see `build.build`."""
+    model = build.build(checkpoint.arch, parallel, dtype, performance)
     load_weights(model, checkpoint)
     return model

@@ -381,20 +381,3 @@ class SearchConfig:
 class Device(StrEnum):
     cuda = "cuda"
     cpu = "cpu"
-
-
-@dataclass
-class DryConfig:
-    """What a dry run (`dry_run=true`) plans for."""
-
-    gpus: int | None = None
-    """Processes of the run, one a GPU; null takes torchrun's, or as few as the layout needs."""
-    device: Device = Device.cuda
-    memory: float = 75.0
-    """GiB that a rank's tensors may take: an H100's 80 GB less CUDA's context and NCCL's buffers."""
-    peak_tflops: float = 989.0
-    """Of one GPU, dense: an H100's in bf16."""
-    mfu: float = 0.4
-    """Share of the peak that the run is expected to reach with the operations that the model needs."""
-    json: str | None = None
-    """File to write the figures to."""

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron_mcore import foreseen, report
-from minitron_mcore.config import DistillConfig, ParallelConfig
+from minitron_mcore import performance as options
+from minitron_mcore.config import Device, DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import checks as importance
@@ -78,6 +79,7 @@ def plan(config: Run) -> dict:
         getattr(settings, "micro_batch", 1),
         getattr(settings, "sequence_length", 1),
         config.dry.device,
+        config.performance,
     )
     sizes = [*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length]
     if training and training.teacher_parallel:
@@ -104,7 +106,8 @@ def plan(config: Run) -> dict:
         if (needed := row.get("total", 0) / cost.GIB) > config.dry.memory:
             problems.append(
                 f"a rank of {name} needs {needed:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
-                "share the model over more ranks (parallel.tensor, .pipeline, .sequence) or take smaller micro-batches."
+                "share the model over more ranks (parallel.tensor, .pipeline, .sequence), recompute activations "
+                "(performance.recompute=full) or take smaller micro-batches."
             )
     return figures
 
@@ -150,6 +153,14 @@ def _problems(
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
         found = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
         yield from dict.fromkeys(itertools.chain(*found))
+        live, kernels = None if foreseen.cached(config) else teacher, options.Kernels()
+        if setting.device == Device.cuda:
+            kernels = options.EVERYTHING
+        every = (
+            options.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
+            for s in trained.values()
+        )
+        yield from dict.fromkeys(itertools.chain(*every))
     for role, student in students.items() if teacher else ():
         folders = (foreseen.hf(models[each][1]) for each in (role, "teacher"))
         yield from vocabulary.problems(student, teacher, *folders)
@@ -273,7 +284,10 @@ def _show(config: Run, figures: dict) -> None:
         counts = ("stage", "blocks", "parameters")
         kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]
         rows = [{key: row[key] for key in counts} | {key: row[key] / cost.GIB for key in kinds} for row in ranks]
-        worst = "tensors at the worst moment, nothing recomputed; CUDA's context, NCCL's buffers, the allocator's holes come on top"
+        again = f"recomputed: {config.performance.recompute}"
+        worst = (
+            f"tensors at the worst moment, {again}; CUDA's context, NCCL's buffers, the allocator's holes come on top"
+        )
         passing = "shards, which pass through a piece at a time"
         report.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
     if held := figures.get("teacher_ranks"):

@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from minitron_mcore import performance
 from minitron_mcore.errors import UserError
 from minitron_mcore.runs import STAGES, GenerateRun, PipelineRun, ReportRun, Run, SearchRun, StageRun
 
@@ -129,9 +130,11 @@ def resolve(raw: DictConfig):
 
 def plain(config: StageRun) -> dict:
     """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, without
-    what says only when to pause (`stop_after`), who does which part (`shard`) or what to do about failures, and without
-    `dry_run`."""
+    what says only when to pause (`stop_after`), who does which part (`shard`) or what to do about failures, without
+    `dry_run`, and of `performance` with nothing but options that change the run's numbers (see `performance.numerics`)."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
+    if changes := performance.numerics(data.pop("performance", {})):
+        data["performance"] = changes
     for section in ("correct", "distill", "search"):
         for key in _UNIDENTIFYING:
             data.get(section, {}).pop(key, None)

@@ -120,7 +120,9 @@ class Recording:
         """Write what is pending of a dataset of `data.ordered`, then the index; rows for a table (collective)."""
         config, dp = self.config, runtime.dp_group()
         if self.pending:
-            model = checkpoint.build_model(self.teacher, config.parallel, config.dtype.value)
+            model = checkpoint.build_model(
+                self.teacher, config.parallel, config.dtype.value, config.performance.frozen()
+            )
         if not self.has_head and runtime.rank() == 0:
             self._write(cache.HEAD, {"head": self._head()})
         rows = [

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_mcore import checkpoint, runtime, schedule, stream, watch
+from minitron_mcore import performance as options
 from minitron_mcore.checkpoint import Checkpoint, Shard
-from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
+from minitron_mcore.config import DataConfig, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, failure, optimizer_state, vocabulary
 from minitron_mcore.distill.apart import DistantTeacher
 from minitron_mcore.distill.cache import Cache, CachedTeacher
@@ -21,26 +22,32 @@ from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.states import States
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
-from minitron_mcore.models import build
+from minitron_mcore.models import build, tuning
+from minitron_mcore.performance import PerformanceConfig
 from minitron_mcore.plan import cost
 from minitron_mcore.schedule import Batch
 
-from megatron.core.distributed import (  # isort: skip
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
 
 
-def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig, parallel: ParallelConfig) -> None:
+def check(
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    config: DistillConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    performance: PerformanceConfig,
+) -> None:
     """Refuse what cannot train before a model is built.
 
     Raises:
-        UserError: see `checks.problems`, `vocabulary.problems` and `Cache.problems`.
+        UserError: see `checks.problems`, `performance.problems`, `vocabulary.problems` and `Cache.problems`.
     """
     found = [*checks.problems(student.arch, teacher and teacher.arch, config, parallel, runtime.dp_group().size())]
+    live = None if isinstance(teacher, Cache) else teacher and teacher.arch
+    found += options.problems(performance, student.arch, live, config, parallel, Dtype(dtype), tuning.installed())
     found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
     found += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
     refuse(found)
@@ -57,25 +64,27 @@ class Trainer:
         parallel: ParallelConfig,
         dtype: str,
         source: Teacher | None = None,
+        performance: PerformanceConfig | None = None,
     ):
         """Build both models and load their weights (collective).
 
         Args:
+            performance: None is the defaults.
             source: `teacher` as another trainer on these ranks has it already, whose student has the same vocabulary.
 
         Raises:
             UserError: see `check`; a layout that doesn't divide a model; a damaged checkpoint.
         """
-        check(student, teacher, config, parallel)
+        self.performance = performance = performance or PerformanceConfig()
+        check(student, teacher, config, parallel, dtype, performance)
         self.config, self.arch, self.step = config, student.arch, 0
         self.teacher_arch = teacher.arch if teacher else None
-        model = checkpoint.build_model(student, parallel, dtype)
+        if performance.tp_comm_overlap:
+            tokens = config.micro_batch * config.sequence_length // parallel.context
+            tuning.start_user_buffers(performance, tokens, student.arch.hidden, parallel.tensor)
+        model = checkpoint.build_model(student, parallel, dtype, performance)
         self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=config.distributed_optimizer,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=runtime.device().type == "cuda",
-        )
+        ddp = tuning.ddp_config(performance, config.distributed_optimizer)
         self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
         self.teacher = source
         if teacher and source is None:
@@ -83,11 +92,13 @@ class Trainer:
                 self.teacher = CachedTeacher(teacher, student.arch, parallel)
             else:
                 make = DistantTeacher if config.teacher_ranks else Teacher.load
-                self.teacher = make(teacher, student.arch, config, parallel, dtype)
+                self.teacher = make(teacher, student.arch, config, parallel, dtype, performance)
         if self.states:
             self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
-        self.objective = Objective(model, self.teacher, self.vocab, config)
+        self.objective = Objective(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
+        if performance.overlap_param_gather:
+            _gather_as_needed(model, self.chunks)
         self.optimizer = self._make_optimizer(dtype)
         model.config.finalize_model_grads_func = self.states.finalize if self.states else finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
@@ -122,6 +133,7 @@ class Trainer:
                 bf16=dtype == "bf16",
                 params_dtype=build.DTYPES[dtype],
                 use_distributed_optimizer=config.distributed_optimizer,
+                **tuning.optimizer_options(self.performance),
             ),
             [*self.chunks, *(self.states.trained if self.states else [])],
             use_gloo_process_groups=False,
@@ -245,6 +257,9 @@ class Trainer:
 
     def save(self, out_dir: Path) -> None:
         """Write a step's checkpoint from the tensors as they are, a few pieces at a time (collective)."""
+        if self.performance.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         if self.config.distributed_optimizer:
             optimizer = optimizer_state.saved(self.optimizer.chained_optimizers, self._shards())
         else:
@@ -268,6 +283,20 @@ class Trainer:
         self.step = state["step"]
         if self.states:
             self.states.ratio = state["states_ratio"]
+
+
+def _gather_as_needed(model: build.Model, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Wait for the head's weights too, where megatron-core gathers them during the forward pass.
+
+    It waits before a module is called, and the head's never is: the loss takes its weights. The final norm comes right before.
+    """
+    if runtime.is_last_stage():
+        ddp, head = chunks[-1], model.head()
+        norm = model.chunks[-1].decoder.final_norm
+        skip = ddp.ddp_config.align_param_gather
+        norm.register_forward_pre_hook(lambda *_: ddp.param_to_bucket_group[head].finish_param_sync(skip))
+    if chunks[0].ddp_config.align_param_gather:
+        model.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, config: dict, data: str) -> str:
