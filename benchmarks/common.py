@@ -1,11 +1,19 @@
-"""What every benchmark shares: `--json FILE`, `--quick`, the lines it writes, and the peak of a process's memory."""
+"""What every benchmark shares: `--json FILE`, `--quick`, the lines it writes, times and the peak of memory."""
 
 import argparse
 import ctypes
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_mcore import runtime
+from minitron_mcore.config import ParallelConfig
+from minitron_mcore.testing import on_ranks
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,38 @@ def arguments(description: str) -> argparse.Namespace:
 def write(figures: list[Figure], path: Path | None) -> None:
     if path:
         path.write_text("".join(json.dumps(asdict(figure)) + "\n" for figure in figures))
+
+
+def ranks(fn: Callable, world_size: int, parallel: ParallelConfig, *args: Any, timeout: float) -> list:
+    """`fn(*args)` on every rank of a layout: in this process on a GPU, which takes one rank, else in processes (`on_ranks`)."""
+    if not torch.cuda.is_available():
+        return on_ranks(fn, world_size, parallel, *args, timeout=timeout)
+    with runtime.distributed(parallel):
+        return [fn(*args)]
+
+
+def seconds(call: Callable[..., object], *args) -> float:
+    """How long a call takes, by events on a GPU."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        call(*args)
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call(*args)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def device_peak_bytes(call: Callable[[], object]) -> int:
+    """GPU memory that `call` needs at its worst beyond what was allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

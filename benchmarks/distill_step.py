@@ -8,8 +8,11 @@ In one run, in turn, on the same micro-batches, each from its start to its end o
     over parts = step / (teacher + student), the median over the rounds
 
 The second table says what a step's time goes into, by megatron-core's timers and clocks around the teacher and the loss. Random
-weights, bf16. On CPU ranks: SmolLM2-135M teaching its 100 M cut. On a GPU: a 2 B teacher with students of 135 M and 1 B, tokens
-a second and percent of the card's dense peak (--peak-tflops, by default an H100's 989). Measure on an idle machine.
+weights, bf16. On CPU ranks: SmolLM2-135M teaching its 100 M cut. On a GPU: six blocks of Llama-3.1-8B teaching six of
+Llama-3.1-Minitron-4B-Width, whole vocabularies, and small students of a 2 B teacher; tokens a second, percent of the card's dense
+peak (--peak-tflops, by default an H100's 989), and with --kernels what the GPU's time goes into. From the six blocks follows
+what all 32 would reach at the same speed, without the communication of the tensor parallelism that their memory takes. Measure
+on an idle machine.
 """
 
 import dataclasses
@@ -21,18 +24,28 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import Figure, parser, write
+from common import Figure, parser, ranks, write
 
 from minitron_mcore import report, runtime, schedule
 from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.testing import on_ranks, random_checkpoint
+from minitron_mcore.plan import cost
+from minitron_mcore.testing import random_checkpoint
 
 SMOLLM2 = Architecture("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5, None, True)
 CUT = dataclasses.replace(SMOLLM2, hidden=504, ffn=1152)
 ONE_B = Architecture("llama", 16, 2048, 8192, 32, 8, 64, 49152, 8192, 1e-5, 1e5, None, True)
 TWO_B = dataclasses.replace(ONE_B, blocks=32, hidden=2048, ffn=8192)
-MODELS = {"135M": SMOLLM2, "100M": CUT, "1B": ONE_B, "2B": TWO_B}
+SIX_OF_8B = Architecture("llama", 6, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5, None, False)
+SIX_OF_4B = dataclasses.replace(SIX_OF_8B, hidden=3072, ffn=9216)
+MODELS = {
+    "135M": SMOLLM2,
+    "100M": CUT,
+    "1B": ONE_B,
+    "2B": TWO_B,
+    "6 blocks of 8B": SIX_OF_8B,
+    "6 blocks of 4B": SIX_OF_4B,
+}
 CASES = {
     # name: teacher, student, ranks, layout, micro-batch, length, micro-batches
     "cpu": {
@@ -40,6 +53,7 @@ CASES = {
         "100M of 135M, TP 3": ("135M", "100M", 3, ParallelConfig(tensor=3), 4, 512, 1),
     },
     "cuda": {
+        "6 blocks of 8B -> 4B": ("6 blocks of 8B", "6 blocks of 4B", 1, ParallelConfig(), 1, 8192, 4),
         "135M of 2B": ("2B", "135M", 1, ParallelConfig(), 4, 4096, 4),
         "1B of 2B": ("2B", "1B", 1, ParallelConfig(), 4, 4096, 4),
     },
@@ -52,7 +66,7 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def measure(folder: Path, names: tuple, parallel: ParallelConfig, sizes: tuple, rounds: int) -> dict:
+def measure(folder: Path, names: tuple, parallel: ParallelConfig, sizes: tuple, rounds: int, kernels: bool) -> dict:
     """Seconds of the step and of its parts in every round, seconds by what they went into, and the step's own figures."""
     from minitron_mcore import checkpoint
     from minitron_mcore.distill.train import Trainer
@@ -90,7 +104,21 @@ def measure(folder: Path, names: tuple, parallel: ParallelConfig, sizes: tuple, 
             start = clock()
             part()
             seconds[name].append(clock() - start)
+    if runtime.device().type == "cuda":
+        runtime.log(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        if kernels:
+            show_kernels(parts["step"])
     return {"seconds": seconds} | profile(whole, batches)
+
+
+def show_kernels(call: Callable[[], object]) -> None:
+    """Print the kernels that take most of the GPU's time in a call."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
 
 
 def profile(trainer, batches: list[dict]) -> dict:
@@ -122,29 +150,46 @@ def profile(trainer, batches: list[dict]) -> dict:
     config.finalize_model_grads_func = timed("reducing gradients", finalize)
     trainer.optimizer.step = timed("optimizer", trainer.optimizer.step)
     start = clock()
-    figures = trainer.train_step(batches)
+    trainer.train_step(batches)
     total = clock() - start
     spent["student's backward"] = timers("backward-compute").elapsed()
     inside = spent["teacher's forward"] + spent["both heads and the loss"]
     spent["student's forward"] = timers("forward-compute").elapsed() - inside
     spent["rest"] = total - spent.total()
-    return {"profile": dict(spent), "tflops": figures["student_tflops"] + figures["teacher_tflops"]}
+    return {"profile": dict(spent)}
+
+
+def utilisation(teacher: Architecture, student: Architecture, sizes: tuple, seconds: float, options) -> float:
+    """Share of the card's peak: three forward passes' operations of the student and one of the teacher a token."""
+    micro_batch, length, count = sizes
+    flops = 3 * cost.forward_flops(student, length) + cost.forward_flops(teacher, length)
+    return flops * micro_batch * length * count / seconds / 1e12 / options.peak_tflops
+
+
+def whole_models(name: str, sizes: tuple, spent: dict[str, float], options) -> float | None:
+    """What 32 blocks would reach: the blocks' time grows with their number, and so does the optimizer's, the rest stays."""
+    if not name.startswith("6 blocks"):
+        return None
+    teacher, student = (dataclasses.replace(arch, blocks=32) for arch in (SIX_OF_8B, SIX_OF_4B))
+    fixed = spent["both heads and the loss"]
+    seconds = fixed + (sum(spent.values()) - fixed) * 32 / 6
+    return utilisation(teacher, student, sizes, seconds, options)
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU, dense")
+    options.add_argument("--kernels", action="store_true", help="print what the GPU's time goes into")
     options = options.parse_args()
-    kind, rounds = "cuda" if torch.cuda.is_available() else "cpu", 1 if options.quick else 7
+    kind, rounds = "cuda" if torch.cuda.is_available() else "cpu", 2 if options.quick else 7
     rows, profiles, figures = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         cases = list(CASES[kind].items())[: 1 if options.quick else None]
         for name in sorted({name for _, case in cases for name in case[:2]}):
-            on_ranks(random_checkpoint, 1, ParallelConfig(), MODELS[name], Path(folder) / name, "bf16")
-        for name, (teacher, student, ranks, parallel, *sizes) in cases:
-            found = on_ranks(
-                measure, ranks, parallel, Path(folder), (teacher, student), parallel, sizes, rounds, timeout=1800
-            )
+            ranks(random_checkpoint, 1, ParallelConfig(), MODELS[name], Path(folder) / name, "bf16", timeout=900)
+        for name, (teacher, student, count, parallel, *sizes) in cases:
+            run = (Path(folder), (teacher, student), parallel, sizes, rounds, options.kernels)
+            found = ranks(measure, count, parallel, *run, timeout=1800)
             times = {
                 part: torch.tensor([rank["seconds"][part] for rank in found]).amax(0)
                 for part in ("step", "teacher", "student")
@@ -154,12 +199,18 @@ def main() -> None:
             speed = sizes[0] * sizes[1] * sizes[2] / medians["step"]
             row = {"case": name} | {f"{part} [s]": seconds for part, seconds in medians.items()}
             row |= {"step over parts": over, "tokens/s": speed}
-            if kind == "cuda":
-                row["% of peak"] = 100 * found[0]["tflops"] / options.peak_tflops
-            rows.append(row)
             spent = found[0]["profile"]
+            if kind == "cuda":
+                row["% of peak"] = 100 * utilisation(MODELS[teacher], MODELS[student], sizes, medians["step"], options)
+                row["32 blocks: % of peak"] = 100 * whole_models(name, sizes, spent, options)
+            rows.append(row)
             profiles.append({"% of a step": name} | {part: 100 * s / sum(spent.values()) for part, s in spent.items()})
             figures.append(Figure("distill_step", name, "minitron", "step_over_parts", over, "1"))
+            figures += [
+                Figure("distill_step", name, "minitron", label, row[label], "%")
+                for label in row
+                if label.endswith("peak")
+            ]
             figures += [Figure("distill_step", name, part, "time", seconds, "s") for part, seconds in medians.items()]
             figures += [
                 Figure("distill_step", name, part, "share", s / sum(spent.values()), "1") for part, s in spent.items()

@@ -25,7 +25,7 @@ def main(config: DistillRun) -> None:
         config.parallel,
         config.seed,
         settings.sequence_length,
-        patience=settings.hang_minutes,
+        patience=max(settings.hang_minutes, settings.save_minutes),
         apart=settings.teacher_ranks,
         other=settings.teacher_parallel,
     ):

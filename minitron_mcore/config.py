@@ -208,13 +208,14 @@ class TrainConfig:
     """With on_bad_loss=skip, at most so many steps in a row."""
     hang_minutes: float = 10.0
     """When a rank has stood still for so long, the run ends and names those that kept the others waiting."""
+    save_minutes: float = 60.0
+    """The same while a checkpoint is written, if that is longer."""
 
 
 class StatesLoss(StrEnum):
     """How a token's intermediate states differ."""
 
     cosine = "cosine"
-    """1 - cosine."""
     mse = "mse"
     """Mean over the teacher's channels of the squared difference."""
 
@@ -247,7 +248,6 @@ class Divergence(StrEnum):
     mse = "mse"
     """Mean squared difference of the logits."""
     cosine = "cosine"
-    """1 - cosine of the logits."""
 
 
 @dataclass

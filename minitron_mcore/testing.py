@@ -1,13 +1,14 @@
-"""Run a function on several real processes over gloo, as tests and benchmarks do.
+"""Run a function on several real processes, as tests and benchmarks do: over gloo, or over NCCL where there are CUDA devices.
 
     results = on_ranks(fn, 3, ParallelConfig(tensor=3), arg, ...)   # fn(arg, ...) on 3 ranks; one result a rank
 
-Every call forks fresh processes from a server that has imported torch and megatron-core: a fork costs milliseconds, where an
-import costs seconds, and nothing of one call (groups, threads, caches) is left for the next.
+Without CUDA every call forks fresh processes from a server that has imported torch and megatron-core: a fork costs milliseconds,
+where an import costs seconds, and nothing of one call (groups, threads, caches) is left for the next.
 """
 
 import collections
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -22,15 +23,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron_mcore import checkpoint, runtime
+from minitron_mcore import checkpoint, runtime, stream
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
 
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # isort: skip
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["minitron_mcore.testing", "minitron_mcore.evaluate", "minitron_mcore.distill.train"])
+@functools.cache
+def _processes() -> multiprocessing.context.BaseContext:
+    """How ranks start. With CUDA each is a new process: a fork cannot use CUDA once its parent has asked for it, and the server's
+    imports do. NCCL refuses two ranks on one device."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["minitron_mcore.testing", "minitron_mcore.evaluate", "minitron_mcore.distill.train"])
+    return server
 
 
 class RankError(Exception):
@@ -59,7 +66,7 @@ def on_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _server.Process(target=_work, args=(rank, world_size, (parallel, apart, other), folder, fn, args))
+            _processes().Process(target=_work, args=(rank, world_size, (parallel, apart, other), folder, fn, args))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -91,7 +98,6 @@ def on_ranks(
 def _work(rank: int, world_size: int, laid: tuple, folder: str, fn: Callable, args: tuple) -> None:
     os.setpgrp()
     torch.set_num_threads(1)
-    get_write_results_queue("fork")  # megatron-core's own choice, spawn, would import everything again in each rank
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
     # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
@@ -107,7 +113,7 @@ def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     checkpoint.describe(folder, arch, "random", {}, folder)
-    checkpoint.save(folder, 0, checkpoint.model_state(model, arch, 0, 1))
+    stream.save_state(folder, 0, checkpoint.model_state(model, arch), "random")
 
 
 class SavedBytes:

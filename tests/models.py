@@ -39,6 +39,14 @@ def tiny_llama(folder: Path, tied: bool = False, seed: int = 0, **sizes) -> Path
     return folder
 
 
+def placed(batches):
+    """Micro-batches as a stage makes them: on this rank's device."""
+    from minitron_mcore import runtime
+
+    for batch in batches:
+        yield {key: tensor.to(runtime.device()) for key, tensor in batch.items()}
+
+
 def tokens(batch: int = 3, length: int = 12, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -102,9 +110,9 @@ def model_logits(model, arch, ids: torch.Tensor) -> torch.Tensor | None:
     def keep(logits, batch):
         found.append(gather_from_tensor_model_parallel_region(logits, group=runtime.tp_group()))
 
-    forward(model, [{"tokens": ids}], keep, headless=False)
+    forward(model, list(placed([{"tokens": ids}])), keep, headless=False)
     if runtime.is_last_stage() and runtime.tp_group().rank() == 0:
-        return found[0][..., : arch.vocab]
+        return found[0][..., : arch.vocab].cpu()
     return None
 
 

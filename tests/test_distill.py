@@ -56,20 +56,20 @@ def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int)
         yield {"tokens": ids[rows, :-1], "labels": ids[rows, 1:], "loss_mask": mask[rows]}
 
 
-def distill(student, teacher, config, parallel, out_dir, resume=False):
+def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp32"):
     """Train and save; the history, on every rank."""
     from minitron_mcore import checkpoint, runtime
     from minitron_mcore.distill.loop import train
     from minitron_mcore.distill.train import Trainer
 
     opened, teacher = open_checkpoint(student), open_checkpoint(teacher) if teacher else None
-    trainer = Trainer(opened, teacher, config, parallel, "fp32")
+    trainer = Trainer(opened, teacher, config, parallel, dtype)
     if resume:
         trainer.resume(open_checkpoint(out_dir))
     checkpoint.describe(out_dir, opened.arch, "test", {}, opened.hf)
     dp = runtime.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
-    return train({Path(out_dir): trainer}, batches, Path(out_dir))[0]
+    return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir))[0]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])

@@ -3,6 +3,9 @@
 A failure means that expert parallelism changes what is cut or learnt.
 """
 
+import dataclasses
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +88,35 @@ def test_scores_equal_the_formula(tmp_path, parent, layout):
         assert (metadata["samples"], metadata["tokens"]) == (str(len(LENGTHS)), str(sum(LENGTHS)))
         for name, vector in (whole | expected).items():
             torch.testing.assert_close(vectors[name].double(), vector.double(), rtol=2e-5, atol=1e-7, msg=name)
+
+
+def collect_by_all_to_all(*args):
+    """`collect` through the dispatcher that runs on CUDA, where it converts its counts to numpy arrays."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    made, moved = build.transformer_config, token_dispatcher.maybe_move_tensor_to_cpu
+
+    def with_all_to_all(*args):
+        return dataclasses.replace(made(*args), moe_token_dispatcher_type="alltoall")
+
+    def to_cpu(x, as_numpy=False, **kwargs):
+        return x.numpy() if as_numpy and torch.is_tensor(x) else moved(x, as_numpy, **kwargs)
+
+    with (
+        patch.object(build, "transformer_config", with_all_to_all),
+        patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", to_cpu),
+    ):
+        return collect(*args)
+
+
+@pytest.mark.parametrize("layout", ["one", "ep2"])
+def test_scores_through_the_all_to_all_dispatcher_are_the_same(tmp_path, parent, layout):
+    world, parallel = LAYOUTS[layout]
+    ids = models.tokens(len(LENGTHS))
+    whole = on_ranks(collect, 1, ONE, parent, ONE, ids)[0][0]
+    for vectors, _ in on_ranks(collect_by_all_to_all, world, parallel, parent, parallel, ids):
+        for name, vector in whole.items():
+            torch.testing.assert_close(vectors[name], vector, rtol=2e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_ep2", "ep3_pp2"])

@@ -107,7 +107,8 @@ def collect(checkpoint, parallel, ids, lengths, statistics=(None,)):
     with contextlib.ExitStack() as stack:
         collectors = [stack.enter_context(collecting(model, opened.arch, statistic)) for statistic in statistics]
         for rows in ([0], list(range(1, len(ids)))):  # micro-batches of different sizes
-            forward(model, [{"tokens": ids[rows], "mask": mask[rows]}], lambda hidden, batch: None)
+            batch = {"tokens": ids[rows], "mask": mask[rows]}
+            forward(model, list(models.placed([batch])), lambda hidden, batch: None)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     return [collector.scores() for collector in collectors]
 

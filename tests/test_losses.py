@@ -65,6 +65,10 @@ class Case:
             teacher = None, None
         return [*student, *teacher, labels, mask]
 
+    def placed(self) -> list[Tensor]:
+        """The same on this rank's device."""
+        return [None if tensor is None else tensor.to(runtime.device()) for tensor in self.tensors()]
+
     def run(self, tensors: list[Tensor], group=None) -> tuple[Tensor, Tensor]:
         options = dict(kd_weight=self.kd_weight, lm_weight=self.lm_weight, temperature=self.temperature)
         kind = dict(divergence=self.divergence, jsd_beta=self.jsd_beta, top_k=self.top_k)
@@ -186,14 +190,14 @@ def on_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
 
 def one_on_rank(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same four of this rank: its part of the hidden states' gradient, its rows of the head's."""
-    tensors, group = case.tensors(), runtime.tp_group()
+    tensors, group = case.placed(), runtime.tp_group()
     rows = slice(group.rank() * case.padded // group.size(), (group.rank() + 1) * case.padded // group.size())
     for head in (1, 3):
         tensors[head] = None if tensors[head] is None else tensors[head][rows].clone()
     hidden, head = tensors[0].requires_grad_(), tensors[1].requires_grad_()
     loss, stats = case.run(tensors, group)
     loss.backward()
-    return loss.detach(), stats, hidden.grad, head.grad
+    return tuple(x.cpu() for x in (loss.detach(), stats, hidden.grad, head.grad))
 
 
 def relative_errors(case: Case, results: list[tuple]) -> list[float]:
@@ -228,12 +232,12 @@ def test_value_and_gradients_equal_dense_fp64(tp):
 def same_model_on_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor]]:
     group, results = runtime.tp_group(), []
     for case in cases:
-        tensors = case.tensors()
+        tensors = case.placed()
         head = tensors[1].chunk(group.size())[group.rank()].clone().requires_grad_()
         hidden = tensors[0].clone().requires_grad_()
         loss, stats = case.run([hidden, head, hidden.detach(), head.detach(), *tensors[4:]], group)
         loss.backward()
-        results.append((stats / case.tokens, hidden.grad, head.grad))
+        results.append(tuple(x.cpu() for x in (stats / case.tokens, hidden.grad, head.grad)))
     return results
 
 
@@ -254,14 +258,16 @@ def test_all_tokens_masked_give_exact_zeros(tp):
             assert torch.equal(tensor, torch.zeros_like(tensor)), name
 
 
+SMALL = dict(dtype=torch.bfloat16, lm_weight=0.5, masked=0.2, chunk_tokens=10)
+BF16 = {name: replace(case, **SMALL) for name, case in KINDS.items()}
+BF16 |= {f"{name}, given logits": replace(case, given_logits=True) for name, case in BF16.items()}
+
+
 @pytest.mark.parametrize("tp", [1, 3])
 def test_bf16(tp):
     """The measured errors are in the docstring of `divergences`."""
-    small = dict(dtype=torch.bfloat16, lm_weight=0.5, masked=0.2, chunk_tokens=10)
-    cases = {name: replace(case, **small) for name, case in KINDS.items()}
-    cases |= {f"{name}, given logits": replace(case, given_logits=True) for name, case in cases.items()}
-    for name, results in run_all(on_rank, tp, cases).items():
-        errors, rough = relative_errors(cases[name], results), 2 if name.startswith(("reverse_kl", "top")) else 1
+    for name, results in run_all(on_rank, tp, BF16).items():
+        errors, rough = relative_errors(BF16[name], results), 2 if name.startswith(("reverse_kl", "top")) else 1
         assert max(errors[:4]) <= 5e-4 * rough and max(errors[4:]) <= 1e-2 * rough, (name, errors)
 
 
@@ -269,7 +275,7 @@ def tied_on_rank(case: Case) -> Tensor:
     """Gradient of this rank's rows of one matrix that is embedding and head; what lies between is a tanh."""
     from megatron.core.tensor_parallel import mappings
 
-    tensors, group = case.tensors(), runtime.tp_group()
+    tensors, group = case.placed(), runtime.tp_group()
     rows = case.padded // group.size()
     weight = tensors[1].chunk(group.size())[group.rank()].clone().requires_grad_()
     place = tensors[4] - group.rank() * rows
@@ -280,19 +286,23 @@ def tied_on_rank(case: Case) -> Tensor:
     case.run([hidden, weight, tensors[2], tensors[3].chunk(group.size())[group.rank()], *tensors[4:]], group)[
         0
     ].backward()
+    return weight.grad.cpu()
+
+
+def tied_reference(case: Case) -> Tensor:
+    _, head, *rest = case.tensors()
+    weight = head.double().requires_grad_()
+    logits = (weight[rest[2]].tanh() @ weight.t())[:, : case.vocab].log_softmax(-1)
+    teacher = (rest[0].double() @ rest[1].double().t())[:, : case.vocab].log_softmax(-1)
+    (teacher.exp() * (teacher - logits)).sum().backward()
     return weight.grad
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_tied_embedding_gets_both_gradients(tp):
     case = Case()
-    ours = torch.cat(on_ranks(tied_on_rank, tp, ParallelConfig(tensor=tp), case))
-    _, head, *rest = case.tensors()
-    weight = head.double().requires_grad_()
-    logits = (weight[rest[2]].tanh() @ weight.t())[:, : case.vocab].log_softmax(-1)
-    teacher = (rest[0].double() @ rest[1].double().t())[:, : case.vocab].log_softmax(-1)
-    (teacher.exp() * (teacher - logits)).sum().backward()
-    assert (ours - weight.grad).abs().max() <= 1e-5 * weight.grad.abs().max()
+    ours, expected = torch.cat(on_ranks(tied_on_rank, tp, ParallelConfig(tensor=tp), case)), tied_reference(case)
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 class Head(torch.nn.Module):
@@ -300,33 +310,33 @@ class Head(torch.nn.Module):
 
     def __init__(self, case: Case, tied: bool):
         super().__init__()
-        self.case, self.weight = case, torch.nn.Parameter(case.tensors()[1])
+        self.case, self.weight = case, torch.nn.Parameter(case.placed()[1])
         self.weight.zero_out_wgrad = tied  # as megatron-core's models say of tied weights
         self.embedding = self.weight if tied else torch.nn.Parameter(self.weight.detach().flip(0).contiguous())
 
     def forward(self, ids: Tensor, fused: bool) -> Tensor:
-        _, _, *rest = self.case.tensors()
+        _, _, *rest = self.case.placed()
         hidden = torch.nn.functional.embedding(ids, self.embedding).tanh()
         sizes = dict(vocab_size=self.case.vocab, chunk_tokens=self.case.chunk_tokens)
         return distillation_loss(hidden, self.weight, *rest, **sizes, gradient_accumulation_fusion=fused)[0]
 
 
-def main_grads(tied: bool, fused: bool) -> list[Tensor]:
+def main_grads(tied: bool, fused: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Of two microbatches whose loss is scaled, with megatron-core's DistributedDataParallel around the head."""
-    case = Case(chunk_tokens=10)
+    case = Case(chunk_tokens=10, dtype=dtype)
     config = TransformerConfig(num_layers=1, hidden_size=case.hidden, num_attention_heads=1)
     head = Head(case, tied)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), head)
     model.zero_grad_buffer()
     for seed in (0, 1):
         ids = torch.randint(case.vocab, (case.tokens,), generator=torch.Generator().manual_seed(seed))
-        (0.25 * model(ids, fused)).backward()
+        (0.25 * model(ids.to(runtime.device()), fused)).backward()
     assert head.weight.grad_added_to_main_grad == fused and all(p.grad is None for p in head.parameters())
-    return [parameter.main_grad.clone() for parameter in head.parameters()]
+    return [parameter.main_grad.cpu().clone() for parameter in head.parameters()]
 
 
-def fusion_on_rank() -> list[tuple[list[Tensor], list[Tensor]]]:
-    return [(main_grads(tied, False), main_grads(tied, True)) for tied in (False, True)]
+def fusion_on_rank(dtype: torch.dtype = torch.float32) -> list[tuple[list[Tensor], list[Tensor]]]:
+    return [(main_grads(tied, False, dtype), main_grads(tied, True, dtype)) for tied in (False, True)]
 
 
 def test_gradient_accumulation_fusion_adds_to_main_grad():
@@ -354,7 +364,7 @@ def consumed_on_rank(cases: list[Case]) -> list[int]:
     the teacher's stay."""
     group, counts = runtime.tp_group(), []
     for case in cases:
-        student, head, teacher, teacher_head, labels, mask = replace(case, masked=0.3).tensors()
+        student, head, teacher, teacher_head, labels, mask = replace(case, masked=0.3).placed()
         logits, given = (
             x @ rows.chunk(group.size())[group.rank()].t() for x, rows in ((student, head), (teacher, teacher_head))
         )

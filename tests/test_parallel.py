@@ -67,10 +67,10 @@ def score_cut_say(source, parallel, ids, out_dir):
 
     def keep(logits, batch):
         whole = gather_from_tensor_model_parallel_region(logits, group=runtime.tp_group())
-        said.append((batch["at"][0], whole[..., : opened.arch.vocab]))
+        said.append((batch["at"][0].cpu(), whole[..., : opened.arch.vocab].cpu()))
 
     batch = {"tokens": ids, "at": torch.arange(ids.shape[1]).expand_as(ids)}
-    forward(build_pruned(opened, plan, parallel, "fp32"), [batch], keep, headless=False)
+    forward(build_pruned(opened, plan, parallel, "fp32"), list(models.placed([batch])), keep, headless=False)
     tp = runtime.tp_group()
     written = [
         (parameter.name, offset)
@@ -134,7 +134,9 @@ def distill(student, teacher, config, parallel, out_dir, resume=False):
     if resume:
         trainer.resume(open_checkpoint(out_dir))
     checkpoint.describe(out_dir, opened.arch, "test", {}, opened.hf)
-    return train({out_dir: trainer}, micro_batches(config, trainer.step * config.global_batch), out_dir)[0]
+    return train({out_dir: trainer}, models.placed(micro_batches(config, trainer.step * config.global_batch)), out_dir)[
+        0
+    ]
 
 
 def test_students_learn_as_on_one_process_and_resume(tmp_path, parent):

@@ -127,7 +127,7 @@ def first_step(folders, parallel, out_dir):
         trainer = Trainer(student, teacher, config, parallel, "fp32")
         projection = trainer.states.projection
         before = None if projection is None else projection.detach().clone()
-        batches = list(micro_batches(config, 0, dp.rank(), dp.size()))[: 4 // dp.size()]
+        batches = list(models.placed(micro_batches(config, 0, dp.rank(), dp.size())))[: 4 // dp.size()]
         probed = trainer.teacher_loss(batches[0])
         figures = trainer.train_step(batches) | {"probed": probed}
         found[case] = figures, before, None if projection is None else projection.main_grad.clone()
@@ -172,7 +172,7 @@ def learn(folders, config, parallel, out_dir, resume=False):
         trainer.resume(open_checkpoint(out_dir))
     checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
-    return train({out_dir: trainer}, batches, out_dir)[0], trainer.states.projection.detach().clone()
+    return train({out_dir: trainer}, models.placed(batches), out_dir)[0], trainer.states.projection.detach().clone()
 
 
 def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, folders):
@@ -209,7 +209,7 @@ def dynamic_steps(folders, parallel, out_dir):
     config = dataclasses.replace(CONFIG, kd_weight=2.0, temperature=1.5, states=states)
     student, teacher = (open_checkpoint(folders / x) for x in ("width", "teacher"))
     dp = runtime.dp_group()
-    batches = list(micro_batches(config, 0, dp.rank(), dp.size()))
+    batches = list(models.placed(micro_batches(config, 0, dp.rank(), dp.size())))
     count = config.global_batch // dp.size()
     trainer = Trainer(student, teacher, config, parallel, "fp32")
     first = trainer.train_step(batches[:count])

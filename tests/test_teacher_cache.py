@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import signal
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +48,7 @@ class Case:
     lm_weight: float = 0.3
     masked: float = 0.3
     chunk_tokens: int | None = 10
+    dtype: torch.dtype = torch.float32
 
     def tensors(self) -> list[Tensor]:
         """Student hidden and head, labels, mask, ids, log-probabilities, log of the tail."""
@@ -58,7 +62,7 @@ class Case:
         mask = (torch.rand(self.tokens, generator=g) >= self.masked).float()
         labels[mask == 0], hidden[mask == 0] = -100, torch.inf
         log_probs[mask == 0], log_tail[mask == 0] = torch.nan, torch.nan
-        return [hidden, head, labels, mask, ids, log_probs.float(), log_tail.float()]
+        return [hidden.to(self.dtype), head.to(self.dtype), labels, mask, ids, log_probs.float(), log_tail.float()]
 
     def reference(self) -> list[Tensor]:
         """Loss, stats, gradients of hidden and head, dense and in fp64, over unmasked tokens only."""
@@ -90,7 +94,7 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
     """Of this rank, or of a whole head where there are no groups."""
     group, found = runtime.tp_group() if torch.distributed.is_initialized() else None, []
     for case in cases:
-        hidden, head, labels, mask, *top = case.tensors()
+        hidden, head, labels, mask, *top = (x.to(runtime.device()) for x in case.tensors())
         head = (head.chunk(group.size())[group.rank()].clone() if group else head).requires_grad_()
         hidden.requires_grad_()
         loss, stats = distillation_loss(
@@ -98,7 +102,7 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
             lm_weight=case.lm_weight, chunk_tokens=case.chunk_tokens, teacher_top=tuple(top),
         )  # fmt: skip
         loss.backward()
-        found.append([loss.detach(), stats, hidden.grad, head.grad])
+        found.append([x.cpu() for x in (loss.detach(), stats, hidden.grad, head.grad)])
     return found
 
 
@@ -151,6 +155,7 @@ class World:
 
     path: Path
     text: list[str]
+    dtype: Dtype = Dtype.fp32
 
     def data(self, **changes) -> DataConfig:
         return DataConfig(**{"train": self.text, "cache": str(self.path / "cache")} | changes)
@@ -158,7 +163,7 @@ class World:
     def writer(self, name: str, parallel=ONE, **changes) -> TeacherCacheRun:
         """4 steps of 4 samples of 12 tokens, in files of 3 samples."""
         sizes = dict(steps=4, global_batch=4, micro_batch=2, sequence_length=12, file_samples=3)
-        where = dict(teacher=str(self.path / "teacher"), out_dir=str(self.path / name), dtype=Dtype.fp32)
+        where = dict(teacher=str(self.path / "teacher"), out_dir=str(self.path / name), dtype=self.dtype)
         return TeacherCacheRun(parallel=parallel, data=self.data(), **where, **sizes | changes)
 
     def run(self, name: str, teacher: str, parallel=ONE, changes=None, text=None) -> DistillRun:
@@ -166,7 +171,7 @@ class World:
         where = dict(
             student=str(self.path / "student"), teacher=str(self.path / teacher), out_dir=str(self.path / name)
         )
-        return DistillRun(parallel=parallel, data=self.data(**text or {}), distill=settings, dtype=Dtype.fp32, **where)
+        return DistillRun(parallel=parallel, data=self.data(**text or {}), distill=settings, dtype=self.dtype, **where)
 
     def history(self, name: str) -> list[dict]:
         return [json.loads(line) for line in (self.path / name / "metrics.jsonl").read_text().splitlines()]
@@ -221,6 +226,33 @@ def distill(*runs: DistillRun) -> list[str | None]:
     return found
 
 
+def ask_for_the_device_off_the_main_thread(*configs: DistillRun) -> list[str]:
+    """Threads that ask for the current CUDA device, of which each has its own: cached runs, a cut, a look for hung ranks."""
+    from minitron_mcore import prune, watch
+    from minitron_mcore.plan.plan import make_plan
+    from tests.test_prune import random_scores
+
+    asked, main = [], threading.main_thread()
+
+    def watched(call):
+        def recorded(*args):
+            if threading.current_thread() is not main:
+                asked.append(f"{call.__name__} in {traceback.extract_stack(limit=2)[0]}")
+            return call(*args)
+
+        return recorded
+
+    for module, name in ((runtime, "device"), (torch.cuda, "current_device")):
+        setattr(module, name, watched(getattr(module, name)))
+    assert distill(*configs) == [None] * len(configs)
+    opened = open_checkpoint(configs[0].student)
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=12))
+    prune.prune(opened, plan, f"{configs[0].out_dir}_cut", configs[0].parallel)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(watch._main_thread).result()
+    return asked
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     path = tmp_path_factory.mktemp("world")
@@ -258,6 +290,11 @@ def test_every_layout_reads_the_same(world, layout):
     assert on_ranks(distill, 4, parallel, *runs) == [[None] * 2] * 4
     for name in names:
         assert_same(world.history(f"{layout}_{name}"), world.history(f"from_{name}"), 2e-5)
+
+
+def test_threads_do_not_ask_for_the_current_device(world):
+    runs = [world.run(f"threads_{name}", name) for name in ("hidden", "top")]
+    assert on_ranks(ask_for_the_device_off_the_main_thread, 2, ONE, *runs) == [[]] * 2
 
 
 def test_resumed_shorter_and_longer_runs(world):

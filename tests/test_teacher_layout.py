@@ -57,7 +57,10 @@ def two_steps(folders, config, parallel, out_dir):
 
     student, dp = open_checkpoint(folders / "student"), runtime.dp_group()
     trainer = Trainer(student, open_checkpoint(folders / "teacher"), config, parallel, "fp32")
-    batches, count = test_distill.micro_batches(config, 0, dp.rank(), dp.size()), config.global_batch // dp.size()
+    batches, count = (
+        models.placed(test_distill.micro_batches(config, 0, dp.rank(), dp.size())),
+        config.global_batch // dp.size(),
+    )
     figures = [trainer.train_step([next(batches) for _ in range(count)])]
     gradients = [parameter.main_grad.clone() for parameter in trainer.model.parameters()]
     figures.append(trainer.train_step([next(batches) for _ in range(count)]))

@@ -3,8 +3,13 @@
 import math
 from collections.abc import Iterator
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-"""Both logits of a chunk together. More makes longer products and adds to the head's gradient less often."""
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Both logits of a chunk together. More makes longer products and adds to the head's gradient less often.
+
+Every chunk but the first reads and writes the head's fp32 gradient: 8 V_r H bytes. With V 128,256 and H 3072 that is 0.94 ms of
+an H100's memory bandwidth, 7 % of the 14 ms of products of the 2,048 tokens in 1 GiB, and it may overlap with these. 1 GiB of
+logits and that gradient are 1.8 GB more than the bf16 gradient that is returned; 2 GiB would be 2.9 GB.
+"""
 TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 32 << 20}
 """Elements of a tile: its four fp32 buffers stay near a CPU's core, or are enough to fill a GPU."""
 TILE_BUFFERS = 4

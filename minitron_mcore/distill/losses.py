@@ -78,7 +78,7 @@ def distillation_loss(
         jsd_beta: the teacher's part of jsd's mixture, above 0 and below 1.
         top_k: the forward KL of the teacher's k largest logits (of the whole vocabulary, over all ranks) and of the tail's mass.
         teacher_top: makes it the forward KL of the k entries and the tail at temperature 1; so is the teacher's entropy.
-        chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 64 MiB (512 MiB on CUDA).
+        chunk_tokens: tokens whose logits exist at a time; None: as many as fit both into 64 MiB (1 GiB on CUDA).
         gradient_accumulation_fusion: megatron-core's: backward adds the head's gradient to its `main_grad`, in that one's
             precision, and leaves autograd a dummy, which megatron-core's DistributedDataParallel throws away.
 
@@ -178,7 +178,7 @@ class _DistillationLoss(torch.autograd.Function):
         d_hidden = torch.zeros_like(student_hidden) if need[0] else None
         # A product sums in fp32 over its chunk; this tensor does over several chunks, or until it is added to one that does.
         precise = tiles.dtype if chunk < num_tokens or settings.into_main_grad else None
-        d_head = torch.zeros_like(student_head, dtype=precise) if need[1] else None
+        d_head = torch.empty_like(student_head, dtype=precise) if need[1] else None
         head, head_t = (None if x is None else x[: tiles.width] for x in (student_head, teacher_head))
         # One chunk's logits after the other in the same memory: fresh memory costs a CPU as much as a pass over it.
         out, out_t = (None if x is None else x.new_empty(chunk, tiles.width) for x in (head, head_t))
@@ -195,19 +195,22 @@ class _DistillationLoss(torch.autograd.Function):
             if need[0]:
                 torch.mm(logits_s, head, out=d_hidden[at])
             if need[1]:
-                _add_head_gradient(d_head[: tiles.width], logits_s, hidden, tiles.elements)
+                _add_head_gradient(d_head[: tiles.width], logits_s, hidden, tiles.elements, first=at.start == 0)
         del logits_s, logits_t, out, out_t  # before the head's gradient is cast
-        if need[1] and not settings.into_main_grad:
-            d_head = d_head.to(student_head.dtype)
+        if need[1]:
+            d_head[tiles.width if num_tokens else 0 :] = 0
+            d_head = d_head if settings.into_main_grad else d_head.to(student_head.dtype)
         ctx.gradients, ctx.head = (d_hidden, d_head), student_head if settings.into_main_grad else None
         return _totals(ctx, settings, per_token * mask)
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        d_hidden, d_head = _scaled_gradients(ctx, d_loss)
+        d_hidden, d_head = _pop_gradients(ctx)
         if ctx.head is not None:
-            d_head = _added_to_main_grad(ctx.head, d_head)
-        return d_hidden, d_head, None, None, None, None, None
+            d_head = _added_to_main_grad(ctx.head, d_head, d_loss)
+        elif d_head is not None:
+            d_head.mul_(d_loss)
+        return None if d_hidden is None else d_hidden.mul_(d_loss), d_head, None, None, None, None, None
 
 
 class _LossOfLogits(torch.autograd.Function):
@@ -225,7 +228,7 @@ class _LossOfLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        return *_scaled_gradients(ctx, d_loss), None, None, None, None
+        return _pop_gradients(ctx)[0].mul_(d_loss), None, None, None, None
 
 
 def _totals(ctx, settings: Settings, per_token: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,17 +238,17 @@ def _totals(ctx, settings: Settings, per_token: Tensor) -> tuple[Tensor, Tensor]
     return settings.temperature**2 * settings.kd_weight * stats[0] + settings.lm_weight * stats[1], stats
 
 
-def _scaled_gradients(ctx, d_loss: Tensor) -> list[Tensor | None]:
-    """Scaled in place and given away, so that no second copy of a head's gradient, or of the logits, ever exists."""
+def _pop_gradients(ctx) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward pass formed. Backward scales them in place, so no second copy of them ever exists."""
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         raise RuntimeError("A distillation loss gives its gradients away: call backward through it only once.")
-    return [None if x is None else x.mul_(d_loss) for x in gradients]
+    return gradients
 
 
-def _added_to_main_grad(weight: Tensor, gradient: Tensor) -> Tensor | None:
+def _added_to_main_grad(weight: Tensor, gradient: Tensor, scale: Tensor) -> Tensor | None:
     """What megatron-core's linear layers do under gradient accumulation fusion, and return: a gradient that says nothing."""
-    weight.main_grad.add_(gradient)
+    weight.main_grad.addcmul_(gradient, scale)
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
@@ -259,7 +262,22 @@ def _chunk_tokens(num_tokens: int, student_head: Tensor, teacher_head: Tensor | 
     return chunks.chunk_tokens(num_tokens, bytes_a_token, student_head.device.type)
 
 
-def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int) -> None:
-    """total [V_r, H] += d_logits^T [V_r, T] @ hidden [T, H], in blocks of rows that are added while in the cache."""
+def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int, first: bool = False) -> None:
+    """total [V_r, H] := d_logits^T [V_r, T] @ hidden [T, H], plus `total` unless it is the `first`. On CUDA the product itself
+    adds to `total`, in its precision; elsewhere blocks of rows are added while in the cache."""
+    if _product_accumulates(total, d_logits):
+        mixed = {} if total.dtype == d_logits.dtype else {"out_dtype": total.dtype}
+        torch.addmm(total, d_logits.t(), hidden, beta=int(not first), out=total, **mixed)
+        return
     for rows in chunks.slices(len(total), max(1, 2 * elements // hidden.shape[1])):
-        total[rows] += d_logits[:, rows].t() @ hidden
+        product = d_logits[:, rows].t() @ hidden
+        total[rows].copy_(product) if first else total[rows].add_(product)
+
+
+def _product_accumulates(total: Tensor, factor: Tensor) -> bool:
+    """Whether torch.addmm adds a product of `factor`'s dtype to `total` in place. fp32 sums of bf16 or fp16 products exist on CUDA
+    only; before torch 2.11 their addend may have to be of the factors' dtype."""
+    if total.device.type not in ("cuda", "meta"):
+        return False
+    half = factor.dtype in (torch.bfloat16, torch.float16)
+    return total.dtype == factor.dtype or (half and total.dtype == torch.float32 and torch.__version__ >= (2, 11))

@@ -170,12 +170,12 @@ class Collector:
         return self._fused(metrics.sums)(x, span.real, self.statistic.sequence)
 
     def _route(self, module, args, output):
-        """Send padding to no expert: nothing of it reaches a sum, and no real token attends to it."""
+        """Give padding the probability 0: nothing of it reaches a sum, and no real token attends to it. It keeps its k experts:
+        the all-to-all dispatcher expects as many for every token."""
         if self._own.real is None:
             return output
         probs, routing_map = output
-        real = self._own.real.reshape(-1, 1)
-        return probs * real, routing_map & real
+        return probs.masked_fill(~self._own.real.reshape(-1, 1), 0), routing_map
 
     def _expert(self, sums: Tensor):
         def hook(module, args, output) -> None:
@@ -225,10 +225,10 @@ class Collector:
                 if name.endswith(".norm"):
                     hidden += vector
                 else:
-                    found[name] = _gather(vector, runtime.tp_group())
+                    found[name] = runtime.all_gather(vector, runtime.tp_group())
         for at, sums in self.routed.items():
             dist.all_reduce(sums, group=runtime.expert_dp_group())
-            means = _gather(sums / self.tokens, runtime.ep_group())
+            means = runtime.all_gather(sums / self.tokens, runtime.ep_group())
             found |= {f"{at}.ffn": means[:, :-1].contiguous(), f"{at}.experts": means[:, -1].contiguous()}
         distances = torch.cat(list(self.distances.values()))
         for group in (runtime.dp_cp_group(), runtime.tp_group()):
@@ -276,13 +276,6 @@ def _side_by_side(parts: Iterable[Sums]) -> Sums:
     """Sums over the same values of several names, their channels one after the other."""
     counts, totals, spreads = zip(*parts, strict=True)
     return Sums(counts[0], torch.cat(totals, dim=-1), None if spreads[0] is None else torch.cat(spreads, dim=-1))
-
-
-def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' disjoint channels or experts, in order."""
-    parts = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(parts, shard.contiguous(), group=group)
-    return torch.cat(parts)
 
 
 @contextmanager

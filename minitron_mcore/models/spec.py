@@ -5,6 +5,7 @@ one checkpoint serve both.
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron_mcore import host, runtime
+from minitron_mcore.errors import UserError
 
 host.prepare()
 
@@ -136,7 +138,16 @@ def _on_gpu(module: str) -> ModuleType | None:
 
 
 def transformer_engine() -> bool:
-    return _on_gpu("transformer_engine.pytorch") is not None
+    """Whether layers are Transformer Engine's. MINITRON_LAYERS=torch in the environment turns it off: fp32 comparisons need
+    that, since Transformer Engine computes fp32 products in TF32.
+
+    Raises:
+        UserError: another value of MINITRON_LAYERS.
+    """
+    wanted = os.environ.get("MINITRON_LAYERS", "")
+    if wanted not in ("", "torch"):
+        raise UserError(f"MINITRON_LAYERS is {wanted!r}: set it to torch, or unset it.")
+    return not wanted and _on_gpu("transformer_engine.pytorch") is not None
 
 
 def _apex_rms_norm() -> Callable | None:
@@ -156,7 +167,7 @@ def stack_spec(qk_norm: bool) -> ModuleSpec:
 
 
 def describe() -> str:
-    """One line: which layers and which optimizer kernels run here."""
+    """One line: which layers and which optimizer kernels run here. MINITRON_LAYERS=torch forces the torch layers."""
     from megatron.core.optimizer import Adam
 
     norm = "Apex's RMSNorm" if _apex_rms_norm() else "RMSNorm"

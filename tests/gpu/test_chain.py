@@ -1,0 +1,78 @@
+"""The whole way on a CUDA device through the launch files, against the same on the CPU.
+
+A failure means that a stage breaks on GPUs, or that their students are worth something else.
+"""
+
+import inspect
+import json
+import math
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import models
+from tests.gpu.world import ROOT, on_cpu
+from tests.test_launch import config_of, word_tokenizer
+
+pytestmark = pytest.mark.gpu
+
+TRAINING = dict(steps=6, global_batch=4, sequence_length=16, warmup_steps=1, log_every=1)
+COMMAND = [
+    *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"),
+    *("data.train=[text.jsonl]", "data.heldout=[text.jsonl]", "prune.hidden=24", "prune.ffn=18", "prune.blocks=4"),
+    *("importance.samples=8", "importance.sequence_length=16", "evaluate.sequence_length=32"),
+    *(f"distill.{key}={value}" for key, value in TRAINING.items()),
+]
+
+
+def stage(name: str, *overrides: str) -> None:
+    """A launch file's own function, in this process."""
+    inspect.unwrap(runpy.run_path(str(ROOT / "launch" / f"{name}.py"))["main"])(config_of(name, *COMMAND, *overrides))
+
+
+def chain(folder: Path) -> dict:
+    """Every stage in `folder`; metrics of the steps, kept indices, losses of the exported folder and of the checkpoint."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for name in ("convert", "importance", "plan", "prune"):
+            stage(name)
+        stage("distill", "distill.stop_after=3")
+        stage("distill")
+        stage("export")
+        stage("evaluate")
+        stage("evaluate", "source=runs/tiny/distill", "out_dir=runs/tiny/evaluate_checkpoint")
+    finally:
+        os.chdir(before)
+    run = folder / "runs/tiny"
+    return {
+        "steps": [json.loads(line) for line in (run / "distill/metrics.jsonl").read_text().splitlines()],
+        "plan": json.loads((run / "plan/plan.json").read_text()),
+        "losses": [
+            json.loads((run / name / "evaluation.json").read_text())["files"][0]["loss"]
+            for name in ("evaluate", "evaluate_checkpoint")
+        ],
+    }
+
+
+def test_whole_way_ends_as_on_the_cpu(tmp_path):
+    """Convert, importance, plan, prune, distill with a stop and a resume, export, evaluate."""
+    g = torch.Generator().manual_seed(0)
+    lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
+    for name in ("device", "cpu"):
+        models.tiny_llama(tmp_path / name / "hf")
+        word_tokenizer(tmp_path / name / "hf")
+        (tmp_path / name / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (theirs,) = on_cpu(tmp_path / "reference", (chain, tmp_path / "cpu"))
+    ours = chain(tmp_path / "device")
+    assert [row["step"] for row in ours["steps"]] == list(range(1, 7))
+    for a, b in zip(ours["steps"], theirs["steps"], strict=True):
+        assert all(math.isclose(a[key], b[key], rel_tol=1e-4) for key in ("kd_loss", "lm_loss", "grad_norm")), (a, b)
+    kept = [key for key in ours["plan"] if key in ("hidden", "ffn", "heads", "blocks")]
+    assert kept and all(ours["plan"][key] == theirs["plan"][key] for key in kept)
+    for a, b in zip(ours["losses"], theirs["losses"], strict=True):
+        assert math.isclose(a, b, rel_tol=1e-4)
+    assert math.isclose(*ours["losses"], rel_tol=1e-5)
