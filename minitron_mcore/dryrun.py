@@ -82,6 +82,7 @@ def plan(config: Run) -> dict:
         config.performance,
     )
     sizes = [*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length]
+    sizes.append(config.performance.recompute_layers)
     if training and training.teacher_parallel:
         sizes += layout.sizes(training.teacher_parallel).values()
     countable = not problems and min(sizes) >= 1

@@ -113,7 +113,11 @@ def step(
     for found in passes:
         for kind, size in _sent(found, setting).items():
             sent[kind] += m * size
-    rows = [cost.states(student, setting, n, training.distributed_optimizer) for student in students for n in (0, -1)]
+    rows = [
+        cost.states(student, setting, n, training.distributed_optimizer)
+        for student in students
+        for n in {0, setting.last}
+    ]
     replicas = setting.replicas * p.context
     weights = max(
         row["gradients"] + (row["weights"] if training.distributed_optimizer else row["gradients"]) for row in rows
