@@ -19,6 +19,7 @@ def main(config: CorrectRun) -> None:
         config.seed,
         settings.sequence_length,
         patience=max(settings.hang_minutes, settings.save_minutes),
+        timeout_minutes=config.performance.nccl_timeout_minutes,
     ):
         source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
         stage.run([config], settings, [source], teacher=None)

@@ -26,6 +26,7 @@ def main(config: DistillRun) -> None:
         config.seed,
         settings.sequence_length,
         patience=max(settings.hang_minutes, settings.save_minutes),
+        timeout_minutes=config.performance.nccl_timeout_minutes,
         apart=settings.teacher_ranks,
         other=settings.teacher_parallel,
     ):

@@ -24,6 +24,7 @@ def main(config: SearchRun) -> None:
         config.seed,
         config.evaluate.sequence_length,
         patience=max(config.distill.hang_minutes, config.distill.save_minutes),
+        timeout_minutes=config.performance.nccl_timeout_minutes,
     ):
         ranking.run(config)
 

@@ -18,7 +18,7 @@ from minitron_mcore.importance import study
 from minitron_mcore.launching import alone
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost, run_cost, search
+from minitron_mcore.plan import advise, cost, run_cost, search
 from minitron_mcore.plan.target import check_counts
 from minitron_mcore.runs import (
     CacheKind,
@@ -82,6 +82,7 @@ def plan(config: Run) -> dict:
         config.performance,
     )
     sizes = [*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length]
+    sizes.append(config.performance.recompute_layers)
     if training and training.teacher_parallel:
         sizes += layout.sizes(training.teacher_parallel).values()
     countable = not problems and min(sizes) >= 1
@@ -98,6 +99,16 @@ def plan(config: Run) -> dict:
             figures["teacher_ranks"] = run_cost.beside(archs["teacher"], training, setting)
     if isinstance(config, SearchRun) and "student" in archs:
         figures["candidates"] = search.rows(foreseen.candidates(config), config.search.budget)
+    if config.dry.advise:
+        figures["layouts"] = []
+        if countable and training and not apart:
+            figures["layouts"] = _layouts(config, archs, training, setting)
+        if not figures["layouts"]:
+            problems.append(
+                "dry.advise found no layout: it is for stages that train, without distill.teacher_ranks, on as many dry.gpus as "
+                f"hold them in dry.memory {config.dry.memory:g} GiB each; give more GPUs, or another stage."
+            )
+        return figures
     named = [(f"pipeline stage {stage}", row) for stage, row in enumerate(figures["ranks"])]
     named += [
         (f"the teacher's pipeline stage {stage}", row) for stage, row in enumerate(figures.get("teacher_ranks", []))
@@ -188,6 +199,20 @@ def _problems(
             yield str(mistake)
 
 
+def _students(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:
+    """What a training stage trains at a time."""
+    students = [arch for role, arch in archs.items() if foreseen.kind(role) == "student"] or [
+        next(iter(archs.values()))
+    ]
+    return students * (min(config.search.together, config.search.best) if isinstance(config, SearchRun) else 1)
+
+
+def _layouts(config: Run, archs: dict[str, Architecture], training: DistillConfig, setting: cost.Setting) -> list[dict]:
+    cached = foreseen.cached(config) if "teacher" in archs else None
+    own = dataclasses.replace(training, teacher_parallel=None)
+    return advise.layouts(_students(config, archs), archs.get("teacher"), own, setting, config.dry, cached)
+
+
 def _ranks(
     config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
 ) -> list[dict]:
@@ -197,10 +222,9 @@ def _ranks(
     students = [arch for role, arch in archs.items() if foreseen.kind(role) == "student"]
     main = students[0] if students else next(iter(archs.values()))
     if training:
-        teacher, students = archs.get("teacher"), students or [main]
+        teacher, students = archs.get("teacher"), _students(config, archs)
         if any(list(checks.state_problems(s, teacher, training.states, training.kd_weight)) for s in students):
             return []  # pairs of blocks that are not there
-        students *= min(config.search.together, config.search.best) if isinstance(config, SearchRun) else 1
         rows = run_cost.run(students, teacher, training, setting, teacher and foreseen.cached(config))
     elif isinstance(config, DepthRun):
         rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
@@ -290,6 +314,12 @@ def _show(config: Run, figures: dict) -> None:
         )
         passing = "shards, which pass through a piece at a time"
         report.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
+    if found := figures.get("layouts"):
+        chosen = f"{len(found)} layouts fit {dry.memory:g} GiB a rank"
+        rates = f"products at dry.mfu {dry.mfu:.0%}, {dry.nvlink_gbs:g} GB/s within a node, {dry.network_gbs:g} beyond"
+        report.table(
+            "layouts, estimated, the soonest first", advise.shown(found), [f"{chosen}; {rates}; nothing overlaps"]
+        )
     if held := figures.get("teacher_ranks"):
         rows = [{"stage": n} | {kind: size / cost.GIB for kind, size in row.items()} for n, row in enumerate(held)]
         report.table("GiB on a rank of each of the teacher's own pipeline stages", rows)

@@ -153,7 +153,8 @@ class PerformanceConfig:
     loss_chunk_mb: int | None = None
     """MiB of the logits, both models', that the loss holds at a time; null is the default of `distill.chunks`."""
     nccl_timeout_minutes: float | None = None
-    """After which a collective that still waits fails; null: two more than distill.hang_minutes."""
+    """After which a collective that still waits fails; null: two more than the longer of distill.hang_minutes
+    and distill.save_minutes. Must leave the time to report a hang, hang_minutes."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def frozen(self) -> "PerformanceConfig":
@@ -258,16 +259,20 @@ def problems(
             "performance.teacher_offload moves a live teacher in bf16 or fp32 that shares the student's ranks, and there is none: "
             "give false."
         )
-    yield from _sizes(config)
+    yield from _sizes(config, training)
 
 
-def _sizes(config: PerformanceConfig) -> Iterator[str]:
+def _sizes(config: PerformanceConfig, training: DistillConfig) -> Iterator[str]:
     least = {"bucket_size": 1, "loss_chunk_mb": 1, "recompute_layers": 1}
     for name, limit in least.items():
         if (value := getattr(config, name)) is not None and value < limit:
             yield f"performance.{name} is {value}; it must be at least {limit}."
-    if config.nccl_timeout_minutes is not None and config.nccl_timeout_minutes <= 0:
-        yield f"performance.nccl_timeout_minutes is {config.nccl_timeout_minutes:g}; it must be above 0."
+    minutes = config.nccl_timeout_minutes
+    if minutes is not None and minutes <= training.hang_minutes:
+        yield (
+            f"performance.nccl_timeout_minutes is {minutes:g}; it must be above hang_minutes {training.hang_minutes:g}, or "
+            "collectives fail before a hang is reported."
+        )
     profile = config.profile
     if profile.start is None and (profile.stop is not None or profile.memory):
         yield "performance.profile has no start: give the first step to record, counted from 1."

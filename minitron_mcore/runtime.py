@@ -76,6 +76,7 @@ def distributed(
     patience: float = 60.0,
     apart: int = 0,
     other: ParallelConfig | None = None,
+    timeout_minutes: float | None = None,
 ) -> Iterator[None]:
     """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
 
@@ -93,6 +94,7 @@ def distributed(
             two more, and a collective that still waits fails by itself.
         apart: processes of the second world; 0 makes none.
         other: their layout; None is `parallel`.
+        timeout_minutes: after which a collective that still waits fails, instead of the two more.
 
     Raises:
         UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`), no process left for one world.
@@ -105,7 +107,7 @@ def distributed(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if store is None and "MASTER_ADDR" not in os.environ:
         store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
-    timeout = datetime.timedelta(minutes=patience + 2)
+    timeout = datetime.timedelta(minutes=timeout_minutes or patience + 2)
     if apart:
         refuse(f"distill.teacher_parallel: {x}" for x in layout.problems(other or parallel, apart, sequence_length))
         store = store or next(dist.rendezvous("env://"))[0]
