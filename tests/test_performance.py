@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minitron_mcore import dryrun, launching
-from minitron_mcore.config import DistillConfig, Dtype, ParallelConfig, PruneConfig
+from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig, PruneConfig
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.performance import (
     EVERYTHING,
@@ -123,6 +123,33 @@ def test_recomputation_changes_no_bit_and_keeps_less(pair, layout):
 def test_recomputation_of_experts(mixtral):
     parallel = ParallelConfig(expert=2)
     compare(on_ranks(gradients, 2, parallel, *mixtral, parallel, [NONE, FULL, EXPERTS]), 2)
+
+
+def kept(arch, parallel, every):
+    """Bytes that autograd keeps of one forward pass, with each of the options."""
+    from minitron_mcore.models import build
+    from minitron_mcore.testing import saved_bytes
+
+    found = []
+    for performance in every:
+        model = build.build(arch, parallel, "bf16", performance)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        with saved_bytes(model.parameters()) as saved:
+            output = model(torch.randint(0, arch.vocab, (2, 32 // parallel.context)), None, None, headless=True)
+        found.append(saved.now)
+        del output
+    return found
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2"])
+def test_kept_activations_are_as_estimated(layout):
+    (world, parallel), every = LAYOUTS[layout], [NONE, FULL, BLOCK, DENSE]
+    arch = dataclasses.replace(LLAMA, blocks=5, hidden=256, ffn=320)
+    for found in on_ranks(kept, world, parallel, arch, parallel, every):
+        for performance, measured in zip(every, found, strict=True):
+            setting = cost.Setting(parallel, world, Dtype.bf16, 2, 32, Device.cpu, performance)
+            assert cost.activations(arch, setting, 0, 1) == pytest.approx(measured, rel=0.03), performance.recompute
 
 
 def train(student, teacher, parallel, performance, out_dir, stop=None, hosted=False):

@@ -178,6 +178,9 @@ def layer_activations(arch: Architecture, setting: Setting, part: str, again: Se
     token = (_norm(arch.hidden, arch, setting) + output) / setting.sharers
     if part == "mlp":
         return (token + (0 if {"mlp", "moe"} & set(again) else _mlp(arch, setting))) * setting.tokens
+    if "mlp" in again and setting.device == Device.cpu:
+        # megatron-core recomputes the MLP that an attention layer has not: its input stays, as the next fused norm's does anyway.
+        token += b * arch.hidden / setting.sharers
     core = "core_attn" in again
     token += _attention(arch, setting, core)
     rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
