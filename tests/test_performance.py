@@ -276,7 +276,7 @@ def test_steps_are_profiled(pair, tmp_path):
         ({"align_param_gather": True}, "needs overlap_param_gather and parallel.virtual above 1"),
         ({"tp_comm_overlap": True}, "parallel.sequence true and parallel.tensor above 1"),
         ({"bucket_size": 7}, "bucket_size is for overlap_grad_reduce"),
-        ({"optimizer_offload": 0.5}, "needs performance.precision_aware_optimizer"),
+        ({"optimizer_offload": 0.5}, "do not look: give 0"),
         ({"exp_avg_dtype": "bf16"}, "needs performance.precision_aware_optimizer"),
         ({"nccl_timeout_minutes": 1.0}, "it must be above hang_minutes 10"),
         ({"profile.stop": 3}, "profile has no start"),
@@ -304,8 +304,7 @@ def composed(*overrides: str):
         ),
         (dataclasses.replace(LLAMA, hidden=72), {"fp8": Fp8.e4m3}, "multiples of 16, but there is hidden 72"),
         (LLAMA, {"teacher_fp8": Fp8.e4m3, "teacher_offload": True}, "moves a live teacher"),
-        (LLAMA, {"precision_aware_optimizer": True, "optimizer_offload": 1.5}, "a share from 0 to 1"),
-        (LLAMA, {"precision_aware_optimizer": True, "exp_avg_dtype": Dtype.bf16, "optimizer_offload": 1.0}, ""),
+        (LLAMA, {"precision_aware_optimizer": True, "exp_avg_dtype": Dtype.bf16}, ""),
         (dataclasses.replace(LLAMA, family="nemotron"), {"bias_activation_fusion": True}, "has none: give null"),
     ],
 )
@@ -341,8 +340,6 @@ def test_the_recipe_fits_eight_gpus():
     assert low["gradients"] == whole["gradients"] / 2 and low["teacher"] < whole["teacher"] / 10
     aware = rows("performance.precision_aware_optimizer=true", "performance.exp_avg_dtype=bf16")
     assert aware["optimizer"] == pytest.approx(whole["optimizer"] / 2)
-    away = rows("performance.precision_aware_optimizer=true", "performance.optimizer_offload=1.0")
-    assert away["optimizer"] == 0
     quant = rows("performance=fp8")
     assert quant["weights"] > whole["weights"] and quant["teacher"] > whole["teacher"]
 

@@ -7,7 +7,7 @@ Bytes are those of tensors alive at the step's worst moment, layer by layer as a
     gradients    megatron-core's buffer: 4 a parameter, 2 with performance.grad_reduce_in_fp32=false
     optimizer    Adam's two moments in fp32 and, of bf16 weights, an fp32 copy: 12 or 8 a parameter, over the data-parallel (and
                  context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it. The
-                 precision-aware one: 2 for the lower half of the copy, moments of 4 or 2 each, less the share on the host
+                 precision-aware one: 2 for the lower half of the copy, moments of 4 or 2 each
     teacher      its weights in its own layout (under teacher_fp8 1 more for each weight of a layer's matrix), and of its head the
                  rows that go with the student's; with performance.teacher_offload these rows only
     hand-off     its hidden states, final ones and those that blocks are compared with, of every micro-batch that it is ahead
@@ -101,7 +101,7 @@ def states(arch: Architecture, setting: Setting, stage: int, distributed: bool, 
     others += more
     config, each = setting.performance, 12 if setting.dtype == Dtype.bf16 else 8
     if config.precision_aware_optimizer:
-        each = (2 + (8 if config.exp_avg_dtype == Dtype.fp32 else 4)) * (1 - config.optimizer_offload)
+        each = 10 if config.exp_avg_dtype == Dtype.fp32 else 6
     optimizer = each * _owned(setting, (experts, others), distributed)
     copies = 2 * matrices(arch, setting, stage) if config.fp8 else 0
     return {
