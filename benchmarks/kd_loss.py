@@ -9,18 +9,26 @@ and head:
     torch                    both logits, gathered over the vocabulary, log_softmax and kl_div in fp32
     torch.compile            the same, compiled (GPU)
     modelopt                 both logits, LogitsKLLoss of modelopt.torch.distill.plugins.megatron
-    liger                    LigerFusedLinearJSD with beta 0, which is the forward KL (GPU, where it is installed)
+    liger                    LigerFusedLinearJSD with beta 0, which is the forward KL (GPU)
 
-On a CPU: 2,048 tokens of a small model, at TP 1 and 2. On a GPU: 8,192 tokens of a large one at TP 1, beside the time that the
-matrix products take at 75 % of an H100's 989 TFLOP/s. Time is the median over interleaved repetitions, of the slowest rank,
-with cores / TP threads a rank. Memory is the peak beyond the inputs (and beyond the two bf16 logits of all but minitron and
-liger) over tokens x this rank's vocabulary; on a CPU the resident memory, which holds what malloc keeps as well.
+On a GPU a row follows for each other divergence, and Liger's JSD. A row whose package is missing, that runs out of memory or
+fails otherwise says so; the others go on.
+
+On a CPU: 2,048 tokens of a small model, at TP 1 and 2. On a GPU: 8,192 tokens of a large one at TP 1, in this process, beside the
+time that the matrix products take at 75 % of an H100's 989 TFLOP/s. Time is the median over interleaved repetitions, of the
+slowest rank, with cores / TP threads a rank. Memory is the peak beyond the inputs (and beyond the two bf16 logits of all but
+minitron and liger) over tokens x this rank's vocabulary, and in GB all beyond the inputs and their gradients; on a CPU the
+resident memory, which holds what malloc keeps as well.
 Collectives are those of one call, forward and backward, less the reduction of the hidden states' gradient, which all
 need alike. On one rank others may disturb the time: threads wait for each other, so measure on an idle machine.
 """
 
+import contextlib
+import gc
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from unittest.mock import patch
 
@@ -33,7 +41,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from minitron_mcore import runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config import Divergence, ParallelConfig
 
 GPU = torch.cuda.is_available()
 TOKENS, VOCAB, STUDENT_HIDDEN, TEACHER_HIDDEN = (8192, 128_256, 3072, 4096) if GPU else (2048, 49_152, 504, 576)
@@ -50,19 +58,20 @@ def labels_and_mask(hidden: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def minitron() -> Loss:
+def minitron(**options) -> Loss:
     from minitron_mcore.distill.losses import distillation_loss
 
     def loss(*states):
-        return distillation_loss(*states, *labels_and_mask(states[0]), vocab_size=VOCAB, tp_group=runtime.tp_group())[0]
+        shape = dict(vocab_size=VOCAB, tp_group=runtime.tp_group())
+        return distillation_loss(*states, *labels_and_mask(states[0]), **shape, **options)[0]
 
     return loss
 
 
-def minitron_torch() -> Loss:
+def minitron_torch(**options) -> Loss:
     from minitron_mcore.distill import tiles
 
-    fused = minitron()
+    fused = minitron(**options)
 
     def loss(*states):
         with patch.object(tiles, "kernels_for", return_value=None):
@@ -114,10 +123,10 @@ def modelopt() -> Loss:
     return loss
 
 
-def liger() -> Loss:
+def liger(beta: float = 0.0) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    criterion = LigerFusedLinearJSD(jsd_beta=0.0)
+    criterion = LigerFusedLinearJSD(jsd_beta=beta)
 
     def loss(hidden, *others):
         return len(hidden) * criterion(hidden, *others, None)  # a mean over tokens
@@ -125,26 +134,48 @@ def liger() -> Loss:
     return loss
 
 
-IMPLEMENTATIONS = {
-    "minitron": minitron,
-    **({"minitron, torch path": minitron_torch} if GPU else {}),
-    "minitron, given logits": minitron_logits,
-    "torch": dense,
-    **({"torch.compile": lambda: torch.compile(dense())} if GPU else {}),
-    **({"modelopt": modelopt} if find_spec("modelopt") else {}),
-    **({"liger": liger} if GPU and find_spec("liger_kernel") else {}),
+@dataclass(frozen=True)
+class Implementation:
+    make: Callable[[], Loss]
+    package: str = "torch"
+    holds_logits: bool = True
+    kind: str = "forward_kl"
+    """Losses and gradients of one kind are compared."""
+
+
+KINDS = {name: {"divergence": Divergence(name)} for name in ("reverse_kl", "jsd", "mse", "cosine")} | {
+    "top 20": {"top_k": 20}
 }
-HOLDS_NO_LOGITS = "minitron", "minitron, torch path", "liger"
+IMPLEMENTATIONS = {
+    "minitron": Implementation(minitron, holds_logits=False),
+    "minitron, torch path": Implementation(minitron_torch, holds_logits=False),
+    "minitron, given logits": Implementation(minitron_logits),
+    "torch": Implementation(dense),
+    "torch.compile": Implementation(lambda: torch.compile(dense())),
+    "modelopt": Implementation(modelopt, "modelopt"),
+    "liger": Implementation(liger, "liger_kernel", holds_logits=False),
+}
+for kind, options in KINDS.items():
+    IMPLEMENTATIONS |= {
+        f"minitron, {kind}": Implementation(partial(minitron, **options), "torch", False, kind),
+        f"minitron, {kind}, torch path": Implementation(partial(minitron_torch, **options), "torch", False, kind),
+    }
+IMPLEMENTATIONS["liger, jsd"] = Implementation(partial(liger, 0.5), "liger_kernel", False, "jsd")
+if not GPU:
+    IMPLEMENTATIONS = {
+        name: IMPLEMENTATIONS[name] for name in ("minitron", "minitron, given logits", "torch", "modelopt")
+    }
 
 
 def inputs(tokens: int) -> Inputs:
     """The same hidden states on all ranks, this rank's rows of both heads; logits spread like a language model's."""
     group = runtime.tp_group()
     torch.set_num_threads(max(1, os.cpu_count() // group.size()))
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device=runtime.device()).manual_seed(0)
 
     def states(width: int) -> tuple[Tensor, Tensor]:
-        hidden, head = torch.randn(tokens, width, generator=g), torch.randn(VOCAB, width, generator=g) * 3 / width**0.5
+        hidden, head = (torch.randn(n, width, generator=g, device=g.device) for n in (tokens, VOCAB))
+        head *= 3 / width**0.5
         rows = head.chunk(group.size())[group.rank()]
         return tuple(x.to(runtime.device(), torch.bfloat16) for x in (hidden, rows))
 
@@ -163,15 +194,18 @@ def step(loss: Loss, tensors: Inputs, reduce_hidden: bool = True) -> Tensor:
 
 def examine(loss: Loss, tensors: Inputs) -> tuple[tuple[Tensor, ...], int, int]:
     """(loss, both gradients), extra peak in bytes, collectives of one call."""
-    step(loss, inputs(16))  # what libraries set up on first use is no part of the loss
-    results = []
-    with CommDebugMode() as counter:
+    hidden, head, teacher_hidden, teacher_head = tensors
+    few = hidden.detach()[:16].requires_grad_(), head, teacher_hidden[:16], teacher_head
+    step(loss, few)  # what libraries set up on first use is no part of the loss
+    clear(tensors)
+    results, alone = [], runtime.tp_group().size() == 1
+    with contextlib.nullcontext() if alone else CommDebugMode() as counter:
         peak = (device_peak_bytes if GPU else peak_bytes)(
             lambda: results.append(step(loss, tensors, reduce_hidden=False))
         )
     results += [x.grad.float() for x in tensors[:2]]
     clear(tensors)
-    return tuple(results), peak, counter.get_total_counts()
+    return tuple(results), peak, 0 if alone else counter.get_total_counts()
 
 
 def clear(tensors: Inputs) -> None:
@@ -179,27 +213,35 @@ def clear(tensors: Inputs) -> None:
         x.grad = None
 
 
-def on_rank(tokens: int, repetitions: int) -> dict[str, dict[str, float | list[float]]]:
-    """This rank's figures of every implementation; the timed repetitions take the implementations in turn."""
-    tensors, losses = inputs(tokens), {name: make() for name, make in IMPLEMENTATIONS.items()}
-    figures, first = {}, None
-    for name, loss in list(losses.items()):
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def on_rank(tokens: int, repetitions: int) -> dict[str, dict]:
+    """This rank's figures of each implementation, or why it has none. The timed repetitions take the implementations in turn."""
+    tensors, losses, figures, first = inputs(tokens), {}, {}, {}
+    for name, implementation in IMPLEMENTATIONS.items():
         try:
+            if not find_spec(implementation.package):
+                raise ImportError(f"{implementation.package} is not installed")
+            loss = implementation.make()
             results, peak, collectives = examine(loss, tensors)
-        except Exception as error:  # a peer that doesn't run here is no reason to stop
-            if name == "minitron":
-                raise
-            runtime.log(f"{name} is left out: {type(error).__name__}: {str(error)[:300]}")
+            expected = first.setdefault(implementation.kind, results)
+            for ours, theirs in zip(expected, results, strict=True):
+                difference = ((ours - theirs).norm() / ours.norm()).item()
+                assert difference < 0.02, f"differs from {implementation.kind}'s first by {difference:.3g}"
+        except Exception as error:
+            figures[name] = {"failure": failure(error)}
+        if name in figures:
             clear(tensors)
-            del losses[name]
+            gc.collect()  # the exception's frames hold what the call had allocated
             continue
-        first = first or results
-        for ours, theirs in zip(first, results, strict=True):
-            difference = ((ours - theirs).norm() / ours.norm()).item()
-            assert difference < 0.02, f"minitron and {name} disagree by {difference:.3g}"
-        logits = 0 if name in HOLDS_NO_LOGITS else 2 * 2
-        peak = peak / (tokens * len(tensors[1])) - logits
-        figures[name] = {"extra_peak_bytes_per_element": peak, "collectives": collectives, "time": []}
+        losses[name] = loss
+        an_element = peak / (tokens * len(tensors[1])) - 2 * 2 * implementation.holds_logits
+        beyond = peak - sum(x.numel() * x.element_size() for x in tensors[:2])
+        peaks = {"extra_peak_bytes_per_element": an_element, "peak_bytes_beyond_gradients": beyond}
+        figures[name] = peaks | {"collectives": collectives, "time": []}
+    first.clear()
     for _ in range(repetitions):
         for name, loss in losses.items():
             dist.barrier()
@@ -208,43 +250,48 @@ def on_rank(tokens: int, repetitions: int) -> dict[str, dict[str, float | list[f
     return figures
 
 
-def measure(tp: int, tokens: int, repetitions: int) -> tuple[list[Figure], dict[str, float]]:
-    """The figures at one tensor-parallel size; each time over ModelOpt's (the median of the repetitions' ratios)."""
-    figures, case = [], f"tp{tp}, {tokens} tokens x {VOCAB}, bf16"
+def measure(tp: int, tokens: int, repetitions: int) -> tuple[list[Figure], dict[str, list[str]]]:
+    """The figures at one tensor-parallel size, and the cells of each implementation's row."""
+    figures, rows, case = [], {}, f"tp{tp}, {tokens} tokens x {VOCAB}, bf16"
     found = ranks(on_rank, tp, ParallelConfig(tensor=tp), tokens, repetitions, timeout=900)
-    times = {name: torch.tensor([rank[name]["time"] for rank in found]).amax(0) for name in found[0]}
-    for name in times:
-        peak, calls = (max(rank[name][m] for rank in found) for m in ("extra_peak_bytes_per_element", "collectives"))
-        figures += [
-            Figure("kd_loss", case, name, "time", times[name].median().item(), "s"),
-            Figure("kd_loss", case, name, "extra_peak_bytes_per_element", peak, "B"),
-            Figure("kd_loss", case, name, "collectives", calls, "calls"),
-        ]
-    peer = times["modelopt" if "modelopt" in times else "torch"]
-    return figures, {name: (times[name] / peer).median().item() for name in times}
+    times = {
+        name: torch.tensor([rank[name]["time"] for rank in found]).amax(0)
+        for name in IMPLEMENTATIONS
+        if not any("failure" in rank[name] for rank in found)
+    }
+    for name in IMPLEMENTATIONS:
+        if name not in times:
+            rows[name] = [next(rank[name]["failure"] for rank in found if "failure" in rank[name])]
+            continue
+        units = {"extra_peak_bytes_per_element": "B", "peak_bytes_beyond_gradients": "B", "collectives": "calls"}
+        peak, beyond, calls = (max(rank[name][metric] for rank in found) for metric in units)
+        time = times[name].median().item()
+        values = zip(("time", *units), (time, peak, beyond, calls), ("s", *units.values()), strict=True)
+        figures += [Figure("kd_loss", case, name, metric, value, unit) for metric, value, unit in values]
+        ratio = f"{(times[name] / times['modelopt']).median():.2f}" if "modelopt" in times else ""
+        rows[name] = [f"{time * 1e3:.4g}", ratio, f"{peak:.1f}", f"{beyond / 1e9:.2f}", f"{calls:g}"]
+    return figures, rows
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--tokens", type=int, default=TOKENS)
     options = options.parse_args()
-    repetitions = 9 if GPU or not options.quick else 1
-    table = Table("", "implementation", "time [ms]", "of ModelOpt's", "extra peak [B/element]", "collectives")
+    repetitions = (5 if GPU else 1) if options.quick else 9
+    columns = "time [ms]", "of ModelOpt's", "extra peak [B/element]", "beyond gradients [GB]", "collectives"
+    table = Table("", "implementation", *columns)
     figures = []
     for tp in (1,) if GPU else (1, 2):
-        found, ratios = measure(tp, options.tokens, repetitions)
+        found, rows = measure(tp, options.tokens, repetitions)
         figures += found
-        for name, ratio in ratios.items():
-            duration, peak, calls = (figure.value for figure in found if figure.implementation == name)
-            table.add_row(f"TP {tp}", name, f"{duration * 1e3:.4g}", f"{ratio:.2f}", f"{peak:.1f}", f"{calls:g}")
+        for name, cells in rows.items():
+            table.add_row(f"TP {tp}", name, *cells)
     console = Console()
     console.print(
         f"{options.tokens} tokens, vocabulary {VOCAB}, hidden {STUDENT_HIDDEN} / {TEACHER_HIDDEN}, bf16", table
     )
     if GPU:
         console.print(f"The products at 75 % of an H100's peak: {FLOOR * 1e3:.1f} ms.")
-        if "liger" not in IMPLEMENTATIONS:
-            console.print("liger is left out: `pip install liger-kernel`.")
     write(figures, options.json)
 
 

@@ -14,7 +14,13 @@ def main(config: CorrectRun) -> None:
     from minitron_mcore.distill import stage
 
     settings = DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
-    with runtime.distributed(config.parallel, config.seed, settings.sequence_length, patience=settings.hang_minutes):
+    with runtime.distributed(
+        config.parallel,
+        config.seed,
+        settings.sequence_length,
+        patience=max(settings.hang_minutes, settings.save_minutes),
+        timeout_minutes=config.performance.nccl_timeout_minutes,
+    ):
         source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
         stage.run([config], settings, [source], teacher=None)
 

@@ -25,13 +25,14 @@ def main(config: DistillRun) -> None:
         config.parallel,
         config.seed,
         settings.sequence_length,
-        patience=settings.hang_minutes,
+        patience=max(settings.hang_minutes, settings.save_minutes),
+        timeout_minutes=config.performance.nccl_timeout_minutes,
         apart=settings.teacher_ranks,
         other=settings.teacher_parallel,
     ):
         if (bridge := runtime.bridge()) and bridge.beyond:
             teacher = checkpoint.open_checkpoint(config.teacher, "teacher")
-            return apart.serve(teacher, settings, config.parallel, config.dtype.value)
+            return apart.serve(teacher, settings, config.parallel, config.dtype.value, config.performance)
         runs = runs or [config]
         students = [checkpoint.open_checkpoint(run.student, "student") for run in runs]
         teacher = cache.open_teacher(config.teacher) if settings.taught else None

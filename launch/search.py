@@ -20,7 +20,11 @@ def main(config: SearchRun) -> None:
     from minitron_mcore.plan import ranking
 
     with runtime.distributed(
-        config.parallel, config.seed, config.evaluate.sequence_length, patience=config.distill.hang_minutes
+        config.parallel,
+        config.seed,
+        config.evaluate.sequence_length,
+        patience=max(config.distill.hang_minutes, config.distill.save_minutes),
+        timeout_minutes=config.performance.nccl_timeout_minutes,
     ):
         ranking.run(config)
 

@@ -25,13 +25,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
-from minitron_mcore import distcp, runtime
+from minitron_mcore import disk, distcp, runtime
 from minitron_mcore.errors import NotFinite, UserError
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
@@ -40,7 +41,12 @@ from minitron_mcore.models.folder import shipped
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # isort: skip
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
 from torch.distributed.checkpoint import CheckpointException  # isort: skip
+
+if TYPE_CHECKING:
+    from minitron_mcore import stream
 
 COMPLETE = ".complete"
 
@@ -233,45 +239,73 @@ def sharded(parameter: table.Parameter, pieces: list[tuple[tuple[int, ...], Tens
     }
 
 
-def model_state(model: build.Model, arch: Architecture, tp_rank: int, tp_size: int) -> dict:
-    """A model's parameters as sharded tensors in the table's terms; each views the parameter's memory.
+@dataclass(frozen=True)
+class Shard:
+    """Where a rank's tensor of a parameter lies in the checkpoint's tensor `key` of `shape`; padding rows lie nowhere."""
 
-    A rank's part: its stage's blocks, its tensor-parallel ranges, its experts; padding rows of the vocabulary are left out.
-    """
-    by_name = {parameter.name: parameter for parameter in table.parameters(arch)}
-    copy, state = runtime.dp_cp_group().rank(), {}
-    for n, (name, tensor) in enumerate(build.named_parameters(model)):
+    key: str
+    shape: tuple[int, ...]
+    replica: tuple[int, ...]
+    """All zeros on one of the ranks that hold the same; the last is a number among data-parallel copies."""
+    ranges: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    """(offset in the rank's tensor, offset in the checkpoint's, shape) of each part."""
+
+
+def model_shards(model: build.Model, arch: Architecture) -> dict[nn.Parameter, Shard]:
+    """Of a rank's parameters: its stage's blocks, its tensor-parallel ranges, its experts. Keys and shapes are the table's."""
+    by_name, tp, found = {p.name: p for p in table.parameters(arch)}, runtime.tp_group(), {}
+    for name, tensor in build.named_parameters(model):
         parameter, tp_dim = by_name[name], by_name[name].row.tp_dim
         tied_copy = name == "embedding.word_embeddings.weight" and not runtime.is_first_stage()
-        replica = (int(tied_copy), 0 if tp_dim is not None else tp_rank, copy)
+        replica = (int(tied_copy), 0 if tp_dim is not None else tp.rank(), runtime.dp_cp_group().rank())
         if parameter.expert is not None:
             replica = (0, 0, runtime.expert_dp_group().rank())
-        state |= {
-            f"{n}.{k}": v
-            for k, v in sharded(parameter, views(parameter, tensor.data, tp_rank, tp_size), replica).items()
-        }
-    return state
+        found[tensor] = Shard(
+            name, parameter.shape, replica, ranges(parameter, tuple(tensor.shape), tp.rank(), tp.size())
+        )
+    return found
+
+
+def model_state(model: build.Model, arch: Architecture) -> dict:
+    """A model's parameters as sharded tensors in the table's terms; each views the parameter's memory (see `model_shards`)."""
+    return {
+        f"{n}.{k}": ShardedTensor(
+            shard.key, part, part.dtype, tuple(part.shape), shard.shape, offset, None, replica_id=shard.replica
+        )
+        for n, (tensor, shard) in enumerate(model_shards(model, arch).items())
+        for k, (offset, part) in enumerate(_parts(tensor.data, shard.ranges))
+        if part.numel()
+    }
+
+
+def ranges(parameter: table.Parameter, shape: tuple[int, ...], tp_rank: int, tp_size: int) -> list[tuple]:
+    """`Shard.ranges` of a rank's tensor of this shape."""
+    dim, found, start = parameter.row.tp_dim, [], 0
+    if dim is None:
+        return [((0,) * len(shape), (0,) * len(shape), shape)]
+    for low, high in table.ranges(parameter.row.axes[dim], parameter.arch, tp_rank, tp_size):
+        local, offset = (tuple(x if n == dim else 0 for n in range(len(shape))) for x in (start, low))
+        found.append((local, offset, (*shape[:dim], high - low, *shape[dim + 1 :])))
+        start += high - low
+    return found
 
 
 def views(
     parameter: table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int
 ) -> list[tuple[tuple[int, ...], Tensor]]:
     """(global offset, view) of each range that a rank's local tensor of a parameter is made of."""
-    tp_dim = parameter.row.tp_dim
-    if tp_dim is None:
-        return [((0,) * tensor.dim(), tensor)]
-    pieces, start = [], 0
-    for low, high in table.ranges(parameter.row.axes[tp_dim], parameter.arch, tp_rank, tp_size):
-        offset = tuple(low if dim == tp_dim else 0 for dim in range(tensor.dim()))
-        pieces.append((offset, tensor.narrow(tp_dim, start, high - low)))
-        start += high - low
-    return pieces
+    return _parts(tensor, ranges(parameter, tuple(tensor.shape), tp_rank, tp_size))
 
 
-def save(out_dir: str | Path, step: int, state: dict, streamed=None) -> None:
+def _parts(tensor: Tensor, ranges: list[tuple]) -> list[tuple[tuple[int, ...], Tensor]]:
+    spans = [(offset, [slice(a, a + n) for a, n in zip(local, shape, strict=True)]) for local, offset, shape in ranges]
+    return [(offset, tensor[tuple(span)]) for offset, span in spans]
+
+
+def save(out_dir: str | Path, step: int, state: dict, streamed: "stream.Streamed") -> None:
     """Write a sharded state dict as `step_N` and point `latest` at it (collective). Older steps are removed after that.
 
-    `streamed` is a saving strategy that hashes what it writes (see `stream`); otherwise megatron-core reads it all back.
+    Of what data-parallel ranks hold alike, each writes an equal share. `streamed` writes, and hashes what it writes.
     """
     out_dir = Path(out_dir)
     name = f"step_{step:07d}"
@@ -281,9 +315,9 @@ def save(out_dir: str | Path, step: int, state: dict, streamed=None) -> None:
         shutil.rmtree(out_dir / name, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(part), streamed, async_strategy="mcore", verify_integrity=streamed is None)
-    if streamed:
-        streamed.seal(part)
+    shared = FullyParallelSaveStrategyWrapper(streamed, runtime.dp_cp_group())
+    dist_checkpointing.save(state, str(part), shared, async_strategy="mcore")
+    streamed.seal(part)
     dist.barrier()
     if runtime.rank() == 0:
         os.replace(part, out_dir / name)
@@ -301,9 +335,19 @@ def load(checkpoint: Checkpoint, state: dict) -> dict:
         UserError: a shard that is truncated, changed or missing, or a tensor that the checkpoint does not have.
     """
     with runtime.agreed(), undamaged(checkpoint.step_dir):
+        # First: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
+        _verify(checkpoint.step_dir)
         distcp.read_metadata(checkpoint.step_dir)  # megatron-core runs whatever its pickle says
-        # Integrity first: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
-        return dist_checkpointing.load(state, str(checkpoint.step_dir), verify_integrity=True)
+    with runtime.agreed(), undamaged(checkpoint.step_dir):
+        return dist_checkpointing.load(state, str(checkpoint.step_dir))
+
+
+def _verify(step_dir: Path) -> None:
+    """Hash this rank's share of the files and compare with the manifest: ranks together read a checkpoint once."""
+    hashes = json.loads((step_dir / INTEGRITY_FNAME).read_text())["files"]
+    for name in sorted(hashes)[runtime.rank() :: dist.get_world_size()]:
+        if disk.sha256(step_dir / name) != hashes[name]:
+            raise CheckpointingException(f"{name} is not what was written")
 
 
 @contextmanager
@@ -326,11 +370,10 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: see `load`; a tensor of zeros or with NaN where weights belong.
     """
-    tp = runtime.tp_group()
     for name, parameter in build.named_parameters(model):
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             parameter.data.zero_()
-    state = model_state(model, checkpoint.arch, tp.rank(), tp.size())
+    state = model_state(model, checkpoint.arch)
     loaded = load(checkpoint, state)
     for key, wanted in state.items():  # what was loaded also holds a training run's own state
         if loaded[key].data_ptr() != wanted.data.data_ptr():
@@ -346,8 +389,8 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
                 )
 
 
-def build_model(checkpoint: Checkpoint, parallel, dtype: str) -> build.Model:
-    """Build a checkpoint's model in a layout and set its weights (collective)."""
-    model = build.build(checkpoint.arch, parallel, dtype)
+def build_model(checkpoint: Checkpoint, parallel, dtype: str, performance=None) -> build.Model:
+    """Build a checkpoint's model in a layout and set its weights (collective); `performance`: see `build.build`."""
+    model = build.build(checkpoint.arch, parallel, dtype, performance)
     load_weights(model, checkpoint)
     return model

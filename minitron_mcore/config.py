@@ -208,13 +208,14 @@ class TrainConfig:
     """With on_bad_loss=skip, at most so many steps in a row."""
     hang_minutes: float = 10.0
     """When a rank has stood still for so long, the run ends and names those that kept the others waiting."""
+    save_minutes: float = 60.0
+    """The same while a checkpoint is written, if that is longer."""
 
 
 class StatesLoss(StrEnum):
     """How a token's intermediate states differ."""
 
     cosine = "cosine"
-    """1 - cosine."""
     mse = "mse"
     """Mean over the teacher's channels of the squared difference."""
 
@@ -247,7 +248,6 @@ class Divergence(StrEnum):
     mse = "mse"
     """Mean squared difference of the logits."""
     cosine = "cosine"
-    """1 - cosine of the logits."""
 
 
 @dataclass
@@ -381,20 +381,3 @@ class SearchConfig:
 class Device(StrEnum):
     cuda = "cuda"
     cpu = "cpu"
-
-
-@dataclass
-class DryConfig:
-    """What a dry run (`dry_run=true`) plans for."""
-
-    gpus: int | None = None
-    """Processes of the run, one a GPU; null takes torchrun's, or as few as the layout needs."""
-    device: Device = Device.cuda
-    memory: float = 75.0
-    """GiB that a rank's tensors may take: an H100's 80 GB less CUDA's context and NCCL's buffers."""
-    peak_tflops: float = 989.0
-    """Of one GPU, dense: an H100's in bf16."""
-    mfu: float = 0.4
-    """Share of the peak that the run is expected to reach with the operations that the model needs."""
-    json: str | None = None
-    """File to write the figures to."""

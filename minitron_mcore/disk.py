@@ -4,6 +4,7 @@ longer than hashing it. A file system that refuses (O_DIRECT), at once or at the
 import collections
 import errno
 import fcntl
+import hashlib
 import io
 import mmap
 import os
@@ -36,6 +37,11 @@ def _asked(request: Callable[[], int], file: int) -> int:
             raise
         fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)
         return request()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _room(size: int) -> mmap.mmap:

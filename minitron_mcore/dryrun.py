@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron_mcore import foreseen, report
-from minitron_mcore.config import DistillConfig, ParallelConfig
+from minitron_mcore import performance as options
+from minitron_mcore.config import Device, DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import checks as importance
@@ -17,7 +18,7 @@ from minitron_mcore.importance import study
 from minitron_mcore.launching import alone
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost, run_cost, search
+from minitron_mcore.plan import advise, cost, run_cost, search
 from minitron_mcore.plan.target import check_counts
 from minitron_mcore.runs import (
     CacheKind,
@@ -78,8 +79,10 @@ def plan(config: Run) -> dict:
         getattr(settings, "micro_batch", 1),
         getattr(settings, "sequence_length", 1),
         config.dry.device,
+        config.performance,
     )
     sizes = [*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length]
+    sizes.append(config.performance.recompute_layers)
     if training and training.teacher_parallel:
         sizes += layout.sizes(training.teacher_parallel).values()
     countable = not problems and min(sizes) >= 1
@@ -96,6 +99,16 @@ def plan(config: Run) -> dict:
             figures["teacher_ranks"] = run_cost.beside(archs["teacher"], training, setting)
     if isinstance(config, SearchRun) and "student" in archs:
         figures["candidates"] = search.rows(foreseen.candidates(config), config.search.budget)
+    if config.dry.advise:
+        figures["layouts"] = []
+        if countable and training and not apart:
+            figures["layouts"] = _layouts(config, archs, training, setting)
+        if not figures["layouts"]:
+            problems.append(
+                "dry.advise found no layout: it is for stages that train, without distill.teacher_ranks, on as many dry.gpus as "
+                f"hold them in dry.memory {config.dry.memory:g} GiB each; give more GPUs, or another stage."
+            )
+        return figures
     named = [(f"pipeline stage {stage}", row) for stage, row in enumerate(figures["ranks"])]
     named += [
         (f"the teacher's pipeline stage {stage}", row) for stage, row in enumerate(figures.get("teacher_ranks", []))
@@ -104,7 +117,8 @@ def plan(config: Run) -> dict:
         if (needed := row.get("total", 0) / cost.GIB) > config.dry.memory:
             problems.append(
                 f"a rank of {name} needs {needed:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
-                "share the model over more ranks (parallel.tensor, .pipeline, .sequence) or take smaller micro-batches."
+                "share the model over more ranks (parallel.tensor, .pipeline, .sequence), recompute activations "
+                "(performance.recompute=full) or take smaller micro-batches."
             )
     return figures
 
@@ -150,6 +164,14 @@ def _problems(
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
         found = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
         yield from dict.fromkeys(itertools.chain(*found))
+        live, kernels = None if foreseen.cached(config) else teacher, options.Kernels()
+        if setting.device == Device.cuda:
+            kernels = options.EVERYTHING
+        every = (
+            options.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
+            for s in trained.values()
+        )
+        yield from dict.fromkeys(itertools.chain(*every))
     for role, student in students.items() if teacher else ():
         folders = (foreseen.hf(models[each][1]) for each in (role, "teacher"))
         yield from vocabulary.problems(student, teacher, *folders)
@@ -177,6 +199,20 @@ def _problems(
             yield str(mistake)
 
 
+def _students(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:
+    """What a training stage trains at a time."""
+    students = [arch for role, arch in archs.items() if foreseen.kind(role) == "student"] or [
+        next(iter(archs.values()))
+    ]
+    return students * (min(config.search.together, config.search.best) if isinstance(config, SearchRun) else 1)
+
+
+def _layouts(config: Run, archs: dict[str, Architecture], training: DistillConfig, setting: cost.Setting) -> list[dict]:
+    cached = foreseen.cached(config) if "teacher" in archs else None
+    own = dataclasses.replace(training, teacher_parallel=None)
+    return advise.layouts(_students(config, archs), archs.get("teacher"), own, setting, config.dry, cached)
+
+
 def _ranks(
     config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: cost.Setting
 ) -> list[dict]:
@@ -186,10 +222,9 @@ def _ranks(
     students = [arch for role, arch in archs.items() if foreseen.kind(role) == "student"]
     main = students[0] if students else next(iter(archs.values()))
     if training:
-        teacher, students = archs.get("teacher"), students or [main]
+        teacher, students = archs.get("teacher"), _students(config, archs)
         if any(list(checks.state_problems(s, teacher, training.states, training.kd_weight)) for s in students):
             return []  # pairs of blocks that are not there
-        students *= min(config.search.together, config.search.best) if isinstance(config, SearchRun) else 1
         rows = run_cost.run(students, teacher, training, setting, teacher and foreseen.cached(config))
     elif isinstance(config, DepthRun):
         rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
@@ -273,9 +308,18 @@ def _show(config: Run, figures: dict) -> None:
         counts = ("stage", "blocks", "parameters")
         kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]
         rows = [{key: row[key] for key in counts} | {key: row[key] / cost.GIB for key in kinds} for row in ranks]
-        worst = "tensors at the worst moment, nothing recomputed; CUDA's context, NCCL's buffers, the allocator's holes come on top"
+        again = f"recomputed: {config.performance.recompute}"
+        worst = (
+            f"tensors at the worst moment, {again}; CUDA's context, NCCL's buffers, the allocator's holes come on top"
+        )
         passing = "shards, which pass through a piece at a time"
         report.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
+    if found := figures.get("layouts"):
+        chosen = f"{len(found)} layouts fit {dry.memory:g} GiB a rank"
+        rates = f"products at dry.mfu {dry.mfu:.0%}, {dry.nvlink_gbs:g} GB/s within a node, {dry.network_gbs:g} beyond"
+        report.table(
+            "layouts, estimated, the soonest first", advise.shown(found), [f"{chosen}; {rates}; nothing overlaps"]
+        )
     if held := figures.get("teacher_ranks"):
         rows = [{"stage": n} | {kind: size / cost.GIB for kind, size in row.items()} for n, row in enumerate(held)]
         report.table("GiB on a rank of each of the teacher's own pipeline stages", rows)

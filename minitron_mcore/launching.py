@@ -3,18 +3,23 @@
 import dataclasses
 import functools
 import gc
+import hashlib
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from minitron_mcore import performance
 from minitron_mcore.errors import UserError
 from minitron_mcore.runs import STAGES, GenerateRun, PipelineRun, ReportRun, Run, SearchRun, StageRun
 
@@ -25,6 +30,11 @@ SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_da
     "parallel",
 }
 
+_UNIDENTIFYING = (
+    *("stop_after", "shard", "shards", "together"),
+    *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes"),
+)
+
 for _name, _schema in LAUNCH_FILES.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
 
@@ -32,8 +42,9 @@ for _name, _schema in LAUNCH_FILES.items():
 def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
     """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass from `LAUNCH_FILES`.
 
-    A UserError becomes its sentence on one rank and its exit status (see `errors`); with `dry_run` the stage is planned instead
-    (see `dryrun`).
+    A UserError becomes its sentence, printed by one rank, and its exit status (see `errors`). Any other exception on a rank of a
+    process group becomes its traceback. Either ends this rank's process at once; torchrun then ends the others. With `dry_run`
+    the stage is planned instead (see `dryrun`).
     """
 
     def decorate(fn: Callable) -> Callable[[], None]:
@@ -51,15 +62,49 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
                 else:
                     fn(config)
             except UserError as error:
-                if alone():
-                    print("\n".join(f"error: {line}" for line in str(error).splitlines()), flush=True)
-                else:
-                    time.sleep(10)  # torchrun ends all when the first goes, and rank 0 has something to say
-                sys.exit(error.exit_status)
+                _print_once(error)
+                _end(error.exit_status)
+            except Exception:
+                if _store() is None:
+                    raise
+                print(f"rank {os.environ.get('RANK', 0)} failed:\n{traceback.format_exc()}", file=sys.stderr)
+                _end(1)
 
         return main
 
     return decorate
+
+
+def _store():
+    """The store of this process's default process group; None without one. Does not import torch."""
+    dist = sys.modules.get("torch.distributed")
+    return dist.distributed_c10d._get_default_store() if dist and dist.is_initialized() else None
+
+
+def _print_once(error: UserError) -> None:
+    """Print an error's lines unless another rank prints the same: rank 0 at once, another rank after rank 0 had time to."""
+    store, lines = _store(), str(error).splitlines()
+    if not alone():
+        lines = [f"rank {os.environ['RANK']}: {line}" for line in lines]
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it when rank 0 has ended
+        # Without a process group the ranks are as far apart as their imports.
+        time.sleep(10 if store is None else 2)
+    if store is not None:
+        try:
+            if store.add(f"error {hashlib.sha256(str(error).encode()).hexdigest()}", 1) > 1:
+                return
+        except RuntimeError:  # rank 0 had the store, and has ended
+            return
+    print("\n".join(f"error: {line}" for line in lines))
+
+
+def _end(status: int) -> NoReturn:
+    """End this process; in a process group without its shutdown, which may wait for ranks that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _store() is not None:
+        os._exit(status)
+    sys.exit(status)
 
 
 def compose(stage: str, overrides: list[str]) -> StageRun:
@@ -85,11 +130,13 @@ def resolve(raw: DictConfig):
 
 def plain(config: StageRun) -> dict:
     """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, without
-    what says only when to pause (`stop_after`), who does which part (`shard`) or what to do about failures, and without
-    `dry_run`."""
+    what says only when to pause (`stop_after`), who does which part (`shard`) or what to do about failures, without
+    `dry_run`, and of `performance` with nothing but options that change the run's numbers (see `performance.numerics`)."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
+    if changes := performance.numerics(data.pop("performance", {})):
+        data["performance"] = changes
     for section in ("correct", "distill", "search"):
-        for key in ("stop_after", "shard", "shards", "together", "on_bad_loss", "bad_loss_limit", "hang_minutes"):
+        for key in _UNIDENTIFYING:
             data.get(section, {}).pop(key, None)
 
     def simple(value):

@@ -10,7 +10,6 @@ from minitron_mcore.config import (
     DataConfig,
     DepthConfig,
     DistillConfig,
-    DryConfig,
     Dtype,
     EvaluateConfig,
     ImportanceConfig,
@@ -21,6 +20,8 @@ from minitron_mcore.config import (
     TrainConfig,
 )
 from minitron_mcore.errors import UserError
+from minitron_mcore.performance import PerformanceConfig
+from minitron_mcore.plan.hardware import DryConfig
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Run:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
@@ -123,7 +125,7 @@ class CutRun(StageRun):
 
 @dataclass
 class CorrectRun(StageRun):
-    reads = ("data", "correct")
+    reads = ("data", "correct", "performance")
     source: str = MISSING
 
 
@@ -142,7 +144,7 @@ class CacheKind(StrEnum):
 class TeacherCacheRun(StageRun):
     """The samples are those of a distillation with these steps, batch and length, in its order; conf takes them from `distill`."""
 
-    reads = ("data",)
+    reads = ("data", "performance")
     teacher: str = MISSING
     kind: CacheKind = CacheKind.topk
     top_k: int = 64
@@ -166,7 +168,7 @@ def _is_name(key: object) -> bool:
 
 @dataclass
 class DistillRun(StageRun):
-    reads = ("data", "distill")
+    reads = ("data", "distill", "performance")
     student: str = MISSING
     students: Any = None
     """{name: folder} of several, instead of `student`: one pass of the teacher trains them all, each into its own folder of
@@ -213,7 +215,7 @@ class EvaluateRun(StageRun):
 
 @dataclass
 class SearchRun(ScoredRun):
-    reads = ("data", "distill", "evaluate", "search")
+    reads = ("data", "distill", "evaluate", "search", "performance")
     teacher: str = MISSING
 
 

@@ -73,11 +73,14 @@ def distributed(
     seed: int = 1234,
     sequence_length: int | None = None,
     store: dist.Store | None = None,
-    patience: float = 10.0,
+    patience: float = 60.0,
     apart: int = 0,
     other: ParallelConfig | None = None,
+    timeout_minutes: float | None = None,
 ) -> Iterator[None]:
     """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
+
+    An exception leaves the groups as they are: the process must end after it (see `launching.entry`).
 
     With `apart` there are two worlds, each with its own ranks from 0: the last so many processes make the second, and `bridge`
     joins both.
@@ -87,9 +90,11 @@ def distributed(
         seed: megatron-core's model-parallel random state starts from it.
         sequence_length: tokens of the sequences that will go through a model, where the caller knows.
         store: rendezvous for tests; otherwise the environment's, or a file's without torchrun.
-        patience: minutes that `watch` gives a rank; two more, and a collective that still waits fails by itself.
+        patience: minutes that a rank may work while others wait for it, of training steps and saves the longer (see `watch`);
+            two more, and a collective that still waits fails by itself.
         apart: processes of the second world; 0 makes none.
         other: their layout; None is `parallel`.
+        timeout_minutes: after which a collective that still waits fails, instead of the two more.
 
     Raises:
         UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`), no process left for one world.
@@ -102,7 +107,7 @@ def distributed(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if store is None and "MASTER_ADDR" not in os.environ:
         store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
-    timeout = datetime.timedelta(minutes=patience + 2)
+    timeout = datetime.timedelta(minutes=timeout_minutes or patience + 2)
     if apart:
         refuse(f"distill.teacher_parallel: {x}" for x in layout.problems(other or parallel, apart, sequence_length))
         store = store or next(dist.rendezvous("env://"))[0]
@@ -110,24 +115,24 @@ def distributed(
         if _bridge.beyond:
             parallel, this_rank, world_size = other or parallel, this_rank - world_size, apart
         store = dist.PrefixStore(f"beyond {_bridge.beyond}", store)
-    dist.init_process_group(
-        "gloo" if host.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
-    )
+    backend = {"backend": "gloo"} if host.is_cpu() else {"backend": "nccl", "device_id": device()}
+    dist.init_process_group(**backend, store=store, rank=this_rank, world_size=world_size, timeout=timeout)
     try:
-        _initialize(parallel)
+        _initialize(parallel, patience + 2)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
         dist.barrier()
     finally:
         if _bridge and not _bridge.beyond:
             _bridge.ask(None)
-        _bridge = None
-        _layouts.clear()
-        mpu.destroy_model_parallel()
-        dist.destroy_process_group()
+    # Not after an exception: NCCL's shutdown waits for collectives that the other ranks may never make.
+    _bridge = None
+    _layouts.clear()
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
-def _initialize(parallel: ParallelConfig) -> None:
+def _initialize(parallel: ParallelConfig, minutes: float = 62.0) -> None:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -135,6 +140,7 @@ def _initialize(parallel: ParallelConfig) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
+        distributed_timeout_minutes=minutes,
     )
 
 
@@ -267,6 +273,13 @@ def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     if pp_group().size() > 1:
         dist.broadcast(tensor, mpu.get_pipeline_model_parallel_last_rank(), group=pp_group())
     return tensor
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The group's tensors [N, ...] of one shape, joined in rank order along the first dimension: [ranks * N, ...] (collective)."""
+    every = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(every, tensor.contiguous(), group=group)
+    return every
 
 
 def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore import checkpoint, disk, distcp, runtime
+from minitron_mcore import checkpoint, disk, distcp, host, runtime
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 from minitron_mcore.models.folder import raw
 
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
 from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -98,6 +100,30 @@ def save(out_dir: str | Path, pieces: Iterable[Piece], replica: Callable[[table.
         checkpoint.save(out_dir, 0, state, Streamed(make, name))
 
 
+def save_state(out_dir: str | Path, step: int, state: dict, name: str) -> None:
+    """Write a sharded state dict of live tensors as a step of a checkpoint (collective), a few pieces at a time; what it views must
+    not change meanwhile."""
+    if not host.is_cpu():
+        torch.cuda.synchronize()  # the threads that copy pieces to the host know no other stream than the default one
+    checkpoint.save(out_dir, step, dict_list_map_outplace(_in_pieces, state), Streamed({}, name))
+
+
+def _in_pieces(value):
+    """A ShardedTensor as a dict of its runs of rows (see `boxes`); anything else, and one of a regular grid, as it is."""
+    if not isinstance(value, ShardedTensor) or value.has_regular_grid or value.data.numel() <= PIECE_ELEMENTS:
+        return value
+    first, rows = value.global_offset[0], len(value.data)
+    step = max(1, PIECE_ELEMENTS // math.prod(value.data.shape[1:]))
+    starts = [first, *range((first // step + 1) * step, first + rows, step)]
+    parts = value.data.split([b - a for a, b in itertools.pairwise([*starts, first + rows])])
+    return {
+        f"{start}": replace(
+            value, data=part, local_shape=tuple(part.shape), global_offset=(start, *value.global_offset[1:])
+        )
+        for start, part in zip(starts, parts, strict=True)
+    }
+
+
 @contextmanager
 def mistakes() -> Iterator[None]:
     """Let through a UserError that torch wrapped up while it saved.
@@ -118,7 +144,7 @@ class Streamed(TorchDistSaveShardedStrategy):
     """megatron-core's strategy with a writer that asks for data when its turn comes.
 
     Args:
-        make: by key and offset, what gives the data that a stand-in on the meta device stands for.
+        make: by key and offset, what gives the data that a stand-in on the meta device stands for; other tensors are data.
         name: of the progress.
     """
 
@@ -138,7 +164,7 @@ class Streamed(TorchDistSaveShardedStrategy):
         dist.all_gather_object(every, self.hashes)
         if runtime.rank() == 0:
             files = {name: digest for part in every for name, digest in part.items()}
-            files |= {path.name: sha256(path) for path in folder.iterdir() if path.name not in files}
+            files |= {path.name: disk.sha256(path) for path in folder.iterdir() if path.name not in files}
             manifest = {"algorithm": "sha256", "files": files}
             checkpoint.replace_text(folder / INTEGRITY_FNAME, json.dumps(manifest, indent=1))
 
@@ -182,7 +208,8 @@ class _Writer(FileSystemWriter):
     def _write_item(self, planner, name: str, item, stream: "_Hashing"):
         data = planner.resolve_data(item)
         if isinstance(data, Tensor):
-            data = self.strategy.make[item.index.fqn, tuple(item.index.offset)]()
+            make = self.strategy.make.get((item.index.fqn, tuple(item.index.offset)))
+            data = (make() if make else data.detach()).cpu()
             # As a tensor that owns its bytes and no more: torch.save writes all that a view is part of.
             data = torch.from_numpy(raw(data)).view(data.dtype).view(data.shape)
         return _write_item(self.transforms, stream, data, item, name, self.serialization_format)
@@ -198,11 +225,6 @@ class _Hashing:
     def write(self, data) -> int:
         self.sha.update(data)
         return self.file.write(data)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Reader(distcp.Reader):
@@ -239,7 +261,7 @@ class Reader(distcp.Reader):
                 return
             path = self.folder / name
             small = path.stat().st_size <= HELD_BYTES
-            found = hashlib.sha256(self.recent.load(path)).hexdigest() if small else sha256(path)
+            found = hashlib.sha256(self.recent.load(path)).hexdigest() if small else disk.sha256(path)
             if found != self.hashes[name]:
                 raise CheckpointingException(f"{name} is not what was written")
             self.verified.add(name)

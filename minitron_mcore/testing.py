@@ -23,12 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron_mcore import checkpoint, host, runtime
+from minitron_mcore import checkpoint, runtime, stream
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
-
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # isort: skip
 
 
 @functools.cache
@@ -100,8 +98,6 @@ def on_ranks(
 def _work(rank: int, world_size: int, laid: tuple, folder: str, fn: Callable, args: tuple) -> None:
     os.setpgrp()
     torch.set_num_threads(1)
-    if host.is_cpu():
-        get_write_results_queue("fork")  # megatron-core's own choice, spawn, would import everything again in each rank
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
     # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
@@ -117,7 +113,7 @@ def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     checkpoint.describe(folder, arch, "random", {}, folder)
-    checkpoint.save(folder, 0, checkpoint.model_state(model, arch, 0, 1))
+    stream.save_state(folder, 0, checkpoint.model_state(model, arch), "random")
 
 
 class SavedBytes:

@@ -11,24 +11,39 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from minitron_mcore import runtime
+from minitron_mcore import host
 from minitron_mcore.errors import HUNG_STATUS
 
 _WAITS = (".wait(", "synchronize(")
 _WAITS_CUDA = (".item(", ".tolist(", ".cpu(")  # where a kernel of NCCL's is waited for
 _last = time.monotonic()
+_patience = 0.0
 
 
 def beat() -> None:
     """Say that this rank moves."""
     global _last
     _last = time.monotonic()
+
+
+@contextmanager
+def patient(minutes: float) -> Iterator[None]:
+    """Let a rank stand still for so long inside the block, which all ranks enter and leave together, if that is longer."""
+    global _patience
+    beat()
+    _patience = 60 * minutes
+    try:
+        yield
+    finally:
+        beat()
+        _patience = 0.0
 
 
 class Watch:
@@ -61,9 +76,9 @@ class Watch:
     def _run(self) -> None:
         while not self.over.wait(self.every):
             still = time.monotonic() - _last
-            if still > self.seconds:
+            if late := still > max(self.seconds, _patience):
                 self.store.set("alarm", "")
-            if still > self.seconds or self.store.check(["alarm"]):
+            if late or self.store.check(["alarm"]):
                 self._end(still)
 
     def _end(self, still: float) -> None:
@@ -86,7 +101,7 @@ def _main_thread() -> tuple[str, bool]:
     """Where the main thread is, and whether it waits for other ranks there."""
     frame = sys._current_frames()[threading.main_thread().ident]
     file, line = frame.f_code.co_filename, linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    marks = _WAITS + (_WAITS_CUDA if runtime.device().type == "cuda" else ())
+    marks = _WAITS + (() if host.is_cpu() else _WAITS_CUDA)
     waits = "torch/distributed/" in file or any(mark in line for mark in marks)
     return f"{frame.f_code.co_name} ({'/'.join(Path(file).parts[-2:])}:{frame.f_lineno})", waits
 

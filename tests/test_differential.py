@@ -14,6 +14,7 @@ from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import ParallelConfig, PruneConfig
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import architecture, build, table
+from minitron_mcore.performance import PerformanceConfig
 from minitron_mcore.plan.plan import make_plan, target_architecture
 from minitron_mcore.testing import RankError, on_ranks
 from tests import families, models
@@ -43,7 +44,7 @@ def modelopts_count(arch) -> int:
     stats = pytest.importorskip(
         "modelopt.torch.nas.plugins.megatron_model_stats", reason="nvidia-modelopt", exc_type=ImportError
     )
-    config = build.transformer_config(arch, ParallelConfig(), "bf16")
+    config = build.transformer_config(arch, ParallelConfig(), "bf16", PerformanceConfig())
     pattern = ("*E" if arch.experts else "*-") * arch.blocks
     return stats.mcore_param_count(config, arch.vocab, arch.tied, pattern)[0]
 

@@ -268,13 +268,13 @@ def test_an_index_that_runs_code_is_refused(tmp_path, trained, place):
 
 def test_a_checkpoint_of_ours_that_runs_code_is_refused(tmp_path, read):
     """Its manifest agrees with it; megatron-core's reader would run it."""
-    from minitron_mcore import checkpoint, stream
+    from minitron_mcore import checkpoint, disk, stream
 
     shutil.copytree(read, tmp_path / "ckpt")
     opened = checkpoint.open_checkpoint(tmp_path / "ckpt")
     break_metadata(opened.step_dir, lambda found: setattr(found, "planner_data", Attack(tmp_path / "trace")))
     manifest = json.loads((opened.step_dir / "integrity.json").read_text())
-    manifest["files"][".metadata"] = stream.sha256(opened.step_dir / ".metadata")
+    manifest["files"][".metadata"] = disk.sha256(opened.step_dir / ".metadata")
     (opened.step_dir / "integrity.json").write_text(json.dumps(manifest))
     for load in (stream.Reader, lambda x: checkpoint.load(x, {})):
         with pytest.raises(UserError, match=REFUSED):

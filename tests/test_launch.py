@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,12 @@ ROOT = Path(__file__).parents[1]
 
 def launch(cwd, stage, *overrides, processes=1, fails=False) -> str:
     """Run a launch file under torchrun in an empty folder; its whole output."""
+    return torchrun(cwd, ROOT / "launch" / f"{stage}.py", *overrides, processes=processes, fails=fails)
+
+
+def torchrun(cwd, script, *overrides, processes=1, fails=False) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(ROOT / "launch" / f"{stage}.py"), *overrides]
+    command += [str(script), *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     output = done.stdout + done.stderr
@@ -185,3 +190,33 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
 
 def test_prune_config_and_its_yaml_agree():
     assert compose("plan", "+model=llama31_8b")["prune"] == PruneConfig().__dict__
+
+
+FAILING = """
+import sys
+import torch.distributed as dist
+from minitron_mcore.errors import UserError
+from minitron_mcore.launching import entry
+
+@entry("convert")
+def main(config):
+    from minitron_mcore import runtime
+    with runtime.distributed(config.parallel):
+        if runtime.rank() == 1:
+            raise {error}("no such thing")
+        dist.distributed_c10d._get_default_store().wait(["never"])  # as NCCL waits, without an error when a rank is gone
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [("UserError", "error: rank 1: no such thing"), ("KeyError", "rank 1 failed:\n")]
+)
+def test_a_rank_that_fails_alone_is_heard(tmp_path, error, expected):
+    script = tmp_path / "fail.py"
+    script.write_text(FAILING.format(error=error))
+    start = time.monotonic()
+    output = torchrun(tmp_path, script, "+model=smollm2_135m", processes=3, fails=True)
+    assert time.monotonic() - start < 20
+    assert output.count(expected) == 1 and output.count("no such thing") == (1 if error == "UserError" else 2), output

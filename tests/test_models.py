@@ -81,16 +81,12 @@ def test_impossible_layouts_are_refused(tmp_path, world, parallel, sentence):
 
 def table_state(checkpoint, parallel):
     """(key, global shape, local shapes) of the table's view of a model, and megatron-core's own."""
-    from minitron_mcore import runtime
     from minitron_mcore.checkpoint import model_state, open_checkpoint
     from minitron_mcore.models import build
 
     opened = open_checkpoint(checkpoint)
-    model, tp = build.build(opened.arch, parallel, "fp32"), runtime.tp_group()
-    ours = {
-        (s.key, s.global_offset, tuple(s.data.shape))
-        for s in model_state(model, opened.arch, tp.rank(), tp.size()).values()
-    }
+    model = build.build(opened.arch, parallel, "fp32")
+    ours = {(s.key, s.global_offset, tuple(s.data.shape)) for s in model_state(model, opened.arch).values()}
     theirs = set()
     for entry in model.sharded_state_dict().values():
         shards = entry.build() if hasattr(entry, "build") else [entry]

@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import signal
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,6 +226,33 @@ def distill(*runs: DistillRun) -> list[str | None]:
     return found
 
 
+def ask_for_the_device_off_the_main_thread(*configs: DistillRun) -> list[str]:
+    """Threads that ask for the current CUDA device, of which each has its own: cached runs, a cut, a look for hung ranks."""
+    from minitron_mcore import prune, watch
+    from minitron_mcore.plan.plan import make_plan
+    from tests.test_prune import random_scores
+
+    asked, main = [], threading.main_thread()
+
+    def watched(call):
+        def recorded(*args):
+            if threading.current_thread() is not main:
+                asked.append(f"{call.__name__} in {traceback.extract_stack(limit=2)[0]}")
+            return call(*args)
+
+        return recorded
+
+    for module, name in ((runtime, "device"), (torch.cuda, "current_device")):
+        setattr(module, name, watched(getattr(module, name)))
+    assert distill(*configs) == [None] * len(configs)
+    opened = open_checkpoint(configs[0].student)
+    plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=12))
+    prune.prune(opened, plan, f"{configs[0].out_dir}_cut", configs[0].parallel)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(watch._main_thread).result()
+    return asked
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     path = tmp_path_factory.mktemp("world")
@@ -260,6 +290,11 @@ def test_every_layout_reads_the_same(world, layout):
     assert on_ranks(distill, 4, parallel, *runs) == [[None] * 2] * 4
     for name in names:
         assert_same(world.history(f"{layout}_{name}"), world.history(f"from_{name}"), 2e-5)
+
+
+def test_threads_do_not_ask_for_the_current_device(world):
+    runs = [world.run(f"threads_{name}", name) for name in ("hidden", "top")]
+    assert on_ranks(ask_for_the_device_off_the_main_thread, 2, ONE, *runs) == [[]] * 2
 
 
 def test_resumed_shorter_and_longer_runs(world):

@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/build_transformer_engine.py OUT_DIR     # writes OUT_DIR/transformer_engine.tar.xz
 
-Needs Linux x86-64, CPython 3.12 (the interpreter of the target), g++, strip, access to a package index, 10 GB of disk and
-about 10 minutes on two cores. No CUDA toolkit: the headers come from NVIDIA's Python packages, and only C++ is compiled.
+Needs Linux x86-64, CPython 3.12 (the interpreter of the target), g++, strip, access to a package index, 10 GB of disk
+and 10 to 20 minutes on two cores. No CUDA toolkit: the headers come from NVIDIA's Python packages, and only C++ is
+compiled.
 Three measures bring 350 MB of libraries down to an archive of 24 MiB:
 
 - the machine code for every architecture other than ``ARCH`` is overwritten with zeros, which compress to nothing;
@@ -124,8 +125,8 @@ def fatbin_entries(data: bytes | bytearray, start: int, end: int):
 def zero_other_architectures(library: Path) -> tuple[int, int]:
     """Overwrite in place the cubins of `library` that are not for `ARCH`; returns the bytes (kept, zeroed).
 
-    Headers, sizes and offsets stay, so that the CUDA runtime can still walk the entries. A fat binary without a cubin for
-    `ARCH` stays whole.
+    Headers, sizes and offsets stay, so that the CUDA runtime can still walk the entries. A fat binary without a cubin
+    for `ARCH` stays whole.
     """
     data = bytearray(library.read_bytes())
     kept = zeroed = 0

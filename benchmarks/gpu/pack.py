@@ -28,6 +28,7 @@ PACKAGES = {
     "verify": (
         "antlr4-python3-runtime", "gguf", "hydra-core", "liger-kernel", "megatron-core", "nvidia-modelopt", "omegaconf",
         "annotated-types", "PuLP", "pydantic", "pydantic_core",
+        "typing-inspection",
     ),
     "recovery": (
         "chardet", "DataProperty", "datasets", "dill", "evaluate", "lm_eval", "mbstrdecoder", "more-itertools",

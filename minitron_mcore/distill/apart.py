@@ -20,6 +20,7 @@ from minitron_mcore.distill.handover import OtherLayout, gathered
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.performance import PerformanceConfig
 from minitron_mcore.schedule import Batch
 
 
@@ -28,9 +29,15 @@ class DistantTeacher:
     `feed` what a `teacher.Teacher` would have left there."""
 
     def __init__(
-        self, source: Checkpoint, student: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str
+        self,
+        source: Checkpoint,
+        student: Architecture,
+        config: DistillConfig,
+        parallel: ParallelConfig,
+        dtype: str,
+        performance: PerformanceConfig,
     ):
-        """Learn where the teacher's ranks are (collective over both worlds).
+        """Learn where the teacher's ranks are (collective over both worlds); `performance` is theirs to read.
 
         Raises:
             UserError: there are none; what they could not load; a damaged checkpoint.
@@ -58,7 +65,13 @@ class DistantTeacher:
         return filled if stages == 1 else list(filled)
 
 
-def serve(source: Checkpoint, config: DistillConfig, parallel: ParallelConfig, dtype: str) -> None:
+def serve(
+    source: Checkpoint,
+    config: DistillConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    performance: PerformanceConfig | None = None,
+) -> None:
     """On the teacher's ranks: load it and do what the student's ask for, until they have ended (collective over both worlds).
 
     Raises:
@@ -69,7 +82,9 @@ def serve(source: Checkpoint, config: DistillConfig, parallel: ParallelConfig, d
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the student's ranks save, end the run, and with it this one
     with bridge.prepared():
-        model = checkpoint.build_model(source, config.teacher_parallel or parallel, dtype).eval().requires_grad_(False)
+        options = (performance or PerformanceConfig()).frozen()
+        model = checkpoint.build_model(source, config.teacher_parallel or parallel, dtype, options)
+        model.eval().requires_grad_(False)
     handover = _handover(source.arch, config, parallel, dtype)
     for asked in bridge.requests():
         every = torch.empty(asked["shape"], dtype=torch.int64, device=runtime.device())

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from minitron_mcore import checkpoint, data, runtime, schedule, stream
+from minitron_mcore import checkpoint, data, disk, runtime, schedule
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks
@@ -155,7 +155,7 @@ class Cache(Checkpoint):
         path, remedy = self.folder / name, "run the same launch/teacher_cache.py command again, which writes it anew."
         if not path.is_file():
             raise UserError(f"{path} of the teacher cache is missing: {remedy}")
-        if stream.sha256(path) != self.index["files"][name]:
+        if disk.sha256(path) != self.index["files"][name]:
             raise UserError(f"{path} of the teacher cache is not what was written: {remedy}")
 
 
@@ -188,7 +188,8 @@ class CachedTeacher:
     positions; other ranks read nothing."""
 
     def __init__(self, cache: Cache, student: Architecture, parallel: ParallelConfig):
-        self.cache, self.routes = cache, []
+        # Taken here, since the current CUDA device is one of each thread, and `_read` runs in another.
+        self.cache, self.routes, self.device = cache, [], runtime.device()
         shared = replace(parallel, sequence=parallel.sequence and cache.kind != CacheKind.topk)
         positions = schedule.positions(cache.index["sequence_length"], shared, runtime.place())
         breaks = (positions.diff() != 1).nonzero().flatten() + 1
@@ -205,7 +206,7 @@ class CachedTeacher:
             found = file.get_slice("head")[first:end]
         head = found.new_zeros(rows, self.cache.arch.hidden)
         head[: len(found)] = found
-        return head.to(runtime.device())
+        return head.to(self.device)
 
     def feed(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """A step's micro-batches, on last-stage ranks with "teacher_hidden" [S_r, B, H] or with "teacher_ids" [S / CP, B, k] and
@@ -217,7 +218,9 @@ class CachedTeacher:
 
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         samples = [self._sample(row) for row in rows]
-        packed = {name: torch.stack([s[name] for s in samples], 1).to(runtime.device()) for name in samples[0]}
+        packed = {name: torch.stack([s[name] for s in samples], 1) for name in samples[0]}
+        if self.device.type == "cuda":
+            packed = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in packed.items()}
         if self.cache.kind == CacheKind.topk:
             return dict(zip(("teacher_ids", "teacher_log_probs"), unpack_top(packed), strict=True))
         return {"teacher_hidden": unpack_hidden(packed, self.head.dtype)}

@@ -105,9 +105,11 @@ def problems(
         )
     if not 0 <= config.warmup_steps < config.steps:
         yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."
-    if config.bad_loss_limit < 1 or config.hang_minutes <= 0:
-        limits = f"bad_loss_limit is {config.bad_loss_limit} and hang_minutes {config.hang_minutes:g}"
-        yield f"{limits}: the former must be at least 1, the latter above 0."
+    if config.bad_loss_limit < 1:
+        yield f"bad_loss_limit is {config.bad_loss_limit}; it must be at least 1."
+    for name in ("hang_minutes", "save_minutes"):
+        if (minutes := getattr(config, name)) <= 0:
+            yield f"{name} is {minutes:g}; it must be above 0."
     if config.kd_weight == config.lm_weight == config.states.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)

@@ -17,7 +17,12 @@ TILE_BUFFERS = 4
 
 def chunk_tokens(num_tokens: int, bytes_a_token: int, device: str) -> int:
     """Tokens whose logits, of so many bytes a token, fit into the budget, evened out over the chunks."""
-    most = max(1, CHUNK_BYTES[device] // bytes_a_token)
+    return even(num_tokens, CHUNK_BYTES[device], bytes_a_token)
+
+
+def even(num_tokens: int, budget: int, bytes_a_token: int) -> int:
+    """The same for a budget of so many bytes."""
+    most = max(1, budget // bytes_a_token)
     return max(1, math.ceil(num_tokens / max(1, math.ceil(num_tokens / most))))
 
 

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from minitron_mcore import checkpoint, runtime
 from minitron_mcore.distill import failure
+from minitron_mcore.distill.profile import StepProfiler
 from minitron_mcore.distill.train import Trainer
 from minitron_mcore.errors import NotFinite
 from minitron_mcore.schedule import Batch
@@ -27,7 +28,7 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
         trainers: by their folders, claimed and described; fresh or resumed, of one layout, one config and one teacher. Those
             ahead wait for the one that is furthest behind.
         batches: micro-batches of this data-parallel rank, from the position of the one that is furthest behind on.
-        out_dir: where failure.json tells of a hung rank.
+        out_dir: where failure.json tells of a hung rank, and steps are profiled (see `profile`).
 
     Returns:
         The figures of the steps that this call ran, a list a trainer, without those that it skipped.
@@ -41,10 +42,12 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
     last = min(config.steps, config.stop_after or config.steps)
     per_step = config.global_batch // (config.micro_batch * runtime.dp_group().size())
     progress, stop = runtime.Progress("train", last - first, "steps"), _Stop()
+    profiler = StepProfiler(behind.performance.profile, out_dir)
     with failure.watched(behind, out_dir):
         for step in range(first, last):
             if stop.agreed():
                 break
+            profiler.before(step + 1)
             micro_batches = [next(batches) for _ in range(per_step)]
             fed = list(teacher.feed(micro_batches)) if teacher and len(courses) > 1 else None
             try:
@@ -53,6 +56,7 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
                 for course in courses:
                     course.save()
                 raise
+            profiler.after(step + 1, step + 1 == last)
             progress.update(step + 1 - first, "".join(filter(None, told)))
         for course in courses:
             course.save()

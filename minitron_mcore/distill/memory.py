@@ -5,6 +5,7 @@ import torch.distributed as dist
 from minitron_mcore import report, runtime
 from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.performance import PerformanceConfig
 from minitron_mcore.plan import cost, run_cost
 from minitron_mcore.runs import CacheKind
 
@@ -16,13 +17,16 @@ def tell(
     parallel: ParallelConfig,
     dtype: Dtype,
     cached: tuple[CacheKind, int | None] | None = None,
+    performance: PerformanceConfig | None = None,
 ) -> None:
     """Print what a rank of the fullest pipeline stage will hold, by kind, and warn where rank 0 has less than that.
 
     `cached`: see `run_cost.run`.
     """
     device = Device(runtime.device().type)
-    setting = cost.Setting(parallel, dist.get_world_size(), dtype, config.micro_batch, config.sequence_length, device)
+    sizes = config.micro_batch, config.sequence_length
+    options = performance or PerformanceConfig()
+    setting = cost.Setting(parallel, dist.get_world_size(), dtype, *sizes, device, options)
     rows, free = run_cost.run(students, teacher, config, setting, cached), runtime.free_bytes() / cost.GIB
     stage = max(range(len(rows)), key=lambda n: rows[n]["total"])
     needed = {kind: size / cost.GIB for kind, size in rows[stage].items() if size}
@@ -36,5 +40,6 @@ def tell(
     if needed["total"] > free:
         runtime.log(
             f"warning: a rank needs {needed['total']:.3g} GiB, but {free:.3g} are free: share the model over more ranks "
-            "(parallel.tensor, .pipeline, .sequence) or take smaller micro-batches."
+            "(parallel.tensor, .pipeline, .sequence), recompute activations (performance.recompute=full) or take smaller "
+            "micro-batches."
         )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minitron_mcore import runtime
 from minitron_mcore.config import DistillConfig
+from minitron_mcore.distill import chunks
 from minitron_mcore.distill.cache import CachedTeacher
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.distill.teacher import Teacher
@@ -28,6 +29,8 @@ class Objective:
     teacher: Teacher | CachedTeacher | None
     vocab: int
     config: DistillConfig
+    chunk_mb: int | None = None
+    """MiB of both models' logits that exist at a time; None: see `distillation_loss`."""
 
     def __call__(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(summed loss, number of tokens int32, [kd, lm, teacher entropy, tokens] sums) over the share; the same on all
@@ -59,11 +62,19 @@ class Objective:
             divergence=self.config.divergence,
             jsd_beta=self.config.jsd_beta,
             top_k=self.config.top_k,
+            chunk_tokens=self._chunk_tokens(len(mask)),
             gradient_accumulation_fusion=self.student.config.gradient_accumulation_fusion,
             teacher_top=teacher_top,
         )
         tokens = mask.sum()
         return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])
+
+    def _chunk_tokens(self, num_tokens: int) -> int | None:
+        if self.chunk_mb is None:
+            return None
+        heads = (self.student.head(), getattr(self.teacher, "head", None))
+        bytes_a_token = sum(head.element_size() * len(head) for head in heads if head is not None)
+        return chunks.even(num_tokens, self.chunk_mb << 20, bytes_a_token)
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """[S_r, B, H] without a gradient -> [T, H]: of all tensor-parallel ranks where these share the sequence."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore import checkpoint, data, report, runtime, schedule, stream
+from minitron_mcore import checkpoint, data, disk, report, runtime, schedule, stream
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.distill import cache, checks, chunks
@@ -101,7 +101,7 @@ class Recording:
     def _look(self, files: list[str], known: dict[str, str]) -> list[int]:
         """Numbers of the files that are to be written (collective)."""
         own = files[runtime.rank() :: dist.get_world_size()]
-        found = {name: stream.sha256(self.out_dir / name) for name in own}
+        found = {name: disk.sha256(self.out_dir / name) for name in own}
         self.hashes = {name: digest for name, digest in found.items() if known.get(name, digest) == digest}
         whole = self._all_hashes()
         numbers = range(math.ceil(self.config.samples / self.config.file_samples))
@@ -120,7 +120,9 @@ class Recording:
         """Write what is pending of a dataset of `data.ordered`, then the index; rows for a table (collective)."""
         config, dp = self.config, runtime.dp_group()
         if self.pending:
-            model = checkpoint.build_model(self.teacher, config.parallel, config.dtype.value)
+            model = checkpoint.build_model(
+                self.teacher, config.parallel, config.dtype.value, config.performance.frozen()
+            )
         if not self.has_head and runtime.rank() == 0:
             self._write(cache.HEAD, {"head": self._head()})
         rows = [
@@ -152,7 +154,7 @@ class Recording:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        self.hashes[name] = stream.sha256(part)
+        self.hashes[name] = disk.sha256(part)
         os.replace(part, self.out_dir / name)
 
     def _head(self) -> Tensor:
@@ -215,9 +217,7 @@ def largest(logits: Tensor, k: int, first: int, group: dist.ProcessGroup) -> tup
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[T, n] of every rank, side by side."""
-    parts = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, 1)
+    return torch.cat(runtime.all_gather(x, group).chunk(group.size()), 1)
 
 
 def _whole(part: Tensor) -> Tensor:
@@ -227,12 +227,6 @@ def _whole(part: Tensor) -> Tensor:
     positions = schedule.positions(length, cut, runtime.place()).to(part.device)
     # As bytes, which any backend carries and any device sorts.
     rows = part.contiguous().flatten(1).view(torch.uint8)
-    everywhere = (
-        [torch.empty_like(positions) for _ in range(group.size())],
-        [torch.empty_like(rows) for _ in range(group.size())],
-    )
-    for every, own in zip(everywhere, (positions, rows), strict=True):
-        dist.all_gather(every, own, group=group)
-    order, rows = (torch.cat(every) for every in everywhere)
+    order, rows = runtime.all_gather(positions, group), runtime.all_gather(rows, group)
     whole = rows[order.argsort()].view(part.dtype).unflatten(1, part.shape[1:])
     return whole.transpose(0, 1).contiguous().cpu()

@@ -45,7 +45,7 @@ def run(
     """
     config, first = configs[0], students[0]
     for student in students:
-        train.check(student, teacher, settings, config.parallel)
+        train.check(student, teacher, settings, config.parallel, config.dtype.value, config.performance)
         if student.arch.vocab != first.arch.vocab:
             raise UserError(
                 f"{student.path} has a vocabulary of {student.arch.vocab} and {first.path} one of {first.arch.vocab}: students "
@@ -57,7 +57,9 @@ def run(
         runtime.log(spec.describe())
         archs = [student.arch for student in students]
         cached = (teacher.kind, teacher.index["top_k"]) if isinstance(teacher, Cache) else None
-        memory.tell(archs, teacher and teacher.arch, settings, config.parallel, config.dtype, cached)
+        memory.tell(
+            archs, teacher and teacher.arch, settings, config.parallel, config.dtype, cached, config.performance
+        )
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = data.prepare(config.data, first.hf, vocab)
         text = {"files": config.data.train, "hash": data.data_hash(prefixes)}
@@ -66,7 +68,9 @@ def run(
         trainers: dict[Path, train.Trainer] = {}
         for each, student, goes_on in zip(configs, students, resumed, strict=True):
             source = next((trainer.teacher for trainer in trainers.values()), None)
-            trainer = train.Trainer(student, teacher, settings, config.parallel, config.dtype.value, source)
+            trainer = train.Trainer(
+                student, teacher, settings, config.parallel, config.dtype.value, source, config.performance
+            )
             trainers[Path(each.out_dir)] = trainer
             if goes_on:
                 trainer.resume(checkpoint.open_checkpoint(each.out_dir))

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minitron_mcore import runtime
+from minitron_mcore.checkpoint import Shard
 from minitron_mcore.config import DistillConfig, ParallelConfig, StatesLoss
 from minitron_mcore.distill import checks
 from minitron_mcore.models import build
@@ -154,11 +155,18 @@ class States:
 
     def sharded_state(self) -> dict[str, ShardedTensor]:
         """The projection for a checkpoint, where no reader of models asks for it."""
+        return {
+            shard.key: ShardedTensor.from_rank_offsets(shard.key, parameter, replica_id=shard.replica)
+            for parameter, shard in self.shards().items()
+        }
+
+    def shards(self) -> dict[nn.Parameter, Shard]:
+        """The projection's place in a checkpoint; every rank holds all of it."""
         if self.projection is None:
             return {}
         copy = tuple(group.rank() for group in (runtime.pp_group(), runtime.tp_group(), runtime.dp_cp_group()))
-        key = "states.projection"
-        return {key: ShardedTensor.from_rank_offsets(key, self.projection, replica_id=copy)}
+        shape, start = tuple(self.projection.shape), (0, 0)
+        return {self.projection: Shard("states.projection", shape, copy, [(start, start, shape)])}
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The frozen teacher: it runs its own forward-only schedule ahead of the student and hands over hidden states, not logits."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from minitron_mcore.distill.handover import OtherLayout, SameLayout
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
+from minitron_mcore.performance import PerformanceConfig
 from minitron_mcore.schedule import Batch
 
 
@@ -40,10 +43,17 @@ class Teacher:
         self.layout, self.handover = layout, handover or SameLayout(model)
         self.routes: list[checks.Route] = []
         """Which blocks' states go where, ascending (see `states`)."""
+        self.hosted: HostedWeights | None = None
 
     @classmethod
     def load(
-        cls, source: Checkpoint, student: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str
+        cls,
+        source: Checkpoint,
+        student: Architecture,
+        config: DistillConfig,
+        parallel: ParallelConfig,
+        dtype: str,
+        performance: PerformanceConfig,
     ) -> "Teacher":
         """Build it in the layout of `student`, or its own, and load its weights (collective).
 
@@ -53,7 +63,7 @@ class Teacher:
         own = config.teacher_parallel or parallel
         layout = runtime.Layout.of(own) if own != parallel else None
         with runtime.within(layout):
-            model = checkpoint.build_model(source, own, dtype)
+            model = checkpoint.build_model(source, own, dtype, performance.frozen())
         head, handover = cut_head(model, source, student, layout), None
         if layout:
             student_places = runtime.places()
@@ -61,7 +71,15 @@ class Teacher:
                 places = student_places, runtime.places()
             empty = next(model.parameters()).new_empty(0, source.arch.hidden)
             handover = OtherLayout((parallel, own), places, runtime.rank(), dist.all_to_all_single, empty)
-        return cls(model, source.arch, config.teacher_ahead, head, layout, handover)
+        teacher = cls(model, source.arch, config.teacher_ahead, head, layout, handover)
+        if performance.teacher_offload:
+            teacher.offload()
+        return teacher
+
+    def offload(self) -> None:
+        """From now on keep the weights, but for a head that the loss uses, in host memory between passes."""
+        kept = {id(self.head)} if runtime.is_last_stage() else set()
+        self.hosted = HostedWeights([weight for weight in self.model.parameters() if id(weight) not in kept])
 
     @property
     def head(self) -> Tensor:
@@ -81,9 +99,32 @@ class Teacher:
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
         given, last = self.handover.given(batches), runtime.pp_group().size() - 1
-        with runtime.within(self.layout):
+        with runtime.within(self.layout), self.hosted or contextlib.nullcontext():
             left = passes(self.model, self.arch, given, self.routes, last)
         return filled(batches, left, self.handover)
+
+
+class HostedWeights:
+    """Frozen weights that lie in host memory, pinned where CUDA is, and on their device inside the `with` block only.
+
+    They never change, so leaving the block copies nothing back: it frees the device's copies.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]):
+        self.weights, self.device = weights, runtime.device()
+        self.host = [
+            torch.empty_like(weight, device="cpu", pin_memory=self.device.type == "cuda").copy_(weight)
+            for weight in weights
+        ]
+        self.__exit__()
+
+    def __enter__(self) -> None:
+        for weight, host in zip(self.weights, self.host, strict=True):
+            weight.data = host.to(self.device, non_blocking=True, copy=True)
+
+    def __exit__(self, *_) -> None:
+        for weight, host in zip(self.weights, self.host, strict=True):
+            weight.data = host
 
 
 Left = tuple[str, Sequence[Tensor], int, int]

@@ -9,41 +9,45 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from minitron_mcore import checkpoint, runtime, schedule
-from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig
-from minitron_mcore.distill import checks, failure, vocabulary
+from minitron_mcore import checkpoint, runtime, schedule, stream, watch
+from minitron_mcore import performance as options
+from minitron_mcore.checkpoint import Checkpoint, Shard
+from minitron_mcore.config import DataConfig, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.distill import checks, failure, optimizer_state, vocabulary
 from minitron_mcore.distill.apart import DistantTeacher
 from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.objective import Objective
 from minitron_mcore.distill.states import States
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
-from minitron_mcore.models import build
+from minitron_mcore.models import build, tuning
+from minitron_mcore.performance import PerformanceConfig
 from minitron_mcore.plan import cost
 from minitron_mcore.schedule import Batch
 
-from megatron.core.distributed import (  # isort: skip
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import Adam, OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
 
-# Optimizer state by parameter, so that a checkpoint resumes at another data-parallel size too.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
-
-def check(student: Checkpoint, teacher: Checkpoint | None, config: DistillConfig, parallel: ParallelConfig) -> None:
+def check(
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    config: DistillConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    performance: PerformanceConfig,
+) -> None:
     """Refuse what cannot train before a model is built.
 
     Raises:
-        UserError: see `checks.problems`, `vocabulary.problems` and `Cache.problems`.
+        UserError: see `checks.problems`, `performance.problems`, `vocabulary.problems` and `Cache.problems`.
     """
     found = [*checks.problems(student.arch, teacher and teacher.arch, config, parallel, runtime.dp_group().size())]
+    live = None if isinstance(teacher, Cache) else teacher and teacher.arch
+    found += options.problems(performance, student.arch, live, config, parallel, Dtype(dtype), tuning.installed())
     found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
     found += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
     refuse(found)
@@ -60,25 +64,27 @@ class Trainer:
         parallel: ParallelConfig,
         dtype: str,
         source: Teacher | None = None,
+        performance: PerformanceConfig | None = None,
     ):
         """Build both models and load their weights (collective).
 
         Args:
+            performance: None is the defaults.
             source: `teacher` as another trainer on these ranks has it already, whose student has the same vocabulary.
 
         Raises:
             UserError: see `check`; a layout that doesn't divide a model; a damaged checkpoint.
         """
-        check(student, teacher, config, parallel)
+        self.performance = performance = performance or PerformanceConfig()
+        check(student, teacher, config, parallel, dtype, performance)
         self.config, self.arch, self.step = config, student.arch, 0
         self.teacher_arch = teacher.arch if teacher else None
-        model = checkpoint.build_model(student, parallel, dtype)
+        if performance.tp_comm_overlap:
+            tokens = config.micro_batch * config.sequence_length // parallel.context
+            tuning.start_user_buffers(performance, tokens, student.arch.hidden, parallel.tensor)
+        model = checkpoint.build_model(student, parallel, dtype, performance)
         self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=config.distributed_optimizer,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=runtime.device().type == "cuda",
-        )
+        ddp = tuning.ddp_config(performance, config.distributed_optimizer)
         self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
         self.teacher = source
         if teacher and source is None:
@@ -86,11 +92,13 @@ class Trainer:
                 self.teacher = CachedTeacher(teacher, student.arch, parallel)
             else:
                 make = DistantTeacher if config.teacher_ranks else Teacher.load
-                self.teacher = make(teacher, student.arch, config, parallel, dtype)
+                self.teacher = make(teacher, student.arch, config, parallel, dtype, performance)
         if self.states:
             self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
-        self.objective = Objective(model, self.teacher, self.vocab, config)
+        self.objective = Objective(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
+        if performance.overlap_param_gather:
+            _gather_as_needed(model, self.chunks)
         self.optimizer = self._make_optimizer(dtype)
         model.config.finalize_model_grads_func = self.states.finalize if self.states else finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
@@ -125,13 +133,12 @@ class Trainer:
                 bf16=dtype == "bf16",
                 params_dtype=build.DTYPES[dtype],
                 use_distributed_optimizer=config.distributed_optimizer,
+                **tuning.optimizer_options(self.performance),
             ),
             [*self.chunks, *(self.states.trained if self.states else [])],
             use_gloo_process_groups=False,
         )
         failure.guard_gradient(optimizer)
-        for part in optimizer.chained_optimizers if config.distributed_optimizer else ():
-            _save_buckets_in_place(part)
         return optimizer
 
     def data_position(self, data: DataConfig) -> dict:
@@ -234,65 +241,62 @@ class Trainer:
         dist.all_reduce(sums, group=runtime.dp_cp_group())
         return runtime.from_last_stage(sums)
 
-    def _state(self, loading: bool) -> dict:
-        tp = runtime.tp_group()
+    def _weights(self) -> dict:
+        states = self.states.sharded_state() if self.states else {}
+        return {"weights": checkpoint.model_state(self.model, self.arch), "states": states}
+
+    def _shards(self) -> dict[nn.Parameter, Shard]:
+        """Of all that the optimizer trains."""
+        return checkpoint.model_shards(self.model, self.arch) | (self.states.shards() if self.states else {})
+
+    def _whole_optimizer(self, loading: bool) -> dict:
+        """megatron-core's sharded state of an optimizer that every data-parallel rank holds whole."""
         states = self.states.sharded_state() if self.states else {}
         parameters = [*(chunk.sharded_state_dict() for chunk in self.model.chunks), states]
-        optimizer = self.optimizer.sharded_state_dict(parameters, is_loading=loading, metadata=SHARDING)
-        weights = checkpoint.model_state(self.model, self.arch, tp.rank(), tp.size())
-        # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
-        scheduler = self.scheduler.state_dict()
-        counted = {"step": self.step} | ({"states_ratio": self.states.ratio} if self.states else {})
-        return {"weights": weights, "states": states, "optimizer": optimizer, "scheduler": scheduler, **counted}
+        return self.optimizer.sharded_state_dict(parameters, is_loading=loading)
 
     def save(self, out_dir: Path) -> None:
-        checkpoint.save(out_dir, self.step, self._state(loading=False))
+        """Write a step's checkpoint from the tensors as they are, a few pieces at a time (collective)."""
+        if self.performance.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+        if self.config.distributed_optimizer:
+            optimizer = optimizer_state.saved(self.optimizer.chained_optimizers, self._shards())
+        else:
+            optimizer = self._whole_optimizer(loading=False)
+        # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
+        counted = {"step": self.step} | ({"states_ratio": self.states.ratio} if self.states else {})
+        state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
+        with watch.patient(self.config.save_minutes):
+            stream.save_state(out_dir, self.step, state, f"save step {self.step}")
 
     def resume(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint of this run (collective). Weights are filled in place."""
-        torch_adam = self.config.distributed_optimizer and Adam.__module__.startswith("torch.")
-        for optimizer in self.optimizer.chained_optimizers if torch_adam else ():
-            _prepare_torch_adam(optimizer)
-        state = checkpoint.load(found, self._state(loading=True))
-        self.optimizer.load_state_dict(state["optimizer"])
-        for optimizer in self.optimizer.chained_optimizers if torch_adam else ():
-            for entry in optimizer.optimizer.state.values():
-                # megatron-core gives all parameters one counter; each would advance it.
-                entry["step"] = entry["step"].clone()
+        """Go on from a checkpoint of this run (collective). Weights and optimizer state are filled in place."""
+        if self.config.distributed_optimizer:
+            loading = optimizer_state.Loading(self.optimizer.chained_optimizers, self._shards())
+            state = checkpoint.load(found, self._weights() | {"optimizer": loading.request})
+            loading.finish(state["optimizer"])
+        else:
+            state = checkpoint.load(found, self._weights() | {"optimizer": self._whole_optimizer(loading=True)})
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
         if self.states:
             self.states.ratio = state["states_ratio"]
 
 
-def _save_buckets_in_place(optimizer) -> None:
-    """Make a DistributedOptimizer save the state that it has where its gradient buffer has padding between buckets.
+def _gather_as_needed(model: build.Model, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Wait for the head's weights too, where megatron-core gathers them during the forward pass.
 
-    megatron-core 0.19.2 joins the buckets without their padding, then cuts parameters out by their padded offsets.
+    It waits before a module is called, and the head's never is: the loss takes its weights. The final norm comes right before.
     """
-    joined = optimizer.get_parameter_state_dp_zero
-
-    def placed(**kwargs):
-        state = joined(**kwargs)
-        for n, buffer in enumerate(optimizer.buffers):
-            for tensors in state[n].values():
-                for key in tensors.keys() - {"numel_unpadded"}:
-                    parts = tensors[key].split([bucket.numel_unpadded for bucket in buffer.buckets])
-                    tensors[key] = tensors[key].new_zeros(buffer.numel)
-                    for bucket, part in zip(buffer.buckets, parts, strict=True):
-                        tensors[key][bucket.offset : bucket.offset + len(part)] = part
-        return state
-
-    optimizer.get_parameter_state_dp_zero = placed
-
-
-def _prepare_torch_adam(optimizer) -> None:
-    """Let a DistributedOptimizer around torch's Adam load a checkpoint (Apex's and Transformer Engine's need none of this)."""
-    # It has no state to load into before its first step; this one moves nothing, for the learning rate is still 0.
-    optimizer._init_optimizer_states_with_dummy_values()
-    # It counts steps in a tensor, which the checkpoint keeps elsewhere: tell the loader to leave it alone.
-    restore = optimizer._set_main_param_and_optimizer_states
-    optimizer._set_main_param_and_optimizer_states = lambda param, tensors: restore(param, {"step": None} | tensors)
+    if runtime.is_last_stage():
+        ddp, head = chunks[-1], model.head()
+        norm = model.chunks[-1].decoder.final_norm
+        skip = ddp.ddp_config.align_param_gather
+        norm.register_forward_pre_hook(lambda *_: ddp.param_to_bucket_group[head].finish_param_sync(skip))
+    if chunks[0].ddp_config.align_param_gather:
+        model.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, config: dict, data: str) -> str:

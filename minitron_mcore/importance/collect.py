@@ -225,10 +225,10 @@ class Collector:
                 if name.endswith(".norm"):
                     hidden += vector
                 else:
-                    found[name] = _gather(vector, runtime.tp_group())
+                    found[name] = runtime.all_gather(vector, runtime.tp_group())
         for at, sums in self.routed.items():
             dist.all_reduce(sums, group=runtime.expert_dp_group())
-            means = _gather(sums / self.tokens, runtime.ep_group())
+            means = runtime.all_gather(sums / self.tokens, runtime.ep_group())
             found |= {f"{at}.ffn": means[:, :-1].contiguous(), f"{at}.experts": means[:, -1].contiguous()}
         distances = torch.cat(list(self.distances.values()))
         for group in (runtime.dp_cp_group(), runtime.tp_group()):
@@ -276,13 +276,6 @@ def _side_by_side(parts: Iterable[Sums]) -> Sums:
     """Sums over the same values of several names, their channels one after the other."""
     counts, totals, spreads = zip(*parts, strict=True)
     return Sums(counts[0], torch.cat(totals, dim=-1), None if spreads[0] is None else torch.cat(spreads, dim=-1))
-
-
-def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' disjoint channels or experts, in order."""
-    parts = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(parts, shard.contiguous(), group=group)
-    return torch.cat(parts)
 
 
 @contextmanager

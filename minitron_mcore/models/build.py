@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from minitron_mcore import runtime
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import spec
+from minitron_mcore.models import spec, tuning
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.layout import check_shardable, stage_blocks
 from minitron_mcore.models.table import padded_vocab
+from minitron_mcore.performance import PerformanceConfig
 
 from megatron.core.activations import squared_relu  # isort: skip
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip
@@ -73,7 +74,9 @@ Model = LanguageModel | InterleavedModel
 """A rank's part of a model; `chunks` are what its pipeline schedule calls."""
 
 
-def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str) -> TransformerConfig:
+def transformer_config(
+    arch: Architecture, parallel: ParallelConfig, dtype: str, performance: PerformanceConfig
+) -> TransformerConfig:
     """megatron-core's config of an architecture in a layout: no dropout, loss per token, fusions only where CUDA is."""
     gpu, family = runtime.device().type == "cuda", arch.traits
     experts = {
@@ -117,26 +120,26 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: str)
         use_cpu_initialization=not gpu,
         perform_initialization=False,  # every parameter is loaded
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=gpu and family.gated,
-        bias_dropout_fusion=gpu,
-        apply_rope_fusion=False,
         masked_softmax_fusion=False,
         # Interleaved on two ranks both neighbours are one rank, and a batch of messages mixes up activations and gradients in
         # silence (seen on gloo; Megatron-LM refuses it). One by one and apart, as it then wants them, they keep their order.
         overlap_p2p_comm=parallel.virtual > 1,
         batch_p2p_comm=gpu and parallel.virtual == 1,
         **(experts if arch.experts else {}),
+        **tuning.model_options(performance, arch),
     )
 
 
-def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> Model:
+def build(
+    arch: Architecture, parallel: ParallelConfig, dtype: str, performance: PerformanceConfig | None = None
+) -> Model:
     """This rank's part of a model; its parameters are not set yet (`checkpoint.load_weights` sets them).
 
     Args:
         arch: sizes.
         parallel: the layout that `runtime.distributed` was entered with.
         dtype: "bf16" or "fp32".
+        performance: of a model in training; None: the model makes forward passes only.
 
     Raises:
         UserError: a layout that doesn't divide the model, an unknown dtype.
@@ -144,8 +147,11 @@ def build(arch: Architecture, parallel: ParallelConfig, dtype: str) -> Model:
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}.")
     check_shardable(arch, parallel)
-    config = transformer_config(arch, parallel, dtype)
+    performance = performance or PerformanceConfig().frozen()
+    config = transformer_config(arch, parallel, dtype, performance)
     chunks = [_chunk(arch, parallel, config, v).to(runtime.device()) for v in range(parallel.virtual)]
+    for chunk in chunks:
+        tuning.fuse_gradients(chunk, performance, arch)
     return chunks[0] if parallel.virtual == 1 else InterleavedModel(chunks)
 
 

@@ -4,6 +4,7 @@ Both specs name their modules alike (norms stand apart from the linear layers), 
 one checkpoint serve both.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore import host, runtime
 from minitron_mcore.errors import UserError
@@ -101,15 +104,59 @@ class TorchAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries are the last of the keys' positions."""
+        if self.window and self.window < len(key):
+            return banded_attention(query, key, value, self.window, self.scale)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        before, mask = len(key) - len(query), None
-        if before or (self.window and self.window < len(key)):
-            mask = torch.ones(len(query), len(key), dtype=torch.bool, device=q.device).tril(before)
-            mask = mask.triu(before + 1 - self.window) if self.window else mask
+        options = dict(scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+        if len(query) == len(key):
+            options |= dict(is_causal=True)
+        elif q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, options["enable_gqa"])):
+            options |= dict(attn_mask=causal_lower_right(len(query), len(key)))
+        else:
+            return banded_attention(query, key, value, len(key), self.scale)
+        return nn.functional.scaled_dot_product_attention(q, k, v, **options).permute(2, 0, 1, 3).flatten(2)
+
+
+def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None = None) -> Tensor:
+    """Causal attention of query [S_q, B, N, D] over key and value [S_k, B, G, D], of which the queries are the last positions: each
+    meets its own position and the window - 1 before it. Returns [S_q, B, N D].
+
+    Blocks of queries meet only the keys of their windows: time and memory grow with S_q x window. The N / G query heads of a
+    group are rows of one product with its keys, which are neither copied nor repeated: torch's memory-efficient kernels take
+    masks, but not several query heads a key head. All blocks and layers use views of one mask, which autograd keeps once.
+    """
+    groups, before = key.shape[2], len(key) - len(query)
+    heads = query.shape[2] // groups
+    size = min(len(query), max(128, min(1024, window // 2)) if window < len(key) else 128)
+    # The kernels want rows that begin at 16 bytes.
+    most = -(-min(len(key), size + window + ALIGNED) // ALIGNED) * ALIGNED
+    band, parts = _band(size, most, window, heads, query.dtype, query.device), []
+    k, v = (x.permute(1, 2, 0, 3) for x in (key, value))
+    for first in range(0, len(query), size):
+        q = query[first : first + size].unflatten(2, (groups, heads)).permute(1, 2, 3, 0, 4)
+        rows, end = q.shape[3], before + first + q.shape[3]
+        start = max(0, before + first + 1 - window) // ALIGNED * ALIGNED
+        mask = band[:, size - rows :, most - (end - start) :].flatten(0, 1)
         out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q.flatten(2, 3), k[:, :, start:end], v[:, :, start:end], mask, scale=scale
         )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        parts.append(out.unflatten(2, (heads, rows)).permute(3, 0, 1, 2, 4).flatten(2))
+    return torch.cat(parts)
+
+
+ALIGNED = 16
+"""Keys: a multiple of it is as many bytes as the kernels' loads want, in any dtype."""
+
+
+@functools.lru_cache(maxsize=2)
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used for training later
+def _band(rows: int, columns: int, window: int, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[heads, rows, columns], what to add to scores: 0 where a column is one of the `window` that end with the row's own, of which
+    the last row's is the last column; elsewhere -inf."""
+    allowed = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
+    allowed = allowed.triu(columns - rows + 1 - window)
+    band = torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill(~allowed, -torch.inf)
+    return band.expand(heads, -1, -1).contiguous()
 
 
 class Stack(HybridStack):

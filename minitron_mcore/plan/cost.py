@@ -1,16 +1,21 @@
 """What a model costs: parameters and bytes of a rank, floating-point operations of a token. Pure formulas, no torch import.
 
-Bytes are those of tensors alive at the step's worst moment, layer by layer as autograd keeps them without recomputation:
+Bytes are those of tensors alive at the step's worst moment, layer by layer as autograd keeps them:
 
-    weights      of the student, in the run's dtype (bf16: 2, fp32: 4)
-    gradients    megatron-core's buffer, always fp32: 4 a parameter
+    weights      of the student, in the run's dtype (bf16: 2, fp32: 4); under fp8 2 more for each weight of a layer's matrix, its
+                 8-bit copy and that one's transpose
+    gradients    megatron-core's buffer: 4 a parameter, 2 with performance.grad_reduce_in_fp32=false
     optimizer    Adam's two moments in fp32 and, of bf16 weights, an fp32 copy: 12 or 8 a parameter, over the data-parallel (and
-                 context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it
-    teacher      its weights in its own layout, and of its head the rows that go with the student's
+                 context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it. The
+                 precision-aware one: 2 for the lower half of the copy, moments of 4 or 2 each, less the share on the host
+    teacher      its weights in its own layout (under teacher_fp8 1 more for each weight of a layer's matrix), and of its head the
+                 rows that go with the student's; with performance.teacher_offload these rows only
     hand-off     its hidden states, final ones and those that blocks are compared with, of every micro-batch that it is ahead
     activations  what the backward pass waits for, of every micro-batch in flight (1F1B: as many as stages follow, itself included;
-                 interleaved: more, each of one chunk)
-    workspace    on the last stage the loss; elsewhere the gradients of one block, or the loss between blocks
+                 interleaved: more, each of one chunk), without what is recomputed
+    workspace    on the last stage the loss; elsewhere the gradients of one block with what one layer, or one group of layers,
+                 recomputes, or the loss between blocks; an offloaded teacher during its turn, an fp32 copy of bf16 gradients
+                 in the optimizer's, where these take more than the activations that are not there then
 
 The projection between blocks of different widths counts as the student's, whole on every rank.
 
@@ -23,12 +28,13 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minitron_mcore.config import Device, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, chunks
 from minitron_mcore.models import layout, table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.performance import PerformanceConfig, Recompute, RecomputeMethod
 
 GIB = 2**30
 
@@ -43,6 +49,7 @@ class Setting:
     micro_batch: int
     sequence_length: int
     device: Device = Device.cuda
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
 
     @property
     def element(self) -> int:
@@ -92,19 +99,32 @@ def states(arch: Architecture, setting: Setting, stage: int, distributed: bool, 
     parameters beside the model's."""
     experts, others = parameters(arch, setting, stage)
     others += more
-    each = 12 if setting.dtype == Dtype.bf16 else 8
+    config, each = setting.performance, 12 if setting.dtype == Dtype.bf16 else 8
+    if config.precision_aware_optimizer:
+        each = (2 + (8 if config.exp_avg_dtype == Dtype.fp32 else 4)) * (1 - config.optimizer_offload)
+    optimizer = each * _owned(setting, (experts, others), distributed)
+    copies = 2 * matrices(arch, setting, stage) if config.fp8 else 0
+    return {
+        "weights": setting.element * (experts + others) + copies,
+        "gradients": (4 if config.grad_reduce_in_fp32 else 2) * (experts + others),
+        "optimizer": math.ceil(optimizer),
+    }
+
+
+def _owned(setting: Setting, counts: tuple[int, int], distributed: bool) -> float:
+    """Of (experts', other) parameters of a rank those whose optimizer state it holds."""
     shares = (
         setting.world // (setting.parallel.pipeline * setting.parallel.expert),
         setting.replicas * setting.parallel.context,
     )
-    optimizer = sum(
-        each * n / (max(1, share) if distributed else 1) for n, share in zip((experts, others), shares, strict=True)
-    )
-    return {
-        "weights": setting.element * (experts + others),
-        "gradients": 4 * (experts + others),
-        "optimizer": math.ceil(optimizer),
-    }
+    return sum(n / (max(1, share) if distributed else 1) for n, share in zip(counts, shares, strict=True))
+
+
+def matrices(arch: Architecture, setting: Setting, stage: int) -> int:
+    """A rank's weights of the matrices in its layers, which is what runs in 8 bits."""
+    own = range(arch.experts // setting.parallel.expert)
+    inside = (p for p in layout.held(arch, setting.parallel, stage, own) if p.block is not None and len(p.shape) == 2)
+    return sum(_local(parameter, setting.parallel.tensor) for parameter in inside)
 
 
 def _norm(width: float, arch: Architecture, setting: Setting) -> float:
@@ -125,11 +145,12 @@ def _mlp(arch: Architecture, setting: Setting) -> float:
     return (arch.experts_per_token * routed + 5 * arch.experts) / setting.sharers
 
 
-def _attention(arch: Architecture, setting: Setting) -> float:
-    """Bytes kept of one token between attention's two matrices, of a tensor-parallel rank's heads."""
+def _attention(arch: Architecture, setting: Setting, again: bool) -> float:
+    """Bytes kept of one token between attention's two matrices, of a tensor-parallel rank's heads; `again`: what comes after the
+    rotary embedding is recomputed."""
     b, tp, dim = setting.element, setting.parallel.tensor, arch.head_dim
     heads, groups = arch.heads / tp, arch.groups / tp
-    gathered = setting.device == Device.cpu and setting.parallel.context > 1
+    gathered = setting.device == Device.cpu and setting.parallel.context > 1 and not again
     # Queries, keys and values as one matrix makes them; queries and keys turned; the output. Where keys and values are gathered:
     # queries turned; keys and values of the whole sequence; the output by parts and as one.
     kept = (heads + 2 * groups) + (heads + groups) + heads
@@ -141,34 +162,63 @@ def _attention(arch: Architecture, setting: Setting) -> float:
         if setting.device == Device.cuda or setting.dtype == Dtype.fp32:
             # Keys are read where they lie, beside the values that are kept anyway, unless these were gathered elsewhere.
             kept += heads + groups if gathered else -groups
-    return b * dim * kept + norms + 4 * heads  # and each head's log-sum-exp
+    return b * dim * kept + norms + (0 if again else 4 * heads)  # and each head's log-sum-exp
 
 
-def layer_activations(arch: Architecture, setting: Setting, part: str) -> float:
-    """Bytes that one "attention" or "mlp" layer keeps of a micro-batch for its backward pass, on one rank."""
+def layer_activations(arch: Architecture, setting: Setting, part: str, again: Sequence[str] = ()) -> float:
+    """Bytes that one "attention" or "mlp" layer keeps of a micro-batch for its backward pass, on one rank.
+
+    Args:
+        again: modules that are recomputed (see `performance.PerformanceConfig`).
+    """
     b, context = setting.element, setting.parallel.context
     length = setting.sequence_length // context
     # The norm before it: its input, and its output, which is the input of the matrices.
-    token = (_norm(arch.hidden, arch, setting) + b * arch.hidden) / setting.sharers
+    output = 0 if "layernorm" in again else b * arch.hidden
+    token = (_norm(arch.hidden, arch, setting) + output) / setting.sharers
     if part == "mlp":
-        return (token + _mlp(arch, setting)) * setting.tokens
-    token += _attention(arch, setting)
+        return (token + (0 if {"mlp", "moe"} & set(again) else _mlp(arch, setting))) * setting.tokens
+    core = "core_attn" in again
+    token += _attention(arch, setting, core)
     rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
     mask = 0
-    if setting.device == Device.cpu and context > 1:
+    if setting.device == Device.cpu and context > 1 and not core:
         mask = b * (2 * context + 1) * (length / 2) ** 2  # two parts of the queries, on the keys up to their ends
-    elif setting.device == Device.cpu and arch.window and arch.window < length:
+    elif setting.device == Device.cpu and arch.window and arch.window < length and not core:
         mask = b * length**2
     return token * setting.tokens + rotary * length + mask
+
+
+def _border(arch: Architecture, setting: Setting) -> float:
+    """Bytes of a micro-batch's hidden states between two layers."""
+    return setting.element * arch.hidden * setting.tokens / setting.sharers
+
+
+def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -> tuple[float, float]:
+    """Of a chunk with these blocks and of a micro-batch: bytes that its layers keep, and the most that one layer, or one group of
+    layers, makes again and holds in the backward pass."""
+    config, parts = setting.performance, [part for block, part in arch.layers if block in blocks]
+    whole = [layer_activations(arch, setting, part) for part in parts]
+    if config.recompute == Recompute.none:
+        return sum(whole), 0
+    if config.recompute == Recompute.selective:
+        kept = [layer_activations(arch, setting, part, config.recompute_modules) for part in parts]
+        return sum(kept), max((a - b for a, b in zip(whole, kept, strict=True)), default=0)
+    many, border = config.recompute_layers, _border(arch, setting)
+    if config.recompute_method == RecomputeMethod.block:
+        return border * len(whole[:many]) + sum(whole[many:]), max(whole[:many], default=0)
+    groups = [sum(group) for group in itertools.batched(whole, many)]
+    return border * len(groups), max(groups, default=0)
 
 
 def activations(arch: Architecture, setting: Setting, stage: int, micro_batches: int) -> float:
     """Bytes that a rank of a stage keeps for the backward passes of all micro-batches in flight."""
     pipeline, chunks = setting.parallel.pipeline, setting.parallel.virtual
-    border = setting.element * arch.hidden * setting.tokens / setting.sharers
+    border = _border(arch, setting)
+    full = setting.performance.recompute == Recompute.full  # the input of a chunk is that of its first group
     kept = [
-        sum(layer_activations(arch, setting, part) for block, part in arch.layers if block in blocks)
-        + border * ((stage + v > 0) + (stage < setting.last or v < chunks - 1))
+        recomputation(arch, setting, blocks)[0]
+        + border * ((stage + v > 0 and not full) + (stage < setting.last or v < chunks - 1))
         for v, blocks in enumerate(layout.rank_chunks(arch, setting.parallel, stage))
     ]
     if stage == setting.last:
@@ -201,6 +251,7 @@ def teacher_weights(
         rows = table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
         return setting.element * rows * teacher.hidden * (stage == setting.last)
     own, most = dataclasses.replace(setting, parallel=other), 0
+    copy = 1 if setting.performance.teacher_fp8 else 0
     rows, owned = (table.padded_vocab(arch, s.parallel.tensor) for arch, s in ((student, setting), (teacher, own)))
     same, last = (rows, setting.parallel.tensor) == (owned, other.tensor), stage == setting.last
     # Pipeline stages are the outermost axis: each is a stretch of the ranks.
@@ -211,8 +262,8 @@ def teacher_weights(
             freed = place == own.last and not (teacher.tied and place == 0)
             elements -= freed * owned // other.tensor * teacher.hidden
             elements += last * rows // setting.parallel.tensor * teacher.hidden
-        most = max(most, elements)
-    return setting.element * most
+        most = max(most, setting.element * elements + copy * matrices(teacher, own, place))
+    return most
 
 
 def states_workspace(teacher: Architecture, setting: Setting) -> float:
@@ -227,6 +278,8 @@ def loss_workspace(student: Architecture, teacher: Architecture | None, setting:
     width = student.hidden + (teacher.hidden if teacher else 0)
     bytes_a_token = b * rows * (2 if teacher else 1)
     chunk = chunks.chunk_tokens(tokens, bytes_a_token, setting.device)
+    if budget := setting.performance.loss_chunk_mb:
+        chunk = chunks.even(tokens, budget << 20, bytes_a_token)
     tiles = 4 * chunks.TILE_BUFFERS * chunks.tile_tokens(tokens, rows, setting.device) * rows
     head, several = rows * student.hidden, chunk < tokens
     # A block of the head's gradient; to add it to the fp32 sum, torch's CPU ops make an fp32 copy.
@@ -299,8 +352,16 @@ def training(
                 student, teacher, setting, None if apart else other or setting.parallel, stage
             )
             row["hand-off"] = hand_off(teacher, setting, stage, micro_batches, ahead, wanted)
+        aside = 0
+        if teacher and setting.performance.teacher_offload:
+            aside = row["teacher"]
+            row["teacher"] = teacher_weights(student, teacher, setting, None, stage)
+            aside -= row["teacher"]
+        if not (setting.performance.grad_reduce_in_fp32 or setting.performance.precision_aware_optimizer):
+            aside = max(aside, 4 * _owned(setting, parameters(student, setting, stage), distributed))
         row["activations"] = activations(student, setting, stage, micro_batches)
-        work = block_workspace(student, setting)
+        rank_chunks = layout.rank_chunks(student, setting.parallel, stage)
+        work = block_workspace(student, setting) + max(recomputation(student, setting, own)[1] for own in rank_chunks)
         if wanted:
             work = max(work, states_workspace(teacher, setting))
         if stage == setting.last:
@@ -308,7 +369,7 @@ def training(
         if setting.device == Device.cpu and distributed:
             # gloo adds up a copy of the gradients, when the activations are gone.
             work = max(work, row["gradients"] - row["activations"] - row["hand-off"])
-        row["workspace"] = work
+        row["workspace"] = max(work, aside - row["activations"])
         rows.append(row | {"total": sum(row.values())})
     return rows
 

@@ -82,7 +82,7 @@ class Ranking:
             self._studied(PruneConfig(blocks=None if blocks >= source.arch.blocks else blocks))
         self.total = len(self.space.candidates) if self.space.combinations <= GRID else self.search.trials
         if self.search.best:
-            train.check(source, teacher, distillation(config), config.parallel)
+            train.check(source, teacher, distillation(config), config.parallel, config.dtype.value, config.performance)
         if self.search.latency:
             latency.check(source.arch, self.search.speed)
         if not config.data.heldout:

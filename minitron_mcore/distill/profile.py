@@ -1,0 +1,46 @@
+"""Records some steps of a run: torch's profiler, and on CUDA the caching allocator.
+
+out_dir/profile/
+  rank_0.json            a trace for ui.perfetto.dev or chrome://tracing, from the first recorded step to the last
+  memory_rank_0.pickle   allocations and their stacks, for pytorch.org/memory_viz (profile.memory, CUDA only)
+"""
+
+from pathlib import Path
+
+import torch
+
+from minitron_mcore import runtime
+from minitron_mcore.performance import ProfileConfig
+
+
+class StepProfiler:
+    """Tell it before and after each step; outside of the steps of `config`, and on other ranks, it does nothing."""
+
+    def __init__(self, config: ProfileConfig, out_dir: Path):
+        self.config, self.folder = config, out_dir / "profile"
+        self.active = config.start is not None and runtime.rank() in config.ranks
+        self.memory = config.memory and runtime.device().type == "cuda"
+        self.profiler: torch.profiler.profile | None = None
+
+    def before(self, step: int) -> None:
+        """`step` counts from 1. A run that goes on within the recorded steps records the rest of them."""
+        if not self.active or self.profiler or not self.config.start <= step <= (self.config.stop or self.config.start):
+            return
+        if self.memory:
+            torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        self.profiler = torch.profiler.profile(record_shapes=True, with_stack=False)
+        self.profiler.start()
+
+    def after(self, step: int, last: bool) -> None:
+        """Write when `step` was the last to record, or the last of all."""
+        if self.profiler is None or (step < (self.config.stop or self.config.start) and not last):
+            return
+        if runtime.device().type == "cuda":
+            torch.cuda.synchronize()
+        self.profiler.stop()
+        self.folder.mkdir(exist_ok=True)
+        self.profiler.export_chrome_trace(str(self.folder / f"rank_{runtime.rank()}.json"))
+        if self.memory:
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_rank_{runtime.rank()}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self.profiler, self.active = None, False

@@ -1,0 +1,132 @@
+"""`PerformanceConfig` as megatron-core's own options: of a model, of DistributedDataParallel and of the optimizer."""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+
+from minitron_mcore import host
+from minitron_mcore.config import Dtype
+from minitron_mcore.models import spec
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.performance import Kernels, PerformanceConfig, Recompute
+
+from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
+from megatron.core.models.common.embeddings import rope_utils  # isort: skip
+from megatron.core.transformer.enums import AttnBackend  # isort: skip
+from megatron.core.transformer.moe import moe_utils  # isort: skip
+
+
+@functools.cache
+def installed() -> Kernels:
+    """What this process can use; nothing on a CPU."""
+    if host.is_cpu():
+        return Kernels()
+    engine = spec.transformer_engine()
+    return Kernels(
+        capability=torch.cuda.get_device_capability(),
+        transformer_engine=engine,
+        rope=engine and rope_utils.fused_apply_rotary_pos_emb is not None,
+        permute=engine and moe_utils.fused_permute_with_probs is not None,
+        weight_gradient=engine or _apex_weight_gradient(),
+        fused_adam=engine and _adam_has_precisions(),
+    )
+
+
+def _apex_weight_gradient() -> bool:
+    return not host.is_cpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _adam_has_precisions() -> bool:
+    adam = importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam
+    return {"exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad"} <= inspect.signature(adam).parameters.keys()
+
+
+def _on(option: bool | None, here: bool) -> bool:
+    return here if option is None else option
+
+
+def _fuses_gradients(config: PerformanceConfig, arch: Architecture) -> bool:
+    return _on(config.gradient_accumulation_fusion, installed().weight_gradient and not arch.experts)
+
+
+def model_options(config: PerformanceConfig, arch: Architecture) -> dict[str, Any]:
+    """Arguments of TransformerConfig."""
+    found = installed()
+    gpu = any(found.capability)
+    options = {
+        # megatron-core's own linear layers, of which the output head is always one, take Apex's kernel only: see `fuse_gradients`.
+        "gradient_accumulation_fusion": _fuses_gradients(config, arch) and _apex_weight_gradient(),
+        "apply_rope_fusion": _on(config.rope_fusion, found.rope),
+        "bias_activation_fusion": _on(config.bias_activation_fusion, gpu and arch.traits.gated),
+        "bias_dropout_fusion": _on(config.bias_dropout_fusion, gpu),
+        "tp_comm_overlap": config.tp_comm_overlap,
+        "attention_backend": AttnBackend[config.attention_backend.value],
+    }
+    if arch.experts:
+        options["moe_permute_fusion"] = _on(config.moe_permute_fusion, found.permute)
+    if config.fp8:
+        options |= {"fp8": config.fp8.value, "fp8_recipe": config.fp8_recipe.value}
+    if config.recompute != Recompute.none:
+        options["recompute_granularity"] = config.recompute.value
+    if config.recompute == Recompute.selective:
+        options["recompute_modules"] = list(config.recompute_modules)
+    if config.recompute == Recompute.full:
+        options |= {
+            "recompute_method": config.recompute_method.value,
+            "recompute_num_layers": config.recompute_layers,
+        }
+    return options
+
+
+def fuse_gradients(model, config: PerformanceConfig, arch: Architecture) -> None:
+    """Let Transformer Engine's layers of a chunk add weight gradients to `main_grad`, where Apex is not there.
+
+    megatron-core would refuse to make the output head, which has no kernel of Transformer Engine's. The loss adds that gradient
+    itself (see `distill.losses`).
+    """
+    if not _fuses_gradients(config, arch) or model.config.gradient_accumulation_fusion:
+        return
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+    model.config.gradient_accumulation_fusion = True
+
+
+def ddp_config(config: PerformanceConfig, distributed: bool) -> DistributedDataParallelConfig:
+    """Of the student's chunks; `distributed`: the optimizer's state is shared out."""
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed,
+        grad_reduce_in_fp32=config.grad_reduce_in_fp32,
+        overlap_grad_reduce=_on(config.overlap_grad_reduce, any(installed().capability)),
+        bucket_size=config.bucket_size,
+        overlap_param_gather=config.overlap_param_gather,
+        align_param_gather=config.align_param_gather,
+    )
+
+
+def optimizer_options(config: PerformanceConfig) -> dict[str, Any]:
+    """Arguments of OptimizerConfig."""
+    options: dict[str, Any] = {"overlap_param_gather": config.overlap_param_gather}
+    if config.precision_aware_optimizer:
+        moments = torch.float32 if config.exp_avg_dtype == Dtype.fp32 else torch.bfloat16
+        options |= {
+            "use_precision_aware_optimizer": True,
+            # The optimizer reads gradients where they were reduced.
+            "main_grads_dtype": torch.float32 if config.grad_reduce_in_fp32 else torch.bfloat16,
+            "exp_avg_dtype": moments,
+            "exp_avg_sq_dtype": moments,
+            "optimizer_cpu_offload": config.optimizer_offload > 0,
+            "optimizer_offload_fraction": config.optimizer_offload,
+            "overlap_cpu_optimizer_d2h_h2d": config.optimizer_offload > 0,
+        }
+    return options
+
+
+def start_user_buffers(config: PerformanceConfig, tokens: int, hidden: int, tp: int) -> None:
+    """Make Transformer Engine's buffers for `tp_comm_overlap` (collective): as large as a context-parallel rank's hidden states."""
+    base = importlib.import_module("transformer_engine.pytorch.module.base")
+    base.initialize_ub([tokens, hidden], tp, use_fp8=config.fp8 is not None, bootstrap_backend="nccl")
