@@ -1,6 +1,7 @@
 """The GPU campaign on a CPU. A failure means that minutes on a card would be lost to a typo or a block that hangs."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_parts_carry_whole_archives(tmp_path, monkeypatch):
     for name, size in (("verify", 1000), ("recovery", 1500)):
         folder = tmp_path / name
         folder.mkdir()
-        content[name] = bytes(hash((name, n)) % 256 for n in range(size))
+        content[name] = random.Random(size).randbytes(size)
         (folder / f"{name}.bin").write_bytes(content[name])
         archives[name] = pack._archive(folder)
     parts = pack.split(archives, tmp_path)
