@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore import checkpoint, disk, distcp, host, runtime
+from minitron_mcore.disk import FILE_ELEMENTS, PIECE_ELEMENTS, THREADS
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 from minitron_mcore.models.folder import raw
@@ -45,11 +46,7 @@ from torch.distributed.checkpoint import (  # isort: skip
 from torch.distributed.checkpoint.filesystem import FileSystem, _write_item  # isort: skip
 from torch.serialization import set_crc32_options  # isort: skip
 
-# Small enough for the C library to reuse the memory: fresh pages cost four times as much as copying into them.
-PIECE_ELEMENTS = 8 << 20
-FILE_ELEMENTS = 4 * PIECE_ELEMENTS
 HELD_BYTES = 4 * FILE_ELEMENTS + (1 << 20)  # a file of our own, in fp32
-THREADS = 3  # on two cores: they wait for the disk as often as they work
 
 type Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset in a global tensor, and shape."""

@@ -25,6 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minitron_mcore import disk
 from minitron_mcore.config import Device, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, chunks
 from minitron_mcore.models import layout, table
@@ -311,6 +312,18 @@ def training(
         row["workspace"] = work
         rows.append(row | {"total": sum(row.values())})
     return rows
+
+
+def saving(arch: Architecture, setting: Setting, stage: int, distributed: bool) -> int:
+    """Bytes of host memory that writing a checkpoint takes on a rank, beside what training holds: each thread's file has a buffer,
+    and on CUDA a copy of the piece that goes into it (`stream.save_state`). Of an optimizer whose state is not shared out, pieces
+    are whole tensors."""
+    elements = disk.PIECE_ELEMENTS
+    if not distributed:
+        tensors = layout.held(arch, setting.parallel, stage, range(arch.experts // setting.parallel.expert))
+        elements = max(_local(parameter, setting.parallel.tensor) for parameter in tensors)
+    copied = 4 * elements if setting.device == Device.cuda else 0
+    return disk.THREADS * (disk.BLOCK + copied)
 
 
 def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
