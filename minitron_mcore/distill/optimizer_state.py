@@ -86,7 +86,8 @@ def saved(optimizers: Iterable[DistributedOptimizer], shards: dict[nn.Parameter,
     held = [(owned, owned.state()) for part in optimizers for owned in _owned(part)]
     # All parameters count the same steps. Learning rate and weight decay are the scheduler's; how parameters are grouped is the
     # layout's.
-    [step] = {int(group["step"]) for part in optimizers for group in part.state_dict()["optimizer"]["param_groups"]}
+    groups = [group for part in optimizers for group in part.state_dict()["optimizer"]["param_groups"]]
+    step = max((int(group["step"]) for group in groups if "step" in group), default=0)
     return {"step": step, "pieces": _pieces(held, shards)}
 
 
