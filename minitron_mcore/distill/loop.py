@@ -52,10 +52,12 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
             except NotFinite:
                 for course in courses:
                     course.save()
+                    course.trainer.finish_save()
                 raise
             progress.update(step + 1 - first, "".join(filter(None, told)))
         for course in courses:
             course.save()
+            course.trainer.finish_save()
             course.close()
         if behind.step < last:
             runtime.log(f"told to stop: saved step {behind.step}; the same command goes on from there")
@@ -74,6 +76,7 @@ class _Course:
         """One step (collective); what a progress line says of it."""
         trainer, config = self.trainer, self.trainer.config
         figures = self.guard.step(trainer, batches, fed)
+        trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
         if figures:
             self.history.append(figures)

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from minitron_mcore.config import DistillConfig
+from minitron_mcore.config import Device, DistillConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
@@ -51,7 +51,9 @@ def run(
             row |= _from_cache(
                 students[0], teacher, *cached, setting, 3 if len(students) == 1 else micro_batches, stage
             )
-        host = max(saving(student, setting, stage, config.distributed_optimizer) for student in students)
+        background = setting.device == Device.cuda if config.async_save is None else config.async_save
+        saves = [saving(each, setting, stage, config.distributed_optimizer, background) for each in students]
+        host = sum(saves) if background else max(saves)
         rows.append(row | {"total": sum(row.values()), "host memory of a save": host})
     return rows
 
