@@ -113,7 +113,7 @@ def unpack(part: Path) -> None:
         try:
             with tarfile.open(archive) as file:
                 file.extractall(CAMPAIGN, filter="tar")
-        except EOFError:  # its other pieces are in another part
+        except (EOFError, tarfile.ReadError):  # its other pieces are in another part
             continue
         archive.unlink()
 
