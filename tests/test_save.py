@@ -19,6 +19,7 @@ from minitron_mcore.config import Device, Dtype, ParallelConfig, PruneConfig, St
 from minitron_mcore.distill import optimizer_state
 from minitron_mcore.distill.train import Trainer
 from minitron_mcore.errors import HUNG_STATUS
+from minitron_mcore.performance import PerformanceConfig
 from minitron_mcore.plan import cost
 from minitron_mcore.testing import RankError, on_ranks, random_checkpoint
 from tests import families, models
@@ -48,16 +49,10 @@ def experts(tmp_path_factory):
 def relay(student, teacher, config, parallel, dtype, source, out_dir):
     """Resume from `source`, or take a step where there is none; save."""
     torch.manual_seed(0)
-    from megatron.core.distributed import DistributedDataParallelConfig
-
-    with pytest.MonkeyPatch.context() as patch:
-        # Several buckets with padding between them, as on CUDA.
-        small = {"overlap_grad_reduce": True, "bucket_size": 1000}
-        patch.setattr(
-            "minitron_mcore.distill.train.DistributedDataParallelConfig",
-            lambda **kwargs: DistributedDataParallelConfig(**kwargs | small),
-        )
-        trainer = Trainer(open_checkpoint(student), teacher and open_checkpoint(teacher), config, parallel, dtype)
+    # Several buckets with padding between them, as on CUDA.
+    buckets = PerformanceConfig(overlap_grad_reduce=True, bucket_size=1000)
+    models = open_checkpoint(student), teacher and open_checkpoint(teacher)
+    trainer = Trainer(*models, config, parallel, dtype, performance=buckets)
     checkpoint.describe(out_dir, trainer.arch, "test", {}, open_checkpoint(student).hf)
     if source:
         trainer.resume(open_checkpoint(source))
