@@ -12,7 +12,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip gpu and multigpu tests where there is no CUDA device, unless --on-cpu asks for them."""
+    """Skip gpu and multigpu tests where there are not enough CUDA devices, unless --on-cpu asks for them."""
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multigpu")]
     if not marked or config.getoption("--on-cpu"):
         return

@@ -46,7 +46,7 @@ def parent(tmp_path_factory):
     return at, ids, expected, plan
 
 
-def score_cut_say(source, parallel, ids, out_dir):
+def score_cut_say(source, parallel, ids, out_dir, cut=CUT):
     """Scores, the plan that they give, its cut in `out_dir`; (positions, logits there) of what was cut, on last-stage ranks; the
     pieces that this rank alone wrote."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -61,7 +61,7 @@ def score_cut_say(source, parallel, ids, out_dir):
     opened = open_checkpoint(source)
     mask = torch.arange(ids.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
     found = score(build_model(opened, parallel, "fp32"), opened, ids, mask, micro_batch=2)
-    plan = make_plan(opened.arch, opened.fingerprint, found, CUT)
+    plan = make_plan(opened.arch, opened.fingerprint, found, cut)
     run_prune(source, plan, out_dir, parallel)
     said = []
 

@@ -58,6 +58,8 @@ SHAPES = {
     "window, multi-head": (257, 1, 64, 4, 4, 128),
     "window longer than the sequence": (33, 2, 48, 8, 2, 64),
     "window of one": (20, 1, 1, 4, 2, 8),
+    "several blocks of a window": (600, 2, 129, 4, 2, 16),
+    "a window that is less than a block": (600, 1, 40, 4, 4, 64),
 }
 
 
