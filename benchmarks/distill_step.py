@@ -38,7 +38,9 @@ ONE_B = Architecture("llama", 16, 2048, 8192, 32, 8, 64, 49152, 8192, 1e-5, 1e5,
 TWO_B = dataclasses.replace(ONE_B, blocks=32, hidden=2048, ffn=8192)
 SIX_OF_8B = Architecture("llama", 6, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5, None, False)
 SIX_OF_4B = dataclasses.replace(SIX_OF_8B, hidden=3072, ffn=9216)
+TOY = Architecture("llama", 2, 32, 64, 4, 2, 8, 128, 64, 1e-5, 1e5, None, False)
 MODELS = {
+    "toy": TOY,
     "135M": SMOLLM2,
     "100M": CUT,
     "1B": ONE_B,
@@ -48,6 +50,7 @@ MODELS = {
 }
 CASES = {
     # name: teacher, student, ranks, layout, micro-batch, length, micro-batches
+    "toy": {"toy of toy": ("toy", "toy", 1, ParallelConfig(), 2, 64, 2)},
     "cpu": {
         "100M of 135M, TP 1": ("135M", "100M", 1, ParallelConfig(), 4, 512, 1),
         "100M of 135M, TP 3": ("135M", "100M", 3, ParallelConfig(tensor=3), 4, 512, 1),
@@ -179,9 +182,11 @@ def whole_models(name: str, sizes: tuple, spent: dict[str, float], options) -> f
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU, dense")
+    options.add_argument("--toy", action="store_true", help="a model of a test's size: shows that it runs")
     options.add_argument("--kernels", action="store_true", help="print what the GPU's time goes into")
     options = options.parse_args()
-    kind, rounds = "cuda" if torch.cuda.is_available() else "cpu", 2 if options.quick else 7
+    kind = "toy" if options.toy else runtime.device().type
+    rounds = 2 if options.quick else 7
     rows, profiles, figures = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         cases = list(CASES[kind].items())[: 1 if options.quick else None]

@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -44,9 +43,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: ski
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # isort: skip
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
 from torch.distributed.checkpoint import CheckpointException  # isort: skip
-
-if TYPE_CHECKING:
-    from minitron_mcore import stream
 
 COMPLETE = ".complete"
 
@@ -290,9 +286,7 @@ def ranges(parameter: table.Parameter, shape: tuple[int, ...], tp_rank: int, tp_
     return found
 
 
-def views(
-    parameter: table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int
-) -> list[tuple[tuple[int, ...], Tensor]]:
+def views(parameter: table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int) -> list[tuple]:
     """(global offset, view) of each range that a rank's local tensor of a parameter is made of."""
     return _parts(tensor, ranges(parameter, tuple(tensor.shape), tp_rank, tp_size))
 
@@ -302,28 +296,37 @@ def _parts(tensor: Tensor, ranges: list[tuple]) -> list[tuple[tuple[int, ...], T
     return [(offset, tensor[tuple(span)]) for offset, span in spans]
 
 
-def save(out_dir: str | Path, step: int, state: dict, streamed: "stream.Streamed") -> None:
+def save(out_dir: str | Path, step: int, state: dict, streamed) -> None:
     """Write a sharded state dict as `step_N` and point `latest` at it (collective). Older steps are removed after that.
 
-    Of what data-parallel ranks hold alike, each writes an equal share. `streamed` writes, and hashes what it writes.
+    Of what data-parallel ranks hold alike, each writes an equal share. `streamed`, a `stream.Streamed`, writes, and hashes what it
+    writes; where it writes in the background, `publish` is left to do after `streamed.wait`.
     """
-    out_dir = Path(out_dir)
-    name = f"step_{step:07d}"
-    part = out_dir / f"{name}.part"
+    part = Path(out_dir) / f"step_{step:07d}.part"
     if runtime.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(out_dir / name, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
     shared = FullyParallelSaveStrategyWrapper(streamed, runtime.dp_cp_group())
-    dist_checkpointing.save(state, str(part), shared, async_strategy="mcore")
+    if streamed.background:
+        streamed.request = dist_checkpointing.save(
+            state, str(part), shared, async_sharded_save=True, async_strategy="mcore"
+        )
+    else:
+        dist_checkpointing.save(state, str(part), shared, async_strategy="mcore")
+        publish(part, streamed)
+
+
+def publish(part: Path, streamed) -> None:
+    """Make a written step the newest one (collective)."""
     streamed.seal(part)
     dist.barrier()
     if runtime.rank() == 0:
-        os.replace(part, out_dir / name)
-        replace_text(out_dir / "latest", name)
-        for old in out_dir.glob("step_*"):
-            if old.name != name:
+        shutil.rmtree(part.with_suffix(""), ignore_errors=True)
+        os.replace(part, part.with_suffix(""))
+        replace_text(part.parent / "latest", part.stem)
+        for old in part.parent.glob("step_*"):
+            if old.name != part.stem:
                 shutil.rmtree(old)
     dist.barrier()
 

@@ -210,6 +210,8 @@ class TrainConfig:
     """When a rank has stood still for so long, the run ends and names those that kept the others waiting."""
     save_minutes: float = 60.0
     """The same while a checkpoint is written, if that is longer."""
+    async_save: bool | None = None
+    """Copy what a checkpoint holds to host memory, and write it while training goes on; null does so on CUDA."""
 
 
 class StatesLoss(StrEnum):
@@ -244,9 +246,7 @@ class Divergence(StrEnum):
     reverse_kl = "reverse_kl"
     """KL(student || teacher)."""
     jsd = "jsd"
-    """Jensen-Shannon, between both."""
     mse = "mse"
-    """Mean squared difference of the logits."""
     cosine = "cosine"
 
 

@@ -16,6 +16,11 @@ from functools import partial
 from pathlib import Path
 
 BLOCK = 16 << 20
+# Of a checkpoint's tensors. Small enough for the C library to reuse the memory: fresh pages cost four times as much as copying
+# into them.
+PIECE_ELEMENTS = 8 << 20
+FILE_ELEMENTS = 4 * PIECE_ELEMENTS
+THREADS = 3  # on two cores: they wait for the disk as often as they work
 _ALIGNED = 4096  # offsets, lengths and addresses, for every file system in use
 _DIRECT = getattr(os, "O_DIRECT", 0)
 

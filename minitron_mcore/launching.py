@@ -32,7 +32,7 @@ SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_da
 
 _UNIDENTIFYING = (
     *("stop_after", "shard", "shards", "together"),
-    *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes"),
+    *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes", "async_save"),
 )
 
 for _name, _schema in LAUNCH_FILES.items():

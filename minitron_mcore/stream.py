@@ -11,7 +11,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore import checkpoint, disk, distcp, host, runtime
+from minitron_mcore.disk import FILE_ELEMENTS, PIECE_ELEMENTS, THREADS
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 from minitron_mcore.models.folder import raw
@@ -30,6 +31,11 @@ from minitron_mcore.models.folder import raw
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # isort: skip
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (  # isort: skip
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -42,14 +48,11 @@ from torch.distributed.checkpoint import (  # isort: skip
     FileSystemWriter,
     save as save_pieces,
 )
+from torch.distributed.checkpoint.api import _wrap_exception  # isort: skip
 from torch.distributed.checkpoint.filesystem import FileSystem, _write_item  # isort: skip
 from torch.serialization import set_crc32_options  # isort: skip
 
-# Small enough for the C library to reuse the memory: fresh pages cost four times as much as copying into them.
-PIECE_ELEMENTS = 8 << 20
-FILE_ELEMENTS = 4 * PIECE_ELEMENTS
 HELD_BYTES = 4 * FILE_ELEMENTS + (1 << 20)  # a file of our own, in fp32
-THREADS = 3  # on two cores: they wait for the disk as often as they work
 
 type Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset in a global tensor, and shape."""
@@ -103,9 +106,41 @@ def save(out_dir: str | Path, pieces: Iterable[Piece], replica: Callable[[table.
 def save_state(out_dir: str | Path, step: int, state: dict, name: str) -> None:
     """Write a sharded state dict of live tensors as a step of a checkpoint (collective), a few pieces at a time; what it views must
     not change meanwhile."""
+    _save_live(out_dir, step, state, Streamed({}, name))
+
+
+def _save_live(out_dir: str | Path, step: int, state: dict, streamed: "Streamed") -> None:
     if not host.is_cpu():
         torch.cuda.synchronize()  # the threads that copy pieces to the host know no other stream than the default one
-    checkpoint.save(out_dir, step, dict_list_map_outplace(_in_pieces, state), Streamed({}, name))
+    checkpoint.save(out_dir, step, dict_list_map_outplace(_in_pieces, state), streamed)
+
+
+class BackgroundSave:
+    """`save_state` that returns when this rank's share is copied to host memory, and writes while training goes on.
+
+    The step before stays the newest one until `finish`. The thread that writes makes no collective and no CUDA call.
+    """
+
+    def __init__(self, out_dir: str | Path, step: int, state: dict, name: str):
+        """Collective."""
+        self.part, self.streamed = Path(out_dir) / f"step_{step:07d}.part", Streamed({}, name, background=True)
+        _save_live(out_dir, step, state, self.streamed)
+
+    def written(self) -> bool:
+        """Whether all ranks have written their share, or failed to (collective)."""
+        done = torch.tensor(self.streamed.writing.done(), dtype=torch.int32, device=runtime.device())
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return bool(done.item())
+
+    def finish(self) -> None:
+        """Wait for all ranks, then make it the newest step (collective).
+
+        Raises:
+            CheckpointException: a rank could not write, on all ranks; the newest step is the one before.
+        """
+        for finalize in self.streamed.request.finalize_fns:
+            finalize()
+        checkpoint.publish(self.part, self.streamed)
 
 
 def _in_pieces(value):
@@ -146,17 +181,29 @@ class Streamed(TorchDistSaveShardedStrategy):
     Args:
         make: by key and offset, what gives the data that a stand-in on the meta device stands for; other tensors are data.
         name: of the progress.
+        background: copy this rank's share and write it in a thread.
     """
 
-    def __init__(self, make: dict[tuple, Callable[[], Tensor]], name: str):
+    def __init__(self, make: dict[tuple, Callable[[], Tensor]], name: str, background: bool = False):
         super().__init__()
-        self.make, self.name, self.hashes = make, name, {}
+        self.make, self.name, self.background, self.hashes = make, name, background, {}
+        self.request: AsyncRequest | None = None
+        """What is left to do after `writing`, where that goes on in the background."""
+        self.writing: Future | None = None
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
+        state, writer, planner = self._planned(sharded_state_dict, checkpoint_dir)
+        save_pieces(state, storage_writer=writer, planner=planner)
+
+    def async_save(self, sharded_state_dict: dict, checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
+        state, writer, planner = self._planned(sharded_state_dict, checkpoint_dir)
+        planned, *_ = save_state_dict_async_plan(state, writer, planner=planner)
+        return AsyncRequest(None, (), [partial(save_state_dict_async_finalize, *planned)])
+
+    def _planned(self, sharded_state_dict: dict, checkpoint_dir: Path) -> tuple:
         state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        writer = _Writer(checkpoint_dir, self)
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        save_pieces(mcore_to_pyt_state_dict(state), storage_writer=writer, planner=planner)
+        return mcore_to_pyt_state_dict(state), _Writer(checkpoint_dir, self), planner
 
     def seal(self, folder: Path) -> None:
         """Write the manifest of hashes (collective); those of the pieces were taken as they were written."""
@@ -177,6 +224,28 @@ class _Writer(FileSystemWriter):
         self.strategy = strategy
 
     def write_data(self, plan, planner) -> torch.futures.Future:
+        future = torch.futures.Future()
+        future.set_result(self._write_all(plan, planner.resolve_data))
+        return future
+
+    def prepare_write_data(self, plan, planner) -> None:
+        """Copy, and begin to write (megatron-core's part of `write_data` before training goes on)."""
+        held = {}
+        for item in plan.items:
+            data = planner.resolve_data(item)
+            held[item.index] = data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
+        pool = ThreadPoolExecutor(1)
+        self.strategy.writing = pool.submit(self._write_all, plan, lambda item: held.pop(item.index))
+        pool.shutdown(wait=False)
+
+    def retrieve_write_results(self) -> list | tuple:
+        """What `_write_all` returns or raises, as megatron-core wants it."""
+        try:
+            return self.strategy.writing.result()
+        except Exception as error:
+            return _wrap_exception(error)
+
+    def _write_all(self, plan, resolve: Callable) -> list:
         files, held = [[]], 0
         for item in plan.items:
             size = math.prod(item.tensor_data.chunk.sizes) if item.tensor_data else 0
@@ -188,25 +257,22 @@ class _Writer(FileSystemWriter):
         progress, results = runtime.Progress(self.strategy.name, len(files), "files"), []
         with ThreadPoolExecutor(THREADS) as pool:
             names = (f"{plan.storage_data.prefix}{n}.distcp" for n in range(len(files)))
-            for done, written in enumerate(pool.map(partial(self._write, planner), names, files), 1):
+            for done, written in enumerate(pool.map(partial(self._write, resolve), names, files), 1):
                 results += written
                 progress.update(done)
-        future = torch.futures.Future()
-        future.set_result(results)
-        return future
+        return results
 
-    def _write(self, planner, name: str, items: list) -> list:
+    def _write(self, resolve: Callable, name: str, items: list) -> list:
         set_crc32_options(
             False
         )  # this thread's: it takes half as long as the manifest's own sums, and holds the others up
         with disk.Output(self.path / name) as file:
             stream = _Hashing(file)
-            written = [self._write_item(planner, name, item, stream) for item in items]
+            written = [self._write_item(resolve(item), name, item, stream) for item in items]
         self.strategy.hashes[name] = stream.sha.hexdigest()
         return written
 
-    def _write_item(self, planner, name: str, item, stream: "_Hashing"):
-        data = planner.resolve_data(item)
+    def _write_item(self, data, name: str, item, stream: "_Hashing"):
         if isinstance(data, Tensor):
             make = self.strategy.make.get((item.index.fqn, tuple(item.index.offset)))
             data = (make() if make else data.detach()).cpu()

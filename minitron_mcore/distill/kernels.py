@@ -1,19 +1,24 @@
-"""The forward KL's work between the matrix products as two Triton kernels, for what `tiles.Tiles` otherwise does in torch.
+"""The divergences' work between the matrix products as Triton kernels, for what `tiles.Tiles` otherwise does in torch.
 
 This file alone imports triton; `tiles` imports it only where the kernels run: on CUDA, and on a CPU under Triton's interpreter
 (TRITON_INTERPRET=1, set before anything imports triton).
 
 Per element of a rank's logits, of b bytes in either model, `read` reads 2 b, and `write` reads 2 b and writes b: 10 bytes
 in bf16, and no buffers but a few numbers a token. An H100 (3.35 TB/s) moves those of 8,192 tokens x 128,256 in 3.1 ms at best.
-Within a row all is fp32, over blocks one after the other; what crosses ranks is fp64, as in `tiles`.
+jsd reads both once more. Within a row all is fp32, over blocks one after the other; what crosses ranks is fp64, as in `tiles`.
+
+The kernels are compiled for one divergence each, `KIND`; what it sums and writes is in the table of `divergences`.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minitron_mcore.distill.divergences import Chunk
+from minitron_mcore.distill.divergences import Chunk, Cosine, ForwardKL, Jsd, Mse, ReverseKL
 
+FORWARD_KL, REVERSE_KL, JSD, MSE, COSINE = (tl.constexpr(kind) for kind in range(5))
+KINDS = {ForwardKL: FORWARD_KL, ReverseKL: REVERSE_KL, Jsd: JSD, Mse: MSE, Cosine: COSINE}
 READ_BLOCK, WRITE_BLOCK = 4096, 2048
 """Entries of a row that a program holds at a time, powers of two: some 16 a thread."""
 
@@ -21,38 +26,52 @@ READ_BLOCK, WRITE_BLOCK = 4096, 2048
 @triton.jit
 def _read(
     student, teacher, out, num_tokens, width, stride_s, stride_t, inverse_t,
-    HAS_TEACHER: tl.constexpr, WARM: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, HAS_TEACHER: tl.constexpr, WARM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program is a token. out [8, T]: the three maxima and the three sums of `Chunk`, sum e_t x_t, sum e_t (x_t - x_s), where
-    x = (logits - maximum) / temperature and e = exp(x)."""
+    """A program is a token. out [10, T]: the three maxima and the three sums of `Chunk`, sum e_t x_t, and three of `KIND`, where
+    x = (z - maximum) / temperature and e = exp(x): sum e_t (x_t - x_s) of the forward KL, sum e_s (x_s - x_t) of the reverse,
+    sum (z_s - z_t)^2 of mse, the sums of z_s z_t, z_s^2 and z_t^2 of cosine."""
     row = tl.program_id(0).to(tl.int64)
     student += row * stride_s
     teacher += row * stride_t
     # The maximum of no entries is finite, so that it is a number beside a sum of 0.
     top_s, sum_s, sum_1 = -1e30, 0.0, 0.0
-    top_t, sum_t, entropy, kl = -1e30, 0.0, 0.0, 0.0
+    top_t, sum_t, entropy, first, second, third = -1e30, 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < width
-        z = tl.load(student + at, mask=inside, other=-float("inf")).to(tl.float32)
-        top = tl.maximum(top_s, tl.max(z, 0))
-        x_s = z * inverse_t - top * inverse_t
+        z_s = tl.load(student + at, mask=inside, other=-float("inf")).to(tl.float32)
+        top = tl.maximum(top_s, tl.max(z_s, 0))
+        x_s = z_s * inverse_t - top * inverse_t
         rise_s = top_s * inverse_t - top * inverse_t
-        sum_s = sum_s * tl.exp(rise_s) + tl.sum(tl.exp(x_s), 0)
+        e_s, earlier_s = tl.exp(x_s), sum_s
+        sum_s = sum_s * tl.exp(rise_s) + tl.sum(e_s, 0)
         if WARM:
-            sum_1 = sum_1 * tl.exp(top_s - top) + tl.sum(tl.exp(z - top), 0)
+            sum_1 = sum_1 * tl.exp(top_s - top) + tl.sum(tl.exp(z_s - top), 0)
         top_s = top
         if HAS_TEACHER:
-            z = tl.load(teacher + at, mask=inside, other=-float("inf")).to(tl.float32)
-            top = tl.maximum(top_t, tl.max(z, 0))
-            x_t = z * inverse_t - top * inverse_t
+            z_t = tl.load(teacher + at, mask=inside, other=-float("inf")).to(tl.float32)
+            top = tl.maximum(top_t, tl.max(z_t, 0))
+            x_t = z_t * inverse_t - top * inverse_t
             rise_t = top_t * inverse_t - top * inverse_t
             e_t = tl.exp(x_t)
             # What earlier blocks summed is moved to the new maxima, all their x_t by rise_t and x_s by rise_s. Outside the
             # row x is infinite, and no number times a weight of 0.
             entropy = tl.exp(rise_t) * (entropy + rise_t * sum_t) + tl.sum(tl.where(inside, e_t * x_t, 0.0), 0)
-            ratio = tl.sum(tl.where(inside, e_t * (x_t - x_s), 0.0), 0)
-            kl = tl.exp(rise_t) * (kl + (rise_t - rise_s) * sum_t) + ratio
+            if KIND == FORWARD_KL:
+                ratio = tl.sum(tl.where(inside, e_t * (x_t - x_s), 0.0), 0)
+                first = tl.exp(rise_t) * (first + (rise_t - rise_s) * sum_t) + ratio
+            elif KIND == REVERSE_KL:
+                ratio = tl.sum(tl.where(inside, e_s * (x_s - x_t), 0.0), 0)
+                first = tl.exp(rise_s) * (first + (rise_s - rise_t) * earlier_s) + ratio
+            elif KIND == MSE:
+                difference = tl.where(inside, z_s - z_t, 0.0)
+                first += tl.sum(difference * difference, 0)
+            elif KIND == COSINE:
+                z_s, z_t = tl.where(inside, z_s, 0.0), tl.where(inside, z_t, 0.0)
+                first += tl.sum(z_s * z_t, 0)
+                second += tl.sum(z_s * z_s, 0)
+                third += tl.sum(z_t * z_t, 0)
             sum_t = sum_t * tl.exp(rise_t) + tl.sum(e_t, 0)
             top_t = top
     out += row
@@ -63,56 +82,159 @@ def _read(
     tl.store(out + 4 * num_tokens, sum_t)
     tl.store(out + 5 * num_tokens, sum_1 if WARM else sum_s)
     tl.store(out + 6 * num_tokens, entropy)
-    tl.store(out + 7 * num_tokens, kl)
+    tl.store(out + 7 * num_tokens, first)
+    tl.store(out + 8 * num_tokens, second)
+    tl.store(out + 9 * num_tokens, third)
+
+
+@triton.jit
+def _log_mixture(log_ratio, weight):
+    """log(weight q / p + 1 - weight) from log(q / p), exact where p and q are close: expm1 and log1p by their series near 0. The
+    interpreter does not have CUDA's."""
+    r = tl.minimum(log_ratio, 80.0)  # exp of more would overflow
+    series = r * (1 + r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6 * (1 + r / 7))))))
+    y = weight * tl.where(tl.abs(r) < 0.25, series, tl.exp(r) - 1)
+    near = tl.abs(y) < 0.25
+    s = tl.where(near, y / (2 + y), 0.0)
+    s2 = s * s
+    series = 2 * s * (1 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 / 9))))
+    return tl.where(near, series, tl.log(1 + tl.where(near, 0.0, y)))
+
+
+@triton.jit
+def _read_again(
+    student, teacher, out, largest, shift, beta, num_tokens, width, stride_s, stride_t, inverse_t, BLOCK: tl.constexpr
+):
+    """A program is a token. out [2, T]: this rank's parts of KL(p_s || m) and KL(p_t || m). `shift` [3, T] are the logs of the
+    softmaxes' sums of exponentials above `largest`, over all ranks."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * stride_s
+    teacher += row * stride_t
+    base_s = tl.load(largest + row) + tl.load(shift + row)
+    base_t = tl.load(largest + num_tokens + row) + tl.load(shift + num_tokens + row)
+    kl_s, kl_t = 0.0, 0.0
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < width
+        log_s = tl.load(student + at, mask=inside, other=0.0).to(tl.float32) * inverse_t - base_s
+        log_t = tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32) * inverse_t - base_t
+        ratio = log_t - log_s
+        kl_s -= tl.sum(tl.where(inside, tl.exp(log_s) * _log_mixture(ratio, beta), 0.0), 0)
+        kl_t -= tl.sum(tl.where(inside, tl.exp(log_t) * _log_mixture(-ratio, 1 - beta), 0.0), 0)
+    tl.store(out + row, kl_s)
+    tl.store(out + num_tokens + row, kl_t)
 
 
 @triton.jit
 def _write(
-    student, teacher, largest, scale, place, hit, num_tokens, width, stride_s, stride_t, inverse_t,
-    HAS_TEACHER: tl.constexpr, WARM: tl.constexpr, BLOCK: tl.constexpr,
+    student, teacher, largest, scale, place, hit, factors, beta, num_tokens, width, stride_s, stride_t, inverse_t,
+    KIND: tl.constexpr, HAS_TEACHER: tl.constexpr, WARM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program is a block of a token's entries, and writes their gradient over the student's logits."""
+    """A program is a block of a token's entries, and writes their gradient over the student's logits. `factors` [2, T] are those of
+    `_factors`."""
     row = tl.program_id(0).to(tl.int64)
     student += row * stride_s
     teacher += row * stride_t
     largest += row
     scale += row
+    factors += row
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    z = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
-    e_s = tl.exp(z * inverse_t - tl.load(largest))
-    e_1 = tl.exp(z - tl.load(largest + 2 * num_tokens)) if WARM else e_s
-    gradient = tl.load(scale) * e_s + tl.load(scale + 2 * num_tokens) * e_1
-    if HAS_TEACHER:
-        z = tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32)
-        gradient -= tl.load(scale + num_tokens) * tl.exp(z * inverse_t - tl.load(largest + num_tokens))
+    z_s = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
+    x_s = z_s * inverse_t - tl.load(largest)
+    e_s = tl.exp(x_s)
+    e_1 = tl.exp(z_s - tl.load(largest + 2 * num_tokens)) if WARM else e_s
+    of_lm = tl.load(scale + 2 * num_tokens) * e_1
+    if not HAS_TEACHER:
+        gradient = tl.load(scale) * e_s + of_lm
+    else:
+        z_t = tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32)
+        x_t = z_t * inverse_t - tl.load(largest + num_tokens)
+        if KIND == FORWARD_KL:
+            gradient = tl.load(scale) * e_s + of_lm
+            gradient -= tl.load(scale + num_tokens) * tl.exp(x_t)
+        elif KIND == REVERSE_KL:
+            gradient = tl.load(scale) * e_s * (x_s - x_t - tl.load(factors)) + of_lm
+        elif KIND == JSD:
+            mixture = _log_mixture(x_t - x_s - tl.load(factors), beta)
+            gradient = tl.load(scale) * e_s * (beta - 1) * (mixture + tl.load(factors + num_tokens)) + of_lm
+        else:
+            gradient = tl.load(factors) * z_s - tl.load(factors + num_tokens) * z_t + of_lm
     gradient -= tl.where(at == tl.load(place + row), tl.load(hit + row), 0.0)
     tl.store(student + at, gradient.to(student.dtype.element_ty), mask=inside)
 
 
-def read(chunk: Chunk, own: Tensor) -> None:
-    """A chunk's first pass: the chunk's maxima and sums of exponentials, and `own` [6, T] (see `tiles.Tiles.run`) but for the
+def read(chunk: Chunk, own: Tensor, divergence: ForwardKL) -> None:
+    """A chunk's first pass: the chunk's maxima and sums of exponentials, and `own` [5 + n, T] (see `tiles.Tiles.run`) but for the
     label's logit."""
-    out = chunk.sums.new_empty(8, own.shape[1])
+    out = chunk.sums.new_empty(10, own.shape[1])
     student, teacher, *rest = _arguments(chunk)
-    _read[(own.shape[1],)](student, teacher, out, *rest, BLOCK=READ_BLOCK, num_warps=8)
-    chunk.largest, chunk.sums, (entropy, kl) = out[:3], out[3:6], out[6:]
+    _read[(own.shape[1],)](
+        student, teacher, out, *rest, _kind(divergence), *_options(chunk), BLOCK=READ_BLOCK, num_warps=8
+    )
+    chunk.largest, chunk.sums, (entropy, *sums) = out[:3], out[3:6], out[6:]
     own[:3] = chunk.largest.double() + chunk.sums.double().log()
-    if chunk.logits[1] is not None:
-        sum_s, sum_t, _ = chunk.sums
-        own[3] = sum_t.log() - entropy / sum_t
-        own[5] = kl / sum_t + (sum_s / sum_t).log()
+    if chunk.logits[1] is None:
+        return
+    sum_s, sum_t, _ = chunk.sums
+    own[3] = sum_t.log() - entropy / sum_t
+    match divergence:
+        case ReverseKL():
+            own[5] = sums[0] / sum_s + (sum_t / sum_s).log()
+        case Cosine():
+            own[5:] = out[7:]
+        case Mse():
+            own[5] = sums[0]
+        case Jsd():
+            pass
+        case _:
+            own[5] = sums[0] / sum_t + (sum_s / sum_t).log()
 
 
-def write(chunk: Chunk, place: Tensor, hit: Tensor) -> None:
-    """A chunk's second pass: d loss / d logits over the student's logits; `hit` [T] is what the entry in `place` [T] loses."""
+def read_again(chunk: Chunk, divergence: Jsd) -> Tensor:
+    """[2, T]: this rank's parts of the two KLs of the jsd, once the chunk's softmaxes are known."""
+    student, teacher, *rest = _arguments(chunk)
+    out = chunk.sums.new_empty(2, student.shape[0])
+    grid = (student.shape[0],)
+    inputs = student, teacher, out, chunk.largest, chunk.log_norm, divergence.beta, *rest
+    _read_again[grid](*inputs, BLOCK=WRITE_BLOCK, num_warps=8)
+    return out
+
+
+def write(chunk: Chunk, place: Tensor, hit: Tensor, divergence: ForwardKL) -> None:
+    """A chunk's last pass: d loss / d logits over the student's logits; `hit` [T] is what the entry in `place` [T] loses."""
     student, teacher, *rest = _arguments(chunk)
     grid = len(place), triton.cdiv(student.shape[1], WRITE_BLOCK)
-    _write[grid](student, teacher, chunk.largest, chunk.scale, place, hit, *rest, BLOCK=WRITE_BLOCK, num_warps=4)
+    factors = _factors(chunk, divergence) if chunk.logits[1] is not None else chunk.scale
+    inputs = student, teacher, chunk.largest, chunk.scale, place, hit, factors, divergence.beta, *rest
+    _write[grid](*inputs, _kind(divergence), *_options(chunk), BLOCK=WRITE_BLOCK, num_warps=4)
+
+
+def _factors(chunk: Chunk, divergence: ForwardKL) -> Tensor:
+    """[2, T], what `_write` takes of a token: of the KLs and jsd what x_s - x_t differs from the log-probabilities' difference by,
+    and the value; of mse and cosine what the two logits are multiplied with."""
+    weight, (norm_s, norm_t, _) = chunk.weights[0], chunk.log_norm
+    match divergence:
+        case ReverseKL():
+            return torch.stack((norm_s - norm_t + divergence.kl, divergence.kl))
+        case Jsd():
+            return torch.stack((norm_t - norm_s, divergence.kl))
+        case Mse():
+            return (weight * (2 / divergence.vocab_size)).expand(2, -1).contiguous()
+        case Cosine():
+            return torch.stack((weight * divergence.along, weight * divergence.across))
+    return chunk.scale
+
+
+def _kind(divergence: ForwardKL) -> int:
+    return KINDS[type(divergence)].value
 
 
 def _arguments(chunk: Chunk) -> tuple:
     student, teacher = chunk.logits[0], chunk.logits[0] if chunk.logits[1] is None else chunk.logits[1]
     assert student.stride(1) == teacher.stride(1) == 1, "the kernels want rows without gaps"
-    sizes = *student.shape, student.stride(0), teacher.stride(0), 1 / chunk.temperature
-    return student, teacher, *sizes, chunk.logits[1] is not None, chunk.temperature != 1
+    return student, teacher, *student.shape, student.stride(0), teacher.stride(0), 1 / chunk.temperature
+
+
+def _options(chunk: Chunk) -> tuple[bool, bool]:
+    return chunk.logits[1] is not None, chunk.temperature != 1

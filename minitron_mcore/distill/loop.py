@@ -55,11 +55,13 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
             except NotFinite:
                 for course in courses:
                     course.save()
+                    course.trainer.finish_save()
                 raise
             profiler.after(step + 1, step + 1 == last)
             progress.update(step + 1 - first, "".join(filter(None, told)))
         for course in courses:
             course.save()
+            course.trainer.finish_save()
             course.close()
         if behind.step < last:
             runtime.log(f"told to stop: saved step {behind.step}; the same command goes on from there")
@@ -78,6 +80,7 @@ class _Course:
         """One step (collective); what a progress line says of it."""
         trainer, config = self.trainer, self.trainer.config
         figures = self.guard.step(trainer, batches, fed)
+        trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
         if figures:
             self.history.append(figures)

@@ -84,7 +84,11 @@ def saved(optimizers: Iterable[DistributedOptimizer], shards: dict[nn.Parameter,
     """This rank's state for `stream.save_state`: views of the optimizers' own memory."""
     optimizers = list(optimizers)
     held = [(owned, owned.state()) for part in optimizers for owned in _owned(part)]
-    return {"groups": [part.state_dict() for part in optimizers], "pieces": _pieces(held, shards)}
+    # All parameters count the same steps. Learning rate and weight decay are the scheduler's; how parameters are grouped is the
+    # layout's.
+    groups = [group for part in optimizers for group in part.state_dict()["optimizer"]["param_groups"]]
+    step = max((int(group["step"]) for group in groups if "step" in group), default=0)
+    return {"step": step, "pieces": _pieces(held, shards)}
 
 
 def _pieces(
@@ -117,8 +121,11 @@ class Loading:
     @torch.no_grad()
     def finish(self, loaded: dict) -> None:
         """Put the state in place; its pieces were loaded into the memory of `request`."""
-        for part, groups in zip(self.optimizers, loaded["groups"], strict=True):
-            part.load_state_dict(groups)
+        for part in self.optimizers:
+            own = part.state_dict()
+            for group in own["optimizer"]["param_groups"]:
+                group["step"] = loaded["step"]
+            part.load_state_dict(own)
         for owned, state in self.held:
             kept = owned.optimizer._get_main_param_and_optimizer_states(owned.parameter)
             owned.optimizer._set_main_param_and_optimizer_states(owned.parameter, kept | {"step": None} | state)

@@ -31,14 +31,13 @@ class Settings:
 
 
 def kernels_for(like: Tensor, divergence: divergences.ForwardKL) -> ModuleType | None:
-    """The Triton kernels where they do the work between the products: the forward KL's, on CUDA or under Triton's interpreter."""
+    """The Triton kernels where they do the work between the products: on CUDA or under Triton's interpreter, but for fp64."""
     here = like.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    known = type(divergence) is divergences.ForwardKL and like.dtype != torch.float64
-    if not (here and known and find_spec("triton")):
+    if not (here and like.dtype != torch.float64 and find_spec("triton")):
         return None
     from minitron_mcore.distill import kernels
 
-    return kernels
+    return kernels if type(divergence) in kernels.KINDS else None
 
 
 class Tiles:
@@ -111,7 +110,9 @@ class Tiles:
         if not self.divergence.num_again:
             return None
         sums = chunk.sums.new_zeros(self.divergence.num_again, chunk.sums.shape[1])
-        for at in tiles:
+        if self.kernels and tiles:
+            sums = self.kernels.read_again(chunk, self.divergence)
+        for at in () if self.kernels else tiles:
             sums[:, at] = self.divergence.read_again(chunk, at, *self.buffers[:, : at.stop - at.start])
         if self.settings.tp_group:
             dist.all_reduce(sums, group=self.settings.tp_group)
@@ -120,7 +121,7 @@ class Tiles:
     def _read(self, chunk: divergences.Chunk, at: slice, own: Tensor) -> None:
         """A tile's first pass: fills `own` [n, T] but for the label's logit, and the softmaxes' maxima and sums of exponentials."""
         if self.kernels:
-            return self.kernels.read(chunk, own)
+            return self.kernels.read(chunk, own, self.divergence)
         x_s, e_s, x_t, e_t = self.buffers[:, : at.stop - at.start]
 
         def exponentials(n: int, x: Tensor, e: Tensor) -> None:
@@ -146,7 +147,7 @@ class Tiles:
     def _write(self, chunk: divergences.Chunk, at: slice, place: Tensor, hit: Tensor) -> None:
         """A tile's second pass: d loss / d logits_s over the student's logits."""
         if self.kernels:
-            return self.kernels.write(chunk, place.squeeze(1), hit)
+            return self.kernels.write(chunk, place.squeeze(1), hit, self.divergence)
         total, term, *_ = self.buffers[:, : at.stop - at.start]
         lm_weight = self.settings.lm_weight
         if chunk.logits[1] is None:

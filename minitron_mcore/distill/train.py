@@ -79,6 +79,8 @@ class Trainer:
         check(student, teacher, config, parallel, dtype, performance)
         self.config, self.arch, self.step = config, student.arch, 0
         self.teacher_arch = teacher.arch if teacher else None
+        self.background = runtime.device().type == "cuda" if config.async_save is None else config.async_save
+        self.saving: stream.BackgroundSave | None = None
         if performance.tp_comm_overlap:
             tokens = config.micro_batch * config.sequence_length // parallel.context
             tuning.start_user_buffers(performance, tokens, student.arch.hidden, parallel.tensor)
@@ -256,7 +258,9 @@ class Trainer:
         return self.optimizer.sharded_state_dict(parameters, is_loading=loading)
 
     def save(self, out_dir: Path) -> None:
-        """Write a step's checkpoint from the tensors as they are, a few pieces at a time (collective)."""
+        """Write a step's checkpoint from the tensors as they are, a few pieces at a time; or copy them, and write in the background
+        until `finish_save` (collective)."""
+        self.finish_save()
         if self.performance.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
@@ -268,7 +272,22 @@ class Trainer:
         counted = {"step": self.step} | ({"states_ratio": self.states.ratio} if self.states else {})
         state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
         with watch.patient(self.config.save_minutes):
-            stream.save_state(out_dir, self.step, state, f"save step {self.step}")
+            if self.background:
+                self.saving = stream.BackgroundSave(out_dir, self.step, state, f"save step {self.step}")
+            else:
+                stream.save_state(out_dir, self.step, state, f"save step {self.step}")
+
+    def finish_save(self, wait: bool = True) -> None:
+        """Make the step that is being written in the background the newest one, if there is one and, without `wait`, if all ranks
+        have written it (collective).
+
+        Raises:
+            CheckpointException: a rank could not write it; the newest step is the one before.
+        """
+        if self.saving and (wait or self.saving.written()):
+            saving, self.saving = self.saving, None
+            with watch.patient(self.config.save_minutes):
+                saving.finish()
 
     def resume(self, found: Checkpoint) -> None:
         """Go on from a checkpoint of this run (collective). Weights and optimizer state are filled in place."""

@@ -30,6 +30,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from minitron_mcore import disk
 from minitron_mcore.config import Device, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, chunks
 from minitron_mcore.models import layout, table
@@ -372,6 +373,24 @@ def training(
         row["workspace"] = max(work, aside - row["activations"])
         rows.append(row | {"total": sum(row.values())})
     return rows
+
+
+def saving(arch: Architecture, setting: Setting, stage: int, distributed: bool, background: bool = False) -> int:
+    """Bytes of host memory that writing a checkpoint takes on a rank, beside what training holds: each thread's file has a buffer,
+    and on CUDA a copy of the piece that goes into it (`stream.save_state`). Of an optimizer whose state is not shared out, pieces
+    are whole tensors. In the background there is a copy of all that the rank writes instead (`stream.BackgroundSave`): its share
+    of the weights and of the optimizer's state."""
+    buffers = disk.THREADS * disk.BLOCK
+    if background:
+        held, copies = states(arch, setting, stage, distributed), setting.replicas * setting.parallel.context
+        return buffers + math.ceil(held["weights"] / copies + held["optimizer"] / (1 if distributed else copies))
+    if setting.device == Device.cpu:
+        return buffers
+    elements = disk.PIECE_ELEMENTS
+    if not distributed:
+        tensors = layout.held(arch, setting.parallel, stage, range(arch.experts // setting.parallel.expert))
+        elements = max(_local(parameter, setting.parallel.tensor) for parameter in tensors)
+    return buffers + disk.THREADS * 4 * elements
 
 
 def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:

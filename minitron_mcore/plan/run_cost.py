@@ -5,11 +5,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from minitron_mcore.config import DistillConfig
+from minitron_mcore.config import Device, DistillConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.cost import Setting, scoring, training
+from minitron_mcore.plan.cost import Setting, saving, scoring, training
 from minitron_mcore.runs import CacheKind
 
 
@@ -20,7 +20,8 @@ def run(
     setting: Setting,
     cached: tuple[CacheKind, int | None] | None = None,
 ) -> list[dict[str, float]]:
-    """`training` with a run's settings; of several students all states are there, and one at a time takes its step.
+    """`training` with a run's settings; of several students all states are there, and one at a time takes its step. Beside the
+    total, the host memory that a save takes (`cost.saving`).
 
     Args:
         cached: kind and top_k of the teacher's cache, where it is not live.
@@ -50,7 +51,10 @@ def run(
             row |= _from_cache(
                 students[0], teacher, *cached, setting, 3 if len(students) == 1 else micro_batches, stage
             )
-        rows.append(row | {"total": sum(row.values())})
+        background = setting.device == Device.cuda if config.async_save is None else config.async_save
+        saves = [saving(each, setting, stage, config.distributed_optimizer, background) for each in students]
+        host = sum(saves) if background else max(saves)
+        rows.append(row | {"total": sum(row.values()), "host memory of a save": host})
     return rows
 
 
