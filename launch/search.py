@@ -1,7 +1,7 @@
 """Search an architecture: candidates from the axes' ranges that meet a budget, ranked by the loss of just pruning them; the best
 are ranked again after a short distillation. The same command goes on where it was stopped.
 
-torchrun --nproc-per-node 8 launch/search.py +model=llama31_8b parallel=tp8_sp 'search.blocks=[28,30,32]' \\
+torchrun --nproc-per-node 8 launch/search.py +model=llama31_8b parallel=tp2_sp 'search.blocks=[28,30,32]' \\
     'search.hidden=[3072,3584]' 'search.ffn={start:8192,stop:14336,step:1024}' search.budget.parameters=5e9 \\
     data.train=[text.jsonl] data.heldout=[heldout.jsonl]
 python launch/search.py --multirun hydra/launcher=submitit_slurm search.shards=4 search.shard=0,1,2,3 ...  # one process each

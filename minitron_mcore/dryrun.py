@@ -18,7 +18,7 @@ from minitron_mcore.importance import study
 from minitron_mcore.launching import alone
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import advise, cost, run_cost, search
+from minitron_mcore.plan import advise, cost, forward_cost, run_cost, search
 from minitron_mcore.plan.target import check_counts
 from minitron_mcore.runs import (
     CacheKind,
@@ -227,9 +227,9 @@ def _ranks(
             return []  # pairs of blocks that are not there
         rows = run_cost.run(students, teacher, training, setting, teacher and foreseen.cached(config))
     elif isinstance(config, DepthRun):
-        rows = cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
+        rows = forward_cost.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
-        rows = cost.scoring(main, setting)
+        rows = forward_cost.scoring(main, setting)
     else:
         rows = [
             {f"{role}'s weights": cost.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}

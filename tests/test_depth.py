@@ -142,7 +142,7 @@ def oracle(folder, found, rows: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
     from minitron_mcore import evaluate, tokenizer
-    from minitron_mcore.plan import cost
+    from minitron_mcore.plan import cost, forward_cost
 
     world, parallel = LAYOUTS[layout]
     found = evaluate.windows(str(made / "text.txt"), tokenizer.load(made / "hf"), LENGTH)
@@ -168,7 +168,7 @@ def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
         assert (parts - logits_with(made / "hf", weights)).abs().max() <= 2e-4
         assert (whole - models.hf_logits(made / "hf", models.tokens())).abs().max() <= 2e-4  # nothing stays skipped
     given = cost.Setting(parallel, world, "fp32", 2, LENGTH)
-    assert kept == cost.studying(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
+    assert kept == forward_cost.studying(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
 
 
 def logits_with(folder, weights) -> torch.Tensor:

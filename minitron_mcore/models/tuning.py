@@ -119,9 +119,6 @@ def optimizer_options(config: PerformanceConfig) -> dict[str, Any]:
             "main_grads_dtype": torch.float32 if config.grad_reduce_in_fp32 else torch.bfloat16,
             "exp_avg_dtype": moments,
             "exp_avg_sq_dtype": moments,
-            "optimizer_cpu_offload": config.optimizer_offload > 0,
-            "optimizer_offload_fraction": config.optimizer_offload,
-            "overlap_cpu_optimizer_d2h_h2d": config.optimizer_offload > 0,
         }
     return options
 

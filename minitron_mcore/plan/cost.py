@@ -7,7 +7,7 @@ Bytes are those of tensors alive at the step's worst moment, layer by layer as a
     gradients    megatron-core's buffer: 4 a parameter, 2 with performance.grad_reduce_in_fp32=false
     optimizer    Adam's two moments in fp32 and, of bf16 weights, an fp32 copy: 12 or 8 a parameter, over the data-parallel (and
                  context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it. The
-                 precision-aware one: 2 for the lower half of the copy, moments of 4 or 2 each, less the share on the host
+                 precision-aware one: 2 for the lower half of the copy, moments of 4 or 2 each
     teacher      its weights in its own layout (under teacher_fp8 1 more for each weight of a layer's matrix), and of its head the
                  rows that go with the student's; with performance.teacher_offload these rows only
     hand-off     its hidden states, final ones and those that blocks are compared with, of every micro-batch that it is ahead
@@ -102,7 +102,7 @@ def states(arch: Architecture, setting: Setting, stage: int, distributed: bool, 
     others += more
     config, each = setting.performance, 12 if setting.dtype == Dtype.bf16 else 8
     if config.precision_aware_optimizer:
-        each = (2 + (8 if config.exp_avg_dtype == Dtype.fp32 else 4)) * (1 - config.optimizer_offload)
+        each = 10 if config.exp_avg_dtype == Dtype.fp32 else 6
     optimizer = each * _owned(setting, (experts, others), distributed)
     copies = 2 * matrices(arch, setting, stage) if config.fp8 else 0
     return {
@@ -135,7 +135,7 @@ def _norm(width: float, arch: Architecture, setting: Setting) -> float:
     return setting.element * width + 8
 
 
-def _mlp(arch: Architecture, setting: Setting) -> float:
+def mlp_activations(arch: Architecture, setting: Setting) -> float:
     """Bytes kept of one token that goes through an MLP or an expert, of ffn channels that the ranks share or not."""
     fused = setting.device == Device.cuda
     channels = (3 if fused else 5) if arch.traits.gated else 2
@@ -178,7 +178,10 @@ def layer_activations(arch: Architecture, setting: Setting, part: str, again: Se
     output = 0 if "layernorm" in again else b * arch.hidden
     token = (_norm(arch.hidden, arch, setting) + output) / setting.sharers
     if part == "mlp":
-        return (token + (0 if {"mlp", "moe"} & set(again) else _mlp(arch, setting))) * setting.tokens
+        return (token + (0 if {"mlp", "moe"} & set(again) else mlp_activations(arch, setting))) * setting.tokens
+    if "mlp" in again and setting.device == Device.cpu:
+        # megatron-core recomputes the MLP that an attention layer has not: its input stays, as the next fused norm's does anyway.
+        token += b * arch.hidden / setting.sharers
     core = "core_attn" in again
     token += _attention(arch, setting, core)
     rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
@@ -391,24 +394,3 @@ def saving(arch: Architecture, setting: Setting, stage: int, distributed: bool, 
         tensors = layout.held(arch, setting.parallel, stage, range(arch.experts // setting.parallel.expert))
         elements = max(_local(parameter, setting.parallel.tensor) for parameter in tensors)
     return buffers + disk.THREADS * 4 * elements
-
-
-def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
-    """Bytes of forward passes on a rank of each pipeline stage: weights, and what one block needs for a micro-batch."""
-    passing = setting.tokens * (_mlp(arch, setting) + 4 * setting.element * arch.hidden / setting.sharers)
-    rows = []
-    for stage in range(setting.parallel.pipeline):
-        weights = setting.element * sum(parameters(arch, setting, stage))
-        rows.append({"weights": weights, "workspace": passing, "total": weights + passing})
-    return rows
-
-
-def studying(arch: Architecture, setting: Setting, windows: int) -> list[dict[str, float]]:
-    """`scoring`, and the hidden states of so many windows that a depth study keeps on the last stage."""
-    passes = math.ceil(windows / (setting.micro_batch * setting.replicas))
-    kept = passes * setting.tokens * arch.hidden * setting.element / setting.sharers
-    rows = []
-    for stage, row in enumerate(scoring(arch, setting)):
-        here = kept if stage == setting.last else 0
-        rows.append(row | {"hidden states": here, "total": row["total"] + here})
-    return rows

@@ -9,7 +9,8 @@ from minitron_mcore.config import Device, DistillConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.cost import Setting, saving, scoring, training
+from minitron_mcore.plan.cost import Setting, saving, training
+from minitron_mcore.plan.forward_cost import scoring
 from minitron_mcore.runs import CacheKind
 
 
