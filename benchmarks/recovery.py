@@ -6,13 +6,15 @@ the exported folders in transformers, fp32, windows of 512: on books and WikiTex
 prose that nobody trained on, and on the standard library's code. Accuracies are lm-eval's, 0-shot, of the first questions of
 each task (400 of them: standard error 0.025; normalised by length but for WinoGrande). pip install -e .[eval] -c constraints.txt.
 
---steps N trains longer: on a GPU 24000 steps see the text once. On two cores the default takes about an hour;
---quick takes two steps and eight questions, about eight minutes, and shows only that it runs.
+On two cores the default takes about an hour; --quick takes two steps and eight questions, about eight minutes, and shows only that
+it runs. On a GPU the arms train side by side on 12 M tokens each, 32 x 1,024 a step. --data names what benchmarks/gpu/pack.py
+packed, for a machine without a network: the text as tokens, the teacher's wheel, lm-eval.
 """
 
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,7 +41,8 @@ TASKS = {
     "ARC-Easy": ("arc/arc_easy.yaml", "ai2_arc_ARC-Easy.validation.jsonl", "acc_norm,none"),
     "WinoGrande": ("winogrande/default.yaml", "winogrande_winogrande_xl.validation.jsonl", "acc,none"),
 }
-STEPS, LENGTH, BATCH = 96, 512, 4
+GPU = torch.cuda.is_available()
+STEPS, LENGTH, BATCH = (366, 1024, 32) if GPU else (96, 512, 4)
 ARMS = {"kl": [], "cross-entropy": ["distill.kd_weight=0", "distill.lm_weight=1"]}
 
 
@@ -47,13 +50,17 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} x {LENGTH} tokens")
     options.add_argument("--questions", type=int, default=400, help="of each task")
+    options.add_argument("--data", type=Path, default=DATA, help="folder with text/ and eval/")
     options = options.parse_args()
     texts, held = (
-        [DATA / f"text/{name}.jsonl.gz" for name in BLEND],
-        [DATA / "text" / file for file in HELDOUT.values()],
+        [_text(options.data / "text", name) for name in BLEND],
+        [options.data / "text" / file for file in HELDOUT.values()],
     )
-    if missing := [path for path in (*texts, *held) if not path.is_file()]:
+    if missing := [path for path in (*texts, *held) if not (path.is_file() or path.with_suffix(".bin").is_file())]:
         sys.exit(f"skipped: {missing[0]} is not there.")
+    if (options.data / "wheels").is_dir():
+        os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(options.data / "wheels")}
+        sys.path.append(str(options.data / "lm_eval"))
     steps, questions = (2, 8) if options.quick else (options.steps, options.questions)
     root = Path("runs/recovery_quick" if options.quick else "runs/recovery")
     models = _train(root, texts, steps)
@@ -65,7 +72,7 @@ def main() -> None:
         losses = _losses(out_dir, folder, heldout, 2 if options.quick else 24)
         row = {"model": name, "tokens": steps * BATCH * LENGTH * name.startswith("distilled")}
         row |= {f"{text}: perplexity": found["perplexity"] for text, found in zip(names, losses, strict=True)}
-        scores = _accuracies(out_dir, folder, questions)
+        scores = _accuracies(out_dir, folder, questions, options.data / "eval")
         rows.append(row | scores)
         figures += [
             Figure("recovery", f"{steps} steps, {text}", name, "loss", found["loss"], "nats/token")
@@ -81,6 +88,12 @@ def main() -> None:
     write(figures, options.json)
 
 
+def _text(folder: Path, name: str) -> Path:
+    """The prefix of a file's tokens, where they were packed, or its text."""
+    prefix = folder / name
+    return prefix if prefix.with_suffix(".bin").is_file() else folder / f"{name}.jsonl.gz"
+
+
 def _train(root: Path, texts: list[Path], steps: int) -> dict[str, Path]:
     """Every stage that is not finished; the folders of the teacher, of what was just pruned, and of both arms."""
     teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
@@ -89,7 +102,7 @@ def _train(root: Path, texts: list[Path], steps: int) -> dict[str, Path]:
     text = [f"data.train=[{blend}]", "importance=small"]
     length = [f"distill.sequence_length={LENGTH}", f"distill.global_batch={BATCH}", f"distill.micro_batch={BATCH}"]
     rate = ["distill.peak_lr=6e-4", "distill.min_lr=6e-5", f"distill.warmup_steps={max(1, steps // 12)}"]
-    settings = ["distill=small", f"distill.steps={steps}", *length, *rate, "distill.save_every=24"]
+    settings = ["distill=small", f"distill.steps={steps}", *length, *rate, f"distill.save_every={500 if GPU else 24}"]
     models = {"teacher": teacher, "just pruned": root / "pruned/hf"}
 
     def once(name: str, out_dir: Path, *overrides: str) -> None:
@@ -101,11 +114,14 @@ def _train(root: Path, texts: list[Path], steps: int) -> dict[str, Path]:
     once("plan", root / "plan")
     once("prune", root / "prune")
     once("export", models["just pruned"], f"source={root}/prune")
-    for arm, losses in ARMS.items():
-        once("distill", root / arm / "distill", *text, *settings, *losses)
+
+    def train(arm: str) -> None:
+        once("distill", root / arm / "distill", *text, *settings, *ARMS[arm])
         once("export", root / arm / "hf", f"source={root}/{arm}/distill")
-        models[f"distilled by {arm}"] = root / arm / "hf"
-    return models
+
+    with ThreadPoolExecutor(len(ARMS) if GPU else 1) as pool:
+        list(pool.map(train, ARMS))
+    return models | {f"distilled by {arm}": root / arm / "hf" for arm in ARMS}
 
 
 def _losses(out_dir: Path, folder: Path, heldout: list[Path], windows: int) -> list[dict]:
@@ -120,7 +136,7 @@ def _losses(out_dir: Path, folder: Path, heldout: list[Path], windows: int) -> l
     return json.loads((out_dir / "evaluation.json").read_text())["files"]
 
 
-def _accuracies(out_dir: Path, folder: Path, questions: int) -> dict[str, float]:
+def _accuracies(out_dir: Path, folder: Path, questions: int, files: Path) -> dict[str, float]:
     kept = out_dir / "lm_eval.json"
     if kept.is_file():
         return json.loads(kept.read_text())
@@ -130,7 +146,7 @@ def _accuracies(out_dir: Path, folder: Path, questions: int) -> dict[str, float]
     tasks = out_dir / "tasks"
     tasks.mkdir(exist_ok=True)
     for name, (stock, questions_file, _) in TASKS.items():
-        local = {"validation": str(DATA / "eval" / questions_file)}
+        local = {"validation": str(files / questions_file)}
         task = {"include": str(Path(lm_eval.__file__).parent / "tasks" / stock), "task": name, "tag": None}
         task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": local}}
         task |= {"training_split": None, "test_split": None}

@@ -338,9 +338,9 @@ def load(checkpoint: Checkpoint, state: dict) -> dict:
         UserError: a shard that is truncated, changed or missing, or a tensor that the checkpoint does not have.
     """
     with runtime.agreed(), undamaged(checkpoint.step_dir):
-        # First: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
-        _verify(checkpoint.step_dir)
         distcp.read_metadata(checkpoint.step_dir)  # megatron-core runs whatever its pickle says
+        # Before loading: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
+        _verify(checkpoint.step_dir)
     with runtime.agreed(), undamaged(checkpoint.step_dir):
         return dist_checkpointing.load(state, str(checkpoint.step_dir))
 

@@ -71,7 +71,7 @@ CAMPAIGNS = {
         Block("engine step", "benchmarks/distill_step.py --quick --kernels --json {json}", 100, engine=True, on_cpu=None),
     ],
     "recovery": [
-        Block("recovery", "benchmarks/recovery.py --data {data} --out {out} --json {json}", 540, on_cpu="--quick"),
+        Block("recovery", "benchmarks/recovery.py --data {data} --json {json}", 540, on_cpu="--quick"),
     ],
     "unpack": [],
 }  # fmt: skip

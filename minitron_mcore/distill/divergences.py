@@ -333,9 +333,10 @@ class GivenTopK(TopK):
         return torch.stack((p.mul(log_t - log_s).sum(-1).double(), p.sum(-1).double(), tail_s))
 
     def _put(self, at, x, chosen):
-        # Places of other ranks' entries are this rank's too, so they must not be written.
-        token, entry = self.chosen[at].nonzero(as_tuple=True)
-        x[token, self.places[at][token, entry]] = chosen[token, entry]
+        # Places of other ranks' entries are clamped to this rank's, several to one: times 1 plus 0, these stay. Indices of the
+        # chosen alone have a size that depends on the data, for which the host would wait.
+        places, keep = self.places[at], torch.where(self.chosen[at], 0.0, 1.0).to(x.dtype)
+        x.scatter_reduce_(1, places, keep, "prod").scatter_add_(1, places, torch.where(self.chosen[at], chosen, 0.0))
 
     def value(self, chunk, own, again):
         kl, mass, tail_s = own.unbind(1)

@@ -102,7 +102,7 @@ class Tiles:
         if not self.settings.tp_group:
             return own[None]
         parts = own.new_empty(self.settings.tp_group.size(), *own.shape)
-        dist.all_gather(list(parts), own, group=self.settings.tp_group)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), own.contiguous(), group=self.settings.tp_group)
         return parts
 
     def _again(self, chunk: divergences.Chunk, tiles: list[slice]) -> Tensor | None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import models
-from tests.gpu.world import ROOT, on_cpu
+from tests.gpu.world import ROOT, leave, on_cpu
 from tests.test_launch import config_of, word_tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +35,7 @@ def stage(name: str, *overrides: str) -> None:
 
 def chain(folder: Path) -> dict:
     """Every stage in `folder`; metrics of the steps, kept indices, losses of the exported folder and of the checkpoint."""
+    leave()
     before = Path.cwd()
     os.chdir(folder)
     try:

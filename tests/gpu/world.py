@@ -25,8 +25,21 @@ def here(fn: Callable, *args: Any) -> Any:
     from minitron_mcore.config import ParallelConfig
 
     _prepare()
+    leave()
     with runtime.distributed(ParallelConfig()):
         return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), fn(*args))
+
+
+def leave() -> None:
+    """End the world that a failed test has left behind: `runtime.distributed` ends it only where nothing was raised."""
+    if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        from minitron_mcore import runtime
+
+        runtime._layouts.clear()
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 @functools.cache
