@@ -18,7 +18,6 @@ Bytes are those of tensors alive at the step's worst moment, layer by layer as a
                  in the optimizer's, where these take more than the activations that are not there then
 
 The projection between blocks of different widths counts as the student's, whole on every rank.
-
 Device "cuda" has the fused norms and activations of megatron-core and Transformer Engine; "cpu" is what torch does without them.
 CUDA's own context, NCCL's buffers and the allocator's holes come on top.
 """
@@ -156,7 +155,11 @@ def _attention(arch: Architecture, setting: Setting, again: bool) -> float:
     # queries turned; keys and values of the whole sequence; the output by parts and as one.
     kept = (heads + 2 * groups) + (heads + groups) + heads
     if gathered:
-        kept = heads + 2 * setting.parallel.context * groups + 2 * heads
+        # Without a window the first rank's first part needs no mask, and leaves one more: counted as its share of all ranks.
+        first = 0 if arch.window else heads / (2 * setting.parallel.context)
+        kept = heads + 2 * setting.parallel.context * groups + 2 * heads + first
+    elif setting.device == Device.cpu and arch.window and arch.window < setting.sequence_length and not again:
+        kept += heads  # the output by blocks and as one (see `spec.banded_attention`)
     norms = 0
     if arch.traits.qk_norm:
         norms = (heads + groups) * _norm(dim, arch, setting)
@@ -172,8 +175,7 @@ def layer_activations(arch: Architecture, setting: Setting, part: str, again: Se
     Args:
         again: modules that are recomputed (see `performance.PerformanceConfig`).
     """
-    b, context = setting.element, setting.parallel.context
-    length = setting.sequence_length // context
+    b, length = setting.element, setting.sequence_length // setting.parallel.context
     # The norm before it: its input, and its output, which is the input of the matrices.
     output = 0 if "layernorm" in again else b * arch.hidden
     token = (_norm(arch.hidden, arch, setting) + output) / setting.sharers
@@ -182,20 +184,9 @@ def layer_activations(arch: Architecture, setting: Setting, part: str, again: Se
     if "mlp" in again and setting.device == Device.cpu:
         # megatron-core recomputes the MLP that an attention layer has not: its input stays, as the next fused norm's does anyway.
         token += b * arch.hidden / setting.sharers
-    core = "core_attn" in again
-    token += _attention(arch, setting, core)
+    token += _attention(arch, setting, "core_attn" in again)
     rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
-    mask = 0
-    if setting.device == Device.cpu and context > 1 and not core:
-        mask = b * (2 * context + 1) * (length / 2) ** 2  # two parts of the queries, on the keys up to their ends
-    elif setting.device == Device.cpu and arch.window and arch.window < length and not core:
-        mask = b * length**2
-    return token * setting.tokens + rotary * length + mask
-
-
-def _border(arch: Architecture, setting: Setting) -> float:
-    """Bytes of a micro-batch's hidden states between two layers."""
-    return setting.element * arch.hidden * setting.tokens / setting.sharers
+    return token * setting.tokens + rotary * length
 
 
 def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -> tuple[float, float]:
@@ -203,12 +194,12 @@ def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -
     layers, makes again and holds in the backward pass."""
     config, parts = setting.performance, [part for block, part in arch.layers if block in blocks]
     whole = [layer_activations(arch, setting, part) for part in parts]
-    if config.recompute == Recompute.none:
-        return sum(whole), 0
-    if config.recompute == Recompute.selective:
-        kept = [layer_activations(arch, setting, part, config.recompute_modules) for part in parts]
+    if config.recompute != Recompute.full:
+        modules = config.recompute_modules if config.recompute == Recompute.selective else ()
+        kept = [layer_activations(arch, setting, part, modules) for part in parts]
         return sum(kept), max((a - b for a, b in zip(whole, kept, strict=True)), default=0)
-    many, border = config.recompute_layers, _border(arch, setting)
+    many = config.recompute_layers
+    border = setting.element * arch.hidden * setting.tokens / setting.sharers
     if config.recompute_method == RecomputeMethod.block:
         return border * len(whole[:many]) + sum(whole[many:]), max(whole[:many], default=0)
     groups = [sum(group) for group in itertools.batched(whole, many)]
@@ -218,7 +209,7 @@ def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -
 def activations(arch: Architecture, setting: Setting, stage: int, micro_batches: int) -> float:
     """Bytes that a rank of a stage keeps for the backward passes of all micro-batches in flight."""
     pipeline, chunks = setting.parallel.pipeline, setting.parallel.virtual
-    border = _border(arch, setting)
+    border = setting.element * arch.hidden * setting.tokens / setting.sharers
     full = setting.performance.recompute == Recompute.full  # the input of a chunk is that of its first group
     kept = [
         recomputation(arch, setting, blocks)[0]
@@ -234,7 +225,20 @@ def activations(arch: Architecture, setting: Setting, stage: int, micro_batches:
     ahead = min(ahead + 1, passes)
     made = [0, *itertools.accumulate(kept[v] for v in order)]
     freed = [0, *itertools.accumulate(kept[-1 - v] for v in order)]
-    return max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
+    return _bands(arch, setting) + max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
+
+
+def _bands(arch: Architecture, setting: Setting) -> float:
+    """Bytes of the masks of `spec.banded_attention`, which all layers share: torch's attention on a CPU needs them for windows and
+    where context-parallel queries meet the keys before them; rows are padded to 16 keys."""
+    length, context = setting.sequence_length // setting.parallel.context, setting.parallel.context
+    heads = arch.heads // arch.groups
+    if setting.device == Device.cpu and context > 1:  # two parts of the queries, on the keys up to their ends
+        return setting.element * heads * min(128, length / 2) * ((2 * context + 1) * length / 2 + 32)
+    if setting.device == Device.cpu and arch.window and arch.window < length:
+        rows = min(length, max(128, min(1024, arch.window // 2)))
+        return setting.element * heads * rows * min(length, rows + arch.window)
+    return 0
 
 
 def hand_off(
