@@ -135,8 +135,9 @@ def _attention(arch: Architecture, setting: Setting) -> float:
     kept = (heads + 2 * groups) + (heads + groups) + heads
     if gathered:
         kept = heads + 2 * setting.parallel.context * groups + 2 * heads
-        # Queries by blocks, but for the first rank's first half: a view of that keeps them all.
-        kept += heads / (2 * setting.parallel.context)
+        # Queries by blocks, but for the first rank's first half without a window: a view of that keeps them all.
+        parts = 2 * setting.parallel.context
+        kept += heads / parts if (arch.window or math.inf) >= setting.sequence_length / parts else 0
     elif setting.device == Device.cpu and arch.window and arch.window < setting.sequence_length:
         kept += heads  # the output by blocks too
     norms = 0
