@@ -18,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore import host, runtime
 from minitron_mcore.errors import UserError
+from minitron_mcore.models import layout
 
 host.prepare()
 
@@ -127,25 +128,19 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int, sca
     """
     groups, before = key.shape[2], len(key) - len(query)
     heads = query.shape[2] // groups
-    size = min(len(query), max(128, min(1024, window // 2)) if window < len(key) else 128)
-    # The kernels want rows that begin at 16 bytes.
-    most = -(-min(len(key), size + window + ALIGNED) // ALIGNED) * ALIGNED
+    size, most = layout.attention_band(len(query), len(key), window)
     band, parts = _band(size, most, window, heads, query.dtype, query.device), []
     k, v = (x.permute(1, 2, 0, 3) for x in (key, value))
     for first in range(0, len(query), size):
         q = query[first : first + size].unflatten(2, (groups, heads)).permute(1, 2, 3, 0, 4)
         rows, end = q.shape[3], before + first + q.shape[3]
-        start = max(0, before + first + 1 - window) // ALIGNED * ALIGNED
+        start = max(0, before + first + 1 - window) // layout.BAND_ALIGNMENT * layout.BAND_ALIGNMENT
         mask = band[:, size - rows :, most - (end - start) :].flatten(0, 1)
         out = nn.functional.scaled_dot_product_attention(
             q.flatten(2, 3), k[:, :, start:end], v[:, :, start:end], mask, scale=scale
         )
         parts.append(out.unflatten(2, (heads, rows)).permute(3, 0, 1, 2, 4).flatten(2))
     return torch.cat(parts)
-
-
-ALIGNED = 16
-"""Keys: a multiple of it is as many bytes as the kernels' loads want, in any dtype."""
 
 
 @functools.lru_cache(maxsize=2)

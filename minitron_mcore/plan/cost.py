@@ -157,6 +157,11 @@ def _attention(arch: Architecture, setting: Setting, again: bool) -> float:
     kept = (heads + 2 * groups) + (heads + groups) + heads
     if gathered:
         kept = heads + 2 * setting.parallel.context * groups + 2 * heads
+        # Queries by blocks, but for the first rank's first half without a window: a view of that keeps them all.
+        parts = 2 * setting.parallel.context
+        kept += heads / parts if (arch.window or math.inf) >= setting.sequence_length / parts else 0
+    elif setting.device == Device.cpu and arch.window and arch.window < setting.sequence_length:
+        kept += heads  # the output by blocks too
     norms = 0
     if arch.traits.qk_norm:
         norms = (heads + groups) * _norm(dim, arch, setting)
@@ -185,12 +190,25 @@ def layer_activations(arch: Architecture, setting: Setting, part: str, again: Se
     core = "core_attn" in again
     token += _attention(arch, setting, core)
     rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
-    mask = 0
-    if setting.device == Device.cpu and context > 1 and not core:
-        mask = b * (2 * context + 1) * (length / 2) ** 2  # two parts of the queries, on the keys up to their ends
-    elif setting.device == Device.cpu and arch.window and arch.window < length and not core:
-        mask = b * length**2
-    return token * setting.tokens + rotary * length + mask
+    return token * setting.tokens + rotary * length
+
+
+def attention_masks(arch: Architecture, setting: Setting) -> float:
+    """Bytes of the masks that the attention layers of a rank share on a CPU, on average over context-parallel ranks."""
+    context, length = setting.parallel.context, setting.sequence_length
+    part = length // (2 * context if context > 1 else 1)
+    total = 0
+    for rank in range(context if setting.device == Device.cpu and arch.having("attention") else 0):
+        # Each of a rank's two parts of the queries meets the keys up to its end.
+        ends = ((rank + 1) * part, (2 * context - rank) * part) if context > 1 else (length,)
+        windows = {(end, min(arch.window or end, end)) for end in ends}
+        bands = {
+            (window, *layout.attention_band(part, end, window))
+            for end, window in windows
+            if (part, window) != (end, end)
+        }
+        total += sum(rows * columns for _, rows, columns in bands)
+    return setting.element * arch.heads / arch.groups * total / context
 
 
 def _border(arch: Architecture, setting: Setting) -> float:
@@ -234,7 +252,7 @@ def activations(arch: Architecture, setting: Setting, stage: int, micro_batches:
     ahead = min(ahead + 1, passes)
     made = [0, *itertools.accumulate(kept[v] for v in order)]
     freed = [0, *itertools.accumulate(kept[-1 - v] for v in order)]
-    return max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
+    return attention_masks(arch, setting) + max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
 
 
 def hand_off(
@@ -284,10 +302,12 @@ def loss_workspace(student: Architecture, teacher: Architecture | None, setting:
     chunk = chunks.chunk_tokens(tokens, bytes_a_token, setting.device)
     if budget := setting.performance.loss_chunk_mb:
         chunk = chunks.even(tokens, budget << 20, bytes_a_token)
-    tiles = 4 * chunks.TILE_BUFFERS * chunks.tile_tokens(tokens, rows, setting.device) * rows
-    head, several = rows * student.hidden, chunk < tokens
-    # A block of the head's gradient; to add it to the fp32 sum, torch's CPU ops make an fp32 copy.
-    block = (b + 4 * (several and setting.device == Device.cpu)) * min(2 * chunks.TILE_ELEMENTS[setting.device], head)
+    head, several, tiles, block = rows * student.hidden, chunk < tokens, 0, 0
+    if setting.device == Device.cpu or top_k:  # elsewhere the Triton kernels, which have no buffers
+        tiles = 4 * chunks.TILE_BUFFERS * chunks.tile_tokens(tokens, rows, setting.device) * rows
+    if setting.device == Device.cpu:
+        # A block of the head's gradient, and an fp32 copy to add it to the fp32 sum.
+        block = (b + 4 * several) * min(2 * chunks.TILE_ELEMENTS[setting.device], head)
     whole = b * tokens * (width if setting.parallel.sequence else 0)  # gathered hidden states
     places = 9 * min(top_k, rows)  # where a token's largest logits are, and which of them are the teacher's largest
     at_chunk = chunk * (bytes_a_token + b * width + places) + block + (4 if several else b) * head
