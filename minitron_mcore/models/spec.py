@@ -181,7 +181,8 @@ def _on_gpu(module: str) -> ModuleType | None:
 
 def transformer_engine() -> bool:
     """Whether layers are Transformer Engine's. MINITRON_LAYERS=torch in the environment turns it off: fp32 comparisons need
-    that, since Transformer Engine computes fp32 products in TF32.
+    that, since Transformer Engine computes fp32 products in TF32. A mixture of experts needs more: megatron-core's router takes
+    Transformer Engine's product wherever it can be imported.
 
     Raises:
         UserError: another value of MINITRON_LAYERS.
