@@ -46,7 +46,6 @@ OPTIONS = {
         ParallelConfig(pipeline=2, virtual=2),
         dataclasses.replace(GATHER, align_param_gather=True),
     ),
-    "small chunks of the loss": (1, ParallelConfig(), PerformanceConfig(loss_chunk_mb=1)),
 }
 
 
@@ -245,6 +244,22 @@ def buffers(student, teacher, every):
     return found
 
 
+def chunked(pair, tokens):
+    from minitron_mcore.checkpoint import open_checkpoint
+    from minitron_mcore.distill.train import Trainer
+
+    trainer = Trainer(
+        *map(open_checkpoint, pair), CONFIG, ParallelConfig(), "fp32", None, PerformanceConfig(loss_chunk_mb=1)
+    )
+    return len(trainer.model.head()), trainer.objective._chunk_tokens(tokens)
+
+
+def test_the_loss_holds_as_many_logits_as_asked_for(pair):
+    ((rows, tokens),) = on_ranks(chunked, 1, ParallelConfig(), pair, 5000)
+    chunks = 5000 / tokens
+    assert 4 * 2 * rows * tokens <= 1 << 20 < 4 * 2 * rows * 5000 / (chunks - 1)
+
+
 def test_steps_are_profiled(pair, tmp_path):
     profile = ProfileConfig(start=2, stop=3, ranks=[1])
     on_ranks(train, 2, ParallelConfig(), *pair, ParallelConfig(), PerformanceConfig(profile=profile), tmp_path / "run")
@@ -336,6 +351,7 @@ def test_the_recipe_fits_eight_gpus():
     assert full["activations"] * cost.GIB == pytest.approx(33 * 4096 * 3072 * 2, rel=0.01)
     selective = rows("performance.recompute=selective", "performance.recompute_modules=[mlp]")
     assert full["activations"] < selective["activations"] < whole["activations"]
+    assert rows("performance.loss_chunk_mb=64")["workspace"] < whole["workspace"]
     low = rows("performance=low_memory")
     assert low["gradients"] == whole["gradients"] / 2 and low["teacher"] < whole["teacher"] / 10
     aware = rows("performance.precision_aware_optimizer=true", "performance.exp_avg_dtype=bf16")
