@@ -306,7 +306,7 @@ def save(out_dir: str | Path, step: int, state: dict, streamed) -> None:
     if runtime.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    dist.barrier()
+    runtime.barrier()
     shared = FullyParallelSaveStrategyWrapper(streamed, runtime.dp_cp_group())
     if streamed.background:
         streamed.request = dist_checkpointing.save(
@@ -320,7 +320,7 @@ def save(out_dir: str | Path, step: int, state: dict, streamed) -> None:
 def publish(part: Path, streamed) -> None:
     """Make a written step the newest one (collective)."""
     streamed.seal(part)
-    dist.barrier()
+    runtime.barrier()
     if runtime.rank() == 0:
         shutil.rmtree(part.with_suffix(""), ignore_errors=True)
         os.replace(part, part.with_suffix(""))
@@ -328,7 +328,7 @@ def publish(part: Path, streamed) -> None:
         for old in part.parent.glob("step_*"):
             if old.name != part.stem:
                 shutil.rmtree(old)
-    dist.barrier()
+    runtime.barrier()
 
 
 def load(checkpoint: Checkpoint, state: dict) -> dict:

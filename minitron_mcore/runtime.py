@@ -43,6 +43,11 @@ def device() -> torch.device:
     return torch.device("cpu") if host.is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def barrier() -> None:
+    """Wait for all ranks (collective); NCCL is told the device, which it would guess from the rank's number."""
+    dist.barrier(**({} if host.is_cpu() else {"device_ids": [torch.cuda.current_device()]}))
+
+
 def free_bytes() -> int:
     """Of this rank's CUDA device; of a host's memory this rank's share."""
     if host.is_cpu():
@@ -115,13 +120,15 @@ def distributed(
         if _bridge.beyond:
             parallel, this_rank, world_size = other or parallel, this_rank - world_size, apart
         store = dist.PrefixStore(f"beyond {_bridge.beyond}", store)
-    backend = {"backend": "gloo"} if host.is_cpu() else {"backend": "nccl", "device_id": device()}
-    dist.init_process_group(**backend, store=store, rank=this_rank, world_size=world_size, timeout=timeout)
+    # Without device_id: with it NCCL makes a communicator for each of megatron-core's groups at once, most of which stay unused.
+    dist.init_process_group(
+        "gloo" if host.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
+    )
     try:
-        _initialize(parallel, patience + 2)
+        _initialize(parallel, timeout_minutes or patience + 2)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
-        dist.barrier()
+        barrier()
     finally:
         if _bridge and not _bridge.beyond:
             _bridge.ask(None)

@@ -193,7 +193,6 @@ def test_prune_config_and_its_yaml_agree():
 
 
 FAILING = """
-import sys
 import torch.distributed as dist
 from minitron_mcore.errors import UserError
 from minitron_mcore.launching import entry
@@ -203,6 +202,7 @@ def main(config):
     from minitron_mcore import runtime
     with runtime.distributed(config.parallel):
         if runtime.rank() == 1:
+            open("raised", "w").close()
             raise {error}("no such thing")
         dist.distributed_c10d._get_default_store().wait(["never"])  # as NCCL waits, without an error when a rank is gone
 
@@ -216,7 +216,6 @@ main()
 def test_a_rank_that_fails_alone_is_heard(tmp_path, error, expected):
     script = tmp_path / "fail.py"
     script.write_text(FAILING.format(error=error))
-    start = time.monotonic()
     output = torchrun(tmp_path, script, "+model=smollm2_135m", processes=3, fails=True)
-    assert time.monotonic() - start < 20
+    assert time.time() - (tmp_path / "raised").stat().st_mtime < 15  # with the end of all processes
     assert output.count(expected) == 1 and output.count("no such thing") == (1 if error == "UserError" else 2), output

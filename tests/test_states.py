@@ -134,6 +134,7 @@ def first_step(folders, parallel, out_dir):
         for parameter in trainer.model.parameters():
             parameter.data.copy_(parameter.main_grad)
         trainer.save(out_dir / case)
+        trainer.finish_save()
         checkpoint.describe(out_dir / case, student.arch, "test", {}, student.hf)
     return found
 
@@ -214,6 +215,7 @@ def dynamic_steps(folders, parallel, out_dir):
     trainer = Trainer(student, teacher, config, parallel, "fp32")
     first = trainer.train_step(batches[:count])
     trainer.save(out_dir)
+    trainer.finish_save()
     checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
     found = [first, trainer.train_step(batches[count : 2 * count])]
     for weight in (states, dataclasses.replace(states, weight=found[1]["states_weight"], dynamic=False)):

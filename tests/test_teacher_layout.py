@@ -67,6 +67,7 @@ def two_steps(folders, config, parallel, out_dir):
     for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
         parameter.data.copy_(gradient)
     trainer.save(out_dir)
+    trainer.finish_save()
     checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
     return figures
 

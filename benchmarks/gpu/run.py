@@ -59,7 +59,7 @@ class Block:
     """More words on a CPU; None skips the block there."""
 
 
-TESTS = "-m pytest -v -m gpu --timeout 90 --durations 5 --dist loadfile tests/gpu"
+TESTS = "-m pytest -v -m gpu --timeout 90 --durations 5 --tb short -p benchmarks.gpu.failures_at_once --dist loadfile tests/gpu"
 CAMPAIGNS = {
     "verify": [
         Block("tests", f"{TESTS} -n 8", 120, alone=False, on_cpu="--on-cpu -n 0 -k equals"),

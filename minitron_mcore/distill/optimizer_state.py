@@ -113,9 +113,8 @@ class Loading:
                 part.load_state_dict(part.state_dict())
         self.held = [(owned, owned.state()) for part in self.optimizers for owned in _owned(part)]
         for _, state in self.held:
-            for name, tensor in state.items():
-                if name != "param":  # padding rows are in no checkpoint: their moments are 0
-                    tensor.zero_()
+            for tensor in state.values():
+                tensor.zero_()  # padding rows are in no checkpoint
         self.request = {"pieces": _pieces(self.held, shards)}
 
     @torch.no_grad()

@@ -144,7 +144,7 @@ class Recording:
         files = self._all_hashes()
         if runtime.rank() == 0:
             report.write_json(self.out_dir / cache.INDEX, self.index | {"files": dict(sorted(files.items()))})
-        dist.barrier()
+        runtime.barrier()
         tokens = config.samples * config.sequence_length
         total = {"samples": config.samples, "tokens": tokens, "files": len(files), "bytes a token": self.bytes_a_token}
         return [{"kind": str(self.kind)} | total | {"GB": tokens * self.bytes_a_token / 1e9}]

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore import checkpoint, runtime, stream
@@ -49,7 +48,7 @@ def import_folder(
     fingerprint = weights.fingerprint(arch)
     origin = {weights.kind: {"path": str(weights.path), "sha256": fingerprint}}
     checkpoint.describe(out_dir, arch, fingerprint, origin, path)
-    dist.barrier()  # the checkpoint is whole when any rank goes on
+    runtime.barrier()  # the checkpoint is whole when any rank goes on
     return arch
 
 

@@ -134,3 +134,15 @@ def held(arch: Architecture, parallel: ParallelConfig, rank: int, experts: range
         here = parameter.block in blocks if parameter.block is not None else rank == (0 if first else last)
         if here and (parameter.expert is None or parameter.expert in experts):
             yield parameter
+
+
+BAND_ALIGNMENT = 16
+"""Keys: a multiple of it is as many bytes as attention's kernels want their rows to begin at, in any dtype."""
+
+
+def attention_band(queries: int, keys: int, window: int) -> tuple[int, int]:
+    """Rows and columns of the mask of a block of queries in `models.spec.banded_attention`: a block's queries, and the keys that it
+    meets at most."""
+    rows = min(queries, max(128, min(1024, window // 2)) if window < keys else 128)
+    columns = min(keys, rows + window + BAND_ALIGNMENT)
+    return rows, -(-columns // BAND_ALIGNMENT) * BAND_ALIGNMENT

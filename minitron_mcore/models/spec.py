@@ -4,6 +4,7 @@ Both specs name their modules alike (norms stand apart from the linear layers), 
 one checkpoint serve both.
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -14,10 +15,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore import host, runtime
 from minitron_mcore.errors import UserError
+from minitron_mcore.models import layout
 
 host.prepare()
 
@@ -124,28 +127,27 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int, sca
     Blocks of queries meet only the keys of their windows: time and memory grow with S_q x window. The N / G query heads of a
     group are rows of one product with its keys, which are neither copied nor repeated: torch's memory-efficient kernels take
     masks, but not several query heads a key head. All blocks and layers use views of one mask, which autograd keeps once.
+    cuDNN's kernels are left out on CUDA: their backward pass fails on some of these masks (seen on an H100 with torch 2.11).
     """
     groups, before = key.shape[2], len(key) - len(query)
     heads = query.shape[2] // groups
-    size = min(len(query), max(128, min(1024, window // 2)) if window < len(key) else 128)
-    # The kernels want rows that begin at 16 bytes.
-    most = -(-min(len(key), size + window + ALIGNED) // ALIGNED) * ALIGNED
+    size, most = layout.attention_band(len(query), len(key), window)
     band, parts = _band(size, most, window, heads, query.dtype, query.device), []
     k, v = (x.permute(1, 2, 0, 3) for x in (key, value))
     for first in range(0, len(query), size):
         q = query[first : first + size].unflatten(2, (groups, heads)).permute(1, 2, 3, 0, 4)
         rows, end = q.shape[3], before + first + q.shape[3]
-        start = max(0, before + first + 1 - window) // ALIGNED * ALIGNED
+        start = max(0, before + first + 1 - window) // layout.BAND_ALIGNMENT * layout.BAND_ALIGNMENT
         mask = band[:, size - rows :, most - (end - start) :].flatten(0, 1)
-        out = nn.functional.scaled_dot_product_attention(
-            q.flatten(2, 3), k[:, :, start:end], v[:, :, start:end], mask, scale=scale
-        )
+        with sdpa_kernel(MASKED) if q.is_cuda else contextlib.nullcontext():
+            out = nn.functional.scaled_dot_product_attention(
+                q.flatten(2, 3), k[:, :, start:end], v[:, :, start:end], mask, scale=scale
+            )
         parts.append(out.unflatten(2, (heads, rows)).permute(3, 0, 1, 2, 4).flatten(2))
     return torch.cat(parts)
 
 
-ALIGNED = 16
-"""Keys: a multiple of it is as many bytes as the kernels' loads want, in any dtype."""
+MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @functools.lru_cache(maxsize=2)
@@ -186,7 +188,8 @@ def _on_gpu(module: str) -> ModuleType | None:
 
 def transformer_engine() -> bool:
     """Whether layers are Transformer Engine's. MINITRON_LAYERS=torch in the environment turns it off: fp32 comparisons need
-    that, since Transformer Engine computes fp32 products in TF32.
+    that, since Transformer Engine computes fp32 products in TF32. A mixture of experts needs more: megatron-core's router takes
+    Transformer Engine's product wherever it can be imported.
 
     Raises:
         UserError: another value of MINITRON_LAYERS.

@@ -18,6 +18,7 @@ Bytes are those of tensors alive at the step's worst moment, layer by layer as a
                  in the optimizer's, where these take more than the activations that are not there then
 
 The projection between blocks of different widths counts as the student's, whole on every rank.
+
 Device "cuda" has the fused norms and activations of megatron-core and Transformer Engine; "cpu" is what torch does without them.
 CUDA's own context, NCCL's buffers and the allocator's holes come on top.
 """
@@ -155,11 +156,12 @@ def _attention(arch: Architecture, setting: Setting, again: bool) -> float:
     # queries turned; keys and values of the whole sequence; the output by parts and as one.
     kept = (heads + 2 * groups) + (heads + groups) + heads
     if gathered:
-        # Without a window the first rank's first part needs no mask, and leaves one more: counted as its share of all ranks.
-        first = 0 if arch.window else heads / (2 * setting.parallel.context)
-        kept = heads + 2 * setting.parallel.context * groups + 2 * heads + first
+        kept = heads + 2 * setting.parallel.context * groups + 2 * heads
+        # Queries by blocks, but for the first rank's first half without a window: a view of that keeps them all.
+        parts = 2 * setting.parallel.context
+        kept += heads / parts if (arch.window or math.inf) >= setting.sequence_length / parts else 0
     elif setting.device == Device.cpu and arch.window and arch.window < setting.sequence_length and not again:
-        kept += heads  # the output by blocks and as one (see `spec.banded_attention`)
+        kept += heads  # the output by blocks too
     norms = 0
     if arch.traits.qk_norm:
         norms = (heads + groups) * _norm(dim, arch, setting)
@@ -175,7 +177,8 @@ def layer_activations(arch: Architecture, setting: Setting, part: str, again: Se
     Args:
         again: modules that are recomputed (see `performance.PerformanceConfig`).
     """
-    b, length = setting.element, setting.sequence_length // setting.parallel.context
+    b, context = setting.element, setting.parallel.context
+    length = setting.sequence_length // context
     # The norm before it: its input, and its output, which is the input of the matrices.
     output = 0 if "layernorm" in again else b * arch.hidden
     token = (_norm(arch.hidden, arch, setting) + output) / setting.sharers
@@ -184,9 +187,33 @@ def layer_activations(arch: Architecture, setting: Setting, part: str, again: Se
     if "mlp" in again and setting.device == Device.cpu:
         # megatron-core recomputes the MLP that an attention layer has not: its input stays, as the next fused norm's does anyway.
         token += b * arch.hidden / setting.sharers
-    token += _attention(arch, setting, "core_attn" in again)
+    core = "core_attn" in again
+    token += _attention(arch, setting, core)
     rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
     return token * setting.tokens + rotary * length
+
+
+def attention_masks(arch: Architecture, setting: Setting) -> float:
+    """Bytes of the masks that the attention layers of a rank share on a CPU, on average over context-parallel ranks."""
+    context, length = setting.parallel.context, setting.sequence_length
+    part = length // (2 * context if context > 1 else 1)
+    total = 0
+    for rank in range(context if setting.device == Device.cpu and arch.having("attention") else 0):
+        # Each of a rank's two parts of the queries meets the keys up to its end.
+        ends = ((rank + 1) * part, (2 * context - rank) * part) if context > 1 else (length,)
+        windows = {(end, min(arch.window or end, end)) for end in ends}
+        bands = {
+            (window, *layout.attention_band(part, end, window))
+            for end, window in windows
+            if (part, window) != (end, end)
+        }
+        total += sum(rows * columns for _, rows, columns in bands)
+    return setting.element * arch.heads / arch.groups * total / context
+
+
+def _border(arch: Architecture, setting: Setting) -> float:
+    """Bytes of a micro-batch's hidden states between two layers."""
+    return setting.element * arch.hidden * setting.tokens / setting.sharers
 
 
 def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -> tuple[float, float]:
@@ -194,12 +221,12 @@ def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -
     layers, makes again and holds in the backward pass."""
     config, parts = setting.performance, [part for block, part in arch.layers if block in blocks]
     whole = [layer_activations(arch, setting, part) for part in parts]
-    if config.recompute != Recompute.full:
-        modules = config.recompute_modules if config.recompute == Recompute.selective else ()
-        kept = [layer_activations(arch, setting, part, modules) for part in parts]
+    if config.recompute == Recompute.none:
+        return sum(whole), 0
+    if config.recompute == Recompute.selective:
+        kept = [layer_activations(arch, setting, part, config.recompute_modules) for part in parts]
         return sum(kept), max((a - b for a, b in zip(whole, kept, strict=True)), default=0)
-    many = config.recompute_layers
-    border = setting.element * arch.hidden * setting.tokens / setting.sharers
+    many, border = config.recompute_layers, _border(arch, setting)
     if config.recompute_method == RecomputeMethod.block:
         return border * len(whole[:many]) + sum(whole[many:]), max(whole[:many], default=0)
     groups = [sum(group) for group in itertools.batched(whole, many)]
@@ -209,7 +236,7 @@ def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -
 def activations(arch: Architecture, setting: Setting, stage: int, micro_batches: int) -> float:
     """Bytes that a rank of a stage keeps for the backward passes of all micro-batches in flight."""
     pipeline, chunks = setting.parallel.pipeline, setting.parallel.virtual
-    border = setting.element * arch.hidden * setting.tokens / setting.sharers
+    border = _border(arch, setting)
     full = setting.performance.recompute == Recompute.full  # the input of a chunk is that of its first group
     kept = [
         recomputation(arch, setting, blocks)[0]
@@ -225,20 +252,7 @@ def activations(arch: Architecture, setting: Setting, stage: int, micro_batches:
     ahead = min(ahead + 1, passes)
     made = [0, *itertools.accumulate(kept[v] for v in order)]
     freed = [0, *itertools.accumulate(kept[-1 - v] for v in order)]
-    return _bands(arch, setting) + max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
-
-
-def _bands(arch: Architecture, setting: Setting) -> float:
-    """Bytes of the masks of `spec.banded_attention`, which all layers share: torch's attention on a CPU needs them for windows and
-    where context-parallel queries meet the keys before them; rows are padded to 16 keys."""
-    length, context = setting.sequence_length // setting.parallel.context, setting.parallel.context
-    heads = arch.heads // arch.groups
-    if setting.device == Device.cpu and context > 1:  # two parts of the queries, on the keys up to their ends
-        return setting.element * heads * min(128, length / 2) * ((2 * context + 1) * length / 2 + 32)
-    if setting.device == Device.cpu and arch.window and arch.window < length:
-        rows = min(length, max(128, min(1024, arch.window // 2)))
-        return setting.element * heads * rows * min(length, rows + arch.window)
-    return 0
+    return attention_masks(arch, setting) + max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
 
 
 def hand_off(
@@ -288,10 +302,12 @@ def loss_workspace(student: Architecture, teacher: Architecture | None, setting:
     chunk = chunks.chunk_tokens(tokens, bytes_a_token, setting.device)
     if budget := setting.performance.loss_chunk_mb:
         chunk = chunks.even(tokens, budget << 20, bytes_a_token)
-    tiles = 4 * chunks.TILE_BUFFERS * chunks.tile_tokens(tokens, rows, setting.device) * rows
-    head, several = rows * student.hidden, chunk < tokens
-    # A block of the head's gradient; to add it to the fp32 sum, torch's CPU ops make an fp32 copy.
-    block = (b + 4 * (several and setting.device == Device.cpu)) * min(2 * chunks.TILE_ELEMENTS[setting.device], head)
+    head, several, tiles, block = rows * student.hidden, chunk < tokens, 0, 0
+    if setting.device == Device.cpu or top_k:  # elsewhere the Triton kernels, which have no buffers
+        tiles = 4 * chunks.TILE_BUFFERS * chunks.tile_tokens(tokens, rows, setting.device) * rows
+    if setting.device == Device.cpu:
+        # A block of the head's gradient, and an fp32 copy to add it to the fp32 sum.
+        block = (b + 4 * several) * min(2 * chunks.TILE_ELEMENTS[setting.device], head)
     whole = b * tokens * (width if setting.parallel.sequence else 0)  # gathered hidden states
     places = 9 * min(top_k, rows)  # where a token's largest logits are, and which of them are the teacher's largest
     at_chunk = chunk * (bytes_a_token + b * width + places) + block + (4 if several else b) * head

@@ -119,7 +119,7 @@ class Ranking:
         if runtime.rank() == 0:
             checkpoint.replace_text(self.out_dir / "latest", "candidates")
             (self.out_dir / "candidates").mkdir(exist_ok=True)
-        dist.barrier()
+        runtime.barrier()
 
     def _mine(self, number: int) -> bool:
         return number % self.search.shards == self.search.shard
@@ -168,7 +168,7 @@ class Ranking:
         if runtime.rank() == 0:
             self._folder(candidate).mkdir(exist_ok=True)
             report.write_json(self._folder(candidate) / name, self._marks(candidate) | found)
-        dist.barrier()
+        runtime.barrier()
         return self._known(candidate, name)  # rank 0's numbers: others may differ in the last bit
 
     def _plan(self, candidate: Candidate) -> Plan:

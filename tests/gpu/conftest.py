@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from tests.gpu.world import leave
+
 # Layers of a few rows compile in less time than a pool of compilers takes to start.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
@@ -18,6 +20,7 @@ def torch_layers():
         # megatron-core's fused activations are compiled on the device that they are for; a CPU's compiler takes 16 s.
         with torch.compiler.set_stance("default" if torch.cuda.is_available() else "force_eager"):
             yield
+    leave()
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ import math
 import os
 import runpy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from minitron_mcore import runtime
 from tests import models
-from tests.gpu.world import ROOT, leave, on_cpu
+from tests.gpu.world import ROOT, on_cpu, shared
 from tests.test_launch import config_of, word_tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -29,13 +31,15 @@ COMMAND = [
 
 
 def stage(name: str, *overrides: str) -> None:
-    """A launch file's own function, in this process."""
-    inspect.unwrap(runpy.run_path(str(ROOT / "launch" / f"{name}.py"))["main"])(config_of(name, *COMMAND, *overrides))
+    """A launch file's own function, in this process and the world that it has."""
+    with mock.patch.object(runtime, "distributed", shared):
+        inspect.unwrap(runpy.run_path(str(ROOT / "launch" / f"{name}.py"))["main"])(
+            config_of(name, *COMMAND, *overrides)
+        )
 
 
 def chain(folder: Path) -> dict:
     """Every stage in `folder`; metrics of the steps, kept indices, losses of the exported folder and of the checkpoint."""
-    leave()
     before = Path.cwd()
     os.chdir(folder)
     try:

@@ -28,7 +28,8 @@ def limits(name: str, case: test_losses.Case) -> tuple[float, float]:
     if case.dtype == torch.bfloat16:
         rough = 2 if name.startswith(("reverse_kl", "top")) else 1
         return rough * BF16_VALUE, rough * BF16_GRADIENT
-    return 2e-5, 3 * dense_error(case) if name in test_losses.VANISHING else 2e-5
+    # Exponentials of such logits are rounded less well on a card: 8 times a dense fp32 computation's error, seen on an H100.
+    return 2e-5, (3 if host.is_cpu() else 12) * dense_error(case) if name in test_losses.VANISHING else 2e-5
 
 
 def compare(cases: dict[str, test_losses.Case]) -> None:
