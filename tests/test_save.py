@@ -20,7 +20,7 @@ from minitron_mcore.distill import optimizer_state
 from minitron_mcore.distill.train import Trainer
 from minitron_mcore.errors import HUNG_STATUS
 from minitron_mcore.performance import PerformanceConfig
-from minitron_mcore.plan import cost
+from minitron_mcore.plan import cost, save_cost
 from minitron_mcore.testing import RankError, on_ranks, random_checkpoint
 from tests import families, models
 from tests.test_distill import CONFIG, distill, micro_batches
@@ -170,10 +170,10 @@ def test_the_dry_run_tells_a_save_s_memory(tmp_path):
     assert len(list((tmp_path / "run").glob("step_*/*.distcp"))) >= disk.THREADS
     arch = open_checkpoint(tmp_path / "source").arch
     setting = cost.Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
-    assert growth == pytest.approx(cost.saving(arch, setting, 0, True), rel=0.15)
+    assert growth == pytest.approx(save_cost.saving(arch, setting, 0, True), rel=0.15)
     on_gpu = dataclasses.replace(setting, device=Device.cuda)
-    assert cost.saving(arch, on_gpu, 0, True) == disk.THREADS * (disk.BLOCK + 4 * disk.PIECE_ELEMENTS)
-    assert cost.saving(arch, on_gpu, 0, False) == disk.THREADS * (disk.BLOCK + 4 * arch.vocab * arch.hidden)
+    assert save_cost.saving(arch, on_gpu, 0, True) == disk.THREADS * (disk.BLOCK + 4 * disk.PIECE_ELEMENTS)
+    assert save_cost.saving(arch, on_gpu, 0, False) == disk.THREADS * (disk.BLOCK + 4 * arch.vocab * arch.hidden)
 
 
 def distill_and_resume_counting(student, teacher, config, parallel, out_dir):

@@ -30,7 +30,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from minitron_mcore import disk
 from minitron_mcore.config import Device, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, chunks
 from minitron_mcore.models import layout, table
@@ -82,13 +81,13 @@ def parameters(arch: Architecture, setting: Setting, stage: int) -> tuple[int, i
     tp, own = setting.parallel.tensor, range(arch.experts // setting.parallel.expert)
     counts = [0, 0]
     for parameter in layout.held(arch, setting.parallel, stage, own):
-        counts[parameter.expert is None] += _local(parameter, tp)
+        counts[parameter.expert is None] += local_elements(parameter, tp)
     if arch.tied and 0 < stage == setting.last:
         counts[True] += table.padded_vocab(arch, tp) // tp * arch.hidden  # its copy of the embedding table
     return counts[False], counts[True]
 
 
-def _local(parameter: table.Parameter, tp: int) -> int:
+def local_elements(parameter: table.Parameter, tp: int) -> int:
     """A tensor-parallel rank's elements of a parameter."""
     if "vocab" in parameter.row.axes:
         return table.padded_vocab(parameter.arch, tp) // tp * parameter.arch.hidden
@@ -125,7 +124,7 @@ def matrices(arch: Architecture, setting: Setting, stage: int) -> int:
     """A rank's weights of the matrices in its layers, which is what runs in 8 bits."""
     own = range(arch.experts // setting.parallel.expert)
     inside = (p for p in layout.held(arch, setting.parallel, stage, own) if p.block is not None and len(p.shape) == 2)
-    return sum(_local(parameter, setting.parallel.tensor) for parameter in inside)
+    return sum(local_elements(parameter, setting.parallel.tensor) for parameter in inside)
 
 
 def _norm(width: float, arch: Architecture, setting: Setting) -> float:
@@ -396,21 +395,3 @@ def training(
         row["workspace"] = max(work, aside - row["activations"])
         rows.append(row | {"total": sum(row.values())})
     return rows
-
-
-def saving(arch: Architecture, setting: Setting, stage: int, distributed: bool, background: bool = False) -> int:
-    """Bytes of host memory that writing a checkpoint takes on a rank, beside what training holds: each thread's file has a buffer,
-    and on CUDA a copy of the piece that goes into it (`stream.save_state`). Of an optimizer whose state is not shared out, pieces
-    are whole tensors. In the background there is a copy of all that the rank writes instead (`stream.BackgroundSave`): its share
-    of the weights and of the optimizer's state."""
-    buffers = disk.THREADS * disk.BLOCK
-    if background:
-        held, copies = states(arch, setting, stage, distributed), setting.replicas * setting.parallel.context
-        return buffers + math.ceil(held["weights"] / copies + held["optimizer"] / (1 if distributed else copies))
-    if setting.device == Device.cpu:
-        return buffers
-    elements = disk.PIECE_ELEMENTS
-    if not distributed:
-        tensors = layout.held(arch, setting.parallel, stage, range(arch.experts // setting.parallel.expert))
-        elements = max(_local(parameter, setting.parallel.tensor) for parameter in tensors)
-    return buffers + disk.THREADS * 4 * elements

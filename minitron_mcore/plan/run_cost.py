@@ -9,8 +9,9 @@ from minitron_mcore.config import Device, DistillConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.cost import Setting, saving, training
+from minitron_mcore.plan.cost import Setting, training
 from minitron_mcore.plan.forward_cost import scoring
+from minitron_mcore.plan.save_cost import saving
 from minitron_mcore.runs import CacheKind
 
 
@@ -22,7 +23,7 @@ def run(
     cached: tuple[CacheKind, int | None] | None = None,
 ) -> list[dict[str, float]]:
     """`training` with a run's settings; of several students all states are there, and one at a time takes its step. Beside the
-    total, the host memory that a save takes (`cost.saving`).
+    total, the host memory that a save takes (`save_cost.saving`).
 
     Args:
         cached: kind and top_k of the teacher's cache, where it is not live.
