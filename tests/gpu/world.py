@@ -56,9 +56,6 @@ def _world() -> contextlib.ExitStack:
 
 
 def _prepare() -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-
-    get_write_results_queue("fork")  # before CUDA is in use; megatron-core's default, spawn, imports everything again
     # megatron-core's schedules collect garbage at every call, and half a test would be spent on what imports have made.
     gc.collect()
     gc.freeze()
