@@ -11,7 +11,7 @@ and head:
     modelopt                 both logits, LogitsKLLoss of modelopt.torch.distill.plugins.megatron
     liger                    LigerFusedLinearJSD with beta 0, which is the forward KL (GPU)
 
-On a GPU rows follow for each other divergence, by the kernels and by torch (top-k: by torch both times), and for Liger's JSD.
+On a GPU rows follow for each other divergence, by the kernels and by torch, and for Liger's JSD.
 A row whose package is missing, that runs out of memory or fails otherwise says so; the others go on.
 
 On a CPU: 2,048 tokens of a small model, at TP 1 and 2. On a GPU: 8,192 tokens of a large one at TP 1, in this process, beside the

@@ -15,10 +15,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minitron_mcore.config import Divergence
+from minitron_mcore.config import Divergence, ParallelConfig
 from minitron_mcore.distill import kernels, tiles
-from minitron_mcore.distill.divergences import make
-from tests import test_losses
+from minitron_mcore.distill.divergences import GivenTopK, make
+from minitron_mcore.testing import on_ranks
+from tests import test_losses, test_teacher_cache
 from tests.test_losses import Case
 
 ROW = Case(11, 9001, 9004)
@@ -40,9 +41,10 @@ KINDS = {
     "jsd, beta 0.2": Case(divergence=Divergence.jsd, jsd_beta=0.2),
     "mse": Case(divergence=Divergence.mse),
     "cosine": Case(divergence=Divergence.cosine),
+    "top 20": Case(top_k=20),
 }
 for name, kind in KINDS.items():
-    kind = {field: getattr(kind, field) for field in ("divergence", "jsd_beta")}
+    kind = {field: getattr(kind, field) for field in ("divergence", "jsd_beta", "top_k")}
     scaled = {} if name in ("mse", "cosine") else {"temperature": 2.0}
     CASES |= {
         name: replace(ROW, **kind),
@@ -52,32 +54,50 @@ for name, kind in KINDS.items():
         f"{name}, a rank of padding only": Case(vocab=100, padded=192, lm_weight=0.5, **kind, **scaled),
         f"{name}, bf16": replace(ROW, dtype=torch.bfloat16, **kind, **MIXED),
     }
+CASES |= {
+    "top 1": replace(ROW, top_k=1, temperature=2.0, **MIXED),
+    "top 70 of 100": Case(vocab=100, padded=102, top_k=70, temperature=2.0, **MIXED),
+    "top 99 of 100, far above the last": Case(vocab=100, padded=102, top_k=99, spread=60.0, lm_weight=0.5),
+    "top, given logits": replace(ROW, top_k=20, temperature=2.0, lm_weight=0.5, masked=0.3, given_logits=True),
+}
+GIVEN = test_teacher_cache.CASES | {"bf16": test_teacher_cache.Case(dtype=torch.bfloat16)}
+"""Losses on a teacher's largest entries."""
+GIVEN["several tiles"] = replace(GIVEN["several tiles"], tokens=11, vocab=9001, padded=9004)
 
 
-def on_rank(cases: list[Case]) -> list:
-    for divergence in Divergence:
-        assert tiles.kernels_for(torch.empty(0), make(divergence, 1, 0.5, None, 1.0)) is kernels
-    return test_losses.on_rank(cases)
+def on_rank(cases: list[Case], given: list[test_teacher_cache.Case]) -> tuple[list, list]:
+    used = [make(divergence, 1, 0.5, None, 1.0) for divergence in Divergence]
+    for divergence in (*used, make(Divergence.forward_kl, 2, 0.5, 1, 1.0), GivenTopK(0, 1)):
+        assert tiles.kernels_for(torch.empty(0), divergence) is kernels
+    return test_losses.on_rank(cases), test_teacher_cache.loss_on_rank(given)
 
 
 def interpret(file: str) -> None:
-    torch.save({tp: test_losses.run_all(on_rank, tp, CASES) for tp in (1, 2)}, file)
+    """Saves each rank's results of both kinds of cases, at TP 1 and 2."""
+    cases = list(CASES.values()), list(GIVEN.values())
+    torch.save({tp: on_ranks(on_rank, tp, ParallelConfig(tensor=tp), *cases) for tp in (1, 2)}, file)
 
 
 def test_value_and_gradients_equal_dense_fp64(tmp_path):
     code = f"from tests import test_kernels; test_kernels.interpret({str(tmp_path / 'results')!r})"
     environment, root = os.environ | {"TRITON_INTERPRET": "1"}, Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, check=True)
-    for results in torch.load(tmp_path / "results").values():
-        for name, case in CASES.items():
-            errors = test_losses.relative_errors(case, results[name])
-            rough = 2 if name.startswith("reverse_kl") else 1  # as in test_losses.test_bf16
+    for ranks in torch.load(tmp_path / "results").values():
+        for (name, case), *results in zip(CASES.items(), *(rank[0] for rank in ranks), strict=True):
+            errors = test_losses.relative_errors(case, results)
+            rough = 2 if name.startswith(("reverse_kl", "top")) else 1  # as in test_losses.test_bf16
             value, gradient = (5e-4 * rough, 1e-2 * rough) if case.dtype == torch.bfloat16 else (1e-5, 1e-5)
             if name.startswith("jsd") and name.endswith("large logits"):
                 gradient = 2 * test_losses.dense_error(
                     case
                 )  # they vanish, and lose as much in a dense fp32 computation
             assert max(errors[:4]) <= value and max(errors[4:]) <= gradient, (name, errors)
+        for (name, case), *results in zip(GIVEN.items(), *(rank[1] for rank in ranks), strict=True):
+            value, gradient = (1e-3, 2e-2) if case.dtype == torch.bfloat16 else (1e-5, 1e-5)
+            limits = zip(
+                test_teacher_cache.joined(results), case.reference(), (value, value, gradient, gradient), strict=True
+            )
+            assert all((x.double() - y).abs().max() <= limit * y.abs().max() for x, y, limit in limits), name
 
 
 def test_compiles_for_an_h100():
@@ -85,9 +105,11 @@ def test_compiles_for_an_h100():
     types = {"student": "*bf16", "teacher": "*bf16", "place": "*i64", "inverse_t": "fp32", "beta": "fp32"}
     types |= dict.fromkeys(("out", "largest", "scale", "hit", "factors", "shift"), "*fp32")
     blocks = {kernels._read: kernels.READ_BLOCK, kernels._write: kernels.WRITE_BLOCK}
-    pairs = [*itertools.product(blocks, kernels.KINDS.values()), (kernels._read_again, kernels.JSD)]
+    kinds = list(dict.fromkeys(kind.value for kind in kernels.KINDS.values()))
+    pairs = [*itertools.product(blocks, kinds), (kernels._read_again, kernels.JSD.value)]
     for kernel, kind in pairs:
-        names, constants = kernel.arg_names, {"KIND": kind.value, "HAS_TEACHER": True, "WARM": True}
+        has_teacher = (kernel, kind) != (kernels._write, kernels.TOP_K.value)
+        names, constants = kernel.arg_names, {"KIND": kind, "HAS_TEACHER": has_teacher, "WARM": True}
         constants = {name: value for name, value in constants.items() if name in names}
         constants["BLOCK"] = blocks.get(kernel, kernels.WRITE_BLOCK)
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}

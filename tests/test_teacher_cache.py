@@ -106,14 +106,18 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
     return found
 
 
+def joined(results: list[list[Tensor]]) -> list[Tensor]:
+    """All ranks' results as `Case.reference` has them."""
+    assert all(torch.equal(result[n], results[0][n]) for result in results for n in (0, 1)), "ranks disagree"
+    return [*results[0][:2], sum(r[2].double() for r in results), torch.cat([r[3] for r in results])]
+
+
 @pytest.mark.parametrize("tp", [1, 2, 3])
 def test_loss_on_given_entries_equals_dense_fp64(tp):
     cases = list(CASES.values())
     ranks = on_ranks(loss_on_rank, tp, ParallelConfig(tensor=tp), cases) if tp > 1 else [loss_on_rank(cases)]
     for (name, case), *results in zip(CASES.items(), *ranks, strict=True):
-        assert all(torch.equal(result[n], results[0][n]) for result in results for n in (0, 1)), "ranks disagree"
-        ours = *results[0][:2], sum(r[2].double() for r in results), torch.cat([r[3] for r in results])
-        for x, y in zip(ours, case.reference(), strict=True):
+        for x, y in zip(joined(results), case.reference(), strict=True):
             assert (x.double() - y).abs().max() <= 1e-5 * y.abs().max(), (name, x, y)
 
 

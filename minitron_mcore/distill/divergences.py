@@ -28,7 +28,7 @@ their size): measured at a standard deviation of 3, as value / gradients, 1e-4 /
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -227,7 +227,8 @@ class Cosine(ForwardKL):
 
 class TopK(ForwardKL):
     """`start` leaves the places [T, k] of this rank's largest teacher logits and which of them are `chosen`: among the k largest
-    of all ranks. Of equal logits at the border some are chosen, k in all."""
+    of all ranks. Of equal logits at the border some are chosen, k in all. The logits in `writable` places may be overwritten:
+    where places are equal, so is what is written there."""
 
     of_nothing = 0.0, 0.0, NOTHING, NOTHING
 
@@ -238,26 +239,33 @@ class TopK(ForwardKL):
         # Stable, so that a rank's entries keep their order: the first of them are chosen.
         first = everyone.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
         counts = (first // self.k == rank).sum(-1, keepdim=True)
-        self.chosen = torch.arange(self.places.shape[1], device=counts.device) < counts
+        self.chosen = self.writable = torch.arange(self.places.shape[1], device=counts.device) < counts
 
     def read(self, chunk, at, x_s, e_s, x_t, e_t):
-        log_s, log_t = (x.gather(1, self.places[at]) - chunk.sums[n, at, None].log() for n, x in enumerate((x_s, x_t)))
-        p = torch.where(self.chosen[at], log_t.exp(), 0)
-        largest = chunk.largest[:, at].double()
+        shifted, largest = [x.gather(1, self.places[at]) for x in (x_s, x_t)], chunk.largest[:, at].double()
         tail_s = largest[0] + self._tail(at, x_s)
-        tail_t = largest[1] + self._tail(at, x_s.copy_(x_t))
-        return torch.stack((p.mul(log_t - log_s).sum(-1).double(), p.sum(-1).double(), tail_s, tail_t))
+        return self.sums(chunk, at, shifted, (tail_s, largest[1] + self._tail(at, x_s.copy_(x_t))))
+
+    def sums(self, chunk: Chunk, at: slice, shifted: Sequence[Tensor], tails: Sequence[Tensor]) -> Tensor:
+        """What `read` gives, from the shifted logits [T, k] in `places` and the log-sum-exps [T], fp64, of the entries that are not
+        chosen: the student's, then the teacher's unless it is `Given`."""
+        log_s, log_t = shifted[0] - chunk.sums[0, at, None].log(), self._log_teacher(chunk, at, shifted)
+        p = torch.where(self.chosen[at], log_t.exp(), 0)
+        return torch.stack((p.mul(log_t - log_s).sum(-1).double(), p.sum(-1).double(), *tails))
+
+    def _log_teacher(self, chunk: Chunk, at: slice, shifted: Sequence[Tensor]) -> Tensor:
+        return shifted[1] - chunk.sums[1, at, None].log()
 
     def _tail(self, at: slice, x: Tensor) -> Tensor:
         """Log-sum-exp of what is not chosen; x is overwritten."""
-        self._put(at, x, torch.full_like(self.places[at], -math.inf, dtype=x.dtype))
+        self.put(at, x, torch.full_like(self.places[at], -math.inf, dtype=x.dtype))
         largest = x.amax(-1).clamp(min=NOTHING)
         return (x.sub_(largest[:, None]).exp_().sum(-1).log() + largest).clamp(min=NOTHING)
 
-    def _put(self, at: slice, x: Tensor, chosen: Tensor) -> None:
+    def put(self, at: slice, x: Tensor, chosen: Tensor) -> None:
         """x := `chosen` [T, k] in the places that are chosen."""
         places = self.places[at]
-        x.scatter_(1, places, torch.where(self.chosen[at], chosen, x.gather(1, places)))
+        x.scatter_(1, places, torch.where(self.writable[at], chosen, x.gather(1, places)))
 
     def value(self, chunk, own, again):
         kl, mass, tail_s, tail_t = own.unbind(1)
@@ -268,18 +276,19 @@ class TopK(ForwardKL):
         """The tail's part of the divergence, from the log-sum-exps of all ranks' parts of the student's and the log of its mass in
         the teacher."""
         tail_s, mass_t = tail_s.logsumexp(0), log_t.exp()
-        self.above, self.mass_t = chunk.like(chunk.largest[0] - tail_s), chunk.like(mass_t)
+        self.tail_s, self.mass_t = tail_s, mass_t
         return mass_t * (log_t - (tail_s - chunk.lse[0]))
 
     def write(self, chunk, at, total, term):
         self._student(chunk, at, total)
         # What the student's softmax is drawn to: the teacher's in the k, its own shape with the teacher's mass in the tail.
-        chunk.shift(0, at, term).add_(self.above[at, None]).clamp_(max=0).exp_()
-        term.mul_((chunk.weights[0] * self.mass_t)[at, None])
-        self._put(at, term, self._picked(chunk, at, total.dtype))
+        above = chunk.like(chunk.largest[0, at] - self.tail_s[at])
+        chunk.shift(0, at, term).add_(above[:, None]).clamp_(max=0).exp_()
+        term.mul_(chunk.like(chunk.weights[0, at] * self.mass_t[at])[:, None])
+        self.put(at, term, self.picked(chunk, at, total.dtype))
         total.sub_(term)
 
-    def _picked(self, chunk: Chunk, at: slice, dtype: torch.dtype) -> Tensor:
+    def picked(self, chunk: Chunk, at: slice, dtype: torch.dtype) -> Tensor:
         """The teacher's probabilities in `places`, times the weight."""
         picked = chunk.logits[1][at].gather(1, self.places[at]).to(dtype) / chunk.temperature
         return (picked - chunk.largest[1, at, None]).exp() * chunk.scale[1, at, None]
@@ -302,9 +311,9 @@ class Given:
         log_tail = self.log_tail[at].masked_fill(ignored[at, 0], 0).clamp(min=NOTHING)
         return Given(self.ids[at], log_probs, log_tail)
 
-    def entropy(self, at: slice) -> Tensor:
-        """Of tokens `at`, of the k + 1 entries."""
-        entries = torch.cat((self.log_probs[at], self.log_tail[at, None]), 1).double()
+    def entropy(self) -> Tensor:
+        """[T], of the k + 1 entries."""
+        entries = torch.cat((self.log_probs, self.log_tail[:, None]), 1).double()
         return -(entries.exp() * entries).sum(1)
 
 
@@ -323,27 +332,27 @@ class GivenTopK(TopK):
     def start(self, logits_t, gather, rank):
         self.given, places = logits_t, logits_t.ids - self.first
         self.chosen = (places >= 0) & (places < self.width)
-        self.places = places.clamp(0, max(self.width - 1, 0))
+        # Entries of other ranks repeat one of this rank's, or in a row without one stand for an entry that stays as it is. (Indices
+        # of the chosen alone have a size that depends on the data, for which the host would wait.)
+        self.writable = self.chosen.any(1, keepdim=True)
+        every = torch.arange(places.shape[1], device=places.device)
+        entry = torch.where(self.chosen, every, self.chosen.int().argmax(1, keepdim=True))
+        self.places = places.gather(1, entry).clamp(0, max(self.width - 1, 0))
+        self.log_probs = logits_t.log_probs.gather(1, entry)
 
     def read(self, chunk, at, x_s, e_s, x_t, e_t):
-        log_s = x_s.gather(1, self.places[at]) - chunk.sums[0, at, None].log()
-        log_t = self.given.log_probs[at]
-        p = torch.where(self.chosen[at], log_t.exp(), 0)
-        tail_s = chunk.largest[0, at].double() + self._tail(at, x_s)
-        return torch.stack((p.mul(log_t - log_s).sum(-1).double(), p.sum(-1).double(), tail_s))
+        shifted = x_s.gather(1, self.places[at])
+        return self.sums(chunk, at, [shifted], [chunk.largest[0, at].double() + self._tail(at, x_s)])
 
-    def _put(self, at, x, chosen):
-        # Places of other ranks' entries are clamped to this rank's, several to one: times 1 plus 0, these stay. Indices of the
-        # chosen alone have a size that depends on the data, for which the host would wait.
-        places, keep = self.places[at], torch.where(self.chosen[at], 0.0, 1.0).to(x.dtype)
-        x.scatter_reduce_(1, places, keep, "prod").scatter_add_(1, places, torch.where(self.chosen[at], chosen, 0.0))
+    def _log_teacher(self, chunk, at, shifted):
+        return self.log_probs[at]
 
     def value(self, chunk, own, again):
         kl, mass, tail_s = own.unbind(1)
         return (kl - mass * chunk.log_share[:, 0]).sum(0) + self._of_tail(chunk, tail_s, self.given.log_tail.double())
 
-    def _picked(self, chunk, at, dtype):
-        return self.given.log_probs[at].exp().to(dtype) * chunk.weights[0, at, None]
+    def picked(self, chunk, at, dtype):
+        return self.log_probs[at].exp().to(dtype) * chunk.weights[0, at, None]
 
 
 KINDS = {

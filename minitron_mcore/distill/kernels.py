@@ -5,20 +5,32 @@ This file alone imports triton; `tiles` imports it only where the kernels run: o
 
 Per element of a rank's logits, of b bytes in either model, `read` reads 2 b, and `write` reads 2 b and writes b: 10 bytes
 in bf16, and no buffers but a few numbers a token. An H100 (3.35 TB/s) moves those of 8,192 tokens x 128,256 in 3.1 ms at best.
-jsd reads both once more. Within a row all is fp32, over blocks one after the other; what crosses ranks is fp64, as in `tiles`.
+jsd and top-k read both once more. Top-k's `write` does not read the teacher's: torch works on the k entries of a token. Within a
+row all is fp32, over blocks one after the other; what crosses ranks is fp64, as in `tiles`.
 
 The kernels are compiled for one divergence each, `KIND`; what it sums and writes is in the table of `divergences`.
 """
+
+import math
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minitron_mcore.distill.divergences import Chunk, Cosine, ForwardKL, Jsd, Mse, ReverseKL
+from minitron_mcore.distill.divergences import NOTHING, Chunk, Cosine, ForwardKL, GivenTopK, Jsd, Mse, ReverseKL, TopK
 
-FORWARD_KL, REVERSE_KL, JSD, MSE, COSINE = (tl.constexpr(kind) for kind in range(5))
-KINDS = {ForwardKL: FORWARD_KL, ReverseKL: REVERSE_KL, Jsd: JSD, Mse: MSE, Cosine: COSINE}
+FORWARD_KL, REVERSE_KL, JSD, MSE, COSINE, TOP_K = (tl.constexpr(kind) for kind in range(6))
+KINDS = {
+    ForwardKL: FORWARD_KL,
+    ReverseKL: REVERSE_KL,
+    Jsd: JSD,
+    Mse: MSE,
+    Cosine: COSINE,
+    TopK: TOP_K,
+    GivenTopK: TOP_K,
+}
 READ_BLOCK, WRITE_BLOCK = 4096, 2048
 """Entries of a row that a program holds at a time, powers of two: some 16 a thread."""
 
@@ -166,12 +178,8 @@ def _write(
 
 def read(chunk: Chunk, own: Tensor, divergence: ForwardKL) -> None:
     """A chunk's first pass: the chunk's maxima and sums of exponentials, and `own` [5 + n, T] (see `tiles.Tiles.run`) but for the
-    label's logit."""
-    out = chunk.sums.new_empty(10, own.shape[1])
-    student, teacher, *rest = _arguments(chunk)
-    _read[(own.shape[1],)](
-        student, teacher, out, *rest, _kind(divergence), *_options(chunk), BLOCK=READ_BLOCK, num_warps=8
-    )
+    label's logit and what a `Given` teacher has there."""
+    out = _statistics(chunk, divergence)
     chunk.largest, chunk.sums, (entropy, *sums) = out[:3], out[3:6], out[6:]
     own[:3] = chunk.largest.double() + chunk.sums.double().log()
     if chunk.logits[1] is None:
@@ -187,8 +195,34 @@ def read(chunk: Chunk, own: Tensor, divergence: ForwardKL) -> None:
             own[5] = sums[0]
         case Jsd():
             pass
+        case TopK():
+            own[5:] = _read_top_k(chunk, divergence)
         case _:
             own[5] = sums[0] / sum_t + (sum_s / sum_t).log()
+
+
+def _statistics(chunk: Chunk, divergence: ForwardKL) -> Tensor:
+    """[10, T], by `_read`."""
+    student, teacher, *rest = _arguments(chunk)
+    out = chunk.sums.new_empty(10, len(student))
+    options = *_options(chunk), READ_BLOCK
+    _read[(len(student),)](student, teacher, out, *rest, _kind(divergence), *options, num_warps=8)
+    return out
+
+
+def _read_top_k(chunk: Chunk, divergence: TopK) -> Tensor:
+    """What `TopK.read` gives. For the tails the kernel reads the logits once more, with -inf in the chosen places."""
+    logits = [x.data for x in chunk.logits[:2] if isinstance(x, Tensor)]
+    values = [x.gather(1, divergence.places) for x in logits]
+    for x, chosen in zip(logits, values, strict=True):
+        divergence.put(slice(None), x, torch.full_like(chosen, -math.inf))
+    out = _statistics(chunk, divergence)
+    for x, chosen in zip(logits, values, strict=True):
+        x.scatter_(1, divergence.places, chosen)
+    divergence.largest_of_tail = out[0]
+    tails = (out[:2].double() + out[3:5].double().log()).clamp(min=NOTHING)
+    shifted = [chunk.like(x) / chunk.temperature - chunk.largest[n, :, None] for n, x in enumerate(values)]
+    return divergence.sums(chunk, slice(None), shifted, tails[: len(logits)])
 
 
 def read_again(chunk: Chunk, divergence: Jsd) -> Tensor:
@@ -203,11 +237,33 @@ def read_again(chunk: Chunk, divergence: Jsd) -> Tensor:
 
 def write(chunk: Chunk, place: Tensor, hit: Tensor, divergence: ForwardKL) -> None:
     """A chunk's last pass: d loss / d logits over the student's logits; `hit` [T] is what the entry in `place` [T] loses."""
+    if isinstance(divergence, TopK) and chunk.logits[1] is not None:
+        return _write_top_k(chunk, place, hit, divergence)
     student, teacher, *rest = _arguments(chunk)
     grid = len(place), triton.cdiv(student.shape[1], WRITE_BLOCK)
     factors = _factors(chunk, divergence) if chunk.logits[1] is not None else chunk.scale
-    inputs = student, teacher, chunk.largest, chunk.scale, place, hit, factors, divergence.beta, *rest
+    beta = divergence.beta if isinstance(divergence, Jsd) else 0.0
+    inputs = student, teacher, chunk.largest, chunk.scale, place, hit, factors, beta, *rest
     _write[grid](*inputs, _kind(divergence), *_options(chunk), BLOCK=WRITE_BLOCK, num_warps=4)
+
+
+def _write_top_k(chunk: Chunk, place: Tensor, hit: Tensor, divergence: TopK) -> None:
+    """`write`, where entries that are not chosen have a multiple of the student's exponentials as their gradient: the kernel writes
+    that without a teacher to all, and what the chosen have goes over it."""
+    student, every = chunk.logits[0], slice(None)
+    z = chunk.like(student.gather(1, divergence.places))
+    chosen = (z / chunk.temperature).sub_(chunk.largest[0, :, None]).exp_().mul_(chunk.scale[0, :, None])
+    chosen.sub_(divergence.picked(chunk, every, z.dtype))
+    chosen.addcmul_(z.sub_(chunk.largest[2, :, None]).exp_(), chunk.scale[2, :, None])
+    chosen.sub_(torch.where(divergence.places == place[:, None], hit[:, None], 0))
+    # Exponentials above the tail's largest logit: above a chosen one they may all be 0. What overflows is overwritten below.
+    top = divergence.largest_of_tail
+    rest = replace(chunk, logits=(student, None, student), largest=torch.stack((top, top, chunk.temperature * top)))
+    top, _, top_1 = rest.largest.double()
+    of_tail = (top - chunk.lse[0]).exp() - divergence.mass_t * (top - divergence.tail_s).exp()
+    rest.scale = chunk.like(chunk.weights * torch.stack((of_tail, of_tail, (top_1 - chunk.lse[2]).exp())))
+    write(rest, place, hit, divergence)
+    divergence.put(every, student, chosen.to(student.dtype))
 
 
 def _factors(chunk: Chunk, divergence: ForwardKL) -> Tensor:
@@ -231,10 +287,10 @@ def _kind(divergence: ForwardKL) -> int:
 
 
 def _arguments(chunk: Chunk) -> tuple:
-    student, teacher = chunk.logits[0], chunk.logits[0] if chunk.logits[1] is None else chunk.logits[1]
+    student, teacher = chunk.logits[0], chunk.logits[1] if isinstance(chunk.logits[1], Tensor) else chunk.logits[0]
     assert student.stride(1) == teacher.stride(1) == 1, "the kernels want rows without gaps"
     return student, teacher, *student.shape, student.stride(0), teacher.stride(0), 1 / chunk.temperature
 
 
 def _options(chunk: Chunk) -> tuple[bool, bool]:
-    return chunk.logits[1] is not None, chunk.temperature != 1
+    return isinstance(chunk.logits[1], Tensor), chunk.temperature != 1

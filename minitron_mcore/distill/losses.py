@@ -5,8 +5,7 @@ Tokens are worked off in chunks: two matrix products give a chunk's logits, the 
 the student's, and two more products carry it to the hidden states and to the head. Nothing is left for the backward
 pass but to scale. Between the products a chunk is cut into tiles that stay in the cache. It is gone through twice, with one
 small collective in between: for what the ranks' sums are made of, then for the gradient, whose exponentials cost less to
-form again than to keep. On CUDA Triton kernels (`kernels`) do this work for every divergence but the forward KL of the teacher's
-k largest logits, which runs in torch there too.
+form again than to keep. On CUDA Triton kernels (`kernels`) do this work.
 
 What crosses ranks follows from the chain rule of KL: with w_r the probability of rank r's part of the vocabulary and
 t_r, s_r the distributions within it,

@@ -86,6 +86,8 @@ class Tiles:
         else:
             own[:3] = divergences.NOTHING
             own[5:] = own.new_tensor(divergence.of_nothing)[:, None]
+        if isinstance(logits_t, divergences.Given):
+            own[1], own[3] = divergences.NOTHING if self.rank else 0.0, logits_t.entropy()
         parts = self._gather(own)
         chunk.exchanged(parts[:, :3], self.rank)
         lm_loss = chunk.lse[2] - parts[:, 4].sum(0)
@@ -134,7 +136,6 @@ class Tiles:
         exponentials(0, x_s, e_s)
         if isinstance(chunk.logits[1], divergences.Given):
             own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)
-            own[1], own[3] = divergences.NOTHING if self.rank else 0.0, chunk.logits[1].entropy(at)
         elif chunk.logits[1] is not None:
             exponentials(1, x_t, e_t)
             own[5:] = self.divergence.read(chunk, at, x_s, e_s, x_t, e_t)

@@ -302,13 +302,13 @@ def loss_workspace(student: Architecture, teacher: Architecture | None, setting:
     if budget := setting.performance.loss_chunk_mb:
         chunk = chunks.even(tokens, budget << 20, bytes_a_token)
     head, several, tiles, block = rows * student.hidden, chunk < tokens, 0, 0
-    if setting.device == Device.cpu or top_k:  # elsewhere the Triton kernels, which have no buffers
+    if setting.device == Device.cpu:  # elsewhere the Triton kernels, which have no buffers
         tiles = 4 * chunks.TILE_BUFFERS * chunks.tile_tokens(tokens, rows, setting.device) * rows
-    if setting.device == Device.cpu:
         # A block of the head's gradient, and an fp32 copy to add it to the fp32 sum.
         block = (b + 4 * several) * min(2 * chunks.TILE_ELEMENTS[setting.device], head)
     whole = b * tokens * (width if setting.parallel.sequence else 0)  # gathered hidden states
-    places = 9 * min(top_k, rows)  # where a token's largest logits are, and which of them are the teacher's largest
+    # Of a token's k largest logits: their places and the numbers of them, 20 bytes for each rank's while they are sorted.
+    places = top_k * (12 + 20 * (setting.parallel.tensor if teacher else 1))
     at_chunk = chunk * (bytes_a_token + b * width + places) + block + (4 if several else b) * head
     at_end = (4 + b if several else b) * head
     return whole + b * tokens * student.hidden + tiles + max(at_chunk, at_end)

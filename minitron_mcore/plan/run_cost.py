@@ -41,7 +41,7 @@ def run(
             checks.state_pairs(student, teacher, config.states) if teacher else (),
             config.teacher_parallel,
             config.teacher_ranks > 0,
-            config.top_k or 0,
+            config.top_k or (cached[1] or 0 if cached else 0),
         )
         for student in students
     ]
