@@ -35,7 +35,7 @@ from minitron_mcore import disk, distcp, runtime
 from minitron_mcore.errors import NotFinite, UserError
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.folder import shipped
+from minitron_mcore.models.folder import place, shipped
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
@@ -189,7 +189,7 @@ def ship(hf: Path, out_dir: Path) -> None:
     """Copy what is not weights of a Hugging Face folder to out_dir/hf."""
     (out_dir / "hf").mkdir(parents=True, exist_ok=True)
     for file in shipped(hf):
-        shutil.copy2(file, out_dir / "hf" / file.name)
+        shutil.copy2(file, place(file, hf, out_dir / "hf"))
 
 
 def lineage(parents: dict, **details) -> dict:

@@ -12,7 +12,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip gpu and multigpu tests where there are not enough CUDA devices, unless --on-cpu asks for them."""
+    """Skip slow tests unless -m names them; gpu and multigpu tests where there are not enough CUDA devices, unless --on-cpu asks
+    for them."""
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow (pytest -m slow runs it)"))
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multigpu")]
     if not marked or config.getoption("--on-cpu"):
         return

@@ -16,6 +16,7 @@ from tests import families, models
 ONE = ParallelConfig()
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_act": "silu",
     "hidden_size": 3072,
     "intermediate_size": 9216,
@@ -47,29 +48,31 @@ def test_old_and_new_rope_keys_are_one_model():
 
 def test_a_llama_without_groups_or_head_dim():
     config = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
-    found = from_hf(config | {"rope_theta": None, "rope_scaling": None})
+    found = from_hf(config | {"rope_scaling": None})
     assert (found.groups, found.head_dim, found.rope_theta) == (32, 96, 1e4)
 
 
-def test_nemotrons_old_keys_reach_transformers(tmp_path):
-    """A folder of before 2024's August: kv_channels, rope_percent and rope_theta at the top level."""
-    folder = families.tiny(
-        "nemotron", tmp_path / "new", rope_parameters=families.PLAIN | {"partial_rotary_factor": 0.25}
-    )
+def test_nemotrons_old_keys(tmp_path):
+    """Folders of before August 2024: transformers reads their rope_theta, and ignores kv_channels and rope_percent, which must
+    therefore agree with what it reads. An export keeps them up to date."""
+    folder = families.tiny("nemotron", tmp_path / "new", head_dim=4, hidden_size=48)
     expected = models.hf_logits(folder, models.tokens())
     config = json.loads((folder / "config.json").read_text())
     for key in ("rope_parameters", "head_dim", "partial_rotary_factor"):
         config.pop(key, None)
-    config |= {"rope_theta": 1e6, "rope_percent": 0.25, "kv_channels": families.SIZES["head_dim"]}
+    config |= {"rope_theta": 1e6, "rope_percent": 0.5, "kv_channels": 4}
+    for wrong in ({"rope_percent": 0.25}, {"kv_channels": 8}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*, but transformers reads"):
+            from_hf(config | wrong)
     (folder / "config.json").write_text(json.dumps(config))
     on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "ckpt", ONE)
     opened = open_checkpoint(tmp_path / "ckpt")
-    assert (opened.arch.rotary_fraction, opened.arch.head_dim, opened.arch.rope_theta) == (0.25, 8, 1e6)
+    assert (opened.arch.rotary_fraction, opened.arch.head_dim, opened.arch.rope_theta) == (0.5, 4, 1e6)
     (tmp_path / "back").mkdir()
     hf.export_folder(opened, tmp_path / "back")
     assert torch.equal(models.hf_logits(tmp_path / "back", models.tokens()), expected)
     exported = json.loads((tmp_path / "back/config.json").read_text())
-    assert (exported["kv_channels"], exported["rope_percent"]) == (8, 0.25)
+    assert (exported["kv_channels"], exported["rope_percent"]) == (4, 0.5)
 
 
 def test_export_cuts_what_counts_layers(tmp_path):
@@ -90,11 +93,19 @@ def test_export_cuts_what_counts_layers(tmp_path):
         ({"norm_type": "layernorm"}, "norm_type='layernorm' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
-        ({"rope_parameters": {"type": "dynamic", "rope_theta": 1e4}}, "rope type 'dynamic' is not supported"),
+        ({"rope_parameters": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"architectures": ["MistralForCausalLM"]}, "architectures is MistralForCausalLM, but model_type llama"),
+        ({"model_type": None}, "model_type None is not supported; supported: llama"),
         ({"num_key_value_heads": 5}, "32 query heads cannot be shared out over 5 key/value groups"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types differ"),
-        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=True"),
-        ({"architectures": ["NemotronForCausalLM"], "norm_eps": 1e-5}, "hidden_act='silu' .* expected 'relu2'"),
+        ({"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types differ"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": True},
+            "use_sliding_window=True",
+        ),
+        (
+            {"architectures": ["NemotronForCausalLM"], "model_type": "nemotron", "norm_eps": 1e-5},
+            "hidden_act='silu' .* expected 'relu2'",
+        ),
     ],
 )
 def test_what_we_do_not_have_is_refused(change, sentence):
@@ -102,10 +113,8 @@ def test_what_we_do_not_have_is_refused(change, sentence):
         from_hf(LLAMA | change)
 
 
-def test_a_missing_size_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in LLAMA.items() if k != "rms_norm_eps"}))
-    with pytest.raises(UserError, match="not a usable model config: .*rms_norm_eps"):
-        architecture.read_hf(tmp_path)
+def test_a_missing_key_takes_its_classes_default():
+    assert from_hf({k: v for k, v in LLAMA.items() if k != "rms_norm_eps"}).norm_eps == 1e-6
 
 
 def damaged(folder, change):

@@ -303,7 +303,7 @@ def test_every_stage_plans(tmp_path, monkeypatch, name):
 def test_sizes_come_from_what_is_there(tmp_path, monkeypatch):
     """A checkpoint before a folder's config.json before the config's own architecture; a chain's teacher from its first recipe."""
     monkeypatch.chdir(tmp_path)
-    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48}
+    config = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64}
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))

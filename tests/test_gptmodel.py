@@ -113,10 +113,15 @@ def test_gptmodel_loads_what_we_export(tmp_path, trained, read, parallel, names)
 
 
 FAMILIES = {
-    "qwen2": ({"architectures": ["Qwen2ForCausalLM"]}, {"add_qkv_bias": True}),
+    "qwen2": ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, {"add_qkv_bias": True}),
     "qwen3_moe": (
-        {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
-        | {"moe_intermediate_size": models.SIZES["intermediate_size"]},
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+        | {"norm_topk_prob": True, "moe_intermediate_size": models.SIZES["intermediate_size"]},
         {"qk_layernorm": True, "num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
         | {"moe_ffn_hidden_size": models.SIZES["intermediate_size"], "moe_token_dispatcher_type": "alltoall"},
     ),

@@ -32,13 +32,16 @@ def test_logits_equal_transformers(tmp_path, layout, tied):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda f: [w.unlink() for w in f.glob("*.safetensors")], "holds no .*safetensors weights"),
+        (lambda f: [w.unlink() for w in f.glob("*.safetensors")], "holds no model.safetensors weights"),
         (
             lambda f: models.edit_config(f, architectures=["GPT2LMHeadModel"]),
             "architecture GPT2LMHeadModel is not supported",
         ),
         (lambda f: models.edit_config(f, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
-        (lambda f: models.edit_config(f, rope_parameters={"rope_type": "yarn"}), "rope type 'yarn' is not supported"),
+        (
+            lambda f: models.edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+            "rope type 'yarn' is not supported",
+        ),
         (lambda f: models.edit_config(f, intermediate_size=32), "mlp.gate_proj.weight has shape .*asks for"),
         (lambda f: models.edit_config(f, num_hidden_layers=6), "layers.5.input_layernorm.weight is missing"),
         (

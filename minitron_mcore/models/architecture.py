@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.models import hf_config
 from minitron_mcore.models.families import FAMILIES, Family
 
 
@@ -66,6 +68,11 @@ class Architecture:
             raise UserError(f"block {min(empty)} has neither attention nor MLP: such a block does not exist.")
         if self.heads % self.groups:
             raise UserError(f"{self.heads} query heads cannot be shared out over {self.groups} key/value groups.")
+        if self.experts and self.experts_per_token == 1 and self.normalize_experts:
+            raise UserError(
+                "one expert a token with normalised probabilities (norm_topk_prob, always so in Mixtral) is not supported: the "
+                "router would have no gradient; expected at least 2 experts a token."
+            )
         if self.experts_per_token > self.experts:
             raise UserError(f"{self.experts_per_token} experts a token cannot be chosen from {self.experts} experts.")
 
@@ -104,82 +111,33 @@ def _layers(blocks: int, no_attention: tuple[int, ...], no_mlp: tuple[int, ...])
     return {layer: number for number, layer in enumerate(there)}
 
 
-def from_hf(config: dict) -> Architecture:
-    """Read a Hugging Face config, with transformers 4's keys or 5's (`rope_parameters`).
+def from_hf(config: dict, where: str | Path = "config.json") -> Architecture:
+    """The model that transformers builds from a config.json's content; `where` names the file in messages.
 
     Raises:
-        UserError: an architecture, activation, norm, rope type, bias or mixed attention that this package does not have.
-        KeyError: a size that the config leaves out.
+        UserError: see `hf_config.fields`; sizes that don't fit each other.
     """
-    by_class = {family.hf_class: name for name, family in FAMILIES.items()}
-    hf_class = (config.get("architectures") or ["(none)"])[0]
-    # ModelOpt's Puzzletron writes either, for models whose blocks it chose one by one.
-    blocks = config.get("block_configs") or []
-    if config.get("per_layer_config") or any(block != blocks[0] for block in blocks):
-        raise UserError(
-            f"{hf_class} whose blocks differ (a Puzzletron model) is not supported: expected blocks of one shape."
-        )
-    if hf_class not in by_class:
-        raise UserError(f"architecture {hf_class} is not supported; supported: {', '.join(by_class)}.")
-    family = FAMILIES[by_class[hf_class]]
-    for key, wanted in family.demands.items():
-        if config.get(key) not in (None, wanted):
-            raise UserError(f"{hf_class} with {key}={config[key]!r} is not supported: expected {wanted!r}.")
-    if len(set(config.get("layer_types") or [])) > 1:
-        raise UserError(f"{hf_class} whose layer_types differ is not supported: expected one kind of attention.")
-    rope = _rope(config)
-    found = dict(family.defaults)
-    for name, keys in family.keys.items():
-        values = [source[key] for key in keys for source in (rope, config) if source.get(key) is not None]
-        found |= {name: values[0]} if values else {}
-    found.setdefault("tied", False)
-    found.setdefault("groups", found["heads"])
-    found.setdefault("head_dim", found["hidden"] // found["heads"])
-    missing = [keys[0] for name, keys in family.keys.items() if name not in found and name != "window"]
-    if missing:
-        raise KeyError(missing[0])
-    scaling = _rope_scaling(rope)
-    return Architecture(
-        family=by_class[hf_class], rope_theta=float(rope.get("rope_theta", 1e4)), rope_scaling=scaling, **found
-    )
-
-
-def _rope(config: dict) -> dict:
-    """The rotary constants, wherever this version of transformers keeps them."""
-    theta = {} if config.get("rope_theta") is None else {"rope_theta": config["rope_theta"]}
-    return theta | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-
-
-def _rope_scaling(rope: dict) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"rope type {kind!r} is not supported; supported: default, llama3.")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
-    )
+    try:
+        return Architecture(**hf_config.fields(config))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
-    """The config of an exported model: the shipped one with this architecture's sizes; `head_dim` is always written.
+    """The config of an exported model: the shipped one with this architecture's sizes, all of them written.
 
-    Old keys keep their place beside those that transformers reads today. The rotary constants stay as shipped: pruning never
-    changes them.
+    transformers 4 and 5 read the same model: rotary constants and dtype stand under the keys of both. Old keys keep their place
+    beside those that transformers reads today. `auto_map` goes, since the code that it names is not exported.
     """
-    dropped = ("_name_or_path", "torch_dtype", "quantization_config", "block_configs")
+    dropped = ("_name_or_path", "auto_map", "quantization_config", "block_configs")
     config = {key: value for key, value in shipped.items() if key not in dropped}
-    rope = _rope(shipped)
     for name, keys in arch.traits.keys.items():
-        for key in keys:
-            if key in shipped or (key == keys[0] and key not in rope):
-                config[key] = getattr(arch, name)
+        config |= {key: getattr(arch, name) for key in keys if key in shipped or key == keys[0]}
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][: arch.blocks]
-    return config | {"dtype": dtype}
+    config.setdefault("transformers_version", version("transformers"))
+    names = {"architectures": [arch.traits.hf_class], "dtype": dtype, "torch_dtype": dtype}
+    return config | hf_config.rope_keys(arch) | names
 
 
 def export_problems(arch: Architecture) -> Iterator[str]:
@@ -253,8 +211,5 @@ def read_hf(folder: Path) -> tuple[Architecture, dict]:
             f"no Hugging Face model at {folder}: expected config.json, *.safetensors and tokenizer files there "
             "(give the folder with model.hf=/path/to/folder)."
         )
-    try:
-        config = json.loads(path.read_text())
-        return from_hf(config), config
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{path} is not a usable model config: {type(error).__name__} {error}.") from error
+    config = hf_config.read_json(path)
+    return from_hf(config, path), config

@@ -40,11 +40,10 @@ class Family:
     hf_class: str
     rows: tuple[Row, ...]
     keys: dict[str, tuple[str, ...]]
-    """Architecture field -> config keys that may hold it, the one that transformers reads today first."""
+    """Architecture field -> the attribute of transformers' config object that holds it, then other keys that folders of older
+    versions may carry beside it. `rotary_fraction` is an entry of the object's `rope_parameters`."""
     demands: dict[str, object] = field(default_factory=dict)
-    """Config key -> the only value that is supported; a config without the key has it."""
-    defaults: dict[str, object] = field(default_factory=dict)
-    """Architecture field -> its value where no key says it (transformers' own default)."""
+    """Attribute of the config object -> the only value that is supported; a class without the attribute has it."""
     activation: str = "silu"
     gated: bool = True
     """The MLP multiplies act(gate) by up; otherwise it is act(up)."""
@@ -141,18 +140,17 @@ FAMILIES = {
         (*_OUTSIDE, *_norms("bias"), *_ATTENTION, *_UNGATED),
         _KEYS | _NEMOTRON_KEYS,
         _PLAIN | {"hidden_act": "relu2"},
-        {"rotary_fraction": 0.5},
         activation="relu2",
         gated=False,
         norm="LayerNorm1P",
     ),
     # Qwen2 and Qwen2.5.
     "qwen2": Family("Qwen2ForCausalLM", (*_LLAMA, *_QKV_BIAS), _KEYS, _QWEN, qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", (*_LLAMA, *_QK_NORM), _KEYS, _QWEN, {"head_dim": 128}, qk_norm=True),
+    "qwen3": Family("Qwen3ForCausalLM", (*_LLAMA, *_QK_NORM), _KEYS, _QWEN, qk_norm=True),
     "mixtral": Family(
         "MixtralForCausalLM",
         (*_OUTSIDE, *_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2")),
-        _KEYS | _MOE_KEYS | {"window": ("sliding_window",), "experts": ("num_local_experts",)},
+        _KEYS | _MOE_KEYS | {"window": ("sliding_window",), "experts": ("num_local_experts", "num_experts")},
         _SILU,
     ),
     "qwen3_moe": Family(
@@ -166,7 +164,6 @@ FAMILIES = {
             "normalize_experts": ("norm_topk_prob",),
         },
         _QWEN | {"mlp_only_layers": [], "decoder_sparse_step": 1},
-        {"normalize_experts": False},
         qk_norm=True,
     ),
 }

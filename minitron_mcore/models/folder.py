@@ -17,11 +17,11 @@ from torch import Tensor
 
 from minitron_mcore import disk, runtime
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, table
+from minitron_mcore.models import architecture, hf_config, table
 from minitron_mcore.models.architecture import Architecture
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*")
-SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", *LICENCES)
+SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "README.md", *LICENCES)
 CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 MAX_FILE_BYTES = 5 * 10**9
 HASH_ELEMENTS = 8 << 20
@@ -87,32 +87,29 @@ class Folder(Weights):
 
     A file is mapped only for as long as what was read from it lives, so memory shows what is in use and no more.
 
+    The files are those that transformers takes: model.safetensors, or where it isn't there what the index names.
+
     Raises:
-        UserError: no safetensors, an index that names a missing file, a file that is cut short.
+        UserError: no safetensors, a file that is cut short, an index that is damaged, names a missing file, or names others than a
+            model.safetensors beside it, an adapter (transformers would add it to the weights).
     """
 
     kind = "huggingface"
 
     def __init__(self, path: Path):
         super().__init__()
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = sorted(file.name for file in path.glob("*.safetensors"))
-        if not names:
-            raise UserError(
-                f"{path} holds no *.safetensors weights: download the model with its weights, or convert them."
-            )
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise UserError(f"{index} names {missing[0]}, which is not in {path}: download the model again.")
+        names = _files(path)
         self.path, self.where = path, {}
         for file in (path / name for name in names):
             try:
-                self.where |= dict.fromkeys(safe_open(file, "pt").keys(), file)
+                found = safe_open(file, "pt").keys()
             except Exception as error:  # safetensors raises its own type for a cut or foreign file
                 raise UserError(f"{file} is not a whole safetensors file ({error}): download it again.") from error
+            if twice := sorted(self.where.keys() & set(found)):
+                raise UserError(
+                    f"{twice[0]} is in both {self.where[twice[0]].name} and {file.name} of {path}: remove one."
+                )
+            self.where |= dict.fromkeys(found, file)
 
     def slice(self, name: str):
         """A tensor to take slices of."""
@@ -134,12 +131,26 @@ class Folder(Weights):
         known = {name for parameter in table.parameters(arch) for name in parameter.hf}
         # Old Llama folders store the rotary frequencies, some tied ones the head: both follow from the rest.
         spare = {"lm_head.weight"} if arch.tied else set()
+        if spare & self.where.keys() and not self._equal("lm_head.weight", "model.embed_tokens.weight"):
+            raise UserError(
+                f"lm_head.weight in {self.path} differs from model.embed_tokens.weight, but config.json says "
+                "tie_word_embeddings: true: set it to false to keep both, as transformers does, or remove lm_head.weight."
+            )
         extra = sorted(n for n in self.where.keys() - known - spare if not n.endswith("rotary_emb.inv_freq"))
         if extra:
             raise UserError(
                 f"{self.path} holds {len(extra)} tensors that a {arch.family} model of its config.json does not have, "
                 f"the first {extra[0]}: is the config another model's?"
             )
+
+    def _equal(self, *names: str) -> bool:
+        """Whether two matrices hold the same values, compared some rows at a time."""
+        one, two = (self.slice(name) for name in names)
+        if one.get_shape() != two.get_shape():
+            return False
+        rows, columns = one.get_shape()
+        step = max(1, HASH_ELEMENTS // columns)
+        return all(bool((one[i : i + step].float() == two[i : i + step].float()).all()) for i in range(0, rows, step))
 
     def dtype(self, parameter: table.Parameter) -> torch.dtype:
         return self.slice(parameter.hf[0])[:1].dtype
@@ -167,6 +178,35 @@ class Folder(Weights):
             length, *rest = self.slice(name).get_shape()
             step = max(1, HASH_ELEMENTS // int(np.prod(rest)))
             yield name, (raw(self.slice(name)[low : low + step]) for low in range(0, length, step))
+
+
+def _files(path: Path) -> list[str]:
+    """Names of the weights' files, as transformers chooses them; see `Folder`."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if (adapter := path / "adapter_config.json").is_file():
+        raise UserError(f"{adapter} is an adapter, which is not applied here: merge it into the weights and remove it.")
+    if not index.is_file():
+        if not single.is_file():
+            raise UserError(
+                f"{path} holds no model.safetensors weights and no index of them: download the model with its weights, or "
+                "convert them."
+            )
+        return [single.name]
+    content = hf_config.read_json(index)
+    where = content.get("weight_map")
+    if not isinstance(where, dict) or not where or not isinstance(content.get("metadata"), dict):
+        raise UserError(f"{index} has no weight_map and metadata, as an index has: download it again.")
+    for name in where.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names the file {name!r}: expected *.safetensors files beside it.")
+        if not (path / name).is_file():
+            raise UserError(f"{index} names {name}, which is not in {path}: download the model again.")
+    if single.is_file() and single.name not in where.values():
+        raise UserError(
+            f"{path} holds model.safetensors, which transformers reads, and another model's index beside it: remove "
+            f"{single.name}, or {index.name} and its files."
+        )
+    return sorted(set(where.values()))
 
 
 class Writer:
@@ -235,14 +275,40 @@ def _bytes(makes: Iterable[Callable[[], Tensor]], dtype: torch.dtype, order: Ten
 
 def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.dtype) -> None:
     """What `source`, a Hugging Face folder, holds beside weights, config.json last and with the sizes of `arch`."""
-    out_dir.mkdir(exist_ok=True)
     for file in shipped(source):
-        if file.name not in ("config.json", "README.md"):  # the parent's card is not this model's
-            shutil.copyfile(file, out_dir / file.name)
-    config = architecture.to_hf(
-        arch, json.loads((source / "config.json").read_text()), str(dtype).removeprefix("torch.")
-    )
+        target = place(file, source, out_dir)
+        if file.name == "tokenizer_config.json":
+            write_tokenizer_config(file, target)
+        elif file.name not in ("config.json", "README.md"):  # the parent's card is not this model's
+            shutil.copyfile(file, target)
+    config = architecture.to_hf(arch, hf_config.read_json(source / "config.json"), str(dtype).removeprefix("torch."))
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def place(file: Path, source: Path, out_dir: Path) -> Path:
+    """Where a file of `source` goes in `out_dir`, in a folder that is there."""
+    target = out_dir / file.relative_to(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def write_tokenizer_config(source: Path, target: Path) -> None:
+    """A tokenizer_config.json that transformers 4 and 5 read alike; a copy where the shipped one is.
+
+    transformers 5 saves a class name and a list of special tokens that transformers 4 does not know, but reads the old ones. Code
+    named by `auto_map` is not exported, so the name goes.
+    """
+    config = hf_config.read_json(source)
+    found = {key: value for key, value in config.items() if key != "auto_map"}
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):
+        tokens = found.pop("extra_special_tokens")
+        found["additional_special_tokens"] = [*found.get("additional_special_tokens", []), *tokens]
+    if found == config:
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class _Parts:

@@ -164,8 +164,13 @@ def _newest(path: Path) -> Path:
     """The checkpoint itself, where `path` is a folder of Megatron-LM's with several."""
     if not (path / TRACKER).is_file():
         return path
-    said = (path / TRACKER).read_text().strip()
-    newest = path / (f"iter_{int(said):07d}" if said.isdigit() else "release")
+    said = (path / TRACKER).read_text(errors="replace").strip()
+    if said != "release" and not (said.isdecimal() and len(said) < 20):  # Megatron-LM refuses it, too
+        raise UserError(
+            f"{path / TRACKER} says {said[:40]!r}, not a step's number or release: give the folder of a step "
+            "(model.weights=/path)."
+        )
+    newest = path / (f"iter_{int(said):07d}" if said != "release" else said)
     if not newest.is_dir():
         raise UserError(
             f"{path / TRACKER} names {newest.name}, which is not there: give the folder of a step (model.weights=/path)."

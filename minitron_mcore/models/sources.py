@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterat
                 file = source if model == weights else gguf_file.File(model, dtype)
                 model = Path(scratch) / model.name  # what mistakes in it are told by
                 model.mkdir()
-                (model / "config.json").write_text(json.dumps(file.config(), indent=2))
+                versions = {"transformers_version": version("transformers")}  # without it, it warns of the tokenizer
+                (model / "config.json").write_text(json.dumps(file.config() | versions, indent=2))
                 if runtime.rank() == 0:
                     gguf_tokenizer.read(file).save_pretrained(model)
         yield model, source

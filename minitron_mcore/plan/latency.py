@@ -64,7 +64,7 @@ def measure(arch: Architecture, shipped: Path, speed: SpeedConfig, dtype: str) -
 
 def _random_model(arch: Architecture, shipped: Path, dtype: str) -> torch.nn.Module:
     config = architecture.to_hf(arch, json.loads((shipped / "config.json").read_text()), dtype)
-    config.pop("dtype")
+    del config["dtype"], config["torch_dtype"]
     found = AutoConfig.for_model(**config)
     # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.
     experts = {"experts_implementation": "eager"} if arch.experts and runtime.device().type == "cpu" else {}

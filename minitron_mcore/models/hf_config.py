@@ -1,0 +1,240 @@
+"""What a Hugging Face config.json means: transformers' own config class reads it, this module maps its attributes.
+
+The class knows its defaults, the rope spellings of all versions and the types of its fields, so no second reader can disagree with
+it. What the class refuses, and what it accepts but this package cannot represent, is a UserError that names the key. transformers
+is imported when the first config is read, not with this module.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+from minitron_mcore.errors import UserError
+from minitron_mcore.models.families import FAMILIES, Family
+
+MAX_JSON_BYTES = 64 << 20
+LIMITS = {"blocks": 2000, "experts": 2000}
+"""Largest accepted sizes, several times those of any published model: tables and lists of this length are built."""
+MAX_SIZE = 10**8
+"""Limit of every other size."""
+MAX_NUMBER = 1e18
+ELSEWHERE = {
+    "configuration_files": "another config file",
+    "transformers_weights": "another weights file",
+    "quantization_config": "quantised weights (dequantise the model first)",
+    "fusion_config": "fused modules",
+    **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), "a model of several"),
+}
+"""Keys, refused unless null, by which transformers would load something other than config.json and the plain weights."""
+BOUNDED = {"num_hidden_layers": LIMITS["blocks"], "num_labels": 10**6}
+"""Integers of which transformers builds lists as soon as it reads them."""
+FLAGS = ("tied", "normalize_experts")
+_AUTO = "AutoModelForCausalLM"
+ROPE_TYPES = ("default", "llama3")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: too long, not JSON, not UTF-8, nested too deeply, not an object.
+    """
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {size:,} bytes: expected JSON of at most {MAX_JSON_BYTES:,}.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are both ValueErrors
+        raise UserError(f"{path} is not readable JSON ({type(error).__name__}: {error}): download it again.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object: download it again.")
+    return found
+
+
+def fields(raw: dict) -> dict:
+    """The fields of an `Architecture`, from the content of a config.json.
+
+    Raises:
+        UserError: what transformers refuses, or reads as a model that this package cannot represent.
+    """
+    name = _family(raw)
+    family, config = FAMILIES[name], _load(name, raw)
+    _check_demands(family, config)
+    found = {"family": name} | _rope(config.rope_parameters, family)
+    for field, (key, *_) in family.keys.items():
+        value = getattr(config, key, None)
+        if field == "rotary_fraction":
+            found[field] = _number(f"rope_parameters.{key}", config.rope_parameters.get(key))
+        elif field == "norm_eps":
+            found[field] = _number(key, value)
+        elif field in FLAGS:
+            found[field] = value  # the class has checked that it is a bool
+        elif field == "head_dim":
+            found[field] = _size(key, _head_dim(config), MAX_SIZE)
+        elif field != "window" or value is not None:
+            found[field] = _size(key, value, LIMITS.get(field, MAX_SIZE))
+    _check_rotary(found)
+    _check_aliases(raw, family, found)
+    if config.pad_token_id is not None and not -found["vocab"] <= config.pad_token_id < found["vocab"]:
+        raise UserError(f"pad_token_id {config.pad_token_id} is outside the vocabulary of {found['vocab']} tokens.")
+    return found
+
+
+def rope_keys(arch) -> dict:
+    """The rotary constants of an Architecture as config keys: transformers 5's `rope_parameters`, and transformers 4's
+    `rope_theta` and `rope_scaling`, with the same values."""
+    scaling = None
+    if s := arch.rope_scaling:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_positions,
+        }
+    partial = {"partial_rotary_factor": arch.rotary_fraction} if "rotary_fraction" in arch.traits.keys else {}
+    theta = {"rope_theta": arch.rope_theta}
+    new = (scaling or {"rope_type": "default"}) | theta | partial
+    return theta | {"rope_scaling": scaling, "rope_parameters": new}
+
+
+def _family(raw: dict) -> str:
+    """The family that transformers chooses, by `model_type`; `architectures` must agree where it is given."""
+    blocks = raw.get("block_configs") or []
+    kind, named = raw.get("model_type"), raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and named and all(isinstance(x, str) for x in named)):
+        raise UserError(f"architectures is {_short(named)}: expected a list with one class name.")
+    supported = {family.hf_class: name for name, family in FAMILIES.items()}
+    hf_class = named[0] if named else kind
+    # ModelOpt's Puzzletron writes either, for models whose blocks it chose one by one.
+    if not isinstance(blocks, list) or raw.get("per_layer_config") or any(block != blocks[0] for block in blocks):
+        raise UserError(
+            f"{hf_class} whose blocks differ (a Puzzletron model) is not supported: expected blocks of one shape."
+        )
+    if named and hf_class not in supported:
+        raise UserError(f"architecture {hf_class} is not supported; supported: {', '.join(supported)}.")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(
+            f"model_type {_short(kind)} is not supported; supported: {', '.join(FAMILIES)}. transformers chooses the model's "
+            "class by it."
+        )
+    if named and supported[hf_class] != kind:
+        raise UserError(
+            f"architectures is {hf_class}, but model_type {kind} makes transformers build a {FAMILIES[kind].hf_class}: make "
+            "them agree."
+        )
+    return kind
+
+
+def _load(name: str, raw: dict):
+    """transformers' config object."""
+    for key, what in ELSEWHERE.items():
+        if raw.get(key) is not None:
+            raise UserError(f"{key} is {_short(raw[key])}, which means {what} to transformers: it is not supported.")
+    if name == "mistral" and "layer_types" in raw:
+        raise UserError("layer_types turns a mistral model into a ministral in transformers, which is not supported.")
+    code = raw.get("auto_map", {})  # none of it is run
+    if not isinstance(code, dict) or not all(isinstance(code.get(key, ""), str) for key in ("AutoConfig", _AUTO)):
+        raise UserError(f"auto_map is {_short(code)}: expected an object of names.")
+    for key, limit in BOUNDED.items():
+        if isinstance(raw.get(key), int):
+            _size(key, raw[key], limit)
+    import transformers
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its warnings on odd values come again when it loads the export
+    try:
+        config_class = getattr(transformers, FAMILIES[name].hf_class.removesuffix("ForCausalLM") + "Config")
+        return config_class.from_dict(copy.deepcopy(raw))
+    except Exception as error:  # any value may be of any type, so validation can raise anything
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"transformers refuses it: {type(error).__name__}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_demands(family: Family, config) -> None:
+    for key, wanted in family.demands.items():
+        if (value := getattr(config, key, wanted)) not in (None, wanted):
+            raise UserError(f"{family.hf_class} with {key}={_short(value)} is not supported: expected {wanted!r}.")
+    if (
+        "window" not in family.keys and getattr(config, "sliding_window", None) is not None
+    ):  # its cache would keep no more
+        raise UserError(f"{family.hf_class} with sliding_window={_short(config.sliding_window)} is not supported.")
+    # Read by transformers' masks; null counts as false there.
+    if getattr(config, "is_causal", True) is not True:
+        raise UserError(f"is_causal is {_short(config.is_causal)}, which lets tokens see later ones: expected true.")
+    kinds = getattr(config, "layer_types", None) or []
+    if len(set(kinds)) > 1:
+        raise UserError(f"{family.hf_class} whose layer_types differ is not supported: expected one kind of attention.")
+    if set(kinds) - {"full_attention"}:
+        raise UserError(f"layer_types is {_short(kinds[0])} for every block: expected full_attention.")
+
+
+def _rope(rope: dict, family: Family) -> dict:
+    """`rope_theta` and `rope_scaling`, from the dictionary that transformers has standardised."""
+    fraction = rope.get("partial_rotary_factor")
+    if "rotary_fraction" not in family.keys and fraction not in (None, 1):  # some of its rope types read it, some don't
+        raise UserError(
+            f"{family.hf_class} with partial_rotary_factor={_short(fraction)} is not supported: expected 1.0."
+        )
+    kind = rope.get("rope_type")
+    if kind not in ROPE_TYPES:
+        raise UserError(f"rope type {_short(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}.")
+    found = {"rope_theta": _number("rope_theta", rope.get("rope_theta")), "rope_scaling": None}
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        scaling = {name: _number(f"rope_parameters.{name}", rope.get(name)) for name in names}
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        if high <= low:
+            raise UserError(f"rope_parameters.high_freq_factor {high:g} must be above low_freq_factor {low:g}.")
+        key = "original_max_position_embeddings"
+        scaling["original_max_positions"] = _size(f"rope_parameters.{key}", rope.get(key), MAX_SIZE)
+        found["rope_scaling"] = scaling
+    return found
+
+
+def _head_dim(config) -> object:
+    """A class with such a field takes null as hidden / heads; the others read an attribute of that name, null included."""
+    has_field = hasattr(type(config), "head_dim")
+    if not hasattr(config, "head_dim") or (config.head_dim is None and has_field):
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
+
+
+def _check_rotary(found: dict) -> None:
+    """The rotary embedding turns pairs of channels."""
+    fraction = found.get("rotary_fraction", 1.0)
+    turned = int(found["head_dim"] * fraction) if 0 < fraction <= 1 else 0
+    if turned < 2 or turned % 2:
+        raise UserError(
+            f"head_dim {found['head_dim']} with partial_rotary_factor {fraction:g} is not supported: their product must be an "
+            "even number of channels, at most head_dim."
+        )
+
+
+def _check_aliases(raw: dict, family: Family, found: dict) -> None:
+    """Other spellings that older folders carry: transformers reads some and ignores some, so all must agree."""
+    for field, keys in family.keys.items():
+        for key in keys:
+            if raw.get(key) is not None and raw[key] != found.get(field):
+                raise UserError(
+                    f"{key} is {_short(raw[key])}, but transformers reads {found.get(field)} for {keys[0]}: make them agree."
+                )
+
+
+def _size(key: str, value: object, limit: int) -> int:
+    if type(value) is not int or not 1 <= value <= limit:
+        raise UserError(f"{key} is {_short(value)}: expected an integer from 1 to {limit:,}.")
+    return value
+
+
+def _number(key: str, value: object) -> float:
+    if type(value) not in (int, float) or not 0 < value <= MAX_NUMBER:
+        raise UserError(f"{key} is {_short(value)}: expected a number above 0 and at most {MAX_NUMBER:g}.")
+    return float(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
