@@ -41,8 +41,6 @@ from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # isort: skip
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
-from torch.distributed.checkpoint import CheckpointException  # isort: skip
 
 COMPLETE = ".complete"
 
@@ -337,34 +335,23 @@ def load(checkpoint: Checkpoint, state: dict) -> dict:
     Raises:
         UserError: a shard that is truncated, changed or missing, or a tensor that the checkpoint does not have.
     """
-    with runtime.agreed(), undamaged(checkpoint.step_dir):
-        distcp.read_metadata(checkpoint.step_dir)  # megatron-core runs whatever its pickle says
-        # Before loading: a truncated shard would otherwise fail deep inside a reader, a flipped bit nowhere.
-        _verify(checkpoint.step_dir)
-    with runtime.agreed(), undamaged(checkpoint.step_dir):
-        return dist_checkpointing.load(state, str(checkpoint.step_dir))
+    with runtime.agreed(), distcp.undamaged(checkpoint.step_dir):
+        files = distcp.Files(checkpoint.step_dir)
+        # Before loading: a flipped bit would otherwise be noticed nowhere.
+        _verify(checkpoint.step_dir, files)
+    with runtime.agreed(), distcp.undamaged(checkpoint.step_dir):
+        return distcp.load(state, files)
 
 
-def _verify(step_dir: Path) -> None:
+def _verify(step_dir: Path, files: distcp.Files) -> None:
     """Hash this rank's share of the files and compare with the manifest: ranks together read a checkpoint once."""
-    hashes = json.loads((step_dir / INTEGRITY_FNAME).read_text())["files"]
+    hashes = distcp.manifest(step_dir)
+    for name in (".metadata", *(info.relative_path for info in files.index.storage_data.values())):
+        if name not in hashes:
+            raise CheckpointingException(f"integrity.json does not list {name}")
     for name in sorted(hashes)[runtime.rank() :: dist.get_world_size()]:
         if disk.sha256(step_dir / name) != hashes[name]:
             raise CheckpointingException(f"{name} is not what was written")
-
-
-@contextmanager
-def undamaged(step_dir: Path) -> Iterator[None]:
-    """Turn what readers raise into one sentence.
-
-    Raises:
-        UserError: instead of any of it.
-    """
-    try:
-        yield
-    except (CheckpointingException, CheckpointException, KeyError, RuntimeError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:300]
-        raise UserError(f"the checkpoint {step_dir} is damaged or incomplete ({reason}): make it again.") from error
 
 
 def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:

@@ -304,8 +304,8 @@ class Reader(distcp.Reader):
     """
 
     def __init__(self, source: "checkpoint.Checkpoint"):
-        with checkpoint.undamaged(source.step_dir):
-            self.hashes = json.loads((source.step_dir / INTEGRITY_FNAME).read_text())["files"]
+        with distcp.undamaged(source.step_dir):
+            self.hashes = distcp.manifest(source.step_dir)
             self.locks = {name: threading.Lock() for name in self.hashes}
             self.verified, self.folder = set(), source.step_dir
             self.recent = disk.Recent(THREADS + 1, HELD_BYTES)
@@ -314,14 +314,16 @@ class Reader(distcp.Reader):
             self.files.fs = _Recent(self.recent)
 
     def dtype(self, parameter: table.Parameter) -> torch.dtype:
-        with checkpoint.undamaged(self.folder):
+        with distcp.undamaged(self.folder):
             return self.tensors[parameter.name].properties.dtype
 
     def read(self, parameter: table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        with checkpoint.undamaged(self.folder):
+        with distcp.undamaged(self.folder):
             return self.box(parameter.name, offset, shape)
 
     def verify(self, name: str) -> None:
+        if name not in self.locks:
+            raise CheckpointingException(f"{INTEGRITY_FNAME} does not list {name}")
         with self.locks[name]:
             if name in self.verified:
                 return

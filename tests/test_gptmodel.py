@@ -238,7 +238,7 @@ DAMAGE = {
     "no index": (lambda f: (f / ".metadata").unlink(), "no file .metadata"),
     "cut shard": (
         lambda f: (f / "__0_0.distcp").write_bytes((f / "__0_0.distcp").read_bytes()[:2000]),
-        "cannot be read",
+        r"damaged or incomplete \(__0_0.distcp has 2000 bytes, but",
     ),
     "no step": (lambda f: f.rename(f.with_name("gone")), "names iter_0000003, which is not there"),
 }
