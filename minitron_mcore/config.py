@@ -59,6 +59,10 @@ class DataConfig:
     cache: str = "runs/cache"
     """Tokenised files and sample indices, reused between runs."""
     seed: int = 1234
+    line_mb: int = 16
+    """MiB of text that a line of a .jsonl or .jsonl.gz file may have; reading it takes some tens of times as much memory."""
+    file_mb: int = 1024
+    """MiB of a text file that is one document (all but .jsonl); the same."""
 
 
 class Aggregation(StrEnum):
