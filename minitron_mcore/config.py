@@ -59,6 +59,10 @@ class DataConfig:
     cache: str = "runs/cache"
     """Tokenised files and sample indices, reused between runs."""
     seed: int = 1234
+    line_mb: int = 16
+    """MiB of text that a line of a .jsonl or .jsonl.gz file may have; reading it takes some tens of times as much memory."""
+    file_mb: int = 1024
+    """MiB of a text file that is one document (all but .jsonl); the same."""
 
 
 class Aggregation(StrEnum):
@@ -125,8 +129,8 @@ class DepthKind(StrEnum):
 class DepthConfig:
     """A study of which blocks a model can spare, by forward passes without them over held-out text."""
 
-    sizes: list[float] = field(default_factory=lambda: [1, 2, 4, 8, 0.5])
-    """Numbers of blocks to drop: whole numbers, or shares of the model's below 1. Runs of each are measured at every position."""
+    sizes: list[int | float] = field(default_factory=lambda: [1, 2, 4, 8, 0.5])
+    """Numbers of blocks to drop: whole numbers, or shares of the model's (0.5). Runs of each are measured at every position."""
     metric: DepthMetric = DepthMetric.loss
     """What decides; loss, KL divergence and MSE of the logits are measured anyway, accuracy where there are `choices`."""
     kind: DepthKind = DepthKind.contiguous
@@ -142,27 +146,27 @@ class DepthConfig:
 
 @dataclass
 class PruneConfig:
-    """Targets: a whole number is a size, a fraction below 1 a share of the source, null keeps all."""
+    """Targets: a whole number is a size (1 is one), a number with a point a share of the source (1.0 is all), null keeps all."""
 
-    hidden: float | None = None
+    hidden: int | float | None = None
     """Channels of the residual stream."""
-    ffn: float | None = None
+    ffn: int | float | None = None
     """Channels between the two MLP projections, in each block."""
-    heads: float | None = None
+    heads: int | float | None = None
     """Query heads, an equal number in each kept key/value group."""
-    groups: float | None = None
+    groups: int | float | None = None
     """Key/value groups of each block, whole: a group goes with its query heads. The papers keep all."""
     merge_heads: bool = False
     """Add to a kept query head what sets it apart from a dropped one of its group (arXiv 2407.14679, section 2.3)."""
-    experts: float | None = None
+    experts: int | float | None = None
     """Experts of each block, in a mixture of experts; `ffn` are then the channels of one."""
-    blocks: float | None = None
+    blocks: int | float | None = None
     """Blocks; those whose output is nearest their input (by cosine) go first."""
     drop_blocks: list[int] = field(default_factory=list)
     """Blocks to drop by number, counted from 0, instead of by score (the papers count from 1)."""
-    attention: float | None = None
+    attention: int | float | None = None
     """Attention layers of the kept blocks; those whose output is nearest their input go first, and the block stays without."""
-    mlp: float | None = None
+    mlp: int | float | None = None
     """MLP layers (in a mixture of experts: the experts) of the kept blocks, chosen alike."""
     drop_attention: list[int] = field(default_factory=list)
     """Source blocks, counted from 0, that lose their attention layer, instead of by score."""
@@ -343,8 +347,8 @@ class SpeedConfig:
 
 @dataclass
 class SearchConfig:
-    """Architectures to try. An axis is a list of sizes or of shares of the source below 1, or {start, stop, step} with `stop` among
-    them; null keeps the source's size."""
+    """Architectures to try. An axis is a list of sizes (whole numbers) or of shares of the source (0.5, 1.0), or
+    {start, stop, step} of either with `stop` among them; null keeps the source's size."""
 
     blocks: Any = None
     hidden: Any = None

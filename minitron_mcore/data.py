@@ -25,16 +25,16 @@ from minitron_mcore import runtime
 from minitron_mcore.config import DataConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.schedule import Batch
-from minitron_mcore.textfiles import check_readable, documents, is_prefix
+from minitron_mcore.textfiles import Limits, check_readable, check_size, documents, is_prefix
+from minitron_mcore.tokenfiles import BLOCK, block_starts, check_ids, check_index, check_range, open_tokens
 from minitron_mcore.tokenizer import Tokenizer, open_tokenizer
 
 from megatron.core.datasets.blended_dataset import BlendedDataset  # isort: skip
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # isort: skip
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder  # isort: skip
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # isort: skip
 from megatron.core.datasets.utils import Split  # isort: skip
 
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
-_BLOCK = 65536
 
 
 def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
@@ -71,12 +71,12 @@ def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _tokenize_file(path: str, tokenizer: Tokenizer, folder: str) -> None:
+def _tokenize_file(path: str, tokenizer: Tokenizer, limits: Limits, folder: str) -> None:
     name = os.path.basename(path)
     builder = IndexedDatasetBuilder(f"{folder}/tokens.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     lengths = builder.sequence_lengths
     progress = runtime.Progress(f"tokenize {name}", round(os.path.getsize(path) / 1e6, 1), "MB")
-    for texts, position in documents(path):
+    for texts, position in documents(path, limits):
         for ids in tokenizer.documents(texts):
             builder.add_document(ids, [len(ids)])
         progress.update(round(position / 1e6, 1))
@@ -105,33 +105,51 @@ def _on_rank_0[T](work: Callable[[], T]) -> T:
     return box[0]
 
 
-def tokenize(files: Sequence[str], tokenizer: Tokenizer | None, cache: str) -> list[str]:
+def tokenize(
+    files: Sequence[str],
+    tokenizer: Tokenizer | None,
+    cache: str,
+    limits: Limits | None = None,
+    vocab_size: int | None = None,
+) -> list[str]:
     """The .bin/.idx prefix of each file, written into `cache` where missing; given prefixes pass through (collective).
 
     Without a text file there is no need of a tokenizer. Rank 0 writes and the others wait. The hash of the file's content
     and of the tokenizer is part of the name, so that a file that changed is a new one.
 
+    Args:
+        limits: of text files; None is the default ones.
+        vocab_size: rows of the embedding that given ids must fit; None doesn't look at them.
+
     Raises:
-        UserError: a file that is missing, of no known kind, damaged or empty; a cache that a rank doesn't see.
+        UserError: a file that is missing, of no known kind, damaged, too large or empty; ids that the embedding doesn't have;
+            a cache that a rank doesn't see.
     """
 
     def tokens_of(path: str) -> str:
         if is_prefix(path):
             return path
+        check_size(path, limits)
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
         name = (
             f"{os.path.basename(path).split('.')[0]}-{hashlib.sha256(content + tokenizer.fingerprint).hexdigest()[:16]}"
         )
         folder = os.path.join(cache, name)
-        _make_folder(folder, functools.partial(_tokenize_file, path, tokenizer))
+        _make_folder(folder, functools.partial(_tokenize_file, path, tokenizer, limits))
         return os.path.join(folder, "tokens")
 
     def work() -> list[str]:
         for path in files:
             check_readable(path)
-        return [tokens_of(path) for path in files]
+            if is_prefix(path) and vocab_size is not None:
+                check_ids(path, vocab_size)
+        prefixes = [tokens_of(path) for path in files]
+        for prefix in prefixes:
+            check_index(prefix)
+        return prefixes
 
+    limits = limits or Limits()
     prefixes = _on_rank_0(work)
     with runtime.agreed():
         for prefix in prefixes:
@@ -149,38 +167,13 @@ def prepare(config: DataConfig, hf: str | os.PathLike, vocab_size: int) -> tuple
         vocab_size: rows of the model's embedding.
 
     Raises:
-        UserError: see `parse_blend`, `open_tokenizer`, `tokenize`; .bin/.idx data with ids that the embedding doesn't have.
+        UserError: see `parse_blend`, `open_tokenizer`, `tokenize`.
     """
     files, weights = parse_blend(config.train)
     tokenized = [path for path in files if is_prefix(path)]
     with runtime.agreed():
         tokenizer = open_tokenizer(config, hf, vocab_size) if len(tokenized) < len(files) else None
-        for prefix in tokenized:
-            _check_ids(prefix, vocab_size)
-    return tokenize(files, tokenizer, config.cache), weights
-
-
-def _block_starts(size: int) -> list[int]:
-    """Where 64 blocks of 64 KiB begin that are spread over a file, which may be terabytes; of a small one they hold all."""
-    return sorted({max(0, size - _BLOCK) * i // 63 for i in range(64)})
-
-
-def _check_ids(prefix: str, vocab_size: int) -> None:
-    """Refuse data of another vocabulary before work starts. Another tokenizer's large ids are all over its data, so a sample
-    shows them; the rest is checked when it is read (`TokenStream.get`)."""
-    dtype, file = np.dtype(IndexedDataset(prefix).index.dtype), f"{prefix}.bin"
-    for start in _block_starts(os.path.getsize(file)):
-        block = np.fromfile(file, dtype, _BLOCK // dtype.itemsize, offset=start - start % dtype.itemsize)
-        _check_range(block, vocab_size, prefix)
-
-
-def _check_range(ids: np.ndarray, vocab_size: int, prefix: str) -> None:
-    # Megatron's sharded embedding gives zeros for ids beyond the table, without an error.
-    if ids.size and ids.max() >= vocab_size:
-        raise UserError(
-            f"{prefix}.bin holds token {ids.max()}, and the model's embedding has {vocab_size} rows: tokenise the text with "
-            "the model's own tokenizer."
-        )
+    return tokenize(files, tokenizer, config.cache, Limits.of(config), vocab_size), weights
 
 
 def data_hash(prefixes: Sequence[str]) -> str:
@@ -194,21 +187,21 @@ def data_hash(prefixes: Sequence[str]) -> str:
             digest.update(hashlib.file_digest(index, "sha256").digest())
             size = file.seek(0, os.SEEK_END)
             digest.update(size.to_bytes(8, "little"))
-            for start in _block_starts(size):
+            for start in block_starts(size):
                 file.seek(start)
-                digest.update(file.read(_BLOCK))
+                digest.update(file.read(BLOCK))
     return digest.hexdigest()[:16]
 
 
 class TokenStream:
     """Several .bin/.idx pairs one after the other: a low-level dataset of megatron-core, also read token by token.
 
-    Reading an id that an embedding of `vocab_size` rows doesn't have is a UserError.
+    Reading an id that an embedding of `vocab_size` rows doesn't have is a UserError; so is opening a damaged pair.
     """
 
     def __init__(self, prefixes: Sequence[str], vocab_size: int):
         self.prefixes, self.vocab_size = list(prefixes), vocab_size
-        self.parts = [IndexedDataset(prefix) for prefix in prefixes]
+        self.parts = [open_tokens(prefix) for prefix in prefixes]
         self.part_starts = np.cumsum([0, *map(len, self.parts)])
         self.sequence_lengths = np.concatenate([part.sequence_lengths for part in self.parts])
         self.num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
@@ -219,7 +212,7 @@ class TokenStream:
     def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         part = int(np.searchsorted(self.part_starts, document, side="right")) - 1
         ids = self.parts[part].get(int(document - self.part_starts[part]), offset, length)
-        _check_range(ids, self.vocab_size, self.prefixes[part])
+        check_range(ids, self.vocab_size, self.prefixes[part])
         return ids
 
     @functools.cached_property

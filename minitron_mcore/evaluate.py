@@ -20,7 +20,7 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import DTYPES, Model
 from minitron_mcore.runs import EvaluateRun
 from minitron_mcore.schedule import forward
-from minitron_mcore.textfiles import documents, is_prefix
+from minitron_mcore.textfiles import Limits, documents, is_prefix
 from minitron_mcore.tokenizer import Spans, Tokenizer, open_tokenizer
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
@@ -56,18 +56,21 @@ def _token_bytes(text: str, spans: Spans) -> np.ndarray:
     return np.diff(utf8_ends[token_ends], prepend=0)
 
 
-def windows(path: str, tokenizer: Tokenizer, sequence_length: int) -> Windows:
+def windows(path: str, tokenizer: Tokenizer, sequence_length: int, limits: Limits | None = None) -> Windows:
     """The windows of a text file: its documents, each followed by EOS, as one stream that is cut every S tokens.
 
     The last window is padded with EOS. Windows without a token to predict are left out.
 
+    Args:
+        limits: of a document of text; None is the default ones.
+
     Raises:
-        UserError: a file that is missing, not text, or without a token to predict.
+        UserError: a file that is missing, not text, above the limits, or without a token to predict.
     """
     if is_prefix(path):
         raise UserError(f"{path} is a .bin/.idx pair, whose bytes of text are not known: evaluate on the text itself.")
     ids, predicted, sizes = [], [], []
-    for texts, _ in documents(path):
+    for texts, _ in documents(path, limits):
         for text, spans in zip(texts, tokenizer.spans(texts), strict=True):
             ids.append(np.asarray(spans.ids, dtype=np.int64))
             predicted.append(~np.asarray(spans.special, dtype=bool))
@@ -89,10 +92,16 @@ def windows(path: str, tokenizer: Tokenizer, sequence_length: int) -> Windows:
 
 
 def evaluate_text(
-    files: Sequence[str], tokenizer: Tokenizer, nll: Nll, *, sequence_length: int, **how: Any
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    nll: Nll,
+    *,
+    sequence_length: int,
+    limits: Limits | None = None,
+    **how: Any,
 ) -> list[dict]:
     """How well `nll` predicts each text file: `evaluate_windows` of its `windows`, which raise what is wrong with it."""
-    return evaluate_windows({path: windows(path, tokenizer, sequence_length) for path in files}, nll, **how)
+    return evaluate_windows({path: windows(path, tokenizer, sequence_length, limits) for path in files}, nll, **how)
 
 
 def evaluate_windows(
@@ -280,6 +289,7 @@ def evaluate_run(model: HFModel | ShardedModel, tokenizer: Tokenizer, config: Ev
         tokenizer,
         model.nll,
         sequence_length=config.evaluate.sequence_length,
+        limits=Limits.of(config.data),
         micro_batch=config.evaluate.micro_batch,
         max_windows=config.evaluate.max_windows,
         dp_rank=dp.rank(),

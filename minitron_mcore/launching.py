@@ -33,6 +33,7 @@ SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_da
 _UNIDENTIFYING = (
     *("stop_after", "shard", "shards", "together"),
     *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes", "async_save"),
+    *("line_mb", "file_mb"),
 )
 
 for _name, _schema in LAUNCH_FILES.items():
@@ -130,12 +131,12 @@ def resolve(raw: DictConfig):
 
 def plain(config: StageRun) -> dict:
     """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, without
-    what says only when to pause (`stop_after`), who does which part (`shard`) or what to do about failures, without
+    what says only when to pause (`stop_after`), who does which part (`shard`), what to do about failures or what to refuse, without
     `dry_run`, and of `performance` with nothing but options that change the run's numbers (see `performance.numerics`)."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
     if changes := performance.numerics(data.pop("performance", {})):
         data["performance"] = changes
-    for section in ("correct", "distill", "search"):
+    for section in ("correct", "distill", "search", "data"):
         for key in _UNIDENTIFYING:
             data.get(section, {}).pop(key, None)
 

@@ -70,7 +70,7 @@ def plans(draw):
         ffn=draw(st.integers(1, arch.ffn)),
         groups=groups,
         heads=groups * kept,
-        merge_heads=2 * kept >= arch.heads_per_group and draw(st.booleans()),
+        merge_heads=2 * kept >= arch.heads_per_group and not arch.traits.qk_norm and draw(st.booleans()),
         experts=draw(st.integers(1, arch.experts)) if arch.experts else None,
         **{f"drop_{option}": blocks for option, blocks in dropped.items()},
     )

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, GPTSw3Tokenizer, SiglipTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
-from minitron_mcore import data, evaluate
+from minitron_mcore import data, evaluate, tokenfiles
 from minitron_mcore.checkpoint import open_checkpoint
 from minitron_mcore.config import DataConfig, Dtype, ParallelConfig
 from minitron_mcore.errors import UserError
@@ -233,7 +233,8 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_numbers(spm
 
 
 def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK", 16)
+    monkeypatch.setattr(tokenfiles, "BLOCK", 16)
+    monkeypatch.setattr(tokenfiles, "SCAN_BYTES", 0)
     prefix, rows = str(tmp_path / "big"), np.ones((100, 64), dtype=np.int64)
     rows[50, 20] = 7
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(8))

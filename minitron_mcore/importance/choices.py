@@ -12,10 +12,8 @@ Two forms, a question a line:
 An option's score is the sum of log p over the tokens that end after the context; the highest is the model's answer.
 """
 
-import gzip
 import json
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +29,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
 from minitron_mcore.schedule import Batch, forward
+from minitron_mcore.textfiles import Limits, lines
 from minitron_mcore.tokenizer import Tokenizer
 
 from megatron.core.tensor_parallel import (  # isort: skip
@@ -50,19 +49,24 @@ class Question(NamedTuple):
     """The right option, from 0."""
 
 
-def read(path: str, limit: int | None = None) -> list[Question]:
+def read(path: str, limit: int | None = None, limits: Limits | None = None) -> list[Question]:
     """The first `limit` questions of a .jsonl or .jsonl.gz file; None takes all.
 
+    Args:
+        limits: of a line; None is the default ones.
+
     Raises:
-        UserError: a file that is missing or cut short, without questions, or a line of no known form.
+        UserError: a file that is missing or cut short, a line above the limits, without questions, or a line of no known form.
     """
+    if not Path(path).is_file():
+        raise UserError(f"no questions at {path}: check depth.choices.")
     questions: list[Question] = []
-    for number, line in _lines(path):
+    for number, line, _ in lines(path, (limits or Limits()).line_mb):
         if limit is not None and len(questions) == limit:
             break
         try:
             questions.append(_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise UserError(
                 f'{path}, line {number} is no question ({type(error).__name__}: {error}): write {{"sentence", "option1", '
                 '"option2", "answer"} with a _ in the sentence and text after it, or {"query", "choices", "label"}.'
@@ -70,16 +74,6 @@ def read(path: str, limit: int | None = None) -> list[Question]:
     if not questions:
         raise UserError(f"{path} holds no questions: write one a line.")
     return questions
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    if not Path(path).is_file():
-        raise UserError(f"no questions at {path}: check depth.choices.")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except (UnicodeError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} cannot be read to its end ({error}): is it whole, and UTF-8?") from error
 
 
 def _question(record: dict) -> Question:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minitron_mcore.config import DepthConfig, DepthKind, DepthMetric, PruneConfig
 from minitron_mcore.errors import UserError, result_of
-from minitron_mcore.plan.target import resolve, spans
+from minitron_mcore.plan.target import as_count, resolve, spans
 from minitron_mcore.runs import DepthRun
 
 FILE = "depth.json"
@@ -34,10 +34,14 @@ def problems(config: DepthRun, blocks: int) -> Iterator[str]:
     """What keeps a model of so many blocks from being studied like this."""
     settings = config.depth
     for size in settings.sizes:
-        if (round(size * blocks) if 0 < size < 1 else size) not in range(1, blocks):
+        try:
+            count = as_count(size, blocks, "depth.sizes has")
+        except UserError:
+            count = 0
+        if count not in range(1, blocks):
             yield (
-                f"depth.sizes has {size:g}, but the model has {blocks} blocks: give 1 to {blocks - 1}, or a share that comes to "
-                "as many."
+                f"depth.sizes has {size}, but the model has {blocks} blocks: give 1 to {blocks - 1}, or a share with a point that "
+                "comes to as many (0.5)."
             )
     if not settings.sizes:
         yield "depth.sizes is empty: give numbers of blocks to drop, depth.sizes=[1,2,4]."
@@ -52,7 +56,7 @@ def problems(config: DepthRun, blocks: int) -> Iterator[str]:
 
 def sizes(config: DepthConfig, blocks: int) -> list[int]:
     """Numbers of blocks to drop, ascending."""
-    return sorted({resolve(size, blocks, "blocks") for size in config.sizes})
+    return sorted({as_count(size, blocks, "depth.sizes has") for size in config.sizes})
 
 
 def swept(config: DepthConfig, blocks: int) -> list[int]:

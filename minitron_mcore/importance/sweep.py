@@ -25,6 +25,7 @@ from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.launching import plain
 from minitron_mcore.plan.target import spans
 from minitron_mcore.runs import DepthRun
+from minitron_mcore.textfiles import Limits
 from minitron_mcore.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -110,7 +111,7 @@ def run(config: DepthRun) -> None:
     with runtime.agreed():
         words = open_tokenizer(config.data, source.hf, arch.vocab)
         windows = _windows(config, words)
-        questions = read(settings.choices, settings.limit) if settings.choices else []
+        questions = read(settings.choices, settings.limit, Limits.of(config.data)) if settings.choices else []
         cosines = _cosines(config, source)
     with checkpoint.claimed(config.out_dir, plain(config), resume=True):
         model = checkpoint.build_model(source, config.parallel, config.dtype.value)
@@ -155,7 +156,7 @@ def _windows(config: DepthRun, words: Tokenizer) -> evaluate.Windows:
         raise UserError("data.heldout is empty: give text files, data.heldout=[a.jsonl,b.txt].")
     parts = []
     for path in config.data.heldout:
-        found = evaluate.windows(path, words, config.depth.sequence_length)
+        found = evaluate.windows(path, words, config.depth.sequence_length, Limits.of(config.data))
         kept = torch.arange(min(config.depth.windows, len(found.tokens)))
         kept = kept * len(found.tokens) // len(kept)
         parts.append([column[kept] for column in found])

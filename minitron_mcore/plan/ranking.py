@@ -36,6 +36,7 @@ from minitron_mcore.plan import counts, latency
 from minitron_mcore.plan.plan import Plan, make_plan
 from minitron_mcore.plan.search import GRID, Candidate, Space
 from minitron_mcore.runs import DistillRun, Run, SearchRun
+from minitron_mcore.textfiles import Limits
 from minitron_mcore.tokenizer import open_tokenizer
 
 FILE = "search.json"
@@ -89,8 +90,8 @@ class Ranking:
             raise UserError("data.heldout is empty: give text to rank candidates on, data.heldout=[a.jsonl,b.txt].")
         with runtime.agreed():
             tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
-            length = config.evaluate.sequence_length
-            self.text = {path: evaluate.windows(path, tokenizer, length) for path in config.data.heldout}
+            how = config.evaluate.sequence_length, Limits.of(config.data)
+            self.text = {path: evaluate.windows(path, tokenizer, *how) for path in config.data.heldout}
             self.reader = stream.Reader(source)
         self.text_hash = hashlib.sha256(b"".join(w.tokens.numpy().tobytes() for w in self.text.values())).hexdigest()[
             :16

@@ -17,13 +17,15 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import architecture, layout, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan import counts
-from minitron_mcore.plan.target import target_architecture
+from minitron_mcore.plan.target import as_count, target_architecture
 from minitron_mcore.runs import SearchRun
 
 AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "groups": "G", "experts": "E"}
 """Axis -> its letter in a candidate's name; groups and experts are named where they are not the source's."""
 GRID = 10_000
 """Combinations up to which all are looked at."""
+LONGEST = 10_000
+"""Sizes of an axis."""
 PATIENCE = 500
 """Combinations in a row that bring no new candidate, after which optuna's search ends."""
 
@@ -241,22 +243,46 @@ def _sizes(axis: str, given: object, source: Architecture) -> list[float]:
     """The different sizes of an axis, ascending.
 
     Raises:
-        UserError: not a list of sizes, nor {start, stop, step}.
+        UserError: not a list of sizes, nor {start, stop, step}; see `target.as_count`.
     """
-    if isinstance(given, dict) and set(given) == {"start", "stop", "step"} and given["step"] > 0:
-        steps = int((given["stop"] - given["start"]) / given["step"] + 1e-9)
-        given = [given["start"] + n * given["step"] for n in range(steps + 1)]
+    if isinstance(given, dict):
+        given = _range(axis, given)
     if not isinstance(given, list) or not given:
         raise UserError(f"search.{axis} is {given}: give a list of sizes, or {{start:..,stop:..,step:..}}.")
     if axis == "expansion":
-        found, wrong = set(given), [x for x in given if not isinstance(x, int | float) or x <= 0]
-    else:
-        total = getattr(source, axis)
-        wrong = [x for x in given if not isinstance(x, int | float) or x <= 0 or (x > 1 and x != int(x))]
-        found = set() if wrong else {round(x * total) if x < 1 else int(x) for x in given}
-    if wrong:
-        raise UserError(f"search.{axis} has {wrong[0]!r}: give whole sizes, or shares of the source's below 1.")
-    return sorted(found)
+        if wrong := [x for x in given if not _is_number(x) or not 0 < x < math.inf]:
+            raise UserError(f"search.{axis} has {wrong[0]!r}: give numbers above 0, multiples of hidden.")
+        return sorted(set(given))
+    counts = {as_count(x, getattr(source, axis), f"search.{axis} has") for x in given}
+    if min(counts) < 1:
+        raise UserError(
+            f"search.{axis} has {min(counts)}: give whole sizes from 1, or shares of the source's up to 1.0."
+        )
+    return sorted(counts)
+
+
+def _range(axis: str, given: dict) -> list[float]:
+    """The sizes of {start, stop, step}: all whole numbers, or all shares (multiples of hidden, for expansion).
+
+    Raises:
+        UserError: other keys, values or kinds of numbers; more than `LONGEST` sizes.
+    """
+    numbers = [given.get(key) for key in ("start", "stop", "step")]
+    whole = len({type(x) for x in numbers}) == 1 or axis == "expansion"
+    if len(given) != 3 or not all(map(_is_number, numbers)) or not whole or not all(map(math.isfinite, numbers)):
+        raise UserError(
+            f"search.{axis} is {given}: give a list of sizes, or {{start:..,stop:..,step:..}}, of whole numbers only or "
+            "of shares only."
+        )
+    start, stop, step = numbers
+    count = math.floor((stop - start) / step + 1e-9) + 1 if step > 0 else 0
+    if not 1 <= count <= LONGEST:
+        raise UserError(f"search.{axis} is {given}, which makes {max(0, count):,} sizes: give 1 to {LONGEST:,}.")
+    return [round(start + n * step, 12) for n in range(count)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def rows(candidates: list[Candidate], budget: BudgetConfig) -> list[dict]:

@@ -11,20 +11,45 @@ from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 
 
-def resolve(target: float | None, total: int, name: str) -> int:
-    """A target as a count: a whole number is itself, a fraction below 1 a share of `total`, None all of it.
+def as_count(value: object, total: int, said: str) -> int:
+    """A size or share of `total` as a count: an int is itself, a float above 0 and up to 1.0 that share, rounded.
+
+    Args:
+        said: how a sentence about it begins ("prune.hidden is").
 
     Raises:
-        UserError: a target below 1 unit or above the source.
+        UserError: anything else; a share that comes to none.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, float):
+        raise UserError(f"{said} {value!r}: give a whole number, or a share above 0 and up to 1.0.")
+    if not 0 < value <= 1:
+        size = f" ({value:.0f})" if value.is_integer() and value > 1 else ""
+        raise UserError(
+            f"{said} {value}, but a number with a point is a share, above 0 and up to 1.0 (all {total}): write a size without a "
+            f"point{size}."
+        )
+    count = round(value * total)
+    if count < 1:
+        raise UserError(f"{said} {value}, a share of {total} that comes to 0: give a larger share, or the size 1.")
+    return count
+
+
+def resolve(target: int | float | None, total: int, name: str) -> int:
+    """A target of prune.`name` as a count (see `as_count`); None is all.
+
+    Raises:
+        UserError: a target below 1 unit or above the source; see `as_count`.
     """
     if target is None:
         return total
-    count = round(target * total) if 0 < target < 1 else target
-    if count != int(count) or not 1 <= count <= total:
+    count = as_count(target, total, f"prune.{name} is")
+    if not 1 <= count <= total:
         raise UserError(
-            f"prune.{name} is {target:g}, but the source has {total}: give 1 to {total}, or a share between 0 and 1."
+            f"prune.{name} is {count}, but the source has {total}: give 1 to {total}, or a share between 0 and 1.0."
         )
-    return int(count)
+    return count
 
 
 class Depth(NamedTuple):
@@ -115,7 +140,7 @@ def target_architecture(
         sizes[axis] = total = getattr(source, axis)
         if axis == "experts" and not source.experts:
             if prune.experts is not None:
-                wrong.append(f"prune.experts is {prune.experts:g}, but the source has no experts: leave it out.")
+                wrong.append(f"prune.experts is {prune.experts}, but the source has no experts: leave it out.")
             continue
         try:
             sizes[axis] = resolve(getattr(prune, axis), total, axis)
@@ -140,6 +165,11 @@ def _head_problems(source: Architecture, prune: PruneConfig, heads: int, groups:
     """What keeps so many query heads from being shared out over the kept groups, or dropped ones from being merged."""
     held = source.heads_per_group
     near = min(max(1, round(heads / groups)), held) * groups
+    if prune.merge_heads and source.traits.qk_norm:
+        yield (
+            f"prune.merge_heads adds up the queries of heads, which does not hold for {source.traits.hf_class}: it puts a norm on "
+            "them afterwards; give prune.merge_heads=false."
+        )
     if heads % groups:
         yield f"prune.heads {heads} is not a multiple of the {groups} key/value groups: give {near}."
     elif heads > groups * held:
