@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from minitron_mcore.config import Divergence, ParallelConfig
 from minitron_mcore.distill import kernels, tiles
 from minitron_mcore.distill.divergences import GivenTopK, make
+from minitron_mcore.distill.losses import distillation_loss_of_logits
 from minitron_mcore.testing import on_ranks
 from tests import test_losses, test_teacher_cache
 from tests.test_losses import Case
@@ -69,7 +70,18 @@ def on_rank(cases: list[Case], given: list[test_teacher_cache.Case]) -> tuple[li
     used = [make(divergence, 1, 0.5, None, 1.0) for divergence in Divergence]
     for divergence in (*used, make(Divergence.forward_kl, 2, 0.5, 1, 1.0), GivenTopK(0, 1)):
         assert tiles.kernels_for(torch.empty(0), divergence) is kernels
+    test_losses.consumed_on_rank([CASES["top 20"]])
+    assert_logits_stay(CASES["top 20"])
     return test_losses.on_rank(cases), test_teacher_cache.loss_on_rank(given)
+
+
+def assert_logits_stay(case: Case) -> None:
+    """Without a gradient; to autograd they have never changed."""
+    *states, labels, mask = case.tensors()
+    logits = [test_losses.product(hidden, head, mask) for hidden, head in itertools.batched(states, 2)]
+    before = [x.clone() for x in logits]
+    distillation_loss_of_logits(*logits, labels, mask, vocab_size=case.vocab, top_k=case.top_k)
+    assert all(torch.equal(x, y) and x._version == 0 for x, y in zip(logits, before, strict=True))
 
 
 def interpret(file: str) -> None:
