@@ -104,6 +104,8 @@ def test_fingerprints_name_the_weights(tmp_path):
         (tmp_path / part / "config.json").write_bytes((folder / "config.json").read_bytes())
     for n in (0, 1):
         save_file({name: weights[name] for name in names[n::2]}, tmp_path / f"split/model-{n}.safetensors")
+    index = {"metadata": {}, "weight_map": {name: f"model-{n % 2}.safetensors" for n, name in enumerate(names)}}
+    (tmp_path / "split/model.safetensors.index.json").write_text(json.dumps(index))
     weights[names[-1]].view(-1)[-1] += 1
     save_file(weights, tmp_path / "changed/model.safetensors")
     found = {}

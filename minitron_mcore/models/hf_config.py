@@ -142,7 +142,7 @@ def _load(name: str, raw: dict):
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its warnings on odd values come again when it loads the export
+    logging.set_verbosity_error()  # what matters of its warnings is refused here
     try:
         config_class = getattr(transformers, FAMILIES[name].hf_class.removesuffix("ForCausalLM") + "Config")
         return config_class.from_dict(copy.deepcopy(raw))
@@ -157,9 +157,8 @@ def _check_demands(family: Family, config) -> None:
     for key, wanted in family.demands.items():
         if (value := getattr(config, key, wanted)) not in (None, wanted):
             raise UserError(f"{family.hf_class} with {key}={_short(value)} is not supported: expected {wanted!r}.")
-    if (
-        "window" not in family.keys and getattr(config, "sliding_window", None) is not None
-    ):  # its cache would keep no more
+    # transformers' key/value cache reads it whatever the class.
+    if "window" not in family.keys and getattr(config, "sliding_window", None) is not None:
         raise UserError(f"{family.hf_class} with sliding_window={_short(config.sliding_window)} is not supported.")
     # Read by transformers' masks; null counts as false there.
     if getattr(config, "is_causal", True) is not True:
