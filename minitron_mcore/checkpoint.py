@@ -17,6 +17,7 @@ run leaves its last good step behind.
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -83,9 +84,14 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
     try:
         model = json.loads((path / "model.json").read_text())
         found = Checkpoint(path, Architecture(**model["architecture"]), model["fingerprint"], model["lineage"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path / 'model.json'} is damaged ({error}): make the checkpoint again.") from error
-    if not (path / "latest").is_file() or not found.step_dir.is_dir():
+    latest = (path / "latest").read_bytes().strip() if (path / "latest").is_file() else b""
+    if latest and not re.fullmatch(rb"step_\d+", latest):
+        raise UserError(
+            f"{path / 'latest'} names {latest[:80]!r}, which is no step: write the name of a folder step_N in it."
+        )
+    if not latest or not found.step_dir.is_dir():
         raise UserError(
             f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again."
         )
@@ -133,7 +139,13 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     if not held.is_file() and any(others):
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if held.is_file():
-        same = yaml.safe_load(held.read_text()) == config
+        try:
+            same = yaml.safe_load(held.read_text()) == config
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{held} cannot be read ({reason}): choose another out_dir, or remove {out_dir}."
+            ) from error
         if not same or (not resume and (out_dir / COMPLETE).is_file()):
             raise UserError(
                 f"out_dir {out_dir} already holds {'this finished' if same else 'another'} run ({held}): "

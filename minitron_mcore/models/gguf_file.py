@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import table
+from minitron_mcore.models import gguf_header, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import Weights
 
@@ -35,6 +35,7 @@ class File(Weights):
         super().__init__()
         self.path, self.target = Path(path), dtype
         try:
+            gguf_header.check(self.path)
             reader = gguf.GGUFReader(path)
         except FileNotFoundError as error:
             raise UserError(f"no GGUF file at {path}: give the right path (model.hf=/path/to/model.gguf).") from error
@@ -42,15 +43,18 @@ class File(Weights):
             raise UserError(f"{path} is not a whole GGUF file ({error}): download it again.") from error
         self.fields, self.tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
         self.name = self.field("general.architecture")
-        if self.name not in HF_CLASSES:
+        if not isinstance(self.name, str) or self.name not in HF_CLASSES:
             raise UserError(f"{path} holds a {self.name} model; supported in GGUF: {', '.join(HF_CLASSES)}.")
-        if (parts := self.field("split.count") or 1) > 1:
+        if (parts := self.field("split.count") or 1) != 1:
             raise UserError(f"{path} is one of {parts} parts: join them first (llama-gguf-split --merge).")
 
     def field(self, name: str):
         """A metadata value; `*` in the name stands for the architecture. None where the file has none."""
         found = self.fields.get(name.replace("*", self.name if "*" in name else ""))
-        return None if found is None else found.contents()
+        try:
+            return None if found is None else found.contents()
+        except ValueError as error:  # text that is not UTF-8
+            raise UserError(f"{name} in {self.path} cannot be read ({error}): download it again.") from error
 
     def config(self) -> dict:
         """What Hugging Face's config.json says of this model.
@@ -67,8 +71,14 @@ class File(Weights):
             "rms_norm_eps": self.field("*.attention.layer_norm_rms_epsilon"),
         }
         for key, value in sizes.items():
-            if not isinstance(value, int | float):
-                raise UserError(f"{self.path} gives {key} as {value}: expected one number, the same for all layers.")
+            if not isinstance(value, int | float) or not value > 0:
+                raise UserError(
+                    f"{self.path} gives {key} as {value}: expected one positive number, the same for all layers."
+                )
+        if sizes["num_hidden_layers"] > len(self.tensors):
+            raise UserError(
+                f"{self.path} claims {sizes['num_hidden_layers']} layers, but has {len(self.tensors)} tensors."
+            )
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
         head_dim = self.field("*.attention.key_length") or self.field("*.rope.dimension_count") or hidden // heads
         return sizes | {

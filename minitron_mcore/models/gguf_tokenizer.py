@@ -48,6 +48,15 @@ def read(file: "File") -> PreTrainedTokenizerFast:
         raise UserError(f"{file.path} holds a tokenizer of kind {kind}; supported: llama, gpt2: {REMEDY}")
     if kind == "gpt2" and pre not in SPLITS:
         raise UserError(f"{file.path} has the pre-tokenizer {pre!r}; supported: {', '.join(SPLITS)}: {REMEDY}")
+    try:
+        return _build(file, kind, pre)
+    except Exception as error:  # damaged fields fail in many ways, and tokenizers raises nothing narrower
+        raise UserError(
+            f"the tokenizer in {file.path} is damaged ({type(error).__name__} {error}): {REMEDY}"
+        ) from error
+
+
+def _build(file: "File", kind: str, pre: str | None) -> PreTrainedTokenizerFast:
     tokens, types = file.field("tokenizer.ggml.tokens"), file.field("tokenizer.ggml.token_type")
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {role: file.field(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
@@ -57,10 +66,7 @@ def read(file: "File") -> PreTrainedTokenizerFast:
         "extra_special_tokens": [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL],
         **{role: tokens[i] for role, i in ids.items() if i is not None},
     }
-    try:
-        tokenizer = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_pairs(file, tokens, pre)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"the tokenizer in {file.path} is damaged ({error}): {REMEDY}") from error
+    tokenizer = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_pairs(file, tokens, pre)
     begins = file.field("tokenizer.ggml.add_bos_token")
     if begins or (begins is None and (kind == "llama" or pre == "llama-bpe")):
         bos = common["bos_token"]
