@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from minitron_mcore import foreseen, report
+from minitron_mcore import foreseen, ranges, report
 from minitron_mcore import performance as options
 from minitron_mcore.config import Device, DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, vocabulary
@@ -148,6 +148,7 @@ def _problems(
     config: Run, models: dict[str, tuple[Architecture, str]], training: DistillConfig | None, setting: cost.Setting
 ) -> Iterator[str]:
     """All rules that the stage would break."""
+    yield from ranges.problems(config)
     archs = {role: arch for role, (arch, _) in models.items()}
     if not _on_one_process(config):
         length = setting.sequence_length if setting.sequence_length > 1 else None
@@ -192,11 +193,19 @@ def _problems(
             yield from architecture.export_problems(arch)
     if isinstance(config, DepthRun) and "model" in archs:
         yield from study.problems(config, archs["model"].blocks)
+        yield from ranges.positions("depth.sequence_length", config.depth.sequence_length, model=archs["model"])
+    if isinstance(config, EvaluateRun | SearchRun):
+        yield from ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, **_first(archs))
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
         except UserError as mistake:
             yield str(mistake)
+
+
+def _first(archs: dict[str, Architecture]) -> dict[str, Architecture]:
+    """The first model of a stage by its role; a pruned one has its source's positions."""
+    return dict(itertools.islice(archs.items(), 1))
 
 
 def _students(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:

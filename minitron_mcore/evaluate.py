@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron_mcore import checkpoint, host, loaders, runtime
+from minitron_mcore import checkpoint, host, loaders, ranges, runtime
 from minitron_mcore.distill.losses import distillation_loss
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import DTYPES, Model
@@ -263,6 +263,7 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
     source, parallel = config.source, config.parallel
     if os.path.isfile(os.path.join(source, "model.json")):
         found = checkpoint.open_checkpoint(source)
+        refuse(ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, model=found.arch))
         with runtime.agreed():
             tokenizer = open_tokenizer(config.data, found.hf, found.arch.vocab)
         return ShardedModel(checkpoint.build_model(found, parallel, config.dtype.value), found.arch), tokenizer
@@ -271,6 +272,12 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
             f"{source} is no checkpoint of ours, and transformers shards nothing: convert it, or use parallel=single."
         )
     model = HFModel(source, DTYPES[config.dtype.value])
+    most = getattr(model.model.config, "max_position_embeddings", None)
+    if most is not None and config.evaluate.sequence_length > most:
+        raise UserError(
+            f"evaluate.sequence_length is {config.evaluate.sequence_length}, but the model in {source} has {most} positions "
+            f"(max_position_embeddings): give at most {most}."
+        )
     with runtime.agreed():
         return model, open_tokenizer(config.data, source, model.vocab_size)
 

@@ -55,6 +55,8 @@ def kind(role: str) -> str:
 
 def _source(config: Run) -> tuple[Architecture, str]:
     """What `model` says: its folder, or where that isn't there its architecture."""
+    if not config.model.hf:
+        raise UserError("model.hf is not given: say model.hf=/path/to/folder, or name a model (+model=NAME).")
     folder, wanted = Path(config.model.hf), architecture.given(config.model.architecture)
     if wanted and not (folder / "config.json").is_file():
         return wanted, "model.architecture"

@@ -16,12 +16,24 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_mcore import performance
-from minitron_mcore.errors import UserError
-from minitron_mcore.runs import STAGES, GenerateRun, PipelineRun, ReportRun, Run, SearchRun, StageRun
+from minitron_mcore import performance, ranges, rendezvous
+from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.reading import first_line
+from minitron_mcore.runs import (
+    STAGES,
+    ConvertRun,
+    CutRun,
+    GenerateRun,
+    PipelineRun,
+    ReportRun,
+    Run,
+    SearchRun,
+    StageRun,
+)
 
 CONF = Path(__file__).parents[1] / "conf"
 LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "search": SearchRun, "report": ReportRun}
@@ -54,6 +66,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
         def main(raw: DictConfig) -> None:
             # Imports make objects by the hundred thousand that all stay: looking through them takes a sixth of a start.
             gc.set_threshold(50_000)
+            _check_world()
             try:
                 config = resolve(raw)
                 if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # which do so themselves
@@ -61,6 +74,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
 
                     dryrun.run(config)
                 else:
+                    refuse(ranges.problems(config))
                     fn(config)
             except UserError as error:
                 _print_once(error)
@@ -74,6 +88,15 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def _check_world() -> None:
+    """End this process where its environment describes no world, in which it could not say so only once."""
+    try:
+        rendezvous.check()
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()))
+        sys.exit(error.exit_status)
 
 
 def _store():
@@ -110,18 +133,27 @@ def _end(status: int) -> NoReturn:
 
 def compose(stage: str, overrides: list[str]) -> StageRun:
     """What launch/`stage`.py would run; Hydra must be initialised, as it is inside another launch file."""
-    return resolve(hydra.compose(stage, overrides))
+    try:
+        raw = hydra.compose(stage, overrides)
+    except HydraException as error:
+        raise UserError(" ".join(line.strip() for line in str(error).splitlines()[:2])) from error
+    return resolve(raw)
 
 
 def resolve(raw: DictConfig):
     """The composed config as its dataclass, every interpolation resolved.
 
     Raises:
-        UserError: a value that is asked for and not given.
+        UserError: a value that is asked for and not given; what OmegaConf refuses, in its words.
     """
+    # Only two stages read the folder that a model came from; the others find all in its checkpoint.
+    if OmegaConf.get_type(raw) not in (ConvertRun, CutRun) and OmegaConf.is_missing(raw.model, "hf"):
+        raw.model.hf = ""
     try:
         return OmegaConf.to_object(raw)
-    except (MissingMandatoryValue, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
+        if not isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+            raise UserError(f"{error.full_key or 'the config'}: {first_line(error)}") from error
         known = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
         key = error.full_key or "model"
         raise UserError(

@@ -16,7 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from minitron_mcore import host
+from minitron_mcore import host, rendezvous
 from minitron_mcore.bridge import Bridge
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError, refuse
@@ -102,15 +102,18 @@ def distributed(
         timeout_minutes: after which a collective that still waits fails, instead of the two more.
 
     Raises:
-        UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`), no process left for one world.
+        UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`), no process left for one world; an
+            environment that describes no world (see `rendezvous.problems`).
     """
     global _bridge
+    if store is None:
+        rendezvous.check()
     processes, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     world_size = processes - apart
     refuse(layout.apart_problems(apart, processes) or layout.problems(parallel, world_size, sequence_length))
     if not host.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if store is None and "MASTER_ADDR" not in os.environ:
+    if store is None and "RANK" not in os.environ:
         store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
     timeout = datetime.timedelta(minutes=timeout_minutes or patience + 2)
     if apart:

@@ -11,6 +11,7 @@ import numpy as np
 
 from minitron_mcore import host
 from minitron_mcore.errors import UserError
+from minitron_mcore.reading import first_line
 
 host.prepare()
 
@@ -34,7 +35,7 @@ def open_tokens(prefix: str) -> IndexedDataset:
     try:
         return IndexedDataset(prefix)
     except (AssertionError, ValueError, OSError, struct.error) as error:
-        raise UserError(f"{prefix}.idx cannot be opened ({_first_line(error)}): tokenise the text again.") from error
+        raise UserError(f"{prefix}.idx cannot be opened ({first_line(error)}): tokenise the text again.") from error
 
 
 def check_index(prefix: str) -> np.dtype:
@@ -147,7 +148,3 @@ def check_range(ids: np.ndarray, vocab_size: int, prefix: str) -> None:
 def block_starts(size: int) -> list[int]:
     """Where 64 blocks of 64 KiB begin that are spread over a file, which may be terabytes; of a small one they hold all."""
     return sorted({max(0, size - BLOCK) * i // 63 for i in range(64)})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,6 @@ GPT2Tokenizer), and loses what else they say of spaces and digits.
 """
 
 import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from minitron_mcore.config import DataConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.reading import read_json
 
 _CONTEXT = 4  # tokens before one that decide what text it adds: a character of UTF-8 may be spread over four
 
@@ -172,10 +172,7 @@ class _SentencePiece(Tokenizer):
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
+    return read_json(path, "copy the tokenizer's files again") if path.is_file() else {}
 
 
 def _sentencepiece(path: Path, model: Path) -> _SentencePiece:

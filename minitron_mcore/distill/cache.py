@@ -16,7 +16,6 @@ out_dir/
 What is read of topk is scaled to a sum of 1. Nothing here depends on the layout that wrote it.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.reading import read_json
 from minitron_mcore.runs import CacheKind
 from minitron_mcore.schedule import Batch
 
@@ -169,13 +169,15 @@ def open_teacher(path: str | Path) -> Checkpoint:
     if not (path / INDEX).is_file():
         return checkpoint.open_checkpoint(path, "teacher")
     try:
-        index = json.loads((path / INDEX).read_text())
+        index = read_json(path / INDEX, "write the teacher cache again")
         teacher, wanted = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = Architecture(**index["architecture"])
         found = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
         written = sum(name != HEAD for name in index["files"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path / INDEX} is damaged ({error}): write the teacher cache again.") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        raise UserError(
+            f"{path / INDEX} is damaged ({type(error).__name__}: {error}): write the teacher cache again."
+        ) from error
     if written < wanted:
         raise UserError(
             f"the teacher cache {path} is not whole: run the same launch/teacher_cache.py command again, which goes on."

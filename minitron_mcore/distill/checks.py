@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from minitron_mcore import ranges
 from minitron_mcore.config import DistillConfig, Divergence, ParallelConfig, StatesConfig
 from minitron_mcore.distill import vocabulary
 from minitron_mcore.models import layout
@@ -89,7 +90,8 @@ def problems(
     student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
     """A size below 1, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a warm-up as
-    long as the run, no loss, and what `divergence`, `teacher_problems` and `state_problems` find."""
+    long as the run, sequences longer than a model's positions, no loss or a negative one, and what `ranges.training`,
+    `divergence`, `teacher_problems` and `state_problems` find."""
     names = ("steps", "global_batch", "micro_batch", "sequence_length", "teacher_ahead")
     sizes = {name: getattr(config, name) for name in names}
     small = {name: size for name, size in sizes.items() if size < 1}
@@ -107,9 +109,9 @@ def problems(
         yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."
     if config.bad_loss_limit < 1:
         yield f"bad_loss_limit is {config.bad_loss_limit}; it must be at least 1."
-    for name in ("hang_minutes", "save_minutes"):
-        if (minutes := getattr(config, name)) <= 0:
-            yield f"{name} is {minutes:g}; it must be above 0."
+    yield from ranges.training(config)
+    yield from ranges.not_negative({"kd_weight": config.kd_weight, "lm_weight": config.lm_weight})
+    yield from ranges.positions("sequence_length", config.sequence_length, student=student, teacher=teacher)
     if config.kd_weight == config.lm_weight == config.states.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)
@@ -122,8 +124,8 @@ def problems(
 def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature: float, vocab: int) -> Iterator[str]:
     """A temperature that is not above 0 or that would do nothing, a mixture of one alone, a top-k of nothing, of everything or of
     another divergence."""
-    if temperature <= 0:
-        yield f"temperature is {temperature}; it must be above 0 (1 leaves the logits as they are)."
+    if not 0 < temperature < float("inf"):
+        yield f"temperature is {temperature}; it must be above 0 and finite (1 leaves the logits as they are)."
     elif temperature != 1 and kind in (Divergence.mse, Divergence.cosine):
         yield f"temperature is {temperature}, but divergence {kind} is of the logits as they are: give temperature 1."
     if kind == Divergence.jsd and not 0 < jsd_beta < 1:
@@ -154,6 +156,7 @@ def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
     for name in ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples"):
         if getattr(config, name) < 1:
             yield f"{name} is {getattr(config, name)}; it must be at least 1."
+    yield from ranges.positions("sequence_length", config.sequence_length, teacher=teacher)
     if config.kind == CacheKind.topk and not 1 <= config.top_k < teacher.vocab:
         yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."
 

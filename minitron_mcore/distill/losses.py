@@ -86,7 +86,8 @@ def distillation_loss(
         entropy, detached, the first and last 0 without a teacher. fp32, the same on all ranks.
 
     Raises:
-        UserError: half a teacher, two, one of another padded vocabulary, a `vocab_size` beyond the heads, a head without
+        UserError: on the CPU, a counted label outside the vocabulary (elsewhere the loss is NaN); half a teacher, two, one of
+            another padded vocabulary, a `vocab_size` beyond the heads, a head without
             `main_grad` to add to; see `checks.divergence` and `checks.given`.
     """
     if (teacher_hidden is None) != (teacher_head is None):
@@ -200,7 +201,7 @@ class _DistillationLoss(torch.autograd.Function):
             d_head[tiles.width if num_tokens else 0 :] = 0
             d_head = d_head if settings.into_main_grad else d_head.to(student_head.dtype)
         ctx.gradients, ctx.head = (d_hidden, d_head), student_head if settings.into_main_grad else None
-        return _totals(ctx, settings, per_token * mask)
+        return _totals(ctx, settings, _checked(per_token, labels, mask, settings) * mask)
 
     @staticmethod
     def backward(ctx, d_loss, _):
@@ -218,7 +219,8 @@ class _LossOfLogits(torch.autograd.Function):
         tiles = Tiles(settings, student_logits, student_logits.shape[1])
         mask, ignored = mask.to(tiles.dtype), mask == 0
         logits_t = None if teacher_logits is None else teacher_logits[:, : tiles.width]
-        per_token = tiles.run(student_logits[:, : tiles.width], logits_t, labels, mask).to(mask) * mask
+        per_token = tiles.run(student_logits[:, : tiles.width], logits_t, labels, mask).to(mask)
+        per_token = _checked(per_token, labels, mask, settings) * mask
         if settings.with_gradient:
             student_logits[:, tiles.width :] = 0
             student_logits.masked_fill_(ignored[:, None], 0)
@@ -228,6 +230,19 @@ class _LossOfLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _):
         return _pop_gradients(ctx)[0].mul_(d_loss), None, None, None, None
+
+
+def _checked(per_token: Tensor, labels: Tensor, mask: Tensor, settings: Settings) -> Tensor:
+    """`Tiles.run`'s numbers. A label of a counted token that no logit belongs to would count as if its logit were 0: on the CPU it
+    is a UserError, elsewhere its cross-entropy becomes NaN, so that nothing waits for the device."""
+    outside = ((labels < 0) | (labels >= settings.vocab_size)) & (mask != 0)
+    if labels.device.type == "cpu" and outside.any():
+        label = int(labels[outside][0])
+        raise UserError(
+            f"label {label} is outside the vocabulary of {settings.vocab_size}: give a label in it, or mask 0."
+        )
+    per_token[1].masked_fill_(outside, float("nan"))
+    return per_token
 
 
 def _totals(ctx, settings: Settings, per_token: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from minitron_mcore.distill import cache, checks, chunks
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.launching import plain
 from minitron_mcore.models import build, table
+from minitron_mcore.reading import read_json
 from minitron_mcore.runs import CacheKind, TeacherCacheRun
 from minitron_mcore.schedule import Batch
 
@@ -89,8 +90,8 @@ class Recording:
             checkpoint.ship(self.teacher.hf, self.out_dir)
             checkpoint.replace_text(path, json.dumps(begun, indent=1))
             checkpoint.replace_text(self.out_dir / "latest", cache.INDEX)  # the folder stays when the run ends early
-        held = json.loads(path.read_text())
-        known = held.pop("files")
+        held = read_json(path, "remove the folder, and write the teacher cache again")
+        known = held.pop("files", {})
         if held != {key: value for key, value in begun.items() if key != "files"}:
             raise UserError(
                 f"{self.out_dir} has a cache of another teacher or of other text, begun by the same command: choose another "

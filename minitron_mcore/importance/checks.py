@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 
+from minitron_mcore import ranges
 from minitron_mcore.config import ImportanceConfig, Statistic
 from minitron_mcore.models.architecture import Architecture
 
 
 def problems(arch: Architecture, config: ImportanceConfig, dp_size: int) -> Iterator[str]:
-    """A size below 1, fewer samples than data-parallel ranks, a statistic that the model doesn't have."""
+    """A size below 1, sequences longer than the model's positions, fewer samples than data-parallel ranks, a statistic that the
+    model doesn't have."""
     sizes = {name: getattr(config, name) for name in ("samples", "sequence_length", "micro_batch")}
     yield from (f"importance.{name} is {size}; it must be at least 1." for name, size in sizes.items() if size < 1)
+    yield from ranges.positions("importance.sequence_length", config.sequence_length, model=arch)
     if 1 <= config.samples < dp_size:
         yield f"importance.samples is {config.samples}, fewer than the {dp_size} data-parallel ranks: give at least that many."
     yield from statistic_problems(arch, config)

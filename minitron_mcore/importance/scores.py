@@ -77,6 +77,9 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
         if name not in vectors or tuple(vectors[name].shape) != shape:
             found = tuple(vectors[name].shape) if name in vectors else "nothing"
             raise UserError(f"{path} has {found} for {name}, expected shape {shape}: run launch/importance.py again.")
+        if vectors[name].dtype not in (torch.float32, torch.float64):
+            kind = str(vectors[name].dtype).removeprefix("torch.")
+            raise UserError(f"{path} has {name} in {kind}, expected float32: run launch/importance.py again.")
     check_finite(vectors, path)
     return Scores(vectors, metadata)
 

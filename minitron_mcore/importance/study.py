@@ -11,7 +11,6 @@ A point is what the model does without some of its blocks, on held-out text:
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from minitron_mcore.config import DepthConfig, DepthKind, DepthMetric, PruneConfig
 from minitron_mcore.errors import UserError, result_of
 from minitron_mcore.plan.target import as_count, resolve, spans
+from minitron_mcore.reading import read_json
 from minitron_mcore.runs import DepthRun
 
 FILE = "depth.json"
@@ -183,11 +183,11 @@ def load(path: str | Path, fingerprint: str) -> dict:
         UserError: no such file, not a study, a study of another model.
     """
     path = result_of(path, FILE, "depth study", "run launch/depth.py to its end, or give study=")
+    study = read_json(path, "run launch/depth.py again")
     try:
-        study = json.loads(path.read_text())
         study["drop"] = {int(size): [int(block) for block in blocks] for size, blocks in study["drop"].items()}
         model = study["model"], study["metric"], study["kind"]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} is not a depth study ({type(error).__name__}: {error}): run launch/depth.py again."
         ) from error

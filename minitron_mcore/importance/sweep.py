@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minitron_mcore import checkpoint, evaluate, pictures_depth, report, runtime
+from minitron_mcore import checkpoint, evaluate, pictures_depth, ranges, report, runtime
 from minitron_mcore.config import DepthMetric
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import study
@@ -107,7 +107,8 @@ def run(config: DepthRun) -> None:
     settings = config.depth
     source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
     arch, blocks = source.arch, source.arch.blocks
-    refuse(study.problems(config, blocks))
+    length = ranges.positions("depth.sequence_length", settings.sequence_length, model=arch)
+    refuse([*study.problems(config, blocks), *length])
     with runtime.agreed():
         words = open_tokenizer(config.data, source.hf, arch.vocab)
         windows = _windows(config, words)

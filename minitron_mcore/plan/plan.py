@@ -15,6 +15,7 @@ from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan.target import depth, target_architecture
+from minitron_mcore.reading import read_json
 
 FILE = "plan.json"
 
@@ -68,6 +69,10 @@ class Plan:
                 self._check(f"ffn of expert {expert} of block {block}", ffn, source.ffn, target.ffn)
 
     def _check(self, name: str, kept: list[int], total: int, wanted: int) -> None:
+        if not all(type(index) is int for index in kept):
+            raise UserError(
+                f"the plan's {name} must be whole numbers; it has {next(x for x in kept if type(x) is not int)!r}."
+            )
         if not kept or sorted(set(kept)) != list(kept) or len(kept) != wanted or kept[0] < 0 or kept[-1] >= total:
             raise UserError(f"the plan's {name} must be {wanted} ascending indices below {total}; it has {len(kept)}.")
 
@@ -152,8 +157,8 @@ def load_plan(path: str | Path) -> Plan:
         UserError: no such file, or not a plan.
     """
     path = result_of(path, FILE, "plan", "run launch/plan.py first, or give plan=")
+    data = read_json(path, "run launch/plan.py again")
     try:
-        data = json.loads(path.read_text())
         data.pop("parameters")
         for key in ("source", "target"):
             data[key] = Architecture(**data[key])
@@ -163,7 +168,9 @@ def load_plan(path: str | Path) -> Plan:
             found = data.get(key, {})
             data[key] = {int(block): {int(n): kept for n, kept in inner.items()} for block, inner in found.items()}
         return Plan(**data)
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path} is not a plan ({type(error).__name__}: {error}): run launch/plan.py again.") from error
 
 

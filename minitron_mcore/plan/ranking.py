@@ -15,18 +15,17 @@ A file is written when its result is whole, so a run that was killed goes on aft
 import gc
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from minitron_mcore import checkpoint, evaluate, pictures_search, prune, report, runtime, stream
+from minitron_mcore import checkpoint, evaluate, pictures_search, prune, ranges, report, runtime, stream
 from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, PruneConfig
 from minitron_mcore.distill import cache, stage, train
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.importance import study
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.launching import plain
@@ -35,6 +34,7 @@ from minitron_mcore.models.build import Model
 from minitron_mcore.plan import counts, latency
 from minitron_mcore.plan.plan import Plan, make_plan
 from minitron_mcore.plan.search import GRID, Candidate, Space
+from minitron_mcore.reading import read_json
 from minitron_mcore.runs import DistillRun, Run, SearchRun
 from minitron_mcore.textfiles import Limits
 from minitron_mcore.tokenizer import open_tokenizer
@@ -84,6 +84,7 @@ class Ranking:
         self.total = len(self.space.candidates) if self.space.combinations <= GRID else self.search.trials
         if self.search.best:
             train.check(source, teacher, distillation(config), config.parallel, config.dtype.value, config.performance)
+        refuse(ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, source=source.arch))
         if self.search.latency:
             latency.check(source.arch, self.search.speed)
         if not config.data.heldout:
@@ -155,8 +156,9 @@ class Ranking:
             UserError: it is of other scores or another text.
         """
         box, path = [None], self._folder(candidate) / name
-        if runtime.rank() == 0 and path.is_file():
-            box = [json.loads(path.read_text())]
+        with runtime.agreed():
+            if runtime.rank() == 0 and path.is_file():
+                box = [read_json(path, "remove the file, and run the search again")]
         dist.broadcast_object_list(box, src=0)
         marks = self._marks(candidate)
         if box[0] and {key: box[0].get(key) for key in marks} != marks:

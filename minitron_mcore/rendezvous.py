@@ -1,0 +1,71 @@
+"""The variables by which a launcher describes the world to a process, checked before anything waits. No torch import."""
+
+import os
+from collections.abc import Iterator, Mapping
+
+from minitron_mcore.errors import refuse
+
+_WORLD = ("RANK", "WORLD_SIZE")
+_MASTER = ("MASTER_ADDR", "MASTER_PORT")
+_LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+_REMEDY = "start with torchrun, which sets them all, or unset them"
+
+
+def check(env: Mapping[str, str] = os.environ) -> None:
+    """Refuse what `problems` finds.
+
+    Raises:
+        UserError: all of it.
+    """
+    refuse(problems(env))
+
+
+def problems(env: Mapping[str, str]) -> Iterator[str]:
+    """Numbers that are none or out of range, some of the variables without the others, several processes without torchrun."""
+    numbers, wrong = {}, False
+    for name, low in _LEAST.items():
+        if name in env:
+            numbers[name] = _number(env[name])
+            if numbers[name] is None or numbers[name] < low:
+                wrong = True
+                yield f"{name} is {env[name]!r}; it must be a whole number of at least {low}: {_REMEDY}."
+    if wrong:
+        return
+    if given := [name for name in (*_WORLD, *_MASTER) if name in env]:
+        needed = _MASTER if set(given) <= set(_MASTER) else (*_WORLD, *_MASTER)
+        if missing := [name for name in needed if name not in env]:
+            yield f"{' and '.join(given)} {_is(given)} set, but {' and '.join(missing)} {_is(missing)} not: {_REMEDY}."
+            return
+    if "MASTER_ADDR" in env and not env["MASTER_ADDR"].strip():
+        yield f"MASTER_ADDR is empty; it must name the host of rank 0: {_REMEDY}."
+    if numbers.get("MASTER_PORT", 1) > 65535:
+        yield f"MASTER_PORT is {numbers['MASTER_PORT']}; it must be at most 65535: {_REMEDY}."
+    for rank, size in (_WORLD, ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
+            yield f"{rank} is {numbers[rank]}, but {size} is {numbers[size]}; ranks go from 0 to {numbers[size] - 1}: {_REMEDY}."
+    if "RANK" not in env:
+        yield from _without_torchrun(env)
+
+
+def _without_torchrun(env: Mapping[str, str]) -> Iterator[str]:
+    """Several processes that don't know of each other: each would be a world of one, in the same folder."""
+    counts = {launcher: _number(env.get(name, "")) for launcher, name in _LAUNCHERS.items()}
+    # A batch script has the variables of its job, too, but is one process; what srun starts has those of a step.
+    if "SLURM_PROCID" in env and counts["srun"] is None and env.get("ENVIRONMENT") != "BATCH":
+        counts["srun"] = _number(env.get("SLURM_NTASKS", env.get("SLURM_NPROCS", "")))
+    for launcher, count in counts.items():
+        if count and count > 1:
+            yield (
+                f"{launcher} started {count} processes without torchrun, each of which would be a run of its own in the same "
+                f"folder: start torchrun, one a node ({launcher} ... torchrun --nproc-per-node N; see launch/slurm/distill.sbatch)."
+            )
+            return
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.strip().lstrip("-").isdecimal() else None
+
+
+def _is(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
