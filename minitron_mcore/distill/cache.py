@@ -174,7 +174,9 @@ def open_teacher(path: str | Path) -> Checkpoint:
         arch = Architecture(**index["architecture"])
         found = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
         written = sum(name != HEAD for name in index["files"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        if not min(index["samples"], index["file_samples"], index["sequence_length"]) > 0:
+            raise ValueError("its counts are not positive")
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path / INDEX} is damaged ({error}): write the teacher cache again.") from error
     if written < wanted:
         raise UserError(
