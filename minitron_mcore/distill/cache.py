@@ -174,6 +174,8 @@ def open_teacher(path: str | Path) -> Checkpoint:
         arch = Architecture(**index["architecture"])
         found = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
         written = sum(name != HEAD for name in index["files"])
+        if not min(index["samples"], index["file_samples"], index["sequence_length"]) > 0:
+            raise ValueError("its counts are not positive")
     except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise UserError(
             f"{path / INDEX} is damaged ({type(error).__name__}: {error}): write the teacher cache again."
