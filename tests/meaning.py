@@ -137,7 +137,10 @@ class Both:
             expected = self._theirs(config)
         except Exception as error:
             return f"silent: transformers refuses it ({type(error).__name__} {error})"[:200]
-        difference = (self._ours(arch) - expected).abs().max().item()
+        try:
+            difference = (self._ours(arch) - expected).abs().max().item()
+        except Exception as error:
+            return f"traceback: {type(error).__name__} {error}"[:200]
         return "equal" if difference <= TOLERANCE else f"silent: logits differ by {difference:.2g}"
 
     def _theirs(self, config: dict) -> torch.Tensor:
