@@ -395,7 +395,12 @@ def test_bad_settings_are_told_at_once():
 
 def test_no_text_and_no_questions_are_refused(made, tmp_path):
     base = config_of(
-        "depth", "+model=smollm2_135m", f"source={made}/ckpt", "model.architecture=null", "depth.sizes=[1]"
+        "depth",
+        "+model=smollm2_135m",
+        f"source={made}/ckpt",
+        "model.architecture=null",
+        "depth.sizes=[1]",
+        "depth.sequence_length=64",
     )
     base = replace(base, out_dir=str(tmp_path / "out"))
     data = replace(base.data, heldout=[str(made / "text.txt")])

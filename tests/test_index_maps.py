@@ -48,7 +48,7 @@ def architectures(draw) -> Architecture:
         rope_scaling=None,
         tied=draw(st.booleans()),
         experts=experts,
-        experts_per_token=min(1, experts),
+        experts_per_token=min(2, experts),
         no_attention=[n for n, kept in enumerate(parts) if kept == "mlp"],
         no_mlp=[n for n, kept in enumerate(parts) if kept == "attention"],
     )

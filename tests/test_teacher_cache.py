@@ -387,7 +387,7 @@ def test_what_is_refused_without_ranks(world):
     assert "file_samples is 0; it must be at least 1" in found
     broken = shutil.copytree(world.path / "top", world.path / "broken")
     (broken / "index.json").write_text("{")
-    with pytest.raises(UserError, match="index.json is damaged"):
+    with pytest.raises(UserError, match="index.json cannot be read as JSON"):
         open_teacher(broken)
 
 
