@@ -71,7 +71,7 @@ def plans(draw):
         groups=groups,
         heads=groups * kept,
         merge_heads=2 * kept >= arch.heads_per_group and not arch.traits.qk_norm and draw(st.booleans()),
-        experts=draw(st.integers(1, arch.experts)) if arch.experts else None,
+        experts=draw(st.integers(arch.experts_per_token, arch.experts)) if arch.experts else None,
         **{f"drop_{option}": blocks for option, blocks in dropped.items()},
     )
     return make_plan(arch, "source", random_scores(arch, draw(st.integers(0, 99))), config)
