@@ -27,7 +27,6 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.importance import study
 from minitron_mcore.importance.scores import load_scores, save_scores
-from minitron_mcore.models import layout
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.plan.plan import load_plan, make_plan
 from minitron_mcore.plan.search import Space
@@ -142,10 +141,11 @@ def test_positions_and_windows():
 
 
 def test_routers_and_norms_that_megatron_core_would_refuse():
-    experts = dataclasses.replace(ARCH, family="mixtral", experts=4, experts_per_token=1)
-    assert any("1 expert" in line for line in layout.model_problems(experts, ONE))
-    for fine in ({"experts_per_token": 2}, {"normalize_experts": False}):
-        assert not list(layout.model_problems(dataclasses.replace(experts, **fine), ONE))
+    experts = dict(family="mixtral", experts=4)
+    with pytest.raises(UserError, match="one expert a token with normalised probabilities"):
+        dataclasses.replace(ARCH, experts_per_token=1, **experts)
+    for fine in ({"experts_per_token": 2}, {"experts_per_token": 1, "normalize_experts": False}):
+        assert dataclasses.replace(ARCH, **experts, **fine).experts == 4
     merged = PruneConfig(heads=4, merge_heads=True)
     assert target_architecture(ARCH, merged).heads == 4
     with pytest.raises(UserError, match=r"prune\.merge_heads .* Qwen3ForCausalLM"):

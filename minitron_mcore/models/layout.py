@@ -96,11 +96,6 @@ def model_problems(arch: Architecture, parallel: ParallelConfig) -> Iterator[str
         yield (
             f"a mixture of experts on parallel.tensor {tp} needs parallel.sequence=true: experts are whole, so ranks share tokens."
         )
-    if arch.experts and arch.experts_per_token == 1 and arch.normalize_experts:
-        yield (
-            "the model sends a token to 1 expert and scales its probability to 1, which megatron-core's router does not do: "
-            "only models with 2 or more experts a token, or without that scaling, can be taken."
-        )
     if (stages := parallel.pipeline * parallel.virtual) > arch.blocks:
         chunks = f" x virtual {parallel.virtual} = {stages}" if parallel.virtual > 1 else ""
         yield f"parallel.pipeline {parallel.pipeline}{chunks} is more than the model's {arch.blocks} blocks."
