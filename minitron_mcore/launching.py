@@ -136,7 +136,8 @@ def compose(stage: str, overrides: list[str]) -> StageRun:
     try:
         raw = hydra.compose(stage, overrides)
     except HydraException as error:
-        raise UserError(" ".join(line.strip() for line in str(error).splitlines()[:2])) from error
+        causes = (str(error), str(error.__cause__ or ""))  # Hydra's own words, then what OmegaConf found
+        raise UserError(" ".join(line.strip() for text in causes for line in text.splitlines()[:2])) from error
     return resolve(raw)
 
 

@@ -10,7 +10,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hydra.errors import ConfigCompositionException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,9 +147,9 @@ def test_a_model_that_gives_nan_is_not_scored():
     ],
 )
 def test_unknown_statistics_are_caught_at_compose_time(override, sentence):
-    with pytest.raises(ConfigCompositionException) as caught:
+    with pytest.raises(UserError) as caught:
         compose("importance", "+model=smollm2_135m", override)
-    assert sentence in str(caught.value.__cause__)  # which Hydra prints below its own
+    assert sentence in str(caught.value)
 
 
 def test_a_run_records_its_statistic():
@@ -171,13 +170,17 @@ def test_a_run_records_its_statistic():
     [
         (
             ARCH,
-            ImportanceConfig(samples=3),
+            ImportanceConfig(samples=3, sequence_length=64),
             "importance.samples is 3, fewer than the 4 data-parallel ranks: give at least",
         ),
-        (ARCH, ImportanceConfig(micro_batch=0), "importance.micro_batch is 0; it must be at least 1"),
+        (
+            ARCH,
+            ImportanceConfig(micro_batch=0, sequence_length=64),
+            "importance.micro_batch is 0; it must be at least 1",
+        ),
         (
             MOE,
-            ImportanceConfig(batch=Aggregation.variance, ffn_site=FfnSite.before_gate),
+            ImportanceConfig(batch=Aggregation.variance, ffn_site=FfnSite.before_gate, sequence_length=64),
             "importance.batch=variance, importance.ffn_site=before_gate cannot be had of experts",
         ),
     ],
@@ -185,7 +188,7 @@ def test_a_run_records_its_statistic():
 def test_impossible_runs_are_refused(arch, config, sentence):
     found = list(checks.problems(arch, config, 4))
     assert len(found) == 1 and found[0].startswith(sentence)
-    assert not list(checks.problems(arch, ImportanceConfig(samples=4), 4))
+    assert not list(checks.problems(arch, ImportanceConfig(samples=4, sequence_length=64), 4))
 
 
 def test_experts_have_one_statistic():

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from minitron_mcore import data, evaluate, tokenfiles
 from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DataConfig, Dtype, ParallelConfig
+from minitron_mcore.config import DataConfig, Dtype, EvaluateConfig, ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.runs import EvaluateRun
 from minitron_mcore.testing import on_ranks
@@ -187,14 +187,14 @@ def _stages(hf, files, out_dir):
     files = DataConfig(train=files, heldout=files, cache=str(out_dir / "cache"))
     prefixes, _ = data.prepare(files, source.hf, source.arch.vocab)
     config = EvaluateRun(source=str(source.path), parallel=parallel, data=files, dtype=Dtype.fp32)
-    model, tokenizer = evaluate.open_model(config)
     config.evaluate.micro_batch = 1
+    model, tokenizer = evaluate.open_model(config)
     rows = evaluate.evaluate_run(model, tokenizer, config)
     return [document.tolist() for document in IndexedDataset(prefixes[0])], rows[0]
 
 
 def test_a_run_reads_text_with_the_models_sentencepiece_model(spms, tmp_path):
-    hf = tiny.tiny_llama(tmp_path / "hf", vocab_size=503)
+    hf = tiny.tiny_llama(tmp_path / "hf", vocab_size=503, max_position_embeddings=2048)
     shutil.copy(spms["llama"], hf)
     rows = UNSEEN[:5]
     file = write_jsonl(tmp_path / "text.jsonl", rows)
@@ -229,7 +229,8 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_numbers(spm
     data.prepare(config, tmp_path, 300)  # the largest id is the last row
     hf = tiny.tiny_llama(tmp_path / "hf", vocab_size=299)
     with pytest.raises(UserError, match=r"ids up to 299.*299 rows"):
-        evaluate.open_model(EvaluateRun(source=str(hf), data=DataConfig(heldout=[file], tokenizer=str(tmp_path))))
+        texts = DataConfig(heldout=[file], tokenizer=str(tmp_path))
+        evaluate.open_model(EvaluateRun(source=str(hf), data=texts, evaluate=EvaluateConfig(sequence_length=64)))
 
 
 def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_path, monkeypatch):
@@ -279,7 +280,7 @@ def test_bad_tokenizers_are_one_sentence(spms, tmp_path):
     refused("cannot be read by sentencepiece", folder, tokenizer__model=b"IQ== 0\nIg== 1\n")  # tiktoken's
     model = spms["llama"].read_bytes()
     refused("cannot be read by sentencepiece", folder, tokenizer__model=model[: len(model) // 2])
-    refused("tokenizer_config.json is not JSON", folder, tokenizer__model=model, tokenizer_config__json=b"{")
+    refused("tokenizer_config.json cannot be read as JSON", folder, tokenizer__model=model, tokenizer_config__json=b"{")
     refused("add token 500", folder, tokenizer__model=model, added_tokens__json=b'{"<pad>": 500}')
     added = json.dumps({"added_tokens_decoder": {"2": {"content": "</s>"}, "501": {"content": "<pad>"}}}).encode()
     refused("add token 501", folder, tokenizer__model=model, tokenizer_config__json=added)
