@@ -44,13 +44,7 @@ def run(
         UserError: see `train.check`, `data.prepare`, `Cache.check` and `checkpoint.claimed`; students of several vocabularies.
     """
     config, first = configs[0], students[0]
-    for student in students:
-        train.check(student, teacher, settings, config.parallel, config.dtype.value, config.performance)
-        if student.arch.vocab != first.arch.vocab:
-            raise UserError(
-                f"{student.path} has a vocabulary of {student.arch.vocab} and {first.path} one of {first.arch.vocab}: students "
-                "of one pass of the teacher share the rows of its head; train these in runs of their own."
-            )
+    _check(config, settings, students, teacher)
     with contextlib.ExitStack() as claims:
         held = [checkpoint.claimed(each.out_dir, plain(each), resume=True) for each in configs]
         resumed = [claims.enter_context(claim) for claim in held]
@@ -95,6 +89,20 @@ def run(
             if trainer.step == settings.steps:
                 checkpoint.finish(folder)
             _show(folder, student, rows)
+
+
+def _check(
+    config: StageRun, settings: DistillConfig, students: Sequence[Checkpoint], teacher: Checkpoint | None
+) -> None:
+    """Raises UserError: see `train.check`; students of several vocabularies."""
+    first = students[0]
+    for student in students:
+        train.check(student, teacher, settings, config.parallel, config.dtype.value, config.performance)
+        if student.arch.vocab != first.arch.vocab:
+            raise UserError(
+                f"{student.path} has a vocabulary of {student.arch.vocab} and {first.path} one of {first.arch.vocab}: students "
+                "of one pass of the teacher share the rows of its head; train these in runs of their own."
+            )
 
 
 def _probed(trainer: train.Trainer, batches: Iterator[Batch], vocab: int) -> Iterator[Batch]:
