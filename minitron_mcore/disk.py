@@ -116,11 +116,11 @@ class Recent:
                     slot.users -= 1
 
 
-class View(io.RawIOBase):
-    """A file that reads from memory. (io.BytesIO copies what it is asked for more than once.)"""
+class Seekable(io.RawIOBase):
+    """What a read-only file of `length` bytes needs besides `readinto`, which moves `at`."""
 
-    def __init__(self, data: memoryview):
-        self.data, self.at = data, 0
+    def __init__(self, length: int):
+        self.length, self.at = length, 0
 
     def readable(self) -> bool:
         return True
@@ -132,8 +132,16 @@ class View(io.RawIOBase):
         return self.at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: len(self.data)}[whence]
+        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence])
         return self.at
+
+
+class View(Seekable):
+    """A file that reads from memory. (io.BytesIO copies what it is asked for more than once.)"""
+
+    def __init__(self, data: memoryview):
+        super().__init__(len(data))
+        self.data = data
 
     def readinto(self, buffer) -> int:
         part = self.data[self.at : self.at + len(buffer)]

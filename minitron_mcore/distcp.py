@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import (
     planner,
 )
 
-from minitron_mcore import host
+from minitron_mcore import disk, host
 from minitron_mcore.errors import UserError
 
 host.prepare()
@@ -195,24 +195,12 @@ class Files(FileSystemReader):
         return view
 
 
-class _Item(io.RawIOBase):
+class _Item(disk.Seekable):
     """Bytes offset..offset + length of a file, as a file. (zipfile seeks from the end, which torch's own view gets wrong.)"""
 
     def __init__(self, file: IO[bytes], offset: int, length: int):
-        self.file, self.offset, self.length, self.at = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence])
-        return self.at
+        super().__init__(length)
+        self.file, self.offset = file, offset
 
     def readinto(self, buffer) -> int:
         self.file.seek(self.offset + self.at)
