@@ -1,4 +1,4 @@
-"""A pytest plugin: what failed is printed when it fails, so that a run that is cut short has told it."""
+"""A pytest plugin that prints each failure when it happens, so that the log of a run that is stopped early has it."""
 
 
 def pytest_runtest_logreport(report) -> None:

@@ -4,8 +4,8 @@
     python benchmarks/gpu/run.py recovery --out DIR [--part build/gpu/part3]
     python benchmarks/gpu/run.py verify   --out DIR --cpu     the same blocks at toy size, without a GPU
 
-A block is a command of its own, so one that fails or hangs ends alone. Blocks that only check run side by side; those that
-measure time follow one by one. After each block DIR is up to date, so a campaign that is cut short keeps what it has:
+Each block is a process with a time limit, so a failure or a hang affects that block only. Blocks that only check results run side
+by side; blocks that measure time then run one at a time. The result files are rewritten after every block:
 
     NAME.jsonl   a line of environment (card, driver, versions, commit), a line a block, then the figures of all benchmarks
     NAME.txt     the table that is printed last
@@ -154,7 +154,7 @@ class Running:
             status = self.process.wait(max(0.0, self.limit - time.monotonic()))
             verdict = "passed" if status == 0 else f"failed with status {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGINT)  # pytest then tells what failed so far
+            os.killpg(self.process.pid, signal.SIGINT)  # pytest then prints its summary
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
             with contextlib.suppress(ProcessLookupError):
