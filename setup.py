@@ -8,7 +8,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["minitron_mcore*"]),
-    package_data={"minitron_mcore.page": ["page.html"]},
+    package_data={"minitron_mcore.reporting": ["page.html"]},
     install_requires=[
         "gguf",
         "hydra-core>=1.3,<1.4",

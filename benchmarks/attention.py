@@ -18,8 +18,9 @@ import torch
 from common import Figure, arguments, device_peak_bytes, seconds, write
 from torch import Tensor
 
-from minitron_mcore import report, runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.reporting import tables
 
 GPU = torch.cuda.is_available()
 LENGTH, HEADS, GROUPS, DIM = (8192, 32, 8, 128) if GPU else (256, 4, 2, 16)
@@ -27,17 +28,17 @@ LENGTH, HEADS, GROUPS, DIM = (8192, 32, 8, 128) if GPU else (256, 4, 2, 16)
 
 def inputs(length: int) -> list[Tensor]:
     """Query [S, 1, N, D], key and value [S, 1, G, D], the output's gradient [S, 1, N D]."""
-    g = torch.Generator(runtime.device()).manual_seed(0)
+    g = torch.Generator(process_groups.device()).manual_seed(0)
     shapes = [(length, 1, heads, DIM) for heads in (HEADS, GROUPS, GROUPS)] + [(length, 1, HEADS * DIM)]
-    made = [torch.randn(shape, generator=g, device=runtime.device(), dtype=torch.bfloat16) for shape in shapes]
+    made = [torch.randn(shape, generator=g, device=process_groups.device(), dtype=torch.bfloat16) for shape in shapes]
     return [x.requires_grad_(n < 3) for n, x in enumerate(made)]
 
 
 def ours(window: int | None, queries: int) -> Callable[..., Tensor]:
-    from minitron_mcore.models.spec import TorchAttention
+    from minitron_mcore.models.layer_spec import TorchAttention
 
     config = SimpleNamespace(window_size=(window - 1, 0) if window else None)
-    attention = TorchAttention(config, SimpleNamespace(cp=runtime.cp_group()))
+    attention = TorchAttention(config, SimpleNamespace(cp=process_groups.cp_group()))
     return lambda q, k, v: attention._attend(q[-queries:], k, v)
 
 
@@ -82,10 +83,10 @@ def main() -> None:
                 row["extra peak [MiB]"] = (device_peak_bytes(step) - there) / 2**20
                 figures.append(Figure("attention", shape, name, "extra_peak", row["extra peak [MiB]"] * 2**20, "B"))
             rows.append(row)
-    report.table("attention, forward and backward", rows)
+    tables.table("attention, forward and backward", rows)
     write(figures, options.json)
 
 
 if __name__ == "__main__":
-    with runtime.distributed(ParallelConfig()):
+    with process_groups.distributed(ParallelConfig()):
         main()

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from minitron_mcore import runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import on_ranks
 
 
@@ -46,7 +46,7 @@ def ranks(fn: Callable, world_size: int, parallel: ParallelConfig, *args: Any, t
     """`fn(*args)` on every rank of a layout: in this process on a GPU, which takes one rank, else in processes (`on_ranks`)."""
     if not torch.cuda.is_available():
         return on_ranks(fn, world_size, parallel, *args, timeout=timeout)
-    with runtime.distributed(parallel):
+    with process_groups.distributed(parallel):
         return [fn(*args)]
 
 

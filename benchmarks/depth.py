@@ -14,9 +14,12 @@ from pathlib import Path
 from common import Figure, arguments, write
 from torch import nn
 
-from minitron_mcore import demo, evaluate, report, tokenizer
-from minitron_mcore.importance.study import spans
-from minitron_mcore.pipeline import stage
+from minitron_mcore.cli import demo
+from minitron_mcore.cli.pipeline import stage
+from minitron_mcore.data import tokenizer
+from minitron_mcore.depth.study import spans
+from minitron_mcore.evaluation import perplexity
+from minitron_mcore.reporting import tables
 
 DATA = Path(__file__).parents[2] / "shared/data"
 TEXT, QUESTIONS = DATA / "text/wikitext2.valid.txt", DATA / "eval/winogrande_winogrande_xl.validation.jsonl"
@@ -49,12 +52,12 @@ def main() -> None:
 
 def _by_transformers(folder: Path, windows: int) -> dict[tuple[int, ...], float]:
     """Loss of the trial's points in transformers, on the windows of the study."""
-    model, words, found = evaluate.HFModel(str(folder)), tokenizer.load(folder), {}
+    model, words, found = perplexity.HFModel(str(folder)), tokenizer.load(folder), {}
     layers = list(model.model.model.layers)
     for dropped in TRIAL:
         model.model.model.layers = nn.ModuleList(layer for n, layer in enumerate(layers) if n not in dropped)
         settings = {"sequence_length": 512, "micro_batch": 4, "max_windows": windows}
-        found[dropped] = evaluate.evaluate_text([str(TEXT)], words, model.nll, **settings)[0]["loss"]
+        found[dropped] = perplexity.evaluate_text([str(TEXT)], words, model.nll, **settings)[0]["loss"]
     return found
 
 
@@ -76,7 +79,7 @@ def _compared(study: dict, by_transformers: dict[tuple[int, ...], float]) -> lis
         f"largest difference from transformers {largest:.1e}",
         f"without any other single block {min(others):.2f} to {max(others):.2f} (the trial: 3.3 to 3.9)",
     ]
-    report.table(f"loss on {study['tokens']:,} tokens of WikiText-2", rows, notes)
+    tables.table(f"loss on {study['tokens']:,} tokens of WikiText-2", rows, notes)
     return [
         Figure("depth", f"without {row['without']}", name, "loss", row[name], "nats/token")
         for row in rows

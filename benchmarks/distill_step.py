@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 from common import Figure, parser, ranks, write
 
-from minitron_mcore import report, runtime, schedule
-from minitron_mcore.config import DistillConfig, ParallelConfig
+from minitron_mcore.config.settings import DistillConfig, ParallelConfig
+from minitron_mcore.estimate import memory
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost
+from minitron_mcore.parallel import process_groups, schedule
+from minitron_mcore.reporting import tables
 from minitron_mcore.testing import random_checkpoint
 
 SMOLLM2 = Architecture("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5, None, True)
@@ -64,18 +65,18 @@ CASES = {
 
 
 def clock() -> float:
-    if runtime.device().type == "cuda":
+    if process_groups.device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def measure(folder: Path, names: tuple, parallel: ParallelConfig, sizes: tuple, rounds: int, kernels: bool) -> dict:
     """Seconds of the step and of its parts in every round, seconds by what they went into, and the step's own figures."""
-    from minitron_mcore import checkpoint
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.trainer import Trainer
 
     micro_batch, length, count = sizes
-    batch = micro_batch * count * runtime.dp_group().size()
+    batch = micro_batch * count * process_groups.dp_group().size()
     config = DistillConfig(
         steps=99,
         global_batch=batch,
@@ -84,14 +85,14 @@ def measure(folder: Path, names: tuple, parallel: ParallelConfig, sizes: tuple, 
         warmup_steps=1,
         teacher_ahead=count,
     )
-    teacher, student = (checkpoint.open_checkpoint(folder / name) for name in names)
+    teacher, student = (run_folder.open_checkpoint(folder / name) for name in names)
     whole = Trainer(student, teacher, config, parallel, "bf16")
     alone = Trainer(student, None, dataclasses.replace(config, kd_weight=0.0, lm_weight=1.0), parallel, "bf16")
     ids = torch.randint(
         0, student.arch.vocab, (count, micro_batch, length + 1), generator=torch.Generator().manual_seed(0)
     )
     batches = [{"tokens": x[:, :-1], "labels": x[:, 1:], "loss_mask": torch.ones(x[:, 1:].shape)} for x in ids]
-    batches = [{key: x.to(runtime.device()).contiguous() for key, x in batch.items()} for batch in batches]
+    batches = [{key: x.to(process_groups.device()).contiguous() for key, x in batch.items()} for batch in batches]
     model = whole.teacher.model
     parts = {
         "step": lambda: whole.train_step(batches),
@@ -107,8 +108,8 @@ def measure(folder: Path, names: tuple, parallel: ParallelConfig, sizes: tuple, 
             start = clock()
             part()
             seconds[name].append(clock() - start)
-    if runtime.device().type == "cuda":
-        runtime.log(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if process_groups.device().type == "cuda":
+        process_groups.log(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         if kernels:
             show_kernels(parts["step"])
     return {"seconds": seconds} | profile(whole, batches)
@@ -165,7 +166,7 @@ def profile(trainer, batches: list[dict]) -> dict:
 def utilisation(teacher: Architecture, student: Architecture, sizes: tuple, seconds: float, options) -> float:
     """Share of the card's peak: three forward passes' operations of the student and one of the teacher a token."""
     micro_batch, length, count = sizes
-    flops = 3 * cost.forward_flops(student, length) + cost.forward_flops(teacher, length)
+    flops = 3 * memory.forward_flops(student, length) + memory.forward_flops(teacher, length)
     return flops * micro_batch * length * count / seconds / 1e12 / options.peak_tflops
 
 
@@ -185,7 +186,7 @@ def main() -> None:
     options.add_argument("--toy", action="store_true", help="a model of a test's size: shows that it runs")
     options.add_argument("--kernels", action="store_true", help="print what the GPU's time goes into")
     options = options.parse_args()
-    kind = "toy" if options.toy else runtime.device().type
+    kind = "toy" if options.toy else process_groups.device().type
     rounds = 2 if options.quick else 7
     rows, profiles, figures = [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -220,8 +221,8 @@ def main() -> None:
             figures += [
                 Figure("distill_step", name, part, "share", s / sum(spent.values()), "1") for part, s in spent.items()
             ]
-    report.table("a training step over the sum of its parts", rows)
-    report.table("where a step's time goes, rank 0", profiles)
+    tables.table("a training step over the sum of its parts", rows)
+    tables.table("where a step's time goes, rank 0", profiles)
     write(figures, options.json)
 
 

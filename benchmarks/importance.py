@@ -12,9 +12,9 @@ from statistics import median, quantiles
 import torch
 from common import Figure, arguments, write
 
-from minitron_mcore import report
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.reporting import tables
 from minitron_mcore.testing import on_ranks
 
 SMOLLM2 = Architecture("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5, None, True)
@@ -31,9 +31,9 @@ def measure(arch: Architecture, parallel: ParallelConfig, rounds: int) -> list[t
     """Seconds of each round: plain, collecting, collecting compiled."""
     import torch.distributed as dist
 
-    from minitron_mcore.importance.collect import collecting
+    from minitron_mcore.importance.collector import collecting
     from minitron_mcore.models import build
-    from minitron_mcore.schedule import forward
+    from minitron_mcore.parallel.schedule import forward
 
     model = build.build(arch, parallel, "bf16")
     for parameter in model.parameters():
@@ -71,7 +71,7 @@ def main() -> None:
             rows[-1] |= {f"{name} (%)": 100 * overhead, f"{name}, spread": 100 * (high - low)}
             figures.append(Figure("importance", case, name, "overhead", overhead, "1"))
         figures.append(Figure("importance", case, "plain", "time", rows[-1]["forward (s)"], "s"))
-    report.table("collecting importance over the same forward passes", rows)
+    tables.table("collecting importance over the same forward passes", rows)
     write(figures, options.json)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from common import Figure, arguments, write
 
-from minitron_mcore import demo, report
-from minitron_mcore.pipeline import LAUNCH, stage
+from minitron_mcore.cli import demo
+from minitron_mcore.cli.pipeline import LAUNCH, stage
+from minitron_mcore.reporting import tables
 
 RECIPES = ("smollm2_100m", "smollm2_115m", "smollm2_100m_chained")
 QUICK = ["distill.steps=2", "distill.warmup_steps=1", "importance.samples=8", "evaluate.max_windows=2"]
@@ -45,7 +46,7 @@ def main() -> None:
         rows.append({"model": name, "cuts": cuts, "parameters": found["parameters"], "tokens": tokens} | measured)
         for metric, unit in (("loss", "nats/token"), ("perplexity", "1"), ("bits_per_byte", "bits/byte")):
             figures.append(Figure("iterative", f"smollm2 {tokens} tokens", name, metric, measured[metric], unit))
-    report.table("held-out text of the standard library", rows)
+    tables.table("held-out text of the standard library", rows)
     write(figures, options.json)
 
 

@@ -40,8 +40,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from minitron_mcore import runtime
-from minitron_mcore.config import Divergence, ParallelConfig
+from minitron_mcore.config.settings import Divergence, ParallelConfig
+from minitron_mcore.parallel import process_groups
 
 GPU = torch.cuda.is_available()
 TOKENS, VOCAB, STUDENT_HIDDEN, TEACHER_HIDDEN = (8192, 128_256, 3072, 4096) if GPU else (2048, 49_152, 504, 576)
@@ -62,19 +62,19 @@ def minitron(**options) -> Loss:
     from minitron_mcore.distill.losses import distillation_loss
 
     def loss(*states):
-        shape = dict(vocab_size=VOCAB, tp_group=runtime.tp_group())
+        shape = dict(vocab_size=VOCAB, tp_group=process_groups.tp_group())
         return distillation_loss(*states, *labels_and_mask(states[0]), **shape, **options)[0]
 
     return loss
 
 
 def minitron_torch(**options) -> Loss:
-    from minitron_mcore.distill import tiles
+    from minitron_mcore.distill import tiling
 
     fused = minitron(**options)
 
     def loss(*states):
-        with patch.object(tiles, "kernels_for", return_value=None):
+        with patch.object(tiling, "kernels_for", return_value=None):
             return fused(*states)
 
     return loss
@@ -85,7 +85,7 @@ def minitron_logits() -> Loss:
 
     def loss(hidden, head, teacher_hidden, teacher_head):
         both = hidden @ head.t(), teacher_hidden @ teacher_head.t()
-        options = dict(vocab_size=VOCAB, tp_group=runtime.tp_group())
+        options = dict(vocab_size=VOCAB, tp_group=process_groups.tp_group())
         return distillation_loss_of_logits(*both, *labels_and_mask(hidden), **options)[0]
 
     return loss
@@ -106,7 +106,7 @@ def modelopt() -> Loss:
     from megatron.core.transformer import TransformerConfig
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
-    tp = runtime.tp_group().size()
+    tp = process_groups.tp_group().size()
     criterion = LogitsKLLoss(
         TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, tensor_model_parallel_size=tp)
     )
@@ -116,7 +116,7 @@ def modelopt() -> Loss:
         total = per_token.sum()
         if tp_reduce and tp > 1:  # as Megatron-LM's loss function does: for the value, not for the gradient
             value = total.detach().clone()
-            dist.all_reduce(value, group=runtime.tp_group())
+            dist.all_reduce(value, group=process_groups.tp_group())
             total = total + (value - total.detach())
         return total
 
@@ -169,15 +169,15 @@ if not GPU:
 
 def inputs(tokens: int) -> Inputs:
     """The same hidden states on all ranks, this rank's rows of both heads; logits spread like a language model's."""
-    group = runtime.tp_group()
+    group = process_groups.tp_group()
     torch.set_num_threads(max(1, os.cpu_count() // group.size()))
-    g = torch.Generator(device=runtime.device()).manual_seed(0)
+    g = torch.Generator(device=process_groups.device()).manual_seed(0)
 
     def states(width: int) -> tuple[Tensor, Tensor]:
         hidden, head = (torch.randn(n, width, generator=g, device=g.device) for n in (tokens, VOCAB))
         head *= 3 / width**0.5
         rows = head.chunk(group.size())[group.rank()]
-        return tuple(x.to(runtime.device(), torch.bfloat16) for x in (hidden, rows))
+        return tuple(x.to(process_groups.device(), torch.bfloat16) for x in (hidden, rows))
 
     (hidden, head), teacher = states(STUDENT_HIDDEN), states(TEACHER_HIDDEN)
     return hidden.requires_grad_(), head.requires_grad_(), *teacher
@@ -198,7 +198,7 @@ def examine(loss: Loss, tensors: Inputs) -> tuple[tuple[Tensor, ...], int, int]:
     few = hidden.detach()[:16].requires_grad_(), head, teacher_hidden[:16], teacher_head
     step(loss, few)  # what libraries set up on first use is no part of the loss
     clear(tensors)
-    results, alone = [], runtime.tp_group().size() == 1
+    results, alone = [], process_groups.tp_group().size() == 1
     with contextlib.nullcontext() if alone else CommDebugMode() as counter:
         peak = (device_peak_bytes if GPU else peak_bytes)(
             lambda: results.append(step(loss, tensors, reduce_hidden=False))

@@ -17,9 +17,9 @@ from common import Figure, arguments, peak_bytes, write
 from rich.console import Console
 from rich.table import Table
 
-from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.estimate import memory
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
 
 TEACHER = Architecture("llama", 12, 576, 1536, 8, 4, 64, 49152, 8192, 1e-5, 1e5, None, True)
@@ -41,11 +41,12 @@ MICRO_BATCH, SEQUENCE_LENGTH, MICRO_BATCHES = 2, 512, 2
 
 def steps(folder: Path, names: tuple[str, str], parallel: ParallelConfig) -> dict[str, float]:
     """Bytes by kind on this rank, while a teacher and a student train for two steps."""
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
-    teacher, student = (checkpoint.open_checkpoint(folder / name) for name in names)
-    batch = MICRO_BATCH * MICRO_BATCHES * runtime.dp_group().size()
+    teacher, student = (run_folder.open_checkpoint(folder / name) for name in names)
+    batch = MICRO_BATCH * MICRO_BATCHES * process_groups.dp_group().size()
     config = DistillConfig(
         steps=9, global_batch=batch, micro_batch=MICRO_BATCH, sequence_length=SEQUENCE_LENGTH, warmup_steps=1
     )
@@ -94,9 +95,9 @@ def compare(folder: Path, name: str) -> tuple[list[Figure], Table]:
     world, parallel = LAYOUTS[name]
     measured = on_ranks(measure, world, parallel, folder, parallel, True, timeout=900)
     resident = on_ranks(measure, world, parallel, folder, parallel, False, timeout=900)
-    setting = cost.Setting(parallel, world, Dtype.bf16, MICRO_BATCH, SEQUENCE_LENGTH, Device.cpu)
+    setting = memory.Setting(parallel, world, Dtype.bf16, MICRO_BATCH, SEQUENCE_LENGTH, Device.cpu)
     figures, shown = [], Table(f"{name} (MB)", "", *KINDS, "resident")
-    for stage, estimate in enumerate(cost.training(MODELS["student"], MODELS["teacher"], setting, MICRO_BATCHES)):
+    for stage, estimate in enumerate(memory.training(MODELS["student"], MODELS["teacher"], setting, MICRO_BATCHES)):
         rank = stage * (world // parallel.pipeline)
         found = measured[rank] | {"resident": resident[rank]["total"]}
         shown.add_row(f"stage {stage}", "estimated", *(f"{estimate[kind] / 1e6:.1f}" for kind in KINDS))

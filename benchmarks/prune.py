@@ -24,12 +24,12 @@ from common import Figure, parser, write
 from rich.console import Console
 from rich.table import Table
 
-from minitron_mcore.checkpoint import open_checkpoint
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.checkpoint.streaming import boxes
+from minitron_mcore.formats.hf_folder import Writer
 from minitron_mcore.importance.scores import Scores, expected_shapes, save_scores
-from minitron_mcore.models import table
+from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import from_hf
-from minitron_mcore.models.folder import Writer
-from minitron_mcore.stream import boxes
 
 ROOT = Path(__file__).parents[1]
 LLAMA_31_8B = {
@@ -84,14 +84,14 @@ def make_folder(folder: Path, config: dict) -> None:
     arch, start = from_hf(config), 0
     noise = (torch.randn(2**26, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
-    def rows(parameter: table.Parameter) -> Iterator[Callable[[], torch.Tensor]]:
+    def rows(parameter: parameter_table.Parameter) -> Iterator[Callable[[], torch.Tensor]]:
         nonlocal start
         for _, shape in boxes(parameter):
             start = (start + 1_000_003) % 2**25
             yield noise[start : start + torch.Size(shape).numel()].view(shape).clone
 
     folder.mkdir(parents=True)
-    writer = Writer(folder, arch, dict.fromkeys(table.parameters(arch), torch.bfloat16))
+    writer = Writer(folder, arch, dict.fromkeys(parameter_table.parameters(arch), torch.bfloat16))
     writer.write("source", rows)
     (folder / "config.json").write_text(json.dumps(config))
     writer.finish(folder)
@@ -193,7 +193,7 @@ def count_parameters(folder: Path) -> int:
 
 def ways(work: Path, config: dict, plans: dict, layouts: list[int]) -> Iterator[tuple[str, Measured]]:
     """Every stage with what it took. Folders go as soon as nothing reads them; the source stays for the next time."""
-    source, full = work / "source", 2 * table.count(from_hf(config))
+    source, full = work / "source", 2 * parameter_table.count(from_hf(config))
     model = ["+model=llama31_8b", f"model.hf={source}", f"work_dir={work}"]
     for ranks in layouts:
         layout = [*model, f"parallel.tensor={ranks}"]

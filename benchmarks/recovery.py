@@ -21,8 +21,9 @@ import torch
 import yaml
 from common import Figure, parser, write
 
-from minitron_mcore import demo, pictures, report
-from minitron_mcore.pipeline import stage
+from minitron_mcore.cli import demo
+from minitron_mcore.cli.pipeline import stage
+from minitron_mcore.reporting import plots, tables
 
 DATA = Path(__file__).parents[2] / "shared/data"
 BLEND = {
@@ -82,9 +83,9 @@ def main() -> None:
             Figure("recovery", f"{steps} steps, {task}", name, "accuracy", n, "1") for task, n in scores.items()
         ]
     curves = {arm: root / arm / "distill/metrics.jsonl" for arm in ARMS}
-    pictures.plot_losses(curves, root / "losses.png")
+    plots.plot_losses(curves, root / "losses.png")
     notes = [f"accuracies of {questions} questions a task", f"curves: {root}/losses.png"]
-    report.table(f"SmolLM2-135M -> 100 M, {steps * BATCH * LENGTH:,} tokens an arm", rows, notes)
+    tables.table(f"SmolLM2-135M -> 100 M, {steps * BATCH * LENGTH:,} tokens an arm", rows, notes)
     write(figures, options.json)
 
 
@@ -163,7 +164,7 @@ def _accuracies(out_dir: Path, folder: Path, questions: int, files: Path) -> dic
         log_samples=False,
     )["results"]
     scores = {name: found[name][metric] for name, (*_, metric) in TASKS.items()}
-    report.write_json(kept, scores)
+    tables.write_json(kept, scores)
     return scores
 
 

@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 from common import Figure, arguments, write
 
-from minitron_mcore import checkpoint, demo, report
-from minitron_mcore.config import Aggregation, DataConfig, FfnSite, ParallelConfig, PruneConfig, Statistic
-from minitron_mcore.models import hf
+from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.cli import demo
+from minitron_mcore.config.settings import Aggregation, DataConfig, FfnSite, ParallelConfig, PruneConfig, Statistic
+from minitron_mcore.data.text_reader import documents
+from minitron_mcore.formats import hf_convert
+from minitron_mcore.reporting import tables
 from minitron_mcore.testing import on_ranks
-from minitron_mcore.textfiles import documents
 
 DATA = Path(__file__).parents[2] / "shared/data/text"
 RUN = Path("runs/statistics")
@@ -68,23 +70,26 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
     """(size, number of the statistic, loss on each text); first that of the whole model."""
     import torch.distributed as dist
 
-    from minitron_mcore import data, evaluate, prune, runtime
-    from minitron_mcore.importance.collect import collecting
+    from minitron_mcore.checkpoint.streaming import Reader
+    from minitron_mcore.data import datasets
+    from minitron_mcore.data.tokenizer import open_tokenizer
+    from minitron_mcore.evaluation import perplexity
+    from minitron_mcore.importance.collector import collecting
     from minitron_mcore.importance.scores import Scores
-    from minitron_mcore.plan.plan import make_plan
-    from minitron_mcore.schedule import forward
-    from minitron_mcore.stream import Reader
-    from minitron_mcore.tokenizer import open_tokenizer
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.parallel.schedule import forward
+    from minitron_mcore.pruning import apply
+    from minitron_mcore.pruning.plan import make_plan
 
-    source, config = checkpoint.open_checkpoint(RUN / "convert"), DataConfig([str(text)], cache=str(RUN / "cache"))
-    arch, dp = source.arch, runtime.dp_group()
-    prefixes, _ = data.prepare(config, teacher, arch.vocab)
-    tokens, _ = data.calibration(
+    source, config = run_folder.open_checkpoint(RUN / "convert"), DataConfig([str(text)], cache=str(RUN / "cache"))
+    arch, dp = source.arch, process_groups.dp_group()
+    prefixes, _ = datasets.prepare(config, teacher, arch.vocab)
+    tokens, _ = datasets.calibration(
         prefixes, vocab_size=arch.vocab, sequence_length=effort.length, num_samples=effort.samples, seed=config.seed
     )
-    model = checkpoint.build_model(source, ONE, "bf16")
+    model = run_folder.build_model(source, ONE, "bf16")
     batches = tokens[dp.rank() :: dp.size()].split(4)
-    progress = runtime.Progress("scores", len(batches), "micro-batches")
+    progress = process_groups.Progress("scores", len(batches), "micro-batches")
     with contextlib.ExitStack() as stack:
         collectors = [stack.enter_context(collecting(model, arch, statistic)) for statistic in effort.statistics]
         for done, batch in enumerate(batches, 1):
@@ -92,10 +97,10 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
             progress.update(done)
     scores = [Scores(collector.scores(), {}) for collector in collectors]
     tokenizer = open_tokenizer(config, teacher, arch.vocab)
-    texts = [evaluate.windows(str(path), tokenizer, effort.length) for path in HELDOUT.values()]
+    texts = [perplexity.windows(str(path), tokenizer, effort.length) for path in HELDOUT.values()]
 
     def losses(model, arch) -> list[float]:
-        nll, found = evaluate.ShardedModel(model, arch).nll, []
+        nll, found = perplexity.ShardedModel(model, arch).nll, []
         for cut in texts:
             chosen = torch.arange(effort.windows) * len(cut.tokens) // effort.windows
             tokens, mask = cut.tokens[chosen], cut.mask[chosen]
@@ -105,10 +110,10 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
         return found
 
     found, reader = [("135 M", -1, losses(model, arch))], Reader(source)
-    progress = runtime.Progress("pruned models", len(effort.sizes) * len(scores), "models")
+    progress = process_groups.Progress("pruned models", len(effort.sizes) * len(scores), "models")
     for size, (number, each) in itertools.product(effort.sizes, enumerate(scores)):
         plan = make_plan(arch, source.fingerprint, each, SIZES[size])
-        found.append((size, number, losses(prune.build_pruned(source, plan, ONE, "bf16", reader), plan.target)))
+        found.append((size, number, losses(apply.build_pruned(source, plan, ONE, "bf16", reader), plan.target)))
         progress.update(len(found) - 1)
     return found
 
@@ -124,7 +129,7 @@ def main() -> None:
     RUN.mkdir(parents=True, exist_ok=True)
     teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
     if not (RUN / "convert/latest").is_file():
-        on_ranks(hf.import_folder, 1, ONE, teacher, RUN / "convert", ONE)
+        on_ranks(hf_convert.import_folder, 1, ONE, teacher, RUN / "convert", ONE)
     text = calibration_text(RUN / "calibration.jsonl")
     found = on_ranks(measure, 2, ONE, teacher, text, effort, timeout=7200)[0]
     rows, figures = [], []
@@ -146,7 +151,7 @@ def main() -> None:
             Figure("statistics", f"smollm2 {size} {text}", label, "loss", loss, "nats/token")
             for (size, text), loss in losses.items()
         ]
-    report.table("loss right after pruning, nats a token", rows)
+    tables.table("loss right after pruning, nats a token", rows)
     write(figures, options.json)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from common import Figure, arguments, write
 
-from minitron_mcore import demo
-from minitron_mcore.pipeline import stage
+from minitron_mcore.cli import demo
+from minitron_mcore.cli.pipeline import stage
 
 QUICK = ["search.blocks=[28,30]", "search.hidden=[504]", "search.ffn=[1152]", "search.best=1", "search.steps=2"]
 QUICK += ["distill.warmup_steps=1", "search.speed.repetitions=1", "importance.samples=8", "evaluate.max_windows=2"]

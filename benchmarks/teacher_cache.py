@@ -15,10 +15,12 @@ import torch
 from common import Figure, arguments, write
 from torch import Tensor
 
-from minitron_mcore import checkpoint, demo, report
-from minitron_mcore.config import DataConfig, DistillConfig, ParallelConfig, PruneConfig, Statistic
-from minitron_mcore.models import hf
-from minitron_mcore.runs import CacheKind, TeacherCacheRun
+from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.cli import demo
+from minitron_mcore.config.settings import DataConfig, DistillConfig, ParallelConfig, PruneConfig, Statistic
+from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
+from minitron_mcore.formats import hf_convert
+from minitron_mcore.reporting import tables
 from minitron_mcore.testing import on_ranks
 
 TEXT = Path(__file__).parents[2] / "shared/data/text/wikitext2.valid.txt"
@@ -29,7 +31,7 @@ TIMED = {"topk 64": {"kind": CacheKind.topk, "top_k": 64}, "hidden": {"kind": Ca
 
 
 def final_hidden(model, tokens: Tensor) -> Tensor:
-    from minitron_mcore import schedule
+    from minitron_mcore.parallel import schedule
 
     found = []
     schedule.forward(model, [{"tokens": tokens}], lambda hidden, batch: found.append(hidden.flatten(0, 1)))
@@ -38,13 +40,13 @@ def final_hidden(model, tokens: Tensor) -> Tensor:
 
 def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]:
     """By kind of cache: bytes a token, relative error of the gradients of hidden states and head."""
-    from minitron_mcore import runtime
     from minitron_mcore.distill import cache, checks
+    from minitron_mcore.distill.cache_writer import largest
     from minitron_mcore.distill.losses import distillation_loss
-    from minitron_mcore.distill.recording import largest
+    from minitron_mcore.parallel import process_groups
 
-    teacher, student = (checkpoint.open_checkpoint(RUN / name) for name in ("convert", "student"))
-    vocab, (ours, theirs) = teacher.arch.vocab, (checkpoint.build_model(x, ONE, "fp32") for x in (student, teacher))
+    teacher, student = (run_folder.open_checkpoint(RUN / name) for name in ("convert", "student"))
+    vocab, (ours, theirs) = teacher.arch.vocab, (run_folder.build_model(x, ONE, "fp32") for x in (student, teacher))
     hidden, wanted, head = final_hidden(ours, tokens), final_hidden(theirs, tokens), theirs.head().detach()
     labels, mask = tokens.t().reshape(-1), torch.ones(tokens.numel())
 
@@ -64,7 +66,7 @@ def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]
 
     found, logits = {}, wanted @ head[:vocab].t()
     for k in ks:
-        packed = cache.pack_top(*largest(logits.clone(), k, 0, runtime.tp_group()), vocab)
+        packed = cache.pack_top(*largest(logits.clone(), k, 0, process_groups.tp_group()), vocab)
         ids, log_probs = cache.unpack_top(packed)
         found[f"topk {k}"] = (
             size(CacheKind.topk, k),
@@ -79,44 +81,45 @@ def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]
 
 def prepare(text: str) -> Tensor:
     """Write the student and the caches; one micro-batch of the text."""
-    from minitron_mcore import data, prune
-    from minitron_mcore.distill import recording
-    from minitron_mcore.importance.collect import score
-    from minitron_mcore.plan.plan import make_plan
+    from minitron_mcore.data import datasets
+    from minitron_mcore.distill import cache_writer
+    from minitron_mcore.importance.collector import score
+    from minitron_mcore.pruning import apply
+    from minitron_mcore.pruning.plan import make_plan
 
     torch.set_num_threads(os.cpu_count())
-    source, config = checkpoint.open_checkpoint(RUN / "convert"), DataConfig([text], cache=str(RUN / "cache"))
-    prefixes, _ = data.prepare(config, source.hf, source.arch.vocab)
+    source, config = run_folder.open_checkpoint(RUN / "convert"), DataConfig([text], cache=str(RUN / "cache"))
+    prefixes, _ = datasets.prepare(config, source.hf, source.arch.vocab)
     shape = dict(vocab_size=source.arch.vocab, sequence_length=SETTINGS.sequence_length)
     if not (RUN / "student/latest").is_file():
-        tokens, mask = data.calibration(prefixes, num_samples=16, seed=1, **shape)
-        scores = score(checkpoint.build_model(source, ONE, "bf16"), source, tokens, mask, 4, Statistic())
+        tokens, mask = datasets.calibration(prefixes, num_samples=16, seed=1, **shape)
+        scores = score(run_folder.build_model(source, ONE, "bf16"), source, tokens, mask, 4, Statistic())
         plan = make_plan(source.arch, source.fingerprint, scores, PruneConfig(hidden=504, ffn=1152))
-        prune.prune(source, plan, RUN / "student", ONE)
+        apply.prune(source, plan, RUN / "student", ONE)
     sizes = {name: getattr(SETTINGS, name) for name in ("steps", "global_batch", "micro_batch", "sequence_length")}
     for name, kind in TIMED.items():
         out_dir = str(RUN / name.replace(" ", "_"))
-        recording.run(
+        cache_writer.run(
             TeacherCacheRun(data=config, teacher=str(RUN / "convert"), out_dir=out_dir, **kind, **sizes), source
         )
-    return data.calibration(prefixes, num_samples=4, seed=2, **shape)[0]
+    return datasets.calibration(prefixes, num_samples=4, seed=2, **shape)[0]
 
 
 def step_seconds(text: str, repetitions: int) -> dict[str, list[float]]:
     """Of each teacher, the first step of each left out."""
-    from minitron_mcore import data
+    from minitron_mcore.data import datasets
     from minitron_mcore.distill import cache
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.trainer import Trainer
 
     torch.set_num_threads(os.cpu_count())
     config = DataConfig([text], cache=str(RUN / "cache"))
-    student = checkpoint.open_checkpoint(RUN / "student")
+    student = run_folder.open_checkpoint(RUN / "student")
     folders = {"live": RUN / "convert"} | {name: RUN / name.replace(" ", "_") for name in TIMED}
     runs = {}
     for name, folder in folders.items():
         trainer = Trainer(student, cache.open_teacher(folder), replace(SETTINGS), ONE, "bf16")
-        prefixes, weights = data.prepare(config, student.hf, student.arch.vocab)
-        runs[name] = trainer, data.train_batches(prefixes, weights, **trainer.data_position(config))
+        prefixes, weights = datasets.prepare(config, student.hf, student.arch.vocab)
+        runs[name] = trainer, datasets.train_batches(prefixes, weights, **trainer.data_position(config))
     seconds = {name: [] for name in runs}
     for _ in range(repetitions + 1):
         for name, (trainer, batches) in runs.items():
@@ -131,7 +134,7 @@ def main() -> None:
     RUN.mkdir(parents=True, exist_ok=True)
     teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
     if not (RUN / "convert/latest").is_file():
-        on_ranks(hf.import_folder, 1, ONE, teacher, RUN / "convert", ONE)
+        on_ranks(hf_convert.import_folder, 1, ONE, teacher, RUN / "convert", ONE)
     text = str(TEXT if TEXT.is_file() else demo.write_stdlib_text(RUN / "text")[0])
     tokens = on_ranks(prepare, 1, ONE, text, timeout=1800)[0]
     found = on_ranks(errors, 1, ONE, tokens, ks, timeout=1800)[0]
@@ -148,7 +151,7 @@ def main() -> None:
     ]
     for row in rows:
         row |= {"step [s]": times.get(row["teacher"]), "of live": ratios.get(row["teacher"])}
-    report.table("a teacher's cache: SmolLM2-135M to 100 M", rows, [f"text: {text}"])
+    tables.table("a teacher's cache: SmolLM2-135M to 100 M", rows, [f"text: {text}"])
     case = "smollm2 135M to 100M"
     figures = [Figure("teacher_cache", case, name, "bytes_a_token", size, "B") for name, (size, *_) in found.items()]
     for name, (_, *each) in found.items():

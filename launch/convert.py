@@ -4,26 +4,36 @@ torchrun --nproc-per-node 3 launch/convert.py +model=smollm2_135m model.hf=/path
 torchrun --nproc-per-node 8 launch/convert.py +model=llama31_8b model.weights=/path/to/megatron/checkpoint parallel=tp8
 """
 
-from minitron_mcore.launching import entry, plain
-from minitron_mcore.runs import ConvertRun
+from minitron_mcore.cli.main import entry, plain
+from minitron_mcore.config.stages import ConvertRun
 
 
 @entry("convert")
 def main(config: ConvertRun) -> None:
-    from minitron_mcore import checkpoint, report, runtime
-    from minitron_mcore.models import architecture, build, hf, sources, table
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.formats import hf_convert, sources
+    from minitron_mcore.models import architecture, build, parameter_table
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.reporting import tables
 
     wanted = architecture.given(config.model.architecture)
-    with runtime.distributed(config.parallel, config.seed):
+    with process_groups.distributed(config.parallel, config.seed):
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
-            checkpoint.claimed(config.out_dir, plain(config)),
+            run_folder.claimed(config.out_dir, plain(config)),
             sources.opened(model.hf, model.weights or model.hf, dtype) as (folder, weights),
         ):
-            arch = hf.import_folder(folder, config.out_dir, config.parallel, wanted, weights)
-        report.table(
+            arch = hf_convert.import_folder(folder, config.out_dir, config.parallel, wanted, weights)
+        tables.table(
             "converted",
-            [{"parameters": table.count(arch), "blocks": arch.blocks, "hidden": arch.hidden, "ffn": arch.ffn}],
+            [
+                {
+                    "parameters": parameter_table.count(arch),
+                    "blocks": arch.blocks,
+                    "hidden": arch.hidden,
+                    "ffn": arch.ffn,
+                }
+            ],
             [f"checkpoint: {config.out_dir}"],
         )
 

@@ -3,26 +3,27 @@
 torchrun --nproc-per-node 8 launch/correct.py +recipe=llama31_minitron_4b_width parallel=tp2_sp data.train=[text.jsonl]
 """
 
-from minitron_mcore.config import DistillConfig
-from minitron_mcore.launching import entry
-from minitron_mcore.runs import CorrectRun
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.settings import DistillConfig
+from minitron_mcore.config.stages import CorrectRun
 
 
 @entry("correct")
 def main(config: CorrectRun) -> None:
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill import stage
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill import run
+    from minitron_mcore.parallel import process_groups
 
     settings = DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
-    with runtime.distributed(
+    with process_groups.distributed(
         config.parallel,
         config.seed,
         settings.sequence_length,
         patience=max(settings.hang_minutes, settings.save_minutes),
         timeout_minutes=config.performance.nccl_timeout_minutes,
     ):
-        source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
-        stage.run([config], settings, [source], teacher=None)
+        source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
+        run.train([config], settings, [source], teacher=None)
 
 
 if __name__ == "__main__":

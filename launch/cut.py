@@ -3,23 +3,26 @@
 python launch/cut.py +model=smollm2_135m plan=/path/to/plan.json
 """
 
-from minitron_mcore.launching import alone, entry, plain
-from minitron_mcore.runs import CutRun
+from minitron_mcore.cli.main import alone, entry, plain
+from minitron_mcore.config.stages import CutRun
 
 
 @entry("cut")
 def main(config: CutRun) -> None:
-    from minitron_mcore import checkpoint, delivery, prune, report
-    from minitron_mcore.plan.plan import load_plan
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.export import model_card
+    from minitron_mcore.pruning import apply
+    from minitron_mcore.pruning.plan import load_plan
+    from minitron_mcore.reporting import tables
 
     if not alone():
         return
     plan, folder = load_plan(config.plan), config.model.hf
-    with checkpoint.claimed(config.out_dir, plain(config)):
-        prune.cut_folder(folder, plan, config.out_dir, config.dtype.value)
-        taken = delivery.deliver(delivery.cut(folder, plan, config.out_dir), config.out_dir)
-    report.table("loaders (every block has the same sizes)", taken)
-    report.table("cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}"])
+    with run_folder.claimed(config.out_dir, plain(config)):
+        apply.cut_folder(folder, plan, config.out_dir, config.dtype.value)
+        taken = model_card.deliver(model_card.cut(folder, plan, config.out_dir), config.out_dir)
+    tables.table("loaders (every block has the same sizes)", taken)
+    tables.table("cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}"])
 
 
 if __name__ == "__main__":

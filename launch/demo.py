@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from minitron_mcore import demo, report
+from minitron_mcore.cli import demo
+from minitron_mcore.cli.pipeline import stage
 from minitron_mcore.errors import UserError
-from minitron_mcore.page import write
-from minitron_mcore.pipeline import stage
+from minitron_mcore.reporting import page, tables
 
 ROOT = Path("runs/demo")
 RANKS = 3  # 9 heads and 3 key/value groups: 1 or 3
@@ -47,9 +47,9 @@ def main() -> None:
         )
     steps = [json.loads(line) for line in (ROOT / "distill/metrics.jsonl").read_text().splitlines()]
     speed = sorted(step["tokens_per_second"] for step in steps)[len(steps) // 2]
-    write.write(ROOT, ROOT / "report.html")
+    page.write(ROOT, ROOT / "report.html")
     lost, won = rows[1]["loss"] - rows[0]["loss"], rows[1]["loss"] - rows[2]["loss"]
-    report.table(
+    tables.table(
         "SmolLM2-135M-Instruct (dequantised from Q4_1), pruned and distilled; held-out text of the standard library",
         rows,
         [
@@ -61,7 +61,7 @@ def main() -> None:
             f"{(time.monotonic() - start) / 60:.1f} minutes in all",
         ],
     )
-    report.write_json(ROOT / "demo.json", {"models": rows, "tokens_per_second": speed})
+    tables.write_json(ROOT / "demo.json", {"models": rows, "tokens_per_second": speed})
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ torchrun --nproc-per-node 3 launch/depth.py +model=smollm2_135m parallel=tp3 dep
 python launch/plan.py +model=smollm2_135m study=runs/smollm2_135m/depth prune.blocks=22
 """
 
-from minitron_mcore.launching import entry
-from minitron_mcore.runs import DepthRun
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.stages import DepthRun
 
 
 @entry("depth")
 def main(config: DepthRun) -> None:
-    from minitron_mcore import runtime
-    from minitron_mcore.importance import sweep
+    from minitron_mcore.depth import sweep
+    from minitron_mcore.parallel import process_groups
 
-    with runtime.distributed(config.parallel, config.seed, config.depth.sequence_length):
+    with process_groups.distributed(config.parallel, config.seed, config.depth.sequence_length):
         sweep.run(config)
 
 

@@ -7,21 +7,22 @@ torchrun --nproc-per-node 8 launch/distill.py +model=llama31_8b parallel=cp2 dat
 
 import dataclasses
 
-from minitron_mcore.launching import entry
-from minitron_mcore.runs import DistillRun
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.stages import DistillRun
 
 
 @entry("distill")
 def main(config: DistillRun) -> None:
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill import apart, cache, stage
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill import cache, remote_teacher, run
+    from minitron_mcore.parallel import process_groups
 
     settings = config.distill
     runs = [
         dataclasses.replace(config, student=student, students=None, out_dir=f"{config.out_dir}/{name}")
         for name, student in (config.students or {}).items()
     ]
-    with runtime.distributed(
+    with process_groups.distributed(
         config.parallel,
         config.seed,
         settings.sequence_length,
@@ -30,13 +31,13 @@ def main(config: DistillRun) -> None:
         apart=settings.teacher_ranks,
         other=settings.teacher_parallel,
     ):
-        if (bridge := runtime.bridge()) and bridge.beyond:
-            teacher = checkpoint.open_checkpoint(config.teacher, "teacher")
-            return apart.serve(teacher, settings, config.parallel, config.dtype.value, config.performance)
+        if (bridge := process_groups.bridge()) and bridge.beyond:
+            teacher = run_folder.open_checkpoint(config.teacher, "teacher")
+            return remote_teacher.serve(teacher, settings, config.parallel, config.dtype.value, config.performance)
         runs = runs or [config]
-        students = [checkpoint.open_checkpoint(run.student, "student") for run in runs]
+        students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
         teacher = cache.open_teacher(config.teacher) if settings.taught else None
-        stage.run(runs, settings, students, teacher)
+        run.train(runs, settings, students, teacher)
 
 
 if __name__ == "__main__":

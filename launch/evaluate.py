@@ -5,26 +5,29 @@ torchrun --nproc-per-node 3 launch/evaluate.py +model=smollm2_135m parallel=tp3 
     source=runs/smollm2_135m/distill data.heldout=[x.jsonl]
 """
 
-from minitron_mcore.launching import entry, plain
-from minitron_mcore.runs import EvaluateRun
+from minitron_mcore.cli.main import entry, plain
+from minitron_mcore.config.stages import EvaluateRun
 
 
 @entry("evaluate")
 def main(config: EvaluateRun) -> None:
     from pathlib import Path
 
-    from minitron_mcore import checkpoint, evaluate, report, runtime
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.evaluation import perplexity
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.reporting import tables
 
-    with runtime.distributed(config.parallel, config.seed, config.evaluate.sequence_length):
-        model, tokenizer = evaluate.open_model(config)
-        with checkpoint.claimed(config.out_dir, plain(config)):
-            rows = evaluate.evaluate_run(model, tokenizer, config)
-            if runtime.rank() == 0:
-                report.write_json(
+    with process_groups.distributed(config.parallel, config.seed, config.evaluate.sequence_length):
+        model, tokenizer = perplexity.open_model(config)
+        with run_folder.claimed(config.out_dir, plain(config)):
+            rows = perplexity.evaluate_run(model, tokenizer, config)
+            if process_groups.rank() == 0:
+                tables.write_json(
                     Path(config.out_dir) / "evaluation.json",
                     {"source": config.source, "parameters": model.parameters, "files": rows},
                 )
-        report.table(f"evaluation of {config.source}", rows, [f"figures: {config.out_dir}/evaluation.json"])
+        tables.table(f"evaluation of {config.source}", rows, [f"figures: {config.out_dir}/evaluation.json"])
 
 
 if __name__ == "__main__":

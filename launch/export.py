@@ -5,29 +5,36 @@ python launch/export.py +model=smollm2_135m
 torchrun --nproc-per-node 8 launch/export.py +model=llama31_8b format=gpt parallel=tp8
 """
 
-from minitron_mcore.launching import alone, entry, plain
-from minitron_mcore.runs import ExportRun
+from minitron_mcore.cli.main import alone, entry, plain
+from minitron_mcore.config.stages import ExportRun
 
 
 @entry("export")
 def main(config: ExportRun) -> None:
-    from minitron_mcore import checkpoint, delivery, report, runtime
-    from minitron_mcore.models import architecture, gpt, hf
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.export import model_card
+    from minitron_mcore.formats import hf_convert, megatron_gpt
+    from minitron_mcore.models import architecture
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.reporting import tables
 
-    source, dtype = checkpoint.open_checkpoint(config.source), config.dtype.value
+    source, dtype = run_folder.open_checkpoint(config.source), config.dtype.value
     if config.format == "gpt":
         options = config.parallel, dtype, config.names.value, config.vocab_multiple
-        with runtime.distributed(config.parallel, config.seed), checkpoint.claimed(config.out_dir, plain(config)):
-            parameters = gpt.export_folder(source, config.out_dir, *options)
+        with (
+            process_groups.distributed(config.parallel, config.seed),
+            run_folder.claimed(config.out_dir, plain(config)),
+        ):
+            parameters = megatron_gpt.export_folder(source, config.out_dir, *options)
     elif not alone():
         return
     else:
         architecture.check_exportable(source.arch)
-        with checkpoint.claimed(config.out_dir, plain(config)):
-            parameters = hf.export_folder(source, config.out_dir, dtype)
-            taken = delivery.deliver(delivery.exported(source), config.out_dir)
-        report.table("loaders (every block has the same sizes)", taken)
-    report.table("exported", [{"parameters": parameters, "dtype": dtype, "folder": config.out_dir}])
+        with run_folder.claimed(config.out_dir, plain(config)):
+            parameters = hf_convert.export_folder(source, config.out_dir, dtype)
+            taken = model_card.deliver(model_card.exported(source), config.out_dir)
+        tables.table("loaders (every block has the same sizes)", taken)
+    tables.table("exported", [{"parameters": parameters, "dtype": dtype, "folder": config.out_dir}])
 
 
 if __name__ == "__main__":

@@ -3,23 +3,25 @@
 torchrun --nproc-per-node 3 launch/generate.py +model=smollm2_135m parallel=tp3 prompt='def fibonacci(n):'
 """
 
-from minitron_mcore.launching import entry
-from minitron_mcore.runs import GenerateRun
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.stages import GenerateRun
 
 
 @entry("generate")
 def main(config: GenerateRun) -> None:
     import torch
 
-    from minitron_mcore import checkpoint, runtime, tokenizer
-    from minitron_mcore.generate import generate
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.data import tokenizer
+    from minitron_mcore.evaluation.generate import generate
+    from minitron_mcore.parallel import process_groups
 
-    with runtime.distributed(config.parallel, config.seed):
-        source = checkpoint.open_checkpoint(config.source)
+    with process_groups.distributed(config.parallel, config.seed):
+        source = run_folder.open_checkpoint(config.source)
         words = tokenizer.open_tokenizer(config.data, source.hf, source.arch.vocab)
-        model = checkpoint.build_model(source, config.parallel, config.dtype.value)
+        model = run_folder.build_model(source, config.parallel, config.dtype.value)
         prompt = torch.tensor([words.documents([config.prompt])[0][:-1]])  # without the EOS that ends a document
-        runtime.log(words.decode(generate(model, source.arch, prompt, config.tokens, words.eos)[0].tolist()))
+        process_groups.log(words.decode(generate(model, source.arch, prompt, config.tokens, words.eos)[0].tolist()))
 
 
 if __name__ == "__main__":

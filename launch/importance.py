@@ -3,24 +3,27 @@
 torchrun --nproc-per-node 3 launch/importance.py +model=smollm2_135m parallel=tp3 data.train=[text.jsonl]
 """
 
-from minitron_mcore.launching import entry, plain
-from minitron_mcore.runs import ImportanceRun
+from minitron_mcore.cli.main import entry, plain
+from minitron_mcore.config.stages import ImportanceRun
 
 
 @entry("importance")
 def main(config: ImportanceRun) -> None:
-    from minitron_mcore import checkpoint, data, pictures, report, runtime
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.data import datasets
     from minitron_mcore.errors import refuse
     from minitron_mcore.importance import checks, scores
-    from minitron_mcore.importance.collect import score
+    from minitron_mcore.importance.collector import score
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.reporting import plots, tables
 
     settings = config.importance
-    with runtime.distributed(config.parallel, config.seed, settings.sequence_length):
-        source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
-        refuse(checks.problems(source.arch, settings, runtime.dp_group().size()))
-        with checkpoint.claimed(config.out_dir, plain(config)):
-            prefixes, _ = data.prepare(config.data, source.hf, source.arch.vocab)
-            tokens, mask = data.calibration(
+    with process_groups.distributed(config.parallel, config.seed, settings.sequence_length):
+        source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
+        refuse(checks.problems(source.arch, settings, process_groups.dp_group().size()))
+        with run_folder.claimed(config.out_dir, plain(config)):
+            prefixes, _ = datasets.prepare(config.data, source.hf, source.arch.vocab)
+            tokens, mask = datasets.calibration(
                 prefixes,
                 vocab_size=source.arch.vocab,
                 sequence_length=settings.sequence_length,
@@ -28,13 +31,13 @@ def main(config: ImportanceRun) -> None:
                 seed=config.data.seed,
                 whole_documents=settings.whole_documents,
             )
-            model = checkpoint.build_model(source, config.parallel, config.dtype.value)
+            model = run_folder.build_model(source, config.parallel, config.dtype.value)
             found = score(model, source, tokens, mask, settings.micro_batch, settings)
-            found.metadata["data"] = data.data_hash(prefixes)
-            if runtime.rank() == 0:
+            found.metadata["data"] = datasets.data_hash(prefixes)
+            if process_groups.rank() == 0:
                 file = scores.save_scores(config.out_dir, found)
-                pictures.plot_importance(file, f"{config.out_dir}/importance.png")
-                report.table(
+                plots.plot_importance(file, f"{config.out_dir}/importance.png")
+                tables.table(
                     "importance",
                     scores.summary(found),
                     [f"scores: {file}", f"picture: {config.out_dir}/importance.png"],

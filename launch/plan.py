@@ -5,24 +5,25 @@ python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
 `parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
 """
 
-from minitron_mcore.launching import alone, entry, plain
-from minitron_mcore.runs import PlanRun
+from minitron_mcore.cli.main import alone, entry, plain
+from minitron_mcore.config.stages import PlanRun
 
 
 @entry("plan")
 def main(config: PlanRun) -> None:
     from pathlib import Path
 
-    from minitron_mcore import checkpoint, pictures, report
-    from minitron_mcore.importance import study
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.depth import study
     from minitron_mcore.importance.scores import load_scores
     from minitron_mcore.models import architecture, build
-    from minitron_mcore.plan import groups, target
-    from minitron_mcore.plan import plan as plans
+    from minitron_mcore.pruning import plan as plans
+    from minitron_mcore.pruning import summary, target
+    from minitron_mcore.reporting import plots, tables
 
     if not alone():
         return
-    source = checkpoint.open_checkpoint(config.source, wanted=config.model.architecture)
+    source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
     prune, said = study.apply(config.study, source.arch.blocks, source.fingerprint, config.prune)
     plan = plans.make_plan(source.arch, source.fingerprint, scores, prune)
@@ -31,14 +32,14 @@ def main(config: PlanRun) -> None:
     build.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:
         architecture.check_exportable(plan.target)
-    with checkpoint.claimed(config.out_dir, plain(config)):
-        checkpoint.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
-        pictures.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
-    report.table("tensors of the plan", groups.tensors(plan, config.dtype.value))
+    with run_folder.claimed(config.out_dir, plain(config)):
+        run_folder.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
+        plots.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
+    tables.table("tensors of the plan", summary.tensors(plan, config.dtype.value))
     files = f"plan: {config.out_dir}/{plans.FILE}; picture: {config.out_dir}/plan.png"
     units = f"bytes are of {config.dtype}; a tensor is in the row of each of its axes"
-    notes = [files, groups.counts(plan), units, *plan.notes()]
-    report.table("plan", groups.axes(plan, config.dtype.value), notes)
+    notes = [files, summary.counts(plan), units, *plan.notes()]
+    tables.table("plan", summary.axes(plan, config.dtype.value), notes)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,23 @@
 torchrun --nproc-per-node 3 launch/prune.py +model=smollm2_135m parallel=tp3
 """
 
-from minitron_mcore.launching import entry, plain
-from minitron_mcore.runs import PruneRun
+from minitron_mcore.cli.main import entry, plain
+from minitron_mcore.config.stages import PruneRun
 
 
 @entry("prune")
 def main(config: PruneRun) -> None:
-    from minitron_mcore import checkpoint, report, runtime
-    from minitron_mcore.plan.plan import load_plan
-    from minitron_mcore.prune import prune
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.pruning.apply import prune
+    from minitron_mcore.pruning.plan import load_plan
+    from minitron_mcore.reporting import tables
 
-    with runtime.distributed(config.parallel, config.seed):
-        source, plan = checkpoint.open_checkpoint(config.source), load_plan(config.plan)
-        with checkpoint.claimed(config.out_dir, plain(config)):
+    with process_groups.distributed(config.parallel, config.seed):
+        source, plan = run_folder.open_checkpoint(config.source), load_plan(config.plan)
+        with run_folder.claimed(config.out_dir, plain(config)):
             prune(source, plan, config.out_dir, config.parallel)
-        report.table("pruned", plan.summary(), [f"checkpoint: {config.out_dir}"])
+        tables.table("pruned", plan.summary(), [f"checkpoint: {config.out_dir}"])
 
 
 if __name__ == "__main__":

@@ -4,22 +4,21 @@ python launch/report.py work_dir=runs/demo
 python launch/report.py +recipe=smollm2_100m html=/path/report.html
 """
 
-from minitron_mcore.launching import alone, entry
-from minitron_mcore.runs import ReportRun
+from minitron_mcore.cli.main import alone, entry
+from minitron_mcore.config.stages import ReportRun
 
 
 @entry("report")
 def main(config: ReportRun) -> None:
-    from minitron_mcore import report
-    from minitron_mcore.page import write
+    from minitron_mcore.reporting import page, tables
 
     if not alone():
         return
     if config.dry_run:
-        rows, note = write.contents(write.collect(config.work_dir)), "would go into"
+        rows, note = page.contents(page.collect(config.work_dir)), "would go into"
     else:
-        rows, note = write.write(config.work_dir, config.html), "page:"
-    report.table(f"report on {config.work_dir}", rows, [f"{note} {config.html}"])
+        rows, note = page.write(config.work_dir, config.html), "page:"
+    tables.table(f"report on {config.work_dir}", rows, [f"{note} {config.html}"])
 
 
 if __name__ == "__main__":

@@ -10,23 +10,23 @@ STAGE=search sbatch launch/slurm/distill.sbatch search.shards=4 search.shard=0 .
 Shards measure all candidates, and when that is done the same sweep trains the best; a last run without shards collects.
 """
 
-from minitron_mcore.launching import entry
-from minitron_mcore.runs import SearchRun
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.stages import SearchRun
 
 
 @entry("search")
 def main(config: SearchRun) -> None:
-    from minitron_mcore import runtime
-    from minitron_mcore.plan import ranking
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.search import runner
 
-    with runtime.distributed(
+    with process_groups.distributed(
         config.parallel,
         config.seed,
         config.evaluate.sequence_length,
         patience=max(config.distill.hang_minutes, config.distill.save_minutes),
         timeout_minutes=config.performance.nccl_timeout_minutes,
     ):
-        ranking.run(config)
+        runner.run(config)
 
 
 if __name__ == "__main__":

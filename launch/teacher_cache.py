@@ -5,17 +5,18 @@ torchrun --nproc-per-node 8 launch/teacher_cache.py +model=llama31_8b parallel=t
 torchrun --nproc-per-node 8 launch/distill.py +model=llama31_8b data.train=[text.jsonl] teacher=runs/llama31_8b/teacher_cache
 """
 
-from minitron_mcore.launching import entry
-from minitron_mcore.runs import TeacherCacheRun
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.stages import TeacherCacheRun
 
 
 @entry("teacher_cache")
 def main(config: TeacherCacheRun) -> None:
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill import recording
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill import cache_writer
+    from minitron_mcore.parallel import process_groups
 
-    with runtime.distributed(config.parallel, config.seed, config.sequence_length):
-        recording.run(config, checkpoint.open_checkpoint(config.teacher, "teacher"))
+    with process_groups.distributed(config.parallel, config.seed, config.sequence_length):
+        cache_writer.run(config, run_folder.open_checkpoint(config.teacher, "teacher"))
 
 
 if __name__ == "__main__":

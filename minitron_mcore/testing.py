@@ -23,10 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron_mcore import checkpoint, runtime, stream
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.checkpoint import run_folder, streaming
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.parallel import process_groups
 
 
 @functools.cache
@@ -36,7 +37,9 @@ def _processes() -> multiprocessing.context.BaseContext:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["minitron_mcore.testing", "minitron_mcore.evaluate", "minitron_mcore.distill.train"])
+    server.set_forkserver_preload(
+        ["minitron_mcore.testing", "minitron_mcore.evaluation.perplexity", "minitron_mcore.distill.trainer"]
+    )
     return server
 
 
@@ -102,7 +105,7 @@ def _work(rank: int, world_size: int, laid: tuple, folder: str, fn: Callable, ar
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
     # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
     parallel, apart, other = laid
-    world = runtime.distributed(parallel, store=store, apart=apart, other=other)
+    world = process_groups.distributed(parallel, store=store, apart=apart, other=other)
     with _told(rank, folder), world, _told(rank, folder):
         torch.save(fn(*args), folder / f"{rank}.result")
 
@@ -112,8 +115,8 @@ def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
     model = build.build(arch, ParallelConfig(), dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    checkpoint.describe(folder, arch, "random", {}, folder)
-    stream.save_state(folder, 0, checkpoint.model_state(model, arch), "random")
+    run_folder.describe(folder, arch, "random", {}, folder)
+    streaming.save_state(folder, 0, run_folder.model_state(model, arch), "random")
 
 
 class SavedBytes:

@@ -20,7 +20,7 @@ def gpt_model(parallel, vocab=PADDED, **changes):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    from minitron_mcore import runtime
+    from minitron_mcore.parallel import process_groups
 
     sizes = models.SIZES
     options = dict(
@@ -58,8 +58,8 @@ def gpt_model(parallel, vocab=PADDED, **changes):
         spec,
         vocab_size=vocab,
         max_sequence_length=sizes["max_position_embeddings"],
-        pre_process=runtime.is_first_stage(),
-        post_process=runtime.is_last_stage(),
+        pre_process=process_groups.is_first_stage(),
+        post_process=process_groups.is_last_stage(),
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         rotary_base=10000,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from minitron_mcore import disk
+from minitron_mcore.checkpoint import disk
 
 COMMON = "common_state/shard_0_1"
 

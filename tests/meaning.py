@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, build, table
-from minitron_mcore.models.folder import Folder
+from minitron_mcore.formats.hf_folder import Folder
+from minitron_mcore.models import architecture, build, parameter_table
 from tests import families, models
 
 TOLERANCE = 2e-4
@@ -157,7 +157,10 @@ class Both:
 
     def _ours(self, arch) -> torch.Tensor:
         if (key := arch.digest()) not in self.seen:
-            model, stored = build.build(arch, ParallelConfig(), "fp32"), {p.name: p for p in table.parameters(arch)}
+            model, stored = (
+                build.build(arch, ParallelConfig(), "fp32"),
+                {p.name: p for p in parameter_table.parameters(arch)},
+            )
             with torch.no_grad():
                 for name, parameter in build.named_parameters(model):
                     row = stored[name]

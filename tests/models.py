@@ -41,10 +41,10 @@ def tiny_llama(folder: Path, tied: bool = False, seed: int = 0, **sizes) -> Path
 
 def placed(batches):
     """Micro-batches as a stage makes them: on this rank's device."""
-    from minitron_mcore import runtime
+    from minitron_mcore.parallel import process_groups
 
     for batch in batches:
-        yield {key: tensor.to(runtime.device()) for key, tensor in batch.items()}
+        yield {key: tensor.to(process_groups.device()) for key, tensor in batch.items()}
 
 
 def tokens(batch: int = 3, length: int = 12, seed: int = 1) -> torch.Tensor:
@@ -67,8 +67,8 @@ def hf_says(folder: Path, prompt: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def says(checkpoint, parallel, prompt: torch.Tensor, count: int, eos: int | None = None) -> torch.Tensor:
-    from minitron_mcore.checkpoint import build_model, open_checkpoint
-    from minitron_mcore.generate import generate
+    from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
+    from minitron_mcore.evaluation.generate import generate
 
     opened = open_checkpoint(checkpoint)
     return generate(build_model(opened, parallel, "fp32"), opened.arch, prompt, count, eos)
@@ -86,13 +86,13 @@ def edit_config(folder: Path, **changes) -> None:
 
 
 def import_hf(folder, out_dir, parallel) -> None:
-    from minitron_mcore.models import hf
+    from minitron_mcore.formats import hf_convert
 
-    hf.import_folder(folder, out_dir, parallel)
+    hf_convert.import_folder(folder, out_dir, parallel)
 
 
 def mcore_logits(checkpoint, parallel, ids: torch.Tensor) -> torch.Tensor | None:
-    from minitron_mcore.checkpoint import build_model, open_checkpoint
+    from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
 
     opened = open_checkpoint(checkpoint)
     return model_logits(build_model(opened, parallel, "fp32"), opened.arch, ids)
@@ -102,26 +102,26 @@ def model_logits(model, arch, ids: torch.Tensor) -> torch.Tensor | None:
     """Full logits [B, S, V], padding cut off, on the last stage's tensor-parallel rank 0; None elsewhere."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from minitron_mcore import runtime
-    from minitron_mcore.schedule import forward
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.parallel.schedule import forward
 
     found = []
 
     def keep(logits, batch):
-        found.append(gather_from_tensor_model_parallel_region(logits, group=runtime.tp_group()))
+        found.append(gather_from_tensor_model_parallel_region(logits, group=process_groups.tp_group()))
 
     forward(model, list(placed([{"tokens": ids}])), keep, headless=False)
-    if runtime.is_last_stage() and runtime.tp_group().rank() == 0:
+    if process_groups.is_last_stage() and process_groups.tp_group().rank() == 0:
         return found[0][..., : arch.vocab].cpu()
     return None
 
 
 def convert(model, source, out_dir, parallel, dtype=torch.float32):
     """Weights of `source`, config and tokenizer of `model` -> checkpoint."""
-    from minitron_mcore.models import hf, sources
+    from minitron_mcore.formats import hf_convert, sources
 
     with sources.opened(model, source, dtype) as (folder, weights):
-        hf.import_folder(folder, out_dir, parallel, weights=weights)
+        hf_convert.import_folder(folder, out_dir, parallel, weights=weights)
 
 
 def whole(weights, parameters) -> dict[str, torch.Tensor]:
@@ -130,12 +130,13 @@ def whole(weights, parameters) -> dict[str, torch.Tensor]:
 
 def read_all(model, source):
     """Every tensor of a source, in this process."""
-    from minitron_mcore.models import architecture, sources, table
+    from minitron_mcore.formats import sources
+    from minitron_mcore.models import architecture, parameter_table
 
     with sources.opened(model, source, torch.float32) as (folder, weights):
         arch, _ = architecture.read_hf(folder)
         weights.check(arch)
-        return whole(weights, table.parameters(arch))
+        return whole(weights, parameter_table.parameters(arch))
 
 
 def convert_and_run(model, source, out_dir, parallel, ids):

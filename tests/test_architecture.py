@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, hf, table
+from minitron_mcore.formats import hf_convert
+from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.models.architecture import from_hf, to_hf
 from minitron_mcore.testing import RankError, on_ranks
 from tests import families, models
@@ -43,7 +44,7 @@ def test_old_and_new_rope_keys_are_one_model():
     older = from_hf(LLAMA | {"rope_theta": 500000.0, "rope_scaling": {**SCALING, "type": "llama3"}})
     new = from_hf(LLAMA | {"rope_parameters": SCALING | {"rope_theta": 500000.0}})
     assert old == older == new and new.rope_scaling.original_max_positions == 8192
-    assert table.count(new) == 4_512_746_496
+    assert parameter_table.count(new) == 4_512_746_496
 
 
 def test_a_llama_without_groups_or_head_dim():
@@ -69,7 +70,7 @@ def test_nemotrons_old_keys(tmp_path):
     opened = open_checkpoint(tmp_path / "ckpt")
     assert (opened.arch.rotary_fraction, opened.arch.head_dim, opened.arch.rope_theta) == (0.5, 4, 1e6)
     (tmp_path / "back").mkdir()
-    hf.export_folder(opened, tmp_path / "back")
+    hf_convert.export_folder(opened, tmp_path / "back")
     assert torch.equal(models.hf_logits(tmp_path / "back", models.tokens()), expected)
     exported = json.loads((tmp_path / "back/config.json").read_text())
     assert (exported["kv_channels"], exported["rope_percent"]) == (4, 0.5)

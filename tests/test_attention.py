@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_mcore import runtime
-from minitron_mcore.config import ParallelConfig
-from minitron_mcore.models import spec
-from minitron_mcore.schedule import share
+from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.models import layer_spec
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.schedule import share
 from minitron_mcore.testing import on_ranks, saved_bytes
 
 LENGTH, BATCH, HEADS, DIM = 600, 2, 4, 16
@@ -39,9 +39,9 @@ def oracle(tensors: list[Tensor], window: int | None) -> list[Tensor]:
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def attention(window: int | None) -> spec.TorchAttention:
+def attention(window: int | None) -> layer_spec.TorchAttention:
     config = SimpleNamespace(window_size=window and (window - 1, 0))
-    return spec.TorchAttention(config, SimpleNamespace(cp=runtime.cp_group()))
+    return layer_spec.TorchAttention(config, SimpleNamespace(cp=process_groups.cp_group()))
 
 
 def run(tensors: list[Tensor], window: int | None) -> list[Tensor]:
@@ -97,7 +97,7 @@ def test_bf16_on_cuda(window):
     found = [x.to("cuda", torch.bfloat16) for x in tensors(2)]
     expected = oracle([x.cpu() for x in found], window)
     leaves = [x.requires_grad_() for x in found[:3]]
-    out = spec.banded_attention(*leaves, window)
+    out = layer_spec.banded_attention(*leaves, window)
     out.backward(found[3])
     for ours, wanted in zip([out.detach(), *(leaf.grad for leaf in leaves)], expected, strict=True):
         assert (ours.cpu() - wanted).abs().max() <= 2e-2 * wanted.abs().max()
@@ -110,5 +110,5 @@ def test_memory_on_cuda_is_not_a_square():
     leaves = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    spec.banded_attention(*leaves, 1024).sum().backward()
+    layer_spec.banded_attention(*leaves, 1024).sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 1e9

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore import prune
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance import scores as artefact
-from minitron_mcore.models import architecture, build, table
+from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.plan import Plan, choose_heads, load_plan, make_plan
+from minitron_mcore.pruning import apply
+from minitron_mcore.pruning.plan import Plan, choose_heads, load_plan, make_plan
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_distill import CONFIG, distill
@@ -94,21 +94,21 @@ def planned(parent, seed=4, **wanted) -> tuple[Plan, artefact.Scores]:
 
 def whole(checkpoint) -> dict[tuple, torch.Tensor]:
     """Every tensor of a checkpoint, by row, block and expert."""
-    from minitron_mcore import stream
+    from minitron_mcore.checkpoint import streaming
 
     opened = open_checkpoint(checkpoint)
-    reader, found = stream.Reader(opened), table.parameters(opened.arch)
+    reader, found = streaming.Reader(opened), parameter_table.parameters(opened.arch)
     return {(p.row.name, p.block, p.expert): reader.read(p, (0,) * len(p.shape), p.shape) for p in found}
 
 
 def prune_all(source, plans: dict[str, Plan], out_dir: Path, parallel, in_memory: str) -> bool:
     """Prune by each plan; whether one of them gives the same parameters in memory as from disk."""
-    from minitron_mcore.checkpoint import build_model
+    from minitron_mcore.checkpoint.run_folder import build_model
 
     opened = open_checkpoint(source)
     for name, plan in plans.items():
-        prune.prune(opened, plan, out_dir / name, parallel)
-    built = prune.build_pruned(opened, plans[in_memory], parallel, "fp32")
+        apply.prune(opened, plan, out_dir / name, parallel)
+    built = apply.build_pruned(opened, plans[in_memory], parallel, "fp32")
     loaded = dict(build.named_parameters(build_model(open_checkpoint(out_dir / in_memory), parallel, "fp32")))
     found = dict(build.named_parameters(built))
     return found.keys() == loaded.keys() and all(torch.equal(found[k], loaded[k]) for k in loaded)
@@ -141,7 +141,7 @@ def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
     assert load_plan(tmp_path / "finer") == finer
     if layout == "tp1":
         (tmp_path / "cut").mkdir()
-        prune.cut_folder(parent.parent / "hf", plan, tmp_path / "cut")
+        apply.cut_folder(parent.parent / "hf", plan, tmp_path / "cut")
         cut = models.weights(tmp_path / "cut")
         assert cut.keys() == expected.keys() and all(torch.equal(cut[k], expected[k]) for k in expected)
         with pytest.raises(
@@ -204,8 +204,8 @@ def scores_by_hand(folder: Path, ids, arch: Architecture) -> dict[str, torch.Ten
 
 def use(student, teacher, ids, parallel, out_dir):
     """Logits, scores and training steps of a student."""
-    from minitron_mcore.checkpoint import build_model
-    from minitron_mcore.importance.collect import score
+    from minitron_mcore.checkpoint.run_folder import build_model
+    from minitron_mcore.importance.collector import score
 
     opened = open_checkpoint(student)
     model = build_model(opened, parallel, "fp32")
@@ -218,7 +218,7 @@ def use(student, teacher, ids, parallel, out_dir):
 def test_missing_layers_are_zeroed_layers(tmp_path, parent):
     """Logits and scores are those of a model whose layers add nothing; training is the same in TP 2 x PP 2 as on one process."""
     plan, ids = planned(parent, **FINER)[0], models.tokens(len(LENGTHS))
-    on_ranks(prune.prune, 1, ONE, open_checkpoint(parent), plan, tmp_path / "student", ONE)
+    on_ranks(apply.prune, 1, ONE, open_checkpoint(parent), plan, tmp_path / "student", ONE)
     folder = zeroed(parent.parent / "hf", tmp_path / "zeroed", plan.target)
     expected = scores_by_hand(folder, ids, plan.target)
     assert {name: tuple(v.shape) for name, v in expected.items()} == artefact.expected_shapes(plan.target)
@@ -245,11 +245,11 @@ def test_missing_layers_are_zeroed_layers(tmp_path, parent):
 
 
 def import_prune_run(folder, plan_of, out_dir: Path, parallel, ids):
-    from minitron_mcore.models import hf
+    from minitron_mcore.formats import hf_convert
 
-    hf.import_folder(folder, out_dir / "parent", parallel)
+    hf_convert.import_folder(folder, out_dir / "parent", parallel)
     plan = plan_of(out_dir / "parent")
-    prune.prune(open_checkpoint(out_dir / "parent"), plan, out_dir / "student", parallel)
+    apply.prune(open_checkpoint(out_dir / "parent"), plan, out_dir / "student", parallel)
     return models.mcore_logits(out_dir / "student", parallel, ids), plan
 
 
@@ -371,12 +371,12 @@ def test_plans_that_hands_spoiled_are_refused(tmp_path, change, sentence):
 
 def test_what_a_class_cannot_hold_is_said_at_planning(tmp_path, parent):
     """Planned instead of run: blocks without a layer, heads that don't divide hidden, groups that ranks don't divide."""
-    from minitron_mcore import dryrun
-    from minitron_mcore.models import gpt
+    from minitron_mcore.cli import dry_run
+    from minitron_mcore.formats import megatron_gpt
 
     def problems(stage, *options):
         line = ["+model=llama31_8b", "model.hf=/nowhere", "parallel=tp8", *options]
-        return " ".join(dryrun.plan(config_of(stage, *line))["problems"])
+        return " ".join(dry_run.plan(config_of(stage, *line))["problems"])
 
     finer = "prune.attention=20"
     assert "which transformers' LlamaForCausalLM cannot hold: keep it in sharded checkpoints" in problems("plan", finer)
@@ -391,4 +391,4 @@ def test_what_a_class_cannot_hold_is_said_at_planning(tmp_path, parent):
     architecture.check_exportable(TINY)
     student = dataclasses.replace(open_checkpoint(parent), arch=dataclasses.replace(TINY, no_mlp=(2,)))
     with pytest.raises(UserError, match="no MLP in 2, which megatron-core's GPTModel cannot hold"):
-        gpt.export_folder(student, tmp_path / "gpt", ONE, "fp32")
+        megatron_gpt.export_folder(student, tmp_path / "gpt", ONE, "fp32")

@@ -10,11 +10,12 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from minitron_mcore import data, runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.data import datasets
+from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
+from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import on_ranks
-from minitron_mcore.tokenizer import load
 
 VOCAB = 300
 WORDS = [
@@ -73,7 +74,7 @@ def corpus(tmp_path_factory):
     rows = [texts(40, 1), texts(25, 2)]
     files = [write_jsonl(folder / "a.jsonl", rows[0]), write_jsonl(folder / "b.jsonl.gz", rows[1])]
     cache = str(folder / "cache")
-    return tokenizer, data.tokenize(files, load(tokenizer), cache), rows, cache
+    return tokenizer, datasets.tokenize(files, load(tokenizer), cache), rows, cache
 
 
 def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[dict[str, torch.Tensor]]:
@@ -81,7 +82,7 @@ def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[d
         vocab_size=VOCAB, seed=5, sequence_length=16, micro_batch_size=2, global_batch_size=12, num_samples=12 * 9
     )
     return list(
-        data.train_batches(prefixes, weights, cache=cache, dp_rank=dp_rank, dp_size=dp_size, **arguments | changes)
+        datasets.train_batches(prefixes, weights, cache=cache, dp_rank=dp_rank, dp_size=dp_size, **arguments | changes)
     )
 
 
@@ -97,7 +98,7 @@ def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
     whole = tmp_path / "whole.md"
     whole.write_bytes("# cat\r\n\r\n日本\n".encode())
     files = [write_jsonl(tmp_path / "rows.jsonl.gz", [*rows[:2], "", *rows[2:]]), str(whole)]
-    prefixes = data.tokenize(files, load(folder), str(tmp_path / "cache"))
+    prefixes = datasets.tokenize(files, load(folder), str(tmp_path / "cache"))
     for prefix, expected in zip(prefixes, [rows, ["# cat\r\n\r\n日本\n"]], strict=True):
         stored = IndexedDataset(prefix)
         assert stored[0].dtype == np.uint16 and len(stored) == len(expected)
@@ -111,15 +112,15 @@ def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
 def test_tokenized_files_are_kept_and_changed_ones_made_anew(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     file = write_jsonl(tmp_path / "f.jsonl", ["the cat"])
-    first = data.tokenize([file, corpus[1][0]], tokenizer, cache)
+    first = datasets.tokenize([file, corpus[1][0]], tokenizer, cache)
     assert first[1] == corpus[1][0]
     (tmp_path / "elsewhere").mkdir()
     copy = write_jsonl(tmp_path / "elsewhere" / "f.jsonl", ["the cat"])
-    assert data.tokenize([copy], tokenizer, cache) == first[:1]
+    assert datasets.tokenize([copy], tokenizer, cache) == first[:1]
     write_jsonl(tmp_path / "f.jsonl", ["the dog"])
-    assert data.tokenize([file], tokenizer, cache) != first[:1]
+    assert datasets.tokenize([file], tokenizer, cache) != first[:1]
     other = load(write_tokenizer(tmp_path / "other", bos=True))
-    assert data.tokenize([copy], other, cache) != first[:1]
+    assert datasets.tokenize([copy], other, cache) != first[:1]
 
 
 def test_data_hash_names_content_not_place(tmp_path, corpus):
@@ -127,17 +128,17 @@ def test_data_hash_names_content_not_place(tmp_path, corpus):
     moved = tmp_path / "moved"
     for suffix in (".bin", ".idx"):
         shutil.copy(prefix + suffix, moved.with_suffix(suffix))
-    assert data.data_hash([prefix]) == data.data_hash([str(moved)])
+    assert datasets.data_hash([prefix]) == datasets.data_hash([str(moved)])
     content = bytearray(moved.with_suffix(".bin").read_bytes())
     content[len(content) // 2] ^= 1
     moved.with_suffix(".bin").write_bytes(content)
-    assert data.data_hash([prefix]) != data.data_hash([str(moved)])
-    assert data.data_hash(corpus[1]) != data.data_hash(corpus[1][::-1])
+    assert datasets.data_hash([prefix]) != datasets.data_hash([str(moved)])
+    assert datasets.data_hash(corpus[1]) != datasets.data_hash(corpus[1][::-1])
 
 
 def test_labels_follow_tokens_and_an_epoch_holds_every_token_once(corpus):
     _, prefixes, _, cache = corpus
-    stream = data.TokenStream(prefixes, VOCAB)
+    stream = datasets.TokenStream(prefixes, VOCAB)
     num_samples = (stream.num_tokens - 1) // 16
     seen = batches(prefixes, None, cache, global_batch_size=1, micro_batch_size=1, num_samples=num_samples)
     assert len(seen) == num_samples
@@ -176,21 +177,21 @@ def test_blend_gives_each_file_its_exact_share(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     files = [write_jsonl(tmp_path / f"{c}.jsonl", [f"{c}{c}{c}{c}{c}" * 40] * 3) for c in "QXZ"]
     entries = [f"{w} {file}" for w, file in zip((0.31, 0.58, 0.11), files, strict=True)]
-    paths, weights = data.parse_blend(entries)
+    paths, weights = datasets.parse_blend(entries)
     assert paths == files and weights == [0.31, 0.58, 0.11]
-    seen = batches(data.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
+    seen = batches(datasets.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
     decode = AutoTokenizer.from_pretrained(corpus[0]).decode
     rows = ["".join(decode(row)) for batch in seen for row in batch["tokens"]]
     assert [sum(c in row for row in rows) for c in "QXZ"] == [37, 70, 13]  # of 37.2, 69.6, 13.2
     per_batch = [sum("X" in row for row in rows[i : i + 12]) for i in range(0, 120, 12)]
     assert set(per_batch) <= {6, 7, 8}  # interleaved, not in blocks
-    assert data.parse_blend(["0.5.txt", "a b.txt"]) == (["0.5.txt", "a b.txt"], None)
+    assert datasets.parse_blend(["0.5.txt", "a b.txt"]) == (["0.5.txt", "a b.txt"], None)
 
 
 def test_tiny_files_without_weights_are_one_pool(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [text]) for i, text in enumerate(texts(30, 3))]
-    seen = batches(data.tokenize(files, tokenizer, cache), None, cache)
+    seen = batches(datasets.tokenize(files, tokenizer, cache), None, cache)
     assert len(seen) == 9 * 6
 
 
@@ -199,9 +200,9 @@ WORLD = dict(global_batch_size=24, num_samples=24 * 3)
 
 
 def _on_rank(prefixes, cache, files, tokenizer):
-    rank, size = runtime.dp_group().rank(), runtime.dp_group().size()
-    made = data.tokenize(files, load(tokenizer), cache)
-    return made, batches(prefixes, [1.0, 1.0], cache, rank, size, **WORLD), data.calibration(prefixes, **DRAWN)
+    rank, size = process_groups.dp_group().rank(), process_groups.dp_group().size()
+    made = datasets.tokenize(files, load(tokenizer), cache)
+    return made, batches(prefixes, [1.0, 1.0], cache, rank, size, **WORLD), datasets.calibration(prefixes, **DRAWN)
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2)], ids=["dp4", "tp2-dp2"])
@@ -213,13 +214,13 @@ def test_ranks_of_a_world_read_what_one_process_reads(corpus, tmp_path, parallel
     for rank, (made, seen, drawn) in enumerate(results):
         assert made == results[0][0] and IndexedDataset.exists(made[0])
         assert equal(seen, batches(prefixes, [1.0, 1.0], cache, rank // parallel.tensor, dp_size, **WORLD))
-        assert all(torch.equal(a, b) for a, b in zip(drawn, data.calibration(prefixes, **DRAWN), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(drawn, datasets.calibration(prefixes, **DRAWN), strict=True))
     assert not list(tmp_path.glob("cache/*unfinished*"))
 
 
 def _refusal(file, tokenizer, cache) -> str | None:
     try:
-        data.tokenize([file], load(tokenizer), cache)
+        datasets.tokenize([file], load(tokenizer), cache)
     except UserError as error:
         return str(error)
 
@@ -234,27 +235,27 @@ def test_a_mistake_on_rank_0_is_everyones(corpus, tmp_path):
 
 def test_calibration_draws_stretches_without_repetition(corpus):
     _, prefixes, _, _ = corpus
-    stream = data.TokenStream(prefixes, VOCAB)
+    stream = datasets.TokenStream(prefixes, VOCAB)
     flat = stream.tokens(0, stream.num_tokens)
     expected = np.concatenate([document.copy() for prefix in prefixes for document in IndexedDataset(prefix)])
     assert np.array_equal(flat, expected)
     available = stream.num_tokens // 16
-    tokens, mask = data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=available, seed=0)
+    tokens, mask = datasets.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=available, seed=0)
     assert mask.all() and tokens.dtype == torch.int64
     rows = {tuple(row) for row in flat[: available * 16].reshape(-1, 16).tolist()}
     assert {tuple(row) for row in tokens.tolist()} == rows
     assert not torch.equal(tokens, torch.from_numpy(flat[: available * 16].reshape(-1, 16)))
-    again = data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=0)
-    other = data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=1)
+    again = datasets.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=0)
+    other = datasets.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=1)
     assert torch.equal(
-        again[0], data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=0)[0]
+        again[0], datasets.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=5, seed=0)[0]
     )
     assert not torch.equal(again[0], other[0])
 
 
 def test_calibration_on_whole_documents_pads_at_the_end(corpus):
     _, prefixes, rows, _ = corpus
-    tokens, mask = data.calibration(
+    tokens, mask = datasets.calibration(
         prefixes, vocab_size=VOCAB, sequence_length=50, num_samples=65, seed=0, whole_documents=True
     )
     starts = [np.asarray(d)[:50].tolist() for prefix in prefixes for d in IndexedDataset(prefix)]
@@ -271,7 +272,7 @@ def test_bad_input_is_one_sentence(tmp_path, corpus):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(UserError, match=match):
-            data.tokenize([str(path)], loaded, cache)
+            datasets.tokenize([str(path)], loaded, cache)
 
     refused("a.pdf", b"x", "no known kind")
     refused("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2")
@@ -284,16 +285,16 @@ def test_bad_input_is_one_sentence(tmp_path, corpus):
     refused("h.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "is it complete")
     refused("i.jsonl.gz", b'{"text": "x"}', "is it complete")
     with pytest.raises(UserError, match="neither a file"):
-        data.tokenize([str(tmp_path / "absent.txt")], loaded, cache)
+        datasets.tokenize([str(tmp_path / "absent.txt")], loaded, cache)
     for entries, match in ([], "empty"), ([" "], "empty"), (["0.3 a", "b"], "b has weight None"), (["0 a"], "weight 0"):
         with pytest.raises(UserError, match=match):
-            data.parse_blend(entries)
+            datasets.parse_blend(entries)
     with pytest.raises(UserError, match=r"tokens are fewer than one sample of 100000 \+ 1"):
         batches(prefixes, None, cache, sequence_length=100000)
     with pytest.raises(UserError, match="multiple of 10"):
         batches(prefixes, None, cache, dp_size=5)
     with pytest.raises(UserError, match="stretches of 16 tokens, not 9999"):
-        data.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=9999, seed=0)
+        datasets.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=9999, seed=0)
 
 
 def test_an_index_that_was_cut_short_is_made_again(corpus, tmp_path):

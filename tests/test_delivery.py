@@ -10,15 +10,19 @@ import pytest
 import torch
 import yaml
 
-from minitron_mcore import ancestry, data, delivery, loaders, prune
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DataConfig, DistillConfig, ModelConfig, PruneConfig
+from minitron_mcore.checkpoint import lineage
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import DataConfig, DistillConfig, ModelConfig, PruneConfig
+from minitron_mcore.config.stages import DistillRun
+from minitron_mcore.data import datasets
 from minitron_mcore.errors import UserError
+from minitron_mcore.export import model_card, serving_compat
+from minitron_mcore.formats import hf_convert
+from minitron_mcore.formats.hf_folder import Folder
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores
-from minitron_mcore.models import architecture, hf, table
-from minitron_mcore.models.folder import Folder
-from minitron_mcore.plan.plan import load_plan, make_plan, target_architecture
-from minitron_mcore.runs import DistillRun
+from minitron_mcore.models import architecture, parameter_table
+from minitron_mcore.pruning import apply
+from minitron_mcore.pruning.plan import load_plan, make_plan, target_architecture
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_data import write_jsonl
@@ -31,7 +35,7 @@ PARENTS_CARD = "---\nlicense: llama3.1\nlanguage:\n- en\n---\n# The parent\n"
 
 def train(root: Path) -> str:
     """On every rank: distil `root`/pruned; the data's hash."""
-    from minitron_mcore.distill import stage
+    from minitron_mcore.distill import run
 
     config = DistillRun(
         model=ModelConfig(name="tiny", hf="hf"),
@@ -42,14 +46,14 @@ def train(root: Path) -> str:
         out_dir=str(root / "distill"),
     )
     student, teacher = open_checkpoint(config.student), open_checkpoint(config.teacher)
-    stage.run([config], SETTINGS, [student], teacher)
-    return data.data_hash(data.prepare(config.data, student.hf, student.arch.vocab)[0])
+    run.train([config], SETTINGS, [student], teacher)
+    return datasets.data_hash(datasets.prepare(config.data, student.hf, student.arch.vocab)[0])
 
 
 def deliver(source, folder: Path) -> list[dict]:
     folder.mkdir()
-    hf.export_folder(open_checkpoint(source), folder)
-    return delivery.deliver(delivery.exported(open_checkpoint(source)), folder)
+    hf_convert.export_folder(open_checkpoint(source), folder)
+    return model_card.deliver(model_card.exported(open_checkpoint(source)), folder)
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +145,11 @@ def test_an_exported_folder_leads_back_to_its_parent(made, tmp_path):
     step = found["lineage"]["ancestry"]
     (digest,), (plan,) = plans, plans.values()
     assert digest == plan.digest() == step["plan"]
-    assert found["lineage"]["parents"]["student"]["fingerprint"] == pruned.fingerprint == prune.fingerprint(plan)
+    assert found["lineage"]["parents"]["student"]["fingerprint"] == pruned.fingerprint == apply.fingerprint(plan)
     assert step["parents"]["source"]["fingerprint"] == plan.fingerprint == parent.fingerprint
     assert step["scores"] == load_scores(root, parent.arch, parent.fingerprint).digest()
     folder = Folder(root / "Tiny-Llama")
-    for parameter in table.parameters(parent.arch):
+    for parameter in parameter_table.parameters(parent.arch):
         folder.hash(parameter)
     assert step["ancestry"]["parents"]["huggingface"]["sha256"] == folder.fingerprint(parent.arch) == plan.fingerprint
     deliver(root / "pruned", tmp_path / "pruned")
@@ -172,7 +176,7 @@ def test_a_corrected_teacher_is_told_too():
     correct = {"parents": {"student": parent, "teacher": None}, "ancestry": convert, "teacher": None}
     prune = {"parents": {"source": parent}, "ancestry": convert}
     distil = {"parents": {"student": pruned, "teacher": corrected}, "ancestry": prune, "teacher": correct}
-    found = ancestry.history(distil, student)
+    found = lineage.history(distil, student)
     assert [step.identity["fingerprint"] for step in found] == ["a", "c", "b", "d"]
     assert [step.lineage for step in found] == [convert, prune, correct, distil]
 
@@ -212,8 +216,8 @@ def test_cutting_in_one_pass_is_told_as_pruning(made, tmp_path):
     root, _ = made
     plan = load_plan(root / "pruned")
     (tmp_path / "cut").mkdir()
-    prune.cut_folder(root / "Tiny-Llama", plan, tmp_path / "cut")
-    delivery.deliver(delivery.cut(root / "Tiny-Llama", plan, tmp_path / "cut"), tmp_path / "cut")
+    apply.cut_folder(root / "Tiny-Llama", plan, tmp_path / "cut")
+    model_card.deliver(model_card.cut(root / "Tiny-Llama", plan, tmp_path / "cut"), tmp_path / "cut")
     deliver(root / "pruned", tmp_path / "out")
     one, two = ((tmp_path / name / "README.md").read_text() for name in ("cut", "out"))
     assert one == two and open_checkpoint(root / "pruned").fingerprint in one
@@ -255,13 +259,13 @@ def test_a_folder_that_transformers_does_not_take_is_an_error(made, tmp_path, da
     damage(tmp_path / "out", weights)
     save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=sentence):
-        loaders.verdict(tmp_path / "out", open_checkpoint(made[0] / "distill").arch)
+        serving_compat.verdict(tmp_path / "out", open_checkpoint(made[0] / "distill").arch)
 
 
 @pytest.mark.parametrize("which", families.OF)
 def test_transformers_takes_every_family(tmp_path, which):
     arch, _ = architecture.read_hf(families.tiny(which, tmp_path))
-    assert f"{table.count(arch):,} parameters" in loaders.verdict(tmp_path, arch)[0]["why"]
+    assert f"{parameter_table.count(arch):,} parameters" in serving_compat.verdict(tmp_path, arch)[0]["why"]
 
 
 def published(recipe: str):
@@ -288,7 +292,7 @@ def published(recipe: str):
     ],
 )
 def test_rules_of_vllm_and_tensorrt(recipe, sizes, vllm, tensorrt):
-    rows = loaders.by_rule(dataclasses.replace(published(recipe), **sizes))
+    rows = serving_compat.by_rule(dataclasses.replace(published(recipe), **sizes))
     for loader, expected in (("vLLM", vllm), ("TensorRT-LLM", tensorrt)):
         found = [row["TP"] for row in rows if row["loader"] == loader and row["passes"] == "yes"]
         assert found == expected, rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron_mcore.demo import check_sha256, dequantise, fetch_teacher, write_stdlib_text
+from minitron_mcore.cli.demo import check_sha256, dequantise, fetch_teacher, write_stdlib_text
 from minitron_mcore.errors import UserError
 from tests import families, gguf_files, models
 

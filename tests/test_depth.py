@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import COMPLETE, open_checkpoint
-from minitron_mcore.config import DepthConfig, DepthKind, DepthMetric, ParallelConfig
+from minitron_mcore.checkpoint.run_folder import COMPLETE, open_checkpoint
+from minitron_mcore.config.settings import DepthConfig, DepthKind, DepthMetric, ParallelConfig
+from minitron_mcore.config.stages import DepthRun
+from minitron_mcore.depth import study
 from minitron_mcore.errors import UserError
-from minitron_mcore.importance import choices, study
+from minitron_mcore.evaluation import multiple_choice
 from minitron_mcore.importance.scores import Scores, save_scores
-from minitron_mcore.runs import DepthRun
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_launch import ROOT, config_of, plan, word_tokenizer
@@ -66,24 +67,28 @@ def questions() -> list[dict]:
 
 def measured(checkpoint, parallel, found, rows):
     """Points, option scores, logits without an attention and an MLP layer, a mistake, and the bytes that were kept."""
-    from minitron_mcore import checkpoint as checkpoints
-    from minitron_mcore import runtime, tokenizer
-    from minitron_mcore.importance import depth
+    from minitron_mcore.checkpoint import run_folder as checkpoints
+    from minitron_mcore.data import tokenizer
+    from minitron_mcore.depth import removal
+    from minitron_mcore.parallel import process_groups
 
     opened = open_checkpoint(checkpoint)
     model = checkpoints.build_model(opened, parallel, "fp32")
-    if runtime.is_last_stage():  # the vocabulary's padding must have no say, whatever it holds
-        model.head().data[opened.arch.vocab - runtime.tp_group().rank() * len(model.head()) :] = 0.7
-    quiz = choices.Quiz(model, opened.arch, rows, tokenizer.load(opened.hf), 4)
-    meter = depth.Meter(model, opened.arch, found, 2, quiz)
+    if process_groups.is_last_stage():  # the vocabulary's padding must have no say, whatever it holds
+        model.head().data[opened.arch.vocab - process_groups.tp_group().rank() * len(model.head()) :] = 0.7
+    quiz = multiple_choice.Quiz(model, opened.arch, rows, tokenizer.load(opened.hf), 4)
+    meter = removal.Meter(model, opened.arch, found, 2, quiz)
     points = [meter(dropped) for dropped in SETS]
-    with depth.skipping(model, opened.arch, [1, 2]):
+    with removal.skipping(model, opened.arch, [1, 2]):
         scores = quiz.scores()
     ids = models.tokens()
-    with depth.skipping(model, opened.arch, [4], ["attention"]), depth.skipping(model, opened.arch, [1, 3], ["mlp"]):
+    with (
+        removal.skipping(model, opened.arch, [4], ["attention"]),
+        removal.skipping(model, opened.arch, [1, 3], ["mlp"]),
+    ):
         parts = models.model_logits(model, opened.arch, ids)
     whole = models.model_logits(model, opened.arch, ids)
-    with pytest.raises(UserError) as mistake, depth.skipping(model, opened.arch, [2, 5]):
+    with pytest.raises(UserError) as mistake, removal.skipping(model, opened.arch, [2, 5]):
         pass
     kept = sum(batch["full"].nbytes for batch in meter.batches if "full" in batch)
     return points, scores, parts, whole, str(mistake.value), kept
@@ -141,13 +146,14 @@ def oracle(folder, found, rows: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
-    from minitron_mcore import evaluate, tokenizer
-    from minitron_mcore.plan import cost, forward_cost
+    from minitron_mcore.data import tokenizer
+    from minitron_mcore.estimate import forward_memory, memory
+    from minitron_mcore.evaluation import perplexity
 
     world, parallel = LAYOUTS[layout]
-    found = evaluate.windows(str(made / "text.txt"), tokenizer.load(made / "hf"), LENGTH)
+    found = perplexity.windows(str(made / "text.txt"), tokenizer.load(made / "hf"), LENGTH)
     assert len(found.tokens) == 6 and not found.mask[-1].all()  # the last is padded; four ranks' passes are not filled
-    rows = choices.read(str(made / "questions.jsonl"))
+    rows = multiple_choice.read(str(made / "questions.jsonl"))
     expected, ranks = (
         oracle(made / "hf", found, questions()),
         on_ranks(measured, world, parallel, made / "ckpt", parallel, found, rows),
@@ -167,8 +173,8 @@ def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
     if parallel.context == 1:  # otherwise a rank has the logits of its share of the sequence
         assert (parts - logits_with(made / "hf", weights)).abs().max() <= 2e-4
         assert (whole - models.hf_logits(made / "hf", models.tokens())).abs().max() <= 2e-4  # nothing stays skipped
-    given = cost.Setting(parallel, world, "fp32", 2, LENGTH)
-    assert kept == forward_cost.studying(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
+    given = memory.Setting(parallel, world, "fp32", 2, LENGTH)
+    assert kept == forward_memory.studying(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
 
 
 def logits_with(folder, weights) -> torch.Tensor:
@@ -270,10 +276,10 @@ def test_questions_of_every_form(tmp_path):
     ]
     with gzip.open(tmp_path / "q.jsonl.gz", "wt") as file:
         file.write("\n\n".join(map(json.dumps, rows)))
-    first, *others = choices.read(str(tmp_path / "q.jsonl.gz"))
-    assert first == choices.Question([("The cup", " 's lid."), ("The pot", " 's lid.")], 1)
-    assert others == [choices.Question([("Q?", " a"), ("Q?", " b")], 1)] * 5
-    assert len(choices.read(str(tmp_path / "q.jsonl.gz"), 2)) == 2
+    first, *others = multiple_choice.read(str(tmp_path / "q.jsonl.gz"))
+    assert first == multiple_choice.Question([("The cup", " 's lid."), ("The pot", " 's lid.")], 1)
+    assert others == [multiple_choice.Question([("Q?", " a"), ("Q?", " b")], 1)] * 5
+    assert len(multiple_choice.read(str(tmp_path / "q.jsonl.gz"), 2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -294,12 +300,12 @@ def test_lines_of_no_known_form_are_refused_by_number(tmp_path, row):
     good = json.dumps({"query": "q", "choices": ["a", "b"], "label": 1})
     (tmp_path / "q.jsonl").write_text(f"{good}\n{good}\n{json.dumps(row)}\n")
     with pytest.raises(UserError, match="q.jsonl, line 3 is no question .*option1"):
-        choices.read(str(tmp_path / "q.jsonl"))
+        multiple_choice.read(str(tmp_path / "q.jsonl"))
 
 
 def studied(config) -> str:
     """A study on these ranks; what rank 0 prints."""
-    from minitron_mcore.importance import sweep
+    from minitron_mcore.depth import sweep
 
     with contextlib.redirect_stdout(io.StringIO()) as out:
         sweep.run(config)
@@ -426,12 +432,12 @@ def refused(configs) -> list[str]:
 def test_dry_run_counts_the_passes(tmp_path, monkeypatch):
     from hydra import initialize_config_dir
 
-    from minitron_mcore import dryrun, launching
+    from minitron_mcore.cli import dry_run, main
 
     monkeypatch.chdir(tmp_path)
     command = ["+model=smollm2_135m", "depth=small", "data.heldout=[a,b]", "parallel=pp2"]
-    with initialize_config_dir(str(launching.CONF), version_base="1.3"):
-        found = dryrun.plan(launching.compose("depth", command))
+    with initialize_config_dir(str(main.CONF), version_base="1.3"):
+        found = dry_run.plan(main.compose("depth", command))
     points = 1 + 30 + 29 + 27 + 23 + 16 + 4  # the last are scattered sets
     assert found["operations"]["steps"] == points + 1 and found["operations"]["tokens"] == (points + 1) * 2 * 4 * 512
     assert [rank["hidden states"] for rank in found["ranks"]] == [0, 2 * 4 * 512 * 576 * 2] and not found["problems"]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.models import architecture, build, table
-from minitron_mcore.performance import PerformanceConfig
-from minitron_mcore.plan.plan import make_plan, target_architecture
+from minitron_mcore.models import architecture, build, parameter_table
+from minitron_mcore.pruning.plan import make_plan, target_architecture
 from minitron_mcore.testing import RankError, on_ranks
 from tests import families, models
 from tests.test_launch import compose
@@ -52,7 +52,7 @@ def modelopts_count(arch) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_of_every_model(name):
     arch = architecture.given(compose("plan", f"+model={name}")["model"]["architecture"])
-    assert table.count(arch) == modelopts_count(arch) == PUBLISHED.get(name, table.count(arch))
+    assert parameter_table.count(arch) == modelopts_count(arch) == PUBLISHED.get(name, parameter_table.count(arch))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -60,15 +60,15 @@ def test_parameters_of_every_recipe(name):
     config = compose("plan", f"+recipe={name}")
     source = architecture.given(config["model"]["architecture"])
     target = target_architecture(source, PruneConfig(**config["prune"]))
-    count = table.count(target)
+    count = parameter_table.count(target)
     assert count == modelopts_count(target) == config["parameters"] == PUBLISHED.get(name, count)
-    assert table.count(target, embeddings=False) == config["without_embeddings"]
+    assert parameter_table.count(target, embeddings=False) == config["without_embeddings"]
 
 
 @pytest.mark.parametrize("which", ["mixtral", "qwen3_moe"])
 def test_parameters_of_experts(tmp_path, which):
     arch, _ = architecture.read_hf(families.tiny(which, tmp_path))
-    assert table.count(arch) == modelopts_count(arch)
+    assert parameter_table.count(arch) == modelopts_count(arch)
 
 
 def modelopts_heads(importance: torch.Tensor, groups: int, heads: int, head_dim: int) -> np.ndarray:
@@ -99,7 +99,9 @@ def modelopts_heads(importance: torch.Tensor, groups: int, heads: int, head_dim:
 
 def our_heads(importance: torch.Tensor, arch, heads: int) -> np.ndarray:
     vectors = random_scores(arch).vectors | {f"blocks.{i}.heads": importance for i in range(arch.blocks)}
-    return table.kept("qkv", make_plan(arch, "x", Scores(vectors, {}), PruneConfig(heads=heads)), arch.blocks - 1)
+    return parameter_table.kept(
+        "qkv", make_plan(arch, "x", Scores(vectors, {}), PruneConfig(heads=heads)), arch.blocks - 1
+    )
 
 
 @pytest.fixture

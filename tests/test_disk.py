@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from minitron_mcore import disk
+from minitron_mcore.checkpoint import disk
 
 SIZES = [0, 1, 4095, 4096, 4097, 3 * 8192, 3 * 8192 + 5, 100_001]
 

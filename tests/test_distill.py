@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DistillConfig, ParallelConfig, PruneConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import DistillConfig, ParallelConfig, PruneConfig
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_models import LAYOUTS
@@ -58,16 +58,17 @@ def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int)
 
 def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp32"):
     """Train and save; the history, on every rank."""
-    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.loop import train
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
     opened, teacher = open_checkpoint(student), open_checkpoint(teacher) if teacher else None
     trainer = Trainer(opened, teacher, config, parallel, dtype)
     if resume:
         trainer.resume(open_checkpoint(out_dir))
-    checkpoint.describe(out_dir, opened.arch, "test", {}, opened.hf)
-    dp = runtime.dp_group()
+    run_folder.describe(out_dir, opened.arch, "test", {}, opened.hf)
+    dp = process_groups.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
     return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir))[0]
 
@@ -173,14 +174,14 @@ def distill_signalled(student, teacher, config, parallel, out_dir):
     import os
     import signal
 
-    from minitron_mcore import runtime
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
     steps, whole_step = [], Trainer.train_step
 
     def step(self, batches, fed=None):
         steps.append(self.step)
-        if len(steps) == 2 and runtime.rank() == 0:
+        if len(steps) == 2 and process_groups.rank() == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
         return whole_step(self, batches, fed)
 

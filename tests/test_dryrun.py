@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore import dryrun, launching
-from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.cli import dry_run, main
+from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.config.stages import STAGES
 from minitron_mcore.errors import UserError
+from minitron_mcore.estimate import memory, run_memory
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import cost, run_cost
-from minitron_mcore.runs import STAGES
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -47,13 +47,13 @@ MICRO_BATCH, LENGTH = 2, 24
 
 
 def setting(world, parallel, dtype=Dtype.bf16):
-    return cost.Setting(parallel, world, dtype, MICRO_BATCH, LENGTH, Device.cpu)
+    return memory.Setting(parallel, world, dtype, MICRO_BATCH, LENGTH, Device.cpu)
 
 
 def built(archs, parallel, dtype):
     """By model: stage, parameters in experts and outside, bytes that autograd keeps of one forward pass."""
-    from minitron_mcore import runtime
     from minitron_mcore.models import build
+    from minitron_mcore.parallel import process_groups
 
     found = {}
     for name, arch in archs.items():
@@ -69,7 +69,7 @@ def built(archs, parallel, dtype):
                 output = model(ids, None, None, headless=True)
             kept = saved.now
             del output
-        found[name] = (runtime.pp_group().rank(), *counts, kept)
+        found[name] = (process_groups.pp_group().rank(), *counts, kept)
     return found
 
 
@@ -82,11 +82,11 @@ def test_parameters_and_activations_are_those_of_built_models(layout, dtype):
     for found in on_ranks(built, world, parallel, archs, parallel, dtype.value):
         for name, arch in archs.items():
             stage, experts, others, kept = found[name]
-            assert cost.parameters(arch, given, stage) == (experts, others), name
+            assert memory.parameters(arch, given, stage) == (experts, others), name
             activations[name] += kept / world
     for name, arch in archs.items() if parallel.pipeline == 1 else ():
         # Ranks that share experts are given different numbers of tokens: on average they keep what is estimated.
-        assert cost.activations(arch, given, 0, 1) == pytest.approx(activations[name], rel=0.02), name
+        assert memory.activations(arch, given, 0, 1) == pytest.approx(activations[name], rel=0.02), name
 
 
 CONFIG = DistillConfig(
@@ -105,15 +105,16 @@ def write_pair(folder, dtype):
 
 def trained(folder, parallel, config, dtype):
     """Bytes by kind on this rank, as they lie there in a second step."""
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
-    student, teacher = (checkpoint.open_checkpoint(folder / name) for name in ("student", "teacher"))
+    student, teacher = (run_folder.open_checkpoint(folder / name) for name in ("student", "teacher"))
     trainer = Trainer(student, teacher, config, parallel, dtype)
     weights, taught = list(trainer.model.parameters()), list(trainer.teacher.model.parameters())
-    if runtime.is_last_stage() and all(trainer.teacher.head is not weight for weight in taught):
+    if process_groups.is_last_stage() and all(trainer.teacher.head is not weight for weight in taught):
         taught.append(trainer.teacher.head)
-    count = config.global_batch // (config.micro_batch * runtime.dp_group().size())
+    count = config.global_batch // (config.micro_batch * process_groups.dp_group().size())
     ids = torch.randint(0, student.arch.vocab, (count, MICRO_BATCH, LENGTH + 1))
     batches = [{"tokens": x[:, :-1], "labels": x[:, 1:], "loss_mask": torch.ones(MICRO_BATCH, LENGTH)} for x in ids]
     trainer.train_step(batches)
@@ -127,7 +128,7 @@ def trained(folder, parallel, config, dtype):
         kept = [tensor for tensor in (parameter, *state.values()) if tensor.dim()]
         optimizer_bytes += sum(tensor.nbytes for tensor in kept if tensor.untyped_storage().data_ptr() not in own)
     return {
-        "stage": runtime.pp_group().rank(),
+        "stage": process_groups.pp_group().rank(),
         "weights": sum(weight.nbytes for weight in weights),
         "gradients": sum(weight.main_grad.nbytes for weight in weights),
         "optimizer": optimizer_bytes,
@@ -151,7 +152,7 @@ def trained(folder, parallel, config, dtype):
 def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed, other):
     on_ranks(write_pair, 1, ParallelConfig(), tmp_path, dtype.value)
     config = dataclasses.replace(CONFIG, distributed_optimizer=distributed, teacher_parallel=other)
-    rows = run_cost.run([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
+    rows = run_memory.run([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
     found = on_ranks(trained, world, parallel, tmp_path, parallel, config, dtype.value)
     for stage, row in enumerate(rows):
         ranks = [rank for rank in found if rank["stage"] == stage]
@@ -187,7 +188,7 @@ def test_operations_are_those_that_torch_counts():
         arch = EVERY[name]
         positions = [min(i + 1, arch.window or LENGTH) for i in range(LENGTH)]
         attention = 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * sum(positions) / LENGTH
-        assert cost.forward_flops(arch, LENGTH) - attention == pytest.approx(flops / (MICRO_BATCH * LENGTH)), name
+        assert memory.forward_flops(arch, LENGTH) - attention == pytest.approx(flops / (MICRO_BATCH * LENGTH)), name
 
 
 def dry(cwd, stage, *overrides) -> tuple[int, str]:
@@ -278,15 +279,15 @@ def stage(name, *overrides):
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield launching.compose(name, list(overrides))
+        yield main.compose(name, list(overrides))
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_plans(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with stage(name, "+recipe=smollm2_100m", "dry.device=cpu") as config:
-        dryrun.run(config)
-        found = dryrun.plan(config)
+        dry_run.run(config)
+        found = dry_run.plan(config)
     cut = {"source": 134_515_008, "target": 100_282_392}
     expected = {"plan": cut, "prune": cut, "cut": cut, "distill": {"teacher": cut["source"], "student": cut["target"]}}
     one = {"model": cut["target" if name in ("export", "evaluate") else "source"]}
@@ -312,12 +313,12 @@ def test_sizes_come_from_what_is_there(tmp_path, monkeypatch):
 
     def sizes(*overrides) -> dict[str, tuple[int, int]]:
         with stage("distill", *overrides) as config:
-            return {role: (model["blocks"], model["hidden"]) for role, model in dryrun.plan(config)["models"].items()}
+            return {role: (model["blocks"], model["hidden"]) for role, model in dry_run.plan(config)["models"].items()}
 
     assert sizes(*given) == {"teacher": (3, 32), "student": (2, 32)}
     assert sizes(*given, "student=other") == {"teacher": (3, 32), "student": (3, 36)}
     assert sizes("+recipe=minitron_4b") == {"teacher": (32, 6144), "student": (32, 3072)}
     nowhere = pytest.raises(UserError, match="no model at nowhere/x, and nowhere is no recipe or model")
     with stage("distill", *given, "teacher=nowhere/x", "dry.json=plan.json") as config, nowhere:
-        dryrun.run(config)
+        dry_run.run(config)
     assert json.loads(Path("plan.json").read_text())[0]["problems"]

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from minitron_mcore import data, evaluate, runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.data import datasets
+from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
+from minitron_mcore.evaluation import perplexity
+from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import on_ranks
-from minitron_mcore.tokenizer import load
 from tests.test_data import texts, write_jsonl, write_tokenizer
 
 S = 16
@@ -42,7 +44,7 @@ def files(tmp_path_factory) -> list[str]:
     return [write_jsonl(folder / "a.jsonl.gz", texts(9, 4)), str(folder / "b.txt")]
 
 
-def reference(model, windows: evaluate.Windows) -> float:
+def reference(model, windows: perplexity.Windows) -> float:
     """Sum of -log p, window by window, in fp64."""
     total = 0.0
     for tokens, mask in zip(windows.tokens, windows.mask, strict=True):
@@ -57,7 +59,7 @@ def test_windows_hold_the_text_and_count_its_bytes(tmp_path, bos):
     folder = write_tokenizer(tmp_path / "tokenizer", bos)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [text.encode("ascii", "ignore").decode() for text in texts(12, 7)]
-    cut = evaluate.windows(write_jsonl(tmp_path / "f.jsonl", rows), load(folder), S)
+    cut = perplexity.windows(write_jsonl(tmp_path / "f.jsonl", rows), load(folder), S)
     stream = [token for row in rows for token in [*tokenizer(row).input_ids, tokenizer.eos_token_id]]
     assert cut.tokens.flatten()[: len(stream)].tolist() == stream and len(cut.tokens) == math.ceil(len(stream) / S)
     assert (cut.tokens.flatten()[len(stream) :] == tokenizer.eos_token_id).all()
@@ -72,7 +74,7 @@ def test_windows_hold_the_text_and_count_its_bytes(tmp_path, bos):
 def test_unpredicted_bytes_are_those_of_each_windows_first_token(files, llama):
     tokenizer = AutoTokenizer.from_pretrained(llama[0])
     text = Path(files[1]).read_bytes().decode()
-    cut = evaluate.windows(files[1], load(llama[0]), 1000)
+    cut = perplexity.windows(files[1], load(llama[0]), 1000)
     assert len(cut.tokens) == 1
     first = tokenizer(text, return_offsets_mapping=True).offset_mapping[0][1]
     assert int(cut.num_bytes.sum()) == os.path.getsize(files[1]) - len(text[:first].encode())
@@ -87,19 +89,19 @@ def test_bytes_do_not_depend_on_how_a_tokenizer_treats_spaces(tmp_path):
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path)
     (tmp_path / "f.txt").write_bytes("  the naïve\n日本 cat \n".encode())
-    cut = evaluate.windows(str(tmp_path / "f.txt"), load(str(tmp_path)), 4)
+    cut = perplexity.windows(str(tmp_path / "f.txt"), load(str(tmp_path)), 4)
     assert cut.tokens.tolist() == [[1, 0, 0, 2]]  # the window of EOS alone has nothing to predict
     assert cut.num_bytes.tolist() == [len(" naïve\n日本 cat \n".encode())]
 
 
 def test_evaluate_text_equals_cross_entropy_in_fp64(files, llama, monkeypatch):
     folder, model = llama
-    monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", 307 * 5)  # several chunks a window, the last one short
-    hf = evaluate.HFModel(folder)
+    monkeypatch.setattr(perplexity, "_CHUNK_LOGITS", 307 * 5)  # several chunks a window, the last one short
+    hf = perplexity.HFModel(folder)
     assert hf.parameters == sum(p.numel() for p in model.parameters())
-    rows = evaluate.evaluate_text(files, load(folder), hf.nll, sequence_length=S, micro_batch=2)
+    rows = perplexity.evaluate_text(files, load(folder), hf.nll, sequence_length=S, micro_batch=2)
     for file, row in zip(files, rows, strict=True):
-        cut = evaluate.windows(file, load(folder), S)
+        cut = perplexity.windows(file, load(folder), S)
         expected, tokens, size = reference(model, cut), int(cut.mask.sum()), int(cut.num_bytes.sum())
         assert row["file"] == file and row["tokens"] == tokens and row["bytes"] == size
         assert row["loss"] == pytest.approx(expected / tokens, rel=1e-6)
@@ -115,23 +117,23 @@ def test_max_windows_are_spread_over_the_file(files, llama):
         seen.append(tokens[mask.any(dim=1)])
         return mask.sum()
 
-    (row,) = evaluate.evaluate_text(files[:1], load(folder), nll, sequence_length=S, micro_batch=2, max_windows=3)
-    cut = evaluate.windows(files[0], load(folder), S)
+    (row,) = perplexity.evaluate_text(files[:1], load(folder), nll, sequence_length=S, micro_batch=2, max_windows=3)
+    cut = perplexity.windows(files[0], load(folder), S)
     kept = [0, len(cut.tokens) // 3, 2 * len(cut.tokens) // 3]
     assert torch.equal(torch.cat(seen), cut.tokens[kept])
     assert row["loss"] == 1.0 and row["bytes"] == int(cut.num_bytes[kept].sum())
 
 
 def _on_rank(files, folder):
-    hf, shapes = evaluate.HFModel(folder), []
+    hf, shapes = perplexity.HFModel(folder), []
 
     def nll(tokens, mask):
         shapes.append(tuple(tokens.shape))
         return hf.nll(tokens, mask)
 
-    group = runtime.dp_group()
+    group = process_groups.dp_group()
     share = dict(dp_rank=group.rank(), dp_size=group.size(), group=group)
-    return evaluate.evaluate_text(files, load(folder), nll, sequence_length=S, micro_batch=2, **share), shapes
+    return perplexity.evaluate_text(files, load(folder), nll, sequence_length=S, micro_batch=2, **share), shapes
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,9 @@ def _on_rank(files, folder):
 )
 def test_data_parallel_sums_equal_one_process(files, llama, world, parallel):
     folder, _ = llama
-    alone = evaluate.evaluate_text(files, load(folder), evaluate.HFModel(folder).nll, sequence_length=S, micro_batch=2)
+    alone = perplexity.evaluate_text(
+        files, load(folder), perplexity.HFModel(folder).nll, sequence_length=S, micro_batch=2
+    )
     ranks = on_ranks(_on_rank, world, parallel, files, folder)
     for rows, shapes in ranks:
         assert set(shapes) == {(2, S)} and len(shapes) == len(ranks[0][1])  # as collectives inside nll need it
@@ -151,7 +155,7 @@ def test_data_parallel_sums_equal_one_process(files, llama, world, parallel):
 
 
 def test_nothing_predicted_costs_nothing(llama):
-    zero = evaluate.HFModel(llama[0]).nll(torch.zeros(2, S, dtype=torch.int64), torch.zeros(2, S, dtype=torch.bool))
+    zero = perplexity.HFModel(llama[0]).nll(torch.zeros(2, S, dtype=torch.int64), torch.zeros(2, S, dtype=torch.bool))
     assert zero.item() == 0.0
 
 
@@ -161,30 +165,30 @@ def test_bad_input_is_one_sentence(tmp_path, files, llama):
     folder, _ = llama
     tokenizer = load(folder)
     with pytest.raises(UserError, match="no config.json"):
-        evaluate.HFModel(str(tmp_path / "absent"))
+        perplexity.HFModel(str(tmp_path / "absent"))
     shutil.copy(Path(folder, "config.json"), tmp_path)
     with pytest.raises(UserError, match="has no weights"):
-        evaluate.HFModel(str(tmp_path))
+        perplexity.HFModel(str(tmp_path))
     weights = load_file(os.path.join(folder, "model.safetensors"))
     left_out = "model.layers.1.mlp.up_proj.weight"
     file = tmp_path / "model.safetensors"
     save_file({k: v for k, v in weights.items() if k != left_out}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"missing_keys: {left_out}"):
-        evaluate.HFModel(str(tmp_path))
+        perplexity.HFModel(str(tmp_path))
     save_file(weights | {left_out: weights[left_out][:5].clone()}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="up_proj"):
-        evaluate.HFModel(str(tmp_path))
+        perplexity.HFModel(str(tmp_path))
     save_file(weights, file, metadata={"format": "pt"})
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be loaded"):
-        evaluate.HFModel(str(tmp_path))
+        perplexity.HFModel(str(tmp_path))
     with pytest.raises(UserError, match="evaluate on the text itself"):
-        evaluate.windows(data.tokenize(files[:1], tokenizer, str(tmp_path))[0], tokenizer, S)
+        perplexity.windows(datasets.tokenize(files[:1], tokenizer, str(tmp_path))[0], tokenizer, S)
     one = write_jsonl(tmp_path / "one.jsonl", ["a"])
     with pytest.raises(UserError, match="no token to predict"):
-        evaluate.windows(one, tokenizer, S)
+        perplexity.windows(one, tokenizer, S)
     with pytest.raises(UserError, match="neither a file"):
-        evaluate.evaluate_text(["absent.txt"], tokenizer, None, sequence_length=S, micro_batch=2)
+        perplexity.evaluate_text(["absent.txt"], tokenizer, None, sequence_length=S, micro_batch=2)
 
 
 def test_models_that_change_their_logits_are_refused(tmp_path):
@@ -195,4 +199,4 @@ def test_models_that_change_their_logits_are_refused(tmp_path):
     )
     Gemma2ForCausalLM(Gemma2Config(vocab_size=50, head_dim=8, initializer_range=0.5, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="gemma2 changes its logits"):
-        evaluate.HFModel(str(tmp_path))
+        perplexity.HFModel(str(tmp_path))

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.evaluate import HFModel
+from minitron_mcore.evaluation.perplexity import HFModel
 from minitron_mcore.models import build
-from minitron_mcore.plan.plan import load_plan, make_plan
+from minitron_mcore.pruning.plan import load_plan, make_plan
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_prune import export, random_scores, run_prune
@@ -69,8 +69,8 @@ def oracle(folder, ids) -> dict[str, torch.Tensor]:
 
 
 def collect(checkpoint, parallel, ids):
-    from minitron_mcore.checkpoint import build_model
-    from minitron_mcore.importance.collect import score
+    from minitron_mcore.checkpoint.run_folder import build_model
+    from minitron_mcore.importance.collector import score
 
     opened = open_checkpoint(checkpoint)
     mask = torch.arange(ids.shape[1])[None] < torch.tensor(LENGTHS)[:, None]

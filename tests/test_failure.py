@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import BadLoss, ParallelConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import BadLoss, ParallelConfig
 from minitron_mcore.errors import HUNG_STATUS
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
@@ -28,7 +28,7 @@ WORLD, LAYOUT = 4, ParallelConfig(pipeline=2)  # data-parallel rank 1 is ranks 1
 def distill_masked(student, teacher, config, parallel, out_dir, masks, resume=False):
     """`distill` where the loss mask of data-parallel rank r's micro-batches in step s (from 1) is masks[s, r]; its exception's
     name, or its history."""
-    from minitron_mcore import runtime
+    from minitron_mcore.parallel import process_groups
     from tests import test_distill
 
     def edited(config, start, dp_rank, dp_size):
@@ -43,7 +43,7 @@ def distill_masked(student, teacher, config, parallel, out_dir, masks, resume=Fa
     try:
         return distill(student, teacher, config, parallel, out_dir, resume)
     except Exception as error:
-        if runtime.rank() == runtime.dp_group().rank() == 0:
+        if process_groups.rank() == process_groups.dp_group().rank() == 0:
             (Path(out_dir) / "raised").write_text(str(error))
         return type(error).__name__
 
@@ -110,9 +110,9 @@ def test_bad_losses_are_skipped_up_to_a_limit(tmp_path, pair):  # noqa: F811
 def steps(student, teacher, config, parallel, masks):
     """Of each step its figures or what is bad, whether weights and moments were kept, the gradient that is bad; micro-batch
     n of a step has the loss mask masks[step, n]."""
-    from minitron_mcore import runtime
-    from minitron_mcore.distill.failure import BadStep
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.failures import BadStep
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
     trainer = Trainer(open_checkpoint(student), open_checkpoint(teacher), config, parallel, "fp32")
 
@@ -121,7 +121,7 @@ def steps(student, teacher, config, parallel, masks):
         moments = [entry[key] for entry in parts for key in ("exp_avg", "exp_avg_sq")]
         return [tensor.detach().clone() for tensor in [*trainer.model.parameters(), *moments]]
 
-    dp = runtime.dp_group()
+    dp = process_groups.dp_group()
     batches, found = micro_batches(config, 0, dp.rank(), dp.size()), []
     for step in range(1, config.steps + 1):
         own = [next(batches) for _ in range(config.global_batch // (config.micro_batch * dp.size()))]
@@ -175,14 +175,14 @@ def test_bad_gradient_moves_nothing(tmp_path, pair):  # noqa: F811
 
 def distill_hanging(student, teacher, config, parallel, out_dir):
     """Rank 1 falls asleep and rank 2 is stopped in step 2."""
-    from minitron_mcore import runtime
+    from minitron_mcore.parallel import process_groups
     from tests import test_distill
 
     def hang(config, start, dp_rank, dp_size):
         for n, batch in enumerate(micro_batches(config, start, dp_rank, dp_size)):
-            if n == 1 and runtime.rank() == 1:
+            if n == 1 and process_groups.rank() == 1:
                 time.sleep(600)
-            if n == 1 and runtime.rank() == 2:
+            if n == 1 and process_groups.rank() == 2:
                 os.kill(os.getpid(), signal.SIGSTOP)
             yield batch
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig, PruneConfig
-from minitron_mcore.models import hf
-from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
+from minitron_mcore.formats import hf_convert
+from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_distill import CONFIG, distill
@@ -44,7 +44,7 @@ def check(which, tmp_path, world, parallel):
     found = next(x for x in on_ranks(round_trip, world, parallel, folder, tmp_path, parallel, ids) if x is not None)
     assert (found - models.hf_logits(folder, ids)).abs().max() <= 2e-4
     (tmp_path / "back").mkdir()
-    hf.export_folder(open_checkpoint(tmp_path / "ckpt"), tmp_path / "back")
+    hf_convert.export_folder(open_checkpoint(tmp_path / "ckpt"), tmp_path / "back")
     back, given = models.weights(tmp_path / "back"), models.weights(folder)
     given = {name: weight for name, weight in given.items() if name in back or name != "lm_head.weight"}
     assert back.keys() == given.keys()

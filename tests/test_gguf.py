@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen2Tokenizer
 
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests import families, gguf_files, models
@@ -117,7 +117,7 @@ def test_sentencepiece_tokenizer(tmp_path):
 
 
 def read_tokenizer(file, folder):
-    from minitron_mcore.models import gguf_file, gguf_tokenizer
+    from minitron_mcore.formats import gguf_file, gguf_tokenizer
 
     gguf_tokenizer.read(gguf_file.File(file, torch.float32)).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)

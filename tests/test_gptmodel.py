@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests import families, models
@@ -20,11 +20,11 @@ ONE, TP2, PP2 = ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipel
 
 
 def export_gpt(checkpoint, out_dir, parallel, options):
-    from minitron_mcore.checkpoint import open_checkpoint
-    from minitron_mcore.models import gpt
+    from minitron_mcore.checkpoint.run_folder import open_checkpoint
+    from minitron_mcore.formats import megatron_gpt
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    gpt.export_folder(open_checkpoint(checkpoint), out_dir, parallel, "fp32", **options)
+    megatron_gpt.export_folder(open_checkpoint(checkpoint), out_dir, parallel, "fp32", **options)
 
 
 def logits(checkpoint, ids):
@@ -33,12 +33,12 @@ def logits(checkpoint, ids):
 
 
 def stored(checkpoint) -> dict[str, torch.Tensor]:
-    from minitron_mcore.checkpoint import open_checkpoint
-    from minitron_mcore.models import table
-    from minitron_mcore.stream import Reader
+    from minitron_mcore.checkpoint.run_folder import open_checkpoint
+    from minitron_mcore.checkpoint.streaming import Reader
+    from minitron_mcore.models import parameter_table
 
     opened = open_checkpoint(checkpoint)
-    return whole(Reader(opened), table.parameters(opened.arch))
+    return whole(Reader(opened), parameter_table.parameters(opened.arch))
 
 
 def same(a, b) -> bool:
@@ -159,7 +159,7 @@ def load_through_interop(folder, base):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import gpt_checkpoint_interop as interop
 
-    from minitron_mcore.checkpoint import build_model, open_checkpoint
+    from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
 
     models.import_hf(folder, base / "ckpt", ONE)
     export_gpt(base / "ckpt", base / "out", ONE, {"names": "plain"})
@@ -273,15 +273,15 @@ def test_an_index_that_runs_code_is_refused(tmp_path, trained, place):
 
 def test_a_checkpoint_of_ours_that_runs_code_is_refused(tmp_path, read):
     """Its manifest agrees with it; megatron-core's reader would run it."""
-    from minitron_mcore import checkpoint, disk, stream
+    from minitron_mcore.checkpoint import disk, run_folder, streaming
 
     shutil.copytree(read, tmp_path / "ckpt")
-    opened = checkpoint.open_checkpoint(tmp_path / "ckpt")
+    opened = run_folder.open_checkpoint(tmp_path / "ckpt")
     break_metadata(opened.step_dir, lambda found: setattr(found, "planner_data", Attack(tmp_path / "trace")))
     manifest = json.loads((opened.step_dir / "integrity.json").read_text())
     manifest["files"][".metadata"] = disk.sha256(opened.step_dir / ".metadata")
     (opened.step_dir / "integrity.json").write_text(json.dumps(manifest))
-    for load in (stream.Reader, lambda x: checkpoint.load(x, {})):
+    for load in (streaming.Reader, lambda x: run_folder.load(x, {})):
         with pytest.raises(UserError, match=REFUSED):
             load(opened)
     assert not (tmp_path / "trace").exists()

@@ -4,12 +4,11 @@ import re
 
 import pytest
 
-from minitron_mcore import prune
-from minitron_mcore.config import PruneConfig
-from minitron_mcore.models import architecture, table
-from minitron_mcore.models.folder import Folder
-from minitron_mcore.plan import groups
-from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.config.settings import PruneConfig
+from minitron_mcore.formats.hf_folder import Folder
+from minitron_mcore.models import architecture, parameter_table
+from minitron_mcore.pruning import apply, summary
+from minitron_mcore.pruning.plan import make_plan
 from tests import families, models
 from tests.test_prune import random_scores
 
@@ -36,14 +35,14 @@ def test_bytes_are_those_of_the_tensors(tmp_path, which, cut):
     folder = families.tiny(which, tmp_path / "hf")
     arch, _ = architecture.read_hf(folder)
     reader = Folder(folder)
-    for parameter in table.parameters(arch):
+    for parameter in parameter_table.parameters(arch):
         reader.hash(parameter)
     plan = make_plan(arch, reader.fingerprint(arch), random_scores(arch), cut)
     (tmp_path / "cut").mkdir()
-    prune.cut_folder(folder, plan, tmp_path / "cut")
+    apply.cut_folder(folder, plan, tmp_path / "cut")
     before, after = models.weights(folder), models.weights(tmp_path / "cut")
 
-    rows = {row["axis"]: row for row in groups.axes(plan, "fp32")}
+    rows = {row["axis"]: row for row in summary.axes(plan, "fp32")}
     for axis, row in rows.items():
         along = re.compile(ALONG.get(axis, ""))
         for weights, key in ((before, "bytes before"), (after, "bytes after")):
@@ -52,23 +51,25 @@ def test_bytes_are_those_of_the_tensors(tmp_path, which, cut):
     assert [rows["blocks"][key] for key in ("kept", "of")] == [len(plan.blocks), arch.blocks]
     assert rows["ffn"]["kept"] == plan.target.ffn == cut.ffn
 
-    kinds = groups.tensors(plan, "fp32")
+    kinds = summary.tensors(plan, "fp32")
     for key, sizes, weights in (("bytes before", arch, before), ("bytes after", plan.target, after)):
         total = sum(w.nbytes for w in weights.values())
-        assert sum(row[key] for row in kinds) == rows["in all"][key] == 4 * table.count(sizes) == total
+        assert sum(row[key] for row in kinds) == rows["in all"][key] == 4 * parameter_table.count(sizes) == total
     assert [sum(row[key] for row in kinds) for key in ("tensors before", "after")] == [
-        len(list(table.parameters(a))) for a in (arch, plan.target)
+        len(list(parameter_table.parameters(a))) for a in (arch, plan.target)
     ]
-    half = groups.axes(plan, "bf16")[-1]
+    half = summary.axes(plan, "bf16")[-1]
     assert 2 * half["bytes after"] == rows["in all"]["bytes after"]
-    assert f"{table.count(arch):,} -> {table.count(plan.target):,};" in groups.counts(plan)
+    assert f"{parameter_table.count(arch):,} -> {parameter_table.count(plan.target):,};" in summary.counts(plan)
 
 
 def test_layers_dropped_apart_from_their_blocks_have_a_row(tmp_path, monkeypatch):
     arch, _ = architecture.read_hf(models.tiny_llama(tmp_path))
     plan = make_plan(arch, "x", random_scores(arch), PruneConfig(drop_blocks=[4]))
-    assert "MLP layers" not in {row["axis"] for row in groups.axes(plan, "bf16")}
-    keeps = table.keeps
-    monkeypatch.setattr(table, "keeps", lambda plan, p: keeps(plan, p) and not (p.block == 2 and "{m}" in p.row.name))
-    rows = {row["axis"]: row for row in groups.axes(plan, "bf16")}
+    assert "MLP layers" not in {row["axis"] for row in summary.axes(plan, "bf16")}
+    keeps = parameter_table.keeps
+    monkeypatch.setattr(
+        parameter_table, "keeps", lambda plan, p: keeps(plan, p) and not (p.block == 2 and "{m}" in p.row.name)
+    )
+    rows = {row["axis"]: row for row in summary.axes(plan, "bf16")}
     assert (rows["MLP layers"]["kept"], rows["MLP layers"]["of"]) == (3, 5) and "attention layers" not in rows

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_mcore import checkpoint, distcp, stream, tokenizer
-from minitron_mcore.checkpoint import claimed, open_checkpoint
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.checkpoint import run_folder, safe_metadata, streaming
+from minitron_mcore.checkpoint.run_folder import claimed, open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.data import tokenizer
 from minitron_mcore.errors import UserError
+from minitron_mcore.formats import gguf_file, hf_convert, sources
 from minitron_mcore.importance.scores import load_scores
-from minitron_mcore.models import gguf_file, hf, sources, table
+from minitron_mcore.models import parameter_table
 from minitron_mcore.testing import RankError, on_ranks
 from tests import gguf_files, hostile, models
 from tests.models import read_all, whole
@@ -28,7 +30,7 @@ GPT_KEY = "decoder.final_layernorm.weight"
 
 
 def trainer(folder, distributed: bool):
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.trainer import Trainer
 
     config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0, distributed_optimizer=distributed)
     return Trainer(open_checkpoint(folder), None, config, ONE, "fp32")
@@ -36,16 +38,16 @@ def trainer(folder, distributed: bool):
 
 def write(base: Path) -> None:
     """A model as Hugging Face folder, and as what each stage makes of it (one rank)."""
-    from minitron_mcore.models import gpt
+    from minitron_mcore.formats import megatron_gpt
 
     models.tiny_llama(base / "hf")
-    hf.import_folder(base / "hf", base / "convert", ONE)
+    hf_convert.import_folder(base / "hf", base / "convert", ONE)
     source = open_checkpoint(base / "convert")
     (base / "gpt").mkdir()
-    gpt.export_folder(source, base / "gpt", ONE, "fp32")
+    megatron_gpt.export_folder(source, base / "gpt", ONE, "fp32")
     for distributed in (True, False):
         out_dir = base / f"run_{distributed}"
-        checkpoint.describe(out_dir, source.arch, "test", {}, source.hf)
+        run_folder.describe(out_dir, source.arch, "test", {}, source.hf)
         made, batches = trainer(base / "convert", distributed), micro_batches(CONFIG, 0, 0, 1)
         made.train_step([next(batches) for _ in range(CONFIG.global_batch)])
         made.save(out_dir)
@@ -62,25 +64,25 @@ def export(folder: Path):
     out = folder.parent / "export"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    return hf.export_folder(open_checkpoint(folder), out)
+    return hf_convert.export_folder(open_checkpoint(folder), out)
 
 
 def export_gpt(folder: Path):
-    from minitron_mcore.models import gpt
+    from minitron_mcore.formats import megatron_gpt
 
     out = folder.parent / "export"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    return gpt.export_folder(open_checkpoint(folder), out, ONE, "fp32")
+    return megatron_gpt.export_folder(open_checkpoint(folder), out, ONE, "fp32")
 
 
 def read_pieces(folder: Path):
     source = open_checkpoint(folder)
-    return whole(stream.Reader(source), table.parameters(source.arch))
+    return whole(streaming.Reader(source), parameter_table.parameters(source.arch))
 
 
 READERS = {
-    "model": lambda folder: checkpoint.build_model(open_checkpoint(folder), ONE, "fp32"),
+    "model": lambda folder: run_folder.build_model(open_checkpoint(folder), ONE, "fp32"),
     "pieces": read_pieces,
     "export": export,
     "export to GPTModel": export_gpt,
@@ -156,7 +158,7 @@ def test_no_gptmodel_runs_code(tmp_path, base, place):
 
 
 def load_plain(folder: Path, wanted: dict) -> dict:
-    return checkpoint.load(open_checkpoint(folder), wanted)
+    return run_folder.load(open_checkpoint(folder), wanted)
 
 
 def test_plain_common_state_is_read(base):
@@ -253,7 +255,7 @@ def test_a_gguf_s_chat_template_is_text(tmp_path, base, monkeypatch):
 
 def test_no_code_beside_weights_runs(tmp_path, base):
     """auto_map in config and tokenizer, a .bin in place of weights: refused or passed over."""
-    from minitron_mcore import loaders
+    from minitron_mcore.export import serving_compat
 
     flag, folder = tmp_path / "flag", shutil.copytree(base / "hf", tmp_path / "hf")
     (folder / "custom.py").write_text(planted(tmp_path, hostile.REMOTE))
@@ -264,7 +266,7 @@ def test_no_code_beside_weights_runs(tmp_path, base):
         "chat_template": hostile.TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(planted(tmp_path, json.dumps(made)))
-    for call in (lambda: read_all(folder, folder), lambda: loaders.load(folder), lambda: tokenizer.load(folder)):
+    for call in (lambda: read_all(folder, folder), lambda: serving_compat.load(folder), lambda: tokenizer.load(folder)):
         tried(call)
         assert not flag.exists()
     (folder / "model.safetensors").unlink()
@@ -272,7 +274,7 @@ def test_no_code_beside_weights_runs(tmp_path, base):
         for name in ("pytorch_model.bin", "model.pt", "model.safetensors"):
             (folder / name).write_bytes(payload(hostile.Attack(flag)))
             assert tried(lambda: read_all(folder, folder))
-            assert tried(lambda: loaders.load(folder))
+            assert tried(lambda: serving_compat.load(folder))
             assert tried(lambda name=name: read_all(folder, folder / name))
             assert not flag.exists()
             (folder / name).unlink()
@@ -306,9 +308,9 @@ def test_no_config_runs_code(tmp_path, kind):
 
 def count_readers(folder: Path) -> int:
     """How often a load asks `Files` for its index."""
-    calls, original = [], distcp.Files.read_metadata
-    distcp.Files.read_metadata = lambda self, *args, **kwargs: calls.append(1) or original(self)
-    checkpoint.build_model(open_checkpoint(folder), ONE, "fp32")
+    calls, original = [], safe_metadata.Files.read_metadata
+    safe_metadata.Files.read_metadata = lambda self, *args, **kwargs: calls.append(1) or original(self)
+    run_folder.build_model(open_checkpoint(folder), ONE, "fp32")
     return len(calls)
 
 

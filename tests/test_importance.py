@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from minitron_mcore.config import Aggregation, FfnSite, ParallelConfig, Statistic
+from minitron_mcore.config.settings import Aggregation, FfnSite, ParallelConfig, Statistic
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_models import LAYOUTS
@@ -94,15 +94,15 @@ def scores_of(seen, weights, heads, statistic) -> dict[str, torch.Tensor]:
 
 def collect(checkpoint, parallel, ids, lengths, statistics=(None,)):
     """Scores by each statistic, all from the same forward passes."""
-    from minitron_mcore import runtime
-    from minitron_mcore.checkpoint import build_model, open_checkpoint
-    from minitron_mcore.importance.collect import collecting
-    from minitron_mcore.schedule import forward
+    from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
+    from minitron_mcore.importance.collector import collecting
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.parallel.schedule import forward
 
     opened = open_checkpoint(checkpoint)
     model = build_model(opened, parallel, "fp32")
     mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
-    dp = runtime.dp_group()
+    dp = process_groups.dp_group()
     ids, mask = ids[dp.rank() :: dp.size()], mask[dp.rank() :: dp.size()]
     with contextlib.ExitStack() as stack:
         collectors = [stack.enter_context(collecting(model, opened.arch, statistic)) for statistic in statistics]
@@ -150,10 +150,10 @@ def test_scores_equal_the_formulas(parent, layout):
 
 
 def test_other_layout_same_plan(tmp_path):
-    from minitron_mcore.checkpoint import open_checkpoint
-    from minitron_mcore.config import PruneConfig
+    from minitron_mcore.checkpoint.run_folder import open_checkpoint
+    from minitron_mcore.config.settings import PruneConfig
     from minitron_mcore.importance.scores import Scores
-    from minitron_mcore.plan.plan import make_plan
+    from minitron_mcore.pruning.plan import make_plan
 
     folder = models.tiny_llama(tmp_path / "hf")
     on_ranks(models.import_hf, 1, ParallelConfig(), folder, tmp_path / "ckpt", ParallelConfig())

@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron_mcore import prune, stream
-from minitron_mcore.config import ParallelConfig, PruneConfig
-from minitron_mcore.models import layout, table
+from minitron_mcore.checkpoint import streaming
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
+from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.plan import load_plan, make_plan
+from minitron_mcore.parallel import layout
+from minitron_mcore.pruning import apply
+from minitron_mcore.pruning.plan import load_plan, make_plan
 from tests.test_prune import random_scores
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
@@ -135,27 +137,27 @@ def test_the_ranks_pieces_make_up_the_pruned_tensors(plan, data):
         return wholes[parameter][tuple(slice(low, low + n) for low, n in zip(offset, shape, strict=True))].clone()
 
     reader = SimpleNamespace(read=read)
-    survivors = dict(prune._survivors(plan, table.parameters(plan.source)))
-    assert list(survivors.values()) == list(table.parameters(plan.target))
+    survivors = dict(apply._survivors(plan, parameter_table.parameters(plan.source)))
+    assert list(survivors.values()) == list(parameter_table.parameters(plan.target))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "PIECE_ELEMENTS", data.draw(st.integers(1, 30)))
+        patch.setattr(streaming, "PIECE_ELEMENTS", data.draw(st.integers(1, 30)))
         for source, target in survivors.items():
             wholes[source] = whole = torch.randn(source.shape).to(dtype)
             wanted = expected(source, plan, whole)
             assert wanted.shape == target.shape
             seen, found, filled = np.zeros(source.shape), torch.empty(target.shape, dtype=dtype), np.zeros(target.shape)
             for rank in range(before if source.row.tp_dim is not None else 1):
-                for box in stream.boxes(source, rank, before):
-                    (offset, shape), kept = prune.select(source, plan, box)
-                    piece = prune._cut(read, source, plan, box, kept)
+                for box in streaming.boxes(source, rank, before):
+                    (offset, shape), kept = apply.select(source, plan, box)
+                    piece = apply._cut(read, source, plan, box, kept)
                     assert piece.shape == shape
                     place(found, filled, offset, piece)
                     seen[tuple(slice(low, low + length) for low, length in zip(*box, strict=True))] += 1
             assert (seen == 1).all() and (filled == 1).all() and torch.equal(found, wanted)
             filled[:] = 0
             for rank in range(after if target.row.tp_dim is not None else 1):
-                for offset, shape in stream.boxes(target, rank, after):
-                    place(found, filled, offset, prune._kept(reader, source, plan, offset, shape))
+                for offset, shape in streaming.boxes(target, rank, after):
+                    place(found, filled, offset, apply._kept(reader, source, plan, offset, shape))
             assert (filled == 1).all() and torch.equal(found, wanted)
 
 
@@ -164,7 +166,7 @@ def test_the_ranks_pieces_make_up_the_pruned_tensors(plan, data):
 def test_packing_goes_group_by_group(arch):
     rows = [("q", head, d) for head in range(arch.heads) for d in range(arch.head_dim)]
     rows += [(kind, group, d) for kind in "kv" for group in range(arch.groups) for d in range(arch.head_dim)]
-    packed = [rows[row] for row in table.packing("qkv", arch)]
+    packed = [rows[row] for row in parameter_table.packing("qkv", arch)]
     held, wanted = arch.heads_per_group, []
     for group in range(arch.groups):
         units = [("q", group * held + n) for n in range(held)] + [("k", group), ("v", group)]
@@ -180,13 +182,16 @@ def test_ranges_share_every_axis(arch, tp):
     axes += ["ffn", "glu"] * (tp in divisors(arch) and not arch.experts)  # experts are whole
     for axis in axes:
         ranks = [
-            [n for low, high in table.ranges(axis, arch, rank, tp) for n in range(low, high)] for rank in range(tp)
+            [n for low, high in parameter_table.ranges(axis, arch, rank, tp) for n in range(low, high)]
+            for rank in range(tp)
         ]
-        assert sorted(n for held in ranks for n in held) == list(range(table.size(axis, arch)))
+        assert sorted(n for held in ranks for n in held) == list(range(parameter_table.size(axis, arch)))
         assert all(held == sorted(held) for held in ranks)
         unit = {"qkv": (arch.heads_per_group + 2) * arch.head_dim, "heads": arch.heads_per_group * arch.head_dim}
         if axis in unit:
-            owners = [{rank for rank, held in enumerate(ranks) if n in held} for n in range(table.size(axis, arch))]
+            owners = [
+                {rank for rank, held in enumerate(ranks) if n in held} for n in range(parameter_table.size(axis, arch))
+            ]
             runs = [owners[n : n + unit[axis]] for n in range(0, len(owners), unit[axis])]
             assert all(len(set.union(*run)) == 1 for run in runs)
         if axis == "glu":
@@ -199,7 +204,7 @@ def test_ranges_share_every_axis(arch, tp):
 @given(arch=architectures(), pipeline=st.sampled_from(SIZES), expert=st.sampled_from(SIZES))
 def test_stages_share_the_layers(arch, pipeline, expert):
     """Layers are numbered without holes, and every parameter lies on one stage and, of experts, on one of its ranks."""
-    names = [parameter.name for parameter in table.parameters(arch)]
+    names = [parameter.name for parameter in parameter_table.parameters(arch)]
     numbers = {int(name.split(".")[2]) for name in names if name.startswith("decoder.layers.")}
     assert numbers == set(range(len(arch.layers))) and len(set(names)) == len(names)
     assert [arch.layer(*layer) for layer in arch.layers] == sorted(numbers)
@@ -214,7 +219,7 @@ def test_stages_share_the_layers(arch, pipeline, expert):
         if parameter.expert is not None or rank == 0
     ]
     assert sorted(parameter.name for parameter in held) == sorted(names)
-    assert sum(math.prod(parameter.shape) for parameter in held) == table.count(arch)
+    assert sum(math.prod(parameter.shape) for parameter in held) == parameter_table.count(arch)
 
 
 @FEW

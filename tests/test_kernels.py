@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minitron_mcore.config import Divergence, ParallelConfig
-from minitron_mcore.distill import kernels, tiles
+from minitron_mcore.config.settings import Divergence, ParallelConfig
+from minitron_mcore.distill import kernels, tiling
 from minitron_mcore.distill.divergences import GivenTopK, make
 from minitron_mcore.distill.losses import distillation_loss_of_logits
 from minitron_mcore.testing import on_ranks
@@ -69,7 +69,7 @@ GIVEN["several tiles"] = replace(GIVEN["several tiles"], tokens=11, vocab=9001, 
 def on_rank(cases: list[Case], given: list[test_teacher_cache.Case]) -> tuple[list, list]:
     used = [make(divergence, 1, 0.5, None, 1.0) for divergence in Divergence]
     for divergence in (*used, make(Divergence.forward_kl, 2, 0.5, 1, 1.0), GivenTopK(0, 1)):
-        assert tiles.kernels_for(torch.empty(0), divergence) is kernels
+        assert tiling.kernels_for(torch.empty(0), divergence) is kernels
     test_losses.consumed_on_rank([CASES["top 20"]])
     assert_logits_stay(CASES["top 20"])
     return test_losses.on_rank(cases), test_teacher_cache.loss_on_rank(given)

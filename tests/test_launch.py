@@ -14,9 +14,9 @@ import torch
 import yaml
 from hydra import initialize_config_dir
 
-from minitron_mcore import launching
-from minitron_mcore.checkpoint import claimed, open_checkpoint
-from minitron_mcore.config import PruneConfig
+from minitron_mcore.checkpoint.run_folder import claimed, open_checkpoint
+from minitron_mcore.cli import main
+from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, save_scores
 from tests import models
@@ -50,11 +50,11 @@ def pipeline(cwd, *overrides, fails=False) -> str:
 
 def config_of(stage, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return launching.compose(stage, list(overrides))
+        return main.compose(stage, list(overrides))
 
 
 def compose(stage, *overrides) -> dict:
-    return launching.plain(config_of(stage, *overrides))
+    return main.plain(config_of(stage, *overrides))
 
 
 def claim(*args, **kwargs) -> None:
@@ -78,7 +78,7 @@ def test_distill_defaults_are_the_papers():
     assert found["teacher"] == "runs/llama31_8b/convert"
 
 
-@pytest.mark.parametrize("stage", launching.LAUNCH_FILES)
+@pytest.mark.parametrize("stage", main.LAUNCH_FILES)
 def test_every_stage_composes_and_is_short(stage):
     assert config_of(stage, "+model=smollm2_135m", "parallel=tp3").parallel.tensor == 3
     assert len((ROOT / "launch" / f"{stage}.py").read_text().splitlines()) < 50

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from minitron_mcore import runtime
-from minitron_mcore.config import Divergence, ParallelConfig
+from minitron_mcore.config.settings import Divergence, ParallelConfig
 from minitron_mcore.distill.losses import distillation_loss, distillation_loss_of_logits
-from minitron_mcore.runtime import UserError
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.process_groups import UserError
 from minitron_mcore.testing import on_ranks
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
@@ -67,7 +67,7 @@ class Case:
 
     def placed(self) -> list[Tensor]:
         """The same on this rank's device."""
-        return [None if tensor is None else tensor.to(runtime.device()) for tensor in self.tensors()]
+        return [None if tensor is None else tensor.to(process_groups.device()) for tensor in self.tensors()]
 
     def run(self, tensors: list[Tensor], group=None) -> tuple[Tensor, Tensor]:
         options = dict(kd_weight=self.kd_weight, lm_weight=self.lm_weight, temperature=self.temperature)
@@ -190,7 +190,7 @@ def on_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
 
 def one_on_rank(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same four of this rank: its part of the hidden states' gradient, its rows of the head's."""
-    tensors, group = case.placed(), runtime.tp_group()
+    tensors, group = case.placed(), process_groups.tp_group()
     rows = slice(group.rank() * case.padded // group.size(), (group.rank() + 1) * case.padded // group.size())
     for head in (1, 3):
         tensors[head] = None if tensors[head] is None else tensors[head][rows].clone()
@@ -230,7 +230,7 @@ def test_value_and_gradients_equal_dense_fp64(tp):
 
 
 def same_model_on_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    group, results = runtime.tp_group(), []
+    group, results = process_groups.tp_group(), []
     for case in cases:
         tensors = case.placed()
         head = tensors[1].chunk(group.size())[group.rank()].clone().requires_grad_()
@@ -275,7 +275,7 @@ def tied_on_rank(case: Case) -> Tensor:
     """Gradient of this rank's rows of one matrix that is embedding and head; what lies between is a tanh."""
     from megatron.core.tensor_parallel import mappings
 
-    tensors, group = case.placed(), runtime.tp_group()
+    tensors, group = case.placed(), process_groups.tp_group()
     rows = case.padded // group.size()
     weight = tensors[1].chunk(group.size())[group.rank()].clone().requires_grad_()
     place = tensors[4] - group.rank() * rows
@@ -330,7 +330,7 @@ def main_grads(tied: bool, fused: bool, dtype: torch.dtype = torch.float32) -> l
     model.zero_grad_buffer()
     for seed in (0, 1):
         ids = torch.randint(case.vocab, (case.tokens,), generator=torch.Generator().manual_seed(seed))
-        (0.25 * model(ids.to(runtime.device()), fused)).backward()
+        (0.25 * model(ids.to(process_groups.device()), fused)).backward()
     assert head.weight.grad_added_to_main_grad == fused and all(p.grad is None for p in head.parameters())
     return [parameter.main_grad.cpu().clone() for parameter in head.parameters()]
 
@@ -362,7 +362,7 @@ def test_backward_scales_once():
 def consumed_on_rank(cases: list[Case]) -> list[int]:
     """Collectives of a call on given logits; its gradient is written over the student's, and is 0 for ignored tokens and padding;
     the teacher's stay."""
-    group, counts = runtime.tp_group(), []
+    group, counts = process_groups.tp_group(), []
     for case in cases:
         student, head, teacher, teacher_head, labels, mask = replace(case, masked=0.3).placed()
         logits, given = (

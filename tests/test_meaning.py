@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from minitron_mcore import loaders
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, table
-from minitron_mcore.models.folder import Folder
+from minitron_mcore.export import serving_compat
+from minitron_mcore.formats.hf_folder import Folder
+from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.testing import on_ranks
 from tests import families, meaning, models
 from tests.test_launch import word_tokenizer
@@ -126,9 +126,9 @@ def test_weights_are_those_that_transformers_takes(tmp_path, damage, sentence):
         with pytest.raises(UserError, match=sentence):
             Folder(folder).check(arch)
         return
-    weights, expected = Folder(folder), loaders.load(folder, dtype=torch.float32).state_dict()
+    weights, expected = Folder(folder), serving_compat.load(folder, dtype=torch.float32).state_dict()
     weights.check(arch)
-    for name, tensor in models.whole(weights, table.parameters(arch)).items():
+    for name, tensor in models.whole(weights, parameter_table.parameters(arch)).items():
         assert tensor.shape and torch.isfinite(tensor).all(), name
     assert all(torch.equal(weights.slice(name)[:], expected[name]) for name in expected.keys() & weights.where.keys())
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests import families, models

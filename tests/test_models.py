@@ -2,7 +2,7 @@
 
 import pytest
 
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 
@@ -84,7 +84,7 @@ def test_impossible_layouts_are_refused(tmp_path, world, parallel, sentence):
 
 def table_state(checkpoint, parallel):
     """(key, global shape, local shapes) of the table's view of a model, and megatron-core's own."""
-    from minitron_mcore.checkpoint import model_state, open_checkpoint
+    from minitron_mcore.checkpoint.run_folder import model_state, open_checkpoint
     from minitron_mcore.models import build
 
     opened = open_checkpoint(checkpoint)

@@ -12,8 +12,9 @@ import torch
 from hydra import initialize_config_dir
 from safetensors.torch import save_file
 
-from minitron_mcore import dryrun, launching, ranges, rendezvous, runtime
-from minitron_mcore.config import (
+from minitron_mcore.cli import dry_run, main
+from minitron_mcore.config import ranges
+from minitron_mcore.config.settings import (
     DistillConfig,
     EvaluateConfig,
     ImportanceConfig,
@@ -21,17 +22,18 @@ from minitron_mcore.config import (
     PruneConfig,
     SearchConfig,
 )
+from minitron_mcore.config.stages import TeacherCacheRun
+from minitron_mcore.depth import study
 from minitron_mcore.distill import checks
 from minitron_mcore.distill.losses import distillation_loss, distillation_loss_of_logits
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance import checks as importance
-from minitron_mcore.importance import study
 from minitron_mcore.importance.scores import load_scores, save_scores
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.plan import load_plan, make_plan
-from minitron_mcore.plan.search import Space
-from minitron_mcore.plan.target import as_count, target_architecture
-from minitron_mcore.runs import TeacherCacheRun
+from minitron_mcore.parallel import process_groups, rendezvous
+from minitron_mcore.pruning.plan import load_plan, make_plan
+from minitron_mcore.pruning.target import as_count, target_architecture
+from minitron_mcore.search.space import Space
 from tests.test_prune import random_scores
 
 ROOT = Path(__file__).parents[1]
@@ -42,11 +44,11 @@ TRAINING = DistillConfig(steps=9, global_batch=2, sequence_length=16, warmup_ste
 
 def config_of(stage, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return launching.compose(stage, list(overrides))
+        return main.compose(stage, list(overrides))
 
 
 def planned(stage, *overrides) -> str:
-    return "\n".join(dryrun.plan(config_of(stage, "+model=llama31_8b", "dry.device=cpu", *overrides))["problems"])
+    return "\n".join(dry_run.plan(config_of(stage, "+model=llama31_8b", "dry.device=cpu", *overrides))["problems"])
 
 
 def test_one_is_a_size_and_one_point_nought_is_all():
@@ -212,7 +214,7 @@ def test_processes_end_before_they_wait(tmp_path):
         assert done.returncode == 2 and len(told) == 1 and told[0].startswith("error: "), told
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", "0")
-        with pytest.raises(UserError, match="RANK is set, but WORLD_SIZE"), runtime.distributed(ONE):
+        with pytest.raises(UserError, match="RANK is set, but WORLD_SIZE"), process_groups.distributed(ONE):
             pass
 
 

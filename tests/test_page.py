@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from minitron_mcore import checkpoint, pictures
-from minitron_mcore.config import PruneConfig
+from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.page import sections, write
-from minitron_mcore.plan.plan import Plan, make_plan
-from minitron_mcore.prune import fingerprint
+from minitron_mcore.pruning.apply import fingerprint
+from minitron_mcore.pruning.plan import Plan, make_plan
+from minitron_mcore.reporting import plots, sections
+from minitron_mcore.reporting.page import GENERATOR, collect, render, write
 from tests.test_launch import ROOT, config_of
 from tests.test_prune import random_scores
 
@@ -55,7 +56,7 @@ WRITTEN = ("importance", "plan", "depth", "search", "distill", "evaluate", "out"
 def made(folder: Path, name: str, parents: dict, **details) -> dict:
     """model.json of a checkpoint; its lineage."""
     folder.mkdir()
-    checkpoint.describe(folder, ARCH, name, parents, folder, **details)
+    run_folder.describe(folder, ARCH, name, parents, folder, **details)
     return json.loads((folder / "model.json").read_text())["lineage"]
 
 
@@ -73,9 +74,9 @@ def whole(tmp_path_factory) -> Path:
         (root / name).mkdir(parents=True)
     scores, plan = planned()
     file = save_scores(root / "importance", scores)
-    pictures.plot_importance(file, root / "importance" / "importance.png")
+    plots.plot_importance(file, root / "importance" / "importance.png")
     (root / "plan" / "plan.json").write_text(plan.to_json())
-    pictures.plot_plan(plan, scores.vectors, root / "plan" / "plan.png")
+    plots.plot_plan(plan, scores.vectors, root / "plan" / "plan.png")
     converted = made(root / "convert", "f" * 16, {"huggingface": {"path": "/models/Tiny", "sha256": "f" * 16}})
     source = {"path": str(root / "convert"), "fingerprint": "f" * 16, "step": "step_0000000"}
     cut = {"plan": plan.digest(), "scores": plan.scores, "ancestry": converted}
@@ -153,7 +154,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(whole) -> Page:
-    write.write(whole, whole / "report.html")
+    write(whole, whole / "report.html")
     return Page((whole / "report.html").read_text())
 
 
@@ -234,7 +235,7 @@ def test_what_lies_elsewhere_is_looked_at(whole, tmp_path):
 
 
 def rows_of(work_dir: Path) -> list[dict]:
-    found = write.collect(work_dir)
+    found = collect(work_dir)
     return next(section for section in found if section.title == "Lineage").parts[0].tables[0].rows
 
 
@@ -249,12 +250,12 @@ def test_what_files_say_is_text(whole, page):
 @pytest.mark.parametrize("stage", ["importance", "plan", "depth", "search", "distill", "evaluate", "convert", "out"])
 def test_one_stage_is_enough(whole, tmp_path, stage):
     shutil.copytree(whole / stage, tmp_path / stage)
-    titles = [section.title for section in write.collect(tmp_path)]
+    titles = [section.title for section in collect(tmp_path)]
     own = {"distill": ["Training"], "evaluate": ["Evaluation"], "convert": [], "out": []}.get(
         stage, [stage.capitalize()]
     )
     assert titles == own + (["Lineage"] if stage not in ("depth", "search", "evaluate") else [])
-    Page(write.render(tmp_path, write.collect(tmp_path)))
+    Page(render(tmp_path, collect(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [{}, {"sweep": [{"size": 1}], "candidates": [{"name": "x"}]}])
@@ -262,7 +263,7 @@ def test_sections_that_a_study_left_out(tmp_path, content):
     for name in ("depth", "search"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.json").write_text(json.dumps(content))
-    Page(write.render(tmp_path, write.collect(tmp_path)))
+    Page(render(tmp_path, collect(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -284,12 +285,12 @@ def test_sections_that_a_study_left_out(tmp_path, content):
 )
 def test_a_damaged_file_is_named_and_the_old_page_stays(whole, tmp_path, file, content):
     shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "report.html").write_text(f"{write.GENERATOR}, an older one")
+    (tmp_path / "run" / "report.html").write_text(f"{GENERATOR}, an older one")
     (tmp_path / "run" / file).write_bytes(content)
     with pytest.raises(UserError, match=file.split("/")[-1].replace(".", r"\.")) as refused:
-        write.write(tmp_path / "run", tmp_path / "run" / "report.html")
+        write(tmp_path / "run", tmp_path / "run" / "report.html")
     assert "\n" not in str(refused.value)
-    assert (tmp_path / "run" / "report.html").read_text() == f"{write.GENERATOR}, an older one"
+    assert (tmp_path / "run" / "report.html").read_text() == f"{GENERATOR}, an older one"
 
 
 def launched(*overrides) -> None:

@@ -10,13 +10,14 @@ import math
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DistillConfig, ParallelConfig, PruneConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import DistillConfig, ParallelConfig, PruneConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.models import layout, table
+from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.parallel import layout
+from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.testing import on_ranks
 from tests import families, models, test_distill
 from tests.test_importance import oracle
@@ -51,12 +52,13 @@ def score_cut_say(source, parallel, ids, out_dir, cut=CUT):
     pieces that this rank alone wrote."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from minitron_mcore import runtime, stream
-    from minitron_mcore.checkpoint import build_model
-    from minitron_mcore.importance.collect import score
-    from minitron_mcore.models import hf
-    from minitron_mcore.prune import build_pruned
-    from minitron_mcore.schedule import forward
+    from minitron_mcore.checkpoint import streaming
+    from minitron_mcore.checkpoint.run_folder import build_model
+    from minitron_mcore.formats import hf_convert
+    from minitron_mcore.importance.collector import score
+    from minitron_mcore.parallel import process_groups
+    from minitron_mcore.parallel.schedule import forward
+    from minitron_mcore.pruning.apply import build_pruned
 
     opened = open_checkpoint(source)
     mask = torch.arange(ids.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
@@ -66,17 +68,17 @@ def score_cut_say(source, parallel, ids, out_dir, cut=CUT):
     said = []
 
     def keep(logits, batch):
-        whole = gather_from_tensor_model_parallel_region(logits, group=runtime.tp_group())
+        whole = gather_from_tensor_model_parallel_region(logits, group=process_groups.tp_group())
         said.append((batch["at"][0].cpu(), whole[..., : opened.arch.vocab].cpu()))
 
     batch = {"tokens": ids, "at": torch.arange(ids.shape[1]).expand_as(ids)}
     forward(build_pruned(opened, plan, parallel, "fp32"), list(models.placed([batch])), keep, headless=False)
-    tp = runtime.tp_group()
+    tp = process_groups.tp_group()
     written = [
         (parameter.name, offset)
-        for parameter in hf.stage_parameters(opened.arch, parallel)
-        for offset, _ in stream.boxes(parameter, tp.rank(), tp.size())
-        if not any(hf.replica(parameter))
+        for parameter in hf_convert.stage_parameters(opened.arch, parallel)
+        for offset, _ in streaming.boxes(parameter, tp.rank(), tp.size())
+        if not any(hf_convert.replica(parameter))
     ]
     return found.vectors, found.metadata, plan, said, written
 
@@ -102,7 +104,9 @@ def test_scores_cuts_and_logits_are_those_of_one_process(tmp_path, parent, name)
             torch.testing.assert_close(found, logits[:, positions], rtol=0, atol=2e-4)
     assert spoken == set(range(ids.shape[1]))
     assert len(pieces) == len(set(pieces))
-    assert {name for name, _ in pieces} == {p.name for p in table.parameters(open_checkpoint(at / "ckpt").arch)}
+    assert {name for name, _ in pieces} == {
+        p.name for p in parameter_table.parameters(open_checkpoint(at / "ckpt").arch)
+    }
     found, alone = export(tmp_path / "pruned", tmp_path / "a"), models.weights(tmp_path / "hf")
     assert found.keys() == alone.keys() and all(torch.equal(found[key], alone[key]) for key in alone)
 
@@ -125,15 +129,15 @@ def micro_batches(config: DistillConfig, start: int):
 
 def distill(student, teacher, config, parallel, out_dir, resume=False):
     """Train and save; the history, on every rank."""
-    from minitron_mcore import checkpoint
+    from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.loop import train
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.trainer import Trainer
 
     opened = open_checkpoint(student)
     trainer = Trainer(opened, open_checkpoint(teacher), config, parallel, "fp32")
     if resume:
         trainer.resume(open_checkpoint(out_dir))
-    checkpoint.describe(out_dir, opened.arch, "test", {}, opened.hf)
+    run_folder.describe(out_dir, opened.arch, "test", {}, opened.hf)
     return train({out_dir: trainer}, models.placed(micro_batches(config, trainer.step * config.global_batch)), out_dir)[
         0
     ]
@@ -166,9 +170,9 @@ def test_students_learn_as_on_one_process_and_resume(tmp_path, parent):
 
 def weigh_and_say(source, parallel, ids, mask, prompt):
     """-log p of what the mask names, and a continuation."""
-    from minitron_mcore.checkpoint import build_model
-    from minitron_mcore.evaluate import ShardedModel
-    from minitron_mcore.generate import generate
+    from minitron_mcore.checkpoint.run_folder import build_model
+    from minitron_mcore.evaluation.generate import generate
+    from minitron_mcore.evaluation.perplexity import ShardedModel
 
     opened = open_checkpoint(source)
     model = build_model(opened, parallel, "fp32")

@@ -8,10 +8,9 @@ import hydra
 import pytest
 import torch
 
-from minitron_mcore import dryrun, launching
-from minitron_mcore.config import Device, DistillConfig, Dtype, ParallelConfig, PruneConfig
-from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.performance import (
+from minitron_mcore.cli import dry_run, main
+from minitron_mcore.config.hardware import DryConfig
+from minitron_mcore.config.performance import (
     EVERYTHING,
     Fp8,
     Fp8Recipe,
@@ -21,8 +20,9 @@ from minitron_mcore.performance import (
     RecomputeMethod,
     problems,
 )
-from minitron_mcore.plan import advise, cost
-from minitron_mcore.plan.hardware import DryConfig
+from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig, PruneConfig
+from minitron_mcore.estimate import advise, memory
+from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_distill import CONFIG, micro_batches
@@ -65,19 +65,20 @@ def mixtral(tmp_path_factory):
 
 def gradients(student, teacher, parallel, every):
     """Of each of the options: loss, this rank's gradients of a step's micro-batches, and the most that autograd held."""
-    from minitron_mcore import checkpoint, runtime, schedule
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups, schedule
     from minitron_mcore.testing import saved_bytes
 
-    opened = [checkpoint.open_checkpoint(folder) for folder in (student, teacher)]
-    found, dp = [], runtime.dp_group()
+    opened = [run_folder.open_checkpoint(folder) for folder in (student, teacher)]
+    found, dp = [], process_groups.dp_group()
     for performance in every:
         trainer = Trainer(*opened, STEP, parallel, "fp32", performance=performance)
         stream = micro_batches(STEP, 0, dp.rank(), dp.size())
         batches = [next(stream) for _ in range(STEP.global_batch // dp.size())]
         fed = list(trainer.teacher.feed(batches))
         with saved_bytes(
-            [*trainer.model.parameters(), trainer.teacher.head] if runtime.is_last_stage() else []
+            [*trainer.model.parameters(), trainer.teacher.head] if process_groups.is_last_stage() else []
         ) as saved:
             parts = schedule.forward_backward(trainer.chunks, fed, trainer.objective, batches[0], len(batches))
         found.append(
@@ -147,25 +148,26 @@ def test_kept_activations_are_as_estimated(layout):
     arch = dataclasses.replace(LLAMA, blocks=5, hidden=256, ffn=320)
     for found in on_ranks(kept, world, parallel, arch, parallel, every):
         for performance, measured in zip(every, found, strict=True):
-            setting = cost.Setting(parallel, world, Dtype.bf16, 2, 32, Device.cpu, performance)
-            assert cost.activations(arch, setting, 0, 1) == pytest.approx(measured, rel=0.03), performance.recompute
+            setting = memory.Setting(parallel, world, Dtype.bf16, 2, 32, Device.cpu, performance)
+            assert memory.activations(arch, setting, 0, 1) == pytest.approx(measured, rel=0.03), performance.recompute
 
 
 def train(student, teacher, parallel, performance, out_dir, stop=None, hosted=False):
     """Steps up to `stop`, from where `out_dir` is: their figures, and this rank's weights."""
-    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.loop import train
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
-    opened = [checkpoint.open_checkpoint(folder) for folder in (student, teacher)]
+    opened = [run_folder.open_checkpoint(folder) for folder in (student, teacher)]
     config = dataclasses.replace(CONFIG, stop_after=stop)
     trainer = Trainer(*opened, config, parallel, "fp32", performance=performance)
     if hosted:
         trainer.teacher.offload()
     if (out_dir / "latest").is_file():
-        trainer.resume(checkpoint.open_checkpoint(out_dir))
-    checkpoint.describe(out_dir, opened[0].arch, "test", {}, opened[0].hf)
-    dp = runtime.dp_group()
+        trainer.resume(run_folder.open_checkpoint(out_dir))
+    run_folder.describe(out_dir, opened[0].arch, "test", {}, opened[0].hf)
+    dp = process_groups.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
     history = train({out_dir: trainer}, batches, out_dir)[0]
     return history, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -204,7 +206,7 @@ def test_a_teacher_in_host_memory_teaches_the_same(pair, tmp_path):
 
 
 def hosted_bytes(teacher):
-    from minitron_mcore.checkpoint import build_model, open_checkpoint
+    from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
     from minitron_mcore.distill.teacher import HostedWeights
 
     weights = list(build_model(open_checkpoint(teacher), ParallelConfig(), "fp32").parameters())
@@ -232,10 +234,15 @@ def test_gradients_in_bf16_are_half_as_large(pair):
 
 def buffers(student, teacher, every):
     """Of each of the options: bytes of the gradients, and a step's gradient norm."""
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
-    opened, found, dp = [checkpoint.open_checkpoint(folder) for folder in (student, teacher)], [], runtime.dp_group()
+    opened, found, dp = (
+        [run_folder.open_checkpoint(folder) for folder in (student, teacher)],
+        [],
+        process_groups.dp_group(),
+    )
     for performance in every:
         trainer = Trainer(*opened, STEP, ParallelConfig(), "bf16", performance=performance)
         stream = micro_batches(STEP, 0, dp.rank(), dp.size())
@@ -245,8 +252,8 @@ def buffers(student, teacher, every):
 
 
 def chunked(pair, tokens):
-    from minitron_mcore.checkpoint import open_checkpoint
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint.run_folder import open_checkpoint
+    from minitron_mcore.distill.trainer import Trainer
 
     trainer = Trainer(
         *map(open_checkpoint, pair), CONFIG, ParallelConfig(), "fp32", None, PerformanceConfig(loss_chunk_mb=1)
@@ -299,12 +306,12 @@ def test_steps_are_profiled(pair, tmp_path):
 )
 def test_what_cannot_work_is_refused(change, sentence):
     config = composed(*(f"performance.{key}={json.dumps(value)}" for key, value in change.items()), "dry.device=cpu")
-    assert any(sentence in problem for problem in dryrun.plan(config)["problems"])
+    assert any(sentence in problem for problem in dry_run.plan(config)["problems"])
 
 
 def composed(*overrides: str):
-    with hydra.initialize_config_dir(str(launching.CONF), version_base="1.3"):
-        return launching.compose("distill", ["+recipe=llama31_minitron_4b_width", "dry_run=true", *overrides])
+    with hydra.initialize_config_dir(str(main.CONF), version_base="1.3"):
+        return main.compose("distill", ["+recipe=llama31_minitron_4b_width", "dry_run=true", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -330,17 +337,17 @@ def test_with_all_kernels_there(fits, change, sentence):
 
 
 def test_what_names_a_run_is_what_changes_its_numbers():
-    plain = launching.plain(composed())
+    plain = main.plain(composed())
     assert "performance" not in plain
-    assert launching.plain(composed("performance.recompute=full", "performance.profile.start=3")) == plain
-    assert launching.plain(composed("performance.fp8=hybrid"))["performance"] == {"fp8": "hybrid"}
+    assert main.plain(composed("performance.recompute=full", "performance.profile.start=3")) == plain
+    assert main.plain(composed("performance.fp8=hybrid"))["performance"] == {"fp8": "hybrid"}
 
 
 def rows(*overrides: str) -> dict[str, float]:
     """GiB by kind of the 8 B teacher's 4.5 B student on eight H100s at TP 2 with sequence parallelism."""
-    figures = dryrun.plan(composed("parallel=tp2_sp", "dry.gpus=8", *overrides))
+    figures = dry_run.plan(composed("parallel=tp2_sp", "dry.gpus=8", *overrides))
     assert not figures["problems"]
-    return {key: value / cost.GIB for key, value in figures["ranks"][0].items()}
+    return {key: value / memory.GIB for key, value in figures["ranks"][0].items()}
 
 
 def test_the_recipe_fits_eight_gpus():
@@ -348,7 +355,7 @@ def test_the_recipe_fits_eight_gpus():
     assert whole["total"] < 75
     full = rows("performance=recompute")
     # 32 groups keep their input, 4,096 tokens of a rank x 3,072 channels in bf16; the final norm's on top.
-    assert full["activations"] * cost.GIB == pytest.approx(33 * 4096 * 3072 * 2, rel=0.01)
+    assert full["activations"] * memory.GIB == pytest.approx(33 * 4096 * 3072 * 2, rel=0.01)
     selective = rows("performance.recompute=selective", "performance.recompute_modules=[mlp]")
     assert full["activations"] < selective["activations"] < whole["activations"]
     assert rows("performance.loss_chunk_mb=64")["workspace"] < whole["workspace"]
@@ -363,7 +370,7 @@ def test_the_recipe_fits_eight_gpus():
 def test_a_steps_time_by_hand():
     arch = dataclasses.replace(LLAMA, blocks=4)
     training = DistillConfig(global_batch=8, micro_batch=1, sequence_length=32)
-    setting = cost.Setting(ParallelConfig(tensor=2, pipeline=2, sequence=True), 8, Dtype.bf16, 1, 32)
+    setting = memory.Setting(ParallelConfig(tensor=2, pipeline=2, sequence=True), 8, Dtype.bf16, 1, 32)
     dry = DryConfig(peak_tflops=1.0, mfu=0.5, nvlink_gbs=1.0, network_gbs=0.1)
     found = advise.step([arch], arch, training, setting, dry)
     # A block's matrices: 64 x 128 + 64 x 64 + 3 x 64 x 128; each token meets 16.5 others on average.
@@ -386,7 +393,7 @@ def test_a_steps_time_by_hand():
 
 def test_advice_is_of_layouts_that_fit():
     training = DistillConfig(global_batch=8, micro_batch=1, sequence_length=32)
-    setting = cost.Setting(ParallelConfig(), 8, Dtype.bf16, 1, 32)
+    setting = memory.Setting(ParallelConfig(), 8, Dtype.bf16, 1, 32)
     found = advise.layouts([LLAMA], LLAMA, training, setting, DryConfig(gpus=8))
     assert found and [row["days"] for row in found] == sorted(row["days"] for row in found)
     assert all(row["TP"] * row["PP"] * row["CP"] * row["DP"] == 8 for row in found)
@@ -395,8 +402,8 @@ def test_advice_is_of_layouts_that_fit():
 
 
 def test_the_dry_run_advises():
-    figures = dryrun.plan(composed("dry.advise=true", "dry.gpus=8"))
+    figures = dry_run.plan(composed("dry.advise=true", "dry.gpus=8"))
     assert not figures["problems"] and all(row["GiB"] <= 75 for row in figures["layouts"])
-    tight = dryrun.plan(composed("dry.advise=true", "dry.gpus=8", "dry.memory=40"))["layouts"]
+    tight = dry_run.plan(composed("dry.advise=true", "dry.gpus=8", "dry.memory=40"))["layouts"]
     assert len(tight) > 0 and any(row["recompute"] == "full" for row in tight)
-    assert "found no layout" in dryrun.plan(composed("dry.advise=true", "dry.gpus=1"))["problems"][0]
+    assert "found no layout" in dry_run.plan(composed("dry.advise=true", "dry.gpus=1"))["problems"][0]

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.formats import hf_convert
 from minitron_mcore.importance.scores import Scores, expected_shapes
-from minitron_mcore.models import hf
-from minitron_mcore.plan.plan import Plan, load_plan, make_plan
+from minitron_mcore.pruning.plan import Plan, load_plan, make_plan
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_models import LAYOUTS
@@ -25,7 +25,7 @@ def random_scores(arch, seed=3) -> Scores:
 
 
 def run_prune(source, plan: Plan, out_dir, parallel) -> None:
-    from minitron_mcore.prune import prune
+    from minitron_mcore.pruning.apply import prune
 
     prune(open_checkpoint(source), plan, out_dir, parallel)
 
@@ -53,7 +53,7 @@ def parent(tmp_path):
 
 def export(checkpoint, out_dir):
     out_dir.mkdir()
-    hf.export_folder(open_checkpoint(checkpoint), out_dir)
+    hf_convert.export_folder(open_checkpoint(checkpoint), out_dir)
     return models.weights(out_dir)
 
 
@@ -107,7 +107,7 @@ def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
 
 
 def build_and_run(source, plan: Plan, parallel, ids):
-    from minitron_mcore.prune import build_pruned
+    from minitron_mcore.pruning.apply import build_pruned
 
     return models.model_logits(build_pruned(open_checkpoint(source), plan, parallel, "fp32"), plan.target, ids)
 

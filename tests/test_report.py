@@ -12,10 +12,11 @@ import pytest
 from matplotlib.image import imread
 from safetensors.numpy import save_file
 
-from minitron_mcore import pictures, report, runtime
-from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.pruning.plan import make_plan
+from minitron_mcore.reporting import plots, tables
 from minitron_mcore.testing import on_ranks
 from tests.test_prune import random_scores
 
@@ -32,7 +33,7 @@ ROWS = [
 
 
 def test_table_is_plain_when_piped(capfd):
-    report.table("Held-out [text]", ROWS, ["a note that is [not] markup " + "x" * 300])
+    tables.table("Held-out [text]", ROWS, ["a note that is [not] markup " + "x" * 300])
     out = capfd.readouterr().out
     assert "\x1b" not in out
     lines = [line.rstrip() for line in out.splitlines() if line.strip()]
@@ -47,7 +48,7 @@ def test_table_is_plain_when_piped(capfd):
 
 def _print() -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        report.table(f"from rank {runtime.rank()}", [{"a": 1}])
+        tables.table(f"from rank {process_groups.rank()}", [{"a": 1}])
     return out.getvalue()
 
 
@@ -58,12 +59,12 @@ def test_only_rank_0_prints():
 
 def test_write_json_replaces_whole_files(tmp_path):
     path = tmp_path / "figures.json"
-    report.write_json(path, {"rows": ROWS[:1]})
-    report.write_json(path, {"rows": [1]})
+    tables.write_json(path, {"rows": ROWS[:1]})
+    tables.write_json(path, {"rows": [1]})
     assert json.loads(path.read_text()) == {"rows": [1]}
     assert os.listdir(tmp_path) == ["figures.json"]
     with pytest.raises(TypeError):
-        report.write_json(path, {"rows": object()})
+        tables.write_json(path, {"rows": object()})
     assert json.loads(path.read_text()) == {"rows": [1]}
 
 
@@ -87,7 +88,7 @@ def shown(panel, image) -> float:
 def test_importance_shows_what_is_scored(tmp_path, missing):
     found = {name: value for name, value in scores(blocks=12).items() if not missing or not name.endswith(missing)}
     save_file(found, tmp_path / "scores.safetensors")
-    pictures.plot_importance(tmp_path / "scores.safetensors", tmp_path / "scores.png")
+    plots.plot_importance(tmp_path / "scores.safetensors", tmp_path / "scores.png")
     image = imread(tmp_path / "scores.png")
     panels = {"hidden": (0, 0), "ffn": (0, 1), "heads": (1, 0), "block": (1, 1)}
     for name, panel in panels.items():
@@ -101,8 +102,8 @@ def test_importance_draws_the_values(tmp_path):
     found["blocks.2.ffn"][:] = 0  # a dead block must not break the log scale
     figure = Figure()
     hidden, ffn, heads, depth = figure.subplots(2, 2).flat
-    assert pictures._hidden(hidden, found) and pictures._ffn(ffn, found)
-    assert pictures._heads(heads, found) and pictures._depth(depth, found)
+    assert plots._hidden(hidden, found) and plots._ffn(ffn, found)
+    assert plots._heads(heads, found) and plots._depth(depth, found)
     assert np.array_equal(hidden.lines[0].get_ydata(), np.sort(found["hidden"])[::-1])
     assert np.allclose(ffn.images[0].get_array()[3], np.quantile(found["blocks.3.ffn"], np.linspace(0, 1, 101)))
     assert np.array_equal(heads.images[0].get_array(), np.stack([found[f"blocks.{i}.heads"] for i in range(5)]))
@@ -115,11 +116,11 @@ def test_importance_says_its_statistic(tmp_path):
     save_file(scores(), tmp_path / "silent.safetensors")
     said = {"aggregation": "batch mean, sequence variance", "ffn_site": "before_gate", "fingerprint": "0123"}
     save_file(scores(), tmp_path / "scores.safetensors", metadata=said)
-    assert pictures.statistic(tmp_path / "silent.safetensors") == ""
+    assert plots.statistic(tmp_path / "silent.safetensors") == ""
     title = "aggregation: batch mean, sequence variance; ffn site: before_gate"
-    assert pictures.statistic(tmp_path / "scores.safetensors") == title
+    assert plots.statistic(tmp_path / "scores.safetensors") == title
     for name in ("silent", "scores"):
-        pictures.plot_importance(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.png")
+        plots.plot_importance(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.png")
     silent, spoken = (imread(tmp_path / f"{name}.png") for name in ("silent", "scores"))
     assert not np.array_equal(silent, spoken)  # the same scores
 
@@ -134,10 +135,10 @@ def test_what_a_plan_keeps_of_each_block(tmp_path, experts):
     cut = PruneConfig(hidden=20, ffn=11, heads=6, drop_blocks=[1], experts=4 if experts else None)
     found = random_scores(arch)
     plan = make_plan(arch, "x", found, cut)
-    pictures.plot_plan(plan, found.vectors, tmp_path / "plan.png")
+    plots.plot_plan(plan, found.vectors, tmp_path / "plan.png")
     assert (imread(tmp_path / "plan.png")[..., :3] < 0.99).any(axis=2).mean() > 0.3
     v = {name: vector.tolist() for name, vector in found.vectors.items()}
-    rows = pictures._kept_shares(plan, {name: vector.numpy() for name, vector in found.vectors.items()})
+    rows = plots._kept_shares(plan, {name: vector.numpy() for name, vector in found.vectors.items()})
     assert rows.keys() >= {"hidden", "ffn, by score", "heads"} and ("experts" in rows) == bool(experts)
     assert all(np.isnan(row[1]) and not np.isnan(np.delete(row, 1)).any() for row in rows.values())
     for b in plan.blocks:
@@ -159,7 +160,7 @@ def test_kept_groups_have_a_row_where_some_go():
     vectors = {name: vector.numpy() for name, vector in found.vectors.items()}
     for groups, row in ((6, None), (4, [2 / 3, np.nan, 2 / 3, np.nan])):
         cut = PruneConfig(groups=groups, drop_blocks=[1], drop_attention=[3], exportable=False)
-        rows = pictures._kept_shares(make_plan(arch, "x", found, cut), vectors)
+        rows = plots._kept_shares(make_plan(arch, "x", found, cut), vectors)
         assert (row is None) == ("key/value groups" not in rows)
         assert row is None or rows["key/value groups"] == pytest.approx(row, nan_ok=True)
 
@@ -172,9 +173,9 @@ def test_losses_of_several_runs(tmp_path, steps):
             for s in range(1, steps + 1)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pictures.plot_losses({"KL": tmp_path / "kl.jsonl", "cross-entropy": tmp_path / "ce.jsonl"}, tmp_path / "loss.png")
+    plots.plot_losses({"KL": tmp_path / "kl.jsonl", "cross-entropy": tmp_path / "ce.jsonl"}, tmp_path / "loss.png")
     image = imread(tmp_path / "loss.png")[..., :3]
-    for colour in pictures.COLOURS[:2]:
+    for colour in plots.COLOURS[:2]:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert steps == 1 or (np.abs(image - wanted).max(axis=2) < 0.02).any()
 

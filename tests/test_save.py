@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from minitron_mcore import checkpoint, disk, distcp, runtime, stream
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import Device, Dtype, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.checkpoint import disk, run_folder, safe_metadata, streaming
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.settings import Device, Dtype, ParallelConfig, PruneConfig, StatesConfig
 from minitron_mcore.distill import optimizer_state
-from minitron_mcore.distill.train import Trainer
+from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import HUNG_STATUS
-from minitron_mcore.performance import PerformanceConfig
-from minitron_mcore.plan import cost, save_cost
+from minitron_mcore.estimate import memory, save_memory
+from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import RankError, on_ranks, random_checkpoint
 from tests import families, models
 from tests.test_distill import CONFIG, distill, micro_batches
@@ -53,21 +54,21 @@ def relay(student, teacher, config, parallel, dtype, source, out_dir):
     buckets = PerformanceConfig(overlap_grad_reduce=True, bucket_size=1000)
     models = open_checkpoint(student), teacher and open_checkpoint(teacher)
     trainer = Trainer(*models, config, parallel, dtype, performance=buckets)
-    checkpoint.describe(out_dir, trainer.arch, "test", {}, open_checkpoint(student).hf)
+    run_folder.describe(out_dir, trainer.arch, "test", {}, open_checkpoint(student).hf)
     if source:
         trainer.resume(open_checkpoint(source))
     else:
-        dp = runtime.dp_group()
+        dp = process_groups.dp_group()
         batches = micro_batches(config, 0, dp.rank(), dp.size())
         trainer.train_step([next(batches) for _ in range(config.global_batch // dp.size())])
-    assert stream.PIECE_ELEMENTS > 500
-    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = 500, 2000
+    assert streaming.PIECE_ELEMENTS > 500
+    streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS = 500, 2000
     trainer.save(out_dir)
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds, whole."""
-    reader = distcp.Reader(open_checkpoint(folder).step_dir)
+    reader = safe_metadata.Reader(open_checkpoint(folder).step_dir)
     return {
         key: reader.box(key, (0,) * len(entry.size), tuple(entry.size)).clone() for key, entry in reader.tensors.items()
     }
@@ -125,13 +126,13 @@ def save_large(source, out_dir, parallel, background):
     config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0, async_save=background)
     opened = open_checkpoint(source)
     trainer = Trainer(opened, None, config, parallel, "bf16")
-    dp = runtime.dp_group()
+    dp = process_groups.dp_group()
     trainer.train_step([next(micro_batches(config, 0, dp.rank(), dp.size())) for _ in range(4 // dp.size())])
-    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS, disk.BLOCK = 1 << 17, 1 << 19, 1 << 19
+    streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS, disk.BLOCK = 1 << 17, 1 << 19, 1 << 19
     state = [optimizer_state._owned(part) for part in trainer.optimizer.chained_optimizers]
     share = sum(t.nbytes for part in state for owned in part for t in owned.state().values())
     growth = peak_growth(lambda: (trainer.save(out_dir), trainer.finish_save()))
-    files = (out_dir / f"step_{trainer.step:07d}").glob(f"__{runtime.rank()}_*.distcp")
+    files = (out_dir / f"step_{trainer.step:07d}").glob(f"__{process_groups.rank()}_*.distcp")
     return growth, share, sum(file.stat().st_size for file in files)
 
 
@@ -169,11 +170,11 @@ def test_the_dry_run_tells_a_save_s_memory(tmp_path):
     [growth] = on_ranks(saving_as_planned, 1, ONE, tmp_path / "source", tmp_path / "run")
     assert len(list((tmp_path / "run").glob("step_*/*.distcp"))) >= disk.THREADS
     arch = open_checkpoint(tmp_path / "source").arch
-    setting = cost.Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
-    assert growth == pytest.approx(save_cost.saving(arch, setting, 0, True), rel=0.15)
+    setting = memory.Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
+    assert growth == pytest.approx(save_memory.saving(arch, setting, 0, True), rel=0.15)
     on_gpu = dataclasses.replace(setting, device=Device.cuda)
-    assert save_cost.saving(arch, on_gpu, 0, True) == disk.THREADS * (disk.BLOCK + 4 * disk.PIECE_ELEMENTS)
-    assert save_cost.saving(arch, on_gpu, 0, False) == disk.THREADS * (disk.BLOCK + 4 * arch.vocab * arch.hidden)
+    assert save_memory.saving(arch, on_gpu, 0, True) == disk.THREADS * (disk.BLOCK + 4 * disk.PIECE_ELEMENTS)
+    assert save_memory.saving(arch, on_gpu, 0, False) == disk.THREADS * (disk.BLOCK + 4 * arch.vocab * arch.hidden)
 
 
 def distill_and_resume_counting(student, teacher, config, parallel, out_dir):
@@ -181,9 +182,9 @@ def distill_and_resume_counting(student, teacher, config, parallel, out_dir):
     hashed, sha256 = [], disk.sha256
     disk.sha256 = lambda path: hashed.append(path.name) or sha256(path)
     trainer = Trainer(open_checkpoint(student), open_checkpoint(teacher), config, parallel, "fp32")
-    checkpoint.describe(out_dir, trainer.arch, "test", {}, open_checkpoint(student).hf)
+    run_folder.describe(out_dir, trainer.arch, "test", {}, open_checkpoint(student).hf)
     hashed.clear()
-    dp = runtime.dp_group()
+    dp = process_groups.dp_group()
     batches = micro_batches(config, 0, dp.rank(), dp.size())
     trainer.train_step([next(batches) for _ in range(config.global_batch // dp.size())])
     trainer.save(out_dir)
@@ -209,12 +210,12 @@ def distill_with_a_slow_disk(student, teacher, config, parallel, out_dir):
     write = disk.Output.write
 
     def slow(self, data):
-        if runtime.rank() == 1 and self.size == 0:
+        if process_groups.rank() == 1 and self.size == 0:
             time.sleep(6)
         return write(self, data)
 
     disk.Output.write = slow
-    stream.FILE_ELEMENTS = 1 << 30  # one file
+    streaming.FILE_ELEMENTS = 1 << 30  # one file
     return distill(student, teacher, config, parallel, out_dir)
 
 
@@ -234,8 +235,8 @@ def save_in_the_background(student, teacher, config, parallel, out_dirs):
     """Save step 1 as it is; again in the background beside step 2, on a slow disk; then let rank 1's disk fail in a third save."""
     trainer = Trainer(open_checkpoint(student), open_checkpoint(teacher), config, parallel, "fp32")
     for out_dir in out_dirs:
-        checkpoint.describe(out_dir, trainer.arch, "test", {}, open_checkpoint(student).hf)
-    batches = micro_batches(config, 0, runtime.dp_group().rank(), 2)
+        run_folder.describe(out_dir, trainer.arch, "test", {}, open_checkpoint(student).hf)
+    batches = micro_batches(config, 0, process_groups.dp_group().rank(), 2)
     step = lambda: trainer.train_step([next(batches), next(batches)])  # noqa: E731
     step()
     trainer.save(out_dirs[0])
@@ -249,7 +250,7 @@ def save_in_the_background(student, teacher, config, parallel, out_dirs):
     slow.set()
     trainer.finish_save()
     dist.barrier()
-    if runtime.rank() == 1:
+    if process_groups.rank() == 1:
         disk.Output.write = lambda self, data: os.write(-1, data)
     trainer.save(out_dirs[1])
     try:

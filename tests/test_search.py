@@ -11,18 +11,18 @@ import torch.distributed as dist
 from hydra import initialize_config_dir
 from matplotlib.image import imread
 
-from minitron_mcore import dryrun, launching, pictures_search
-from minitron_mcore.checkpoint import COMPLETE, open_checkpoint
-from minitron_mcore.config import BudgetConfig, ParallelConfig, SearchConfig, SpeedConfig
+from minitron_mcore.checkpoint.run_folder import COMPLETE, open_checkpoint
+from minitron_mcore.cli import dry_run, main
+from minitron_mcore.config.settings import BudgetConfig, ParallelConfig, SearchConfig, SpeedConfig
+from minitron_mcore.config.stages import EvaluateRun, Run
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import FILE as SCORES
 from minitron_mcore.importance.scores import Scores, save_scores
-from minitron_mcore.models import architecture, table
+from minitron_mcore.models import architecture, flops, parameter_table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.plan import counts
-from minitron_mcore.plan.plan import load_plan
-from minitron_mcore.plan.search import Space
-from minitron_mcore.runs import EvaluateRun, Run
+from minitron_mcore.pruning.plan import load_plan
+from minitron_mcore.reporting import search_plots
+from minitron_mcore.search.space import Space
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_launch import word_tokenizer
@@ -65,37 +65,37 @@ def published(name) -> Architecture:
 
 
 def composed(stage, *overrides) -> Run:
-    with initialize_config_dir(str(launching.CONF), version_base="1.3"):
-        return launching.compose(stage, list(overrides))
+    with initialize_config_dir(str(main.CONF), version_base="1.3"):
+        return main.compose(stage, list(overrides))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_counts_are_the_published_ones(name):
-    found = counts.figures(published(name), BudgetConfig())
+    found = flops.figures(published(name), BudgetConfig())
     assert (found["parameters"], found["without_embeddings"]) == PUBLISHED[name][2:]
 
 
 def test_bytes_and_operations_by_hand():
     llama = published("Llama-3.1-8B")
-    assert counts.weight_bytes(llama) == 16_060_522_496 and counts.weight_bytes(llama, "int4") == 4_015_130_624
-    assert counts.kv_cache_bytes(llama) == 32 * 2 * 8 * 128 * 2
-    assert counts.kv_cache_bytes(llama, 8192, 4, "fp8") == 4 * 8192 * 65536
+    assert flops.weight_bytes(llama) == 16_060_522_496 and flops.weight_bytes(llama, "int4") == 4_015_130_624
+    assert flops.kv_cache_bytes(llama) == 32 * 2 * 8 * 128 * 2
+    assert flops.kv_cache_bytes(llama, 8192, 4, "fp8") == 4 * 8192 * 65536
     # Matrices of a block by hand, and attention position by position.
     weights = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
     head, window = 4096 * 128256, dataclasses.replace(llama, family="mistral", window=5)
     for arch, seen in ((llama, lambda i: i + 1), (window, lambda i: min(i + 1, 5))):
         attention = [4 * 32 * 32 * 128 * seen(i) for i in range(9)]
-        assert counts.prefill_flops(arch, 9, 2) == 2 * (2 * 9 * weights + sum(attention) + 2 * head)
-        assert counts.decode_flops(arch, 9, 2) == 2 * (2 * (weights + head) + attention[-1])
+        assert flops.prefill_flops(arch, 9, 2) == 2 * (2 * 9 * weights + sum(attention) + 2 * head)
+        assert flops.decode_flops(arch, 9, 2) == 2 * (2 * (weights + head) + attention[-1])
     without = dataclasses.replace(llama, no_attention=(3, 9))
-    assert counts.kv_cache_bytes(without) == 30 * 2 * 8 * 128 * 2
-    assert counts.decode_flops(without, 9) == 2 * (weights - 2 * 41_943_040 + head) + 9 * 4 * 30 * 32 * 128
-    assert counts.kv_cache_bytes(window, 9) == counts.kv_cache_bytes(window, 5) == 5 * 131072
+    assert flops.kv_cache_bytes(without) == 30 * 2 * 8 * 128 * 2
+    assert flops.decode_flops(without, 9) == 2 * (weights - 2 * 41_943_040 + head) + 9 * 4 * 30 * 32 * 128
+    assert flops.kv_cache_bytes(window, 9) == flops.kv_cache_bytes(window, 5) == 5 * 131072
 
 
 def shapes(space) -> dict[tuple, int]:
     found = (candidate.target for candidate in space.candidates)
-    return {(arch.blocks, arch.heads, arch.ffn, arch.hidden): table.count(arch) for arch in found}
+    return {(arch.blocks, arch.heads, arch.ffn, arch.hidden): parameter_table.count(arch) for arch in found}
 
 
 def test_the_papers_windows():
@@ -158,11 +158,11 @@ def test_budgets_in_bytes_and_operations(budget, smallest, largest):
     llama = published("Llama-3.1-8B")
     within = {c.name for c in Space(llama, SearchConfig(**axes, budget=given), ONE).candidates}
     for c in Space(llama, SearchConfig(**axes), ONE).candidates:
-        cost = counts.prefill_flops(c.target, given.context, given.batch)
+        cost = flops.prefill_flops(c.target, given.context, given.batch)
         if given.bytes:
             size = {"bf16": 2, "fp8": 1}
             keys = 2 * c.target.blocks * 8 * 128 * given.context * given.batch
-            cost = table.count(c.target) * size[given.weights] + keys * size[given.kv_cache]
+            cost = parameter_table.count(c.target) * size[given.weights] + keys * size[given.kv_cache]
         assert (c.name in within) == (smallest <= cost <= largest), c.name
 
 
@@ -213,7 +213,7 @@ def asked(space, seed) -> dict[str, float]:
     candidate = next(proposals)
     while candidate:
         found[candidate.name] = bowl(candidate)
-        assert 3.8e9 <= table.count(candidate.target) <= 4.2e9
+        assert 3.8e9 <= parameter_table.count(candidate.target) <= 4.2e9
         try:
             candidate = proposals.send(found[candidate.name])
         except StopIteration:
@@ -234,7 +234,7 @@ def test_optuna_searches_what_is_too_much_for_a_grid():
 
 
 def measured(folders: dict[str, str]) -> list[dict]:
-    from minitron_mcore.plan import latency
+    from minitron_mcore.search import latency
 
     found = []
     for name, folder in folders.items():
@@ -247,7 +247,9 @@ def measured(folders: dict[str, str]) -> list[dict]:
             for _ in range(3):
                 said = torch.cat([said, model(said, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
         speeds = latency.measure(arch, folder, SpeedConfig(batch=2, prompt=7, generated=3, repetitions=1), "fp32")
-        found.append((name, model.num_parameters() - table.count(arch), torch.equal(last, said[:, -1:]), speeds))
+        found.append(
+            (name, model.num_parameters() - parameter_table.count(arch), torch.equal(last, said[:, -1:]), speeds)
+        )
     return found
 
 
@@ -299,17 +301,17 @@ def other_scores(root):
 def searches(config, root) -> dict:
     """The same search in one go and in pieces (stopped, by shards, cut off in training); and its best candidate's losses as
     launch/evaluate.py finds them."""
-    from minitron_mcore import evaluate
-    from minitron_mcore.plan import ranking
+    from minitron_mcore.evaluation import perplexity
+    from minitron_mcore.search import runner
 
     def run(out_dir, **settings):
         search = dataclasses.replace(config.search, **settings)
-        ranking.run(dataclasses.replace(config, out_dir=str(root / out_dir), search=search))
+        runner.run(dataclasses.replace(config, out_dir=str(root / out_dir), search=search))
 
     def there(name) -> int:
         return len(list((root / "pieces/candidates").glob(f"*/{name}")))
 
-    usual, looks = ranking.Ranking._loss, []
+    usual, looks = runner.Ranking._loss, []
 
     def cut_off_at_the_second(*args):
         looks.append(1)
@@ -328,10 +330,10 @@ def searches(config, root) -> dict:
         run("unstudied", blocks=[3])
     with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
         run("pieces")
-    ranking.Ranking._loss = cut_off_at_the_second
+    runner.Ranking._loss = cut_off_at_the_second
     with pytest.raises(Cut):
         run("pieces", shards=2, shard=1)
-    ranking.Ranking._loss = usual
+    runner.Ranking._loss = usual
     assert there("distill") == 1 and not (root / "pieces" / COMPLETE).exists()
     run("pieces")
     found = {name: json.loads((root / name / "search.json").read_text()) for name in ("whole", "pieces")}
@@ -339,7 +341,7 @@ def searches(config, root) -> dict:
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(Run)}
         where = root / "whole/candidates" / found["whole"]["candidates"][0]["name"] / kind
         evaluation = EvaluateRun(**fields, source=str(where))
-        found[kind] = evaluate.evaluate_run(*evaluate.open_model(evaluation), evaluation)[0]["loss"]
+        found[kind] = perplexity.evaluate_run(*perplexity.open_model(evaluation), evaluation)[0]["loss"]
     return found
 
 
@@ -385,17 +387,17 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
 def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["+model=nemotron4_15b", "search=minitron_4b", "distill=nemotron4", "parallel=tp8_sp", "dry.gpus=128"]
-    figures = dryrun.plan(composed("search", *given))
+    figures = dry_run.plan(composed("search", *given))
     found = {role: model["parameters"] for role, model in figures["models"].items()}
     assert found == {"teacher": 15_628_775_424, "student": 4_190_509_056} and not figures["problems"]
     assert len(figures["candidates"]) == 18
     assert figures["operations"]["tokens"] == 4 * 400 * 1152 * 4096
-    refused = dryrun.plan(composed("search", *given, "search.budget.parameters=1e9"))["problems"]
+    refused = dry_run.plan(composed("search", *given, "search.budget.parameters=1e9"))["problems"]
     assert len(refused) == 1 and "the nearest is L29_H2560_F6400_N24" in refused[0]
-    refused = dryrun.plan(composed("search", *given, "prune.merge_heads=true", "prune.drop_mlp=[3]"))["problems"]
+    refused = dry_run.plan(composed("search", *given, "prune.merge_heads=true", "prune.drop_mlp=[3]"))["problems"]
     assert len(refused) == 1 and "prune.merge_heads and prune.drop_mlp has no part in a search" in refused[0]
 
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 3.0), (2, 2.5), (3, 2.5), (4, 2.9), (5, 2.8), (5, 3.1)]
-    assert pictures_search.front(points) == [(5, 2.8), (3, 2.5)]
+    assert search_plots.front(points) == [(5, 2.8), (3, 2.5)]

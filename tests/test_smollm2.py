@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore import demo
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.cli import demo
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests import models
@@ -35,7 +35,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def expected(smollm2):
-    from minitron_mcore.tokenizer import load
+    from minitron_mcore.data.tokenizer import load
 
     ids = torch.tensor([load(smollm2).documents([TEXT])[0][:48]])
     return ids, models.hf_logits(smollm2, ids)

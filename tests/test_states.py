@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig, PruneConfig, StatesConfig, StatesLoss
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig, StatesConfig, StatesLoss
 from minitron_mcore.distill import checks
-from minitron_mcore.models import hf
+from minitron_mcore.formats import hf_convert
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.testing import on_ranks
 from tests import models, test_distill
@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
     write_family(at, cuts, tied=True, num_hidden_layers=7)
     for name in ("teacher", "width", "depth"):
         (at / f"{name}_hf").mkdir()
-        hf.export_folder(open_checkpoint(at / name), at / f"{name}_hf")
+        hf_convert.export_folder(open_checkpoint(at / name), at / f"{name}_hf")
     return at
 
 
@@ -117,10 +117,11 @@ def teacher_loss(folders):
 def first_step(folders, parallel, out_dir):
     """Of each case, on every rank: the first step's figures, the projection before it and its gradient; the student's gradients
     are saved as if they were weights."""
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
-    found, dp = {}, runtime.dp_group()
+    found, dp = {}, process_groups.dp_group()
     for case in CASES:
         name, config = settings(case)
         student, teacher = (open_checkpoint(folders / x) for x in (name, "teacher"))
@@ -135,7 +136,7 @@ def first_step(folders, parallel, out_dir):
             parameter.data.copy_(parameter.main_grad)
         trainer.save(out_dir / case)
         trainer.finish_save()
-        checkpoint.describe(out_dir / case, student.arch, "test", {}, student.hf)
+        run_folder.describe(out_dir / case, student.arch, "test", {}, student.hf)
     return found
 
 
@@ -163,15 +164,16 @@ def test_losses_and_gradients_are_the_dense_ones(tmp_path, folders, layout):
 
 def learn(folders, config, parallel, out_dir, resume=False):
     """Train the narrower student and save; the history and the projection, on every rank."""
-    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.loop import train
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
-    student, dp = open_checkpoint(folders / "width"), runtime.dp_group()
+    student, dp = open_checkpoint(folders / "width"), process_groups.dp_group()
     trainer = Trainer(student, open_checkpoint(folders / "teacher"), config, parallel, "fp32")
     if resume:
         trainer.resume(open_checkpoint(out_dir))
-    checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
+    run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
     return train({out_dir: trainer}, models.placed(batches), out_dir)[0], trainer.states.projection.detach().clone()
 
@@ -203,20 +205,21 @@ def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, 
 def dynamic_steps(folders, parallel, out_dir):
     """Two steps with a dynamic weight; the second again from the first's checkpoint, and with the weight that it had as a fixed
     one."""
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
     states = StatesConfig(0.5, pairs=PAIRS, dynamic=True)
     config = dataclasses.replace(CONFIG, kd_weight=2.0, temperature=1.5, states=states)
     student, teacher = (open_checkpoint(folders / x) for x in ("width", "teacher"))
-    dp = runtime.dp_group()
+    dp = process_groups.dp_group()
     batches = list(models.placed(micro_batches(config, 0, dp.rank(), dp.size())))
     count = config.global_batch // dp.size()
     trainer = Trainer(student, teacher, config, parallel, "fp32")
     first = trainer.train_step(batches[:count])
     trainer.save(out_dir)
     trainer.finish_save()
-    checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
+    run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
     found = [first, trainer.train_step(batches[count : 2 * count])]
     for weight in (states, dataclasses.replace(states, weight=found[1]["states_weight"], dynamic=False)):
         again = Trainer(student, teacher, dataclasses.replace(config, states=weight), parallel, "fp32")

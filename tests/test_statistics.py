@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron_mcore.config import Aggregation, FfnSite, ImportanceConfig
+from minitron_mcore.config.settings import Aggregation, FfnSite, ImportanceConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance import checks, metrics
-from minitron_mcore.importance.collect import Collector
+from minitron_mcore.importance.collector import Collector
 from minitron_mcore.importance.scores import FILE, Scores, check_finite, load_scores, save_scores
 from minitron_mcore.models.architecture import Architecture
 from tests.test_importance import over

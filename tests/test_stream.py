@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_mcore import disk, prune, stream
-from minitron_mcore.checkpoint import claimed, open_checkpoint
-from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.checkpoint import disk, streaming
+from minitron_mcore.checkpoint.run_folder import claimed, open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import folder as folders
-from minitron_mcore.models import hf
-from minitron_mcore.plan.plan import make_plan
+from minitron_mcore.formats import hf_convert
+from minitron_mcore.formats import hf_folder as folders
+from minitron_mcore.pruning import apply
+from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.testing import on_ranks
 from tests import models
 from tests.test_prune import cut_by_hand, random_scores
@@ -25,18 +26,18 @@ TWO = ParallelConfig(tensor=2)
 
 
 def import_in_pieces(elements, folder, out_dir, parallel) -> str:
-    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = elements, 4 * elements
+    streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS = elements, 4 * elements
     disk.BLOCK = 4096 * max(1, elements // 1024)
-    hf.import_folder(folder, out_dir, parallel)
+    hf_convert.import_folder(folder, out_dir, parallel)
     return open_checkpoint(out_dir).fingerprint
 
 
 def prune_in_pieces(elements, source, plan, out_dir, parallel) -> str | None:
     """What a user is told, if anything."""
-    stream.PIECE_ELEMENTS, stream.FILE_ELEMENTS = elements, 4 * elements
+    streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS = elements, 4 * elements
     disk.BLOCK = 4096 * max(1, elements // 1024)
     try:
-        prune.prune(open_checkpoint(source), plan, out_dir, parallel)
+        apply.prune(open_checkpoint(source), plan, out_dir, parallel)
     except UserError as error:
         return str(error)
 
@@ -54,13 +55,13 @@ def test_the_direct_way_gives_the_same_files(tmp_path, monkeypatch, tied):
     plan = plan_for(tmp_path / "parent", hidden=24, ffn=17, heads=6, blocks=3)
     three = ParallelConfig(tensor=3)
     assert on_ranks(prune_in_pieces, 3, three, 300, tmp_path / "parent", plan, tmp_path / "pruned", three) == [None] * 3
-    monkeypatch.setattr(stream, "PIECE_ELEMENTS", 400)
+    monkeypatch.setattr(streaming, "PIECE_ELEMENTS", 400)
     monkeypatch.setattr(folders, "MAX_FILE_BYTES", 20_000)
     for name in ("long", "direct"):
         (tmp_path / name).mkdir()
     counts = (
-        hf.export_folder(open_checkpoint(tmp_path / "pruned"), tmp_path / "long"),
-        prune.cut_folder(folder, plan, tmp_path / "direct"),
+        hf_convert.export_folder(open_checkpoint(tmp_path / "pruned"), tmp_path / "long"),
+        apply.cut_folder(folder, plan, tmp_path / "direct"),
     )
     long, direct = ({file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in ("long", "direct"))
     assert len(direct) > 5 and "model.safetensors.index.json" in direct
@@ -74,7 +75,7 @@ def test_the_direct_way_gives_the_same_files(tmp_path, monkeypatch, tied):
 
 def cut(folder, plan, out_dir) -> None:
     with claimed(out_dir, {}):
-        prune.cut_folder(folder, plan, out_dir)
+        apply.cut_folder(folder, plan, out_dir)
 
 
 def test_a_plan_for_another_folder_is_refused(tmp_path):
@@ -150,7 +151,7 @@ def test_damage_is_told_on_every_rank(tmp_path, damage):
     assert not (tmp_path / "pruned/latest").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=f"damaged or incomplete .*{piece.name}"):
-        hf.export_folder(open_checkpoint(tmp_path / "parent"), tmp_path / "out")
+        hf_convert.export_folder(open_checkpoint(tmp_path / "parent"), tmp_path / "out")
 
 
 def peak_growth(call) -> int:
@@ -191,9 +192,11 @@ def test_memory_is_that_of_pieces(tmp_path, monkeypatch):
     assert max(on_ranks(import_peak, 2, TWO, folder, tmp_path / "parent", TWO)) < limit
     plan = plan_for(tmp_path / "parent", hidden=840)
     assert max(on_ranks(prune_peak, 2, TWO, tmp_path / "parent", plan, tmp_path / "pruned", TWO)) < limit
-    monkeypatch.setattr(stream, "PIECE_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(streaming, "PIECE_ELEMENTS", 1 << 17)
     monkeypatch.setattr(disk, "BLOCK", 1 << 19)
     for name in ("long", "direct"):
         (tmp_path / name).mkdir()
-    assert peak_growth(lambda: hf.export_folder(open_checkpoint(tmp_path / "pruned"), tmp_path / "long")) < limit
-    assert peak_growth(lambda: prune.cut_folder(folder, plan, tmp_path / "direct")) < limit
+    assert (
+        peak_growth(lambda: hf_convert.export_folder(open_checkpoint(tmp_path / "pruned"), tmp_path / "long")) < limit
+    )
+    assert peak_growth(lambda: apply.cut_folder(folder, plan, tmp_path / "direct")) < limit

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hydra import initialize_config_dir
 
-from minitron_mcore import dryrun, launching
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import BadLoss, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.cli import dry_run, main
+from minitron_mcore.config.settings import BadLoss, ParallelConfig, PruneConfig, StatesConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests import test_distill
@@ -38,9 +38,10 @@ def family(tmp_path_factory):
 
 def learn(family, names, config, parallel, out_dir, spoiled=""):
     """Train students together; their histories, on every rank. `spoiled`: this one's second step sees an infinite weight."""
-    from minitron_mcore import checkpoint, runtime
+    from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.loop import train
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
     teacher, trainers = open_checkpoint(family / "teacher"), {}
     for name in names:
@@ -49,10 +50,10 @@ def learn(family, names, config, parallel, out_dir, spoiled=""):
         trainers[folder] = trainer = Trainer(student, teacher, config, parallel, "fp32", source)
         if (folder / "latest").is_file():
             trainer.resume(open_checkpoint(folder))
-        checkpoint.describe(folder, student.arch, "test", {}, student.hf)
+        run_folder.describe(folder, student.arch, "test", {}, student.hf)
         if name == spoiled:
             _spoil(trainer)
-    step, dp = min(trainer.step for trainer in trainers.values()), runtime.dp_group()
+    step, dp = min(trainer.step for trainer in trainers.values()), process_groups.dp_group()
     batches = test_distill.micro_batches(config, step * config.global_batch, dp.rank(), dp.size())
     return train(trainers, batches, Path(out_dir))
 
@@ -111,9 +112,9 @@ def test_several_are_planned_by_name():
     given = ["+model=llama31_8b", "parallel=tp8_sp", "dry.gpus=64"]
     teacher = "teacher=runs/llama31_8b/convert"
     one = "student=runs/llama31_minitron_4b_{}/prune"
-    with initialize_config_dir(str(launching.CONF), version_base="1.3"):
+    with initialize_config_dir(str(main.CONF), version_base="1.3"):
         students = [f"students={folders}", one.format("width"), one.format("depth")]
-        figures, *alone = (dryrun.plan(launching.compose("distill", [*given, each, teacher])) for each in students)
+        figures, *alone = (dry_run.plan(main.compose("distill", [*given, each, teacher])) for each in students)
     found = {role: model["parameters"] for role, model in figures["models"].items()}
     assert found == {"teacher": 8_030_261_248, "student width": 4_512_746_496, "student depth": 4_540_469_248}
     alone = [each["ranks"][0] for each in alone]

@@ -19,14 +19,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitron_mcore import data, runtime
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DataConfig, DistillConfig, Dtype, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.config.stages import DistillRun, TeacherCacheRun
+from minitron_mcore.data import datasets
 from minitron_mcore.distill import cache, checks
 from minitron_mcore.distill.cache import open_teacher
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
-from minitron_mcore.runs import DistillRun, TeacherCacheRun
+from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models
 from tests.test_prune import write_family
@@ -92,9 +93,9 @@ CASES = {
 
 def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
     """Of this rank, or of a whole head where there are no groups."""
-    group, found = runtime.tp_group() if torch.distributed.is_initialized() else None, []
+    group, found = process_groups.tp_group() if torch.distributed.is_initialized() else None, []
     for case in cases:
-        hidden, head, labels, mask, *top = (x.to(runtime.device()) for x in case.tensors())
+        hidden, head, labels, mask, *top = (x.to(process_groups.device()) for x in case.tensors())
         head = (head.chunk(group.size())[group.rank()].clone() if group else head).requires_grad_()
         hidden.requires_grad_()
         loss, stats = distillation_loss(
@@ -182,10 +183,10 @@ class World:
 
 
 def record(*configs: TeacherCacheRun) -> None:
-    from minitron_mcore.distill import recording
+    from minitron_mcore.distill import cache_writer
 
     for config in configs:
-        recording.run(config, open_checkpoint(config.teacher))
+        cache_writer.run(config, open_checkpoint(config.teacher))
 
 
 def record_and_die(config: TeacherCacheRun) -> None:
@@ -204,7 +205,7 @@ def record_and_die(config: TeacherCacheRun) -> None:
 def record_damage_and_mend(killed: TeacherCacheRun, whole: TeacherCacheRun) -> None:
     """Go on with one; write another, change a bit of it, write again."""
     record(killed, whole)
-    if runtime.rank() == 0:
+    if process_groups.rank() == 0:
         damage(Path(whole.out_dir) / "samples_0000001.safetensors")
     torch.distributed.barrier()
     record(whole)
@@ -218,12 +219,12 @@ def damage(path: Path) -> None:
 
 def distill(*runs: DistillRun) -> list[str | None]:
     """Train; the sentence of each run that is refused."""
-    from minitron_mcore.distill import stage
+    from minitron_mcore.distill import run
 
     found = []
-    for run in runs:
+    for config in runs:
         try:
-            stage.run([run], run.distill, [open_checkpoint(run.student)], open_teacher(run.teacher))
+            run.train([config], config.distill, [open_checkpoint(config.student)], open_teacher(config.teacher))
             found.append(None)
         except UserError as error:
             found.append(str(error))
@@ -232,8 +233,9 @@ def distill(*runs: DistillRun) -> list[str | None]:
 
 def ask_for_the_device_off_the_main_thread(*configs: DistillRun) -> list[str]:
     """Threads that ask for the current CUDA device, of which each has its own: cached runs, a cut, a look for hung ranks."""
-    from minitron_mcore import prune, watch
-    from minitron_mcore.plan.plan import make_plan
+    from minitron_mcore.parallel import hang_watchdog
+    from minitron_mcore.pruning import apply
+    from minitron_mcore.pruning.plan import make_plan
     from tests.test_prune import random_scores
 
     asked, main = [], threading.main_thread()
@@ -246,14 +248,14 @@ def ask_for_the_device_off_the_main_thread(*configs: DistillRun) -> list[str]:
 
         return recorded
 
-    for module, name in ((runtime, "device"), (torch.cuda, "current_device")):
+    for module, name in ((process_groups, "device"), (torch.cuda, "current_device")):
         setattr(module, name, watched(getattr(module, name)))
     assert distill(*configs) == [None] * len(configs)
     opened = open_checkpoint(configs[0].student)
     plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=12))
-    prune.prune(opened, plan, f"{configs[0].out_dir}_cut", configs[0].parallel)
+    apply.prune(opened, plan, f"{configs[0].out_dir}_cut", configs[0].parallel)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(watch._main_thread).result()
+        pool.submit(hang_watchdog._main_thread).result()
     return asked
 
 
@@ -423,12 +425,12 @@ def test_an_order_begins_again_after_its_last_sample(world):
     prefixes, weights = [entry.split()[1] for entry in world.text], [0.3, 0.7]
     order = dict(seed=1234, sequence_length=12)
     batches = list(
-        data.train_batches(
+        datasets.train_batches(
             prefixes, weights, cache=str(world.path / "cache"), vocab_size=101, micro_batch_size=2, global_batch_size=4,
             num_samples=12, order_samples=5, consumed_samples=4, dp_rank=1, dp_size=2, **order,
         )
     )  # fmt: skip
     assert [batch["samples"].tolist() for batch in batches] == [[1, 2], [0, 1]]
     assert torch.equal(batches[0]["tokens"][0], batches[1]["tokens"][1])
-    name = data.order_hash(prefixes, weights, num_samples=5, **order)
+    name = datasets.order_hash(prefixes, weights, num_samples=5, **order)
     assert (world.path / "cache" / f"order-{name}").is_dir()

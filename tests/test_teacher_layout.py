@@ -8,8 +8,8 @@ import math
 
 import pytest
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig, StatesConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import RankError, on_ranks
 from tests import families, models, test_distill
@@ -52,10 +52,11 @@ def folders(tmp_path_factory):
 
 def two_steps(folders, config, parallel, out_dir):
     """Figures of two steps; the first one's gradients are saved as if they were weights."""
-    from minitron_mcore import checkpoint, runtime
-    from minitron_mcore.distill.train import Trainer
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
 
-    student, dp = open_checkpoint(folders / "student"), runtime.dp_group()
+    student, dp = open_checkpoint(folders / "student"), process_groups.dp_group()
     trainer = Trainer(student, open_checkpoint(folders / "teacher"), config, parallel, "fp32")
     batches, count = (
         models.placed(test_distill.micro_batches(config, 0, dp.rank(), dp.size())),
@@ -68,7 +69,7 @@ def two_steps(folders, config, parallel, out_dir):
         parameter.data.copy_(gradient)
     trainer.save(out_dir)
     trainer.finish_save()
-    checkpoint.describe(out_dir, student.arch, "test", {}, student.hf)
+    run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
     return figures
 
 
@@ -115,10 +116,10 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
     import os
     import signal
 
-    from minitron_mcore import runtime
-    from minitron_mcore.distill import apart
+    from minitron_mcore.distill import remote_teacher
+    from minitron_mcore.parallel import process_groups
 
-    bridge = runtime.bridge()
+    bridge = process_groups.bridge()
     if not bridge.beyond:
         return two_steps(folders, config, parallel, out_dir)
     if damaged:
@@ -133,7 +134,7 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
             os.kill(os.getpid(), signal.SIGUSR1)
 
     bridge.requests = requests
-    return apart.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")
+    return remote_teacher.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")
 
 
 @pytest.mark.parametrize("name", APART)
@@ -154,15 +155,21 @@ def test_the_student_tells_why_there_is_no_teacher(tmp_path, folders):
 
 def world_after_an_error(parallel, other):
     """The student's groups and ranks before another layout, in it, and after an error in it."""
-    from minitron_mcore import runtime
+    from minitron_mcore.parallel import process_groups
 
     def sizes():
-        groups = (runtime.tp_group, runtime.pp_group, runtime.cp_group, runtime.dp_group, runtime.ep_group)
-        return [(id(group()), group().size()) for group in groups], runtime.is_last_stage()
+        groups = (
+            process_groups.tp_group,
+            process_groups.pp_group,
+            process_groups.cp_group,
+            process_groups.dp_group,
+            process_groups.ep_group,
+        )
+        return [(id(group()), group().size()) for group in groups], process_groups.is_last_stage()
 
-    before, second = sizes(), runtime.Layout.of(other)
-    assert sizes() == before and runtime.Layout.of(other) is second
-    with pytest.raises(ZeroDivisionError), runtime.within(second):
+    before, second = sizes(), process_groups.Layout.of(other)
+    assert sizes() == before and process_groups.Layout.of(other) is second
+    with pytest.raises(ZeroDivisionError), process_groups.within(second):
         inside = sizes()
         raise ZeroDivisionError
     return [size for _, size in inside[0]], sizes() == before

@@ -13,13 +13,14 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, GPTSw3Tokenizer, SiglipTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
-from minitron_mcore import data, evaluate, tokenfiles
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DataConfig, Dtype, EvaluateConfig, ParallelConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import DataConfig, Dtype, EvaluateConfig, ParallelConfig
+from minitron_mcore.config.stages import EvaluateRun
+from minitron_mcore.data import datasets, token_files
+from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
-from minitron_mcore.runs import EvaluateRun
+from minitron_mcore.evaluation import perplexity
 from minitron_mcore.testing import on_ranks
-from minitron_mcore.tokenizer import load
 from tests import models as tiny
 from tests.test_data import write_jsonl, write_tokenizer
 
@@ -185,11 +186,11 @@ def _stages(hf, files, out_dir):
     tiny.import_hf(hf, out_dir / "ckpt", parallel)
     source = open_checkpoint(out_dir / "ckpt")
     files = DataConfig(train=files, heldout=files, cache=str(out_dir / "cache"))
-    prefixes, _ = data.prepare(files, source.hf, source.arch.vocab)
+    prefixes, _ = datasets.prepare(files, source.hf, source.arch.vocab)
     config = EvaluateRun(source=str(source.path), parallel=parallel, data=files, dtype=Dtype.fp32)
     config.evaluate.micro_batch = 1
-    model, tokenizer = evaluate.open_model(config)
-    rows = evaluate.evaluate_run(model, tokenizer, config)
+    model, tokenizer = perplexity.open_model(config)
+    rows = perplexity.evaluate_run(model, tokenizer, config)
     return [document.tolist() for document in IndexedDataset(prefixes[0])], rows[0]
 
 
@@ -211,7 +212,7 @@ def _refusals(spm, folder, file, prefix):
     for tokenizer, train in ((str(spm), [file]), (None, [file]), (None, [prefix])):
         config = DataConfig(train=train, tokenizer=tokenizer, cache=str(folder / "cache"))
         with pytest.raises(UserError) as error:
-            data.prepare(config, folder, 211)
+            datasets.prepare(config, folder, 211)
         found.append(str(error.value))
     return found
 
@@ -219,23 +220,23 @@ def _refusals(spm, folder, file, prefix):
 def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_numbers(spms, tmp_path):
     write_tokenizer(tmp_path)
     file = write_jsonl(tmp_path / "text.jsonl", ["12 34"])
-    (prefix,) = data.tokenize([file], load(tmp_path), str(tmp_path / "made"))
+    (prefix,) = datasets.tokenize([file], load(tmp_path), str(tmp_path / "made"))
     told = on_ranks(_refusals, 2, ParallelConfig(), spms["llama"], tmp_path, file, prefix)
     assert told[0] == told[1]
     for sentence, largest in zip(told[0], (499, 299, max(load(tmp_path).documents(["12 34"])[0])), strict=True):
         assert str(largest) in sentence and "211" in sentence
     assert not (tmp_path / "cache").exists()  # before any work
     config = DataConfig(train=[file], cache=str(tmp_path / "cache"))
-    data.prepare(config, tmp_path, 300)  # the largest id is the last row
+    datasets.prepare(config, tmp_path, 300)  # the largest id is the last row
     hf = tiny.tiny_llama(tmp_path / "hf", vocab_size=299)
     with pytest.raises(UserError, match=r"ids up to 299.*299 rows"):
         texts = DataConfig(heldout=[file], tokenizer=str(tmp_path))
-        evaluate.open_model(EvaluateRun(source=str(hf), data=texts, evaluate=EvaluateConfig(sequence_length=64)))
+        perplexity.open_model(EvaluateRun(source=str(hf), data=texts, evaluate=EvaluateConfig(sequence_length=64)))
 
 
 def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenfiles, "BLOCK", 16)
-    monkeypatch.setattr(tokenfiles, "SCAN_BYTES", 0)
+    monkeypatch.setattr(token_files, "BLOCK", 16)
+    monkeypatch.setattr(token_files, "SCAN_BYTES", 0)
     prefix, rows = str(tmp_path / "big"), np.ones((100, 64), dtype=np.int64)
     rows[50, 20] = 7
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(8))
@@ -243,23 +244,23 @@ def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_pa
         builder.add_document(row, [64])
     builder.finalize(f"{prefix}.idx")
     config = DataConfig(train=[prefix], cache=str(tmp_path))
-    data.prepare(config, tmp_path / "no_tokenizer_is_needed", 7)
+    datasets.prepare(config, tmp_path / "no_tokenizer_is_needed", 7)
     drawn = dict(sequence_length=64, num_samples=100, seed=0)
     with pytest.raises(UserError, match="holds token 7, and the model's embedding has 7 rows"):
-        data.calibration([prefix], vocab_size=7, **drawn)
-    assert data.calibration([prefix], vocab_size=8, **drawn)[0].max() == 7
+        datasets.calibration([prefix], vocab_size=7, **drawn)
+    assert datasets.calibration([prefix], vocab_size=8, **drawn)[0].max() == 7
     order = dict(
         cache=str(tmp_path), seed=1, sequence_length=63, micro_batch_size=1, global_batch_size=1, num_samples=99
     )
     with pytest.raises(UserError, match="holds token 7"):
-        list(data.train_batches([prefix], None, vocab_size=7, **order))
+        list(datasets.train_batches([prefix], None, vocab_size=7, **order))
     rows[-1, -1] = 9
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(10))
     for row in rows:
         builder.add_document(row, [64])
     builder.finalize(f"{prefix}.idx")
     with pytest.raises(UserError, match="holds token 9"):
-        data.prepare(config, tmp_path, 8)
+        datasets.prepare(config, tmp_path, 8)
 
 
 def test_bad_tokenizers_are_one_sentence(spms, tmp_path):

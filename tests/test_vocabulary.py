@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.testing import RankError, on_ranks
 from tests import models

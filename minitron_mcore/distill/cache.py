@@ -26,16 +26,18 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from minitron_mcore import checkpoint, data, disk, runtime, schedule
-from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.config import DistillConfig, ParallelConfig
+from minitron_mcore.checkpoint import disk, run_folder
+from minitron_mcore.checkpoint.run_folder import Checkpoint
+from minitron_mcore.config.settings import DistillConfig, ParallelConfig
+from minitron_mcore.config.stages import CacheKind
+from minitron_mcore.data import datasets
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import table
+from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.parallel import process_groups, schedule
+from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import read_json
-from minitron_mcore.runs import CacheKind
-from minitron_mcore.schedule import Batch
 
 INDEX, HEAD = "index.json", "head.safetensors"
 STEP = 2.0**-11  # nats
@@ -131,7 +133,7 @@ class Cache(Checkpoint):
         """
         index = self.index
         samples = {"sequence_length": index["sequence_length"], "num_samples": index["samples"]}
-        found = data.order_hash(prefixes, weights, seed=seed, **samples)
+        found = datasets.order_hash(prefixes, weights, seed=seed, **samples)
         if found != index["order"]:
             raise UserError(
                 f"the teacher cache {self.folder} is of the samples {index['order']} of {', '.join(index['data'])} with data.seed "
@@ -140,14 +142,14 @@ class Cache(Checkpoint):
             )
         files = [file_name(n) for n in range(-(-min(num_samples, index["samples"]) // index["file_samples"]))]
         files += [HEAD] if self.kind != CacheKind.topk else []
-        own = files[runtime.rank() :: dist.get_world_size()]
-        progress = runtime.Progress("verify teacher cache", len(own), "files")
-        with runtime.agreed():
+        own = files[process_groups.rank() :: dist.get_world_size()]
+        progress = process_groups.Progress("verify teacher cache", len(own), "files")
+        with process_groups.agreed():
             for done, name in enumerate(own, 1):
                 self._verify(name)
                 progress.update(done)
         if num_samples > index["samples"]:
-            runtime.log(
+            process_groups.log(
                 f"{num_samples / index['samples']:.3g} passes over the teacher cache's {index['samples']} samples"
             )
 
@@ -167,7 +169,7 @@ def open_teacher(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not (path / INDEX).is_file():
-        return checkpoint.open_checkpoint(path, "teacher")
+        return run_folder.open_checkpoint(path, "teacher")
     try:
         index = read_json(path / INDEX, "write the teacher cache again")
         teacher, wanted = index["teacher"], -(-index["samples"] // index["file_samples"])
@@ -193,19 +195,19 @@ class CachedTeacher:
 
     def __init__(self, cache: Cache, student: Architecture, parallel: ParallelConfig):
         # Taken here, since the current CUDA device is one of each thread, and `_read` runs in another.
-        self.cache, self.routes, self.device = cache, [], runtime.device()
+        self.cache, self.routes, self.device = cache, [], process_groups.device()
         shared = replace(parallel, sequence=parallel.sequence and cache.kind != CacheKind.topk)
-        positions = schedule.positions(cache.index["sequence_length"], shared, runtime.place())
+        positions = schedule.positions(cache.index["sequence_length"], shared, process_groups.place())
         breaks = (positions.diff() != 1).nonzero().flatten() + 1
         self.runs = [(part[0].item(), part[-1].item() + 1) for part in positions.tensor_split(breaks.cpu())]
-        last = runtime.is_last_stage() and cache.kind != CacheKind.topk
+        last = process_groups.is_last_stage() and cache.kind != CacheKind.topk
         self.head: Tensor | None = self._head(student) if last else None
 
     def _head(self, student: Architecture) -> Tensor:
         """The rows that go with this rank's of the student's head (see `teacher.cut_head`)."""
-        tp = runtime.tp_group()
+        tp = process_groups.tp_group()
         with safe_open(self.cache.folder / HEAD, "pt") as file:
-            rows = table.padded_vocab(student, tp.size()) // tp.size()
+            rows = parameter_table.padded_vocab(student, tp.size()) // tp.size()
             first, end = (min(n * rows, self.cache.arch.vocab) for n in (tp.rank(), tp.rank() + 1))
             found = file.get_slice("head")[first:end]
         head = found.new_zeros(rows, self.cache.arch.hidden)
@@ -215,10 +217,10 @@ class CachedTeacher:
     def feed(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """A step's micro-batches, on last-stage ranks with "teacher_hidden" [S_r, B, H] or with "teacher_ids" [S / CP, B, k] and
         "teacher_log_probs" [S / CP, B, k + 1]; the next one is read while one is used."""
-        if not runtime.is_last_stage():
+        if not process_groups.is_last_stage():
             return batches
         jobs = (partial(self._read, batch["samples"].tolist()) for batch in batches)
-        return (batch | found for batch, found in zip(batches, runtime.ahead(jobs, threads=1), strict=True))
+        return (batch | found for batch, found in zip(batches, process_groups.ahead(jobs, threads=1), strict=True))
 
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         samples = [self._sample(row) for row in rows]

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from minitron_mcore import ranges
-from minitron_mcore.config import DistillConfig, Divergence, ParallelConfig, StatesConfig
+from minitron_mcore.config import ranges
+from minitron_mcore.config.settings import DistillConfig, Divergence, ParallelConfig, StatesConfig
+from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.distill import vocabulary
-from minitron_mcore.models import layout
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.runs import CacheKind, TeacherCacheRun
+from minitron_mcore.parallel import layout
 
 EMBEDDINGS = -1
 """In a pair of blocks: what the embedding table puts out, which is what block 0 takes in."""

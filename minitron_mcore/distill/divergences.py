@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_mcore.config import Divergence
+from minitron_mcore.config.settings import Divergence
 
 # Log-sum-exp of a rank that holds none of the entries: finite, and so far below any other that its weight is exactly 0.
 NOTHING = -1e30

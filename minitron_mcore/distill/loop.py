@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from minitron_mcore import checkpoint, runtime
-from minitron_mcore.distill import failure
+from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.distill import failures
 from minitron_mcore.distill.profile import StepProfiler
-from minitron_mcore.distill.train import Trainer
+from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import NotFinite
-from minitron_mcore.schedule import Batch
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.schedule import Batch
 
 
 def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: Path) -> list[list[dict[str, float]]]:
@@ -40,10 +41,10 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
     behind = min(trainers.values(), key=lambda trainer: trainer.step)
     config, teacher, first = behind.config, behind.teacher, behind.step
     last = min(config.steps, config.stop_after or config.steps)
-    per_step = config.global_batch // (config.micro_batch * runtime.dp_group().size())
-    progress, stop = runtime.Progress("train", last - first, "steps"), _Stop()
+    per_step = config.global_batch // (config.micro_batch * process_groups.dp_group().size())
+    progress, stop = process_groups.Progress("train", last - first, "steps"), _Stop()
     profiler = StepProfiler(behind.performance.profile, out_dir)
-    with failure.watched(behind, out_dir):
+    with failures.watched(behind, out_dir):
         for step in range(first, last):
             if stop.agreed():
                 break
@@ -64,7 +65,7 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
             course.trainer.finish_save()
             course.close()
         if behind.step < last:
-            runtime.log(f"told to stop: saved step {behind.step}; the same command goes on from there")
+            process_groups.log(f"told to stop: saved step {behind.step}; the same command goes on from there")
     return [course.history for course in courses]
 
 
@@ -73,8 +74,8 @@ class _Course:
 
     def __init__(self, trainer: Trainer, out_dir: Path):
         self.trainer, self.out_dir, self.saved = trainer, out_dir, trainer.step
-        self.guard, self.history = failure.Guard(trainer.config, out_dir), []
-        self.record = _Record(out_dir, trainer.step) if runtime.rank() == 0 else None
+        self.guard, self.history = failures.Guard(trainer.config, out_dir), []
+        self.record = _Record(out_dir, trainer.step) if process_groups.rank() == 0 else None
 
     def take(self, batches: list[Batch], fed: Sequence[Batch] | None) -> str:
         """One step (collective); what a progress line says of it."""
@@ -118,7 +119,7 @@ class _Stop:
     """SIGUSR1 (SLURM's warning, see launch/slurm) or SIGTERM on any rank: all ranks save after the step and end well."""
 
     def __init__(self):
-        self.asked = torch.zeros(1, device=runtime.device())
+        self.asked = torch.zeros(1, device=process_groups.device())
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 signal.signal(number, lambda *_: self.asked.fill_(1))
@@ -138,7 +139,7 @@ class _Record:
         # A killed run may leave half a line, which is of a step after its checkpoint.
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        checkpoint.replace_text(path, "".join(kept))
+        run_folder.replace_text(path, "".join(kept))
         self.file = path.open("a")
         self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1 if step else None)
 

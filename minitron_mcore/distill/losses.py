@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore.config import Divergence
-from minitron_mcore.distill import checks, chunks, divergences
-from minitron_mcore.distill.tiles import Settings, Tiles
+from minitron_mcore.config.settings import Divergence
+from minitron_mcore.distill import checks, divergences, tile_sizes
+from minitron_mcore.distill.tiling import Settings, Tiles
 from minitron_mcore.errors import UserError, refuse
 
 
@@ -182,7 +182,7 @@ class _DistillationLoss(torch.autograd.Function):
         head, head_t = (None if x is None else x[: tiles.width] for x in (student_head, teacher_head))
         # One chunk's logits after the other in the same memory: fresh memory costs a CPU as much as a pass over it.
         out, out_t = (None if x is None else x.new_empty(chunk, tiles.width) for x in (head, head_t))
-        for at in chunks.slices(num_tokens, chunk):
+        for at in tile_sizes.slices(num_tokens, chunk):
             # Ignored rows become zeros: all that follows is finite there, and their weight of 0 then silences them.
             hidden = student_hidden[at].masked_fill(ignored[at], 0)
             logits_s, logits_t = torch.mm(hidden, head.t(), out=out[: len(hidden)]), None
@@ -273,7 +273,7 @@ def _added_to_main_grad(weight: Tensor, gradient: Tensor, scale: Tensor) -> Tens
 def _chunk_tokens(num_tokens: int, student_head: Tensor, teacher_head: Tensor | None) -> int:
     heads = [head for head in (student_head, teacher_head) if head is not None]
     bytes_a_token = sum(len(head) * head.element_size() for head in heads)
-    return chunks.chunk_tokens(num_tokens, bytes_a_token, student_head.device.type)
+    return tile_sizes.chunk_tokens(num_tokens, bytes_a_token, student_head.device.type)
 
 
 def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int, first: bool = False) -> None:
@@ -283,7 +283,7 @@ def _add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements
         mixed = {} if total.dtype == d_logits.dtype else {"out_dtype": total.dtype}
         torch.addmm(total, d_logits.t(), hidden, beta=int(not first), out=total, **mixed)
         return
-    for rows in chunks.slices(len(total), max(1, 2 * elements // hidden.shape[1])):
+    for rows in tile_sizes.slices(len(total), max(1, 2 * elements // hidden.shape[1])):
         product = d_logits[:, rows].t() @ hidden
         total[rows].copy_(product) if first else total[rows].add_(product)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from minitron_mcore import runtime
-from minitron_mcore.performance import ProfileConfig
+from minitron_mcore.config.performance import ProfileConfig
+from minitron_mcore.parallel import process_groups
 
 
 class StepProfiler:
@@ -18,8 +18,8 @@ class StepProfiler:
 
     def __init__(self, config: ProfileConfig, out_dir: Path):
         self.config, self.folder = config, out_dir / "profile"
-        self.active = config.start is not None and runtime.rank() in config.ranks
-        self.memory = config.memory and runtime.device().type == "cuda"
+        self.active = config.start is not None and process_groups.rank() in config.ranks
+        self.memory = config.memory and process_groups.device().type == "cuda"
         self.profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
@@ -35,12 +35,12 @@ class StepProfiler:
         """Write when `step` was the last to record, or the last of all."""
         if self.profiler is None or (step < (self.config.stop or self.config.start) and not last):
             return
-        if runtime.device().type == "cuda":
+        if process_groups.device().type == "cuda":
             torch.cuda.synchronize()
         self.profiler.stop()
         self.folder.mkdir(exist_ok=True)
-        self.profiler.export_chrome_trace(str(self.folder / f"rank_{runtime.rank()}.json"))
+        self.profiler.export_chrome_trace(str(self.folder / f"rank_{process_groups.rank()}.json"))
         if self.memory:
-            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_rank_{runtime.rank()}.pickle"))
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_rank_{process_groups.rank()}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         self.profiler, self.active = None, False

@@ -7,16 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore import checkpoint, runtime, schedule, stream
-from minitron_mcore.checkpoint import Checkpoint
-from minitron_mcore.config import DistillConfig, ParallelConfig
-from minitron_mcore.distill import checks, states
-from minitron_mcore.distill.handover import OtherLayout, SameLayout
-from minitron_mcore.models import table
+from minitron_mcore.checkpoint import run_folder, streaming
+from minitron_mcore.checkpoint.run_folder import Checkpoint
+from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.settings import DistillConfig, ParallelConfig
+from minitron_mcore.distill import checks, hidden_state_loss
+from minitron_mcore.distill.teacher_transfer import OtherLayout, SameLayout
+from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
-from minitron_mcore.performance import PerformanceConfig
-from minitron_mcore.schedule import Batch
+from minitron_mcore.parallel import process_groups, schedule
+from minitron_mcore.parallel.schedule import Batch
 
 
 class Teacher:
@@ -34,7 +35,7 @@ class Teacher:
         arch: Architecture,
         ahead: int,
         head: Tensor | None = None,
-        layout: runtime.Layout | None = None,
+        layout: process_groups.Layout | None = None,
         handover: SameLayout | OtherLayout | None = None,
     ):
         """`ahead`: micro-batches that the teacher runs at a time; `head`: instead of the model's (see `cut_head`); `layout`: the
@@ -61,16 +62,16 @@ class Teacher:
             UserError: a layout that doesn't divide it; a damaged checkpoint.
         """
         own = config.teacher_parallel or parallel
-        layout = runtime.Layout.of(own) if own != parallel else None
-        with runtime.within(layout):
-            model = checkpoint.build_model(source, own, dtype, performance.frozen())
+        layout = process_groups.Layout.of(own) if own != parallel else None
+        with process_groups.within(layout):
+            model = run_folder.build_model(source, own, dtype, performance.frozen())
         head, handover = cut_head(model, source, student, layout), None
         if layout:
-            student_places = runtime.places()
-            with runtime.within(layout):
-                places = student_places, runtime.places()
+            student_places = process_groups.places()
+            with process_groups.within(layout):
+                places = student_places, process_groups.places()
             empty = next(model.parameters()).new_empty(0, source.arch.hidden)
-            handover = OtherLayout((parallel, own), places, runtime.rank(), dist.all_to_all_single, empty)
+            handover = OtherLayout((parallel, own), places, process_groups.rank(), dist.all_to_all_single, empty)
         teacher = cls(model, source.arch, config.teacher_ahead, head, layout, handover)
         if performance.teacher_offload:
             teacher.offload()
@@ -78,7 +79,7 @@ class Teacher:
 
     def offload(self) -> None:
         """From now on keep the weights, but for a head that the loss uses, in host memory between passes."""
-        kept = {id(self.head)} if runtime.is_last_stage() else set()
+        kept = {id(self.head)} if process_groups.is_last_stage() else set()
         self.hosted = HostedWeights([weight for weight in self.model.parameters() if id(weight) not in kept])
 
     @property
@@ -91,15 +92,15 @@ class Teacher:
         With one stage of the student the teacher runs when a micro-batch is asked for, `ahead` at a time. With several it runs the
         whole step at once: a later stage waits for the student's message before it asks for its micro-batch.
         """
-        if runtime.pp_group().size() > 1:
+        if process_groups.pp_group().size() > 1:
             return self._run(batches)
         return (
             batch for at in range(0, len(batches), self.ahead) for batch in self._run(batches[at : at + self.ahead])
         )
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
-        given, last = self.handover.given(batches), runtime.pp_group().size() - 1
-        with runtime.within(self.layout), self.hosted or contextlib.nullcontext():
+        given, last = self.handover.given(batches), process_groups.pp_group().size() - 1
+        with process_groups.within(self.layout), self.hosted or contextlib.nullcontext():
             left = passes(self.model, self.arch, given, self.routes, last)
         return filled(batches, left, self.handover)
 
@@ -111,7 +112,7 @@ class HostedWeights:
     """
 
     def __init__(self, weights: Sequence[Tensor]):
-        self.weights, self.device = weights, runtime.device()
+        self.weights, self.device = weights, process_groups.device()
         self.host = [
             torch.empty_like(weight, device="cpu", pin_memory=self.device.type == "cuda").copy_(weight)
             for weight in weights
@@ -137,11 +138,11 @@ def passes(
 ) -> list[Left]:
     """The teacher's forward passes, in its own layout (collective over its replica); `last`: the student's last stage."""
     hidden: list[Tensor] = []
-    with states.recorded(model, arch, {block for block, *_ in routes}) as found:
+    with hidden_state_loss.recorded(model, arch, {block for block, *_ in routes}) as found:
         schedule.forward(model, given, lambda output, batch: hidden.append(output))
     # What follows them is padding, where the interleaved schedule needed more (see `schedule.forward`).
-    inner = [(states.key(block), found[block][: len(given)], *stages) for block, *stages in routes]
-    return [("teacher_hidden", hidden, runtime.pp_group().size() - 1, last), *inner]
+    inner = [(hidden_state_loss.key(block), found[block][: len(given)], *stages) for block, *stages in routes]
+    return [("teacher_hidden", hidden, process_groups.pp_group().size() - 1, last), *inner]
 
 
 def filled(batches: Sequence[Batch], left: Sequence[Left], handover: SameLayout | OtherLayout) -> list[Batch]:
@@ -154,7 +155,7 @@ def filled(batches: Sequence[Batch], left: Sequence[Left], handover: SameLayout 
 
 
 def cut_head(
-    model: Model, source: Checkpoint, student: Architecture, layout: runtime.Layout | None = None
+    model: Model, source: Checkpoint, student: Architecture, layout: process_groups.Layout | None = None
 ) -> Tensor | None:
     """The rows of a teacher's head that go with the student's; None where its own shards are these, and off the student's last
     stage.
@@ -163,12 +164,12 @@ def cut_head(
     that the teacher doesn't have are zeros. The teacher was loaded at its own V_t / TP, maybe in a `layout` of its own, so the rows
     are read again by their place in the whole head. The model's own head goes, unless it is its embedding too.
     """
-    tp, arch, last = runtime.tp_group(), source.arch, runtime.is_last_stage()
-    padded = table.padded_vocab(student, tp.size())
-    with runtime.within(layout):
-        theirs, own = runtime.tp_group(), model.head() if runtime.is_last_stage() else None
-        embedding = arch.tied and runtime.is_first_stage()
-    same = (padded, tp.size()) == (table.padded_vocab(arch, theirs.size()), theirs.size())
+    tp, arch, last = process_groups.tp_group(), source.arch, process_groups.is_last_stage()
+    padded = parameter_table.padded_vocab(student, tp.size())
+    with process_groups.within(layout):
+        theirs, own = process_groups.tp_group(), model.head() if process_groups.is_last_stage() else None
+        embedding = arch.tied and process_groups.is_first_stage()
+    same = (padded, tp.size()) == (parameter_table.padded_vocab(arch, theirs.size()), theirs.size())
     if last and own is not None and same:
         return None
     if own is not None and not embedding:
@@ -178,11 +179,11 @@ def cut_head(
 
 def head_rows(source: Checkpoint, student: Architecture, like: Tensor) -> Tensor:
     """This rank's rows of a teacher's head, read by their place (see `cut_head`); `like`: of their dtype, on their device."""
-    tp, arch = runtime.tp_group(), source.arch
+    tp, arch = process_groups.tp_group(), source.arch
     name = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
-    parameter = next(parameter for parameter in table.parameters(arch) if parameter.name == name)
-    head = like.new_zeros(table.padded_vocab(student, tp.size()) // tp.size(), arch.hidden)
+    parameter = next(parameter for parameter in parameter_table.parameters(arch) if parameter.name == name)
+    head = like.new_zeros(parameter_table.padded_vocab(student, tp.size()) // tp.size(), arch.hidden)
     start = tp.rank() * len(head)
     if (rows := min(len(head), arch.vocab - start)) > 0:
-        head[:rows] = stream.Reader(source).read(parameter, (start, 0), (rows, arch.hidden))
+        head[:rows] = streaming.Reader(source).read(parameter, (start, 0), (rows, arch.hidden))
     return head

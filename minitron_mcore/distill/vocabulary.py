@@ -34,7 +34,7 @@ def problems(
         return
     if student_files == teacher_files:
         return
-    from minitron_mcore import tokenizer  # imports transformers
+    from minitron_mcore.data import tokenizer  # imports transformers
 
     mine, other = (tokenizer.load(hf).pieces() for hf in (student_hf, teacher_hf))
     differ = [n for n in range(shared(student, teacher)) if n in mine and n in other and mine[n] != other[n]]

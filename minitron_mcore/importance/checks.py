@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from minitron_mcore import ranges
-from minitron_mcore.config import ImportanceConfig, Statistic
+from minitron_mcore.config import ranges
+from minitron_mcore.config.settings import ImportanceConfig, Statistic
 from minitron_mcore.models.architecture import Architecture
 
 

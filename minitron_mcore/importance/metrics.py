@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitron_mcore import runtime
-from minitron_mcore.config import Aggregation
+from minitron_mcore.config.settings import Aggregation
+from minitron_mcore.parallel import process_groups
 
 DEGREE = {Aggregation.mean: 1, Aggregation.l2: 1, Aggregation.variance: 2}
 """An aggregation of w x is w to this power times that of x, for w >= 0."""
@@ -139,9 +139,9 @@ fused = functools.cache(functools.partial(torch.compile, dynamic=False))
 def compiles() -> bool:
     """True where torch.compile works on this rank: on a CPU it needs a C++ compiler and Python's headers."""
     try:
-        torch.compile(torch.square, dynamic=False)(torch.ones(3, device=runtime.device()))
+        torch.compile(torch.square, dynamic=False)(torch.ones(3, device=process_groups.device()))
     except Exception as error:  # whatever the compiler, the linker or the loader says
-        runtime.log(
+        process_groups.log(
             f"importance: torch.compile does not work here ({type(error).__name__}), so collecting takes longer"
         )
         return False

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitron_mcore import runtime
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import spec, tuning
+from minitron_mcore.models import layer_spec, tuning
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.layout import check_shardable, stage_blocks
-from minitron_mcore.models.table import padded_vocab
-from minitron_mcore.performance import PerformanceConfig
+from minitron_mcore.models.parameter_table import padded_vocab
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.layout import check_shardable, stage_blocks
 
 from megatron.core.activations import squared_relu  # isort: skip
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip
@@ -78,7 +78,7 @@ def transformer_config(
     arch: Architecture, parallel: ParallelConfig, dtype: str, performance: PerformanceConfig
 ) -> TransformerConfig:
     """megatron-core's config of an architecture in a layout: no dropout, loss per token, fusions only where CUDA is."""
-    gpu, family = runtime.device().type == "cuda", arch.traits
+    gpu, family = process_groups.device().type == "cuda", arch.traits
     experts = {
         "num_moe_experts": arch.experts,
         "moe_router_topk": arch.experts_per_token,
@@ -149,7 +149,7 @@ def build(
     check_shardable(arch, parallel)
     performance = performance or PerformanceConfig().frozen()
     config = transformer_config(arch, parallel, dtype, performance)
-    chunks = [_chunk(arch, parallel, config, v).to(runtime.device()) for v in range(parallel.virtual)]
+    chunks = [_chunk(arch, parallel, config, v).to(process_groups.device()) for v in range(parallel.virtual)]
     for chunk in chunks:
         tuning.fuse_gradients(chunk, performance, arch)
     return chunks[0] if parallel.virtual == 1 else InterleavedModel(chunks)
@@ -160,12 +160,12 @@ def _chunk(arch: Architecture, parallel: ParallelConfig, config: TransformerConf
     stages = [[letters[part] for block, part in arch.layers if block in own] for own in stage_blocks(arch, parallel)]
     model = LanguageModel(
         config=config,
-        hybrid_stack_spec=spec.stack_spec(arch.traits.qk_norm),
+        hybrid_stack_spec=layer_spec.stack_spec(arch.traits.qk_norm),
         vocab_size=padded_vocab(arch, parallel.tensor),
         max_sequence_length=arch.max_positions,
         hybrid_layer_pattern="|".join(map("".join, stages)),
-        pre_process=runtime.is_first_stage() and number == 0,
-        post_process=runtime.is_last_stage() and number == parallel.virtual - 1,
+        pre_process=process_groups.is_first_stage() and number == 0,
+        post_process=process_groups.is_last_stage() and number == parallel.virtual - 1,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
         rotary_percent=arch.rotary_fraction,
@@ -195,7 +195,7 @@ def global_name(chunk: LanguageModel, name: str) -> str:
     index, rest = name.removeprefix("decoder.layers.").split(".", 1)
     if rest.startswith("mlp.experts.local_experts."):
         expert, rest = rest.removeprefix("mlp.experts.local_experts.").split(".", 1)
-        own = runtime.own_experts(chunk.config.num_moe_experts)
+        own = process_groups.own_experts(chunk.config.num_moe_experts)
         rest = f"mlp.experts.{own[int(expert)]}.{rest}"
     return f"decoder.layers.{chunk.decoder.layers[int(index)].layer_number - 1}.{rest}"
 

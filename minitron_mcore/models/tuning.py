@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from minitron_mcore import host
-from minitron_mcore.config import Dtype
-from minitron_mcore.models import spec
+from minitron_mcore.config.performance import Kernels, PerformanceConfig, Recompute
+from minitron_mcore.config.settings import Dtype
+from minitron_mcore.models import layer_spec
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.performance import Kernels, PerformanceConfig, Recompute
+from minitron_mcore.parallel import cpu_backend
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
 from megatron.core.models.common.embeddings import rope_utils  # isort: skip
@@ -23,9 +23,9 @@ from megatron.core.transformer.moe import moe_utils  # isort: skip
 @functools.cache
 def installed() -> Kernels:
     """What this process can use; nothing on a CPU."""
-    if host.is_cpu():
+    if cpu_backend.is_cpu():
         return Kernels()
-    engine = spec.transformer_engine()
+    engine = layer_spec.transformer_engine()
     return Kernels(
         capability=torch.cuda.get_device_capability(),
         transformer_engine=engine,
@@ -37,7 +37,7 @@ def installed() -> Kernels:
 
 
 def _apex_weight_gradient() -> bool:
-    return not host.is_cpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return not cpu_backend.is_cpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def _adam_has_precisions() -> bool:

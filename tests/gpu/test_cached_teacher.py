@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitron_mcore.config import Dtype, PruneConfig
+from minitron_mcore.config.settings import Dtype, PruneConfig
 from tests import models, test_teacher_cache
 from tests.gpu.test_training import FIGURES
 from tests.gpu.world import here

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from minitron_mcore import runtime
+from minitron_mcore.parallel import process_groups
 from tests import models
 from tests.gpu.world import ROOT, on_cpu, shared
 from tests.test_launch import config_of, word_tokenizer
@@ -32,7 +32,7 @@ COMMAND = [
 
 def stage(name: str, *overrides: str) -> None:
     """A launch file's own function, in this process and the world that it has."""
-    with mock.patch.object(runtime, "distributed", shared):
+    with mock.patch.object(process_groups, "distributed", shared):
         inspect.unwrap(runpy.run_path(str(ROOT / "launch" / f"{name}.py"))["main"])(
             config_of(name, *COMMAND, *overrides)
         )

@@ -6,11 +6,11 @@ A failure means that a GPU cuts other channels than the CPU does.
 import pytest
 import torch
 
-from minitron_mcore import runtime
-from minitron_mcore.checkpoint import build_model, open_checkpoint
-from minitron_mcore.config import PruneConfig
-from minitron_mcore.importance.collect import score
-from minitron_mcore.plan.plan import load_plan, make_plan
+from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
+from minitron_mcore.config.settings import PruneConfig
+from minitron_mcore.importance.collector import score
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.pruning.plan import load_plan, make_plan
 from tests import families, models, test_experts, test_importance
 from tests.gpu.world import here, on_cpu
 from tests.test_importance import LENGTHS, STATISTICS
@@ -106,4 +106,4 @@ def test_experts_equal_the_formula(folders):
 
 def test_device():
     """That this run was on the device it is about."""
-    assert runtime.device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert process_groups.device().type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minitron_mcore import host
-from minitron_mcore.config import Divergence
-from minitron_mcore.distill import tiles
+from minitron_mcore.config.settings import Divergence
+from minitron_mcore.distill import tiling
 from minitron_mcore.distill.divergences import make
+from minitron_mcore.parallel import cpu_backend
 from tests import test_kernels, test_losses, test_teacher_cache
 from tests.gpu.world import here
 from tests.test_losses import KINDS, dense_error, relative_errors
@@ -29,7 +29,7 @@ def limits(name: str, case: test_losses.Case) -> tuple[float, float]:
         rough = 2 if name.startswith(("reverse_kl", "top")) else 1
         return rough * BF16_VALUE, rough * BF16_GRADIENT
     # Exponentials of such logits are rounded less well on a card: 8 times a dense fp32 computation's error, seen on an H100.
-    return 2e-5, (3 if host.is_cpu() else 12) * dense_error(case) if name in test_losses.VANISHING else 2e-5
+    return 2e-5, (3 if cpu_backend.is_cpu() else 12) * dense_error(case) if name in test_losses.VANISHING else 2e-5
 
 
 def compare(cases: dict[str, test_losses.Case]) -> None:
@@ -59,15 +59,15 @@ def test_bf16_equals_dense_fp64():
 
 def test_kernels_equal_dense_fp64():
     """The Triton kernels by the real compiler: rows of several blocks, label loss, temperature, padding, bf16, no teacher."""
-    found = tiles.kernels_for(torch.empty(0, device=device()), make(Divergence.forward_kl, 1, 0.5, None, 1.0))
-    assert host.is_cpu() or found.__name__.endswith("kernels")
+    found = tiling.kernels_for(torch.empty(0, device=device()), make(Divergence.forward_kl, 1, 0.5, None, 1.0))
+    assert cpu_backend.is_cpu() or found.__name__.endswith("kernels")
     compare(test_kernels.CASES)
     wide = replace(test_kernels.ROW, tokens=67, vocab=32_000, padded=32_000, hidden=48, lm_weight=0.5)
     compare({"wide": wide, "wide, bf16": replace(wide, dtype=torch.bfloat16)})
 
 
 def device() -> str:
-    return "cpu" if host.is_cpu() else "cuda"
+    return "cpu" if cpu_backend.is_cpu() else "cuda"
 
 
 def test_loss_on_given_entries_equals_dense_fp64():

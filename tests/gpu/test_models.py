@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minitron_mcore import runtime
-from minitron_mcore.models import spec
+from minitron_mcore.models import layer_spec
+from minitron_mcore.parallel import process_groups
 from tests import families, models
 from tests.gpu.world import alone, here
 from tests.test_families import ONE, round_trip
@@ -38,12 +38,12 @@ def test_bf16_logits_are_close(tmp_path, which):
 
 def test_references_are_made_on_the_cpu(tmp_path):
     """By a process that sees no CUDA device and no layers but torch's, whatever is installed."""
-    (found,) = alone(tmp_path / "reference", (here, spec.describe))
+    (found,) = alone(tmp_path / "reference", (here, layer_spec.describe))
     assert found.startswith("layers: torch") and found.endswith("device: cpu") and "torch.optim" in found
 
 
 def bf16_logits(checkpoint, ids):
-    from minitron_mcore.checkpoint import build_model, open_checkpoint
+    from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
 
     opened = open_checkpoint(checkpoint)
     return models.model_logits(build_model(opened, ONE, "bf16"), opened.arch, ids)
@@ -75,8 +75,8 @@ def attend(shape: tuple, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         window_size=(window - 1, 0) if window else None,
     )
     own = ProcessGroupCollection.use_mpu_process_groups()
-    attention = spec.TorchAttention(config=config, pg_collection=own, softmax_scale=head_dim**-0.5)
-    *leaves, d_out = (tensor.to(runtime.device()) for tensor in tensors)
+    attention = layer_spec.TorchAttention(config=config, pg_collection=own, softmax_scale=head_dim**-0.5)
+    *leaves, d_out = (tensor.to(process_groups.device()) for tensor in tensors)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     out = attention(*leaves)
     out.backward(d_out)

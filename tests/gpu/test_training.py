@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from minitron_mcore.config import PruneConfig, StatesConfig
+from minitron_mcore.config.settings import PruneConfig, StatesConfig
 from tests import families, models, test_distill, test_states
 from tests.gpu.world import here, on_cpu
 from tests.test_prune import ONE, _family, export

@@ -10,10 +10,10 @@ import math
 import pytest
 import torch
 
-from minitron_mcore import host
-from minitron_mcore.checkpoint import build_model, open_checkpoint
-from minitron_mcore.distill.train import Trainer
-from minitron_mcore.models import build, spec
+from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
+from minitron_mcore.distill.trainer import Trainer
+from minitron_mcore.models import build, layer_spec
+from minitron_mcore.parallel import cpu_backend
 from tests import families, models, test_distill
 from tests.gpu.world import here
 from tests.test_prune import ONE, export
@@ -37,7 +37,7 @@ def choose(monkeypatch, layers: str) -> None:
 def layers(monkeypatch):
     """Chooses the layers of the models that are built next; skips where there is only one kind."""
     choose(monkeypatch, "te")
-    if not (spec.transformer_engine() or host.is_cpu()):
+    if not (layer_spec.transformer_engine() or cpu_backend.is_cpu()):
         pytest.skip("Transformer Engine cannot be imported")
     return lambda kind: choose(monkeypatch, kind)
 
@@ -67,8 +67,8 @@ def logits_and_gradients(checkpoint, dtype: str) -> tuple[torch.Tensor, dict[str
 def test_the_spec_is_what_was_asked_for(layers):
     for kind in ENGINES:
         layers(kind)
-        found = here(spec.describe)
-        assert ("Transformer Engine" in found) == (kind == "te" and not host.is_cpu()), found
+        found = here(layer_spec.describe)
+        assert ("Transformer Engine" in found) == (kind == "te" and not cpu_backend.is_cpu()), found
 
 
 @pytest.mark.parametrize("which", KINDS)
@@ -124,4 +124,4 @@ def test_four_steps_saved_and_resumed(tmp_path, folders, layers):
 def test_an_unknown_choice_of_layers_is_refused(monkeypatch):
     monkeypatch.setenv("MINITRON_LAYERS", "jax")
     with pytest.raises(Exception, match="MINITRON_LAYERS is 'jax': set it to torch, or unset it"):
-        spec.transformer_engine()
+        layer_spec.transformer_engine()

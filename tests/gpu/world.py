@@ -46,12 +46,12 @@ def leave() -> None:
 
 @functools.cache
 def _world() -> contextlib.ExitStack:
-    from minitron_mcore import runtime
-    from minitron_mcore.config import ParallelConfig
+    from minitron_mcore.config.settings import ParallelConfig
+    from minitron_mcore.parallel import process_groups
 
     _prepare()
     stack = contextlib.ExitStack()
-    stack.enter_context(runtime.distributed(ParallelConfig()))
+    stack.enter_context(process_groups.distributed(ParallelConfig()))
     return stack
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.testing import on_ranks
 
 

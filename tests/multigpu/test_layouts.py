@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from minitron_mcore.config import ParallelConfig, PruneConfig
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from tests import families, models, test_distill, test_parallel
 from tests.multigpu.ranks import launch, need
 from tests.test_prune import ONE, export

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minitron_mcore.config import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig
 from tests import test_losses, test_teacher_cache
 from tests.gpu.test_loss import BF16_GRADIENT, BF16_VALUE, GIVEN, limits
 from tests.multigpu.ranks import launch

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from minitron_mcore.config import Dtype, ParallelConfig, PruneConfig
+from minitron_mcore.config.settings import Dtype, ParallelConfig, PruneConfig
 from tests import test_teacher_cache, test_teacher_layout
 from tests.multigpu.ranks import launch, need
 from tests.test_prune import ONE, _family, export

@@ -1,0 +1,350 @@
+"""Distributed checkpoints piece by piece: each is made, hashed and written before the next, and read and verified the same way.
+
+megatron-core's own writer holds the whole state dict, and a copy of what is a view. Here a rank holds the few pieces that its
+threads work on, however large the model. They fill many files of a few pieces, and megatron-core's manifest has a hash for each, so
+that a reader verifies a file just before it uses it. `dist_checkpointing.load` knows no difference.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_mcore.checkpoint import disk, run_folder, safe_metadata
+from minitron_mcore.checkpoint.disk import FILE_ELEMENTS, PIECE_ELEMENTS, THREADS
+from minitron_mcore.errors import UserError
+from minitron_mcore.formats.hf_folder import raw
+from minitron_mcore.models import parameter_table
+from minitron_mcore.parallel import cpu_backend, process_groups
+
+from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # isort: skip
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (  # isort: skip
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
+from torch.distributed.checkpoint import (  # isort: skip
+    CheckpointException,
+    FileSystemWriter,
+    save as save_pieces,
+)
+from torch.distributed.checkpoint.api import _wrap_exception  # isort: skip
+from torch.distributed.checkpoint.filesystem import FileSystem, _write_item  # isort: skip
+from torch.serialization import set_crc32_options  # isort: skip
+
+HELD_BYTES = 4 * FILE_ELEMENTS + (1 << 20)  # a file of our own, in fp32
+
+type Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset in a global tensor, and shape."""
+
+
+def boxes(parameter: parameter_table.Parameter, tp_rank: int = 0, tp_size: int = 1) -> Iterator[Box]:
+    """The boxes that make up a tensor-parallel rank's part: its ranges, in runs of rows of at most PIECE_ELEMENTS.
+
+    Runs end at multiples of one number of rows in every layout, so what one has written another reads piece for piece.
+    """
+    spans = [[(0, length)] for length in parameter.shape]
+    dim = parameter.row.tp_dim
+    if dim is not None:
+        spans[dim] = parameter_table.ranges(parameter.row.axes[dim], parameter.arch, tp_rank, tp_size)
+    step = max(1, PIECE_ELEMENTS // math.prod(parameter.shape[1:]))
+    for (start, end), *rest in itertools.product(*spans):
+        edges = [start, *range((start // step + 1) * step, end, step), end]
+        for low, high in itertools.pairwise(edges):
+            if low < high:
+                yield (low, *(x for x, _ in rest)), (high - low, *(y - x for x, y in rest))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a parameter that `make` will return; `offset` is its place in the global tensor."""
+
+    parameter: parameter_table.Parameter
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def save(
+    out_dir: str | Path, pieces: Iterable[Piece], replica: Callable[[parameter_table.Parameter], tuple], name: str
+) -> None:
+    """Write pieces as step 0 of a checkpoint (collective); only the rank whose `replica` is all zeros makes one.
+
+    Raises:
+        UserError: what `make` raises, on all ranks.
+    """
+    state, make, parts = {}, {}, {}
+    for piece in (piece for piece in pieces if math.prod(piece.shape)):
+        make[piece.parameter.name, piece.offset] = piece.make
+        stand_in = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
+        parts.setdefault(piece.parameter, []).append((piece.offset, stand_in))
+    for parameter, here in parts.items():
+        state |= run_folder.sharded(parameter, here, replica(parameter))
+    with mistakes():
+        run_folder.save(out_dir, 0, state, Streamed(make, name))
+
+
+def save_state(out_dir: str | Path, step: int, state: dict, name: str) -> None:
+    """Write a sharded state dict of live tensors as a step of a checkpoint (collective), a few pieces at a time; what it views must
+    not change meanwhile."""
+    _save_live(out_dir, step, state, Streamed({}, name))
+
+
+def _save_live(out_dir: str | Path, step: int, state: dict, streamed: "Streamed") -> None:
+    if not cpu_backend.is_cpu():
+        torch.cuda.synchronize()  # the threads that copy pieces to the host know no other stream than the default one
+    run_folder.save(out_dir, step, dict_list_map_outplace(_in_pieces, state), streamed)
+
+
+class BackgroundSave:
+    """`save_state` that returns when this rank's share is copied to host memory, and writes while training goes on.
+
+    The step before stays the newest one until `finish`. The thread that writes makes no collective and no CUDA call.
+    """
+
+    def __init__(self, out_dir: str | Path, step: int, state: dict, name: str):
+        """Collective."""
+        self.part, self.streamed = Path(out_dir) / f"step_{step:07d}.part", Streamed({}, name, background=True)
+        _save_live(out_dir, step, state, self.streamed)
+
+    def written(self) -> bool:
+        """Whether all ranks have written their share, or failed to (collective)."""
+        done = torch.tensor(self.streamed.writing.done(), dtype=torch.int32, device=process_groups.device())
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return bool(done.item())
+
+    def finish(self) -> None:
+        """Wait for all ranks, then make it the newest step (collective).
+
+        Raises:
+            CheckpointException: a rank could not write, on all ranks; the newest step is the one before.
+        """
+        for finalize in self.streamed.request.finalize_fns:
+            finalize()
+        run_folder.publish(self.part, self.streamed)
+
+
+def _in_pieces(value):
+    """A ShardedTensor as a dict of its runs of rows (see `boxes`); anything else, and one of a regular grid, as it is."""
+    if not isinstance(value, ShardedTensor) or value.has_regular_grid or value.data.numel() <= PIECE_ELEMENTS:
+        return value
+    first, rows = value.global_offset[0], len(value.data)
+    step = max(1, PIECE_ELEMENTS // math.prod(value.data.shape[1:]))
+    starts = [first, *range((first // step + 1) * step, first + rows, step)]
+    parts = value.data.split([b - a for a, b in itertools.pairwise([*starts, first + rows])])
+    return {
+        f"{start}": replace(
+            value, data=part, local_shape=tuple(part.shape), global_offset=(start, *value.global_offset[1:])
+        )
+        for start, part in zip(starts, parts, strict=True)
+    }
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Let through a UserError that torch wrapped up while it saved.
+
+    Raises:
+        UserError: the first that a rank raised.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        for mistake, _ in error.failures.values():
+            if isinstance(mistake, UserError):
+                raise mistake from None
+        raise
+
+
+class Streamed(TorchDistSaveShardedStrategy):
+    """megatron-core's strategy with a writer that asks for data when its turn comes.
+
+    Args:
+        make: by key and offset, what gives the data that a stand-in on the meta device stands for; other tensors are data.
+        name: of the progress.
+        background: copy this rank's share and write it in a thread.
+    """
+
+    def __init__(self, make: dict[tuple, Callable[[], Tensor]], name: str, background: bool = False):
+        super().__init__()
+        self.make, self.name, self.background, self.hashes = make, name, background, {}
+        self.request: AsyncRequest | None = None
+        """What is left to do after `writing`, where that goes on in the background."""
+        self.writing: Future | None = None
+
+    def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
+        state, writer, planner = self._planned(sharded_state_dict, checkpoint_dir)
+        save_pieces(state, storage_writer=writer, planner=planner)
+
+    def async_save(self, sharded_state_dict: dict, checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
+        state, writer, planner = self._planned(sharded_state_dict, checkpoint_dir)
+        planned, *_ = save_state_dict_async_plan(state, writer, planner=planner)
+        return AsyncRequest(None, (), [partial(save_state_dict_async_finalize, *planned)])
+
+    def _planned(self, sharded_state_dict: dict, checkpoint_dir: Path) -> tuple:
+        state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        return mcore_to_pyt_state_dict(state), _Writer(checkpoint_dir, self), planner
+
+    def seal(self, folder: Path) -> None:
+        """Write the manifest of hashes (collective); those of the pieces were taken as they were written."""
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, self.hashes)
+        if process_groups.rank() == 0:
+            files = {name: digest for part in every for name, digest in part.items()}
+            files |= {path.name: disk.sha256(path) for path in folder.iterdir() if path.name not in files}
+            manifest = {"algorithm": "sha256", "files": files}
+            run_folder.replace_text(folder / INTEGRITY_FNAME, json.dumps(manifest, indent=1))
+
+
+class _Writer(FileSystemWriter):
+    """Files of a few pieces; a thread makes a piece when it has written the one before."""
+
+    def __init__(self, path: str, strategy: Streamed):
+        super().__init__(path)
+        self.strategy = strategy
+
+    def write_data(self, plan, planner) -> torch.futures.Future:
+        future = torch.futures.Future()
+        future.set_result(self._write_all(plan, planner.resolve_data))
+        return future
+
+    def prepare_write_data(self, plan, planner) -> None:
+        """Copy, and begin to write (megatron-core's part of `write_data` before training goes on)."""
+        held = {}
+        for item in plan.items:
+            data = planner.resolve_data(item)
+            held[item.index] = data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
+        pool = ThreadPoolExecutor(1)
+        self.strategy.writing = pool.submit(self._write_all, plan, lambda item: held.pop(item.index))
+        pool.shutdown(wait=False)
+
+    def retrieve_write_results(self) -> list | tuple:
+        """What `_write_all` returns or raises, as megatron-core wants it."""
+        try:
+            return self.strategy.writing.result()
+        except Exception as error:
+            return _wrap_exception(error)
+
+    def _write_all(self, plan, resolve: Callable) -> list:
+        files, held = [[]], 0
+        for item in plan.items:
+            size = math.prod(item.tensor_data.chunk.sizes) if item.tensor_data else 0
+            if held and held + size > FILE_ELEMENTS:
+                files.append([])
+                held = 0
+            files[-1].append(item)
+            held += size
+        progress, results = process_groups.Progress(self.strategy.name, len(files), "files"), []
+        with ThreadPoolExecutor(THREADS) as pool:
+            names = (f"{plan.storage_data.prefix}{n}.distcp" for n in range(len(files)))
+            for done, written in enumerate(pool.map(partial(self._write, resolve), names, files), 1):
+                results += written
+                progress.update(done)
+        return results
+
+    def _write(self, resolve: Callable, name: str, items: list) -> list:
+        set_crc32_options(
+            False
+        )  # this thread's: it takes half as long as the manifest's own sums, and holds the others up
+        with disk.Output(self.path / name) as file:
+            stream = _Hashing(file)
+            written = [self._write_item(resolve(item), name, item, stream) for item in items]
+        self.strategy.hashes[name] = stream.sha.hexdigest()
+        return written
+
+    def _write_item(self, data, name: str, item, stream: "_Hashing"):
+        if isinstance(data, Tensor):
+            make = self.strategy.make.get((item.index.fqn, tuple(item.index.offset)))
+            data = (make() if make else data.detach()).cpu()
+            # As a tensor that owns its bytes and no more: torch.save writes all that a view is part of.
+            data = torch.from_numpy(raw(data)).view(data.dtype).view(data.shape)
+        return _write_item(self.transforms, stream, data, item, name, self.serialization_format)
+
+
+class _Hashing:
+    """A file that hashes what goes into it."""
+
+    def __init__(self, file: disk.Output):
+        self.file, self.sha = file, hashlib.sha256()
+        self.tell, self.flush = file.tell, file.flush
+
+    def write(self, data) -> int:
+        self.sha.update(data)
+        return self.file.write(data)
+
+
+class Reader(safe_metadata.Reader):
+    """Reads boxes of a checkpoint's parameters, in any layout and from several threads.
+
+    A file is read whole and verified before its first use, and stays in memory while it is among the last few; of one that is
+    used again later, or is as large as only a training run writes them, parts are read from the disk.
+
+    Raises:
+        UserError: a tensor that is missing, a file that is missing, truncated or changed.
+    """
+
+    def __init__(self, source: "run_folder.Checkpoint"):
+        with safe_metadata.undamaged(source.step_dir):
+            self.hashes = safe_metadata.manifest(source.step_dir)
+            self.locks = {name: threading.Lock() for name in self.hashes}
+            self.verified, self.folder = set(), source.step_dir
+            self.recent = disk.Recent(THREADS + 1, HELD_BYTES)
+            self.verify(".metadata")
+            super().__init__(source.step_dir)
+            self.files.fs = _Recent(self.recent)
+
+    def dtype(self, parameter: parameter_table.Parameter) -> torch.dtype:
+        with safe_metadata.undamaged(self.folder):
+            return self.tensors[parameter.name].properties.dtype
+
+    def read(self, parameter: parameter_table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        with safe_metadata.undamaged(self.folder):
+            return self.box(parameter.name, offset, shape)
+
+    def verify(self, name: str) -> None:
+        if name not in self.locks:
+            raise CheckpointingException(f"{INTEGRITY_FNAME} does not list {name}")
+        with self.locks[name]:
+            if name in self.verified:
+                return
+            path = self.folder / name
+            small = path.stat().st_size <= HELD_BYTES
+            found = hashlib.sha256(self.recent.load(path)).hexdigest() if small else disk.sha256(path)
+            if found != self.hashes[name]:
+                raise CheckpointingException(f"{name} is not what was written")
+            self.verified.add(name)
+
+
+class _Recent(FileSystem):
+    """Reads held files from memory."""
+
+    def __init__(self, recent: disk.Recent):
+        self.recent = recent
+
+    @contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator[IO[bytes]]:
+        with self.recent.using(path.name) as data, disk.View(data) if data else open(path, mode) as file:
+            yield file

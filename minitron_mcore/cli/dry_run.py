@@ -1,0 +1,349 @@
+"""A stage planned instead of run, on one process and without weights: shapes, bytes of a rank, operations, days, and every problem
+at once. Imports torch only to open what an earlier stage has left."""
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from minitron_mcore.cli import resolve
+from minitron_mcore.cli.main import alone
+from minitron_mcore.config import performance as options
+from minitron_mcore.config import ranges
+from minitron_mcore.config.settings import Device, DistillConfig, ParallelConfig
+from minitron_mcore.config.stages import (
+    CacheKind,
+    CorrectRun,
+    CutRun,
+    DepthRun,
+    DistillRun,
+    EvaluateRun,
+    ExportFormat,
+    ExportRun,
+    GenerateRun,
+    ImportanceRun,
+    PlanRun,
+    Run,
+    SearchRun,
+    TeacherCacheRun,
+)
+from minitron_mcore.depth import study
+from minitron_mcore.distill import checks, vocabulary
+from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.estimate import advise, forward_memory, memory, run_memory
+from minitron_mcore.importance import checks as importance
+from minitron_mcore.models import architecture, parameter_table
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.parallel import layout
+from minitron_mcore.pruning.target import check_counts
+from minitron_mcore.reporting import tables
+from minitron_mcore.search import space
+
+MISSING = ("blocks_without_attention", "blocks_without_mlp")
+SHAPE = ("blocks", *MISSING, "hidden", "ffn", "heads", "groups", "head_dim", "experts", "vocab", "tied")
+
+
+def run(*configs: Run) -> None:
+    """Print what these stages would do; write it where `dry.json` says, as a list of `plan`s.
+
+    Raises:
+        UserError: every problem that was found, a sentence each.
+    """
+    if not alone():
+        return
+    found = [plan(config) for config in configs]
+    for config, figures in zip(configs, found, strict=True):
+        _show(config, figures)
+    if path := configs[0].dry.json:
+        tables.write_json(path, found)
+    refuse(dict.fromkeys(problem for figures in found for problem in figures["problems"]))
+
+
+def plan(config: Run) -> dict:
+    """What a stage would do, JSON-ready.
+
+    Returns:
+        stage; gpus: processes; models: by role; ranks: bytes by kind, a row a pipeline stage; operations: of a step and in all;
+        problems: a sentence each, and what they leave unknown is not there. Of a search also its candidates; the student is the
+        largest of them. Of a teacher on ranks of its own also teacher_ranks: as ranks, of these.
+    """
+    problems: list[str] = []
+    models = resolve.models(config, problems)
+    archs = {role: arch for role, (arch, _) in models.items()}
+    training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
+    settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
+    world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config, training)
+    apart = training.teacher_ranks if training else 0
+    setting = memory.Setting(
+        config.parallel,
+        world - apart,
+        config.dtype,
+        getattr(settings, "micro_batch", 1),
+        getattr(settings, "sequence_length", 1),
+        config.dry.device,
+        config.performance,
+    )
+    sizes = [*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length]
+    sizes.append(config.performance.recompute_layers)
+    if training and training.teacher_parallel:
+        sizes += layout.sizes(training.teacher_parallel).values()
+    countable = not problems and min(sizes) >= 1
+    problems += _problems(config, models, training, setting)
+    figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
+    for role, (arch, where) in models.items():
+        counts = {
+            "parameters": parameter_table.count(arch),
+            "without_embeddings": parameter_table.count(arch, embeddings=False),
+        }
+        counts |= dict(zip(MISSING, (len(arch.no_attention), len(arch.no_mlp)), strict=True))
+        figures["models"][role] = counts | arch.to_json() | {"from": where}
+    if countable:
+        figures["ranks"] = _ranks(config, archs, training, setting)
+        figures["operations"] = _operations(config, archs, training, setting)
+        if apart and "teacher" in archs:
+            figures["teacher_ranks"] = run_memory.beside(archs["teacher"], training, setting)
+    if isinstance(config, SearchRun) and "student" in archs:
+        figures["candidates"] = space.rows(resolve.candidates(config), config.search.budget)
+    if config.dry.advise:
+        figures["layouts"] = []
+        if countable and training and not apart:
+            figures["layouts"] = _layouts(config, archs, training, setting)
+        if not figures["layouts"]:
+            problems.append(
+                "dry.advise found no layout: it is for stages that train, without distill.teacher_ranks, on as many dry.gpus as "
+                f"hold them in dry.memory {config.dry.memory:g} GiB each; give more GPUs, or another stage."
+            )
+        return figures
+    named = [(f"pipeline stage {stage}", row) for stage, row in enumerate(figures["ranks"])]
+    named += [
+        (f"the teacher's pipeline stage {stage}", row) for stage, row in enumerate(figures.get("teacher_ranks", []))
+    ]
+    for name, row in named:
+        if (needed := row.get("total", 0) / memory.GIB) > config.dry.memory:
+            problems.append(
+                f"a rank of {name} needs {needed:.1f} GiB, but dry.memory is {config.dry.memory:g}: "
+                "share the model over more ranks (parallel.tensor, .pipeline, .sequence), recompute activations "
+                "(performance.recompute=full) or take smaller micro-batches."
+            )
+    return figures
+
+
+def _on_one_process(config: Run) -> bool:
+    """True of stages that work through files a piece at a time."""
+    return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format == ExportFormat.hf)
+
+
+def _fewest(config: Run, training: DistillConfig | None) -> int:
+    """Processes that the layouts need at least."""
+    apart = training.teacher_ranks if training else 0
+    layouts = [config.parallel, *filter(None, [training and not apart and training.teacher_parallel])]
+    return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts)) + apart
+
+
+def _training(config: Run) -> DistillConfig | None:
+    """What a stage that trains would train with."""
+    if isinstance(config, CorrectRun):
+        return DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
+    if isinstance(config, SearchRun):
+        return dataclasses.replace(config.distill, steps=config.search.steps)
+    return config.distill if isinstance(config, DistillRun) else None
+
+
+def _problems(
+    config: Run, models: dict[str, tuple[Architecture, str]], training: DistillConfig | None, setting: memory.Setting
+) -> Iterator[str]:
+    """All rules that the stage would break."""
+    yield from ranges.problems(config)
+    archs = {role: arch for role, (arch, _) in models.items()}
+    if not _on_one_process(config):
+        length = setting.sequence_length if setting.sequence_length > 1 else None
+        apart = training.teacher_ranks if training else 0
+        yield from layout.apart_problems(apart, setting.world + apart)
+        yield from layout.problems(config.parallel, setting.world, length)
+    if min(layout.sizes(config.parallel).values()) >= 1:
+        for role, arch in archs.items():
+            if not (role == "teacher" and training and training.teacher_parallel):  # `checks.problems` looks at that
+                yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
+    teacher = archs.get("teacher")
+    students = {role: arch for role, arch in archs.items() if resolve.kind(role) == "student"}
+    if training:
+        trained = students or {role: arch for role, arch in archs.items() if role == "model"}
+        found = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
+        yield from dict.fromkeys(itertools.chain(*found))
+        live, kernels = None if resolve.cached(config) else teacher, options.Kernels()
+        if setting.device == Device.cuda:
+            kernels = options.EVERYTHING
+        every = (
+            options.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
+            for s in trained.values()
+        )
+        yield from dict.fromkeys(itertools.chain(*every))
+    for role, student in students.items() if teacher else ():
+        folders = (resolve.hf(models[each][1]) for each in (role, "teacher"))
+        yield from vocabulary.problems(student, teacher, *folders)
+        if (Path(config.teacher) / "index.json").is_file():
+            yield from resolve.cache(config.teacher).problems(student, training)
+    if isinstance(config, TeacherCacheRun) and "model" in archs:
+        yield from checks.cache(config, archs["model"])
+    if isinstance(config, SearchRun) and training.teacher_ranks:
+        yield checks.NOT_APART
+    if isinstance(config, ImportanceRun) and "model" in archs:
+        yield from importance.problems(archs["model"], config.importance, setting.replicas)
+    for role, arch in archs.items():
+        if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
+            yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
+        elif isinstance(config, ExportRun | CutRun) or (
+            resolve.kind(role) in ("target", "student") and config.prune.exportable
+        ):
+            yield from architecture.export_problems(arch)
+    if isinstance(config, DepthRun) and "model" in archs:
+        yield from study.problems(config, archs["model"].blocks)
+        yield from ranges.positions("depth.sequence_length", config.depth.sequence_length, model=archs["model"])
+    if isinstance(config, EvaluateRun | SearchRun):
+        yield from ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, **_first(archs))
+    if isinstance(config, PlanRun) and "target" in archs:
+        try:
+            check_counts(archs["target"], config.parameters, config.without_embeddings)
+        except UserError as mistake:
+            yield str(mistake)
+
+
+def _first(archs: dict[str, Architecture]) -> dict[str, Architecture]:
+    """The first model of a stage by its role; a pruned one has its source's positions."""
+    return dict(itertools.islice(archs.items(), 1))
+
+
+def _students(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:
+    """What a training stage trains at a time."""
+    students = [arch for role, arch in archs.items() if resolve.kind(role) == "student"] or [next(iter(archs.values()))]
+    return students * (min(config.search.together, config.search.best) if isinstance(config, SearchRun) else 1)
+
+
+def _layouts(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig, setting: memory.Setting
+) -> list[dict]:
+    cached = resolve.cached(config) if "teacher" in archs else None
+    own = dataclasses.replace(training, teacher_parallel=None)
+    return advise.layouts(_students(config, archs), archs.get("teacher"), own, setting, config.dry, cached)
+
+
+def _ranks(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: memory.Setting
+) -> list[dict]:
+    """Bytes on a rank of each pipeline stage; none where there are no ranks."""
+    if _on_one_process(config):
+        return []
+    students = [arch for role, arch in archs.items() if resolve.kind(role) == "student"]
+    main = students[0] if students else next(iter(archs.values()))
+    if training:
+        teacher, students = archs.get("teacher"), _students(config, archs)
+        if any(list(checks.state_problems(s, teacher, training.states, training.kd_weight)) for s in students):
+            return []  # pairs of blocks that are not there
+        rows = run_memory.run(students, teacher, training, setting, teacher and resolve.cached(config))
+    elif isinstance(config, DepthRun):
+        rows = forward_memory.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
+    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
+        rows = forward_memory.scoring(main, setting)
+    else:
+        rows = [
+            {f"{role}'s weights": memory.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}
+            for stage in range(setting.parallel.pipeline)
+        ]
+    blocks = [sum(map(len, layout.rank_chunks(main, setting.parallel, n))) for n in range(setting.parallel.pipeline)]
+    return [
+        {"stage": n, "blocks": blocks[n], "parameters": sum(memory.parameters(main, setting, n))}
+        | {kind: round(size) for kind, size in row.items()}
+        for n, row in enumerate(rows)
+    ]
+
+
+def _operations(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: memory.Setting
+) -> dict:
+    """Floating-point operations of a step, and the days that all steps take."""
+    gpus = setting.world + (training.teacher_ranks if training else 0)
+    length, rate = setting.sequence_length, gpus * config.dry.peak_tflops * 1e12 * config.dry.mfu
+    if training:
+        steps, tokens = training.steps, training.global_batch * length
+        steps *= config.search.best if isinstance(config, SearchRun) else 1
+        times = {"teacher": 1, "student": 3, "model": 3}
+        times |= {"teacher": 0} if resolve.cached(config) else {}
+        found = {
+            role: times[resolve.kind(role)] * tokens * memory.forward_flops(arch, length)
+            for role, arch in archs.items()
+        }
+    elif isinstance(config, TeacherCacheRun):
+        steps, tokens = config.steps, config.global_batch * length
+        found = {"model": tokens * memory.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}
+    elif isinstance(config, ImportanceRun):
+        steps, tokens = 1, config.importance.samples * length
+        found = {"model": tokens * memory.forward_flops(archs["model"], length, head=False)}
+    elif (
+        isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
+    ):
+        steps = 1 + study.count(config.depth, archs["model"].blocks)
+        tokens = len(config.data.heldout) * config.depth.windows * length
+        found = {"model": tokens * memory.forward_flops(archs["model"], length)}
+    else:
+        return {}
+    total = sum(found.values())
+    days = steps * total / rate / 86400
+    written = {}
+    if isinstance(config, TeacherCacheRun):
+        arch = archs["model"]
+        each = checks.cache_bytes(config.kind, config.top_k, arch.vocab, arch.hidden, setting.element)
+        written = {"cache_bytes": steps * tokens * each}
+    return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, **written, "days": days}
+
+
+def _axes(p: ParallelConfig, world: int) -> str:
+    """A layout in words."""
+    replicas = world // max(1, p.tensor * p.pipeline * p.context)
+    axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
+    axes += f", {p.virtual} chunks a pipeline rank" if p.virtual > 1 else ""
+    return f"{axes}{', sequence parallel' if p.sequence else ''}"
+
+
+def _show(config: Run, figures: dict) -> None:
+    dry, world, training = config.dry, figures["gpus"], _training(config)
+    apart = training.teacher_ranks if training else 0
+    notes = [f"processes: {world}; {_axes(config.parallel, world - apart)}; {config.dtype} on {dry.device}"]
+    if training and (other := training.teacher_parallel or (apart and config.parallel)):
+        notes.append(f"teacher: {_axes(other, apart or world)}{', on ranks of its own' if apart else ''}")
+    shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
+    models = [
+        {"model": role} | {key: model[key] for key in ("parameters", "without_embeddings", *shown, "from")}
+        for role, model in figures["models"].items()
+    ]
+    tables.table(f"dry run of {figures['stage']}, {config.model.name}", models, notes)
+    if candidates := figures.get("candidates"):
+        at = f"keys and values of {config.search.budget.batch} x {config.search.budget.context} tokens; prefill of as many"
+        tables.table(f"{len(candidates)} candidates", candidates, [at])
+    if ranks := figures["ranks"]:
+        counts = ("stage", "blocks", "parameters")
+        kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]
+        rows = [{key: row[key] for key in counts} | {key: row[key] / memory.GIB for key in kinds} for row in ranks]
+        again = f"recomputed: {config.performance.recompute}"
+        worst = (
+            f"tensors at the worst moment, {again}; CUDA's context, NCCL's buffers, the allocator's holes come on top"
+        )
+        passing = "shards, which pass through a piece at a time"
+        tables.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
+    if found := figures.get("layouts"):
+        chosen = f"{len(found)} layouts fit {dry.memory:g} GiB a rank"
+        rates = f"products at dry.mfu {dry.mfu:.0%}, {dry.nvlink_gbs:g} GB/s within a node, {dry.network_gbs:g} beyond"
+        tables.table(
+            "layouts, estimated, the soonest first", advise.shown(found), [f"{chosen}; {rates}; nothing overlaps"]
+        )
+    if held := figures.get("teacher_ranks"):
+        rows = [{"stage": n} | {kind: size / memory.GIB for kind, size in row.items()} for n, row in enumerate(held)]
+        tables.table("GiB on a rank of each of the teacher's own pipeline stages", rows)
+    if found := figures["operations"]:
+        row = {"steps": found["steps"], "tokens": found["tokens"]}
+        row |= {f"{role} PFLOP a step": flop / 1e15 for role, flop in found["flop_a_step"].items()}
+        share = f"days at dry.mfu {dry.mfu:.0%} of {world} x dry.peak_tflops {dry.peak_tflops:g}"
+        counted = "two operations a weight of every matrix that a token meets, and causal attention's; the student's times three"
+        written = {"cache GB": found["cache_bytes"] / 1e9} if "cache_bytes" in found else {}
+        tables.table("operations", [row | written | {"days": found["days"]}], [f"{share}; {counted}"])

@@ -1,0 +1,85 @@
+"""Ranges of single settings, and of sequences against a model's positions: what a stage, its dry run and a launch file check alike.
+No torch import."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+from minitron_mcore.config.settings import EvaluateConfig, TrainConfig
+from minitron_mcore.config.stages import EvaluateRun, ExportRun, GenerateRun, Run, SearchRun
+from minitron_mcore.models.architecture import Architecture
+
+LARGEST_SEED = 2**32 - 1
+"""NumPy's."""
+
+
+def at_least(low: int, values: Mapping[str, int | None]) -> Iterator[str]:
+    """Settings below `low`; None is none."""
+    yield from (f"{name} is {n}; it must be at least {low}." for name, n in values.items() if n is not None and n < low)
+
+
+def problems(config: Run) -> Iterator[str]:
+    """Of what every stage reads, and of stages that have no checks of their own."""
+    for name, seed in (("seed", config.seed), ("data.seed", config.data.seed)):
+        if not 0 <= seed <= LARGEST_SEED:
+            yield f"{name} is {seed}; it must be from 0 to {LARGEST_SEED}."
+    yield from at_least(1, {f"data.{name}": getattr(config.data, name) for name in ("line_mb", "file_mb")})
+    if isinstance(config, EvaluateRun | SearchRun):
+        yield from evaluation(config.evaluate)
+    if isinstance(config, GenerateRun):
+        yield from at_least(1, {"tokens": config.tokens})
+    if isinstance(config, ExportRun):
+        yield from at_least(1, {"vocab_multiple": config.vocab_multiple})
+    yield from dry(config)
+
+
+def dry(config: Run) -> Iterator[str]:
+    """Of a dry run, where it is one."""
+    if not config.dry_run:
+        return
+    given = dataclasses.asdict(config.dry)
+    yield from at_least(1, {f"dry.{name}": given[name] for name in ("gpus", "gpus_per_node")})
+    for name in ("memory", "peak_tflops", "nvlink_gbs", "network_gbs"):
+        if not 0 < given[name] < math.inf:
+            yield f"dry.{name} is {given[name]:g}; it must be above 0 and finite."
+    if not 0 < config.dry.mfu <= 1:
+        yield f"dry.mfu is {config.dry.mfu:g}; it is a share of the peak, above 0 and up to 1."
+
+
+def evaluation(config: EvaluateConfig) -> Iterator[str]:
+    """A window without a token to predict, no windows."""
+    if config.sequence_length < 2:
+        yield f"evaluate.sequence_length is {config.sequence_length}; it must be at least 2: a token and one that it predicts."
+    yield from at_least(1, {f"evaluate.{name}": getattr(config, name) for name in ("micro_batch", "max_windows")})
+
+
+def training(config: TrainConfig) -> Iterator[str]:
+    """Rates and factors of the optimizer, and intervals, that megatron-core would assert on or that make no sense."""
+    if not 0 < config.peak_lr < math.inf:
+        yield f"peak_lr is {config.peak_lr:g}; it must be above 0 and finite."
+    elif not 0 <= config.min_lr <= config.peak_lr:
+        yield f"min_lr is {config.min_lr:g}; it must be at least 0 and at most peak_lr {config.peak_lr:g}."
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= (beta := getattr(config, name)) < 1:
+            yield f"{name} is {beta:g}; it must be at least 0 and below 1."
+    yield from not_negative({name: getattr(config, name) for name in ("weight_decay", "clip_grad")})
+    yield from at_least(1, {name: getattr(config, name) for name in ("log_every", "save_every", "stop_after")})
+    for name in ("hang_minutes", "save_minutes"):
+        if not 0 < (minutes := getattr(config, name)) < math.inf:
+            yield f"{name} is {minutes:g}; it must be above 0 and finite."
+
+
+def not_negative(values: Mapping[str, float]) -> Iterator[str]:
+    """Factors that are negative, infinite or NaN."""
+    wrong = {name: value for name, value in values.items() if not 0 <= value < math.inf}
+    yield from (f"{name} is {value:g}; it must be finite and at least 0." for name, value in wrong.items())
+
+
+def positions(setting: str, length: int, **models: Architecture | None) -> Iterator[str]:
+    """Sequences longer than a model's positions: beyond these its rotary embedding was never trained."""
+    for role, arch in models.items():
+        if arch and length > arch.max_positions:
+            yield (
+                f"{setting} is {length}, but the {role} has {arch.max_positions} positions (max_position_embeddings): give at most "
+                f"{arch.max_positions}."
+            )

@@ -1,0 +1,150 @@
+"""Megatron's .bin/.idx pairs: the one place that opens them, after what the index claims is checked against both files' sizes.
+
+An index is a header (34 bytes), then for n sequences their lengths (int32) and offsets in the .bin (int64), then d document
+boundaries (int64), in numbers of sequences from 0 to n.
+"""
+
+import os
+import struct
+
+import numpy as np
+
+from minitron_mcore.errors import UserError
+from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.reading import first_line
+
+cpu_backend.prepare()
+
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset  # noqa: E402  # isort: skip
+
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC, _LEGACY = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
+_ROWS = 1 << 20  # index entries that are checked at a time
+BLOCK = 1 << 16  # bytes
+SCAN_BYTES = 4 << 30
+"""A .bin of up to so many bytes is searched for bad ids as a whole, of a larger one 64 blocks of `BLOCK` bytes."""
+
+
+def open_tokens(prefix: str) -> IndexedDataset:
+    """The sequences of a .bin/.idx pair.
+
+    Raises:
+        UserError: an index that is damaged, of another format or type, or that doesn't describe its .bin; an empty document.
+    """
+    check_index(prefix)
+    try:
+        return IndexedDataset(prefix)
+    except (AssertionError, ValueError, OSError, struct.error) as error:
+        raise UserError(f"{prefix}.idx cannot be opened ({first_line(error)}): tokenise the text again.") from error
+
+
+def check_index(prefix: str) -> np.dtype:
+    """The type of a pair's ids; see `open_tokens`. It reads the whole index, a million entries at a time, and no ids."""
+    path = f"{prefix}.idx"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_HEADER.size)
+        size, stored = os.path.getsize(path), os.path.getsize(f"{prefix}.bin")
+    except OSError as error:
+        raise UserError(f"{path} and its .bin cannot be read ({error.strerror}): check the path.") from error
+    dtype, sequences, documents = _header(path, start)
+    claimed = _HEADER.size + 12 * sequences + 8 * documents
+    if claimed != size:
+        raise UserError(
+            f"{path} says that it holds {sequences} sequences and {documents} document boundaries, which take {claimed} bytes, "
+            f"but the file has {size}: it is cut short or damaged, copy it again or tokenise the text again."
+        )
+    if sequences == 0:
+        raise UserError(f"{path} holds no documents: give data with text.")
+    _check_entries(path, dtype, sequences, documents, stored)
+    return dtype
+
+
+def _header(path: str, start: bytes) -> tuple[np.dtype, int, int]:
+    """(type of the ids, number of sequences, number of document boundaries), as the header claims."""
+    if start.startswith(_LEGACY):
+        raise UserError(
+            f"{path} is an index of the legacy format (TNTIDX): tokenise the text again in Megatron's (MMIDIDX)."
+        )
+    if len(start) < _HEADER.size or not start.startswith(_MAGIC):
+        raise UserError(f"{path} is no index of Megatron's .bin/.idx format: it is damaged, or another kind of file.")
+    _, version, code, sequences, documents = _HEADER.unpack(start)
+    if version != 1:
+        raise UserError(f"{path} has version {version} of Megatron's index; 1 is known: tokenise the text again.")
+    if code not in [kind.value for kind in DType]:
+        raise UserError(
+            f"{path} names type {code} for its ids, which is not known: it is damaged, tokenise the text again."
+        )
+    dtype = np.dtype(DType.dtype_from_code(code))
+    if dtype.kind not in "iu":
+        raise UserError(
+            f"{path} says that {path[:-4]}.bin holds {dtype} numbers; token ids are integers: tokenise the text again."
+        )
+    return dtype, sequences, documents
+
+
+def _check_entries(path: str, dtype: np.dtype, sequences: int, documents: int, stored: int) -> None:
+    """Lengths and offsets must describe a .bin of `stored` bytes, one sequence after the other; boundaries must ascend."""
+    index = np.memmap(path, mode="r")
+    lengths = np.frombuffer(index, np.int32, sequences, _HEADER.size)
+    offsets = np.frombuffer(index, np.int64, sequences, _HEADER.size + 4 * sequences)
+    end = 0
+    for first in range(0, sequences, _ROWS):
+        part = lengths[first : first + _ROWS].astype(np.int64)
+        if (short := np.flatnonzero(part <= 0)).size:
+            number, length = first + int(short[0]), int(part[short[0]])
+            what = "is empty" if length == 0 else f"has length {length}"
+            raise UserError(f"{path}: sequence {number} {what}: leave such a document out and tokenise the text again.")
+        ends = end + np.cumsum(part) * dtype.itemsize
+        starts = ends - part * dtype.itemsize
+        if (wrong := np.flatnonzero(offsets[first : first + _ROWS] != starts)).size:
+            raise UserError(
+                f"{path}: sequence {first + int(wrong[0])} does not begin where the one before it ends: the index is damaged, "
+                "copy it again or tokenise the text again."
+            )
+        end = int(ends[-1])
+    if end != stored:
+        raise UserError(
+            f"{path} describes {end} bytes of ids ({end // dtype.itemsize} of type {dtype}), but {path[:-4]}.bin has {stored}: one "
+            "of the two is cut short, damaged or of other data, copy both again."
+        )
+    bounds = np.frombuffer(index, np.int64, documents, _HEADER.size + 12 * sequences)
+    if documents == 0 or bounds[0] != 0 or bounds[-1] != sequences or (bounds[1:] < bounds[:-1]).any():
+        raise UserError(f"{path}: its document boundaries do not ascend from 0 to {sequences}: the index is damaged.")
+
+
+def check_ids(prefix: str, vocab_size: int) -> None:
+    """Refuse ids that an embedding of `vocab_size` rows doesn't have, before work starts. What a very large file holds beyond the
+    blocks that are looked at (see `SCAN_BYTES`) is checked when it is read (`data.TokenStream.get`).
+
+    Raises:
+        UserError: such an id; see `open_tokens`.
+    """
+    dtype, file = check_index(prefix), f"{prefix}.bin"
+    size = os.path.getsize(file)
+    starts = range(0, size, 64 * BLOCK) if size <= SCAN_BYTES else block_starts(size)
+    length = 64 * BLOCK if size <= SCAN_BYTES else BLOCK
+    for start in starts:
+        block = np.fromfile(file, dtype, length // dtype.itemsize, offset=start - start % dtype.itemsize)
+        check_range(block, vocab_size, prefix)
+
+
+def check_range(ids: np.ndarray, vocab_size: int, prefix: str) -> None:
+    # Megatron's sharded embedding gives zeros for ids outside the table, without an error.
+    if not ids.size:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0:
+        raise UserError(
+            f"{prefix}.bin holds token {low}; ids begin at 0: it is damaged, or of another type than {prefix}.idx says."
+        )
+    if high >= vocab_size:
+        raise UserError(
+            f"{prefix}.bin holds token {high}, and the model's embedding has {vocab_size} rows: tokenise the text with "
+            "the model's own tokenizer."
+        )
+
+
+def block_starts(size: int) -> list[int]:
+    """Where 64 blocks of 64 KiB begin that are spread over a file, which may be terabytes; of a small one they hold all."""
+    return sorted({max(0, size - BLOCK) * i // 63 for i in range(64)})

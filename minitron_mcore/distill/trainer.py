@@ -1,0 +1,327 @@
+"""One student's training step: megatron-core's schedule, DDP, optimizer and learning-rate schedule around our objective."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minitron_mcore.checkpoint import run_folder, streaming
+from minitron_mcore.checkpoint.run_folder import Checkpoint, Shard
+from minitron_mcore.config import performance as options
+from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.distill import checks, failures, optimizer_state, vocabulary
+from minitron_mcore.distill.cache import Cache, CachedTeacher
+from minitron_mcore.distill.hidden_state_loss import States
+from minitron_mcore.distill.loss_fn import Objective
+from minitron_mcore.distill.remote_teacher import DistantTeacher
+from minitron_mcore.distill.teacher import Teacher
+from minitron_mcore.errors import refuse
+from minitron_mcore.estimate import memory
+from minitron_mcore.models import build, tuning
+from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
+from minitron_mcore.parallel.schedule import Batch
+
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
+
+
+def check(
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    config: DistillConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    performance: PerformanceConfig,
+) -> None:
+    """Refuse what cannot train before a model is built.
+
+    Raises:
+        UserError: see `checks.problems`, `performance.problems`, `vocabulary.problems` and `Cache.problems`.
+    """
+    found = [
+        *checks.problems(student.arch, teacher and teacher.arch, config, parallel, process_groups.dp_group().size())
+    ]
+    live = None if isinstance(teacher, Cache) else teacher and teacher.arch
+    found += options.problems(performance, student.arch, live, config, parallel, Dtype(dtype), tuning.installed())
+    found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
+    found += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
+    refuse(found)
+
+
+class Trainer:
+    """Student, teacher, optimizer and schedule of one run, each sharded by megatron-core as the layout says."""
+
+    def __init__(
+        self,
+        student: Checkpoint,
+        teacher: Checkpoint | None,
+        config: DistillConfig,
+        parallel: ParallelConfig,
+        dtype: str,
+        source: Teacher | None = None,
+        performance: PerformanceConfig | None = None,
+    ):
+        """Build both models and load their weights (collective).
+
+        Args:
+            performance: None is the defaults.
+            source: `teacher` as another trainer on these ranks has it already, whose student has the same vocabulary.
+
+        Raises:
+            UserError: see `check`; a layout that doesn't divide a model; a damaged checkpoint.
+        """
+        self.performance = performance = performance or PerformanceConfig()
+        check(student, teacher, config, parallel, dtype, performance)
+        self.config, self.arch, self.step = config, student.arch, 0
+        self.teacher_arch = teacher.arch if teacher else None
+        self.background = process_groups.device().type == "cuda" if config.async_save is None else config.async_save
+        self.saving: streaming.BackgroundSave | None = None
+        if performance.tp_comm_overlap:
+            tokens = config.micro_batch * config.sequence_length // parallel.context
+            tuning.start_user_buffers(performance, tokens, student.arch.hidden, parallel.tensor)
+        model = run_folder.build_model(student, parallel, dtype, performance)
+        self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
+        ddp = tuning.ddp_config(performance, config.distributed_optimizer)
+        self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
+        self.teacher = source
+        if teacher and source is None:
+            if isinstance(teacher, Cache):
+                self.teacher = CachedTeacher(teacher, student.arch, parallel)
+            else:
+                make = DistantTeacher if config.teacher_ranks else Teacher.load
+                self.teacher = make(teacher, student.arch, config, parallel, dtype, performance)
+        if self.states:
+            self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
+        self.objective = Objective(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
+        self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
+        if performance.overlap_param_gather:
+            _gather_as_needed(model, self.chunks)
+        self.optimizer = self._make_optimizer(dtype)
+        model.config.finalize_model_grads_func = self.states.finalize if self.states else finalize_model_grads
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.peak_lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=config.steps,
+            lr_decay_style="cosine",
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def _make_optimizer(self, dtype: str):
+        """megatron-core's, of the student and what the states train, told what it lacks (collective)."""
+        config = self.config
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=config.peak_lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                clip_grad=config.clip_grad,
+                bf16=dtype == "bf16",
+                params_dtype=build.DTYPES[dtype],
+                use_distributed_optimizer=config.distributed_optimizer,
+                **tuning.optimizer_options(self.performance),
+            ),
+            [*self.chunks, *(self.states.trained if self.states else [])],
+            use_gloo_process_groups=False,
+        )
+        failures.guard_gradient(optimizer)
+        return optimizer
+
+    def data_position(self, data: DataConfig) -> dict:
+        """Arguments of `data.train_batches` for this rank, from the sample where the next step begins."""
+        config, dp = self.config, process_groups.dp_group()
+        cached = isinstance(self.teacher, CachedTeacher)
+        return {
+            "cache": data.cache,
+            "vocab_size": self.vocab,
+            "seed": data.seed,
+            "sequence_length": config.sequence_length,
+            "micro_batch_size": config.micro_batch,
+            "global_batch_size": config.global_batch,
+            "num_samples": config.steps * config.global_batch,
+            "order_samples": self.teacher.cache.index["samples"] if cached else None,
+            "consumed_samples": self.step * config.global_batch,
+            "dp_rank": dp.rank(),
+            "dp_size": dp.size(),
+        }
+
+    def train_step(self, batches: list[Batch], fed: Sequence[Batch] | None = None) -> dict[str, float]:
+        """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.
+
+        `fed` are the same with what the teacher has already added; without them it runs now. A step all of whose tokens are
+        masked moves nothing, not even by weight decay, and counts.
+
+        Raises:
+            BadStep: a loss or gradient that is not finite, on all ranks; all is still as after the step before.
+        """
+        start = time.monotonic()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        if self.states:
+            self.states.begin()
+        self.optimizer.zero_grad()
+        if fed is None:
+            fed = self.teacher.feed(batches) if self.teacher else batches
+        on_batch = [self.states.take] if self.states else []
+        parts = schedule.forward_backward(self.chunks, fed, self.objective, batches[0], len(batches), *on_batch)
+        sums = torch.zeros(4, device=process_groups.device())
+        for part in parts:
+            sums += part
+        kd, lm, entropy, tokens = self._total(sums).tolist()
+        if not math.isfinite(kd + lm + tokens):
+            raise failures.BadStep("loss", kd + lm + tokens, parts)
+        states = {}
+        if self.states:
+            states = {"states_loss": self.states.total() / max(tokens, 1.0), "states_weight": self.states.weight}
+            if not math.isfinite(states["states_loss"]):
+                raise failures.BadStep("loss of intermediate states", states["states_loss"], parts)
+        self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
+        try:
+            norm = self.optimizer.step()[1] if tokens else 0.0
+        except failures.BadStep as bad:
+            self.scheduler.step(increment=-1)
+            raise failures.BadStep(bad.what, bad.value, parts) from None
+        self.step += 1
+        if states:
+            taught = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
+            self.states.took(taught, states["states_loss"])
+        seconds, count, length = time.monotonic() - start, max(tokens, 1.0), self.config.sequence_length
+        return {
+            "step": self.step,
+            "tokens": self.step * self.config.global_batch * self.config.sequence_length,
+            "kd_loss": kd / count,
+            "lm_loss": lm / count,
+            **states,
+            "teacher_entropy": entropy / count,
+            "grad_norm": float(norm),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": count / seconds,
+            "student_tflops": 3 * memory.forward_flops(self.arch, length) * count / seconds / 1e12,
+            "teacher_tflops": memory.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
+            if isinstance(self.teacher, Teacher)
+            else 0.0,
+        }
+
+    def teacher_loss(self, batch: Batch) -> float:
+        """The teacher's own cross-entropy on the data-parallel ranks' micro-batches, nats a token (collective)."""
+        sums = torch.zeros(2, device=process_groups.device())
+        with torch.no_grad():
+            for fed in self.teacher.feed([batch]):
+                if process_groups.is_last_stage():
+                    sums += self.objective.teacher_loss(schedule.share(fed))
+        loss, tokens = self._total(sums).tolist()
+        return loss / max(tokens, 1.0)
+
+    def skip_step(self) -> None:
+        """Count a step that was not taken: its data has been seen and its learning rate had its turn."""
+        self.scheduler.step(increment=1)
+        self.step += 1
+
+    def bad_gradient(self) -> str:
+        """Names the first of this rank's parameters whose gradient is not finite; empty where there is none."""
+        extra = self.states.trained if self.states else []
+        named = [*build.named_parameters(self.model), *(named for part in extra for named in part.named_parameters())]
+        return next((name for name, parameter in named if not parameter.main_grad.isfinite().all()), "")
+
+    def _total(self, sums: Tensor) -> Tensor:
+        dist.all_reduce(sums, group=process_groups.dp_cp_group())
+        return process_groups.from_last_stage(sums)
+
+    def _weights(self) -> dict:
+        states = self.states.sharded_state() if self.states else {}
+        return {"weights": run_folder.model_state(self.model, self.arch), "states": states}
+
+    def _shards(self) -> dict[nn.Parameter, Shard]:
+        """Of all that the optimizer trains."""
+        return run_folder.model_shards(self.model, self.arch) | (self.states.shards() if self.states else {})
+
+    def _whole_optimizer(self, loading: bool) -> dict:
+        """megatron-core's sharded state of an optimizer that every data-parallel rank holds whole."""
+        states = self.states.sharded_state() if self.states else {}
+        parameters = [*(chunk.sharded_state_dict() for chunk in self.model.chunks), states]
+        return self.optimizer.sharded_state_dict(parameters, is_loading=loading)
+
+    def save(self, out_dir: Path) -> None:
+        """Write a step's checkpoint from the tensors as they are, a few pieces at a time; or copy them, and write in the background
+        until `finish_save` (collective)."""
+        self.finish_save()
+        if self.performance.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+        if self.config.distributed_optimizer:
+            optimizer = optimizer_state.saved(self.optimizer.chained_optimizers, self._shards())
+        else:
+            optimizer = self._whole_optimizer(loading=False)
+        # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
+        counted = {"step": self.step} | ({"states_ratio": self.states.ratio} if self.states else {})
+        state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
+        with hang_watchdog.patient(self.config.save_minutes):
+            if self.background:
+                self.saving = streaming.BackgroundSave(out_dir, self.step, state, f"save step {self.step}")
+            else:
+                streaming.save_state(out_dir, self.step, state, f"save step {self.step}")
+
+    def finish_save(self, wait: bool = True) -> None:
+        """Make the step that is being written in the background the newest one, if there is one and, without `wait`, if all ranks
+        have written it (collective).
+
+        Raises:
+            CheckpointException: a rank could not write it; the newest step is the one before.
+        """
+        if self.saving and (wait or self.saving.written()):
+            saving, self.saving = self.saving, None
+            with hang_watchdog.patient(self.config.save_minutes):
+                saving.finish()
+
+    def resume(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint of this run (collective). Weights and optimizer state are filled in place."""
+        if self.config.distributed_optimizer:
+            loading = optimizer_state.Loading(self.optimizer.chained_optimizers, self._shards())
+            state = run_folder.load(found, self._weights() | {"optimizer": loading.request})
+            loading.finish(state["optimizer"])
+        else:
+            state = run_folder.load(found, self._weights() | {"optimizer": self._whole_optimizer(loading=True)})
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step = state["step"]
+        if self.states:
+            self.states.ratio = state["states_ratio"]
+
+
+def _gather_as_needed(model: build.Model, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Wait for the head's weights too, where megatron-core gathers them during the forward pass.
+
+    It waits before a module is called, and the head's never is: the loss takes its weights. The final norm comes right before.
+    """
+    if process_groups.is_last_stage():
+        ddp, head = chunks[-1], model.head()
+        norm = model.chunks[-1].decoder.final_norm
+        skip = ddp.ddp_config.align_param_gather
+        norm.register_forward_pre_hook(lambda *_: ddp.param_to_bucket_group[head].finish_param_sync(skip))
+    if chunks[0].ddp_config.align_param_gather:
+        model.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+
+def fingerprint(student: Checkpoint, teacher: Checkpoint | None, config: dict, data: str) -> str:
+    """Names a distilled model by all that made it."""
+    made = [student.fingerprint, teacher.fingerprint if teacher else None, config, data]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,203 @@
+"""llama.cpp's GGUF files as a source of weights: dequantised row by row, from the file's memory map."""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitron_mcore.errors import UserError
+from minitron_mcore.formats import gguf_header
+from minitron_mcore.formats.hf_folder import Weights
+from minitron_mcore.models import parameter_table
+from minitron_mcore.models.architecture import Architecture
+
+HF_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""The file's name of an architecture -> transformers' class of it."""
+ROPE_FACTORS = "rope_freqs.weight"
+CHUNK_BYTES = 1 << 25
+
+
+class File(Weights):
+    """A GGUF file of a supported architecture; its tensors are read as `dtype`.
+
+    Raises:
+        UserError: not a whole GGUF file, an architecture or a layout that this package doesn't read.
+    """
+
+    kind = "gguf"
+
+    def __init__(self, path: Path, dtype: torch.dtype):
+        super().__init__()
+        self.path, self.target = Path(path), dtype
+        try:
+            gguf_header.check(self.path)
+            reader = gguf.GGUFReader(path)
+        except FileNotFoundError as error:
+            raise UserError(f"no GGUF file at {path}: give the right path (model.hf=/path/to/model.gguf).") from error
+        except Exception as error:  # a cut file runs out of anything
+            raise UserError(f"{path} is not a whole GGUF file ({error}): download it again.") from error
+        self.fields, self.tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
+        self.name = self.field("general.architecture")
+        if not isinstance(self.name, str) or self.name not in HF_CLASSES:
+            raise UserError(f"{path} holds a {self.name} model; supported in GGUF: {', '.join(HF_CLASSES)}.")
+        if (parts := self.field("split.count") or 1) != 1:
+            raise UserError(f"{path} is one of {parts} parts: join them first (llama-gguf-split --merge).")
+
+    def field(self, name: str):
+        """A metadata value; `*` in the name stands for the architecture. None where the file has none."""
+        found = self.fields.get(name.replace("*", self.name if "*" in name else ""))
+        try:
+            return None if found is None else found.contents()
+        except ValueError as error:  # text that is not UTF-8
+            raise UserError(f"{name} in {self.path} cannot be read ({error}): download it again.") from error
+
+    def config(self) -> dict:
+        """What Hugging Face's config.json says of this model.
+
+        Raises:
+            UserError: sizes that are missing or differ between layers, a stretch of the rotary wavelengths but Llama 3's.
+        """
+        sizes = {
+            "num_hidden_layers": self.field("*.block_count"),
+            "hidden_size": self.field("*.embedding_length"),
+            "intermediate_size": self.field("*.feed_forward_length"),
+            "num_attention_heads": self.field("*.attention.head_count"),
+            "max_position_embeddings": self.field("*.context_length"),
+            "rms_norm_eps": self.field("*.attention.layer_norm_rms_epsilon"),
+        }
+        for key, value in sizes.items():
+            if not isinstance(value, int | float) or not value > 0:
+                raise UserError(
+                    f"{self.path} gives {key} as {value}: expected one positive number, the same for all layers."
+                )
+        if sizes["num_hidden_layers"] > len(self.tensors):
+            raise UserError(
+                f"{self.path} claims {sizes['num_hidden_layers']} layers, but has {len(self.tensors)} tensors."
+            )
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+        head_dim = self.field("*.attention.key_length") or self.field("*.rope.dimension_count") or hidden // heads
+        return sizes | {
+            "architectures": [HF_CLASSES[self.name]],
+            "model_type": self.name,
+            "num_key_value_heads": self.field("*.attention.head_count_kv") or heads,
+            "head_dim": head_dim,
+            "vocab_size": int(self.tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in self.tensors else 0,
+            # A float32 of 1e-05 is 9.999999747378752e-06.
+            "rms_norm_eps": float(str(np.float32(sizes["rms_norm_eps"]))),
+            "rope_parameters": {"rope_theta": float(self.field("*.rope.freq_base") or 1e4), **self._rope_scaling()},
+            "hidden_act": "silu",
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+            **{f"{role}_token_id": self.field(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos")},
+        }
+
+    def _rope_scaling(self) -> dict:
+        """Llama 3's constants; the file holds only the factors that they make, which `check` holds against them."""
+        if (kind := self.field("*.rope.scaling.type") or "none") != "none":
+            raise UserError(f"{self.path} has rope scaling {kind!r}; supported in GGUF: none, Llama 3's.")
+        if ROPE_FACTORS not in self.tensors:
+            return {"rope_type": "default"}
+        return {
+            "rope_type": "llama3",
+            "factor": float(self.tensors[ROPE_FACTORS].data.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": self.field("*.rope.scaling.original_context_length") or 8192,
+        }
+
+    def check(self, arch: Architecture) -> None:
+        known = {ROPE_FACTORS}
+        for parameter in parameter_table.parameters(arch):
+            for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
+                key = self._key(name, arch)
+                known.add(key)
+                if key not in self.tensors:
+                    raise UserError(f"tensor {key or name} is missing from {self.path}: its config asks for it.")
+                found = tuple(int(n) for n in reversed(self.tensors[key].shape))
+                if found != shape:
+                    raise UserError(f"tensor {key} in {self.path} has shape {found}, but its config asks for {shape}.")
+                if len(shape) == 1 and self.tensors[key].data.shape != shape:
+                    raise UserError(f"tensor {key} in {self.path} is a vector in blocks: expected F32 or F16.")
+        if extra := sorted(self.tensors.keys() - known):
+            raise UserError(
+                f"{self.path} holds {extra[0]}, which a {arch.family} model does not have: it is another model's."
+            )
+        if ROPE_FACTORS in self.tensors and not np.allclose(self.tensors[ROPE_FACTORS].data, _rope_factors(arch)):
+            raise UserError(
+                f"{ROPE_FACTORS} in {self.path} is not what {arch.rope_scaling or 'no rope scaling'} makes: give the model's "
+                "Hugging Face config and tokenizer (model.hf=/path/to/folder) beside model.weights=/path/to/file.gguf."
+            )
+        for tensor in {tensor.tensor_type: tensor for tensor in self.tensors.values()}.values():
+            try:
+                gguf.dequantize(tensor.data[:1], tensor.tensor_type)
+            except NotImplementedError as error:
+                raise UserError(
+                    f"{tensor.name} in {self.path} is stored as {tensor.tensor_type.name}, which the gguf package cannot "
+                    "dequantise: convert it with llama.cpp first."
+                ) from error
+
+    def dtype(self, parameter: parameter_table.Parameter) -> torch.dtype:
+        return self.target
+
+    def read(self, parameter: parameter_table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Dequantised; beyond the box some 32 MiB are held."""
+        rows = parameter_table.packing(parameter.row.axes[0], parameter.arch)[offset[0] : offset[0] + shape[0]]
+        columns = tuple(slice(low, low + count) for low, count in zip(offset[1:], shape[1:], strict=True))
+        out, start = torch.empty(shape, dtype=self.target), 0
+        step = max(1, CHUNK_BYTES // (4 * math.prod(parameter.shape[1:])))
+        for name, (count, *_) in zip(parameter.hf, parameter.hf_shapes(), strict=True):
+            where = np.flatnonzero((rows >= start) & (rows < start + count))
+            tensor = self._tensor(name, parameter.arch)
+            stored = self._stored_rows(name, rows[where] - start, parameter.arch)
+            for first in range(0, len(where), step):
+                part = gguf.dequantize(tensor.data[stored[first : first + step]], tensor.tensor_type)[:, *columns]
+                out[torch.from_numpy(where[first : first + step])] = torch.from_numpy(part).to(self.target)
+            start += count
+        return out
+
+    def stored(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+        for name in parameter.hf:  # the same blocks become other weights in another dtype
+            yield f"{name} {self.target}", [self._tensor(name, parameter.arch).data]
+
+    def describe(self) -> str:
+        """One line: what was dequantised to what."""
+        types = Counter(tensor.tensor_type.name for tensor in self.tensors.values())
+        stored = ", ".join(f"{name} ({n} tensors)" for name, n in types.most_common())
+        return f"{self.path.name}: dequantised to {str(self.target).removeprefix('torch.')} from {stored}"
+
+    def _key(self, name: str, arch: Architecture) -> str:
+        """The file's name of a Hugging Face tensor."""
+        return _names(self.name, arch.blocks).get_name(name, try_suffixes=(".weight", ".bias"))
+
+    def _tensor(self, name: str, arch: Architecture) -> gguf.ReaderTensor:
+        return self.tensors[self._key(name, arch)]
+
+    def _stored_rows(self, name: str, rows: np.ndarray, arch: Architecture) -> np.ndarray:
+        """Where llama.cpp keeps these rows: for Llama it interleaves the two halves of each query and key head."""
+        if self.name != "llama" or name.split(".")[-2] not in ("q_proj", "k_proj"):
+            return rows
+        head, within = np.divmod(rows, arch.head_dim)
+        half, index = np.divmod(within, arch.head_dim // 2)
+        return head * arch.head_dim + 2 * index + half
+
+
+@functools.cache
+def _names(architecture: str, blocks: int) -> gguf.TensorNameMap:
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(kinds[architecture], blocks)
+
+
+def _rope_factors(arch: Architecture) -> np.ndarray:
+    """What each of the head_dim / 2 rotary wavelengths is stretched by."""
+    rope = arch.rope_scaling
+    wavelength = 2 * np.pi * arch.rope_theta ** (np.arange(0, arch.head_dim, 2) / arch.head_dim)
+    if rope is None:
+        return np.ones_like(wavelength)
+    turns = rope.original_max_positions / wavelength
+    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    return 1 / ((1 - kept) / rope.factor + kept)

@@ -1,0 +1,61 @@
+"""Where a model comes from: a Hugging Face folder, a GGUF file, or a checkpoint of Megatron-Core's GPTModel."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from minitron_mcore.errors import UserError
+from minitron_mcore.formats import gguf_file, gguf_tokenizer, megatron_gpt
+from minitron_mcore.formats.hf_folder import Folder, Weights
+from minitron_mcore.models import architecture
+from minitron_mcore.parallel import process_groups
+
+
+@contextmanager
+def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterator[tuple[Path, Weights]]:
+    """A Hugging Face folder with the model's config and tokenizer, and its weights (collective).
+
+    Args:
+        model: Hugging Face folder, or a GGUF file, whose config and tokenizer are then written to a folder that lives as long as
+            this block (the tokenizer on rank 0 only).
+        weights: Hugging Face folder, GGUF file, folder of a GPTModel checkpoint; told apart by what is there.
+        dtype: what GGUF's blocks become; other weights keep theirs.
+
+    Raises:
+        UserError: weights or a tokenizer that can't be read.
+    """
+    model, weights = Path(model), Path(weights)
+    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+        with process_groups.agreed():
+            if model.suffix != ".gguf":
+                architecture.read_hf(model)
+            source = _open(weights, dtype)
+            if model.suffix == ".gguf":
+                file = source if model == weights else gguf_file.File(model, dtype)
+                model = Path(scratch) / model.name  # what mistakes in it are told by
+                model.mkdir()
+                versions = {"transformers_version": version("transformers")}  # without it, it warns of the tokenizer
+                (model / "config.json").write_text(json.dumps(file.config() | versions, indent=2))
+                if process_groups.rank() == 0:
+                    gguf_tokenizer.read(file).save_pretrained(model)
+        yield model, source
+
+
+def _open(path: Path, dtype: torch.dtype) -> Weights:
+    if path.suffix == ".gguf":
+        source = gguf_file.File(path, dtype)
+    elif (path / megatron_gpt.TRACKER).is_file() or (path / ".metadata").is_file():
+        source = megatron_gpt.Folder(path)
+    else:
+        if not path.is_dir():
+            raise UserError(
+                f"no weights at {path}: give a Hugging Face folder, a GPTModel checkpoint or a .gguf file (model.weights=/path)."
+            )
+        return Folder(path)
+    process_groups.log(source.describe())
+    return source

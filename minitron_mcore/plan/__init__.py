@@ -1,1 +1,0 @@
-"""Plans: which indices of each axis a pruned model keeps, from scores and targets."""

@@ -1,0 +1,194 @@
+"""Pictures of what the stages found, drawn without a display."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from minitron_mcore.pruning.plan import Plan
+
+# Okabe and Ito's palette: colour-blind readers tell its members apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DPI = 130
+_READABLE_COLUMNS = 48
+
+
+def _by_block(scores: Mapping[str, np.ndarray], kind: str) -> dict[int, np.ndarray]:
+    """The vectors named blocks.{i}.{kind}, by block."""
+    found = {m[1]: name for name in scores if (m := re.fullmatch(rf"blocks\.(\d+)\.{kind}", name))}
+    return {int(i): scores[found[i]] for i in sorted(found, key=int)}
+
+
+def _heat(axes: Axes, rows: dict[int, np.ndarray], extent_x: tuple[float, float], **labels: str) -> None:
+    """A heat map on a log scale, one row a block, empty where it has no scores; the outermost hundredths share the end colours."""
+    scored = np.stack(list(rows.values()))
+    grid = np.full((max(rows) + 1 - min(rows), scored.shape[1]), np.nan)
+    grid[[block - min(rows) for block in rows]] = scored
+    low, high = np.quantile(scored[scored > 0], (0.01, 0.99)) if scored.any() else (1.0, 1.0)
+    norm = LogNorm(low, max(high, low * 1.01), clip=True)
+    extent = (*extent_x, max(rows) + 0.5, min(rows) - 0.5)
+    image = axes.imshow(grid, norm=norm, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent)
+    axes.figure.colorbar(image, ax=axes, label="score", extend="both")
+    axes.set(ylabel="block (from 0)", **labels)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _hidden(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
+    if "hidden" not in scores:
+        return False
+    ordered = np.sort(scores["hidden"])[::-1]
+    axes.semilogy(np.arange(1, len(ordered) + 1), ordered, color=COLOURS[0])
+    axes.set(title=f"Hidden channels (H = {len(ordered)})", xlabel="channels, most important first")
+    axes.set(ylabel="score (summed over norms)")
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.3)
+    return True
+
+
+def _ffn(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
+    if not (rows := _by_block(scores, "ffn")):
+        return False
+    quantiles = {i: np.quantile(row, np.linspace(0, 1, 101)) for i, row in rows.items()}
+    channels = max(row.shape[-1] for row in rows.values())
+    _heat(axes, quantiles, (0, 100), title=f"FFN channels (F = {channels})", xlabel="quantile within the block (%)")
+    return True
+
+
+def _heads(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
+    if not (rows := _by_block(scores, "heads")):
+        return False
+    heads = max(map(len, rows.values()))
+    padded = {i: np.pad(row, (0, heads - len(row))) for i, row in rows.items()}
+    _heat(axes, padded, (-0.5, heads - 0.5), title=f"Attention heads (N = {heads})", xlabel="head (from 0)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return True
+
+
+def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
+    if not (blocks := _by_block(scores, "block")):
+        return False
+    axes.bar(list(blocks), [float(value) for value in blocks.values()], color=COLOURS[5], label="block")
+    for kind, name, marker, colour in (("attention", "attention", "o", COLOURS[1]), ("mlp", "MLP", "^", COLOURS[2])):
+        if values := _by_block(scores, kind):
+            heights = [float(value) for value in values.values()]
+            axes.plot(list(values), heights, marker, markersize=4, color=colour, label=f"its {name}")
+    axes.set_yscale("log")
+    axes.set(title="Depth", xlabel="block (from 0)", ylabel="1 - cosine of input and output")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(ncols=3, fontsize="small")
+    return True
+
+
+def statistic(scores_file: str | os.PathLike) -> str:
+    """How scores were made, in a line; empty where they don't say."""
+    with safe_open(scores_file, "np") as file:
+        found = file.metadata() or {}
+    shown = ("metric", "aggregation", "ffn_site", "samples", "tokens")
+    return "; ".join(f"{key.replace('_', ' ')}: {found[key]}" for key in shown if key in found)
+
+
+def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> None:
+    """One picture of a scores.safetensors: hidden (sorted), FFN (quantiles by block), heads and depth, where scored.
+
+    Its title is what the scores say of how they were made.
+    """
+    scores = load_file(scores_file)
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    figure.suptitle(statistic(scores_file), fontsize="small")
+    for axes, draw in zip(figure.subplots(2, 2).flat, (_hidden, _ffn, _heads, _depth), strict=True):
+        if not draw(axes, scores):
+            axes.set_axis_off()
+    figure.savefig(png, dpi=DPI)
+
+
+def plot_plan(plan: Plan, scores: Mapping[str, Tensor], png: str | os.PathLike) -> None:
+    """What a plan keeps of each axis in each block of its source: the share of the units, and the share of the summed score that
+    they hold. A dropped block's column is hatched.
+
+    Args:
+        scores: vectors of the scores that the plan was made from (see `importance.scores`).
+    """
+    rows = _kept_shares(plan, {name: vector.numpy() for name, vector in scores.items()})
+    grid = np.array(list(rows.values()))
+    figure = Figure(figsize=(12, 1.3 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("0.9")
+    for block in plan.dropped_blocks():
+        axes.axvspan(block - 0.5, block + 0.5, facecolor="0.9", edgecolor="0.6", hatch="//", linewidth=0)
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+    if grid.shape[1] <= _READABLE_COLUMNS:
+        for (row, block), share in np.ndenumerate(grid):
+            if not np.isnan(share):
+                colour = "white" if share < 0.5 else "black"
+                axes.text(block, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set(xlabel="block of the source (from 0)", title="Kept of each block (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1))
+    figure.savefig(png, dpi=DPI)
+
+
+def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows of `plot_plan`, a value a block of the source; NaN where the axis is gone with its block."""
+    chosen = {"hidden": dict.fromkeys(plan.blocks, plan.hidden), "heads": plan.heads}
+    if plan.source.experts:
+        chosen |= {"experts": {block: list(experts) for block, experts in plan.experts.items()}}
+        total = plan.source.ffn  # the channels of all experts in one row
+        ffn = {b: [e * total + i for e, kept in chosen.items() for i in kept] for b, chosen in plan.experts.items()}
+        chosen |= {"ffn": ffn}
+    else:
+        chosen |= {"ffn": plan.ffn}
+    rows = {}
+    for axis, kept in chosen.items():
+        units, held = np.full((2, plan.source.blocks), np.nan)
+        for block in set(plan.blocks) & set(kept):
+            vector = scores["hidden" if axis == "hidden" else f"blocks.{block}.{axis}"].flatten()
+            units[block] = len(kept[block]) / len(vector)
+            held[block] = vector[kept[block]].sum() / vector.sum()
+        rows |= {axis: units, f"{axis}, by score": held}
+    if plan.target.groups < plan.source.groups:  # their score is that of their heads
+        units = np.full(plan.source.blocks, np.nan)
+        units[list(plan.groups)] = plan.target.groups / plan.source.groups
+        rows["key/value groups"] = units
+    return rows
+
+
+def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -> None:
+    """KD and LM loss and learning rate of labelled runs (label -> metrics.jsonl) against tokens.
+
+    Pale lines are single steps, full ones a running mean over a twentieth of the run.
+    """
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
+    names = (("kd_loss", "KD loss (nats / token)"), ("lm_loss", "LM loss (nats / token)"), ("lr", "learning rate"))
+    for axes, (key, label) in zip(panels, names, strict=True):
+        for i, (run, path) in enumerate(runs.items()):
+            rows = [row for row in map(json.loads, Path(path).read_text().splitlines()) if row.get(key) is not None]
+            tokens, values = np.array([row["tokens"] for row in rows]), np.array([row[key] for row in rows])
+            colour, width = COLOURS[i % len(COLOURS)], max(1, len(rows) // 20)
+            if key != "lr" and width > 1:
+                axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
+                values = np.convolve(values, np.full(width, 1 / width), mode="valid")
+                tokens = tokens[width // 2 :][: len(values)]
+            axes.plot(tokens, values, color=colour, label=run)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    if any(line.get_ydata().max(initial=0) > 0 for line in panels[0].lines):  # all 0 without a teacher
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_formatter("{x:g}")
+    panels[0].legend()
+    panels[-1].set_xlabel("tokens trained on")
+    panels[-1].xaxis.set_major_formatter(EngFormatter())
+    panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    figure.savefig(png, dpi=DPI)

@@ -1,0 +1,75 @@
+"""What every stage ends with: a table and a JSON file. Pictures are in `pictures`, the page over all stages in `page`."""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from minitron_mcore.cli.main import alone
+
+_PIPED_WIDTH = 160
+
+
+def cell(value: object) -> str:
+    """A value as tables show it: whole numbers in full, others with four digits, None as nothing."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:#.4g}"
+
+
+def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> None:
+    """Print rows under the union of their keys, then the notes, on rank 0; plain text of fixed width where piped."""
+    if not alone():
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, no_color=True, width=_PIPED_WIDTH)
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(_grid(rows, box.SIMPLE_HEAD))
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """The rows of `table` as a Markdown table."""
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    console.print(_grid(rows, box.MARKDOWN))
+    return "\n".join(line.rstrip() for line in console.file.getvalue().strip().splitlines())
+
+
+def _grid(rows: Sequence[Mapping], style: box.Box) -> Table:
+    shown = Table(box=style)
+    for column in columns(rows):
+        shown.add_column(label(column), justify="right" if numbers(rows, column) else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell(row.get(column))) for column in columns(rows)))
+    return shown
+
+
+def columns(rows: Sequence[Mapping]) -> list[str]:
+    """The union of the rows' keys, in their order."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def label(column: str) -> str:
+    return column.replace("_", " ")
+
+
+def numbers(rows: Sequence[Mapping], column: str) -> bool:
+    """True of a column that stands to the right."""
+    return all(isinstance(row.get(column), int | float | None) for row in rows)
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Write `value` so that a reader sees the old file or the whole new one."""
+    from minitron_mcore.checkpoint import run_folder  # imports torch: a table needs none
+
+    run_folder.replace_text(Path(path), json.dumps(value, indent=1) + "\n")
