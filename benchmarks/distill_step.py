@@ -27,7 +27,7 @@ import torch.distributed as dist
 from common import Figure, parser, ranks, write
 
 from minitron_mcore.config.settings import DistillConfig, ParallelConfig
-from minitron_mcore.estimate import memory
+from minitron_mcore.models import flops
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.reporting import tables
@@ -166,8 +166,8 @@ def profile(trainer, batches: list[dict]) -> dict:
 def utilisation(teacher: Architecture, student: Architecture, sizes: tuple, seconds: float, options) -> float:
     """Share of the card's peak: three forward passes' operations of the student and one of the teacher a token."""
     micro_batch, length, count = sizes
-    flops = 3 * memory.forward_flops(student, length) + memory.forward_flops(teacher, length)
-    return flops * micro_batch * length * count / seconds / 1e12 / options.peak_tflops
+    operations = 3 * flops.forward_flops(student, length) + flops.forward_flops(teacher, length)
+    return operations * micro_batch * length * count / seconds / 1e12 / options.peak_tflops
 
 
 def whole_models(name: str, sizes: tuple, spent: dict[str, float], options) -> float | None:

@@ -4,7 +4,8 @@ torchrun --nproc-per-node 3 launch/convert.py +model=smollm2_135m model.hf=/path
 torchrun --nproc-per-node 8 launch/convert.py +model=llama31_8b model.weights=/path/to/megatron/checkpoint parallel=tp8
 """
 
-from minitron_mcore.cli.main import entry, plain
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.stages import ConvertRun
 
 
@@ -20,7 +21,7 @@ def main(config: ConvertRun) -> None:
     with process_groups.distributed(config.parallel, config.seed):
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
-            run_folder.claimed(config.out_dir, plain(config)),
+            run_folder.claimed(config.out_dir, run_identity(config)),
             sources.opened(model.hf, model.weights or model.hf, dtype) as (folder, weights),
         ):
             arch = hf_convert.import_folder(folder, config.out_dir, config.parallel, wanted, weights)

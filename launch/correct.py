@@ -12,6 +12,7 @@ from minitron_mcore.config.stages import CorrectRun
 def main(config: CorrectRun) -> None:
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import run
+    from minitron_mcore.estimate import announce
     from minitron_mcore.parallel import process_groups
 
     settings = DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
@@ -23,6 +24,8 @@ def main(config: CorrectRun) -> None:
         timeout_minutes=config.performance.nccl_timeout_minutes,
     ):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
+        run.check_run(config, settings, [source], teacher=None)
+        announce.print_memory(config, settings, [source], teacher=None)
         run.train([config], settings, [source], teacher=None)
 
 

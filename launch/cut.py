@@ -3,8 +3,10 @@
 python launch/cut.py +model=smollm2_135m plan=/path/to/plan.json
 """
 
-from minitron_mcore.cli.main import alone, entry, plain
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.stages import CutRun
+from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 
 @entry("cut")
@@ -15,10 +17,10 @@ def main(config: CutRun) -> None:
     from minitron_mcore.pruning.plan import load_plan
     from minitron_mcore.reporting import tables
 
-    if not alone():
+    if not is_rank_zero():
         return
     plan, folder = load_plan(config.plan), config.model.hf
-    with run_folder.claimed(config.out_dir, plain(config)):
+    with run_folder.claimed(config.out_dir, run_identity(config)):
         apply.cut_folder(folder, plan, config.out_dir, config.dtype.value)
         taken = model_card.deliver(model_card.cut(folder, plan, config.out_dir), config.out_dir)
     tables.table("loaders (every block has the same sizes)", taken)

@@ -15,6 +15,7 @@ from minitron_mcore.config.stages import DistillRun
 def main(config: DistillRun) -> None:
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import cache, remote_teacher, run
+    from minitron_mcore.estimate import announce
     from minitron_mcore.parallel import process_groups
 
     settings = config.distill
@@ -37,6 +38,8 @@ def main(config: DistillRun) -> None:
         runs = runs or [config]
         students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
         teacher = cache.open_teacher(config.teacher) if settings.taught else None
+        run.check_run(runs[0], settings, students, teacher)
+        announce.print_memory(runs[0], settings, students, teacher)
         run.train(runs, settings, students, teacher)
 
 

@@ -1,11 +1,12 @@
-"""Perplexity and bits per byte on text, of a Hugging Face folder (plain transformers) or of a sharded checkpoint.
+"""Perplexity and bits per byte on text, of a Hugging Face folder (run_identity transformers) or of a sharded checkpoint.
 
 python launch/evaluate.py +model=smollm2_135m data.heldout=[text.jsonl]
 torchrun --nproc-per-node 3 launch/evaluate.py +model=smollm2_135m parallel=tp3 \\
     source=runs/smollm2_135m/distill data.heldout=[x.jsonl]
 """
 
-from minitron_mcore.cli.main import entry, plain
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.stages import EvaluateRun
 
 
@@ -20,7 +21,7 @@ def main(config: EvaluateRun) -> None:
 
     with process_groups.distributed(config.parallel, config.seed, config.evaluate.sequence_length):
         model, tokenizer = perplexity.open_model(config)
-        with run_folder.claimed(config.out_dir, plain(config)):
+        with run_folder.claimed(config.out_dir, run_identity(config)):
             rows = perplexity.evaluate_run(model, tokenizer, config)
             if process_groups.rank() == 0:
                 tables.write_json(

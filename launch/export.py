@@ -5,8 +5,10 @@ python launch/export.py +model=smollm2_135m
 torchrun --nproc-per-node 8 launch/export.py +model=llama31_8b format=gpt parallel=tp8
 """
 
-from minitron_mcore.cli.main import alone, entry, plain
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.stages import ExportRun
+from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 
 @entry("export")
@@ -23,14 +25,14 @@ def main(config: ExportRun) -> None:
         options = config.parallel, dtype, config.names.value, config.vocab_multiple
         with (
             process_groups.distributed(config.parallel, config.seed),
-            run_folder.claimed(config.out_dir, plain(config)),
+            run_folder.claimed(config.out_dir, run_identity(config)),
         ):
             parameters = megatron_gpt.export_folder(source, config.out_dir, *options)
-    elif not alone():
+    elif not is_rank_zero():
         return
     else:
         architecture.check_exportable(source.arch)
-        with run_folder.claimed(config.out_dir, plain(config)):
+        with run_folder.claimed(config.out_dir, run_identity(config)):
             parameters = hf_convert.export_folder(source, config.out_dir, dtype)
             taken = model_card.deliver(model_card.exported(source), config.out_dir)
         tables.table("loaders (every block has the same sizes)", taken)

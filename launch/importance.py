@@ -3,7 +3,8 @@
 torchrun --nproc-per-node 3 launch/importance.py +model=smollm2_135m parallel=tp3 data.train=[text.jsonl]
 """
 
-from minitron_mcore.cli.main import entry, plain
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.stages import ImportanceRun
 
 
@@ -21,7 +22,7 @@ def main(config: ImportanceRun) -> None:
     with process_groups.distributed(config.parallel, config.seed, settings.sequence_length):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         refuse(checks.problems(source.arch, settings, process_groups.dp_group().size()))
-        with run_folder.claimed(config.out_dir, plain(config)):
+        with run_folder.claimed(config.out_dir, run_identity(config)):
             prefixes, _ = datasets.prepare(config.data, source.hf, source.arch.vocab)
             tokens, mask = datasets.calibration(
                 prefixes,

@@ -5,8 +5,10 @@ python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
 `parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
 """
 
-from minitron_mcore.cli.main import alone, entry, plain
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.stages import PlanRun
+from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 
 @entry("plan")
@@ -21,7 +23,7 @@ def main(config: PlanRun) -> None:
     from minitron_mcore.pruning import summary, target
     from minitron_mcore.reporting import plots, tables
 
-    if not alone():
+    if not is_rank_zero():
         return
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
@@ -32,7 +34,7 @@ def main(config: PlanRun) -> None:
     build.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:
         architecture.check_exportable(plan.target)
-    with run_folder.claimed(config.out_dir, plain(config)):
+    with run_folder.claimed(config.out_dir, run_identity(config)):
         run_folder.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
         plots.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
     tables.table("tensors of the plan", summary.tensors(plan, config.dtype.value))

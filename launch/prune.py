@@ -3,7 +3,8 @@
 torchrun --nproc-per-node 3 launch/prune.py +model=smollm2_135m parallel=tp3
 """
 
-from minitron_mcore.cli.main import entry, plain
+from minitron_mcore.cli.main import entry
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.stages import PruneRun
 
 
@@ -17,7 +18,7 @@ def main(config: PruneRun) -> None:
 
     with process_groups.distributed(config.parallel, config.seed):
         source, plan = run_folder.open_checkpoint(config.source), load_plan(config.plan)
-        with run_folder.claimed(config.out_dir, plain(config)):
+        with run_folder.claimed(config.out_dir, run_identity(config)):
             prune(source, plan, config.out_dir, config.parallel)
         tables.table("pruned", plan.summary(), [f"checkpoint: {config.out_dir}"])
 

@@ -4,15 +4,16 @@ python launch/report.py work_dir=runs/demo
 python launch/report.py +recipe=smollm2_100m html=/path/report.html
 """
 
-from minitron_mcore.cli.main import alone, entry
+from minitron_mcore.cli.main import entry
 from minitron_mcore.config.stages import ReportRun
+from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 
 @entry("report")
 def main(config: ReportRun) -> None:
     from minitron_mcore.reporting import page, tables
 
-    if not alone():
+    if not is_rank_zero():
         return
     if config.dry_run:
         rows, note = page.contents(page.collect(config.work_dir)), "would go into"

@@ -26,7 +26,7 @@ from minitron_mcore.pruning.plan import load_plan, make_plan, target_architectur
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_data import write_jsonl
-from tests.test_launch import compose, word_tokenizer
+from tests.test_launch import identity_of, word_tokenizer
 from tests.test_prune import ONE, cut_by_hand, random_scores, run_prune
 
 SETTINGS = DistillConfig(steps=3, global_batch=2, sequence_length=12, warmup_steps=1, peak_lr=0.0123)
@@ -269,7 +269,7 @@ def test_transformers_takes_every_family(tmp_path, which):
 
 
 def published(recipe: str):
-    config = compose("plan", f"+recipe={recipe}")
+    config = identity_of("plan", f"+recipe={recipe}")
     return target_architecture(architecture.given(config["model"]["architecture"]), PruneConfig(**config["prune"]))
 
 

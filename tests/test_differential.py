@@ -15,10 +15,11 @@ from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import architecture, build, parameter_table
+from minitron_mcore.pruning import index_maps
 from minitron_mcore.pruning.plan import make_plan, target_architecture
 from minitron_mcore.testing import RankError, on_ranks
 from tests import families, models
-from tests.test_launch import compose
+from tests.test_launch import identity_of
 from tests.test_models import LAYOUTS
 from tests.test_prune import ONE, export, random_scores, run_prune
 
@@ -51,13 +52,13 @@ def modelopts_count(arch) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_of_every_model(name):
-    arch = architecture.given(compose("plan", f"+model={name}")["model"]["architecture"])
+    arch = architecture.given(identity_of("plan", f"+model={name}")["model"]["architecture"])
     assert parameter_table.count(arch) == modelopts_count(arch) == PUBLISHED.get(name, parameter_table.count(arch))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_of_every_recipe(name):
-    config = compose("plan", f"+recipe={name}")
+    config = identity_of("plan", f"+recipe={name}")
     source = architecture.given(config["model"]["architecture"])
     target = target_architecture(source, PruneConfig(**config["prune"]))
     count = parameter_table.count(target)
@@ -99,9 +100,7 @@ def modelopts_heads(importance: torch.Tensor, groups: int, heads: int, head_dim:
 
 def our_heads(importance: torch.Tensor, arch, heads: int) -> np.ndarray:
     vectors = random_scores(arch).vectors | {f"blocks.{i}.heads": importance for i in range(arch.blocks)}
-    return parameter_table.kept(
-        "qkv", make_plan(arch, "x", Scores(vectors, {}), PruneConfig(heads=heads)), arch.blocks - 1
-    )
+    return index_maps.kept("qkv", make_plan(arch, "x", Scores(vectors, {}), PruneConfig(heads=heads)), arch.blocks - 1)
 
 
 @pytest.fixture

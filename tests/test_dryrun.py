@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore.cli import dry_run, main
+from minitron_mcore.cli import compose, dry_run
 from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.config.stages import STAGES
 from minitron_mcore.errors import UserError
@@ -188,7 +188,7 @@ def test_operations_are_those_that_torch_counts():
         arch = EVERY[name]
         positions = [min(i + 1, arch.window or LENGTH) for i in range(LENGTH)]
         attention = 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * sum(positions) / LENGTH
-        assert memory.forward_flops(arch, LENGTH) - attention == pytest.approx(flops / (MICRO_BATCH * LENGTH)), name
+        assert flops.forward_flops(arch, LENGTH) - attention == pytest.approx(flops / (MICRO_BATCH * LENGTH)), name
 
 
 def dry(cwd, stage, *overrides) -> tuple[int, str]:
@@ -279,7 +279,7 @@ def stage(name, *overrides):
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield main.compose(name, list(overrides))
+        yield compose.compose(name, list(overrides))
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -7,7 +7,7 @@ import pytest
 from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.formats.hf_folder import Folder
 from minitron_mcore.models import architecture, parameter_table
-from minitron_mcore.pruning import apply, summary
+from minitron_mcore.pruning import apply, index_maps, summary
 from minitron_mcore.pruning.plan import make_plan
 from tests import families, models
 from tests.test_prune import random_scores
@@ -67,7 +67,7 @@ def test_layers_dropped_apart_from_their_blocks_have_a_row(tmp_path, monkeypatch
     arch, _ = architecture.read_hf(models.tiny_llama(tmp_path))
     plan = make_plan(arch, "x", random_scores(arch), PruneConfig(drop_blocks=[4]))
     assert "MLP layers" not in {row["axis"] for row in summary.axes(plan, "bf16")}
-    keeps = parameter_table.keeps
+    keeps = index_maps.keeps
     monkeypatch.setattr(
         parameter_table, "keeps", lambda plan, p: keeps(plan, p) and not (p.block == 2 and "{m}" in p.row.name)
     )

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from minitron_mcore.checkpoint import streaming
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
-from minitron_mcore.models import parameter_table
+from minitron_mcore.models import parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import layout
 from minitron_mcore.pruning import apply
 from minitron_mcore.pruning.plan import load_plan, make_plan
 from tests.test_prune import random_scores
@@ -81,7 +80,7 @@ def plans(draw):
 
 def divisors(arch: Architecture) -> list[int]:
     """Tensor-parallel sizes that the model allows."""
-    return [n for n in SIZES if not list(layout.model_problems(arch, ParallelConfig(tensor=n, sequence=n > 1)))]
+    return [n for n in SIZES if not list(sharding.model_problems(arch, ParallelConfig(tensor=n, sequence=n > 1)))]
 
 
 def positions(axis: str, plan, block, expert) -> list[int]:
@@ -215,7 +214,7 @@ def test_stages_share_the_layers(arch, pipeline, expert):
         parameter
         for stage in range(pipeline)
         for rank in range(expert)
-        for parameter in layout.held(arch, parallel, stage, range(rank * share, (rank + 1) * share))
+        for parameter in sharding.held(arch, parallel, stage, range(rank * share, (rank + 1) * share))
         if parameter.expert is not None or rank == 0
     ]
     assert sorted(parameter.name for parameter in held) == sorted(names)

@@ -15,7 +15,8 @@ import yaml
 from hydra import initialize_config_dir
 
 from minitron_mcore.checkpoint.run_folder import claimed, open_checkpoint
-from minitron_mcore.cli import main
+from minitron_mcore.cli import compose
+from minitron_mcore.config import identity
 from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, save_scores
@@ -50,11 +51,11 @@ def pipeline(cwd, *overrides, fails=False) -> str:
 
 def config_of(stage, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return main.compose(stage, list(overrides))
+        return compose.compose(stage, list(overrides))
 
 
-def compose(stage, *overrides) -> dict:
-    return main.plain(config_of(stage, *overrides))
+def identity_of(stage, *overrides) -> dict:
+    return identity.run_identity(config_of(stage, *overrides))
 
 
 def claim(*args, **kwargs) -> None:
@@ -69,7 +70,7 @@ def plan(*overrides) -> None:
 
 def test_distill_defaults_are_the_papers():
     """Llama-3.1-Minitron-4B: arXiv 2408.11796, table 4."""
-    found = compose("distill", "+model=llama31_8b")
+    found = identity_of("distill", "+model=llama31_8b")
     expected = dict(
         peak_lr=1e-4, min_lr=1e-5, warmup_steps=40, global_batch=1152, sequence_length=8192, adam_beta1=0.9, adam_beta2=0.95,
         weight_decay=0.1, clip_grad=1.0, kd_weight=1.0, lm_weight=0.0, temperature=1.0,
@@ -78,7 +79,7 @@ def test_distill_defaults_are_the_papers():
     assert found["teacher"] == "runs/llama31_8b/convert"
 
 
-@pytest.mark.parametrize("stage", main.LAUNCH_FILES)
+@pytest.mark.parametrize("stage", compose.LAUNCH_FILES)
 def test_every_stage_composes_and_is_short(stage):
     assert config_of(stage, "+model=smollm2_135m", "parallel=tp3").parallel.tensor == 3
     assert len((ROOT / "launch" / f"{stage}.py").read_text().splitlines()) < 50
@@ -99,7 +100,7 @@ def test_help_and_cfg_job(tmp_path):
 
 def test_typos_are_caught_at_compose_time():
     with pytest.raises(Exception, match="warmup"):
-        compose("distill", "+model=smollm2_135m", "distill.warmup=3")
+        identity_of("distill", "+model=smollm2_135m", "distill.warmup=3")
 
 
 def test_missing_weights_are_one_sentence(tmp_path):
@@ -173,9 +174,9 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
     assert "w5 w6 w" in launch(tmp_path, "generate", *command, "prompt='w5 w6'", "tokens=3", processes=2)
 
     with pytest.raises(UserError, match="already holds this finished run"):
-        claim(run / "convert", compose("convert", *command))
+        claim(run / "convert", identity_of("convert", *command))
     with pytest.raises(UserError, match="already holds another run"):
-        claim(run / "distill", compose("distill", *command, "distill.peak_lr=1e-3"), resume=True)
+        claim(run / "distill", identity_of("distill", *command, "distill.peak_lr=1e-3"), resume=True)
     assert (run / "distill/latest").is_file()
     foreign = Scores(random_scores(open_checkpoint(run / "prune").arch).vectors, {"fingerprint": "another"})
     (tmp_path / "foreign").mkdir()
@@ -189,7 +190,7 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
 
 
 def test_prune_config_and_its_yaml_agree():
-    assert compose("plan", "+model=llama31_8b")["prune"] == PruneConfig().__dict__
+    assert identity_of("plan", "+model=llama31_8b")["prune"] == PruneConfig().__dict__
 
 
 FAILING = """

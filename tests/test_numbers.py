@@ -12,7 +12,7 @@ import torch
 from hydra import initialize_config_dir
 from safetensors.torch import save_file
 
-from minitron_mcore.cli import dry_run, main
+from minitron_mcore.cli import compose, dry_run
 from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import (
     DistillConfig,
@@ -44,7 +44,7 @@ TRAINING = DistillConfig(steps=9, global_batch=2, sequence_length=16, warmup_ste
 
 def config_of(stage, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return main.compose(stage, list(overrides))
+        return compose.compose(stage, list(overrides))
 
 
 def planned(stage, *overrides) -> str:

@@ -14,7 +14,7 @@ from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import DistillConfig, ParallelConfig, PruneConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.models import parameter_table
+from minitron_mcore.models import parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
 from minitron_mcore.pruning.plan import make_plan
@@ -216,7 +216,7 @@ ARCH = Architecture("llama", 7, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, tie
     ],
 )  # fmt: skip
 def test_impossible_layouts_are_refused(world, parallel, length, sentence):
-    found = [*layout.problems(parallel, world, length), *layout.model_problems(ARCH, parallel)]
+    found = [*layout.problems(parallel, world, length), *sharding.model_problems(ARCH, parallel)]
     assert any(sentence in problem for problem in found), found
 
 

@@ -8,7 +8,8 @@ import hydra
 import pytest
 import torch
 
-from minitron_mcore.cli import dry_run, main
+from minitron_mcore.cli import compose, dry_run
+from minitron_mcore.config import identity
 from minitron_mcore.config.hardware import DryConfig
 from minitron_mcore.config.performance import (
     EVERYTHING,
@@ -18,11 +19,11 @@ from minitron_mcore.config.performance import (
     ProfileConfig,
     Recompute,
     RecomputeMethod,
-    problems,
 )
 from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig, PruneConfig
 from minitron_mcore.estimate import advise, memory
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.performance_checks import problems
 from minitron_mcore.testing import on_ranks
 from tests import families, models
 from tests.test_distill import CONFIG, micro_batches
@@ -310,8 +311,8 @@ def test_what_cannot_work_is_refused(change, sentence):
 
 
 def composed(*overrides: str):
-    with hydra.initialize_config_dir(str(main.CONF), version_base="1.3"):
-        return main.compose("distill", ["+recipe=llama31_minitron_4b_width", "dry_run=true", *overrides])
+    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        return compose.compose("distill", ["+recipe=llama31_minitron_4b_width", "dry_run=true", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -337,10 +338,10 @@ def test_with_all_kernels_there(fits, change, sentence):
 
 
 def test_what_names_a_run_is_what_changes_its_numbers():
-    plain = main.plain(composed())
+    plain = identity.run_identity(composed())
     assert "performance" not in plain
-    assert main.plain(composed("performance.recompute=full", "performance.profile.start=3")) == plain
-    assert main.plain(composed("performance.fp8=hybrid"))["performance"] == {"fp8": "hybrid"}
+    assert identity.run_identity(composed("performance.recompute=full", "performance.profile.start=3")) == plain
+    assert identity.run_identity(composed("performance.fp8=hybrid"))["performance"] == {"fp8": "hybrid"}
 
 
 def rows(*overrides: str) -> dict[str, float]:

@@ -13,13 +13,14 @@ import yaml
 from hydra import initialize_config_dir
 
 from minitron_mcore.checkpoint.run_folder import COMPLETE
-from minitron_mcore.cli import main, pipeline
+from minitron_mcore.cli import compose, pipeline
+from minitron_mcore.config import identity
 from minitron_mcore.config.stages import STAGES
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.pruning.target import target_architecture
 
-RECIPES = sorted(path.stem for path in (main.CONF / "recipe").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (compose.CONF / "recipe").glob("*.yaml"))
 ANYWHERE = ["parallel=tp8_sp", "data.train=[x.jsonl]", "work_dir=w"]
 # (blocks, hidden, ffn, heads, groups, head_dim, vocab): source, then target; parameters, and those without embeddings
 NEMOTRON, LLAMA, NEMO = (
@@ -54,13 +55,13 @@ CHAINS = [("minitron_8b", "minitron_4b"), ("smollm2_115m", "smollm2_100m_chained
 
 @pytest.fixture(autouse=True)
 def hydra_is_up():
-    with initialize_config_dir(str(main.CONF), version_base="1.3"):
+    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
         yield
 
 
 @functools.cache
 def composed(stage: str, recipe: str, *overrides: str):
-    return main.compose(stage, [f"+recipe={recipe}", *overrides])
+    return compose.compose(stage, [f"+recipe={recipe}", *overrides])
 
 
 def source_of(run) -> architecture.Architecture:
@@ -106,7 +107,7 @@ def test_training_is_the_published_one(recipe):
 
 
 def test_every_stage_of_every_recipe_takes_the_same_command_line():
-    pairs = {(stage, RECIPES[0]) for stage in main.LAUNCH_FILES} | {("pipeline", recipe) for recipe in RECIPES}
+    pairs = {(stage, RECIPES[0]) for stage in compose.LAUNCH_FILES} | {("pipeline", recipe) for recipe in RECIPES}
     for stage, recipe in pairs:
         run = composed(stage, recipe, *ANYWHERE, "distill=small", "distill.steps=200")
         assert (run.parallel.tensor, run.distill.steps, run.distill.global_batch, run.work_dir) == (8, 200, 4, "w")
@@ -115,8 +116,8 @@ def test_every_stage_of_every_recipe_takes_the_same_command_line():
 def test_a_stage_keeps_only_what_it_reads():
     """Otherwise a change to one stage's settings would make every finished folder another run."""
     first, second = (composed("plan", "minitron_8b", f"distill.steps={steps}") for steps in (100, 200))
-    assert main.plain(first) == main.plain(second) and "prune" in main.plain(first)
-    kept = main.plain(composed("distill", "minitron_8b", "distill.stop_after=3"))
+    assert identity.run_identity(first) == identity.run_identity(second) and "prune" in identity.run_identity(first)
+    kept = identity.run_identity(composed("distill", "minitron_8b", "distill.stop_after=3"))
     assert "stop_after" not in kept["distill"] and kept.keys().isdisjoint({"prune", "importance", "recipe"})
 
 
@@ -152,7 +153,7 @@ def finish(recipe: str, *overrides: str, start: int = 0) -> list[str]:
         run = composed(stage, recipe, *overrides, *(pipeline.WHOLE if stage == "evaluate" else []))
         folder = Path(run.out_dir)
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(main.plain(run)))
+        (folder / "config.yaml").write_text(yaml.safe_dump(identity.run_identity(run)))
         (folder / COMPLETE).touch()
         os.utime(folder / COMPLETE, (at, at))
     return [f"+recipe={recipe}", *overrides]
@@ -160,7 +161,7 @@ def finish(recipe: str, *overrides: str, start: int = 0) -> list[str]:
 
 def kept(overrides: list[str], *own: str) -> list[str]:
     """The stages that a pipeline over finished folders goes through; none is run."""
-    rows = pipeline.run(main.compose("pipeline", [*overrides, *own]), overrides)
+    rows = pipeline.run(compose.compose("pipeline", [*overrides, *own]), overrides)
     assert all(row["seconds"] is None for row in rows)
     return [row["stage"] for row in rows]
 

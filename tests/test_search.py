@@ -12,7 +12,7 @@ from hydra import initialize_config_dir
 from matplotlib.image import imread
 
 from minitron_mcore.checkpoint.run_folder import COMPLETE, open_checkpoint
-from minitron_mcore.cli import dry_run, main
+from minitron_mcore.cli import compose, dry_run
 from minitron_mcore.config.settings import BudgetConfig, ParallelConfig, SearchConfig, SpeedConfig
 from minitron_mcore.config.stages import EvaluateRun, Run
 from minitron_mcore.errors import UserError
@@ -65,8 +65,8 @@ def published(name) -> Architecture:
 
 
 def composed(stage, *overrides) -> Run:
-    with initialize_config_dir(str(main.CONF), version_base="1.3"):
-        return main.compose(stage, list(overrides))
+    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        return compose.compose(stage, list(overrides))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -20,7 +20,7 @@ from minitron_mcore.importance.collector import Collector
 from minitron_mcore.importance.scores import FILE, Scores, check_finite, load_scores, save_scores
 from minitron_mcore.models.architecture import Architecture
 from tests.test_importance import over
-from tests.test_launch import compose
+from tests.test_launch import identity_of
 from tests.test_prune import random_scores
 
 ARCH = Architecture("llama", 3, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, True)
@@ -148,7 +148,7 @@ def test_a_model_that_gives_nan_is_not_scored():
 )
 def test_unknown_statistics_are_caught_at_compose_time(override, sentence):
     with pytest.raises(UserError) as caught:
-        compose("importance", "+model=smollm2_135m", override)
+        identity_of("importance", "+model=smollm2_135m", override)
     assert sentence in str(caught.value)
 
 
@@ -159,9 +159,9 @@ def test_a_run_records_its_statistic():
         "importance.ffn_site=before_gate",
         "importance.weighted=true",
     ]
-    recorded = compose("importance", "+model=smollm2_135m", *chosen)["importance"]
+    recorded = identity_of("importance", "+model=smollm2_135m", *chosen)["importance"]
     assert [recorded[key.split(".")[1].split("=")[0]] for key in chosen] == ["l2", "variance", "before_gate", True]
-    default = compose("importance", "+model=llama31_8b")["importance"]
+    default = identity_of("importance", "+model=llama31_8b")["importance"]
     assert default == ImportanceConfig().__dict__
 
 

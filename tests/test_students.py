@@ -8,7 +8,7 @@ import torch
 from hydra import initialize_config_dir
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.cli import dry_run, main
+from minitron_mcore.cli import compose, dry_run
 from minitron_mcore.config.settings import BadLoss, ParallelConfig, PruneConfig, StatesConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
@@ -112,9 +112,9 @@ def test_several_are_planned_by_name():
     given = ["+model=llama31_8b", "parallel=tp8_sp", "dry.gpus=64"]
     teacher = "teacher=runs/llama31_8b/convert"
     one = "student=runs/llama31_minitron_4b_{}/prune"
-    with initialize_config_dir(str(main.CONF), version_base="1.3"):
+    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
         students = [f"students={folders}", one.format("width"), one.format("depth")]
-        figures, *alone = (dry_run.plan(main.compose("distill", [*given, each, teacher])) for each in students)
+        figures, *alone = (dry_run.plan(compose.compose("distill", [*given, each, teacher])) for each in students)
     found = {role: model["parameters"] for role, model in figures["models"].items()}
     assert found == {"teacher": 8_030_261_248, "student width": 4_512_746_496, "student depth": 4_540_469_248}
     alone = [each["ranks"][0] for each in alone]

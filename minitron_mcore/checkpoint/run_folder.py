@@ -33,8 +33,8 @@ import yaml
 from torch import Tensor, nn
 
 from minitron_mcore.checkpoint import disk, safe_metadata
+from minitron_mcore.checkpoint.hf_assets import place, shipped
 from minitron_mcore.errors import NotFinite, UserError
-from minitron_mcore.formats.hf_folder import place, shipped
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups

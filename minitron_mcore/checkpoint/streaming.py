@@ -24,8 +24,8 @@ from torch import Tensor
 
 from minitron_mcore.checkpoint import disk, run_folder, safe_metadata
 from minitron_mcore.checkpoint.disk import FILE_ELEMENTS, PIECE_ELEMENTS, THREADS
+from minitron_mcore.checkpoint.hf_assets import tensor_bytes
 from minitron_mcore.errors import UserError
-from minitron_mcore.formats.hf_folder import raw
 from minitron_mcore.models import parameter_table
 from minitron_mcore.parallel import cpu_backend, process_groups
 
@@ -280,7 +280,7 @@ class _Writer(FileSystemWriter):
             make = self.strategy.make.get((item.index.fqn, tuple(item.index.offset)))
             data = (make() if make else data.detach()).cpu()
             # As a tensor that owns its bytes and no more: torch.save writes all that a view is part of.
-            data = torch.from_numpy(raw(data)).view(data.dtype).view(data.shape)
+            data = torch.from_numpy(tensor_bytes(data)).view(data.dtype).view(data.shape)
         return _write_item(self.transforms, stream, data, item, name, self.serialization_format)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron_mcore.cli import resolve
-from minitron_mcore.cli.main import alone
 from minitron_mcore.config import performance as options
 from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import Device, DistillConfig, ParallelConfig
@@ -34,9 +33,10 @@ from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.estimate import advise, forward_memory, memory, run_memory
 from minitron_mcore.importance import checks as importance
-from minitron_mcore.models import architecture, parameter_table
+from minitron_mcore.models import architecture, flops, parameter_table, performance_checks, sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
+from minitron_mcore.parallel.rendezvous import is_rank_zero
 from minitron_mcore.pruning.target import check_counts
 from minitron_mcore.reporting import tables
 from minitron_mcore.search import space
@@ -51,7 +51,7 @@ def run(*configs: Run) -> None:
     Raises:
         UserError: every problem that was found, a sentence each.
     """
-    if not alone():
+    if not is_rank_zero():
         return
     found = [plan(config) for config in configs]
     for config, figures in zip(configs, found, strict=True):
@@ -165,7 +165,7 @@ def _problems(
     if min(layout.sizes(config.parallel).values()) >= 1:
         for role, arch in archs.items():
             if not (role == "teacher" and training and training.teacher_parallel):  # `checks.problems` looks at that
-                yield from (f"{role}: {problem}" for problem in layout.model_problems(arch, config.parallel))
+                yield from (f"{role}: {problem}" for problem in sharding.model_problems(arch, config.parallel))
     teacher = archs.get("teacher")
     students = {role: arch for role, arch in archs.items() if resolve.kind(role) == "student"}
     if training:
@@ -176,7 +176,7 @@ def _problems(
         if setting.device == Device.cuda:
             kernels = options.EVERYTHING
         every = (
-            options.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
+            performance_checks.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
             for s in trained.values()
         )
         yield from dict.fromkeys(itertools.chain(*every))
@@ -200,9 +200,15 @@ def _problems(
             yield from architecture.export_problems(arch)
     if isinstance(config, DepthRun) and "model" in archs:
         yield from study.problems(config, archs["model"].blocks)
-        yield from ranges.positions("depth.sequence_length", config.depth.sequence_length, model=archs["model"])
+        yield from ranges.positions(
+            "depth.sequence_length", config.depth.sequence_length, model=archs["model"].max_positions
+        )
     if isinstance(config, EvaluateRun | SearchRun):
-        yield from ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, **_first(archs))
+        yield from ranges.positions(
+            "evaluate.sequence_length",
+            config.evaluate.sequence_length,
+            **{role: arch.max_positions for role, arch in _first(archs).items()},
+        )
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
@@ -251,7 +257,7 @@ def _ranks(
             {f"{role}'s weights": memory.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}
             for stage in range(setting.parallel.pipeline)
         ]
-    blocks = [sum(map(len, layout.rank_chunks(main, setting.parallel, n))) for n in range(setting.parallel.pipeline)]
+    blocks = [sum(map(len, sharding.rank_chunks(main, setting.parallel, n))) for n in range(setting.parallel.pipeline)]
     return [
         {"stage": n, "blocks": blocks[n], "parameters": sum(memory.parameters(main, setting, n))}
         | {kind: round(size) for kind, size in row.items()}
@@ -271,21 +277,20 @@ def _operations(
         times = {"teacher": 1, "student": 3, "model": 3}
         times |= {"teacher": 0} if resolve.cached(config) else {}
         found = {
-            role: times[resolve.kind(role)] * tokens * memory.forward_flops(arch, length)
-            for role, arch in archs.items()
+            role: times[resolve.kind(role)] * tokens * flops.forward_flops(arch, length) for role, arch in archs.items()
         }
     elif isinstance(config, TeacherCacheRun):
         steps, tokens = config.steps, config.global_batch * length
-        found = {"model": tokens * memory.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}
+        found = {"model": tokens * flops.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}
     elif isinstance(config, ImportanceRun):
         steps, tokens = 1, config.importance.samples * length
-        found = {"model": tokens * memory.forward_flops(archs["model"], length, head=False)}
+        found = {"model": tokens * flops.forward_flops(archs["model"], length, head=False)}
     elif (
         isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
     ):
         steps = 1 + study.count(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
-        found = {"model": tokens * memory.forward_flops(archs["model"], length)}
+        found = {"model": tokens * flops.forward_flops(archs["model"], length)}
     else:
         return {}
     total = sum(found.values())

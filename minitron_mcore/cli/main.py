@@ -1,6 +1,5 @@
 """From a command line to a stage: Hydra composes and checks the config, mistakes end in one sentence."""
 
-import dataclasses
 import functools
 import gc
 import hashlib
@@ -10,47 +9,19 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from enum import Enum
-from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig
 
-from minitron_mcore.config import performance, ranges
+from minitron_mcore.cli.compose import CONF, resolve
+from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import (
-    STAGES,
-    ConvertRun,
-    CutRun,
-    GenerateRun,
     PipelineRun,
     ReportRun,
-    Run,
-    SearchRun,
-    StageRun,
 )
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.parallel import rendezvous
-from minitron_mcore.reading import first_line
-
-CONF = Path(__file__).parents[1] / "conf"
-LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "search": SearchRun, "report": ReportRun}
-SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
-    "model",
-    "parallel",
-}
-
-_UNIDENTIFYING = (
-    *("stop_after", "shard", "shards", "together"),
-    *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes", "async_save"),
-    *("line_mb", "file_mb"),
-)
-
-for _name, _schema in LAUNCH_FILES.items():
-    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
 
 
 def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
@@ -109,7 +80,7 @@ def _store():
 def _print_once(error: UserError) -> None:
     """Print an error's lines unless another rank prints the same: rank 0 at once, another rank after rank 0 had time to."""
     store, lines = _store(), str(error).splitlines()
-    if not alone():
+    if not rendezvous.is_rank_zero():
         lines = [f"rank {os.environ['RANK']}: {line}" for line in lines]
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it when rank 0 has ended
         # Without a process group the ranks are as far apart as their imports.
@@ -130,58 +101,3 @@ def _end(status: int) -> NoReturn:
     if _store() is not None:
         os._exit(status)
     sys.exit(status)
-
-
-def compose(stage: str, overrides: list[str]) -> StageRun:
-    """What launch/`stage`.py would run; Hydra must be initialised, as it is inside another launch file."""
-    try:
-        raw = hydra.compose(stage, overrides)
-    except HydraException as error:
-        causes = (str(error), str(error.__cause__ or ""))  # Hydra's own words, then what OmegaConf found
-        raise UserError(" ".join(line.strip() for text in causes for line in text.splitlines()[:2])) from error
-    return resolve(raw)
-
-
-def resolve(raw: DictConfig):
-    """The composed config as its dataclass, every interpolation resolved.
-
-    Raises:
-        UserError: a value that is asked for and not given; what OmegaConf refuses, in its words.
-    """
-    # Only two stages read the folder that a model came from; the others find all in its checkpoint.
-    if OmegaConf.get_type(raw) not in (ConvertRun, CutRun) and OmegaConf.is_missing(raw.model, "hf"):
-        raw.model.hf = ""
-    try:
-        return OmegaConf.to_object(raw)
-    except OmegaConfBaseException as error:
-        if not isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
-            raise UserError(f"{error.full_key or 'the config'}: {first_line(error)}") from error
-        known = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
-        key = error.full_key or "model"
-        raise UserError(
-            f"{key} is not given: say {key}=..., or name a recipe (+recipe=NAME) or a model (+model=NAME, one of {known})."
-        ) from error
-
-
-def plain(config: StageRun) -> dict:
-    """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, without
-    what says only when to pause (`stop_after`), who does which part (`shard`), what to do about failures or what to refuse, without
-    `dry_run`, and of `performance` with nothing but options that change the run's numbers (see `performance.numerics`)."""
-    data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
-    if changes := performance.numerics(data.pop("performance", {})):
-        data["performance"] = changes
-    for section in ("correct", "distill", "search", "data"):
-        for key in _UNIDENTIFYING:
-            data.get(section, {}).pop(key, None)
-
-    def simple(value):
-        if isinstance(value, dict):
-            return {k: simple(v) for k, v in value.items()}
-        return value.value if isinstance(value, Enum) else value
-
-    return {"stage": type(config).__name__.removesuffix("Run").lower(), **simple(data)}
-
-
-def alone() -> bool:
-    """True on the one process that does a stage which needs no others; the rest of a torchrun world has nothing to do."""
-    return int(os.environ.get("RANK", 0)) == 0

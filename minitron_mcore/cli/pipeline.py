@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 
 from minitron_mcore.checkpoint.run_folder import COMPLETE
-from minitron_mcore.cli.main import CONF, compose, plain
+from minitron_mcore.cli.compose import CONF, compose
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, PipelineRun, StageRun
 from minitron_mcore.errors import UserError
@@ -103,7 +104,7 @@ def _inputs(run: StageRun) -> set[Path]:
 def finished(run: StageRun) -> bool:
     """Whether a stage's folder holds this very run, and whole."""
     folder = Path(run.out_dir)
-    return (folder / COMPLETE).is_file() and yaml.safe_load((folder / "config.yaml").read_text()) == plain(run)
+    return (folder / COMPLETE).is_file() and yaml.safe_load((folder / "config.yaml").read_text()) == run_identity(run)
 
 
 def _check_there(path: Path, reader: str) -> None:

@@ -4,7 +4,7 @@ stages before will leave there. Imports torch only to open what an earlier stage
 from functools import partial
 from pathlib import Path
 
-from minitron_mcore.cli.main import CONF, compose
+from minitron_mcore.cli.compose import CONF, compose
 from minitron_mcore.config.stages import (
     CacheKind,
     ConvertRun,

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 from minitron_mcore.config.settings import EvaluateConfig, TrainConfig
 from minitron_mcore.config.stages import EvaluateRun, ExportRun, GenerateRun, Run, SearchRun
-from minitron_mcore.models.architecture import Architecture
 
 LARGEST_SEED = 2**32 - 1
 """NumPy's."""
@@ -75,11 +74,10 @@ def not_negative(values: Mapping[str, float]) -> Iterator[str]:
     yield from (f"{name} is {value:g}; it must be finite and at least 0." for name, value in wrong.items())
 
 
-def positions(setting: str, length: int, **models: Architecture | None) -> Iterator[str]:
-    """Sequences longer than a model's positions: beyond these its rotary embedding was never trained."""
-    for role, arch in models.items():
-        if arch and length > arch.max_positions:
+def positions(setting: str, length: int, **limits: int | None) -> Iterator[str]:
+    """Sequences longer than a model's positions (`limits`, by role): beyond these its rotary embedding was never trained."""
+    for role, limit in limits.items():
+        if limit and length > limit:
             yield (
-                f"{setting} is {length}, but the {role} has {arch.max_positions} positions (max_position_embeddings): give at most "
-                f"{arch.max_positions}."
+                f"{setting} is {length}, but the {role} has {limit} positions (max_position_embeddings): give at most {limit}."
             )

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from minitron_mcore.checkpoint import run_folder
-from minitron_mcore.cli.main import plain
 from minitron_mcore.config import ranges
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import DepthMetric
 from minitron_mcore.config.stages import DepthRun
 from minitron_mcore.data.text_reader import Limits
@@ -111,14 +111,14 @@ def run(config: DepthRun) -> None:
     settings = config.depth
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
     arch, blocks = source.arch, source.arch.blocks
-    length = ranges.positions("depth.sequence_length", settings.sequence_length, model=arch)
+    length = ranges.positions("depth.sequence_length", settings.sequence_length, model=arch.max_positions)
     refuse([*study.problems(config, blocks), *length])
     with process_groups.agreed():
         words = open_tokenizer(config.data, source.hf, arch.vocab)
         windows = _windows(config, words)
         questions = read(settings.choices, settings.limit, Limits.of(config.data)) if settings.choices else []
         cosines = _cosines(config, source)
-    with run_folder.claimed(config.out_dir, plain(config), resume=True):
+    with run_folder.claimed(config.out_dir, run_identity(config), resume=True):
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
         quiz = Quiz(model, arch, questions, words, settings.micro_batch) if questions else None
         points = Points(

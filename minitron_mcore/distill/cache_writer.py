@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minitron_mcore.checkpoint import disk, run_folder, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.cli.main import plain
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.data import datasets
@@ -36,7 +36,7 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
             or text.
     """
     refuse(checks.cache(config, teacher.arch))
-    with run_folder.claimed(config.out_dir, plain(config), resume=True):
+    with run_folder.claimed(config.out_dir, run_identity(config), resume=True):
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
         samples = {"seed": config.data.seed, "sequence_length": config.sequence_length, "num_samples": config.samples}
         recording = Recording(config, teacher, datasets.order_hash(prefixes, weights, **samples))

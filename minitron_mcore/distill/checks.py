@@ -6,6 +6,7 @@ from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import DistillConfig, Divergence, ParallelConfig, StatesConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.distill import vocabulary
+from minitron_mcore.models import sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
 
@@ -34,8 +35,8 @@ def state_routes(
 ) -> Iterator[Route]:
     """The route of each pair; `other`: the teacher's layout, where it is not the student's."""
     for own, theirs in pairs:
-        source = layout.block_rank(teacher, other or parallel, max(theirs, 0))
-        yield theirs, source, layout.block_rank(student, parallel, max(own, 0))
+        source = sharding.block_rank(teacher, other or parallel, max(theirs, 0))
+        yield theirs, source, sharding.block_rank(student, parallel, max(own, 0))
 
 
 def state_problems(
@@ -82,7 +83,7 @@ def teacher_problems(
         return
     own = config.teacher_parallel or parallel
     world = config.teacher_ranks or dp_size * parallel.tensor * parallel.pipeline * parallel.context
-    found = list(layout.problems(own, world, config.sequence_length)) or list(layout.model_problems(teacher, own))
+    found = list(layout.problems(own, world, config.sequence_length)) or list(sharding.model_problems(teacher, own))
     yield from (f"distill.teacher_parallel: {problem}" for problem in found)
 
 
@@ -111,7 +112,12 @@ def problems(
         yield f"bad_loss_limit is {config.bad_loss_limit}; it must be at least 1."
     yield from ranges.training(config)
     yield from ranges.not_negative({"kd_weight": config.kd_weight, "lm_weight": config.lm_weight})
-    yield from ranges.positions("sequence_length", config.sequence_length, student=student, teacher=teacher)
+    yield from ranges.positions(
+        "sequence_length",
+        config.sequence_length,
+        student=student.max_positions,
+        teacher=teacher and teacher.max_positions,
+    )
     if config.kd_weight == config.lm_weight == config.states.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)
@@ -156,7 +162,7 @@ def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
     for name in ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples"):
         if getattr(config, name) < 1:
             yield f"{name} is {getattr(config, name)}; it must be at least 1."
-    yield from ranges.positions("sequence_length", config.sequence_length, teacher=teacher)
+    yield from ranges.positions("sequence_length", config.sequence_length, teacher=teacher.max_positions)
     if config.kind == CacheKind.topk and not 1 <= config.top_k < teacher.vocab:
         yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."
 

@@ -8,56 +8,24 @@ out_dir/
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
 
 from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.config.settings import BadLoss, TrainConfig
+from minitron_mcore.distill.bad_step import BadStep
+from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import HUNG_STATUS, NotFinite
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.hang_watchdog import Watch
 from minitron_mcore.parallel.schedule import Batch
 
-if TYPE_CHECKING:
-    from minitron_mcore.distill.trainer import Trainer
-
 FOLDER, REPORT = "bad_batches", "failure.json"
 _KEPT = ("tokens", "labels", "loss_mask")
-
-
-class BadStep(Exception):
-    """A step that cannot be taken, on all ranks alike; weights, optimizer and schedule are those of the step before.
-
-    `what` is "loss", which the micro-batches' own statistics show, "gradient", or another sum; `sums` are these statistics on
-    last-stage ranks, empty elsewhere.
-    """
-
-    def __init__(self, what: str, value: float, sums: list[Tensor]):
-        super().__init__(f"{what} {value}")
-        self.what, self.value, self.sums = what, value, sums
-
-
-def guard_gradient(optimizer) -> None:
-    """Make a ChainedOptimizer of megatron-core raise BadStep where the gradient's norm over all ranks is not finite.
-
-    It takes the norm before it changes anything, but goes on whatever the norm is.
-    """
-    norm_of = optimizer.get_grad_norm
-
-    def checked() -> float:
-        norm = float(norm_of())
-        if not math.isfinite(norm):
-            raise BadStep("gradient", norm, [])
-        return norm
-
-    optimizer.get_grad_norm = checked
 
 
 class Guard:
@@ -68,7 +36,7 @@ class Guard:
         _forget(out_dir)
 
     def step(
-        self, trainer: "Trainer", batches: list[Batch], fed: Sequence[Batch] | None = None
+        self, trainer: Trainer, batches: list[Batch], fed: Sequence[Batch] | None = None
     ) -> dict[str, float] | None:
         """`trainer.train_step(batches, fed)`; None where the step was skipped (collective).
 
@@ -84,7 +52,7 @@ class Guard:
         self.in_a_row = 0
         return figures
 
-    def _judge(self, bad: BadStep, trainer: "Trainer", batches: list[Batch]) -> None:
+    def _judge(self, bad: BadStep, trainer: Trainer, batches: list[Batch]) -> None:
         """Return where the run may go on."""
         self.in_a_row += 1
         step = trainer.step + 1
@@ -139,7 +107,7 @@ class Guard:
         return str(path)
 
 
-def watched(trainer: "Trainer", out_dir: Path) -> Watch:
+def watched(trainer: Trainer, out_dir: Path) -> Watch:
     """Ends the job when a rank hangs between entering and leaving (see `Watch`)."""
 
     def told(message: str, ranks: list[int]) -> None:

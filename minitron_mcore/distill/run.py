@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minitron_mcore.checkpoint import lineage, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.cli.main import plain
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import datasets
@@ -18,7 +18,6 @@ from minitron_mcore.distill import loop, vocabulary
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.trainer import Trainer, check, fingerprint
 from minitron_mcore.errors import UserError
-from minitron_mcore.estimate import announce
 from minitron_mcore.models import layer_spec
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.schedule import Batch
@@ -49,16 +48,11 @@ def train(
         UserError: see `train.check`, `data.prepare`, `Cache.check` and `checkpoint.claimed`; students of several vocabularies.
     """
     config, first = configs[0], students[0]
-    _check(config, settings, students, teacher)
+    check_run(config, settings, students, teacher)
     with contextlib.ExitStack() as claims:
-        held = [run_folder.claimed(each.out_dir, plain(each), resume=True) for each in configs]
+        held = [run_folder.claimed(each.out_dir, run_identity(each), resume=True) for each in configs]
         resumed = [claims.enter_context(claim) for claim in held]
         process_groups.log(layer_spec.describe())
-        archs = [student.arch for student in students]
-        cached = (teacher.kind, teacher.index["top_k"]) if isinstance(teacher, Cache) else None
-        announce.tell(
-            archs, teacher and teacher.arch, settings, config.parallel, config.dtype, cached, config.performance
-        )
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = datasets.prepare(config.data, first.hf, vocab)
         text = {"files": config.data.train, "hash": datasets.data_hash(prefixes)}
@@ -77,7 +71,7 @@ def train(
             _describe(each, settings, student, teacher, text)
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
         batches = datasets.train_batches(prefixes, weights, **behind.data_position(config.data))
-        if behind.teacher and behind.step == 0 and not (cached and teacher.kind == CacheKind.topk):
+        if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _probed(behind, batches, vocab)
         figures = [[] for _ in trainers]
         for stop in looks or (settings.stop_after,):
@@ -96,7 +90,7 @@ def train(
             _show(folder, student, rows)
 
 
-def _check(
+def check_run(
     config: StageRun, settings: DistillConfig, students: Sequence[Checkpoint], teacher: Checkpoint | None
 ) -> None:
     """Raises UserError: see `train.check`; students of several vocabularies."""
@@ -138,7 +132,7 @@ def _describe(
         "ancestry": student.lineage,
         "teacher": teacher and teacher.lineage,
     }
-    name = fingerprint(student, teacher, plain(config), text["hash"])
+    name = fingerprint(student, teacher, run_identity(config), text["hash"])
     run_folder.describe(config.out_dir, student.arch, name, parents, student.hf, **details)
 
 

@@ -13,18 +13,16 @@ from torch import Tensor, nn
 
 from minitron_mcore.checkpoint import run_folder, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint, Shard
-from minitron_mcore.config import performance as options
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
-from minitron_mcore.distill import checks, failures, optimizer_state, vocabulary
+from minitron_mcore.distill import bad_step, checks, optimizer_state, vocabulary
 from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.hidden_state_loss import States
 from minitron_mcore.distill.loss_fn import Objective
 from minitron_mcore.distill.remote_teacher import DistantTeacher
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
-from minitron_mcore.estimate import memory
-from minitron_mcore.models import build, tuning
+from minitron_mcore.models import build, flops, performance_checks, tuning
 from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
 
@@ -50,7 +48,9 @@ def check(
         *checks.problems(student.arch, teacher and teacher.arch, config, parallel, process_groups.dp_group().size())
     ]
     live = None if isinstance(teacher, Cache) else teacher and teacher.arch
-    found += options.problems(performance, student.arch, live, config, parallel, Dtype(dtype), tuning.installed())
+    found += performance_checks.problems(
+        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.installed()
+    )
     found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
     found += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
     refuse(found)
@@ -143,7 +143,7 @@ class Trainer:
             [*self.chunks, *(self.states.trained if self.states else [])],
             use_gloo_process_groups=False,
         )
-        failures.guard_gradient(optimizer)
+        bad_step.guard_gradient(optimizer)
         return optimizer
 
     def data_position(self, data: DataConfig) -> dict:
@@ -188,18 +188,18 @@ class Trainer:
             sums += part
         kd, lm, entropy, tokens = self._total(sums).tolist()
         if not math.isfinite(kd + lm + tokens):
-            raise failures.BadStep("loss", kd + lm + tokens, parts)
+            raise bad_step.BadStep("loss", kd + lm + tokens, parts)
         states = {}
         if self.states:
             states = {"states_loss": self.states.total() / max(tokens, 1.0), "states_weight": self.states.weight}
             if not math.isfinite(states["states_loss"]):
-                raise failures.BadStep("loss of intermediate states", states["states_loss"], parts)
+                raise bad_step.BadStep("loss of intermediate states", states["states_loss"], parts)
         self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
         try:
             norm = self.optimizer.step()[1] if tokens else 0.0
-        except failures.BadStep as bad:
+        except bad_step.BadStep as bad:
             self.scheduler.step(increment=-1)
-            raise failures.BadStep(bad.what, bad.value, parts) from None
+            raise bad_step.BadStep(bad.what, bad.value, parts) from None
         self.step += 1
         if states:
             taught = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
@@ -215,8 +215,8 @@ class Trainer:
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": count / seconds,
-            "student_tflops": 3 * memory.forward_flops(self.arch, length) * count / seconds / 1e12,
-            "teacher_tflops": memory.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
+            "student_tflops": 3 * flops.forward_flops(self.arch, length) * count / seconds / 1e12,
+            "teacher_tflops": flops.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
             if isinstance(self.teacher, Teacher)
             else 0.0,
         }

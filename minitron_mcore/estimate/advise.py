@@ -34,6 +34,7 @@ from minitron_mcore.config.settings import DistillConfig, ParallelConfig
 from minitron_mcore.config.stages import CacheKind
 from minitron_mcore.distill import checks
 from minitron_mcore.estimate import memory, run_memory
+from minitron_mcore.models import flops, sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
 
@@ -90,7 +91,7 @@ def _candidates(
             continue
         dp = world // (tp * pp * cp)
         checked = (checks.problems(student, teacher, training, parallel, dp) for student in students)
-        if not any(any(layout.model_problems(model, parallel)) for model in models) and not any(map(any, checked)):
+        if not any(any(sharding.model_problems(model, parallel)) for model in models) and not any(map(any, checked)):
             yield parallel
 
 
@@ -162,8 +163,8 @@ class _Passes:
 def _operations(passes: _Passes, setting: memory.Setting, stage: int) -> float:
     """Of a micro-batch on a pipeline stage, over all of its ranks."""
     arch = passes.arch
-    share = sum(map(len, layout.rank_chunks(arch, setting.parallel, stage))) / arch.blocks
-    body = memory.forward_flops(arch, setting.sequence_length, head=False)
+    share = sum(map(len, sharding.rank_chunks(arch, setting.parallel, stage))) / arch.blocks
+    body = flops.forward_flops(arch, setting.sequence_length, head=False)
     ends = 2 * arch.vocab * arch.hidden * (stage == setting.last)
     return setting.micro_batch * setting.sequence_length * (passes.blocks * share * body + passes.head * ends)
 
@@ -171,7 +172,7 @@ def _operations(passes: _Passes, setting: memory.Setting, stage: int) -> float:
 def _sent(passes: _Passes, setting: memory.Setting) -> dict[str, float]:
     """Bytes that a GPU of the fullest stage sends for a micro-batch through one model, but for the data-parallel ones."""
     arch, trained, p, b = passes.arch, passes.trained, setting.parallel, setting.element
-    fullest = set(layout.stage_blocks(arch, p)[0])
+    fullest = set(sharding.stage_blocks(arch, p)[0])
     parts = [part for block, part in arch.layers if block in fullest]
     attention, mlp = parts.count("attention"), parts.count("mlp")
     states = b * arch.hidden * setting.tokens / p.tensor

@@ -24,7 +24,6 @@ CUDA's own context, NCCL's buffers and the allocator's holes come on top.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -33,9 +32,8 @@ from dataclasses import dataclass, field
 from minitron_mcore.config.performance import PerformanceConfig, Recompute, RecomputeMethod
 from minitron_mcore.config.settings import Device, Dtype, ParallelConfig
 from minitron_mcore.distill import checks, tile_sizes
-from minitron_mcore.models import parameter_table
+from minitron_mcore.models import attention_band, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import layout
 
 GIB = 2**30
 
@@ -81,7 +79,7 @@ def parameters(arch: Architecture, setting: Setting, stage: int) -> tuple[int, i
     """Parameters in the memory of a rank of a pipeline stage, padding included: (experts' own, all others)."""
     tp, own = setting.parallel.tensor, range(arch.experts // setting.parallel.expert)
     counts = [0, 0]
-    for parameter in layout.held(arch, setting.parallel, stage, own):
+    for parameter in sharding.held(arch, setting.parallel, stage, own):
         counts[parameter.expert is None] += local_elements(parameter, tp)
     if arch.tied and 0 < stage == setting.last:
         counts[True] += parameter_table.padded_vocab(arch, tp) // tp * arch.hidden  # its copy of the embedding table
@@ -124,7 +122,7 @@ def _owned(setting: Setting, counts: tuple[int, int], distributed: bool) -> floa
 def matrices(arch: Architecture, setting: Setting, stage: int) -> int:
     """A rank's weights of the matrices in its layers, which is what runs in 8 bits."""
     own = range(arch.experts // setting.parallel.expert)
-    inside = (p for p in layout.held(arch, setting.parallel, stage, own) if p.block is not None and len(p.shape) == 2)
+    inside = (p for p in sharding.held(arch, setting.parallel, stage, own) if p.block is not None and len(p.shape) == 2)
     return sum(local_elements(parameter, setting.parallel.tensor) for parameter in inside)
 
 
@@ -203,7 +201,7 @@ def attention_masks(arch: Architecture, setting: Setting) -> float:
         ends = ((rank + 1) * part, (2 * context - rank) * part) if context > 1 else (length,)
         windows = {(end, min(arch.window or end, end)) for end in ends}
         bands = {
-            (window, *layout.attention_band(part, end, window))
+            (window, *attention_band.attention_band(part, end, window))
             for end, window in windows
             if (part, window) != (end, end)
         }
@@ -241,7 +239,7 @@ def activations(arch: Architecture, setting: Setting, stage: int, micro_batches:
     kept = [
         recomputation(arch, setting, blocks)[0]
         + border * ((stage + v > 0 and not full) + (stage < setting.last or v < chunks - 1))
-        for v, blocks in enumerate(layout.rank_chunks(arch, setting.parallel, stage))
+        for v, blocks in enumerate(sharding.rank_chunks(arch, setting.parallel, stage))
     ]
     if stage == setting.last:
         kept[-1] += (_norm(arch.hidden, arch, setting) * setting.tokens) / setting.sharers
@@ -324,23 +322,6 @@ def block_workspace(arch: Architecture, setting: Setting) -> float:
     return setting.element * (setting.tokens * (2 * arch.hidden + 3 * arch.ffn * share) + arch.hidden * arch.ffn / tp)
 
 
-@functools.cache
-def matrix_parameters(arch: Architecture) -> int:
-    """Weights of the matrices that one token is multiplied with in all blocks."""
-    share = arch.experts_per_token / arch.experts if arch.experts else 1
-    inside = (p for p in parameter_table.parameters(arch) if p.block is not None and len(p.shape) == 2)
-    return round(sum(math.prod(p.shape) * (1 if p.expert is None else share) for p in inside))
-
-
-def forward_flops(arch: Architecture, sequence_length: int, head: bool = True) -> float:
-    """Of one token, on average over a sequence: two a weight of every matrix that it meets, and attention's two products over
-    the positions that the causal mask (and the window) leaves. A training step is three times that."""
-    window = min(arch.window or sequence_length, sequence_length)
-    attended = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
-    weights = matrix_parameters(arch) + head * arch.vocab * arch.hidden
-    return 2 * weights + 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * attended
-
-
 def training(
     student: Architecture,
     teacher: Architecture | None,
@@ -386,7 +367,7 @@ def training(
         if not (setting.performance.grad_reduce_in_fp32 or setting.performance.precision_aware_optimizer):
             aside = max(aside, 4 * _owned(setting, parameters(student, setting, stage), distributed))
         row["activations"] = activations(student, setting, stage, micro_batches)
-        rank_chunks = layout.rank_chunks(student, setting.parallel, stage)
+        rank_chunks = sharding.rank_chunks(student, setting.parallel, stage)
         work = block_workspace(student, setting) + max(recomputation(student, setting, own)[1] for own in rank_chunks)
         if wanted:
             work = max(work, states_workspace(teacher, setting))

@@ -5,8 +5,8 @@ import math
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.config.settings import Device
 from minitron_mcore.estimate.memory import Setting, local_elements, states
+from minitron_mcore.models import sharding
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import layout
 
 
 def saving(arch: Architecture, setting: Setting, stage: int, distributed: bool, background: bool = False) -> int:
@@ -22,6 +22,6 @@ def saving(arch: Architecture, setting: Setting, stage: int, distributed: bool, 
         return buffers
     elements = disk.PIECE_ELEMENTS
     if not distributed:
-        tensors = layout.held(arch, setting.parallel, stage, range(arch.experts // setting.parallel.expert))
+        tensors = sharding.held(arch, setting.parallel, stage, range(arch.experts // setting.parallel.expert))
         elements = max(local_elements(parameter, setting.parallel.tensor) for parameter in tensors)
     return buffers + disk.THREADS * 4 * elements

@@ -266,7 +266,11 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
     source, parallel = config.source, config.parallel
     if os.path.isfile(os.path.join(source, "model.json")):
         found = run_folder.open_checkpoint(source)
-        refuse(ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, model=found.arch))
+        refuse(
+            ranges.positions(
+                "evaluate.sequence_length", config.evaluate.sequence_length, model=found.arch.max_positions
+            )
+        )
         with process_groups.agreed():
             tokenizer = open_tokenizer(config.data, found.hf, found.arch.vocab)
         return ShardedModel(run_folder.build_model(found, parallel, config.dtype.value), found.arch), tokenizer

@@ -14,10 +14,10 @@ from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
 from minitron_mcore.checkpoint import lineage
+from minitron_mcore.checkpoint.hf_assets import LICENCES
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
 from minitron_mcore.data.datasets import parse_blend
 from minitron_mcore.export import serving_compat
-from minitron_mcore.formats.hf_folder import LICENCES
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning import apply

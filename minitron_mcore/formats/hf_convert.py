@@ -9,9 +9,9 @@ from torch import Tensor
 from minitron_mcore.checkpoint import run_folder, streaming
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.formats.hf_folder import Folder, Weights, Writer
-from minitron_mcore.models import architecture, build, parameter_table
+from minitron_mcore.models import architecture, build, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import layout, process_groups
+from minitron_mcore.parallel import process_groups
 
 
 def import_folder(
@@ -62,7 +62,7 @@ def read(weights: Weights, hashing: bool, parameter: parameter_table.Parameter, 
 
 def stage_parameters(arch: Architecture, parallel: ParallelConfig) -> Iterator[parameter_table.Parameter]:
     """Parameters of this rank's pipeline stages, of the experts only its own."""
-    return layout.held(arch, parallel, process_groups.pp_group().rank(), process_groups.own_experts(arch.experts))
+    return sharding.held(arch, parallel, process_groups.pp_group().rank(), process_groups.own_experts(arch.experts))
 
 
 def replica(parameter: parameter_table.Parameter) -> tuple[int, int]:

@@ -16,23 +16,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minitron_mcore.checkpoint import disk
+from minitron_mcore.checkpoint.hf_assets import place, shipped, tensor_bytes
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, hf_config, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
 
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*")
-SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "README.md", *LICENCES)
 CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 MAX_FILE_BYTES = 5 * 10**9
 HASH_ELEMENTS = 8 << 20
-
-
-def shipped(path: Path) -> list[Path]:
-    """Config, tokenizer and generation files of a Hugging Face folder."""
-    files = {file for pattern in SHIPPED for file in path.glob(pattern)}
-    indices = ("*.index.json", "model-*.json")  # the latter are ModelOpt's, one a file
-    return sorted(file for file in files if not any(file.match(pattern) for pattern in indices))
 
 
 class Weights(ABC):
@@ -178,7 +170,7 @@ class Folder(Weights):
         for name in parameter.hf:
             length, *rest = self.slice(name).get_shape()
             step = max(1, HASH_ELEMENTS // int(np.prod(rest)))
-            yield name, (raw(self.slice(name)[low : low + step]) for low in range(0, length, step))
+            yield name, (tensor_bytes(self.slice(name)[low : low + step]) for low in range(0, length, step))
 
 
 def _files(path: Path) -> list[str]:
@@ -271,7 +263,7 @@ class Writer:
 def _bytes(makes: Iterable[Callable[[], Tensor]], dtype: torch.dtype, order: Tensor | None = None) -> np.ndarray:
     parts = [make() for make in makes]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return raw((whole if order is None else whole[order]).to(dtype))
+    return tensor_bytes((whole if order is None else whole[order]).to(dtype))
 
 
 def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.dtype) -> None:
@@ -284,13 +276,6 @@ def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.d
             shutil.copyfile(file, target)
     config = architecture.to_hf(arch, hf_config.read_json(source / "config.json"), str(dtype).removeprefix("torch."))
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def place(file: Path, source: Path, out_dir: Path) -> Path:
-    """Where a file of `source` goes in `out_dir`, in a folder that is there."""
-    target = out_dir / file.relative_to(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
 
 
 def write_tokenizer_config(source: Path, target: Path) -> None:
@@ -353,8 +338,3 @@ class _Parts:
         """Let a full file reach the disk while the next one fills."""
         if self.file:
             self.closed.append(self.closer.submit(self.file.close))
-
-
-def raw(tensor: Tensor) -> np.ndarray:
-    """A tensor's bytes."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy()

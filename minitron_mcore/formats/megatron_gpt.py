@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.checkpoint import run_folder, safe_metadata, streaming
+from minitron_mcore.checkpoint.hf_assets import tensor_bytes
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.formats import hf_convert
-from minitron_mcore.formats.hf_folder import CODES, Weights, raw, write_config
+from minitron_mcore.formats.hf_folder import CODES, Weights, write_config
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
@@ -145,7 +146,7 @@ class Folder(Weights):
 
     def stored(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
         """A whole parameter under the table's name, so that the same weights have the same fingerprint in any variant."""
-        yield parameter.name, [raw(self.read(parameter, (0,) * len(parameter.shape), parameter.shape))]
+        yield parameter.name, [tensor_bytes(self.read(parameter, (0,) * len(parameter.shape), parameter.shape))]
 
     def describe(self) -> str:
         """One line: which checkpoint was chosen."""

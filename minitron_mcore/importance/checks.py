@@ -12,7 +12,7 @@ def problems(arch: Architecture, config: ImportanceConfig, dp_size: int) -> Iter
     model doesn't have."""
     sizes = {name: getattr(config, name) for name in ("samples", "sequence_length", "micro_batch")}
     yield from (f"importance.{name} is {size}; it must be at least 1." for name, size in sizes.items() if size < 1)
-    yield from ranges.positions("importance.sequence_length", config.sequence_length, model=arch)
+    yield from ranges.positions("importance.sequence_length", config.sequence_length, model=arch.max_positions)
     if 1 <= config.samples < dp_size:
         yield f"importance.samples is {config.samples}, fewer than the {dp_size} data-parallel ranks: give at least that many."
     yield from statistic_problems(arch, config)

@@ -12,8 +12,8 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.models import layer_spec, tuning
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.parameter_table import padded_vocab
+from minitron_mcore.models.sharding import check_shardable, stage_blocks
 from minitron_mcore.parallel import process_groups
-from minitron_mcore.parallel.layout import check_shardable, stage_blocks
 
 from megatron.core.activations import squared_relu  # isort: skip
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip

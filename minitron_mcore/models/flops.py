@@ -4,8 +4,10 @@ reading a prompt and of writing on. No torch import. Parameters are counted in `
 An operation is a multiplication or an addition; norms, activations and the softmax are left out, as is usual.
 """
 
+import functools
+import math
+
 from minitron_mcore.config.settings import BudgetConfig, Storage
-from minitron_mcore.estimate import memory
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 
@@ -26,14 +28,14 @@ def kv_cache_bytes(arch: Architecture, context: int = 1, batch: int = 1, storage
 
 def prefill_flops(arch: Architecture, context: int, batch: int = 1) -> int:
     """Of reading `batch` prompts of `context` tokens; only the last token of each goes through the output head."""
-    body = context * memory.forward_flops(arch, context, head=False)
+    body = context * forward_flops(arch, context, head=False)
     return round(batch * (body + 2 * arch.vocab * arch.hidden))
 
 
 def decode_flops(arch: Architecture, context: int, batch: int = 1) -> int:
     """Of one more token for each of `batch` sequences, which attends to `context` positions, its own among them."""
     attended = min(context, arch.window or context)
-    weights = memory.matrix_parameters(arch) + arch.vocab * arch.hidden
+    weights = matrix_parameters(arch) + arch.vocab * arch.hidden
     return batch * (2 * weights + 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * attended)
 
 
@@ -48,3 +50,20 @@ def figures(arch: Architecture, budget: BudgetConfig) -> dict[str, int]:
         "prefill_flops": prefill_flops(arch, context, batch),
         "decode_flops": decode_flops(arch, context, batch),
     }
+
+
+@functools.cache
+def matrix_parameters(arch: Architecture) -> int:
+    """Weights of the matrices that one token is multiplied with in all blocks."""
+    share = arch.experts_per_token / arch.experts if arch.experts else 1
+    inside = (p for p in parameter_table.parameters(arch) if p.block is not None and len(p.shape) == 2)
+    return round(sum(math.prod(p.shape) * (1 if p.expert is None else share) for p in inside))
+
+
+def forward_flops(arch: Architecture, sequence_length: int, head: bool = True) -> float:
+    """Of one token, on average over a sequence: two a weight of every matrix that it meets, and attention's two products over
+    the positions that the causal mask (and the window) leaves. A training step is three times that."""
+    window = min(arch.window or sequence_length, sequence_length)
+    attended = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+    weights = matrix_parameters(arch) + head * arch.vocab * arch.hidden
+    return 2 * weights + 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * attended

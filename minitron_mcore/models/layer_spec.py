@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.parallel import cpu_backend, layout, process_groups
+from minitron_mcore.models import attention_band
+from minitron_mcore.parallel import cpu_backend, process_groups
 
 cpu_backend.prepare()
 
@@ -130,13 +131,13 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int, sca
     """
     groups, before = key.shape[2], len(key) - len(query)
     heads = query.shape[2] // groups
-    size, most = layout.attention_band(len(query), len(key), window)
+    size, most = attention_band.attention_band(len(query), len(key), window)
     band, parts = _band(size, most, window, heads, query.dtype, query.device), []
     k, v = (x.permute(1, 2, 0, 3) for x in (key, value))
     for first in range(0, len(query), size):
         q = query[first : first + size].unflatten(2, (groups, heads)).permute(1, 2, 3, 0, 4)
         rows, end = q.shape[3], before + first + q.shape[3]
-        start = max(0, before + first + 1 - window) // layout.BAND_ALIGNMENT * layout.BAND_ALIGNMENT
+        start = max(0, before + first + 1 - window) // attention_band.BAND_ALIGNMENT * attention_band.BAND_ALIGNMENT
         mask = band[:, size - rows :, most - (end - start) :].flatten(0, 1)
         with sdpa_kernel(MASKED) if q.is_cuda else contextlib.nullcontext():
             out = nn.functional.scaled_dot_product_attention(

@@ -19,15 +19,11 @@ An expert's own tensors lie whole on the expert-parallel rank that holds the exp
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.families import Row
-
-if TYPE_CHECKING:
-    from minitron_mcore.pruning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -58,12 +54,6 @@ class Parameter:
     def hf_shapes(self) -> list[tuple[int, ...]]:
         """Shape of each Hugging Face tensor behind this parameter, in packing order."""
         return [(rows, *self.shape[1:]) for rows in hf_rows(self.row.axes[0], self.arch)]
-
-    def at(self, plan: "Plan") -> "Parameter":
-        """What a plan makes of this parameter of its source, which it must keep: the target's, blocks and experts renumbered."""
-        block = None if self.block is None else plan.blocks.index(self.block)
-        expert = None if self.expert is None else list(plan.experts[self.block]).index(self.expert)
-        return Parameter(self.row, plan.target, block, expert)
 
 
 def parameters(arch: Architecture) -> Iterator[Parameter]:
@@ -132,49 +122,3 @@ def ranges(axis: str, arch: Architecture, tp_rank: int, tp_size: int) -> list[tu
 def padded_vocab(arch: Architecture, tp_size: int) -> int:
     """Rows of the embedding table in memory: the next multiple of `tp_size`."""
     return -(-arch.vocab // tp_size) * tp_size
-
-
-def keeps(plan: "Plan", parameter: Parameter) -> bool:
-    """True where anything of a parameter of the plan's source is kept."""
-    if parameter.block is not None and parameter.block not in plan.having(parameter.row.part):
-        return False
-    return parameter.expert is None or parameter.expert in plan.experts[parameter.block]
-
-
-def kept(axis: str, plan: "Plan", block: int | None = None, expert: int | None = None) -> np.ndarray:
-    """Positions of the source's axis that a plan keeps, ascending (int64)."""
-    arch = plan.source
-    if axis == "hidden":
-        return np.asarray(plan.hidden)
-    if axis in ("vocab", "head_dim"):
-        return np.arange(size(axis, arch))
-    if axis == "experts":
-        return np.asarray(list(plan.experts[block]))
-    if axis in ("ffn", "glu"):
-        ffn = np.asarray(plan.ffn[block] if expert is None else plan.experts[block][expert])
-        return ffn if axis == "ffn" else np.concatenate([ffn, arch.ffn + ffn])
-    heads = _spread(np.asarray(plan.heads[block]), arch.head_dim)
-    if axis == "heads":
-        return heads
-    keys = _spread(np.asarray(plan.groups[block]), arch.head_dim)
-    starts = np.cumsum((0, *hf_rows("qkv", arch)[:-1]))
-    keep = np.zeros(size("qkv", arch), dtype=bool)
-    for start, rows in zip(starts, (heads, keys, keys), strict=True):
-        keep[start + rows] = True
-    return np.flatnonzero(keep[packing("qkv", arch)])
-
-
-def partners(plan: "Plan", block: int) -> np.ndarray:
-    """For each position of the source's axis qkv, the position of the dropped query head that is merged into it (see
-    `Plan.merged`); its own where there is none (int64)."""
-    arch = plan.source
-    at = np.argsort(packing("qkv", arch))  # of each Hugging Face row
-    found = np.arange(size("qkv", arch))
-    for pair in plan.merged.get(block, {}).items():
-        stays, goes = (at[_spread(np.asarray([head]), arch.head_dim)] for head in pair)
-        found[stays] = goes
-    return found
-
-
-def _spread(units: np.ndarray, width: int) -> np.ndarray:
-    return (units[:, None] * width + np.arange(width)).reshape(-1)

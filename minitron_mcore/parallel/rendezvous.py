@@ -69,3 +69,8 @@ def _number(text: str) -> int | None:
 
 def _is(names: list[str]) -> str:
     return "is" if len(names) == 1 else "are"
+
+
+def is_rank_zero() -> bool:
+    """True on the one process that does a stage which needs no others; the rest of a torchrun world has nothing to do."""
+    return int(os.environ.get("RANK", 0)) == 0

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import hang_watchdog, process_groups
 from minitron_mcore.parallel.layout import Place
 
@@ -39,7 +38,7 @@ def positions(length: int, parallel: ParallelConfig, place: Place) -> Tensor:
 
 
 def forward(
-    model: Model, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None], headless: bool = True
+    model: nn.Module, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None], headless: bool = True
 ) -> None:
     """Forward passes over micro-batches, through whatever pipeline the model is laid out in (collective).
 

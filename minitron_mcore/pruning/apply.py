@@ -24,6 +24,7 @@ from minitron_mcore.formats import hf_convert
 from minitron_mcore.formats.hf_folder import Folder, Writer
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.pruning import index_maps
 from minitron_mcore.pruning.plan import FILE, Plan
 
 BITS = {2: torch.int16, 4: torch.int32}
@@ -98,7 +99,7 @@ def _kept(
 ) -> Tensor:
     """What a plan keeps of the source's parameter, in a box of the target's."""
     keeps = [
-        parameter_table.kept(axis, plan, parameter.block, parameter.expert)[low : low + length]
+        index_maps.kept(axis, plan, parameter.block, parameter.expert)[low : low + length]
         for axis, low, length in zip(parameter.row.axes, offset, shape, strict=True)
     ]
     first = tuple(int(keep[0]) for keep in keeps)
@@ -190,7 +191,11 @@ def _survivors(
     plan: Plan, parameters: Iterable[parameter_table.Parameter]
 ) -> Iterator[tuple[parameter_table.Parameter, parameter_table.Parameter]]:
     """The source's parameters that a plan keeps, each with the target's that it becomes."""
-    return ((parameter, parameter.at(plan)) for parameter in parameters if parameter_table.keeps(plan, parameter))
+    return (
+        (parameter, index_maps.target_of(parameter, plan))
+        for parameter in parameters
+        if index_maps.keeps(plan, parameter)
+    )
 
 
 def select(parameter: parameter_table.Parameter, plan: Plan, box: Box) -> tuple[Box, list[np.ndarray]]:
@@ -198,7 +203,7 @@ def select(parameter: parameter_table.Parameter, plan: Plan, box: Box) -> tuple[
     dimension."""
     offset, kept = [], []
     for axis, low, length in zip(parameter.row.axes, *box, strict=True):
-        keep = parameter_table.kept(axis, plan, parameter.block, parameter.expert)
+        keep = index_maps.kept(axis, plan, parameter.block, parameter.expert)
         first, last = np.searchsorted(keep, [low, low + length])
         offset.append(int(first))
         kept.append(keep[first:last] - low)
@@ -213,7 +218,7 @@ def _cut(
     if parameter.row.axes[0] != "qkv" or parameter.block not in plan.merged:
         return data
     rows = box[0][0] + kept[0]
-    others = parameter_table.partners(plan, parameter.block)[rows]
+    others = index_maps.partners(plan, parameter.block)[rows]
     if not (merged := np.flatnonzero(others != rows)).size:
         return data
     # A partner lies in the same group, so on the same tensor-parallel rank, but not always in the same box.

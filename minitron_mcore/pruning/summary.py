@@ -6,6 +6,7 @@ import math
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.parameter_table import Parameter
+from minitron_mcore.pruning import index_maps
 from minitron_mcore.pruning.plan import Plan
 
 COUNTED_BY = {"glu": ("ffn",), "qkv": ("heads", "groups")}
@@ -70,7 +71,8 @@ def counts(plan: Plan) -> str:
 def _pairs(plan: Plan) -> list[tuple[Parameter, Parameter | None]]:
     """Each parameter of the source and what the plan makes of it; None is nothing."""
     return [
-        (p, p.at(plan) if parameter_table.keeps(plan, p) else None) for p in parameter_table.parameters(plan.source)
+        (p, index_maps.target_of(p, plan) if index_maps.keeps(plan, p) else None)
+        for p in parameter_table.parameters(plan.source)
     ]
 
 

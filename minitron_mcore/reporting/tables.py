@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron_mcore.cli.main import alone
+from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 _PIPED_WIDTH = 160
 
@@ -27,7 +27,7 @@ def cell(value: object) -> str:
 
 def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> None:
     """Print rows under the union of their keys, then the notes, on rank 0; plain text of fixed width where piped."""
-    if not alone():
+    if not is_rank_zero():
         return
     console = Console(highlight=False)
     if not console.is_terminal:

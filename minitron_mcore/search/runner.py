@@ -23,17 +23,18 @@ import torch.distributed as dist
 
 from minitron_mcore.checkpoint import run_folder, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.cli.main import plain
 from minitron_mcore.config import ranges
+from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import DistillConfig, PruneConfig
 from minitron_mcore.config.stages import DistillRun, Run, SearchRun
 from minitron_mcore.data.text_reader import Limits
 from minitron_mcore.data.tokenizer import open_tokenizer
 from minitron_mcore.depth import study
 from minitron_mcore.distill import cache
-from minitron_mcore.distill.run import train
+from minitron_mcore.distill.run import check_run, train
 from minitron_mcore.distill.trainer import Trainer, check
 from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.estimate import announce
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.models import flops
@@ -65,7 +66,7 @@ def run(config: SearchRun) -> None:
     teaches = config.search.best and config.distill.taught
     teacher = cache.open_teacher(config.teacher) if teaches else None
     ranking = Ranking(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
-    with run_folder.claimed(config.out_dir, plain(config), resume=True):
+    with run_folder.claimed(config.out_dir, run_identity(config), resume=True):
         ranking.run()
 
 
@@ -92,7 +93,11 @@ class Ranking:
         self.total = len(self.space.candidates) if self.space.combinations <= GRID else self.search.trials
         if self.search.best:
             check(source, teacher, distillation(config), config.parallel, config.dtype.value, config.performance)
-        refuse(ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, source=source.arch))
+        refuse(
+            ranges.positions(
+                "evaluate.sequence_length", config.evaluate.sequence_length, source=source.arch.max_positions
+            )
+        )
         if self.search.latency:
             latency.check(source.arch, self.search.speed)
         if not config.data.heldout:
@@ -264,7 +269,10 @@ class Ranking:
 
         gc.collect()  # see `prune.build_pruned`: the candidates before, their teacher and their optimizers
         students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
-        train(runs, distillation(config), students, self.teacher, looks, look)
+        settings = distillation(config)
+        check_run(runs[0], settings, students, self.teacher)
+        announce.print_memory(runs[0], settings, students, self.teacher)
+        train(runs, settings, students, self.teacher, looks, look)
 
     def _collect(self, candidates: list[Candidate]) -> dict:
         """The search's results as they go into search.json, best first: by loss, then by zero-shot loss."""

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from minitron_mcore.config.settings import BudgetConfig, ParallelConfig, PruneConfig, SearchConfig
 from minitron_mcore.config.stages import SearchRun
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.models import architecture, flops, parameter_table
+from minitron_mcore.models import architecture, flops, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import layout
 from minitron_mcore.pruning.target import as_count, target_architecture
 
 AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "groups": "G", "experts": "E"}
@@ -167,7 +166,7 @@ class Space:
         target = target_architecture(source, PruneConfig(**dict(changed)))
         if any(architecture.export_problems(target)):
             return None, "heads that do not divide hidden, which the Hugging Face class demands"
-        if any(layout.model_problems(target, self.parallel)):
+        if any(sharding.model_problems(target, self.parallel)):
             return None, "not divided by parallel.*"
         return Candidate(target, changed), None
 
