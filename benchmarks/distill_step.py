@@ -142,15 +142,18 @@ def profile(trainer, batches: list[dict]) -> dict:
 
         return run
 
-    feed, finalize = trainer.teacher.feed, config.finalize_model_grads_func
+    add_teacher_outputs, finalize = trainer.teacher.add_teacher_outputs, config.finalize_model_grads_func
 
-    def fed(batches):
-        source = iter(feed(batches))
+    def with_teacher_outputs(batches):
+        source = iter(add_teacher_outputs(batches))
         following = timed("teacher's forward", lambda: next(source, None))
         while (batch := following()) is not None:
             yield batch
 
-    trainer.teacher.feed, trainer.objective = fed, timed("both heads and the loss", trainer.objective)
+    trainer.teacher.add_teacher_outputs, trainer.loss_fn = (
+        with_teacher_outputs,
+        timed("both heads and the loss", trainer.loss_fn),
+    )
     config.finalize_model_grads_func = timed("reducing gradients", finalize)
     trainer.optimizer.step = timed("optimizer", trainer.optimizer.step)
     start = clock()

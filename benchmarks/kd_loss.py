@@ -238,8 +238,8 @@ def on_rank(tokens: int, repetitions: int) -> dict[str, dict]:
             continue
         losses[name] = loss
         an_element = peak / (tokens * len(tensors[1])) - 2 * 2 * implementation.holds_logits
-        beyond = peak - sum(x.numel() * x.element_size() for x in tensors[:2])
-        peaks = {"extra_peak_bytes_per_element": an_element, "peak_bytes_beyond_gradients": beyond}
+        above_inputs = peak - sum(x.numel() * x.element_size() for x in tensors[:2])
+        peaks = {"extra_peak_bytes_per_element": an_element, "peak_bytes_beyond_gradients": above_inputs}
         figures[name] = peaks | {"collectives": collectives, "time": []}
     first.clear()
     for _ in range(repetitions):
@@ -264,12 +264,12 @@ def measure(tp: int, tokens: int, repetitions: int) -> tuple[list[Figure], dict[
             rows[name] = [next(rank[name]["failure"] for rank in found if "failure" in rank[name])]
             continue
         units = {"extra_peak_bytes_per_element": "B", "peak_bytes_beyond_gradients": "B", "collectives": "calls"}
-        peak, beyond, calls = (max(rank[name][metric] for rank in found) for metric in units)
+        peak, above_inputs, calls = (max(rank[name][metric] for rank in found) for metric in units)
         time = times[name].median().item()
-        values = zip(("time", *units), (time, peak, beyond, calls), ("s", *units.values()), strict=True)
+        values = zip(("time", *units), (time, peak, above_inputs, calls), ("s", *units.values()), strict=True)
         figures += [Figure("kd_loss", case, name, metric, value, unit) for metric, value, unit in values]
         ratio = f"{(times[name] / times['modelopt']).median():.2f}" if "modelopt" in times else ""
-        rows[name] = [f"{time * 1e3:.4g}", ratio, f"{peak:.1f}", f"{beyond / 1e9:.2f}", f"{calls:g}"]
+        rows[name] = [f"{time * 1e3:.4g}", ratio, f"{peak:.1f}", f"{above_inputs / 1e9:.2f}", f"{calls:g}"]
     return figures, rows
 
 

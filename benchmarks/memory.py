@@ -60,8 +60,8 @@ def steps(folder: Path, names: tuple[str, str], parallel: ParallelConfig) -> dic
     trainer.train_step(batches())
     with saved_bytes([*weights, *taught]) as saved:
         trainer.train_step(batches())
-    fed = (batch["teacher_hidden"] for batch in trainer.teacher.feed(batches()))
-    handed = [states.nbytes for states in fed if states is not None]
+    with_teacher_outputs = (batch["teacher_hidden"] for batch in trainer.teacher.add_teacher_outputs(batches()))
+    handed = [states.nbytes for states in with_teacher_outputs if states is not None]
     own = {weight.untyped_storage().data_ptr() for weight in weights}
     kept = [
         tensor

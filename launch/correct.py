@@ -20,7 +20,7 @@ def main(config: CorrectRun) -> None:
         config.parallel,
         config.seed,
         settings.sequence_length,
-        patience=max(settings.hang_minutes, settings.save_minutes),
+        hang_minutes=max(settings.hang_minutes, settings.save_minutes),
         timeout_minutes=config.performance.nccl_timeout_minutes,
     ):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)

@@ -20,7 +20,7 @@ def main(config: CutRun) -> None:
     if not is_rank_zero():
         return
     plan, folder = load_plan(config.plan), config.model.hf
-    with run_folder.claimed(config.out_dir, run_identity(config)):
+    with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
         apply.cut_folder(folder, plan, config.out_dir, config.dtype.value)
         taken = model_card.deliver(model_card.cut(folder, plan, config.out_dir), config.out_dir)
     tables.table("loaders (every block has the same sizes)", taken)

@@ -27,17 +27,17 @@ def main(config: DistillRun) -> None:
         config.parallel,
         config.seed,
         settings.sequence_length,
-        patience=max(settings.hang_minutes, settings.save_minutes),
+        hang_minutes=max(settings.hang_minutes, settings.save_minutes),
         timeout_minutes=config.performance.nccl_timeout_minutes,
-        apart=settings.teacher_ranks,
-        other=settings.teacher_parallel,
+        teacher_ranks=settings.teacher_ranks,
+        teacher_parallel=settings.teacher_parallel,
     ):
-        if (bridge := process_groups.bridge()) and bridge.beyond:
+        if (bridge := process_groups.bridge()) and bridge.is_teacher:
             teacher = run_folder.open_checkpoint(config.teacher, "teacher")
             return remote_teacher.serve(teacher, settings, config.parallel, config.dtype.value, config.performance)
         runs = runs or [config]
         students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
-        teacher = cache.open_teacher(config.teacher) if settings.taught else None
+        teacher = cache.open_teacher(config.teacher) if settings.needs_teacher else None
         run.check_run(runs[0], settings, students, teacher)
         announce.print_memory(runs[0], settings, students, teacher)
         run.train(runs, settings, students, teacher)

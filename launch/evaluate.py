@@ -21,7 +21,7 @@ def main(config: EvaluateRun) -> None:
 
     with process_groups.distributed(config.parallel, config.seed, config.evaluate.sequence_length):
         model, tokenizer = perplexity.open_model(config)
-        with run_folder.claimed(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
             rows = perplexity.evaluate_run(model, tokenizer, config)
             if process_groups.rank() == 0:
                 tables.write_json(

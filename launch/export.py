@@ -25,14 +25,14 @@ def main(config: ExportRun) -> None:
         options = config.parallel, dtype, config.names.value, config.vocab_multiple
         with (
             process_groups.distributed(config.parallel, config.seed),
-            run_folder.claimed(config.out_dir, run_identity(config)),
+            run_folder.claim_run_folder(config.out_dir, run_identity(config)),
         ):
             parameters = megatron_gpt.export_folder(source, config.out_dir, *options)
     elif not is_rank_zero():
         return
     else:
         architecture.check_exportable(source.arch)
-        with run_folder.claimed(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
             parameters = hf_convert.export_folder(source, config.out_dir, dtype)
             taken = model_card.deliver(model_card.exported(source), config.out_dir)
         tables.table("loaders (every block has the same sizes)", taken)

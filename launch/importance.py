@@ -22,7 +22,7 @@ def main(config: ImportanceRun) -> None:
     with process_groups.distributed(config.parallel, config.seed, settings.sequence_length):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         refuse(checks.problems(source.arch, settings, process_groups.dp_group().size()))
-        with run_folder.claimed(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
             prefixes, _ = datasets.prepare(config.data, source.hf, source.arch.vocab)
             tokens, mask = datasets.calibration(
                 prefixes,

@@ -34,7 +34,7 @@ def main(config: PlanRun) -> None:
     build.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:
         architecture.check_exportable(plan.target)
-    with run_folder.claimed(config.out_dir, run_identity(config)):
+    with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
         run_folder.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
         plots.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
     tables.table("tensors of the plan", summary.tensors(plan, config.dtype.value))

@@ -18,7 +18,7 @@ def main(config: PruneRun) -> None:
 
     with process_groups.distributed(config.parallel, config.seed):
         source, plan = run_folder.open_checkpoint(config.source), load_plan(config.plan)
-        with run_folder.claimed(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
             prune(source, plan, config.out_dir, config.parallel)
         tables.table("pruned", plan.summary(), [f"checkpoint: {config.out_dir}"])
 

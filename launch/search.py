@@ -23,7 +23,7 @@ def main(config: SearchRun) -> None:
         config.parallel,
         config.seed,
         config.evaluate.sequence_length,
-        patience=max(config.distill.hang_minutes, config.distill.save_minutes),
+        hang_minutes=max(config.distill.hang_minutes, config.distill.save_minutes),
         timeout_minutes=config.performance.nccl_timeout_minutes,
     ):
         runner.run(config)

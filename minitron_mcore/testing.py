@@ -57,8 +57,8 @@ def on_ranks(
     parallel: ParallelConfig,
     *args: Any,
     timeout: float = 300,
-    apart: int = 0,
-    other: ParallelConfig | None = None,
+    teacher_ranks: int = 0,
+    teacher_parallel: ParallelConfig | None = None,
 ) -> list:
     """`fn(*args)` on ranks 0..world_size-1 within the layout `parallel`; its results (numbers, CPU tensors) in rank order.
 
@@ -69,7 +69,9 @@ def on_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _processes().Process(target=_work, args=(rank, world_size, (parallel, apart, other), folder, fn, args))
+            _processes().Process(
+                target=_work, args=(rank, world_size, (parallel, teacher_ranks, teacher_parallel), folder, fn, args)
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -104,8 +106,10 @@ def _work(rank: int, world_size: int, laid: tuple, folder: str, fn: Callable, ar
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
     # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
-    parallel, apart, other = laid
-    world = process_groups.distributed(parallel, store=store, apart=apart, other=other)
+    parallel, teacher_ranks, teacher_parallel = laid
+    world = process_groups.distributed(
+        parallel, store=store, teacher_ranks=teacher_ranks, teacher_parallel=teacher_parallel
+    )
     with _told(rank, folder), world, _told(rank, folder):
         torch.save(fn(*args), folder / f"{rank}.result")
 

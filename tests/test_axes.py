@@ -194,10 +194,10 @@ def scores_by_hand(folder: Path, ids, arch: Architecture) -> dict[str, torch.Ten
 
     found = {"hidden": sum(total(f"{block}.{part}") for block, part in arch.layers)}
     found |= {f"blocks.{n}.block": distance(f"{n}.in", f"{n}.out") for n in range(arch.blocks)}
-    for n in arch.having("attention"):
+    for n in arch.blocks_with("attention"):
         found[f"blocks.{n}.attention"] = distance(f"{n}.in", f"{n}.mid")
         found[f"blocks.{n}.heads"] = total(f"{n}.heads", lambda x: x.unflatten(-1, (arch.heads, -1)).norm(dim=-1))
-    for n in arch.having("mlp"):
+    for n in arch.blocks_with("mlp"):
         found |= {f"blocks.{n}.mlp": distance(f"{n}.mid", f"{n}.out"), f"blocks.{n}.ffn": total(f"{n}.ffn")}
     return found
 
@@ -309,7 +309,7 @@ def test_layers_go_by_score():
         named = zip(("block", "attention", "mlp"), values, strict=True)
         scores.vectors.update({f"blocks.{n}.{kind}": torch.tensor(float(value)) for kind, value in named})
     plan = make_plan(TINY, "x", scores, PruneConfig(blocks=4, attention=0.6, mlp=3))
-    assert (plan.blocks, plan.having("attention"), plan.having("mlp")) == ([0, 2, 3, 4], [2, 3, 4], [0, 2, 4])
+    assert (plan.blocks, plan.blocks_with("attention"), plan.blocks_with("mlp")) == ([0, 2, 3, 4], [2, 3, 4], [0, 2, 4])
     assert plan.target == dataclasses.replace(TINY, blocks=4, no_attention=(0,), no_mlp=(2,))
     assert plan.notes() == [
         "dropped blocks: [1]",

@@ -76,11 +76,11 @@ def measured(checkpoint, parallel, found, rows):
     model = checkpoints.build_model(opened, parallel, "fp32")
     if process_groups.is_last_stage():  # the vocabulary's padding must have no say, whatever it holds
         model.head().data[opened.arch.vocab - process_groups.tp_group().rank() * len(model.head()) :] = 0.7
-    quiz = multiple_choice.Quiz(model, opened.arch, rows, tokenizer.load(opened.hf), 4)
-    meter = removal.Meter(model, opened.arch, found, 2, quiz)
+    scorer = multiple_choice.MultipleChoice(model, opened.arch, rows, tokenizer.load(opened.hf), 4)
+    meter = removal.Meter(model, opened.arch, found, 2, scorer)
     points = [meter(dropped) for dropped in SETS]
     with removal.skipping(model, opened.arch, [1, 2]):
-        scores = quiz.scores()
+        scores = scorer.scores()
     ids = models.tokens()
     with (
         removal.skipping(model, opened.arch, [4], ["attention"]),

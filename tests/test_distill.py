@@ -179,11 +179,11 @@ def distill_signalled(student, teacher, config, parallel, out_dir):
 
     steps, whole_step = [], Trainer.train_step
 
-    def step(self, batches, fed=None):
+    def step(self, batches, with_teacher_outputs=None):
         steps.append(self.step)
         if len(steps) == 2 and process_groups.rank() == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return whole_step(self, batches, fed)
+        return whole_step(self, batches, with_teacher_outputs)
 
     Trainer.train_step = step
     try:

@@ -120,8 +120,8 @@ def trained(folder, parallel, config, dtype):
     trainer.train_step(batches)
     with saved_bytes([*weights, *taught]) as saved:
         trainer.train_step(batches)
-    fed = (batch["teacher_hidden"] for batch in trainer.teacher.feed(batches))
-    handed = [states.nbytes for states in fed if states is not None]
+    with_teacher_outputs = (batch["teacher_hidden"] for batch in trainer.teacher.add_teacher_outputs(batches))
+    handed = [states.nbytes for states in with_teacher_outputs if states is not None]
     inner = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     own, optimizer_bytes = {weight.untyped_storage().data_ptr() for weight in weights}, 0
     for parameter, state in ((p, s) for optimizer in inner for p, s in optimizer.optimizer.state.items()):
@@ -187,7 +187,7 @@ def test_operations_are_those_that_torch_counts():
     for name, flops in on_ranks(counted, 1, ParallelConfig(), EVERY)[0].items():
         arch = EVERY[name]
         positions = [min(i + 1, arch.window or LENGTH) for i in range(LENGTH)]
-        attention = 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * sum(positions) / LENGTH
+        attention = 4 * len(arch.blocks_with("attention")) * arch.heads * arch.head_dim * sum(positions) / LENGTH
         assert flops.forward_flops(arch, LENGTH) - attention == pytest.approx(flops / (MICRO_BATCH * LENGTH)), name
 
 

@@ -62,7 +62,7 @@ def plans(draw):
     groups, kept = draw(st.integers(1, arch.groups)), draw(st.integers(1, arch.heads_per_group))
     dropped: dict[str, list[int]] = {"blocks": [], "attention": [], "mlp": []}
     for block in range(1, arch.blocks):
-        whole = block in arch.having("attention") and block in arch.having("mlp")
+        whole = block in arch.blocks_with("attention") and block in arch.blocks_with("mlp")
         gone = draw(st.sampled_from(["", "blocks", *(["attention", "mlp"] if whole else [])]))
         if gone:
             dropped[gone].append(block)
@@ -146,7 +146,7 @@ def test_the_ranks_pieces_make_up_the_pruned_tensors(plan, data):
             assert wanted.shape == target.shape
             seen, found, filled = np.zeros(source.shape), torch.empty(target.shape, dtype=dtype), np.zeros(target.shape)
             for rank in range(before if source.row.tp_dim is not None else 1):
-                for box in streaming.boxes(source, rank, before):
+                for box in streaming.shard_slices(source, rank, before):
                     (offset, shape), kept = apply.select(source, plan, box)
                     piece = apply._cut(read, source, plan, box, kept)
                     assert piece.shape == shape
@@ -155,7 +155,7 @@ def test_the_ranks_pieces_make_up_the_pruned_tensors(plan, data):
             assert (seen == 1).all() and (filled == 1).all() and torch.equal(found, wanted)
             filled[:] = 0
             for rank in range(after if target.row.tp_dim is not None else 1):
-                for offset, shape in streaming.boxes(target, rank, after):
+                for offset, shape in streaming.shard_slices(target, rank, after):
                     place(found, filled, offset, apply._kept(reader, source, plan, offset, shape))
             assert (filled == 1).all() and torch.equal(found, wanted)
 
@@ -181,7 +181,7 @@ def test_ranges_share_every_axis(arch, tp):
     axes += ["ffn", "glu"] * (tp in divisors(arch) and not arch.experts)  # experts are whole
     for axis in axes:
         ranks = [
-            [n for low, high in parameter_table.ranges(axis, arch, rank, tp) for n in range(low, high)]
+            [n for low, high in parameter_table.tp_slices(axis, arch, rank, tp) for n in range(low, high)]
             for rank in range(tp)
         ]
         assert sorted(n for held in ranks for n in held) == list(range(parameter_table.size(axis, arch)))

@@ -14,7 +14,7 @@ import torch
 import yaml
 from hydra import initialize_config_dir
 
-from minitron_mcore.checkpoint.run_folder import claimed, open_checkpoint
+from minitron_mcore.checkpoint.run_folder import claim_run_folder, open_checkpoint
 from minitron_mcore.cli import compose
 from minitron_mcore.config import identity
 from minitron_mcore.config.settings import PruneConfig
@@ -59,7 +59,7 @@ def identity_of(stage, *overrides) -> dict:
 
 
 def claim(*args, **kwargs) -> None:
-    with claimed(*args, **kwargs):
+    with claim_run_folder(*args, **kwargs):
         pass
 
 

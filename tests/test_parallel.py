@@ -77,7 +77,7 @@ def score_cut_say(source, parallel, ids, out_dir, cut=CUT):
     written = [
         (parameter.name, offset)
         for parameter in hf_convert.stage_parameters(opened.arch, parallel)
-        for offset, _ in streaming.boxes(parameter, tp.rank(), tp.size())
+        for offset, _ in streaming.shard_slices(parameter, tp.rank(), tp.size())
         if not any(hf_convert.replica(parameter))
     ]
     return found.vectors, found.metadata, plan, said, written

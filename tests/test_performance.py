@@ -77,11 +77,13 @@ def gradients(student, teacher, parallel, every):
         trainer = Trainer(*opened, STEP, parallel, "fp32", performance=performance)
         stream = micro_batches(STEP, 0, dp.rank(), dp.size())
         batches = [next(stream) for _ in range(STEP.global_batch // dp.size())]
-        fed = list(trainer.teacher.feed(batches))
+        with_teacher_outputs = list(trainer.teacher.add_teacher_outputs(batches))
         with saved_bytes(
             [*trainer.model.parameters(), trainer.teacher.head] if process_groups.is_last_stage() else []
         ) as saved:
-            parts = schedule.forward_backward(trainer.chunks, fed, trainer.objective, batches[0], len(batches))
+            parts = schedule.forward_backward(
+                trainer.chunks, with_teacher_outputs, trainer.loss_fn, batches[0], len(batches)
+            )
         found.append(
             {
                 "sums": torch.stack(parts) if parts else None,
@@ -259,7 +261,7 @@ def chunked(pair, tokens):
     trainer = Trainer(
         *map(open_checkpoint, pair), CONFIG, ParallelConfig(), "fp32", None, PerformanceConfig(loss_chunk_mb=1)
     )
-    return len(trainer.model.head()), trainer.objective._chunk_tokens(tokens)
+    return len(trainer.model.head()), trainer.loss_fn._chunk_tokens(tokens)
 
 
 def test_the_loss_holds_as_many_logits_as_asked_for(pair):

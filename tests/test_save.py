@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 from minitron_mcore.checkpoint import disk, run_folder, safe_metadata, streaming
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.performance import PerformanceConfig
-from minitron_mcore.config.settings import Device, Dtype, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig, ParallelConfig, PruneConfig
 from minitron_mcore.distill import optimizer_state
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import HUNG_STATUS
@@ -93,7 +93,9 @@ def test_every_layout_reads_and_writes_the_same_state(tmp_path, request, case):
     student, teacher = (
         (request.getfixturevalue("experts"), None) if case == "experts" else request.getfixturevalue("pair")
     )
-    config = dataclasses.replace(CONFIG, states=StatesConfig(weight=1.0 if case == "states" else 0.0))
+    config = dataclasses.replace(
+        CONFIG, hidden_state_loss=HiddenStateLossConfig(weight=1.0 if case == "states" else 0.0)
+    )
     if case != "states":
         teacher, config = None, dataclasses.replace(config, kd_weight=0.0, lm_weight=1.0)
     source, expected = None, None
@@ -116,7 +118,7 @@ def test_boxes_are_the_range(shape):
     whole = torch.arange(math.prod(shape)).view(shape)
     for start in range(whole.numel()):
         for end in range(start + 1, whole.numel() + 1):
-            found = list(optimizer_state.boxes(shape, start, end))
+            found = list(optimizer_state.flat_slices(shape, start, end))
             parts = [whole[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))].flatten() for box in found]
             assert torch.cat(parts).equal(torch.arange(start, end)) and len(found) <= 3
 

@@ -187,7 +187,7 @@ def test_budgets_in_bytes_and_operations(budget, smallest, largest):
         (dict(ffn=[9], budget=BudgetConfig(parameters=1e9, flops=1e9)), "parameters and flops: give one"),
         (dict(ffn=[9], budget=BudgetConfig(parameters=1e9, tolerance=1.5)), "tolerance is 1.5"),
         (dict(ffn=[9], shards=2, shard=2), "search.shard is 2, but search.shards is 2"),
-        (dict(ffn=[9], look_every=0), "search.look_every is 0; it must be at least 1"),
+        (dict(ffn=[9], eval_every=0), "search.eval_every is 0; it must be at least 1"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(search, sentence):
@@ -269,7 +269,7 @@ TINY = {
     "search.budget.tolerance": 0.15,
     "search.best": 2,
     "search.steps": 3,
-    "search.look_every": 2,
+    "search.eval_every": 2,
     "distill.global_batch": 4,
     "distill.sequence_length": 16,
     "distill.warmup_steps": 1,
@@ -311,7 +311,7 @@ def searches(config, root) -> dict:
     def there(name) -> int:
         return len(list((root / "pieces/candidates").glob(f"*/{name}")))
 
-    usual, looks = runner.Ranking._loss, []
+    usual, looks = runner.SearchRunner._loss, []
 
     def cut_off_at_the_second(*args):
         looks.append(1)
@@ -319,7 +319,7 @@ def searches(config, root) -> dict:
             raise Cut
         return usual(*args)
 
-    run("whole", together=2)
+    run("whole", students_per_pass=2)
     run("pieces", stop_after=1)
     assert there("measured.json") == 1
     run("pieces", shards=2, shard=1)
@@ -330,10 +330,10 @@ def searches(config, root) -> dict:
         run("unstudied", blocks=[3])
     with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
         run("pieces")
-    runner.Ranking._loss = cut_off_at_the_second
+    runner.SearchRunner._loss = cut_off_at_the_second
     with pytest.raises(Cut):
         run("pieces", shards=2, shard=1)
-    runner.Ranking._loss = usual
+    runner.SearchRunner._loss = usual
     assert there("distill") == 1 and not (root / "pieces" / COMPLETE).exists()
     run("pieces")
     found = {name: json.loads((root / name / "search.json").read_text()) for name in ("whole", "pieces")}

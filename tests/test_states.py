@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.config.settings import ParallelConfig, PruneConfig, StatesConfig, StatesLoss
+from minitron_mcore.config.settings import HiddenStateLossConfig, HiddenStateMetric, ParallelConfig, PruneConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.formats import hf_convert
 from minitron_mcore.models.architecture import Architecture
@@ -34,9 +34,9 @@ PAIRS = [[0, 6], [4, 1], [2, 4], [4, 4]]
 CONFIG = dataclasses.replace(test_distill.CONFIG, clip_grad=1e9, distributed_optimizer=False)
 CASES = {
     # student, weights of KD and LM loss, states
-    "cosine": ("width", 1.0, 0.5, StatesConfig(0.7, StatesLoss.cosine, PAIRS)),
-    "mse": ("width", 0.0, 0.0, StatesConfig(0.3, StatesLoss.mse, PAIRS[:2], embeddings=False)),
-    "depth": ("depth", 0.0, 0.0, StatesConfig(2.0)),
+    "cosine": ("width", 1.0, 0.5, HiddenStateLossConfig(0.7, HiddenStateMetric.cosine, PAIRS)),
+    "mse": ("width", 0.0, 0.0, HiddenStateLossConfig(0.3, HiddenStateMetric.mse, PAIRS[:2], embeddings=False)),
+    "depth": ("depth", 0.0, 0.0, HiddenStateLossConfig(2.0)),
 }
 
 
@@ -54,7 +54,7 @@ def folders(tmp_path_factory):
 
 def settings(case):
     student, kd, lm, states = CASES[case]
-    return student, dataclasses.replace(CONFIG, kd_weight=kd, lm_weight=lm, states=states)
+    return student, dataclasses.replace(CONFIG, kd_weight=kd, lm_weight=lm, hidden_state_loss=states)
 
 
 def micro_batches(config, start, dp_rank, dp_size):
@@ -83,14 +83,14 @@ def oracle(folders, case, projection):
     batch = [next(micro_batches(config, n, 0, 1)) for n in range(4)]
     tokens, labels, mask = (torch.cat([x[key] for x in batch]) for key in ("tokens", "labels", "loss_mask"))
     model, logits, own = run_model(folders / f"{name}_hf", tokens)
-    _, taught, theirs = run_model(folders / "teacher_hf", tokens)
-    s, t = logits.log_softmax(-1), taught.detach().log_softmax(-1)
+    _, needs_teacher, theirs = run_model(folders / "teacher_hf", tokens)
+    s, t = logits.log_softmax(-1), needs_teacher.detach().log_softmax(-1)
     lifted = torch.eye(36).double() if projection is None else projection.double().requires_grad_()
     differences = []
-    pairs = [[2, 4]] if config.states.pairs is None else config.states.pairs
-    for a, b in [*pairs, *([[-1, -1]] if config.states.embeddings else [])]:
+    pairs = [[2, 4]] if config.hidden_state_loss.pairs is None else config.hidden_state_loss.pairs
+    for a, b in [*pairs, *([[-1, -1]] if config.hidden_state_loss.embeddings else [])]:
         x, y = own[a] @ lifted.t(), theirs[b].detach()
-        if config.states.loss == StatesLoss.cosine:
+        if config.hidden_state_loss.loss == HiddenStateMetric.cosine:
             differences.append(1 - (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1))
         else:
             differences.append(((x - y) ** 2).mean(-1))
@@ -100,7 +100,7 @@ def oracle(folders, case, projection):
         "states_loss": sum(differences),
     }
     losses = {key: (each * mask).sum() / mask.sum() for key, each in losses.items()}
-    weights = (config.kd_weight, config.lm_weight, config.states.weight)
+    weights = (config.kd_weight, config.lm_weight, config.hidden_state_loss.weight)
     sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True)).backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     return {key: loss.item() for key, loss in losses.items()}, gradients, lifted.grad
@@ -180,8 +180,8 @@ def learn(folders, config, parallel, out_dir, resume=False):
 
 def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, folders):
     """Two stages of two data-parallel ranks, which share out the optimizer's state of the projection too."""
-    parallel, states = ParallelConfig(pipeline=2), StatesConfig(1.0)
-    config = dataclasses.replace(test_distill.CONFIG, kd_weight=0.0, states=states)
+    parallel, states = ParallelConfig(pipeline=2), HiddenStateLossConfig(1.0)
+    config = dataclasses.replace(test_distill.CONFIG, kd_weight=0.0, hidden_state_loss=states)
     half = dataclasses.replace(config, stop_after=2)
     alone, alone_p = on_ranks(learn, 1, ONE, folders, config, ONE, tmp_path / "one")[0]
     whole = on_ranks(learn, 4, parallel, folders, config, parallel, tmp_path / "whole")
@@ -209,8 +209,8 @@ def dynamic_steps(folders, parallel, out_dir):
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.parallel import process_groups
 
-    states = StatesConfig(0.5, pairs=PAIRS, dynamic=True)
-    config = dataclasses.replace(CONFIG, kd_weight=2.0, temperature=1.5, states=states)
+    states = HiddenStateLossConfig(0.5, pairs=PAIRS, dynamic=True)
+    config = dataclasses.replace(CONFIG, kd_weight=2.0, temperature=1.5, hidden_state_loss=states)
     student, teacher = (open_checkpoint(folders / x) for x in ("width", "teacher"))
     dp = process_groups.dp_group()
     batches = list(models.placed(micro_batches(config, 0, dp.rank(), dp.size())))
@@ -222,7 +222,7 @@ def dynamic_steps(folders, parallel, out_dir):
     run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
     found = [first, trainer.train_step(batches[count : 2 * count])]
     for weight in (states, dataclasses.replace(states, weight=found[1]["states_weight"], dynamic=False)):
-        again = Trainer(student, teacher, dataclasses.replace(config, states=weight), parallel, "fp32")
+        again = Trainer(student, teacher, dataclasses.replace(config, hidden_state_loss=weight), parallel, "fp32")
         again.resume(open_checkpoint(out_dir))
         if not weight.dynamic:
             again.states.ratio = 1.0
@@ -247,10 +247,10 @@ ARCH = {
 
 
 def test_pairs_without_a_word_are_the_paper_s():
-    given = StatesConfig(1.0)
+    given = HiddenStateLossConfig(1.0)
     pairs = checks.state_pairs(ARCH["student"], ARCH["teacher"], given)
     assert pairs == [(checks.EMBEDDINGS, checks.EMBEDDINGS), (13, 29)]  # arXiv 2407.14679, table 17
-    assert checks.state_pairs(ARCH["student"], ARCH["teacher"], StatesConfig()) == []
+    assert checks.state_pairs(ARCH["student"], ARCH["teacher"], HiddenStateLossConfig()) == []
 
 
 @pytest.mark.parametrize(
@@ -261,27 +261,34 @@ def test_pairs_without_a_word_are_the_paper_s():
         ("student", {"pairs": [[1, 2, 3]]}, "has [1, 2, 3]: give [student's block, teacher's block]."),
         ("student", {"pairs": [[1, 2], [1, 2]]}, "has [1, 2] twice"),
         ("student", {"pairs": [], "embeddings": False}, "are empty: give a pair of blocks, or weight 0."),
-        ("student", {"weight": -1.0}, "distill.states.weight is -1.0"),
+        ("student", {"weight": -1.0}, "distill.hidden_state_loss.weight is -1.0"),
         ("short", {}, "a student of 2 and a teacher of 32 blocks have no last block but two each"),
     ],
 )
 def test_impossible_pairs_are_refused(student, given, sentence):
-    config = dataclasses.replace(CONFIG, states=StatesConfig(**({"weight": 1.0} | given)))
+    config = dataclasses.replace(CONFIG, hidden_state_loss=HiddenStateLossConfig(**({"weight": 1.0} | given)))
     found = list(checks.problems(ARCH[student], ARCH["teacher"], config, ONE, 1))
     assert any(sentence in problem for problem in found), found
-    assert list(checks.problems(ARCH["student"], None, dataclasses.replace(CONFIG, states=StatesConfig(1.0)), ONE, 1))
+    assert list(
+        checks.problems(
+            ARCH["student"], None, dataclasses.replace(CONFIG, hidden_state_loss=HiddenStateLossConfig(1.0)), ONE, 1
+        )
+    )
 
 
 def test_a_ratio_to_nothing_is_refused():
-    config = dataclasses.replace(CONFIG, kd_weight=0.0, states=StatesConfig(1.0, dynamic=True))
+    config = dataclasses.replace(CONFIG, kd_weight=0.0, hidden_state_loss=HiddenStateLossConfig(1.0, dynamic=True))
     (problem,) = checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1)
-    assert problem.startswith("distill.states.dynamic is the ratio to a divergence, but kd_weight is 0")
+    assert problem.startswith("distill.hidden_state_loss.dynamic is the ratio to a divergence, but kd_weight is 0")
 
 
 def test_states_alone_are_something_to_train_on():
     config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=0.0)
     (problem,) = checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1)
     assert "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on." in problem
-    config = dataclasses.replace(config, states=StatesConfig(1.0))
+    config = dataclasses.replace(config, hidden_state_loss=HiddenStateLossConfig(1.0))
     assert not list(checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1))
-    assert config.taught and not dataclasses.replace(config, states=StatesConfig()).taught
+    assert (
+        config.needs_teacher
+        and not dataclasses.replace(config, hidden_state_loss=HiddenStateLossConfig()).needs_teacher
+    )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_mcore.checkpoint import disk, streaming
-from minitron_mcore.checkpoint.run_folder import claimed, open_checkpoint
+from minitron_mcore.checkpoint.run_folder import claim_run_folder, open_checkpoint
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats import hf_convert
@@ -74,7 +74,7 @@ def test_the_direct_way_gives_the_same_files(tmp_path, monkeypatch, tied):
 
 
 def cut(folder, plan, out_dir) -> None:
-    with claimed(out_dir, {}):
+    with claim_run_folder(out_dir, {}):
         apply.cut_folder(folder, plan, out_dir)
 
 

@@ -9,7 +9,7 @@ from hydra import initialize_config_dir
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import compose, dry_run
-from minitron_mcore.config.settings import BadLoss, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.config.settings import BadLoss, HiddenStateLossConfig, ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests import test_distill
@@ -18,7 +18,7 @@ from tests.test_search import composed
 
 pytestmark = pytest.mark.xdist_group("students")  # one worker, so that its models are made once
 
-CONFIG = dataclasses.replace(test_distill.CONFIG, states=StatesConfig(0.5, pairs=[[2, 2]]))
+CONFIG = dataclasses.replace(test_distill.CONFIG, hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]]))
 CUTS = {
     "narrow": PruneConfig(hidden=24, ffn=18),
     "short": PruneConfig(blocks=3),
@@ -65,10 +65,12 @@ def learn_one_by_one(family, config, parallel, out_dir):
 def _spoil(trainer):
     whole = trainer.train_step
 
-    def step(batches, fed=None):
+    def step(batches, with_teacher_outputs=None):
         if trainer.step == 1:
-            fed = [batch | {"loss_mask": batch["loss_mask"] * float("inf")} for batch in fed]
-        return whole(batches, fed)
+            with_teacher_outputs = [
+                batch | {"loss_mask": batch["loss_mask"] * float("inf")} for batch in with_teacher_outputs
+            ]
+        return whole(batches, with_teacher_outputs)
 
     trainer.train_step = step
 

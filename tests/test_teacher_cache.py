@@ -20,7 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.config.settings import (
+    DataConfig,
+    DistillConfig,
+    Dtype,
+    HiddenStateLossConfig,
+    ParallelConfig,
+    PruneConfig,
+)
 from minitron_mcore.config.stages import DistillRun, TeacherCacheRun
 from minitron_mcore.data import datasets
 from minitron_mcore.distill import cache, checks
@@ -346,7 +353,7 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
     missing, damaged = (shutil.copytree(world.path / "top", world.path / name) for name in ("missing", "damaged"))
     (missing / "samples_0000004.safetensors").unlink()
     damage(damaged / "samples_0000000.safetensors")
-    states = StatesConfig(weight=1.0)
+    states = HiddenStateLossConfig(weight=1.0)
     cases = [
         ({"teacher": "missing"}, "missing/samples_0000004.safetensors of the teacher cache is missing: run the same"),
         (
@@ -368,7 +375,10 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
         ),
         ({"changes": {"temperature": 2.0}}, "there is no divergence forward_kl at temperature 2"),
         ({"changes": {"top_k": 4}}, "top_k is 4, but the teacher's 8 largest .* give top_k 8 or null"),
-        ({"changes": {"states": states}, "teacher": "hidden"}, "the teacher cache .*hidden has no intermediate states"),
+        (
+            {"changes": {"hidden_state_loss": states}, "teacher": "hidden"},
+            "the teacher cache .*hidden has no intermediate states",
+        ),
     ]
     runs = [world.run("refused", **{"teacher": "top"} | kwargs) for kwargs, _ in cases]
     for sentences in on_ranks(distill, 2, ONE, *runs):

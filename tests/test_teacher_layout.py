@@ -9,7 +9,7 @@ import math
 import pytest
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.config.settings import ParallelConfig, PruneConfig, StatesConfig
+from minitron_mcore.config.settings import HiddenStateLossConfig, ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import RankError, on_ranks
 from tests import families, models, test_distill
@@ -18,9 +18,14 @@ from tests.test_prune import ONE, export, write_family
 pytestmark = pytest.mark.xdist_group("teacher_layout")  # one worker, so that its models are made once
 
 # Blocks of different stages in most layouts, one of the teacher's twice, and the embeddings.
-STATES = StatesConfig(0.7, pairs=[[0, 3], [3, 1], [2, 3]])
+STATES = HiddenStateLossConfig(0.7, pairs=[[0, 3], [3, 1], [2, 3]])
 CONFIG = dataclasses.replace(
-    test_distill.CONFIG, clip_grad=1e9, distributed_optimizer=False, lm_weight=0.5, states=STATES, teacher_ahead=2
+    test_distill.CONFIG,
+    clip_grad=1e9,
+    distributed_optimizer=False,
+    lm_weight=0.5,
+    hidden_state_loss=STATES,
+    teacher_ahead=2,
 )
 PAIRS = {
     # processes, student, teacher
@@ -75,8 +80,8 @@ def two_steps(folders, config, parallel, out_dir):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_gradients_are_those_of_one_process(tmp_path, folders, name):
-    (at, alone, expected), (world, parallel, other) = folders, PAIRS[name]
-    config = dataclasses.replace(CONFIG, teacher_parallel=other)
+    (at, alone, expected), (world, parallel, teacher_parallel) = folders, PAIRS[name]
+    config = dataclasses.replace(CONFIG, teacher_parallel=teacher_parallel)
     hold(alone, expected, on_ranks(two_steps, world, parallel, at, config, parallel, tmp_path / "run"), tmp_path)
 
 
@@ -96,7 +101,7 @@ def test_replicas_that_share_experts_run_together(tmp_path, folders):
     families.tiny("mixtral", tmp_path / "moe")
     on_ranks(models.import_hf, 1, ONE, tmp_path / "moe", tmp_path / "teacher", ONE)
     (tmp_path / "student").symlink_to(folders[0] / "student")
-    config = dataclasses.replace(CONFIG, teacher_ahead=1, states=StatesConfig())
+    config = dataclasses.replace(CONFIG, teacher_ahead=1, hidden_state_loss=HiddenStateLossConfig())
     (alone,) = on_ranks(two_steps, 1, ONE, tmp_path, config, ONE, tmp_path / "one")
     config.teacher_parallel, parallel = ParallelConfig(expert=2), ParallelConfig(tensor=2)
     ranks = on_ranks(two_steps, 2, parallel, tmp_path, config, parallel, tmp_path / "run")
@@ -120,7 +125,7 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
     from minitron_mcore.parallel import process_groups
 
     bridge = process_groups.bridge()
-    if not bridge.beyond:
+    if not bridge.is_teacher:
         return two_steps(folders, config, parallel, out_dir)
     if damaged:
         with pytest.raises(UserError), bridge.prepared():
@@ -139,21 +144,28 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
 
 @pytest.mark.parametrize("name", APART)
 def test_ranks_of_its_own_teach_the_same(tmp_path, folders, name):
-    (at, alone, expected), (world, parallel, apart, other) = folders, APART[name]
-    config = dataclasses.replace(CONFIG, teacher_parallel=other, teacher_ranks=apart)
+    (at, alone, expected), (world, parallel, teacher_ranks, teacher_parallel) = folders, APART[name]
+    config = dataclasses.replace(CONFIG, teacher_parallel=teacher_parallel, teacher_ranks=teacher_ranks)
     args = at, config, parallel, tmp_path / "run"
-    found = on_ranks(serve_or_learn, world + apart, parallel, *args, apart=apart, other=other)
-    assert found[world:] == [None] * apart
+    found = on_ranks(
+        serve_or_learn,
+        world + teacher_ranks,
+        parallel,
+        *args,
+        teacher_ranks=teacher_ranks,
+        teacher_parallel=teacher_parallel,
+    )
+    assert found[world:] == [None] * teacher_ranks
     hold(alone, expected, found[:world], tmp_path)
 
 
 def test_the_student_tells_why_there_is_no_teacher(tmp_path, folders):
     config = dataclasses.replace(CONFIG, teacher_ranks=1)
     with pytest.raises(RankError, match="UserError: the teacher's weights are zero"):
-        on_ranks(serve_or_learn, 2, ONE, folders[0], config, ONE, tmp_path / "x", True, apart=1)
+        on_ranks(serve_or_learn, 2, ONE, folders[0], config, ONE, tmp_path / "x", True, teacher_ranks=1)
 
 
-def world_after_an_error(parallel, other):
+def world_after_an_error(parallel, teacher_parallel):
     """The student's groups and ranks before another layout, in it, and after an error in it."""
     from minitron_mcore.parallel import process_groups
 
@@ -167,8 +179,8 @@ def world_after_an_error(parallel, other):
         )
         return [(id(group()), group().size()) for group in groups], process_groups.is_last_stage()
 
-    before, second = sizes(), process_groups.Layout.of(other)
-    assert sizes() == before and process_groups.Layout.of(other) is second
+    before, second = sizes(), process_groups.Layout.of(teacher_parallel)
+    assert sizes() == before and process_groups.Layout.of(teacher_parallel) is second
     with pytest.raises(ZeroDivisionError), process_groups.within(second):
         inside = sizes()
         raise ZeroDivisionError

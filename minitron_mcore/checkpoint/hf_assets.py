@@ -6,20 +6,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*")
+LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*")
 
 
-SHIPPED = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "README.md", *LICENCES)
+ASSET_PATTERNS = (
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "README.md",
+    *LICENCE_PATTERNS,
+)
 
 
-def shipped(path: Path) -> list[Path]:
+def hf_asset_files(path: Path) -> list[Path]:
     """Config, tokenizer and generation files of a Hugging Face folder."""
-    files = {file for pattern in SHIPPED for file in path.glob(pattern)}
+    files = {file for pattern in ASSET_PATTERNS for file in path.glob(pattern)}
     indices = ("*.index.json", "model-*.json")  # the latter are ModelOpt's, one a file
     return sorted(file for file in files if not any(file.match(pattern) for pattern in indices))
 
 
-def place(file: Path, source: Path, out_dir: Path) -> Path:
+def copy_path(file: Path, source: Path, out_dir: Path) -> Path:
     """Where a file of `source` goes in `out_dir`, in a folder that is there."""
     target = out_dir / file.relative_to(source)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ import yaml
 from torch import Tensor, nn
 
 from minitron_mcore.checkpoint import disk, safe_metadata
-from minitron_mcore.checkpoint.hf_assets import place, shipped
+from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
 from minitron_mcore.errors import NotFinite, UserError
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -101,7 +101,7 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
 
 
 @contextmanager
-def claimed(out_dir: str | Path, config: dict, resume: bool = False) -> Iterator[bool]:
+def claim_run_folder(out_dir: str | Path, config: dict, resume: bool = False) -> Iterator[bool]:
     """Take `out_dir` for a run (collective where there are groups): config.yaml is written, a failure leaves no empty claim.
 
     Yields True where a stopped run of the same config is to go on (`resume`). What an interrupted run that doesn't resume left
@@ -111,7 +111,7 @@ def claimed(out_dir: str | Path, config: dict, resume: bool = False) -> Iterator
         UserError: the folder holds another run, a finished one, or something that isn't ours.
     """
     out_dir, box = Path(out_dir), [False]
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         if process_groups.rank() == 0:
             box = [_claim(out_dir, config, resume)]
     if dist.is_initialized():
@@ -187,7 +187,7 @@ def describe(
     """
     if process_groups.rank() == 0:
         out_dir = Path(out_dir)
-        ship(hf, out_dir)
+        copy_hf_assets(hf, out_dir)
         for digest, text in (plans or {}).items():
             (out_dir / "plans").mkdir(exist_ok=True)
             replace_text(out_dir / "plans" / f"{digest}.json", text)
@@ -196,11 +196,11 @@ def describe(
         replace_text(out_dir / "model.json", json.dumps(model, indent=1))
 
 
-def ship(hf: Path, out_dir: Path) -> None:
+def copy_hf_assets(hf: Path, out_dir: Path) -> None:
     """Copy what is not weights of a Hugging Face folder to out_dir/hf."""
     (out_dir / "hf").mkdir(parents=True, exist_ok=True)
-    for file in shipped(hf):
-        shutil.copy2(file, place(file, hf, out_dir / "hf"))
+    for file in hf_asset_files(hf):
+        shutil.copy2(file, copy_path(file, hf, out_dir / "hf"))
 
 
 def lineage(parents: dict, **details) -> dict:
@@ -292,7 +292,7 @@ def ranges(parameter: parameter_table.Parameter, shape: tuple[int, ...], tp_rank
     dim, found, start = parameter.row.tp_dim, [], 0
     if dim is None:
         return [((0,) * len(shape), (0,) * len(shape), shape)]
-    for low, high in parameter_table.ranges(parameter.row.axes[dim], parameter.arch, tp_rank, tp_size):
+    for low, high in parameter_table.tp_slices(parameter.row.axes[dim], parameter.arch, tp_rank, tp_size):
         local, offset = (tuple(x if n == dim else 0 for n in range(len(shape))) for x in (start, low))
         found.append((local, offset, (*shape[:dim], high - low, *shape[dim + 1 :])))
         start += high - low
@@ -350,11 +350,11 @@ def load(checkpoint: Checkpoint, state: dict) -> dict:
     Raises:
         UserError: a shard that is truncated, changed or missing, or a tensor that the checkpoint does not have.
     """
-    with process_groups.agreed(), safe_metadata.undamaged(checkpoint.step_dir):
+    with process_groups.raise_on_all_ranks(), safe_metadata.undamaged(checkpoint.step_dir):
         files = safe_metadata.Files(checkpoint.step_dir)
         # Before loading: a flipped bit would otherwise be noticed nowhere.
         _verify(checkpoint.step_dir, files)
-    with process_groups.agreed(), safe_metadata.undamaged(checkpoint.step_dir):
+    with process_groups.raise_on_all_ranks(), safe_metadata.undamaged(checkpoint.step_dir):
         return safe_metadata.load(state, files)
 
 
@@ -383,7 +383,7 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     for key, wanted in state.items():  # what was loaded also holds a training run's own state
         if loaded[key].data_ptr() != wanted.data.data_ptr():
             wanted.data.copy_(loaded[key])
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         for name, parameter in build.named_parameters(model):
             peak = parameter.detach().abs().max().item()
             centred = parameter.dim() == 1 and checkpoint.arch.traits.norm == "LayerNorm1P"

@@ -59,7 +59,7 @@ type Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset in a global tensor, and shape."""
 
 
-def boxes(parameter: parameter_table.Parameter, tp_rank: int = 0, tp_size: int = 1) -> Iterator[Box]:
+def shard_slices(parameter: parameter_table.Parameter, tp_rank: int = 0, tp_size: int = 1) -> Iterator[Box]:
     """The boxes that make up a tensor-parallel rank's part: its ranges, in runs of rows of at most PIECE_ELEMENTS.
 
     Runs end at multiples of one number of rows in every layout, so what one has written another reads piece for piece.
@@ -67,7 +67,7 @@ def boxes(parameter: parameter_table.Parameter, tp_rank: int = 0, tp_size: int =
     spans = [[(0, length)] for length in parameter.shape]
     dim = parameter.row.tp_dim
     if dim is not None:
-        spans[dim] = parameter_table.ranges(parameter.row.axes[dim], parameter.arch, tp_rank, tp_size)
+        spans[dim] = parameter_table.tp_slices(parameter.row.axes[dim], parameter.arch, tp_rank, tp_size)
     step = max(1, PIECE_ELEMENTS // math.prod(parameter.shape[1:]))
     for (start, end), *rest in itertools.product(*spans):
         edges = [start, *range((start // step + 1) * step, end, step), end]

@@ -75,10 +75,10 @@ def plan(config: Run) -> dict:
     training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
     settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
     world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config, training)
-    apart = training.teacher_ranks if training else 0
+    teacher_ranks = training.teacher_ranks if training else 0
     setting = memory.Setting(
         config.parallel,
-        world - apart,
+        world - teacher_ranks,
         config.dtype,
         getattr(settings, "micro_batch", 1),
         getattr(settings, "sequence_length", 1),
@@ -102,13 +102,13 @@ def plan(config: Run) -> dict:
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
-        if apart and "teacher" in archs:
+        if teacher_ranks and "teacher" in archs:
             figures["teacher_ranks"] = run_memory.beside(archs["teacher"], training, setting)
     if isinstance(config, SearchRun) and "student" in archs:
         figures["candidates"] = space.rows(resolve.candidates(config), config.search.budget)
     if config.dry.advise:
         figures["layouts"] = []
-        if countable and training and not apart:
+        if countable and training and not teacher_ranks:
             figures["layouts"] = _layouts(config, archs, training, setting)
         if not figures["layouts"]:
             problems.append(
@@ -137,9 +137,9 @@ def _on_one_process(config: Run) -> bool:
 
 def _fewest(config: Run, training: DistillConfig | None) -> int:
     """Processes that the layouts need at least."""
-    apart = training.teacher_ranks if training else 0
-    layouts = [config.parallel, *filter(None, [training and not apart and training.teacher_parallel])]
-    return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts)) + apart
+    teacher_ranks = training.teacher_ranks if training else 0
+    layouts = [config.parallel, *filter(None, [training and not teacher_ranks and training.teacher_parallel])]
+    return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts)) + teacher_ranks
 
 
 def _training(config: Run) -> DistillConfig | None:
@@ -159,8 +159,8 @@ def _problems(
     archs = {role: arch for role, (arch, _) in models.items()}
     if not _on_one_process(config):
         length = setting.sequence_length if setting.sequence_length > 1 else None
-        apart = training.teacher_ranks if training else 0
-        yield from layout.apart_problems(apart, setting.world + apart)
+        teacher_ranks = training.teacher_ranks if training else 0
+        yield from layout.teacher_ranks_problems(teacher_ranks, setting.world + teacher_ranks)
         yield from layout.problems(config.parallel, setting.world, length)
     if min(layout.sizes(config.parallel).values()) >= 1:
         for role, arch in archs.items():
@@ -224,7 +224,7 @@ def _first(archs: dict[str, Architecture]) -> dict[str, Architecture]:
 def _students(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:
     """What a training stage trains at a time."""
     students = [arch for role, arch in archs.items() if resolve.kind(role) == "student"] or [next(iter(archs.values()))]
-    return students * (min(config.search.together, config.search.best) if isinstance(config, SearchRun) else 1)
+    return students * (min(config.search.students_per_pass, config.search.best) if isinstance(config, SearchRun) else 1)
 
 
 def _layouts(
@@ -245,7 +245,9 @@ def _ranks(
     main = students[0] if students else next(iter(archs.values()))
     if training:
         teacher, students = archs.get("teacher"), _students(config, archs)
-        if any(list(checks.state_problems(s, teacher, training.states, training.kd_weight)) for s in students):
+        if any(
+            list(checks.state_problems(s, teacher, training.hidden_state_loss, training.kd_weight)) for s in students
+        ):
             return []  # pairs of blocks that are not there
         rows = run_memory.run(students, teacher, training, setting, teacher and resolve.cached(config))
     elif isinstance(config, DepthRun):
@@ -254,7 +256,10 @@ def _ranks(
         rows = forward_memory.scoring(main, setting)
     else:
         rows = [
-            {f"{role}'s weights": memory.states(arch, setting, stage, False)["weights"] for role, arch in archs.items()}
+            {
+                f"{role}'s weights": memory.model_states(arch, setting, stage, False)["weights"]
+                for role, arch in archs.items()
+            }
             for stage in range(setting.parallel.pipeline)
         ]
     blocks = [sum(map(len, sharding.rank_chunks(main, setting.parallel, n))) for n in range(setting.parallel.pipeline)]
@@ -298,7 +303,7 @@ def _operations(
     written = {}
     if isinstance(config, TeacherCacheRun):
         arch = archs["model"]
-        each = checks.cache_bytes(config.kind, config.top_k, arch.vocab, arch.hidden, setting.element)
+        each = checks.cache_bytes(config.kind, config.top_k, arch.vocab, arch.hidden, setting.dtype_bytes)
         written = {"cache_bytes": steps * tokens * each}
     return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, **written, "days": days}
 
@@ -313,10 +318,12 @@ def _axes(p: ParallelConfig, world: int) -> str:
 
 def _show(config: Run, figures: dict) -> None:
     dry, world, training = config.dry, figures["gpus"], _training(config)
-    apart = training.teacher_ranks if training else 0
-    notes = [f"processes: {world}; {_axes(config.parallel, world - apart)}; {config.dtype} on {dry.device}"]
-    if training and (other := training.teacher_parallel or (apart and config.parallel)):
-        notes.append(f"teacher: {_axes(other, apart or world)}{', on ranks of its own' if apart else ''}")
+    teacher_ranks = training.teacher_ranks if training else 0
+    notes = [f"processes: {world}; {_axes(config.parallel, world - teacher_ranks)}; {config.dtype} on {dry.device}"]
+    if training and (other := training.teacher_parallel or (teacher_ranks and config.parallel)):
+        notes.append(
+            f"teacher: {_axes(other, teacher_ranks or world)}{', on ranks of its own' if teacher_ranks else ''}"
+        )
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [
         {"model": role} | {key: model[key] for key in ("parameters", "without_embeddings", *shown, "from")}

@@ -34,7 +34,7 @@ def models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, st
     elif isinstance(config, TeacherCacheRun):
         makers = {"model": lambda: _at(config.teacher, config)}
     elif isinstance(config, DistillRun):
-        makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.taught else {}
+        makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.needs_teacher else {}
         several = {f"student {name}": partial(_at, path, config) for name, path in (config.students or {}).items()}
         makers |= several or {"student": lambda: _at(config.student, config)}
     elif isinstance(config, SearchRun):

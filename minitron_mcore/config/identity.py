@@ -13,7 +13,7 @@ SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_da
 
 
 _UNIDENTIFYING = (
-    *("stop_after", "shard", "shards", "together"),
+    *("stop_after", "shard", "shards", "students_per_pass"),
     *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes", "async_save"),
     *("line_mb", "file_mb"),
 )

@@ -218,7 +218,7 @@ class TrainConfig:
     """Copy what a checkpoint holds to host memory, and write it while training goes on; null does so on CUDA."""
 
 
-class StatesLoss(StrEnum):
+class HiddenStateMetric(StrEnum):
     """How a token's intermediate states differ."""
 
     cosine = "cosine"
@@ -227,12 +227,12 @@ class StatesLoss(StrEnum):
 
 
 @dataclass
-class StatesConfig:
-    """Training what chosen blocks of the student put out on what blocks of the teacher do (see `distill.states`)."""
+class HiddenStateLossConfig:
+    """Training what chosen blocks of the student put out on what blocks of the teacher do (see `distill.hidden_state_loss`)."""
 
     weight: float = 0.0
     """Of the sum over the pairs; 0 compares nothing."""
-    loss: StatesLoss = StatesLoss.cosine
+    loss: HiddenStateMetric = HiddenStateMetric.cosine
     pairs: list[list[int]] | None = None
     """[[student's block, teacher's block], ...], counted from 0; null pairs the last block but two of both (arXiv 2407.14679,
     table 17), [] none."""
@@ -277,7 +277,7 @@ class DistillConfig(TrainConfig):
     teacher_ranks: int = 0
     """The last so many processes hold the teacher and nothing else, in `teacher_parallel`, and run ahead while the student learns;
     the others hold the student. 0: all hold both."""
-    states: StatesConfig = field(default_factory=StatesConfig)
+    hidden_state_loss: HiddenStateLossConfig = field(default_factory=HiddenStateLossConfig)
 
     def __post_init__(self):
         # As Any, for omegaconf cannot override a field of a dataclass or null.
@@ -290,7 +290,7 @@ class DistillConfig(TrainConfig):
             self.teacher_parallel = OmegaConf.to_object(typed)
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """The run has a teacher."""
         return bool(self.kd_weight or self.states.weight)
 
@@ -368,9 +368,9 @@ class SearchConfig:
     """Candidates that are trained: those with the least zero-shot loss."""
     steps: int = 400
     """Of training each of them with the other settings of `distill` (arXiv 2407.14679, section 2.3)."""
-    look_every: int = 100
+    eval_every: int = 100
     """Steps between two looks at the held-out loss."""
-    together: int = 1
+    students_per_pass: int = 1
     """Candidates that one pass of the teacher trains at a time; a rank holds all their weights and optimizers."""
     latency: bool = False
     """Measure every candidate's speed."""

@@ -151,7 +151,7 @@ def tokenize(
 
     limits = limits or Limits()
     prefixes = _on_rank_0(work)
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         for prefix in prefixes:
             if not is_prefix(prefix):
                 raise UserError(f"{prefix}.idx is not there: put data.cache and the data where all nodes see them.")
@@ -171,7 +171,7 @@ def prepare(config: DataConfig, hf: str | os.PathLike, vocab_size: int) -> tuple
     """
     files, weights = parse_blend(config.train)
     tokenized = [path for path in files if is_prefix(path)]
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         tokenizer = open_tokenizer(config, hf, vocab_size) if len(tokenized) < len(files) else None
     return tokenize(files, tokenizer, config.cache, Limits.of(config), vocab_size), weights
 

@@ -48,10 +48,10 @@ def check_index(prefix: str) -> np.dtype:
     except OSError as error:
         raise UserError(f"{path} and its .bin cannot be read ({error.strerror}): check the path.") from error
     dtype, sequences, documents = _header(path, start)
-    claimed = _HEADER.size + 12 * sequences + 8 * documents
-    if claimed != size:
+    stated = _HEADER.size + 12 * sequences + 8 * documents
+    if stated != size:
         raise UserError(
-            f"{path} says that it holds {sequences} sequences and {documents} document boundaries, which take {claimed} bytes, "
+            f"{path} says that it holds {sequences} sequences and {documents} document boundaries, which take {stated} bytes, "
             f"but the file has {size}: it is cut short or damaged, copy it again or tokenise the text again."
         )
     if sequences == 0:

@@ -21,7 +21,7 @@ from torch import Tensor
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
-from minitron_mcore.evaluation.multiple_choice import Quiz
+from minitron_mcore.evaluation.multiple_choice import MultipleChoice
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
@@ -83,9 +83,9 @@ class Meter:
         arch: Architecture,
         windows: perplexity.Windows,
         micro_batch: int,
-        quiz: Quiz | None = None,
+        scorer: MultipleChoice | None = None,
     ):
-        self.model, self.arch, self.quiz = model, arch, quiz
+        self.model, self.arch, self.scorer = model, arch, scorer
         self.num_predicted = int(windows.mask.sum())
         dp = process_groups.dp_group()
         missing = -len(windows.tokens) % (micro_batch * dp.size())
@@ -116,7 +116,7 @@ class Meter:
         with skipping(self.model, self.arch, dropped):
             forward(self.model, self.batches, on_output)
             loss, kl, squares = self._sum(sums).tolist()
-            accuracy = self.quiz.accuracy() if self.quiz else None
+            accuracy = self.scorer.accuracy() if self.scorer else None
         return {
             "dropped": sorted(dropped),
             "loss": loss / self.num_predicted,

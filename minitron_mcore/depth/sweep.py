@@ -26,7 +26,7 @@ from minitron_mcore.depth import study
 from minitron_mcore.depth.removal import Meter
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.evaluation import perplexity
-from minitron_mcore.evaluation.multiple_choice import Question, Quiz, read
+from minitron_mcore.evaluation.multiple_choice import MultipleChoice, Question, read
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning.target import spans
@@ -52,7 +52,7 @@ class Points:
             UserError: the folder has points of another subject.
         """
         self.path, self.meter = Path(out_dir) / self.FILE, meter
-        with process_groups.agreed():
+        with process_groups.raise_on_all_ranks():
             found = [self._read(subject) if process_groups.rank() == 0 else {}]
         if dist.is_initialized():
             dist.broadcast_object_list(found, src=0)
@@ -113,17 +113,17 @@ def run(config: DepthRun) -> None:
     arch, blocks = source.arch, source.arch.blocks
     length = ranges.positions("depth.sequence_length", settings.sequence_length, model=arch.max_positions)
     refuse([*study.problems(config, blocks), *length])
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         words = open_tokenizer(config.data, source.hf, arch.vocab)
         windows = _windows(config, words)
         questions = read(settings.choices, settings.limit, Limits.of(config.data)) if settings.choices else []
         cosines = _cosines(config, source)
-    with run_folder.claimed(config.out_dir, run_identity(config), resume=True):
+    with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
-        quiz = Quiz(model, arch, questions, words, settings.micro_batch) if questions else None
+        scorer = MultipleChoice(model, arch, questions, words, settings.micro_batch) if questions else None
         points = Points(
             config.out_dir,
-            Meter(model, arch, windows, settings.micro_batch, quiz),
+            Meter(model, arch, windows, settings.micro_batch, scorer),
             study.count(settings, blocks),
             model=source.fingerprint,
             data=_digest(windows, questions),
@@ -136,7 +136,7 @@ def run(config: DepthRun) -> None:
             for dropped in study.runs(blocks, size)
         ]
         chosen = study.decide(settings, blocks, points, ranked)
-        chance = quiz.chance if quiz else None
+        chance = scorer.chance if scorer else None
         found = {
             "model": source.fingerprint,
             "metric": settings.metric.value,

@@ -104,9 +104,10 @@ class Cache(Checkpoint):
                 f"sequence_length is {config.sequence_length}, but the teacher cache {self.folder} is of samples of "
                 f"{index['sequence_length']} tokens: give that, or write another cache."
             )
-        if config.states.weight:
+        if config.hidden_state_loss.weight:
             yield (
-                f"distill.states.weight is {config.states.weight}, but the teacher cache {self.folder} has no intermediate "
+                f"distill.hidden_state_loss.weight is {config.hidden_state_loss.weight}, but the teacher cache "
+                f"{self.folder} has no intermediate "
                 "states: give weight 0, or the teacher's checkpoint."
             )
         if config.teacher_ranks or config.teacher_parallel:
@@ -144,7 +145,7 @@ class Cache(Checkpoint):
         files += [HEAD] if self.kind != CacheKind.topk else []
         own = files[process_groups.rank() :: dist.get_world_size()]
         progress = process_groups.Progress("verify teacher cache", len(own), "files")
-        with process_groups.agreed():
+        with process_groups.raise_on_all_ranks():
             for done, name in enumerate(own, 1):
                 self._verify(name)
                 progress.update(done)
@@ -214,7 +215,7 @@ class CachedTeacher:
         head[: len(found)] = found
         return head.to(self.device)
 
-    def feed(self, batches: Sequence[Batch]) -> Iterable[Batch]:
+    def add_teacher_outputs(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """A step's micro-batches, on last-stage ranks with "teacher_hidden" [S_r, B, H] or with "teacher_ids" [S / CP, B, k] and
         "teacher_log_probs" [S / CP, B, k + 1]; the next one is read while one is used."""
         if not process_groups.is_last_stage():

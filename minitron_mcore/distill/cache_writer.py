@@ -36,10 +36,10 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
             or text.
     """
     refuse(checks.cache(config, teacher.arch))
-    with run_folder.claimed(config.out_dir, run_identity(config), resume=True):
+    with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
         samples = {"seed": config.data.seed, "sequence_length": config.sequence_length, "num_samples": config.samples}
-        recording = Recording(config, teacher, datasets.order_hash(prefixes, weights, **samples))
+        recording = CacheWriter(config, teacher, datasets.order_hash(prefixes, weights, **samples))
         rows = recording.run(
             datasets.ordered(prefixes, weights, cache=config.data.cache, vocab_size=teacher.arch.vocab, **samples)
         )
@@ -51,7 +51,7 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
     )
 
 
-class Recording:
+class CacheWriter:
     """One cache in the making. A file is written by one rank: of its data-parallel replica, the last stage's first."""
 
     def __init__(self, config: TeacherCacheRun, teacher: Checkpoint, order: str):
@@ -75,7 +75,7 @@ class Recording:
             "lineage": teacher.lineage,
             "files": {},
         }
-        with process_groups.agreed():
+        with process_groups.raise_on_all_ranks():
             found = [self._begin() if process_groups.rank() == 0 else None]
         dist.broadcast_object_list(found, src=0)
         self.hashes: dict[str, str] = {}
@@ -90,7 +90,7 @@ class Recording:
         """Files that are there, and the hashes that the index of a finished cache has of them."""
         path, begun = self.out_dir / cache.INDEX, json.loads(json.dumps(self.index))
         if not path.is_file():
-            run_folder.ship(self.teacher.hf, self.out_dir)
+            run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
             run_folder.replace_text(path, json.dumps(begun, indent=1))
             run_folder.replace_text(self.out_dir / "latest", cache.INDEX)  # the folder stays when the run ends early
         held = read_json(path, "remove the folder, and write the teacher cache again")

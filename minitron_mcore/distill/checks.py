@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from minitron_mcore.config import ranges
-from minitron_mcore.config.settings import DistillConfig, Divergence, ParallelConfig, StatesConfig
+from minitron_mcore.config.settings import DistillConfig, Divergence, HiddenStateLossConfig, ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.distill import vocabulary
 from minitron_mcore.models import sharding
@@ -19,7 +19,7 @@ Route = tuple[int, int, int]
 NOT_APART = "distill.teacher_ranks is for launch/distill.py: give 0 here."
 
 
-def state_pairs(student: Architecture, teacher: Architecture, config: StatesConfig) -> list[tuple[int, int]]:
+def state_pairs(student: Architecture, teacher: Architecture, config: HiddenStateLossConfig) -> list[tuple[int, int]]:
     """(student's block, teacher's block) whose outputs are compared; none with weight 0."""
     last = [[student.blocks - 3, teacher.blocks - 3]]
     blocks = last if config.pairs is None else config.pairs
@@ -40,36 +40,42 @@ def state_routes(
 
 
 def state_problems(
-    student: Architecture, teacher: Architecture | None, config: StatesConfig, kd_weight: float
+    student: Architecture, teacher: Architecture | None, config: HiddenStateLossConfig, kd_weight: float
 ) -> Iterator[str]:
     """Pairs of blocks that are not there, or no pair at all; a ratio to nothing."""
     if config.weight == 0:
         return
     if not 0 < config.weight < float("inf"):
-        yield f"distill.states.weight is {config.weight}; it must be finite and at least 0."
+        yield f"distill.hidden_state_loss.weight is {config.weight}; it must be finite and at least 0."
     if config.dynamic and kd_weight == 0:
-        yield "distill.states.dynamic is the ratio to a divergence, but kd_weight is 0: give a fixed weight (dynamic=false)."
+        yield (
+            "distill.hidden_state_loss.dynamic scales by the ratio to the divergence, but kd_weight is 0: give a fixed weight "
+            "(dynamic=false)."
+        )
     if teacher is None:
-        yield f"distill.states.weight is {config.weight}, but there is no teacher whose states the student's could follow."
+        yield (
+            f"distill.hidden_state_loss.weight is {config.weight}, but there is no teacher whose hidden states the student could "
+            "match: give 0."
+        )
         return
     if config.pairs is None and min(student.blocks, teacher.blocks) < 3:
         yield (
             f"a student of {student.blocks} and a teacher of {teacher.blocks} blocks have no last block but two each: "
-            "give distill.states.pairs=[[student's block, teacher's block]]."
+            "give distill.hidden_state_loss.pairs=[[student's block, teacher's block]]."
         )
     if not (config.pairs is None or config.pairs or config.embeddings):
-        yield "distill.states.pairs and .embeddings are empty: give a pair of blocks, or weight 0."
+        yield "distill.hidden_state_loss.pairs and .embeddings are empty: give a pair of blocks, or weight 0."
     for pair in config.pairs or ():
         if len(pair) != 2:
-            yield f"distill.states.pairs has {pair}: give [student's block, teacher's block]."
+            yield f"distill.hidden_state_loss.pairs has {pair}: give [student's block, teacher's block]."
             continue
         for name, arch, block in (("student", student, pair[0]), ("teacher", teacher, pair[1])):
             if not 0 <= block < arch.blocks:
                 yield (
-                    f"distill.states.pairs names block {block} of the {name}, which has blocks 0 to {arch.blocks - 1}."
+                    f"distill.hidden_state_loss.pairs names block {block} of the {name}, which has blocks 0 to {arch.blocks - 1}."
                 )
         if config.pairs.count(pair) > 1:
-            yield f"distill.states.pairs has {pair} twice: give it once."
+            yield f"distill.hidden_state_loss.pairs has {pair} twice: give it once."
 
 
 def teacher_problems(
@@ -118,10 +124,10 @@ def problems(
         student=student.max_positions,
         teacher=teacher and teacher.max_positions,
     )
-    if config.kd_weight == config.lm_weight == config.states.weight == 0:
+    if config.kd_weight == config.lm_weight == config.hidden_state_loss.weight == 0:
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)
-    yield from state_problems(student, teacher, config.states, config.kd_weight)
+    yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
     yield from divergence(
         config.divergence, config.jsd_beta, config.top_k, config.temperature, vocabulary.shared(student, teacher)
     )
@@ -167,8 +173,8 @@ def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
         yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."
 
 
-def cache_bytes(kind: CacheKind, k: int, vocab: int, hidden: int, element: int) -> int:
+def cache_bytes(kind: CacheKind, k: int, vocab: int, hidden: int, dtype_bytes: int) -> int:
     """Of a token in a teacher's cache (see `cache`); `element`: bytes of a number of the run's dtype."""
     if kind == CacheKind.topk:
         return (4 if vocab <= 1 << 16 else 5) * k + 2
-    return element * hidden if kind == CacheKind.hidden else hidden + 4
+    return dtype_bytes * hidden if kind == CacheKind.hidden else hidden + 4

@@ -37,7 +37,7 @@ from torch import Tensor
 from minitron_mcore.config.settings import Divergence
 
 # Log-sum-exp of a rank that holds none of the entries: finite, and so far below any other that its weight is exactly 0.
-NOTHING = -1e30
+NEG_INF = -1e30
 # exp of more would overflow in fp32; an entry that one side gives e^-80 of the other's probability adds nothing on that side.
 _FAR = 80.0
 
@@ -230,7 +230,7 @@ class TopK(ForwardKL):
     of all ranks. Of equal logits at the border some are chosen, k in all. The logits in `writable` places may be overwritten:
     where places are equal, so is what is written there."""
 
-    of_nothing = 0.0, 0.0, NOTHING, NOTHING
+    of_nothing = 0.0, 0.0, NEG_INF, NEG_INF
 
     def start(self, logits_t, gather, rank):
         values, self.places = logits_t.topk(min(self.k, logits_t.shape[1]))
@@ -259,8 +259,8 @@ class TopK(ForwardKL):
     def _tail(self, at: slice, x: Tensor) -> Tensor:
         """Log-sum-exp of what is not chosen; x is overwritten."""
         self.put(at, x, torch.full_like(self.places[at], -math.inf, dtype=x.dtype))
-        largest = x.amax(-1).clamp(min=NOTHING)
-        return (x.sub_(largest[:, None]).exp_().sum(-1).log() + largest).clamp(min=NOTHING)
+        largest = x.amax(-1).clamp(min=NEG_INF)
+        return (x.sub_(largest[:, None]).exp_().sum(-1).log() + largest).clamp(min=NEG_INF)
 
     def put(self, at: slice, x: Tensor, chosen: Tensor) -> None:
         """x := `chosen` [T, k] in the places that are chosen."""
@@ -307,8 +307,8 @@ class Given:
 
     def part(self, at: slice, ignored: Tensor) -> "Given":
         """Tokens `at`, what they say harmless where `ignored` [T, 1]."""
-        log_probs = self.log_probs[at].masked_fill(ignored[at], NOTHING).clamp(min=NOTHING)
-        log_tail = self.log_tail[at].masked_fill(ignored[at, 0], 0).clamp(min=NOTHING)
+        log_probs = self.log_probs[at].masked_fill(ignored[at], NEG_INF).clamp(min=NEG_INF)
+        log_tail = self.log_tail[at].masked_fill(ignored[at, 0], 0).clamp(min=NEG_INF)
         return Given(self.ids[at], log_probs, log_tail)
 
     def entropy(self) -> Tensor:
@@ -323,7 +323,7 @@ class GivenTopK(TopK):
     Its log-sum-exp counts as 0 on rank 0 and as nothing elsewhere, and so does its entropy, which is that of the k + 1 entries.
     """
 
-    of_nothing = 0.0, 0.0, NOTHING
+    of_nothing = 0.0, 0.0, NEG_INF
 
     def __init__(self, first: int, width: int):
         """`first`, `width`: the entries of this rank."""

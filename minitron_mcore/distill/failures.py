@@ -21,7 +21,7 @@ from minitron_mcore.distill.bad_step import BadStep
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import HUNG_STATUS, NotFinite
 from minitron_mcore.parallel import process_groups
-from minitron_mcore.parallel.hang_watchdog import Watch
+from minitron_mcore.parallel.hang_watchdog import HangWatchdog
 from minitron_mcore.parallel.schedule import Batch
 
 FOLDER, REPORT = "bad_batches", "failure.json"
@@ -36,7 +36,7 @@ class Guard:
         _forget(out_dir)
 
     def step(
-        self, trainer: Trainer, batches: list[Batch], fed: Sequence[Batch] | None = None
+        self, trainer: Trainer, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None = None
     ) -> dict[str, float] | None:
         """`trainer.train_step(batches, fed)`; None where the step was skipped (collective).
 
@@ -44,7 +44,7 @@ class Guard:
             NotFinite: a bad step that may not be skipped; rank 0 has written failure.json.
         """
         try:
-            figures = trainer.train_step(batches, fed)
+            figures = trainer.train_step(batches, with_teacher_outputs)
         except BadStep as bad:
             self._judge(bad, trainer, batches)
             trainer.skip_step()
@@ -107,14 +107,14 @@ class Guard:
         return str(path)
 
 
-def watched(trainer: Trainer, out_dir: Path) -> Watch:
+def hang_watchdog_of(trainer: Trainer, out_dir: Path) -> HangWatchdog:
     """Ends the job when a rank hangs between entering and leaving (see `Watch`)."""
 
     def told(message: str, ranks: list[int]) -> None:
         report(out_dir, "hung", HUNG_STATUS, trainer.step + 1, message, ranks, [])
 
     _forget(out_dir)
-    return Watch(trainer.config.hang_minutes, lambda: f"step {trainer.step + 1}", told)
+    return HangWatchdog(trainer.config.hang_minutes, lambda: f"step {trainer.step + 1}", told)
 
 
 def _forget(out_dir: Path) -> None:

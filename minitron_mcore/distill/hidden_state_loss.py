@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minitron_mcore.checkpoint.run_folder import Shard
-from minitron_mcore.config.settings import DistillConfig, ParallelConfig, StatesLoss
+from minitron_mcore.config.settings import DistillConfig, HiddenStateMetric, ParallelConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
@@ -49,7 +49,7 @@ SEED = 1234
 """Of the projection's first values, the same on all ranks of all layouts."""
 
 
-class States:
+class HiddenStateLoss:
     """The pairs of a run, hooked into the student, and their projection, which lies under a DDP of its own."""
 
     def __init__(
@@ -62,13 +62,13 @@ class States:
         ddp: DistributedDataParallelConfig,
     ):
         """`model`: the student, of architecture `arch`, not yet under DDP, in layout `parallel`."""
-        self.config, self.model = config.states, model
+        self.config, self.model = config.hidden_state_loss, model
         self.batch: Batch = {}
         self.sum = torch.zeros((), device=process_groups.device())
         self.ratio = 1.0  # of the first step, which knows no step before it
         # The groups over which a sum over this rank's rows and pairs becomes one over a sequence's and all.
         self.groups = [process_groups.pp_group(), *([process_groups.tp_group()] if parallel.sequence else [])]
-        pairs = checks.state_pairs(arch, teacher, config.states)
+        pairs = checks.state_pairs(arch, teacher, config.hidden_state_loss)
         self.routes = sorted(set(checks.state_routes(arch, teacher, pairs, parallel, config.teacher_parallel)))
         for own, theirs in pairs:
             if module := _maker(model, arch, own):
@@ -107,7 +107,7 @@ class States:
         if self.projection is not None:
             hidden = F.linear(hidden, self.projection)
         hidden, wanted = hidden.float(), wanted.float()
-        if self.config.loss == StatesLoss.cosine:
+        if self.config.loss == HiddenStateMetric.cosine:
             each = 1 - F.cosine_similarity(hidden, wanted, dim=-1)
         else:
             each = (hidden - wanted).square().mean(-1)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minitron_mcore.distill.divergences import NOTHING, Chunk, Cosine, ForwardKL, GivenTopK, Jsd, Mse, ReverseKL, TopK
+from minitron_mcore.distill.divergences import NEG_INF, Chunk, Cosine, ForwardKL, GivenTopK, Jsd, Mse, ReverseKL, TopK
 
 FORWARD_KL, REVERSE_KL, JSD, MSE, COSINE, TOP_K = (tl.constexpr(kind) for kind in range(6))
 KINDS = {
@@ -220,7 +220,7 @@ def _read_top_k(chunk: Chunk, divergence: TopK) -> Tensor:
     for x, chosen in zip(logits, values, strict=True):
         x.scatter_(1, divergence.places, chosen)
     divergence.largest_of_tail = out[0]
-    tails = (out[:2].double() + out[3:5].double().log()).clamp(min=NOTHING)
+    tails = (out[:2].double() + out[3:5].double().log()).clamp(min=NEG_INF)
     shifted = [chunk.like(x) / chunk.temperature - chunk.largest[n, :, None] for n, x in enumerate(values)]
     return divergence.sums(chunk, slice(None), shifted, tails[: len(logits)])
 

@@ -37,50 +37,56 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
     Raises:
         NotFinite: see `failure.Guard`; the steps before are saved, those of the other students too.
     """
-    courses = [_Course(trainer, folder) for folder, trainer in trainers.items()]
+    student_runs = [StudentRun(trainer, folder) for folder, trainer in trainers.items()]
     behind = min(trainers.values(), key=lambda trainer: trainer.step)
     config, teacher, first = behind.config, behind.teacher, behind.step
     last = min(config.steps, config.stop_after or config.steps)
     per_step = config.global_batch // (config.micro_batch * process_groups.dp_group().size())
     progress, stop = process_groups.Progress("train", last - first, "steps"), _Stop()
     profiler = StepProfiler(behind.performance.profile, out_dir)
-    with failures.watched(behind, out_dir):
+    with failures.hang_watchdog_of(behind, out_dir):
         for step in range(first, last):
-            if stop.agreed():
+            if stop.stop_on_all_ranks():
                 break
             profiler.before(step + 1)
             micro_batches = [next(batches) for _ in range(per_step)]
-            fed = list(teacher.feed(micro_batches)) if teacher and len(courses) > 1 else None
+            with_teacher_outputs = (
+                list(teacher.add_teacher_outputs(micro_batches)) if teacher and len(student_runs) > 1 else None
+            )
             try:
-                told = [course.take(micro_batches, fed) for course in courses if course.trainer.step == step]
+                told = [
+                    student_run.take(micro_batches, with_teacher_outputs)
+                    for student_run in student_runs
+                    if student_run.trainer.step == step
+                ]
             except NotFinite:
-                for course in courses:
-                    course.save()
-                    course.trainer.finish_save()
+                for student_run in student_runs:
+                    student_run.save()
+                    student_run.trainer.finish_save()
                 raise
             profiler.after(step + 1, step + 1 == last)
             progress.update(step + 1 - first, "".join(filter(None, told)))
-        for course in courses:
-            course.save()
-            course.trainer.finish_save()
-            course.close()
+        for student_run in student_runs:
+            student_run.save()
+            student_run.trainer.finish_save()
+            student_run.close()
         if behind.step < last:
             process_groups.log(f"told to stop: saved step {behind.step}; the same command goes on from there")
-    return [course.history for course in courses]
+    return [student_run.history for student_run in student_runs]
 
 
-class _Course:
+class StudentRun:
     """A student's way through the loop: its trainer, its folder and what is written there."""
 
     def __init__(self, trainer: Trainer, out_dir: Path):
         self.trainer, self.out_dir, self.saved = trainer, out_dir, trainer.step
         self.guard, self.history = failures.Guard(trainer.config, out_dir), []
-        self.record = _Record(out_dir, trainer.step) if process_groups.rank() == 0 else None
+        self.record = MetricsWriter(out_dir, trainer.step) if process_groups.rank() == 0 else None
 
-    def take(self, batches: list[Batch], fed: Sequence[Batch] | None) -> str:
+    def take(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None) -> str:
         """One step (collective); what a progress line says of it."""
         trainer, config = self.trainer, self.trainer.config
-        figures = self.guard.step(trainer, batches, fed)
+        figures = self.guard.step(trainer, batches, with_teacher_outputs)
         trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
         if figures:
@@ -124,14 +130,14 @@ class _Stop:
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 signal.signal(number, lambda *_: self.asked.fill_(1))
 
-    def agreed(self) -> bool:
+    def stop_on_all_ranks(self) -> bool:
         """Collective."""
         asked = self.asked.clone()
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
 
 
-class _Record:
+class MetricsWriter:
     """metrics.jsonl and tensorboard; a resumed run drops the lines after its checkpoint, so that no step appears twice."""
 
     def __init__(self, out_dir: Path, step: int):

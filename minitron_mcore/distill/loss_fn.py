@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import (  # isort: skip
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossFunction:
     """Called with the student's final hidden states of a micro-batch [S_r, B, H], S_r = S / CP or S / CP / TP under sequence
     parallelism, and this context-parallel rank's share of the batch."""
 

@@ -150,8 +150,8 @@ def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight
     """Checks what both forms are given; `num_rows` V_r are the student's, `teacher_rows` the teacher's, None without one."""
     tp = tp_group.size() if tp_group else 1
     divergence, jsd_beta, top_k, *others = rest
-    taught = teacher_rows is not None or isinstance(others[-1], divergences.Given)
-    if not taught and kd_weight != 0:
+    has_teacher = teacher_rows is not None or isinstance(others[-1], divergences.Given)
+    if not has_teacher and kd_weight != 0:
         raise UserError(f"kd_weight is {kd_weight} without a teacher: give one, or kd_weight 0.")
     if teacher_rows not in (None, num_rows):
         raise UserError(
@@ -163,7 +163,7 @@ def _settings(num_rows, teacher_rows, vocab_size, tp_group, kd_weight, lm_weight
             f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {tp * num_rows} rows."
         )
     refuse(checks.divergence(divergence, jsd_beta, top_k, temperature, vocab_size))
-    temperature = temperature if taught else 1.0
+    temperature = temperature if has_teacher else 1.0
     return Settings(vocab_size, tp_group if tp > 1 else None, kd_weight, lm_weight, temperature, *rest)
 
 

@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # is
 TORCH_ADAM = Adam.__module__.startswith("torch.")
 
 
-def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def flat_slices(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offset, shape) of the boxes that make up elements start..end of a flattened tensor [N] or [rows, columns], in order."""
     if len(shape) == 1:
         yield (start,), (end - start,)
@@ -57,7 +57,7 @@ class _Owned:
         """Views of `state`, each with its place in the checkpoint; padding rows have none."""
         replica = (*shard.replica[:-1], 0)  # no data-parallel copies
         at = 0
-        for low, size in boxes(tuple(self.parameter.shape), self.start, self.end):
+        for low, size in flat_slices(tuple(self.parameter.shape), self.start, self.end):
             for here, there, length in shard.ranges:
                 first = [max(a, b) for a, b in zip(low, here, strict=True)]
                 last = [min(a + m, b + n) for a, m, b, n in zip(low, size, here, length, strict=True)]

@@ -46,13 +46,13 @@ class DistantTeacher:
         if process_groups.bridge() is None:
             raise UserError(checks.NOT_APART)
         self.bridge, self.arch, self.ahead = process_groups.bridge(), source.arch, config.teacher_ahead
-        self.handover = _handover(source.arch, config, parallel, dtype)
+        self.transfer = _transfer(source.arch, config, parallel, dtype)
         self.last = (config.teacher_parallel or parallel).pipeline - 1
-        self.head = teachers.head_rows(source, student, self.handover.empty) if process_groups.is_last_stage() else None
+        self.head = teachers.head_rows(source, student, self.transfer.empty) if process_groups.is_last_stage() else None
         self.routes: list[checks.Route] = []
         """Which blocks' states go where, ascending (see `states`)."""
 
-    def feed(self, batches: Sequence[Batch]) -> Iterable[Batch]:
+    def add_teacher_outputs(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """As `Teacher.feed` (collective over both worlds); the teacher's ranks begin with the whole step at once."""
         stages = process_groups.pp_group().size()
         each = self.ahead if stages == 1 else len(batches)
@@ -62,7 +62,7 @@ class DistantTeacher:
         self.bridge.ask({"shape": every.shape, "each": each, "routes": self.routes, "last": stages - 1})
         self.bridge.broadcast(every)
         parts = (batches[at : at + each] for at in range(0, len(batches), each))
-        filled = (batch for part in parts for batch in teachers.filled(part, wanted, self.handover))
+        filled = (batch for part in parts for batch in teachers.filled(part, wanted, self.transfer))
         return filled if stages == 1 else list(filled)
 
 
@@ -86,17 +86,17 @@ def serve(
         options = (performance or PerformanceConfig()).frozen()
         model = run_folder.build_model(source, config.teacher_parallel or parallel, dtype, options)
         model.eval().requires_grad_(False)
-    handover = _handover(source.arch, config, parallel, dtype)
+    transfer = _transfer(source.arch, config, parallel, dtype)
     for asked in bridge.requests():
         every = torch.empty(asked["shape"], dtype=torch.int64, device=process_groups.device())
         bridge.broadcast(every)
         for part in every.split(asked["each"], dim=1):
-            given = handover.shared_out(part)
-            left = teachers.passes(model, source.arch, given, asked["routes"], asked["last"])
-            teachers.filled([{"tokens": tokens} for tokens in part[0]], left, handover)
+            given = transfer.shared_out(part)
+            teacher_outputs = teachers.passes(model, source.arch, given, asked["routes"], asked["last"])
+            teachers.filled([{"tokens": tokens} for tokens in part[0]], teacher_outputs, transfer)
 
 
-def _handover(arch: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str) -> OtherLayout:
+def _transfer(arch: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str) -> OtherLayout:
     bridge, other = process_groups.bridge(), config.teacher_parallel or parallel
     empty: Tensor = torch.empty(0, arch.hidden, dtype=build.DTYPES[dtype], device=process_groups.device())
     places = bridge.meet(process_groups.places())

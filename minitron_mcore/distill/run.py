@@ -23,7 +23,7 @@ from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reporting import plots, tables
 
-NOISE = 0.9
+TEACHER_LOSS_WARN_RATIO = 0.9
 """A teacher whose loss is more than this share of a blind guess's, ln(vocabulary), is warned of."""
 
 
@@ -32,8 +32,8 @@ def train(
     settings: DistillConfig,
     students: Sequence[Checkpoint],
     teacher: Checkpoint | None,
-    looks: Sequence[int] = (),
-    look: Callable[[int, Trainer], None] | None = None,
+    eval_steps: Sequence[int] = (),
+    on_eval: Callable[[int, Trainer], None] | None = None,
 ) -> None:
     """Train `students[i]` into `configs[i].out_dir`, or go on where a stopped run ended (collective).
 
@@ -50,7 +50,7 @@ def train(
     config, first = configs[0], students[0]
     check_run(config, settings, students, teacher)
     with contextlib.ExitStack() as claims:
-        held = [run_folder.claimed(each.out_dir, run_identity(each), resume=True) for each in configs]
+        held = [run_folder.claim_run_folder(each.out_dir, run_identity(each), resume=True) for each in configs]
         resumed = [claims.enter_context(claim) for claim in held]
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
@@ -74,15 +74,15 @@ def train(
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _probed(behind, batches, vocab)
         figures = [[] for _ in trainers]
-        for stop in looks or (settings.stop_after,):
+        for stop in eval_steps or (settings.stop_after,):
             for trainer in trainers.values():
                 trainer.config = dataclasses.replace(settings, stop_after=stop)
             for before, new in zip(figures, loop.train(trainers, batches, _common(configs)), strict=True):
                 before += new
             for number, trainer in enumerate(trainers.values()):
-                if look and trainer.step == stop:
-                    look(number, trainer)
-            if look and behind.step < stop:  # told to stop
+                if on_eval and trainer.step == stop:
+                    on_eval(number, trainer)
+            if on_eval and behind.step < stop:  # told to stop
                 break
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
             if trainer.step == settings.steps:
@@ -109,7 +109,7 @@ def _probed(trainer: Trainer, batches: Iterator[Batch], vocab: int) -> Iterator[
     first = next(batches)
     loss, guess = trainer.teacher_loss(first), math.log(vocab)
     told = f"the teacher's own loss on the first micro-batch is {loss:.3f} nats a token"
-    if not loss < NOISE * guess:
+    if not loss < TEACHER_LOSS_WARN_RATIO * guess:
         told = f"warning: {told}, near the {guess:.2f} of a blind guess: is it the right checkpoint, and text of its tokenizer?"
     process_groups.log(told)
     return itertools.chain([first], batches)

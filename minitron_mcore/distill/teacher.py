@@ -36,12 +36,12 @@ class Teacher:
         ahead: int,
         head: Tensor | None = None,
         layout: process_groups.Layout | None = None,
-        handover: SameLayout | OtherLayout | None = None,
+        transfer: SameLayout | OtherLayout | None = None,
     ):
         """`ahead`: micro-batches that the teacher runs at a time; `head`: instead of the model's (see `cut_head`); `layout`: the
         model's, where it isn't the student's, and then how its states get from one to the other."""
         self.model, self.arch, self.ahead, self._head = model.eval().requires_grad_(False), arch, ahead, head
-        self.layout, self.handover = layout, handover or SameLayout(model)
+        self.layout, self.transfer = layout, transfer or SameLayout(model)
         self.routes: list[checks.Route] = []
         """Which blocks' states go where, ascending (see `states`)."""
         self.hosted: HostedWeights | None = None
@@ -65,14 +65,14 @@ class Teacher:
         layout = process_groups.Layout.of(own) if own != parallel else None
         with process_groups.within(layout):
             model = run_folder.build_model(source, own, dtype, performance.frozen())
-        head, handover = cut_head(model, source, student, layout), None
+        head, transfer = cut_head(model, source, student, layout), None
         if layout:
             student_places = process_groups.places()
             with process_groups.within(layout):
                 places = student_places, process_groups.places()
             empty = next(model.parameters()).new_empty(0, source.arch.hidden)
-            handover = OtherLayout((parallel, own), places, process_groups.rank(), dist.all_to_all_single, empty)
-        teacher = cls(model, source.arch, config.teacher_ahead, head, layout, handover)
+            transfer = OtherLayout((parallel, own), places, process_groups.rank(), dist.all_to_all_single, empty)
+        teacher = cls(model, source.arch, config.teacher_ahead, head, layout, transfer)
         if performance.teacher_offload:
             teacher.offload()
         return teacher
@@ -86,7 +86,7 @@ class Teacher:
     def head(self) -> Tensor:
         return self.model.head() if self._head is None else self._head
 
-    def feed(self, batches: Sequence[Batch]) -> Iterable[Batch]:
+    def add_teacher_outputs(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """A step's micro-batches with "teacher_hidden" added on last-stage ranks, and what `routes` add (collective).
 
         With one stage of the student the teacher runs when a micro-batch is asked for, `ahead` at a time. With several it runs the
@@ -99,10 +99,10 @@ class Teacher:
         )
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
-        given, last = self.handover.given(batches), process_groups.pp_group().size() - 1
+        given, last = self.transfer.given(batches), process_groups.pp_group().size() - 1
         with process_groups.within(self.layout), self.hosted or contextlib.nullcontext():
-            left = passes(self.model, self.arch, given, self.routes, last)
-        return filled(batches, left, self.handover)
+            teacher_outputs = passes(self.model, self.arch, given, self.routes, last)
+        return filled(batches, teacher_outputs, self.transfer)
 
 
 class HostedWeights:
@@ -128,14 +128,14 @@ class HostedWeights:
             weight.data = host
 
 
-Left = tuple[str, Sequence[Tensor], int, int]
+TeacherOutputs = tuple[str, Sequence[Tensor], int, int]
 """States of one kind: their key in a batch, what this rank has of each micro-batch that its replica of the teacher ran, the
 teacher's stage that left them, the student's stage that wants them."""
 
 
 def passes(
     model: Model, arch: Architecture, given: Sequence[Batch], routes: Sequence[checks.Route], last: int
-) -> list[Left]:
+) -> list[TeacherOutputs]:
     """The teacher's forward passes, in its own layout (collective over its replica); `last`: the student's last stage."""
     hidden: list[Tensor] = []
     with hidden_state_loss.recorded(model, arch, {block for block, *_ in routes}) as found:
@@ -145,13 +145,15 @@ def passes(
     return [("teacher_hidden", hidden, process_groups.pp_group().size() - 1, last), *inner]
 
 
-def filled(batches: Sequence[Batch], left: Sequence[Left], handover: SameLayout | OtherLayout) -> list[Batch]:
+def filled(
+    batches: Sequence[Batch], teacher_outputs: Sequence[TeacherOutputs], transfer: SameLayout | OtherLayout
+) -> list[Batch]:
     """The student's micro-batches with what the teacher left for this rank (collective)."""
-    fed = [batch | {"teacher_hidden": None} for batch in batches]
-    for key, kept, source, target in left:
-        for batch, moved in zip(fed, handover.moved(kept, source, target, batches), strict=True):
+    with_teacher_outputs = [batch | {"teacher_hidden": None} for batch in batches]
+    for key, kept, source, target in teacher_outputs:
+        for batch, moved in zip(with_teacher_outputs, transfer.moved(kept, source, target, batches), strict=True):
             batch |= {} if moved is None else {key: moved}
-    return fed
+    return with_teacher_outputs
 
 
 def cut_head(

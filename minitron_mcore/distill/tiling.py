@@ -84,10 +84,10 @@ class Tiles:
         if self.width:
             own[4] = torch.where(inside, logits_s.gather(1, place).squeeze(1), 0)
         else:
-            own[:3] = divergences.NOTHING
+            own[:3] = divergences.NEG_INF
             own[5:] = own.new_tensor(divergence.of_nothing)[:, None]
         if isinstance(logits_t, divergences.Given):
-            own[1], own[3] = divergences.NOTHING if self.rank else 0.0, logits_t.entropy()
+            own[1], own[3] = divergences.NEG_INF if self.rank else 0.0, logits_t.entropy()
         parts = self._gather(own)
         chunk.exchanged(parts[:, :3], self.rank)
         lm_loss = chunk.lse[2] - parts[:, 4].sum(0)

@@ -17,8 +17,8 @@ from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.distill import bad_step, checks, optimizer_state, vocabulary
 from minitron_mcore.distill.cache import Cache, CachedTeacher
-from minitron_mcore.distill.hidden_state_loss import States
-from minitron_mcore.distill.loss_fn import Objective
+from minitron_mcore.distill.hidden_state_loss import HiddenStateLoss
+from minitron_mcore.distill.loss_fn import LossFunction
 from minitron_mcore.distill.remote_teacher import DistantTeacher
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
@@ -90,7 +90,11 @@ class Trainer:
         model = run_folder.build_model(student, parallel, dtype, performance)
         self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
         ddp = tuning.ddp_config(performance, config.distributed_optimizer)
-        self.states = States(model, student.arch, teacher.arch, config, parallel, ddp) if config.states.weight else None
+        self.states = (
+            HiddenStateLoss(model, student.arch, teacher.arch, config, parallel, ddp)
+            if config.hidden_state_loss.weight
+            else None
+        )
         self.teacher = source
         if teacher and source is None:
             if isinstance(teacher, Cache):
@@ -100,7 +104,7 @@ class Trainer:
                 self.teacher = make(teacher, student.arch, config, parallel, dtype, performance)
         if self.states:
             self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
-        self.objective = Objective(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
+        self.loss_fn = LossFunction(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
         if performance.overlap_param_gather:
             _gather_as_needed(model, self.chunks)
@@ -164,7 +168,7 @@ class Trainer:
             "dp_size": dp.size(),
         }
 
-    def train_step(self, batches: list[Batch], fed: Sequence[Batch] | None = None) -> dict[str, float]:
+    def train_step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None = None) -> dict[str, float]:
         """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.
 
         `fed` are the same with what the teacher has already added; without them it runs now. A step all of whose tokens are
@@ -179,10 +183,12 @@ class Trainer:
         if self.states:
             self.states.begin()
         self.optimizer.zero_grad()
-        if fed is None:
-            fed = self.teacher.feed(batches) if self.teacher else batches
+        if with_teacher_outputs is None:
+            with_teacher_outputs = self.teacher.add_teacher_outputs(batches) if self.teacher else batches
         on_batch = [self.states.take] if self.states else []
-        parts = schedule.forward_backward(self.chunks, fed, self.objective, batches[0], len(batches), *on_batch)
+        parts = schedule.forward_backward(
+            self.chunks, with_teacher_outputs, self.loss_fn, batches[0], len(batches), *on_batch
+        )
         sums = torch.zeros(4, device=process_groups.device())
         for part in parts:
             sums += part
@@ -202,8 +208,8 @@ class Trainer:
             raise bad_step.BadStep(bad.what, bad.value, parts) from None
         self.step += 1
         if states:
-            taught = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
-            self.states.took(taught, states["states_loss"])
+            kd_term = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
+            self.states.took(kd_term, states["states_loss"])
         seconds, count, length = time.monotonic() - start, max(tokens, 1.0), self.config.sequence_length
         return {
             "step": self.step,
@@ -225,9 +231,9 @@ class Trainer:
         """The teacher's own cross-entropy on the data-parallel ranks' micro-batches, nats a token (collective)."""
         sums = torch.zeros(2, device=process_groups.device())
         with torch.no_grad():
-            for fed in self.teacher.feed([batch]):
+            for with_teacher_outputs in self.teacher.add_teacher_outputs([batch]):
                 if process_groups.is_last_stage():
-                    sums += self.objective.teacher_loss(schedule.share(fed))
+                    sums += self.loss_fn.teacher_loss(schedule.share(with_teacher_outputs))
         loss, tokens = self._total(sums).tolist()
         return loss / max(tokens, 1.0)
 
@@ -274,7 +280,7 @@ class Trainer:
         # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
         counted = {"step": self.step} | ({"states_ratio": self.states.ratio} if self.states else {})
         state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
-        with hang_watchdog.patient(self.config.save_minutes):
+        with hang_watchdog.extended_timeout(self.config.save_minutes):
             if self.background:
                 self.saving = streaming.BackgroundSave(out_dir, self.step, state, f"save step {self.step}")
             else:
@@ -289,7 +295,7 @@ class Trainer:
         """
         if self.saving and (wait or self.saving.written()):
             saving, self.saving = self.saving, None
-            with hang_watchdog.patient(self.config.save_minutes):
+            with hang_watchdog.extended_timeout(self.config.save_minutes):
                 saving.finish()
 
     def resume(self, found: Checkpoint) -> None:

@@ -61,7 +61,7 @@ def layouts(
             given = dataclasses.replace(setting, parallel=parallel, performance=options)
             rows = run_memory.run(students, teacher, training, given, cached)
             needed = max(row["total"] for row in rows) / memory.GIB
-            if needed > dry.memory or (recompute == Recompute.full and training.states.weight):
+            if needed > dry.memory or (recompute == Recompute.full and training.hidden_state_loss.weight):
                 continue
             figures = step(students, None if cached else teacher, training, given, dry)
             axes = {"TP": parallel.tensor, "PP": parallel.pipeline, "CP": parallel.context, "EP": parallel.expert}
@@ -115,7 +115,7 @@ def step(
         for kind, size in _sent(found, setting).items():
             sent[kind] += m * size
     rows = [
-        memory.states(student, setting, n, training.distributed_optimizer)
+        memory.model_states(student, setting, n, training.distributed_optimizer)
         for student in students
         for n in {0, setting.last}
     ]
@@ -171,7 +171,7 @@ def _operations(passes: _Passes, setting: memory.Setting, stage: int) -> float:
 
 def _sent(passes: _Passes, setting: memory.Setting) -> dict[str, float]:
     """Bytes that a GPU of the fullest stage sends for a micro-batch through one model, but for the data-parallel ones."""
-    arch, trained, p, b = passes.arch, passes.trained, setting.parallel, setting.element
+    arch, trained, p, b = passes.arch, passes.trained, setting.parallel, setting.dtype_bytes
     fullest = set(sharding.stage_blocks(arch, p)[0])
     parts = [part for block, part in arch.layers if block in fullest]
     attention, mlp = parts.count("attention"), parts.count("mlp")

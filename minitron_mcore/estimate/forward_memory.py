@@ -8,10 +8,12 @@ from minitron_mcore.models.architecture import Architecture
 
 def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
     """Bytes of forward passes on a rank of each pipeline stage: weights, and what one block needs for a micro-batch."""
-    passing = setting.tokens * (mlp_activations(arch, setting) + 4 * setting.element * arch.hidden / setting.sharers)
+    passing = setting.tokens * (
+        mlp_activations(arch, setting) + 4 * setting.dtype_bytes * arch.hidden / setting.sequence_shards
+    )
     rows = []
     for stage in range(setting.parallel.pipeline):
-        weights = setting.element * sum(parameters(arch, setting, stage))
+        weights = setting.dtype_bytes * sum(parameters(arch, setting, stage))
         rows.append({"weights": weights, "workspace": passing, "total": weights + passing})
     return rows
 
@@ -19,7 +21,7 @@ def scoring(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
 def studying(arch: Architecture, setting: Setting, windows: int) -> list[dict[str, float]]:
     """`scoring`, and the hidden states of so many windows that a depth study keeps on the last stage."""
     passes = math.ceil(windows / (setting.micro_batch * setting.replicas))
-    kept = passes * setting.tokens * arch.hidden * setting.element / setting.sharers
+    kept = passes * setting.tokens * arch.hidden * setting.dtype_bytes / setting.sequence_shards
     rows = []
     for stage, row in enumerate(scoring(arch, setting)):
         here = kept if stage == setting.last else 0

@@ -51,7 +51,7 @@ class Setting:
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
 
     @property
-    def element(self) -> int:
+    def dtype_bytes(self) -> int:
         """Bytes of a number in the run's dtype."""
         return 2 if self.dtype == Dtype.bf16 else 4
 
@@ -66,7 +66,7 @@ class Setting:
         return self.micro_batch * self.sequence_length // self.parallel.context
 
     @property
-    def sharers(self) -> int:
+    def sequence_shards(self) -> int:
         """Ranks that share the tokens between the matrices."""
         return self.parallel.tensor if self.parallel.sequence else 1
 
@@ -93,7 +93,7 @@ def local_elements(parameter: parameter_table.Parameter, tp: int) -> int:
     return math.prod(parameter.shape) // (1 if parameter.row.tp_dim is None else tp)
 
 
-def states(arch: Architecture, setting: Setting, stage: int, distributed: bool, more: int = 0) -> dict[str, int]:
+def model_states(arch: Architecture, setting: Setting, stage: int, distributed: bool, more: int = 0) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer on a rank of a stage; `distributed`: the optimizer's state is shared out; `more`:
     parameters beside the model's."""
     experts, others = parameters(arch, setting, stage)
@@ -104,7 +104,7 @@ def states(arch: Architecture, setting: Setting, stage: int, distributed: bool, 
     optimizer = each * _owned(setting, (experts, others), distributed)
     copies = 2 * matrices(arch, setting, stage) if config.fp8 else 0
     return {
-        "weights": setting.element * (experts + others) + copies,
+        "weights": setting.dtype_bytes * (experts + others) + copies,
         "gradients": (4 if config.grad_reduce_in_fp32 else 2) * (experts + others),
         "optimizer": math.ceil(optimizer),
     }
@@ -130,7 +130,7 @@ def _norm(width: float, arch: Architecture, setting: Setting) -> float:
     """Bytes of one norm's input that its backward pass needs, and of its statistics."""
     if setting.device == Device.cpu and arch.traits.norm == "RMSNorm":
         return 8 * width + 4  # torch takes it apart: the input in fp32, and the same divided by its length
-    return setting.element * width + 8
+    return setting.dtype_bytes * width + 8
 
 
 def mlp_activations(arch: Architecture, setting: Setting) -> float:
@@ -138,16 +138,16 @@ def mlp_activations(arch: Architecture, setting: Setting) -> float:
     fused = setting.device == Device.cuda
     channels = (3 if fused else 5) if arch.traits.gated else 2
     if not arch.experts:
-        return setting.element * channels * arch.ffn / setting.parallel.tensor
-    routed = setting.element * (arch.hidden + (channels + (not fused)) * arch.ffn) + 24
+        return setting.dtype_bytes * channels * arch.ffn / setting.parallel.tensor
+    routed = setting.dtype_bytes * (arch.hidden + (channels + (not fused)) * arch.ffn) + 24
     # Balanced routing: a rank's experts see as many tokens as the rank sends out.
-    return (arch.experts_per_token * routed + 5 * arch.experts) / setting.sharers
+    return (arch.experts_per_token * routed + 5 * arch.experts) / setting.sequence_shards
 
 
 def _attention(arch: Architecture, setting: Setting, again: bool) -> float:
     """Bytes kept of one token between attention's two matrices, of a tensor-parallel rank's heads; `again`: what comes after the
     rotary embedding is recomputed."""
-    b, tp, dim = setting.element, setting.parallel.tensor, arch.head_dim
+    b, tp, dim = setting.dtype_bytes, setting.parallel.tensor, arch.head_dim
     heads, groups = arch.heads / tp, arch.groups / tp
     gathered = setting.device == Device.cpu and setting.parallel.context > 1 and not again
     # Queries, keys and values as one matrix makes them; queries and keys turned; the output. Where keys and values are gathered:
@@ -175,16 +175,16 @@ def layer_activations(arch: Architecture, setting: Setting, part: str, again: Se
     Args:
         again: modules that are recomputed (see `performance.PerformanceConfig`).
     """
-    b, context = setting.element, setting.parallel.context
+    b, context = setting.dtype_bytes, setting.parallel.context
     length = setting.sequence_length // context
     # The norm before it: its input, and its output, which is the input of the matrices.
     output = 0 if "layernorm" in again else b * arch.hidden
-    token = (_norm(arch.hidden, arch, setting) + output) / setting.sharers
+    token = (_norm(arch.hidden, arch, setting) + output) / setting.sequence_shards
     if part == "mlp":
         return (token + (0 if {"mlp", "moe"} & set(again) else mlp_activations(arch, setting))) * setting.tokens
     if "mlp" in again and setting.device == Device.cpu:
         # megatron-core recomputes the MLP that an attention layer has not: its input stays, as the next fused norm's does anyway.
-        token += b * arch.hidden / setting.sharers
+        token += b * arch.hidden / setting.sequence_shards
     core = "core_attn" in again
     token += _attention(arch, setting, core)
     rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
@@ -196,7 +196,7 @@ def attention_masks(arch: Architecture, setting: Setting) -> float:
     context, length = setting.parallel.context, setting.sequence_length
     part = length // (2 * context if context > 1 else 1)
     total = 0
-    for rank in range(context if setting.device == Device.cpu and arch.having("attention") else 0):
+    for rank in range(context if setting.device == Device.cpu and arch.blocks_with("attention") else 0):
         # Each of a rank's two parts of the queries meets the keys up to its end.
         ends = ((rank + 1) * part, (2 * context - rank) * part) if context > 1 else (length,)
         windows = {(end, min(arch.window or end, end)) for end in ends}
@@ -206,12 +206,12 @@ def attention_masks(arch: Architecture, setting: Setting) -> float:
             if (part, window) != (end, end)
         }
         total += sum(rows * columns for _, rows, columns in bands)
-    return setting.element * arch.heads / arch.groups * total / context
+    return setting.dtype_bytes * arch.heads / arch.groups * total / context
 
 
 def _border(arch: Architecture, setting: Setting) -> float:
     """Bytes of a micro-batch's hidden states between two layers."""
-    return setting.element * arch.hidden * setting.tokens / setting.sharers
+    return setting.dtype_bytes * arch.hidden * setting.tokens / setting.sequence_shards
 
 
 def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -> tuple[float, float]:
@@ -242,7 +242,7 @@ def activations(arch: Architecture, setting: Setting, stage: int, micro_batches:
         for v, blocks in enumerate(sharding.rank_chunks(arch, setting.parallel, stage))
     ]
     if stage == setting.last:
-        kept[-1] += (_norm(arch.hidden, arch, setting) * setting.tokens) / setting.sharers
+        kept[-1] += (_norm(arch.hidden, arch, setting) * setting.tokens) / setting.sequence_shards
     # megatron-core's order: chunk by chunk for a group of micro-batches; so many passes forward before the first one backward.
     passes = micro_batches * chunks
     order = [n // pipeline % chunks for n in range(passes)]
@@ -258,44 +258,44 @@ def hand_off(
 ) -> float:
     """Bytes of the teacher's hidden states that a rank of a stage holds; `blocks`: those of which it wants the outputs."""
     held = micro_batches if setting.parallel.pipeline > 1 else min(ahead, micro_batches)
-    each = setting.element * teacher.hidden * setting.tokens / setting.sharers
+    each = setting.dtype_bytes * teacher.hidden * setting.tokens / setting.sequence_shards
     return held * each * (blocks + (stage == setting.last))
 
 
 def teacher_weights(
-    student: Architecture, teacher: Architecture, setting: Setting, other: ParallelConfig | None, stage: int
+    student: Architecture, teacher: Architecture, setting: Setting, teacher_parallel: ParallelConfig | None, stage: int
 ) -> int:
     """Bytes of a teacher of layout `other` on a rank of the student's `stage`, of these the one that has most (see
     `distill.teacher.cut_head`); None: on ranks of its own."""
-    if other is None:
+    if teacher_parallel is None:
         rows = parameter_table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
-        return setting.element * rows * teacher.hidden * (stage == setting.last)
-    own, most = dataclasses.replace(setting, parallel=other), 0
+        return setting.dtype_bytes * rows * teacher.hidden * (stage == setting.last)
+    own, most = dataclasses.replace(setting, parallel=teacher_parallel), 0
     copy = 1 if setting.performance.teacher_fp8 else 0
     rows, owned = (
         parameter_table.padded_vocab(arch, s.parallel.tensor) for arch, s in ((student, setting), (teacher, own))
     )
-    same, last = (rows, setting.parallel.tensor) == (owned, other.tensor), stage == setting.last
+    same, last = (rows, setting.parallel.tensor) == (owned, teacher_parallel.tensor), stage == setting.last
     # Pipeline stages are the outermost axis: each is a stretch of the ranks.
-    ranks, each = (max(1, setting.world // layout.pipeline) for layout in (setting.parallel, other))
+    ranks, each = (max(1, setting.world // layout.pipeline) for layout in (setting.parallel, teacher_parallel))
     for place in range(stage * ranks // each, ((stage + 1) * ranks - 1) // each + 1):
         elements = sum(parameters(teacher, own, place))
         if not (last and place == own.last and same):
             freed = place == own.last and not (teacher.tied and place == 0)
-            elements -= freed * owned // other.tensor * teacher.hidden
+            elements -= freed * owned // teacher_parallel.tensor * teacher.hidden
             elements += last * rows // setting.parallel.tensor * teacher.hidden
-        most = max(most, setting.element * elements + copy * matrices(teacher, own, place))
+        most = max(most, setting.dtype_bytes * elements + copy * matrices(teacher, own, place))
     return most
 
 
 def states_workspace(teacher: Architecture, setting: Setting) -> float:
     """Bytes that the loss between two blocks takes in its backward pass: about eight fp32 tensors as wide as the teacher."""
-    return 32 * teacher.hidden * setting.tokens / setting.sharers
+    return 32 * teacher.hidden * setting.tokens / setting.sequence_shards
 
 
 def loss_workspace(student: Architecture, teacher: Architecture | None, setting: Setting, top_k: int = 0) -> float:
     """Bytes that the loss takes beside the student's activations (see `distill.losses`)."""
-    b, tokens = setting.element, setting.tokens
+    b, tokens = setting.dtype_bytes, setting.tokens
     rows = parameter_table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
     width = student.hidden + (teacher.hidden if teacher else 0)
     bytes_a_token = b * rows * (2 if teacher else 1)
@@ -318,8 +318,10 @@ def loss_workspace(student: Architecture, teacher: Architecture | None, setting:
 def block_workspace(arch: Architecture, setting: Setting) -> float:
     """Bytes that one block's MLP takes in its backward pass: gradients of its channels, and of one matrix."""
     tp = 1 if arch.experts else setting.parallel.tensor
-    share = arch.experts_per_token / setting.sharers if arch.experts else 1 / tp
-    return setting.element * (setting.tokens * (2 * arch.hidden + 3 * arch.ffn * share) + arch.hidden * arch.ffn / tp)
+    share = arch.experts_per_token / setting.sequence_shards if arch.experts else 1 / tp
+    return setting.dtype_bytes * (
+        setting.tokens * (2 * arch.hidden + 3 * arch.ffn * share) + arch.hidden * arch.ffn / tp
+    )
 
 
 def training(
@@ -330,8 +332,8 @@ def training(
     ahead: int = 1,
     distributed: bool = True,
     pairs: Sequence[tuple[int, int]] = (),
-    other: ParallelConfig | None = None,
-    apart: bool = False,
+    teacher_parallel: ParallelConfig | None = None,
+    remote_teacher: bool = False,
     top_k: int = 0,
 ) -> list[dict[str, float]]:
     """Bytes of a training step on a rank of each pipeline stage, by kind and in all (see the head of this file).
@@ -349,14 +351,14 @@ def training(
     rows, projection = [], 0
     if pairs and student.hidden != teacher.hidden:
         projection = student.hidden * teacher.hidden
-    routes = set(checks.state_routes(student, teacher, pairs, setting.parallel, other))
+    routes = set(checks.state_routes(student, teacher, pairs, setting.parallel, teacher_parallel))
     for stage in range(setting.parallel.pipeline):
-        row = states(student, setting, stage, distributed, projection)
+        row = model_states(student, setting, stage, distributed, projection)
         wanted = sum(target == stage for _, _, target in routes)
         row |= {"teacher": 0, "hand-off": 0}
         if teacher:
             row["teacher"] = teacher_weights(
-                student, teacher, setting, None if apart else other or setting.parallel, stage
+                student, teacher, setting, None if remote_teacher else teacher_parallel or setting.parallel, stage
             )
             row["hand-off"] = hand_off(teacher, setting, stage, micro_batches, ahead, wanted)
         aside = 0

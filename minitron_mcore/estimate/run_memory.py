@@ -38,7 +38,7 @@ def run(
             micro_batches,
             held,
             config.distributed_optimizer,
-            checks.state_pairs(student, teacher, config.states) if teacher else (),
+            checks.state_pairs(student, teacher, config.hidden_state_loss) if teacher else (),
             config.teacher_parallel,
             config.teacher_ranks > 0,
             config.top_k or (cached[1] or 0 if cached else 0),
@@ -72,20 +72,23 @@ def _from_cache(
     """What a rank has of a cached teacher: on the last stage the head, where the cache has hidden states, and `held`
     micro-batches; of one student one in use and two read ahead."""
     top, tp, last = kind == CacheKind.topk, setting.parallel.tensor, stage == setting.last
-    head = 0 if top else setting.element * parameter_table.padded_vocab(student, tp) // tp * teacher.hidden
-    each = 12 * k + 4 if top else setting.element * teacher.hidden / setting.sharers
+    head = 0 if top else setting.dtype_bytes * parameter_table.padded_vocab(student, tp) // tp * teacher.hidden
+    each = 12 * k + 4 if top else setting.dtype_bytes * teacher.hidden / setting.sequence_shards
     return {"teacher": head * last, "hand-off": held * setting.tokens * each * last}
 
 
 def beside(teacher: Architecture, config: DistillConfig, setting: Setting) -> list[dict[str, float]]:
     """`scoring` of a teacher on ranks of its own, and of a step's final states what its last stage has not handed over yet."""
-    other, ranks = config.teacher_parallel or setting.parallel, config.teacher_ranks
-    own, asked = dataclasses.replace(setting, parallel=other, world=ranks), config.global_batch // setting.micro_batch
+    teacher_parallel, ranks = config.teacher_parallel or setting.parallel, config.teacher_ranks
+    own, asked = (
+        dataclasses.replace(setting, parallel=teacher_parallel, world=ranks),
+        config.global_batch // setting.micro_batch,
+    )
     if setting.parallel.pipeline == 1:
         asked = min(asked, config.teacher_ahead * setting.replicas)
     rows = []
     for stage, row in enumerate(scoring(teacher, own)):
-        each = own.element * teacher.hidden * own.tokens / own.sharers
+        each = own.dtype_bytes * teacher.hidden * own.tokens / own.sequence_shards
         kept = math.ceil(asked / own.replicas) * each * (stage == own.last)
         rows.append(row | {"hand-off": kept, "total": row["total"] + kept})
     return rows

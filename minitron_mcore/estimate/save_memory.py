@@ -4,7 +4,7 @@ import math
 
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.config.settings import Device
-from minitron_mcore.estimate.memory import Setting, local_elements, states
+from minitron_mcore.estimate.memory import Setting, local_elements, model_states
 from minitron_mcore.models import sharding
 from minitron_mcore.models.architecture import Architecture
 
@@ -16,7 +16,7 @@ def saving(arch: Architecture, setting: Setting, stage: int, distributed: bool, 
     of the weights and of the optimizer's state."""
     buffers = disk.THREADS * disk.BLOCK
     if background:
-        held, copies = states(arch, setting, stage, distributed), setting.replicas * setting.parallel.context
+        held, copies = model_states(arch, setting, stage, distributed), setting.replicas * setting.parallel.context
         return buffers + math.ceil(held["weights"] / copies + held["optimizer"] / (1 if distributed else copies))
     if setting.device == Device.cpu:
         return buffers

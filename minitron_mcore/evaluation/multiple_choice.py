@@ -106,7 +106,7 @@ def _index(answer: int | str, choices: list[str], labels: list[str]) -> int:
     return answer
 
 
-class Quiz:
+class MultipleChoice:
     """Questions as batches for a sharded model.
 
     Options are sequences of their own, sorted by length. Ranks of a model replica hold the same ones; data-parallel rank r takes

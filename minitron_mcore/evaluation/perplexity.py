@@ -271,7 +271,7 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
                 "evaluate.sequence_length", config.evaluate.sequence_length, model=found.arch.max_positions
             )
         )
-        with process_groups.agreed():
+        with process_groups.raise_on_all_ranks():
             tokenizer = open_tokenizer(config.data, found.hf, found.arch.vocab)
         return ShardedModel(run_folder.build_model(found, parallel, config.dtype.value), found.arch), tokenizer
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
@@ -285,7 +285,7 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
             f"evaluate.sequence_length is {config.evaluate.sequence_length}, but the model in {source} has {most} positions "
             f"(max_position_embeddings): give at most {most}."
         )
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         return model, open_tokenizer(config.data, source, model.vocab_size)
 
 

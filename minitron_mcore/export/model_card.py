@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
 from minitron_mcore.checkpoint import lineage
-from minitron_mcore.checkpoint.hf_assets import LICENCES
+from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
 from minitron_mcore.data.datasets import parse_blend
 from minitron_mcore.export import serving_compat
@@ -36,7 +36,7 @@ class Origin(NamedTuple):
     """The weights that a folder was written from."""
 
     arch: Architecture
-    shipped: Path
+    hf_folder: Path
     """Where config, tokenizer, licence and card of the parent lie."""
     identity: dict
     lineage: dict
@@ -124,7 +124,7 @@ def card(origin: Origin, config: dict, taken: list[dict]) -> str:
 def _parent(origin: Origin) -> str:
     """The first ancestor's name: what its config says, or its folder's."""
     first = next(iter(lineage.line(origin.lineage)[0]["parents"].values()), origin.identity)
-    config = json.loads((origin.shipped / "config.json").read_text())
+    config = json.loads((origin.hf_folder / "config.json").read_text())
     return Path(config.get("_name_or_path") or first["path"]).name
 
 
@@ -178,7 +178,7 @@ def _evaluations(source: Path) -> list[str]:
 
 def _parents_card(origin: Origin) -> ModelCardData:
     """The front matter of the parent's own card, empty where it has none that can be read."""
-    path = origin.shipped / CARD
+    path = origin.hf_folder / CARD
     text = path.read_text(errors="replace") if path.is_file() else ""
     try:
         return ModelCard(text).data if text.startswith("---") else ModelCardData()
@@ -187,7 +187,7 @@ def _parents_card(origin: Origin) -> ModelCardData:
 
 
 def _licence_files(origin: Origin) -> list[str]:
-    return sorted({file.name for pattern in LICENCES for file in origin.shipped.glob(pattern)})
+    return sorted({file.name for pattern in LICENCE_PATTERNS for file in origin.hf_folder.glob(pattern)})
 
 
 def _front_matter(origin: Origin, parent: str) -> str:

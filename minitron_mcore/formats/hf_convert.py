@@ -31,7 +31,7 @@ def import_folder(
         UserError: an unsupported or incomplete folder (by tensor name), another model, a layout that doesn't divide it.
     """
     path = Path(path)
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         arch, _ = architecture.read_hf(path)
         architecture.expect(arch, wanted, path)
         weights = weights or Folder(path)
@@ -41,7 +41,7 @@ def import_folder(
     for number, parameter in enumerate(stage_parameters(arch, parallel)):
         # One of the ranks that read a parameter hashes it, before its first piece.
         hashing = parameter.row.tp_dim is None or number % tp.size() == tp.rank()
-        for offset, shape in streaming.boxes(parameter, tp.rank(), tp.size()):
+        for offset, shape in streaming.shard_slices(parameter, tp.rank(), tp.size()):
             make = partial(read, weights, hashing, parameter, offset, shape)
             pieces.append(streaming.Piece(parameter, offset, shape, weights.dtype(parameter), make))
             hashing = False
@@ -92,11 +92,11 @@ def export_folder(source: run_folder.Checkpoint, out_dir: str | Path, dtype: str
 
 
 def write_folder(
-    arch: Architecture, weights: Weights | streaming.Reader, shipped: Path, out_dir: Path, dtype: str | None = None
+    arch: Architecture, weights: Weights | streaming.Reader, hf_folder: Path, out_dir: Path, dtype: str | None = None
 ) -> int:
     """Weights from wherever they are -> Hugging Face folder, as `export_folder` does; `shipped` holds config and tokenizer."""
     dtypes = {p: build.DTYPES[dtype] if dtype else weights.dtype(p) for p in parameter_table.parameters(arch)}
     writer = Writer(out_dir, arch, dtypes)
-    writer.write("export", lambda p: [partial(weights.read, p, *box) for box in streaming.boxes(p)])
-    writer.finish(shipped)
+    writer.write("export", lambda p: [partial(weights.read, p, *box) for box in streaming.shard_slices(p)])
+    writer.finish(hf_folder)
     return parameter_table.count(arch)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minitron_mcore.checkpoint import disk
-from minitron_mcore.checkpoint.hf_assets import place, shipped, tensor_bytes
+from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files, tensor_bytes
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, hf_config, parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -268,8 +268,8 @@ def _bytes(makes: Iterable[Callable[[], Tensor]], dtype: torch.dtype, order: Ten
 
 def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.dtype) -> None:
     """What `source`, a Hugging Face folder, holds beside weights, config.json last and with the sizes of `arch`."""
-    for file in shipped(source):
-        target = place(file, source, out_dir)
+    for file in hf_asset_files(source):
+        target = copy_path(file, source, out_dir)
         if file.name == "tokenizer_config.json":
             write_tokenizer_config(file, target)
         elif file.name not in ("config.json", "README.md"):  # the parent's card is not this model's

@@ -208,7 +208,7 @@ def export_folder(
         UserError: a block without attention or MLP, a layout that doesn't divide the model, a damaged checkpoint.
     """
     out_dir, arch = Path(out_dir), source.arch
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         refuse(architecture.missing_layers(arch, "megatron-core's GPTModel"))
         build.check_shardable(arch, parallel)
         reader = streaming.Reader(source)
@@ -217,7 +217,7 @@ def export_folder(
     state: dict = {"checkpoint_version": 3.0, "iteration": 0}
     for parameter in hf_convert.stage_parameters(arch, parallel):
         where = place(parameter, names)
-        for offset, shape in streaming.boxes(parameter, tp.rank(), tp.size()):
+        for offset, shape in streaming.shard_slices(parameter, tp.rank(), tp.size()):
             last = parameter.row.axes[0] == "vocab" and offset[0] + shape[0] == arch.vocab
             rows = shape[0] + (whole - arch.vocab if last else 0)
             at, local = (*where.index, *offset), (*(1 for _ in where.index), rows, *shape[1:])

@@ -31,7 +31,7 @@ def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterat
     """
     model, weights = Path(model), Path(weights)
     with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
-        with process_groups.agreed():
+        with process_groups.raise_on_all_ranks():
             if model.suffix != ".gguf":
                 architecture.read_hf(model)
             source = _open(weights, dtype)

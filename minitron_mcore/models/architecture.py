@@ -93,7 +93,7 @@ class Architecture:
         """The number of a block's "attention" or "mlp" layer; None where the block has none."""
         return _layers(self.blocks, self.no_attention, self.no_mlp).get((block, part))
 
-    def having(self, part: str) -> list[int]:
+    def blocks_with(self, part: str) -> list[int]:
         """The blocks that have an "attention" or "mlp" layer."""
         return [block for block, found in self.layers if found == part]
 

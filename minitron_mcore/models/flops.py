@@ -23,7 +23,7 @@ def kv_cache_bytes(arch: Architecture, context: int = 1, batch: int = 1, storage
     """Keys and values of `batch` sequences of `context` tokens, one token of one sequence by default; a sliding window keeps no
     more than its own positions."""
     kept = min(context, arch.window or context)
-    return round(2 * len(arch.having("attention")) * arch.groups * arch.head_dim * kept * batch * BYTES[storage])
+    return round(2 * len(arch.blocks_with("attention")) * arch.groups * arch.head_dim * kept * batch * BYTES[storage])
 
 
 def prefill_flops(arch: Architecture, context: int, batch: int = 1) -> int:
@@ -36,7 +36,7 @@ def decode_flops(arch: Architecture, context: int, batch: int = 1) -> int:
     """Of one more token for each of `batch` sequences, which attends to `context` positions, its own among them."""
     attended = min(context, arch.window or context)
     weights = matrix_parameters(arch) + arch.vocab * arch.hidden
-    return batch * (2 * weights + 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * attended)
+    return batch * (2 * weights + 4 * len(arch.blocks_with("attention")) * arch.heads * arch.head_dim * attended)
 
 
 def figures(arch: Architecture, budget: BudgetConfig) -> dict[str, int]:
@@ -66,4 +66,4 @@ def forward_flops(arch: Architecture, sequence_length: int, head: bool = True) -
     window = min(arch.window or sequence_length, sequence_length)
     attended = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
     weights = matrix_parameters(arch) + head * arch.vocab * arch.hidden
-    return 2 * weights + 4 * len(arch.having("attention")) * arch.heads * arch.head_dim * attended
+    return 2 * weights + 4 * len(arch.blocks_with("attention")) * arch.heads * arch.head_dim * attended

@@ -107,7 +107,7 @@ def packing(axis: str, arch: Architecture) -> np.ndarray:
     return np.concatenate(list(parts), axis=1).reshape(-1)
 
 
-def ranges(axis: str, arch: Architecture, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
+def tp_slices(axis: str, arch: Architecture, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
     """Half-open ranges of the axis that a tensor-parallel rank holds, in the order of its local tensor."""
     if axis == "vocab":
         share = padded_vocab(arch, tp_size) // tp_size

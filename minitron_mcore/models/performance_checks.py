@@ -107,10 +107,11 @@ def _recompute(
             )
         if "layernorm" in config.recompute_modules and not kernels.transformer_engine:
             yield "performance.recompute_modules has layernorm, which needs Transformer Engine, and that is not here: leave it out."
-    if config.recompute == Recompute.full and training.states.weight:
+    if config.recompute == Recompute.full and training.hidden_state_loss.weight:
         yield (
-            "performance.recompute is full, whose first pass makes blocks' outputs without a gradient, but distill.states compares "
-            "them: give selective, or distill.states.weight 0."
+            "performance.recompute is full, whose first pass makes blocks' outputs without a gradient, but "
+            "distill.hidden_state_loss compares "
+            "them: give selective, or distill.hidden_state_loss.weight 0."
         )
 
 
@@ -129,10 +130,10 @@ def _communication(
             "performance.overlap_param_gather needs distill.distributed_optimizer and performance.overlap_grad_reduce: turn both "
             "on, or give false."
         )
-    if config.overlap_param_gather and training.states.weight:
+    if config.overlap_param_gather and training.hidden_state_loss.weight:
         yield (
-            "performance.overlap_param_gather waits for weights where modules are called, but distill.states uses its projection "
-            "outside of one: give false, or distill.states.weight 0."
+            "performance.overlap_param_gather waits for weights where modules are called, but distill.hidden_state_loss uses its "
+            "projection outside of one: give false, or distill.hidden_state_loss.weight 0."
         )
     if config.align_param_gather and not (config.overlap_param_gather and parallel.virtual > 1):
         yield "performance.align_param_gather needs overlap_param_gather and parallel.virtual above 1: give false."

@@ -24,7 +24,7 @@ from minitron_mcore.parallel import cpu_backend
 _WAITS = (".wait(", "synchronize(")
 _WAITS_CUDA = (".item(", ".tolist(", ".cpu(")  # where a kernel of NCCL's is waited for
 _last = time.monotonic()
-_patience = 0.0
+_timeout = 0.0
 
 
 def beat() -> None:
@@ -34,19 +34,19 @@ def beat() -> None:
 
 
 @contextmanager
-def patient(minutes: float) -> Iterator[None]:
+def extended_timeout(minutes: float) -> Iterator[None]:
     """Let a rank stand still for so long inside the block, which all ranks enter and leave together, if that is longer."""
-    global _patience
+    global _timeout
     beat()
-    _patience = 60 * minutes
+    _timeout = 60 * minutes
     try:
         yield
     finally:
         beat()
-        _patience = 0.0
+        _timeout = 0.0
 
 
-class Watch:
+class HangWatchdog:
     """Watches from entering to leaving the context; the job ends with status HUNG_STATUS when a rank stood still too long.
 
     Args:
@@ -61,7 +61,7 @@ class Watch:
         self.over = threading.Event()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "HangWatchdog":
         beat()
         # A clone, since the main thread may be waiting in the store itself.
         self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
@@ -76,7 +76,7 @@ class Watch:
     def _run(self) -> None:
         while not self.over.wait(self.every):
             still = time.monotonic() - _last
-            if late := still > max(self.seconds, _patience):
+            if late := still > max(self.seconds, _timeout):
                 self.store.set("alarm", "")
             if late or self.store.check(["alarm"]):
                 self._end(still)

@@ -17,12 +17,12 @@ class Place:
     tensor: int
 
 
-def apart_problems(apart: int, processes: int) -> list[str]:
+def teacher_ranks_problems(teacher_ranks: int, processes: int) -> list[str]:
     """A number of the teacher's own ranks that leaves the student none."""
-    if 0 <= apart < processes:
+    if 0 <= teacher_ranks < processes:
         return []
     return [
-        f"distill.teacher_ranks is {apart}, but there are {processes} processes: give 0 to {processes - 1}, or start more."
+        f"distill.teacher_ranks is {teacher_ranks}, but there are {processes} processes: give 0 to {processes - 1}, or start more."
     ]
 
 

@@ -33,7 +33,7 @@ class Bridge:
             self.group = dist.ProcessGroupNCCL(dist.PrefixStore("group", store), rank, size, options)
 
     @property
-    def beyond(self) -> bool:
+    def is_teacher(self) -> bool:
         """This rank is of the second world."""
         return self.rank >= self.first
 
@@ -57,7 +57,7 @@ class Bridge:
             UserError: what the second world could not be `prepared` for.
         """
         if self.rank in (0, self.first):
-            self.store.set(f"places {self.beyond}", json.dumps([dataclasses.astuple(place) for place in own]))
+            self.store.set(f"places {self.is_teacher}", json.dumps([dataclasses.astuple(place) for place in own]))
         found = [self._heard(f"places {side}") for side in (False, True)]
         if isinstance(found[1], str):
             raise UserError(found[1])

@@ -55,7 +55,7 @@ def free_bytes() -> int:
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Ranks pass this block together or fail together: a UserError on any becomes the same UserError on all (collective)."""
     error = None
     try:
@@ -77,9 +77,9 @@ def distributed(
     seed: int = 1234,
     sequence_length: int | None = None,
     store: dist.Store | None = None,
-    patience: float = 60.0,
-    apart: int = 0,
-    other: ParallelConfig | None = None,
+    hang_minutes: float = 60.0,
+    teacher_ranks: int = 0,
+    teacher_parallel: ParallelConfig | None = None,
     timeout_minutes: float | None = None,
 ) -> Iterator[None]:
     """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
@@ -108,31 +108,37 @@ def distributed(
     if store is None:
         rendezvous.check()
     processes, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    world_size = processes - apart
-    refuse(layout.apart_problems(apart, processes) or layout.problems(parallel, world_size, sequence_length))
+    world_size = processes - teacher_ranks
+    refuse(
+        layout.teacher_ranks_problems(teacher_ranks, processes)
+        or layout.problems(parallel, world_size, sequence_length)
+    )
     if not cpu_backend.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if store is None and "RANK" not in os.environ:
         store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
-    timeout = datetime.timedelta(minutes=timeout_minutes or patience + 2)
-    if apart:
-        refuse(f"distill.teacher_parallel: {x}" for x in layout.problems(other or parallel, apart, sequence_length))
+    timeout = datetime.timedelta(minutes=timeout_minutes or hang_minutes + 2)
+    if teacher_ranks:
+        refuse(
+            f"distill.teacher_parallel: {x}"
+            for x in layout.problems(teacher_parallel or parallel, teacher_ranks, sequence_length)
+        )
         store = store or next(dist.rendezvous("env://"))[0]
         _bridge = Bridge(dist.PrefixStore("bridge", store), this_rank, world_size, processes, timeout)
-        if _bridge.beyond:
-            parallel, this_rank, world_size = other or parallel, this_rank - world_size, apart
-        store = dist.PrefixStore(f"beyond {_bridge.beyond}", store)
+        if _bridge.is_teacher:
+            parallel, this_rank, world_size = teacher_parallel or parallel, this_rank - world_size, teacher_ranks
+        store = dist.PrefixStore(f"beyond {_bridge.is_teacher}", store)
     # Without device_id: with it NCCL makes a communicator for each of megatron-core's groups at once, most of which stay unused.
     dist.init_process_group(
         "gloo" if cpu_backend.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
     )
     try:
-        _initialize(parallel, timeout_minutes or patience + 2)
+        _initialize(parallel, timeout_minutes or hang_minutes + 2)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
         barrier()
     finally:
-        if _bridge and not _bridge.beyond:
+        if _bridge and not _bridge.is_teacher:
             _bridge.ask(None)
     # Not after an exception: NCCL's shutdown waits for collectives that the other ranks may never make.
     _bridge = None
@@ -182,13 +188,13 @@ _layouts: dict[tuple, Layout] = {}
 
 
 @contextlib.contextmanager
-def within(other: Layout | None) -> Iterator[None]:
+def within(teacher_parallel: Layout | None) -> Iterator[None]:
     """Everything inside the block happens in that layout; None is the one in force. What was in force is so again at the end.
 
     megatron-core takes groups as arguments in many places, but its schedules, its experts and what reads its checkpoints ask its
     global variables, and so does this file, for all others. To change these in one place is less than to hand groups to all.
     """
-    with contextlib.nullcontext() if other is None else _swapped(other.state):
+    with contextlib.nullcontext() if teacher_parallel is None else _swapped(teacher_parallel.state):
         yield
 
 

@@ -44,11 +44,11 @@ def prune(source: run_folder.Checkpoint, plan: Plan, out_dir: str | Path, parall
     """
     _check(plan, source.fingerprint, source.path)
     build.check_shardable(source.arch, parallel)
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         reader = streaming.Reader(source)
     tp, pieces = process_groups.tp_group(), []
     for parameter, target in _survivors(plan, hf_convert.stage_parameters(source.arch, parallel)):
-        for box in streaming.boxes(parameter, tp.rank(), tp.size()):
+        for box in streaming.shard_slices(parameter, tp.rank(), tp.size()):
             placed, kept = select(parameter, plan, box)
             make = partial(_cut, reader.read, parameter, plan, box, kept)
             pieces.append(streaming.Piece(target, *placed, reader.dtype(parameter), make))
@@ -84,7 +84,7 @@ def build_pruned(
     origin = {target.name: parameter for parameter, target in _survivors(plan, parameter_table.parameters(source.arch))}
     targets = {parameter.name: parameter for parameter in parameter_table.parameters(plan.target)}
     tp = process_groups.tp_group()
-    with process_groups.agreed():
+    with process_groups.raise_on_all_ranks():
         reader = reader or streaming.Reader(source)
         for name, weights in build.named_parameters(model):
             weights.data.zero_()  # the vocabulary's padding
@@ -138,7 +138,7 @@ def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | N
 
     def rows(target: parameter_table.Parameter) -> Iterator[Callable[[], Tensor]]:
         parameter, hashing = origin[target], True
-        for box in streaming.boxes(parameter):
+        for box in streaming.shard_slices(parameter):
             kept = select(parameter, plan, box)[1]
             yield partial(_cut, partial(hf_convert.read, folder, hashing), parameter, plan, box, kept)
             hashing = False

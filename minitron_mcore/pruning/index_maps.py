@@ -19,7 +19,7 @@ def target_of(parameter: Parameter, plan: Plan) -> Parameter:
 
 def keeps(plan: Plan, parameter: Parameter) -> bool:
     """True where anything of a parameter of the plan's source is kept."""
-    if parameter.block is not None and parameter.block not in plan.having(parameter.row.part):
+    if parameter.block is not None and parameter.block not in plan.blocks_with(parameter.row.part):
         return False
     return parameter.expert is None or parameter.expert in plan.experts[parameter.block]
 

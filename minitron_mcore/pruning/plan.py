@@ -51,15 +51,15 @@ class Plan:
         self._check("hidden", self.hidden, source.hidden, target.hidden)
         self._check("blocks", self.blocks, source.blocks, target.blocks)
         for part in ("attention", "mlp"):
-            if made_up := sorted(set(self.having(part)) - set(source.having(part))):
+            if made_up := sorted(set(self.blocks_with(part)) - set(source.blocks_with(part))):
                 raise UserError(
                     f"the plan keeps the {part} layer of block {made_up[0]}, which the source does not have."
                 )
-        for block in self.having("attention"):
+        for block in self.blocks_with("attention"):
             self._check(f"groups of block {block}", self.groups.get(block, []), source.groups, target.groups)
             self._check(f"heads of block {block}", self.heads.get(block, []), source.heads, target.heads)
             self._check_heads(block)
-        for block in self.having("mlp"):
+        for block in self.blocks_with("mlp"):
             if not source.experts:
                 self._check(f"ffn of block {block}", self.ffn.get(block, []), source.ffn, target.ffn)
                 continue
@@ -91,9 +91,9 @@ class Plan:
                     "one of its group."
                 )
 
-    def having(self, part: str) -> list[int]:
+    def blocks_with(self, part: str) -> list[int]:
         """The source's blocks that keep their "attention" or "mlp" layer."""
-        return [self.blocks[number] for number in self.target.having(part)]
+        return [self.blocks[number] for number in self.target.blocks_with(part)]
 
     def digest(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
@@ -119,7 +119,11 @@ class Plan:
 
     def dropped_layers(self, part: str) -> list[int]:
         """The source's blocks that are kept without their "attention" or "mlp" layer, which they had."""
-        return [block for block in self.source.having(part) if block in self.blocks and block not in self.having(part)]
+        return [
+            block
+            for block in self.source.blocks_with(part)
+            if block in self.blocks and block not in self.blocks_with(part)
+        ]
 
     def notes(self) -> list[str]:
         """What the summary's counts don't say, a line each."""
@@ -141,7 +145,7 @@ def compare(source: Architecture, target: Architecture) -> list[dict]:
     layers = {"attention layers": "attention", "MLP layers": "mlp"} if len(t.layers) < 2 * t.blocks else {}
     pairs = {
         "blocks": (t.blocks, s.blocks),
-        **{name: (len(t.having(part)), len(s.having(part))) for name, part in layers.items()},
+        **{name: (len(t.blocks_with(part)), len(s.blocks_with(part))) for name, part in layers.items()},
         "hidden": (t.hidden, s.hidden),
         "ffn": (t.ffn, s.ffn),
         "heads": (t.heads, s.heads),

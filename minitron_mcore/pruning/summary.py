@@ -83,15 +83,15 @@ def _units(parameter: Parameter) -> set[str]:
     return found | ({"experts"} if parameter.expert is not None else set())
 
 
-def _row(axis: str, kept: int | None, total: int | None, pairs: list, element: int) -> dict:
+def _row(axis: str, kept: int | None, total: int | None, pairs: list, dtype_bytes: int) -> dict:
     share = {"kept": kept, "of": total, "share": total and kept / total}
     modules = ", ".join(dict.fromkeys(source.row.name.split(".")[-2] for source, _ in pairs))
-    return {"axis": axis} | share | {"tensors": len(pairs)} | _bytes(pairs, element) | {"of modules": modules}
+    return {"axis": axis} | share | {"tensors": len(pairs)} | _bytes(pairs, dtype_bytes) | {"of modules": modules}
 
 
-def _bytes(pairs: list, element: int) -> dict:
-    before = element * sum(math.prod(source.shape) for source, _ in pairs)
-    return {"bytes before": before, "bytes after": element * sum(math.prod(t.shape) for _, t in pairs if t)}
+def _bytes(pairs: list, dtype_bytes: int) -> dict:
+    before = dtype_bytes * sum(math.prod(source.shape) for source, _ in pairs)
+    return {"bytes before": before, "bytes after": dtype_bytes * sum(math.prod(t.shape) for _, t in pairs if t)}
 
 
 def _shape(parameter: Parameter) -> str:

@@ -84,10 +84,10 @@ def depth(source: Architecture, prune: PruneConfig, distances: Mapping[str, Supp
             return there
 
     blocks = choose("blocks", list(range(source.blocks)), source.blocks, {*prune.drop_attention, *prune.drop_mlp})
-    having = {part: [b for b in source.having(part) if b in blocks] for part in ("attention", "mlp")}
+    blocks_with = {part: [b for b in source.blocks_with(part) if b in blocks] for part in ("attention", "mlp")}
     needed = {*prune.drop_mlp, *source.no_mlp}
-    attention = choose("attention", having["attention"], source.blocks - len(source.no_attention), needed)
-    mlp = choose("mlp", having["mlp"], source.blocks - len(source.no_mlp), set(blocks) - set(attention))
+    attention = choose("attention", blocks_with["attention"], source.blocks - len(source.no_attention), needed)
+    mlp = choose("mlp", blocks_with["mlp"], source.blocks - len(source.no_mlp), set(blocks) - set(attention))
     if not wrong and (empty := sorted(set(blocks) - {*attention, *mlp})):
         gone = sorted({*range(source.blocks)} - {*blocks} | {*empty})
         wrong.append(

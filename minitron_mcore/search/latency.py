@@ -30,7 +30,7 @@ def check(arch: Architecture, speed: SpeedConfig) -> None:
         )
 
 
-def measure(arch: Architecture, shipped: Path, speed: SpeedConfig, dtype: str) -> dict:
+def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str) -> dict:
     """Speed of an architecture on this rank's device, in tokens of the whole batch per second, medians over the repetitions.
 
     Args:
@@ -45,7 +45,7 @@ def measure(arch: Architecture, shipped: Path, speed: SpeedConfig, dtype: str) -
     given, threads = process_groups.device(), torch.get_num_threads()
     torch.set_num_threads(speed.threads or threads)
     try:
-        model = _random_model(arch, shipped, dtype)
+        model = _random_model(arch, hf_folder, dtype)
         prompt = torch.randint(0, arch.vocab, (speed.batch, speed.prompt), device=given)
         prefill, decode = [], []
         for _ in range(speed.repetitions + 1):  # the first warms up
@@ -62,8 +62,8 @@ def measure(arch: Architecture, shipped: Path, speed: SpeedConfig, dtype: str) -
         torch.set_num_threads(threads)
 
 
-def _random_model(arch: Architecture, shipped: Path, dtype: str) -> torch.nn.Module:
-    config = architecture.to_hf(arch, json.loads((shipped / "config.json").read_text()), dtype)
+def _random_model(arch: Architecture, hf_folder: Path, dtype: str) -> torch.nn.Module:
+    config = architecture.to_hf(arch, json.loads((hf_folder / "config.json").read_text()), dtype)
     del config["dtype"], config["torch_dtype"]
     found = AutoConfig.for_model(**config)
     # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.

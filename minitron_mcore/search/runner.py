@@ -63,14 +63,14 @@ def run(config: SearchRun) -> None:
         UserError: see `open_checkpoint`, `load_scores`, `Ranking` and `claimed`.
     """
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
-    teaches = config.search.best and config.distill.taught
+    teaches = config.search.best and config.distill.needs_teacher
     teacher = cache.open_teacher(config.teacher) if teaches else None
-    ranking = Ranking(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
-    with run_folder.claimed(config.out_dir, run_identity(config), resume=True):
+    ranking = SearchRunner(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
+    with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
         ranking.run()
 
 
-class Ranking:
+class SearchRunner:
     """One search in the running layout. Rank 0 writes the results, and what it wrote is what all ranks know."""
 
     def __init__(self, config: SearchRun, source: Checkpoint, teacher: Checkpoint | None, scores: Scores):
@@ -102,7 +102,7 @@ class Ranking:
             latency.check(source.arch, self.search.speed)
         if not config.data.heldout:
             raise UserError("data.heldout is empty: give text to rank candidates on, data.heldout=[a.jsonl,b.txt].")
-        with process_groups.agreed():
+        with process_groups.raise_on_all_ranks():
             tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
             how = config.evaluate.sequence_length, Limits.of(config.data)
             self.text = {path: perplexity.windows(path, tokenizer, *how) for path in config.data.heldout}
@@ -169,7 +169,7 @@ class Ranking:
             UserError: it is of other scores or another text.
         """
         box, path = [None], self._folder(candidate) / name
-        with process_groups.agreed():
+        with process_groups.raise_on_all_ranks():
             if process_groups.rank() == 0 and path.is_file():
                 box = [read_json(path, "remove the file, and run the search again")]
         dist.broadcast_object_list(box, src=0)
@@ -234,7 +234,7 @@ class Ranking:
         best = sorted(found, key=lambda c: (found[c]["zero_shot_loss"], c.name))[: self.search.best]
         mine = [candidate for number, candidate in enumerate(best) if self._mine(number)]
         left = [c for c in mine if not (self._folder(c) / "distill" / run_folder.COMPLETE).is_file()]
-        for some in itertools.batched(left, self.search.together):
+        for some in itertools.batched(left, self.search.students_per_pass):
             some = some[: int(min(self.left, len(some)))]
             if not some:
                 break
@@ -252,14 +252,16 @@ class Ranking:
             plan, folder = self._plan(candidate), self._folder(candidate)
             pruned = folder / "prune"
             if not (pruned / run_folder.COMPLETE).is_file():
-                with run_folder.claimed(pruned, {"stage": "prune", "source": config.source, "plan": plan.digest()}):
+                with run_folder.claim_run_folder(
+                    pruned, {"stage": "prune", "source": config.source, "plan": plan.digest()}
+                ):
                     apply.prune(self.source, plan, pruned, config.parallel)
             run = DistillRun(**given, student=str(pruned), teacher=config.teacher, out_dir=str(folder / "distill"))
             run.distill = distillation(config)
             runs.append(run)
-        looks = [*range(self.search.look_every, self.search.steps, self.search.look_every), self.search.steps]
+        eval_steps = [*range(self.search.eval_every, self.search.steps, self.search.eval_every), self.search.steps]
 
-        def look(number: int, trainer: Trainer) -> None:
+        def on_eval(number: int, trainer: Trainer) -> None:
             candidate = candidates[number]
             before = self._known(candidate, "trained.json")
             losses = dict(zip(before.get("steps", []), before.get("losses", []), strict=True))
@@ -272,7 +274,7 @@ class Ranking:
         settings = distillation(config)
         check_run(runs[0], settings, students, self.teacher)
         announce.print_memory(runs[0], settings, students, self.teacher)
-        train(runs, settings, students, self.teacher, looks, look)
+        train(runs, settings, students, self.teacher, eval_steps, on_eval)
 
     def _collect(self, candidates: list[Candidate]) -> dict:
         """The search's results as they go into search.json, best first: by loss, then by zero-shot loss."""

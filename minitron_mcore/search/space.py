@@ -112,7 +112,15 @@ class Space:
         yield from (f"search.budget.{name} is {getattr(budget, name):g}; it must be above 0." for name in wrong)
         if not 0 <= budget.tolerance < 1:
             yield f"search.budget.tolerance is {budget.tolerance:g}; it is a share, from 0 to below 1."
-        least = {"multiple": 1, "trials": 1, "best": 0, "steps": 1, "look_every": 1, "together": 1, "shards": 1}
+        least = {
+            "multiple": 1,
+            "trials": 1,
+            "best": 0,
+            "steps": 1,
+            "eval_every": 1,
+            "students_per_pass": 1,
+            "shards": 1,
+        }
         sizes = {f"search.{name}": (getattr(search, name), low) for name, low in least.items()}
         sizes |= {f"search.budget.{name}": (getattr(budget, name), 1) for name in ("context", "batch")}
         speed = ("batch", "prompt", "generated", "repetitions")

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from minitron_mcore.config.settings import PruneConfig, StatesConfig
+from minitron_mcore.config.settings import HiddenStateLossConfig, PruneConfig
 from tests import families, models, test_distill, test_states
 from tests.gpu.world import here, on_cpu
 from tests.test_prune import ONE, _family, export
@@ -20,7 +20,9 @@ pytestmark = [
 
 CONFIG = test_distill.CONFIG
 FIGURES = ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr")
-STATES = dataclasses.replace(CONFIG, lm_weight=0.5, states=StatesConfig(0.7, pairs=[[2, 4], [1, 1]]))
+STATES = dataclasses.replace(
+    CONFIG, lm_weight=0.5, hidden_state_loss=HiddenStateLossConfig(0.7, pairs=[[2, 4], [1, 1]])
+)
 RUNS = {
     # folders of student and teacher, config
     "tied": ("width", "teacher", CONFIG),

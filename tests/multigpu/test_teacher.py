@@ -36,25 +36,32 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_layout_of_its_own(tmp_path, request, name):
-    world, parallel, other = PAIRS[name]
+    world, parallel, teacher_parallel = PAIRS[name]
     need(world)
     if not torch.cuda.is_available() and world > 4:
         pytest.skip("on the CPU at most four ranks")
     at, alone, expected = request.getfixturevalue("folders")
-    config = dataclasses.replace(CONFIG, teacher_parallel=other)
+    config = dataclasses.replace(CONFIG, teacher_parallel=teacher_parallel)
     ranks = launch(two_steps, world, parallel, at, config, parallel, tmp_path / "run")
     hold(alone, expected, ranks, tmp_path, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", APART)
 def test_ranks_of_its_own(tmp_path, request, name):
-    world, parallel, apart, other = APART[name]
-    need(world + apart)
+    world, parallel, teacher_ranks, teacher_parallel = APART[name]
+    need(world + teacher_ranks)
     at, alone, expected = request.getfixturevalue("folders")
-    config = dataclasses.replace(CONFIG, teacher_parallel=other, teacher_ranks=apart)
+    config = dataclasses.replace(CONFIG, teacher_parallel=teacher_parallel, teacher_ranks=teacher_ranks)
     args = at, config, parallel, tmp_path / "run"
-    found = launch(serve_or_learn, world + apart, parallel, *args, apart=apart, other=other)
-    assert found[world:] == [None] * apart
+    found = launch(
+        serve_or_learn,
+        world + teacher_ranks,
+        parallel,
+        *args,
+        teacher_ranks=teacher_ranks,
+        teacher_parallel=teacher_parallel,
+    )
+    assert found[world:] == [None] * teacher_ranks
     hold(alone, expected, found[:world], tmp_path, TOLERANCE)
 
 
