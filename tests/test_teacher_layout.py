@@ -128,7 +128,7 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
     if not bridge.is_teacher:
         return two_steps(folders, config, parallel, out_dir)
     if damaged:
-        with pytest.raises(UserError), bridge.prepared():
+        with pytest.raises(UserError), bridge.report_user_errors():
             raise UserError("the teacher's weights are zero.")
         return None
     every = bridge.requests
@@ -181,7 +181,7 @@ def world_after_an_error(parallel, teacher_parallel):
 
     before, second = sizes(), process_groups.Layout.of(teacher_parallel)
     assert sizes() == before and process_groups.Layout.of(teacher_parallel) is second
-    with pytest.raises(ZeroDivisionError), process_groups.within(second):
+    with pytest.raises(ZeroDivisionError), process_groups.use_layout(second):
         inside = sizes()
         raise ZeroDivisionError
     return [size for _, size in inside[0]], sizes() == before
