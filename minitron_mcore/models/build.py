@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import ParallelConfig
@@ -14,9 +14,9 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.parameter_table import padded_vocab
 from minitron_mcore.models.sharding import check_shardable, stage_blocks
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.megatron_patches.models import HeadlessModel, scale_rope
 
 from megatron.core.activations import squared_relu  # isort: skip
-from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip
 
@@ -24,21 +24,12 @@ ACTIVATIONS = {"silu": F.silu, "relu2": squared_relu}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class LanguageModel(HybridModel):
-    """HybridModel whose forward can stop before the output head.
+class LanguageModel(HeadlessModel):
+    """The part of a model on one pipeline stage; `forward(..., headless=True)` stops before the output head.
 
-    A pipeline stage holds its blocks' tensor-parallel shards; the first also the embedding table's rows, the last the final
+    A stage holds its blocks' tensor-parallel shards; the first also the embedding table's rows, the last the final
     norm and the head's rows.
     """
-
-    def forward(self, *args, headless: bool = False, **kwargs) -> Tensor:
-        """With `headless`, the last stage returns the final norm's output [S, B, H] ([S_r, B, H] under sequence parallelism)."""
-        had_head = self.post_process
-        self.post_process = had_head and not headless
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.post_process = had_head
 
     @property
     def chunks(self) -> list["LanguageModel"]:
@@ -174,12 +165,8 @@ def _chunk(arch: Architecture, parallel: ParallelConfig, config: TransformerConf
         vp_stage=number if parallel.virtual > 1 else None,
     )
     if arch.rope_scaling:
-        # HybridModel has no argument for it; its rotary embedding has the method.
         s = arch.rope_scaling
-        rope = model.rotary_pos_emb
-        rope.inv_freq = rope._apply_scaling(
-            rope.inv_freq, s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_positions
-        )
+        scale_rope(model, s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_positions)
     return model
 
 

@@ -20,26 +20,26 @@ from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import attention_band
-from minitron_mcore.parallel import cpu_backend, process_groups
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.megatron_patches import cpu_backend
+from minitron_mcore.parallel.megatron_patches.models import Stack
 
-cpu_backend.prepare()
-
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules  # noqa: E402
-from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
-from megatron.core.tensor_parallel import (  # noqa: E402
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules  # isort: skip
+from megatron.core.ssm.mlp_layer import MLPLayer  # isort: skip
+from megatron.core.tensor_parallel import (  # isort: skip
     ColumnParallelLinear,
     RowParallelLinear,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
-from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
-from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
-from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_layer import (  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # isort: skip
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
+from megatron.core.transformer.enums import AttnMaskType  # isort: skip
+from megatron.core.transformer.mlp import MLP, MLPSubmodules  # isort: skip
+from megatron.core.transformer.moe.experts import SequentialMLP  # isort: skip
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # isort: skip
+from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
+from megatron.core.transformer.transformer_layer import (  # isort: skip
     MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -159,21 +159,6 @@ def _band(rows: int, columns: int, window: int, heads: int, dtype: torch.dtype, 
     allowed = allowed.triu(columns - rows + 1 - window)
     band = torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill(~allowed, -torch.inf)
     return band.expand(heads, -1, -1).contiguous()
-
-
-class Stack(HybridStack):
-    """HybridStack with the spec's own final norm: megatron-core's always takes Transformer Engine's."""
-
-    def __init__(self, *args, norm: type[nn.Module], **kwargs):
-        super().__init__(*args, **kwargs, post_layer_norm=False)
-        if self.post_process:
-            self.final_norm = norm(
-                config=self.config, hidden_size=self.config.hidden_size, eps=self.config.layernorm_epsilon
-            )
-
-    def forward(self, *args, **kwargs) -> Tensor:
-        hidden = super().forward(*args, **kwargs)
-        return self.final_norm(hidden) if self.post_process else hidden
 
 
 def _on_gpu(module: str) -> ModuleType | None:

@@ -12,7 +12,8 @@ from minitron_mcore.config.performance import Kernels, PerformanceConfig, Recomp
 from minitron_mcore.config.settings import Dtype
 from minitron_mcore.models import layer_spec
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend
+from minitron_mcore.parallel.megatron_patches.models import fuse_weight_gradients
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
 from megatron.core.models.common.embeddings import rope_utils  # isort: skip
@@ -83,17 +84,12 @@ def model_options(config: PerformanceConfig, arch: Architecture) -> dict[str, An
 
 
 def fuse_gradients(model, config: PerformanceConfig, arch: Architecture) -> None:
-    """Let Transformer Engine's layers of a chunk add weight gradients to `main_grad`, where Apex is not there.
+    """Make a chunk's layers add weight gradients to `main_grad`, if the options say so and it was built without Apex.
 
-    megatron-core would refuse to make the output head, which has no kernel of Transformer Engine's. The loss adds that gradient
-    itself (see `distill.losses`).
+    The loss adds the output head's gradient itself (see `distill.losses`).
     """
-    if not _fuses_gradients(config, arch) or model.config.gradient_accumulation_fusion:
-        return
-    for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
-    model.config.gradient_accumulation_fusion = True
+    if _fuses_gradients(config, arch) and not model.config.gradient_accumulation_fusion:
+        fuse_weight_gradients(model)
 
 
 def ddp_config(config: PerformanceConfig, distributed: bool) -> DistributedDataParallelConfig:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from minitron_mcore.errors import HUNG_STATUS
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend, groups
 
 _WAITS = (".wait(", "synchronize(")
 _WAITS_CUDA = (".item(", ".tolist(", ".cpu(")  # where a kernel of NCCL's is waited for
@@ -64,7 +64,7 @@ class HangWatchdog:
     def __enter__(self) -> "HangWatchdog":
         beat()
         # A clone, since the main thread may be waiting in the store itself.
-        self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
+        self.store = dist.PrefixStore("watch", groups.default_store().clone())
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
         return self

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.parallel import cpu_backend
 from minitron_mcore.parallel.layout import Place
+from minitron_mcore.parallel.megatron_patches.groups import joint_group
 
 _EVER = datetime.timedelta(days=365)
 
@@ -26,13 +26,7 @@ class Bridge:
     def __init__(self, store: dist.Store, rank: int, first: int, size: int, timeout: datetime.timedelta):
         """`first`: ranks of the first world."""
         self.store, self.rank, self.first, self.asked = store, rank, first, 0
-        # torch has groups within one world only; these are what they are made of.
-        if cpu_backend.is_cpu():
-            self.group = dist.ProcessGroupGloo(dist.PrefixStore("group", store), rank, size, timeout)
-        else:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self.group = dist.ProcessGroupNCCL(dist.PrefixStore("group", store), rank, size, options)
+        self.group = joint_group(store, rank, size, timeout)
 
     @property
     def is_teacher(self) -> bool:

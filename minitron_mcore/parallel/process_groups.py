@@ -18,13 +18,12 @@ import torch.distributed as dist
 
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.parallel import cpu_backend, layout, rendezvous
+from minitron_mcore.parallel import layout, rendezvous
+from minitron_mcore.parallel.megatron_patches import cpu_backend, groups
 from minitron_mcore.parallel.process_bridge import Bridge
 
-cpu_backend.prepare()
-
-from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core import parallel_state as mpu  # isort: skip
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # isort: skip
 
 
 def rank() -> int:
@@ -177,9 +176,9 @@ class Layout:
         key = dataclasses.astuple(parallel)
         if key not in _layouts:
             refuse(layout.problems(parallel, dist.get_world_size()))
-            with _swapped(_BARE):
+            with groups.swapped(groups.UNINITIALIZED):
                 _initialize(parallel)
-                _layouts[key] = cls(parallel, _state())
+                _layouts[key] = cls(parallel, groups.snapshot())
         return _layouts[key]
 
 
@@ -194,26 +193,8 @@ def use_layout(teacher_parallel: Layout | None) -> Iterator[None]:
     megatron-core takes groups as arguments in many places, but its schedules, its experts and what reads its checkpoints ask its
     global variables, and so does this file, for all others. To change these in one place is less than to hand groups to all.
     """
-    with contextlib.nullcontext() if teacher_parallel is None else _swapped(teacher_parallel.state):
+    with contextlib.nullcontext() if teacher_parallel is None else groups.swapped(teacher_parallel.state):
         yield
-
-
-@contextlib.contextmanager
-def _swapped(state: dict[str, Any]) -> Iterator[None]:
-    before = _state()
-    try:
-        vars(mpu).update(state)
-        yield
-    finally:
-        vars(mpu).update(before)
-
-
-def _state() -> dict[str, Any]:
-    return {name: value for name, value in vars(mpu).items() if name.startswith("_") and name.isupper()}
-
-
-_BARE = _state()
-"""They are so before there are groups."""
 
 
 def place() -> layout.Place:

@@ -11,7 +11,7 @@ import torch
 from minitron_mcore.config.settings import Divergence
 from minitron_mcore.distill import tiling
 from minitron_mcore.distill.divergences import make
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from tests import test_kernels, test_losses, test_teacher_cache
 from tests.gpu.world import here
 from tests.test_losses import KINDS, dense_error, relative_errors
