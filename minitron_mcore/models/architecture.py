@@ -12,6 +12,7 @@ from pathlib import Path
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import hf_config
 from minitron_mcore.models.families import FAMILIES, Family
+from minitron_mcore.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -211,5 +212,5 @@ def read_hf(folder: Path) -> tuple[Architecture, dict]:
             f"no Hugging Face model at {folder}: expected config.json, *.safetensors and tokenizer files there "
             "(give the folder with model.hf=/path/to/folder)."
         )
-    config = hf_config.read_json(path)
+    config = read_json(path, "download it again")
     return from_hf(config, path), config

@@ -6,13 +6,10 @@ is imported when the first config is read, not with this module.
 """
 
 import copy
-import json
-from pathlib import Path
 
 from minitron_mcore.errors import UserError
 from minitron_mcore.models.families import FAMILIES, Family
 
-MAX_JSON_BYTES = 64 << 20
 LIMITS = {"blocks": 2000, "experts": 2000}
 """Largest accepted sizes, several times those of any published model: tables and lists of this length are built."""
 MAX_SIZE = 10**8
@@ -31,23 +28,6 @@ BOUNDED = {"num_hidden_layers": LIMITS["blocks"], "num_labels": 10**6}
 FLAGS = ("tied", "normalize_experts")
 _AUTO = "AutoModelForCausalLM"
 ROPE_TYPES = ("default", "llama3")
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: too long, not JSON, not UTF-8, nested too deeply, not an object.
-    """
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise UserError(f"{path} has {size:,} bytes: expected JSON of at most {MAX_JSON_BYTES:,}.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are both ValueErrors
-        raise UserError(f"{path} is not readable JSON ({type(error).__name__}: {error}): download it again.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object: download it again.")
-    return found
 
 
 def fields(raw: dict) -> dict:
