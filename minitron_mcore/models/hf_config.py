@@ -186,8 +186,8 @@ def _check_rotary(arch_fields: dict[str, Any]) -> None:
     rotated = int(arch_fields["head_dim"] * fraction) if 0 < fraction <= 1 else 0
     if rotated < 2 or rotated % 2:
         raise UserError(
-            f"head_dim {arch_fields['head_dim']} with partial_rotary_factor {fraction:g} is not supported: their product must be an even "
-            "number of channels, at most head_dim."
+            f"head_dim {arch_fields['head_dim']} with partial_rotary_factor {fraction:g} is not supported: their product must be "
+            "an even number of channels, at most head_dim."
         )
 
 
