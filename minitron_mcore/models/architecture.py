@@ -67,7 +67,7 @@ class Architecture:
     no_mlp: tuple[int, ...] = ()
     """Blocks without an MLP layer (or experts) and its norm, ascending; disjoint from `no_attention`."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("no_attention", "no_mlp"):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +81,14 @@ class TorchAttention(nn.Module):
     over the group (backward: reduce-scatter). Each query part uses the keys up to its own end, so ranks do equal work.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection, softmax_scale: float | None = None, **unused):
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
         super().__init__()
         self.scale, self.group = softmax_scale, pg_collection.cp
         self.window = config.window_size[0] + 1 if config.window_size else None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **unused) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **unused: Any) -> Tensor:
         rank, size = self.group.rank(), self.group.size()
         if size == 1:
             return self._attend(query, key, value)
@@ -108,11 +111,11 @@ class TorchAttention(nn.Module):
         if self.window and self.window < len(key):
             return banded_attention(query, key, value, self.window, self.scale)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        options = dict(scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+        options: dict[str, Any] = {"scale": self.scale, "enable_gqa": q.shape[1] != k.shape[1]}
         if len(query) == len(key):
-            options |= dict(is_causal=True)
+            options["is_causal"] = True
         elif q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, options["enable_gqa"])):
-            options |= dict(attn_mask=causal_lower_right(len(query), len(key)))
+            options["attn_mask"] = causal_lower_right(len(query), len(key))
         else:
             return banded_attention(query, key, value, len(key), self.scale)
         return nn.functional.scaled_dot_product_attention(q, k, v, **options).permute(2, 0, 1, 3).flatten(2)
@@ -192,7 +195,7 @@ def transformer_engine() -> bool:
     return not wanted and _on_gpu("transformer_engine.pytorch") is not None
 
 
-def _apex_rms_norm() -> Callable | None:
+def _apex_rms_norm() -> Callable[..., Tensor] | None:
     # Apex can be installed without its kernels.
     if _on_gpu("fused_layer_norm_cuda") and (apex := _on_gpu("apex.normalization.fused_layer_norm")):
         return apex.fused_rms_norm_affine
@@ -217,7 +220,7 @@ def describe() -> str:
     return f"layers: {layers}; optimizer: {Adam.__module__}.{Adam.__name__}; device: {process_groups.device().type}"
 
 
-def _stack(norm, column, row, attention, qk_norm: bool) -> ModuleSpec:
+def _stack(norm: Any, column: Any, row: Any, attention: Any, qk_norm: bool) -> ModuleSpec:
     linear = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     # One MLP per expert: grouped GEMM exists for CUDA only and names the weights differently.
     experts = MoESubmodules(experts=partial(SequentialMLP, submodules=linear))
