@@ -214,7 +214,7 @@ def check_matches(arch: Architecture, expected: Architecture | None, where: str 
     if expected is None:
         return
     pairs = {name: (value, getattr(expected, name)) for name, value in vars(arch).items()}
-    if wrong := [f"{name} is {value}, not {other}" for name, (value, other) in pairs.items() if value != other]:
+    if wrong := [f"{name} is {value}, not {wanted}" for name, (value, wanted) in pairs.items() if value != wanted]:
         raise UserError(
             f"{where} is not the model that the config names: {', '.join(wrong)}. Give the right folder, or the model that "
             "it is (+model=...; model.architecture=null takes any)."

@@ -25,7 +25,7 @@ def cp_shard(batch: Batch) -> Batch:
     """A batch whose [B, S] tensors are replaced by this context-parallel rank's shard [B, S / CP].
 
     Rank r of CP holds parts r and 2 CP - 1 - r of the sequence's 2 CP, as in megatron-core's rotary embedding and Transformer
-    Engine's attention. Tensors of other ranks are sharded already.
+    Engine's attention. Tensors that are not two-dimensional are sharded already.
     """
     whole = {key: value for key, value in batch.items() if value is not None and value.dim() == 2}
     return batch | get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=process_groups.cp_group())

@@ -27,7 +27,7 @@ def set_parameter_state(optimizer: DistributedOptimizer, parameter: nn.Parameter
 def allocate_state(optimizer: DistributedOptimizer) -> None:
     """Create the state of an optimizer that has made no step.
 
-    torch's Adam creates it in its first step; this one moves nothing, since gradients are zero and the learning rate still is.
+    torch's Adam creates it in its first step. This one changes no weights: gradients and learning rate are zero.
     """
     if _TORCH_ADAM:
         optimizer._init_optimizer_states_with_dummy_values()
