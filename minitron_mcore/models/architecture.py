@@ -101,9 +101,9 @@ class Architecture:
         """(block, "attention" or "mlp") of each layer, by layer number."""
         return list(_layers(self.blocks, self.no_attention, self.no_mlp))
 
-    def layer(self, block: int, part: str) -> int | None:
+    def layer(self, block: int, part: str | None) -> int | None:
         """The number of a block's "attention" or "mlp" layer, from 0; None if the block has none."""
-        return _layers(self.blocks, self.no_attention, self.no_mlp).get((block, part))
+        return _layers(self.blocks, self.no_attention, self.no_mlp).get((block, part or ""))
 
     def blocks_with(self, part: str) -> list[int]:
         """Blocks that have a layer `part`: "attention" or "mlp"."""

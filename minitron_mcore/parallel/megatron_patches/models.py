@@ -25,6 +25,8 @@ class Stack(HybridStack):
 class HeadlessModel(HybridModel):
     """HybridModel that can return the final hidden states; megatron-core's last stage always applies the output head."""
 
+    post_process: bool
+
     def forward(self, *args: Any, headless: bool = False, **kwargs: Any) -> Tensor:
         """Forward pass.
 
