@@ -96,7 +96,7 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
         raise UserError(
             f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again."
         )
-    architecture.expect(found.arch, architecture.given(wanted), path)
+    architecture.check_matches(found.arch, architecture.from_config(wanted), path)
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minitron_mcore.config.settings import DepthConfig, DepthKind, DepthMetric, PruneConfig
 from minitron_mcore.config.stages import DepthRun
-from minitron_mcore.errors import UserError, result_of
+from minitron_mcore.errors import UserError, result_file
 from minitron_mcore.pruning.target import as_count, resolve, spans
 from minitron_mcore.reading import read_json
 
@@ -182,7 +182,7 @@ def load(path: str | Path, fingerprint: str) -> dict:
     Raises:
         UserError: no such file, not a study, a study of another model.
     """
-    path = result_of(path, FILE, "depth study", "run launch/depth.py to its end, or give study=")
+    path = result_file(path, FILE, "depth study", "run launch/depth.py to its end, or give study=")
     study = read_json(path, "run launch/depth.py again")
     try:
         study["drop"] = {int(size): [int(block) for block in blocks] for size, blocks in study["drop"].items()}

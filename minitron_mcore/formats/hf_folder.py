@@ -232,7 +232,7 @@ class Writer:
         jobs = list(self._jobs(rows))
         progress = process_groups.Progress(label, len(jobs), "pieces")
         with _Parts([(self._part(name), tensors) for name, tensors in self.files.items()]) as parts:
-            for done, data in enumerate(process_groups.ahead(jobs), 1):
+            for done, data in enumerate(process_groups.prefetch(jobs), 1):
                 parts.write(data)
                 progress.update(done)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.config.settings import PruneConfig
-from minitron_mcore.errors import UserError, result_of
+from minitron_mcore.errors import UserError, result_file
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -163,7 +163,7 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         UserError: no such file, or not a plan.
     """
-    path = result_of(path, FILE, "plan", "run launch/plan.py first, or give plan=")
+    path = result_file(path, FILE, "plan", "run launch/plan.py first, or give plan=")
     data = read_json(path, "run launch/plan.py again")
     try:
         data.pop("parameters")

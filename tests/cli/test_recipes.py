@@ -65,7 +65,7 @@ def composed(stage: str, recipe: str, *overrides: str):
 
 
 def source_of(run) -> architecture.Architecture:
-    return architecture.given(run.model.architecture)
+    return architecture.from_config(run.model.architecture)
 
 
 def sizes(arch: architecture.Architecture) -> tuple[int, ...]:

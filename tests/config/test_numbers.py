@@ -214,7 +214,7 @@ def test_processes_end_before_they_wait(tmp_path):
         assert done.returncode == 2 and len(told) == 1 and told[0].startswith("error: "), told
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", "0")
-        with pytest.raises(UserError, match="RANK is set, but WORLD_SIZE"), process_groups.distributed(ONE):
+        with pytest.raises(UserError, match="RANK is set, but WORLD_SIZE"), process_groups.distributed_context(ONE):
             pass
 
 

@@ -83,7 +83,7 @@ def world_after_an_error(parallel, teacher_parallel):
 
     before, second = sizes(), process_groups.Layout.of(teacher_parallel)
     assert sizes() == before and process_groups.Layout.of(teacher_parallel) is second
-    with pytest.raises(ZeroDivisionError), process_groups.within(second):
+    with pytest.raises(ZeroDivisionError), process_groups.use_layout(second):
         inside = sizes()
         raise ZeroDivisionError
     return [size for _, size in inside[0]], sizes() == before

@@ -270,7 +270,9 @@ def test_transformers_takes_every_family(tmp_path, which):
 
 def published(recipe: str):
     config = identity_of("plan", f"+recipe={recipe}")
-    return target_architecture(architecture.given(config["model"]["architecture"]), PruneConfig(**config["prune"]))
+    return target_architecture(
+        architecture.from_config(config["model"]["architecture"]), PruneConfig(**config["prune"])
+    )
 
 
 @pytest.mark.parametrize(

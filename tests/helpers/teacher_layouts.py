@@ -98,7 +98,7 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
     if not bridge.is_teacher:
         return two_steps(folders, config, parallel, out_dir)
     if damaged:
-        with pytest.raises(UserError), bridge.prepared():
+        with pytest.raises(UserError), bridge.report_user_errors():
             raise UserError("the teacher's weights are zero.")
         return None
     every = bridge.requests

@@ -165,12 +165,12 @@ def test_an_index_to_nowhere_is_refused(tmp_path):
 
 def test_another_model_than_the_config_names_is_refused(tmp_path):
     arch, _ = architecture.read_hf(models.tiny_llama(tmp_path / "hf"))
-    architecture.expect(arch, None, "x")
-    architecture.expect(arch, arch, "x")
-    wanted = architecture.given(arch.to_json() | {"blocks": 9, "vocab": 77})
+    architecture.check_matches(arch, None, "x")
+    architecture.check_matches(arch, arch, "x")
+    wanted = architecture.from_config(arch.to_json() | {"blocks": 9, "vocab": 77})
     with pytest.raises(
         UserError, match="x is not the model that the config names: blocks is 5, not 9, vocab is 101, not 77"
     ):
-        architecture.expect(arch, wanted, "x")
+        architecture.check_matches(arch, wanted, "x")
     with pytest.raises(UserError, match="model.architecture is not one"):
-        architecture.given({"family": "llama"})
+        architecture.from_config({"family": "llama"})

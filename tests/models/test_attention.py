@@ -11,7 +11,7 @@ from torch import Tensor
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.models import layer_spec
 from minitron_mcore.parallel import process_groups
-from minitron_mcore.parallel.schedule import share
+from minitron_mcore.parallel.schedule import cp_shard
 from minitron_mcore.testing import on_ranks, saved_bytes
 
 LENGTH, BATCH, HEADS, DIM = 600, 2, 4, 16
@@ -53,7 +53,7 @@ def run(tensors: list[Tensor], window: int | None) -> list[Tensor]:
 
 def shared(x: Tensor) -> Tensor:
     """This context-parallel rank's rows of [S, ...]."""
-    order = share({"x": torch.arange(len(x))[None]})["x"][0]
+    order = cp_shard({"x": torch.arange(len(x))[None]})["x"][0]
     return x[order]
 
 

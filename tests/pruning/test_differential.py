@@ -52,14 +52,14 @@ def modelopts_count(arch) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_of_every_model(name):
-    arch = architecture.given(identity_of("plan", f"+model={name}")["model"]["architecture"])
+    arch = architecture.from_config(identity_of("plan", f"+model={name}")["model"]["architecture"])
     assert parameter_table.count(arch) == modelopts_count(arch) == PUBLISHED.get(name, parameter_table.count(arch))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_of_every_recipe(name):
     config = identity_of("plan", f"+recipe={name}")
-    source = architecture.given(config["model"]["architecture"])
+    source = architecture.from_config(config["model"]["architecture"])
     target = target_architecture(source, PruneConfig(**config["prune"]))
     count = parameter_table.count(target)
     assert count == modelopts_count(target) == config["parameters"] == PUBLISHED.get(name, count)
