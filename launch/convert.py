@@ -22,7 +22,7 @@ def main(config: ConvertRun) -> None:
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
             run_folder.claim_run_folder(config.out_dir, run_identity(config)),
-            sources.opened(model.hf, model.weights or model.hf, dtype) as (folder, weights),
+            sources.open_source(model.hf, model.weights or model.hf, dtype) as (folder, weights),
         ):
             arch = hf_convert.import_folder(folder, config.out_dir, config.parallel, wanted, weights)
         tables.table(

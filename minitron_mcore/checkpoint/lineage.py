@@ -27,7 +27,7 @@ def line(lineage: dict) -> list[dict]:
     return [*(line(lineage["ancestry"]) if "ancestry" in lineage else []), lineage]
 
 
-def deed(lineage: dict) -> str | None:
+def operation(lineage: dict) -> str | None:
     """What made a checkpoint of its parents: pruned, distilled, trained; None is converted."""
     if "plan" in lineage:
         return "pruned"

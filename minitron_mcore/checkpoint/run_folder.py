@@ -191,7 +191,7 @@ def describe(
         for digest, text in (plans or {}).items():
             (out_dir / "plans").mkdir(exist_ok=True)
             replace_text(out_dir / "plans" / f"{digest}.json", text)
-        made = lineage(parents, **details)
+        made = make_lineage(parents, **details)
         model = {"architecture": arch.to_json(), "fingerprint": fingerprint, "lineage": made}
         replace_text(out_dir / "model.json", json.dumps(model, indent=1))
 
@@ -203,7 +203,7 @@ def copy_hf_assets(hf: Path, out_dir: Path) -> None:
         shutil.copy2(file, copy_path(file, hf, out_dir / "hf"))
 
 
-def lineage(parents: dict, **details) -> dict:
+def make_lineage(parents: dict, **details) -> dict:
     """Where weights come from: their parents (role -> identity), this command, the versions that run it, and what it did."""
     return {"parents": parents, "command": command(), "versions": versions(), **details}
 
@@ -229,7 +229,7 @@ def versions() -> dict:
     }
 
 
-def sharded(
+def sharded_tensors(
     parameter: parameter_table.Parameter, pieces: list[tuple[tuple[int, ...], Tensor]], replica: tuple[int, ...]
 ) -> dict:
     """Pieces of one parameter as `ShardedTensor`s in a dict.
@@ -270,7 +270,7 @@ def model_shards(model: build.Model, arch: Architecture) -> dict[nn.Parameter, S
         if parameter.expert is not None:
             replica = (0, 0, process_groups.expert_dp_group().rank())
         found[tensor] = Shard(
-            name, parameter.shape, replica, ranges(parameter, tuple(tensor.shape), tp.rank(), tp.size())
+            name, parameter.shape, replica, shard_ranges(parameter, tuple(tensor.shape), tp.rank(), tp.size())
         )
     return found
 
@@ -287,7 +287,9 @@ def model_state(model: build.Model, arch: Architecture) -> dict:
     }
 
 
-def ranges(parameter: parameter_table.Parameter, shape: tuple[int, ...], tp_rank: int, tp_size: int) -> list[tuple]:
+def shard_ranges(
+    parameter: parameter_table.Parameter, shape: tuple[int, ...], tp_rank: int, tp_size: int
+) -> list[tuple]:
     """`Shard.ranges` of a rank's tensor of this shape."""
     dim, found, start = parameter.row.tp_dim, [], 0
     if dim is None:
@@ -299,9 +301,9 @@ def ranges(parameter: parameter_table.Parameter, shape: tuple[int, ...], tp_rank
     return found
 
 
-def views(parameter: parameter_table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int) -> list[tuple]:
+def shard_views(parameter: parameter_table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int) -> list[tuple]:
     """(global offset, view) of each range that a rank's local tensor of a parameter is made of."""
-    return _parts(tensor, ranges(parameter, tuple(tensor.shape), tp_rank, tp_size))
+    return _parts(tensor, shard_ranges(parameter, tuple(tensor.shape), tp_rank, tp_size))
 
 
 def _parts(tensor: Tensor, ranges: list[tuple]) -> list[tuple[tuple[int, ...], Tensor]]:
@@ -332,7 +334,7 @@ def save(out_dir: str | Path, step: int, state: dict, streamed) -> None:
 
 def publish(part: Path, streamed) -> None:
     """Make a written step the newest one (collective)."""
-    streamed.seal(part)
+    streamed.write_manifest(part)
     process_groups.barrier()
     if process_groups.rank() == 0:
         shutil.rmtree(part.with_suffix(""), ignore_errors=True)
@@ -350,11 +352,11 @@ def load(checkpoint: Checkpoint, state: dict) -> dict:
     Raises:
         UserError: a shard that is truncated, changed or missing, or a tensor that the checkpoint does not have.
     """
-    with process_groups.raise_on_all_ranks(), safe_metadata.undamaged(checkpoint.step_dir):
+    with process_groups.raise_on_all_ranks(), safe_metadata.damage_as_user_error(checkpoint.step_dir):
         files = safe_metadata.Files(checkpoint.step_dir)
         # Before loading: a flipped bit would otherwise be noticed nowhere.
         _verify(checkpoint.step_dir, files)
-    with process_groups.raise_on_all_ranks(), safe_metadata.undamaged(checkpoint.step_dir):
+    with process_groups.raise_on_all_ranks(), safe_metadata.damage_as_user_error(checkpoint.step_dir):
         return safe_metadata.load(state, files)
 
 

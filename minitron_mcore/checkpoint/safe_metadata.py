@@ -48,7 +48,7 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # noqa:
 
 MAX_INDEX_BYTES = 1 << 28
 """Of `.metadata`; an 8 B model with its optimizer state needs some 5 MiB."""
-_ADMITTED = {
+_ALLOWED = {
     (module.__name__, name): getattr(module, name)
     for module, names in {
         metadata: "Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata BytesStorageMetadata "
@@ -63,7 +63,7 @@ _ADMITTED = {
     }.items()
     for name in names.split()
 }
-_ADMITTED["pathlib._local", "PosixPath"] = pathlib.PosixPath  # Python 3.13's name of it
+_ALLOWED["pathlib._local", "PosixPath"] = pathlib.PosixPath  # Python 3.13's name of it
 
 
 class _Unpickler(pickle._Unpickler):
@@ -72,8 +72,8 @@ class _Unpickler(pickle._Unpickler):
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str):
-        if (module, name) in _ADMITTED:
-            return _ADMITTED[module, name]
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         raise UserError(
@@ -83,7 +83,7 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         """Set the state of an object, but not of a class, a function or an enum's member, which live on in this process."""
         target = self.stack[-2]
-        if type(target) not in _ADMITTED.values() or isinstance(target, enum.Enum):
+        if type(target) not in _ALLOWED.values() or isinstance(target, enum.Enum):
             raise UserError(f"changes {target}, which is not its own: don't trust this checkpoint")
         super().load_build()
 
@@ -142,7 +142,7 @@ class Files(FileSystemReader):
         """Once, above: torch would unpickle it here, or another file of a rank's own."""
         return self.index
 
-    def check_whole(self, key: str) -> None:
+    def check_complete(self, key: str) -> None:
         """Refuse a tensor with holes, which would keep what its memory held before.
 
         Raises:
@@ -222,7 +222,7 @@ def _plain(data: IO[bytes]) -> io.BytesIO:
     return clean
 
 
-def _legacy_common(folder: str) -> dict:
+def _load_legacy_common(folder: str) -> dict:
     try:
         return torch.load(Path(folder) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
@@ -237,11 +237,11 @@ def load(state: dict, files: Files) -> dict:
         CheckpointingException, CheckpointException and others: see `undamaged`.
     """
     for key in {value.key for value in nested_values(state) if isinstance(value, ShardedTensor)}:
-        files.check_whole(key)
+        files.check_complete(key)
     ours = {
         (serialization, "_get_filesystem_reader"): lambda *args, **kwargs: files,
         (mcore, "_get_filesystem_reader"): lambda *args, **kwargs: files,
-        (serialization, "load_common"): _legacy_common,
+        (serialization, "load_common"): _load_legacy_common,
     }
     theirs = {(module, name): getattr(module, name) for module, name in ours}
     try:
@@ -271,7 +271,7 @@ def manifest(step_dir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def undamaged(step_dir: Path) -> Iterator[None]:
+def damage_as_user_error(step_dir: Path) -> Iterator[None]:
     """Turn what readers of a checkpoint raise into one sentence.
 
     Raises:
@@ -310,18 +310,18 @@ class Reader:
         entries = self.index.state_dict_metadata.items()
         self.tensors = {key: entry for key, entry in entries if isinstance(entry, metadata.TensorStorageMetadata)}
 
-    def box(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    def read_slice(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """The part of a tensor that starts at `offset`; of each file, only the shards that it lies in are read.
 
         Raises:
             UserError: no such tensor, one with holes, a shard that is cut short.
         """
-        self.files.check_whole(key)
+        self.files.check_complete(key)
         entry = self.tensors[key]
         part = torch.empty(shape, dtype=entry.properties.dtype)
         wanted = ShardedTensor(key, part, part.dtype, shape, tuple(entry.size), offset, None)
         plans = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with undamaged(self.folder):
+        with damage_as_user_error(self.folder):
             plans.set_up_planner({key: CheckpointableShardedTensor.from_sh_ten(wanted)}, self.index, True)
             plan = plans.create_local_plan()
             for name in {self.files.storage_data[item.storage_index].relative_path for item in plan.items}:

@@ -101,21 +101,21 @@ def save(
         stand_in = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
         parts.setdefault(piece.parameter, []).append((piece.offset, stand_in))
     for parameter, here in parts.items():
-        state |= run_folder.sharded(parameter, here, replica(parameter))
-    with mistakes():
-        run_folder.save(out_dir, 0, state, Streamed(make, name))
+        state |= run_folder.sharded_tensors(parameter, here, replica(parameter))
+    with unwrap_user_errors():
+        run_folder.save(out_dir, 0, state, StreamingStrategy(make, name))
 
 
 def save_state(out_dir: str | Path, step: int, state: dict, name: str) -> None:
     """Write a sharded state dict of live tensors as a step of a checkpoint (collective), a few pieces at a time; what it views must
     not change meanwhile."""
-    _save_live(out_dir, step, state, Streamed({}, name))
+    _save_live(out_dir, step, state, StreamingStrategy({}, name))
 
 
-def _save_live(out_dir: str | Path, step: int, state: dict, streamed: "Streamed") -> None:
+def _save_live(out_dir: str | Path, step: int, state: dict, streamed: "StreamingStrategy") -> None:
     if not cpu_backend.is_cpu():
         torch.cuda.synchronize()  # the threads that copy pieces to the host know no other stream than the default one
-    run_folder.save(out_dir, step, dict_list_map_outplace(_in_pieces, state), streamed)
+    run_folder.save(out_dir, step, dict_list_map_outplace(_split_into_pieces, state), streamed)
 
 
 class BackgroundSave:
@@ -126,10 +126,10 @@ class BackgroundSave:
 
     def __init__(self, out_dir: str | Path, step: int, state: dict, name: str):
         """Collective."""
-        self.part, self.streamed = Path(out_dir) / f"step_{step:07d}.part", Streamed({}, name, background=True)
+        self.part, self.streamed = Path(out_dir) / f"step_{step:07d}.part", StreamingStrategy({}, name, background=True)
         _save_live(out_dir, step, state, self.streamed)
 
-    def written(self) -> bool:
+    def is_written(self) -> bool:
         """Whether all ranks have written their share, or failed to (collective)."""
         done = torch.tensor(self.streamed.writing.done(), dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
@@ -146,7 +146,7 @@ class BackgroundSave:
         run_folder.publish(self.part, self.streamed)
 
 
-def _in_pieces(value):
+def _split_into_pieces(value):
     """A ShardedTensor as a dict of its runs of rows (see `boxes`); anything else, and one of a regular grid, as it is."""
     if not isinstance(value, ShardedTensor) or value.has_regular_grid or value.data.numel() <= PIECE_ELEMENTS:
         return value
@@ -163,7 +163,7 @@ def _in_pieces(value):
 
 
 @contextmanager
-def mistakes() -> Iterator[None]:
+def unwrap_user_errors() -> Iterator[None]:
     """Let through a UserError that torch wrapped up while it saved.
 
     Raises:
@@ -178,7 +178,7 @@ def mistakes() -> Iterator[None]:
         raise
 
 
-class Streamed(TorchDistSaveShardedStrategy):
+class StreamingStrategy(TorchDistSaveShardedStrategy):
     """megatron-core's strategy with a writer that asks for data when its turn comes.
 
     Args:
@@ -208,7 +208,7 @@ class Streamed(TorchDistSaveShardedStrategy):
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         return mcore_to_pyt_state_dict(state), _Writer(checkpoint_dir, self), planner
 
-    def seal(self, folder: Path) -> None:
+    def write_manifest(self, folder: Path) -> None:
         """Write the manifest of hashes (collective); those of the pieces were taken as they were written."""
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, self.hashes)
@@ -222,7 +222,7 @@ class Streamed(TorchDistSaveShardedStrategy):
 class _Writer(FileSystemWriter):
     """Files of a few pieces; a thread makes a piece when it has written the one before."""
 
-    def __init__(self, path: str, strategy: Streamed):
+    def __init__(self, path: str, strategy: StreamingStrategy):
         super().__init__(path)
         self.strategy = strategy
 
@@ -270,12 +270,12 @@ class _Writer(FileSystemWriter):
             False
         )  # this thread's: it takes half as long as the manifest's own sums, and holds the others up
         with disk.Output(self.path / name) as file:
-            stream = _Hashing(file)
+            stream = _HashingFile(file)
             written = [self._write_item(resolve(item), name, item, stream) for item in items]
         self.strategy.hashes[name] = stream.sha.hexdigest()
         return written
 
-    def _write_item(self, data, name: str, item, stream: "_Hashing"):
+    def _write_item(self, data, name: str, item, stream: "_HashingFile"):
         if isinstance(data, Tensor):
             make = self.strategy.make.get((item.index.fqn, tuple(item.index.offset)))
             data = (make() if make else data.detach()).cpu()
@@ -284,7 +284,7 @@ class _Writer(FileSystemWriter):
         return _write_item(self.transforms, stream, data, item, name, self.serialization_format)
 
 
-class _Hashing:
+class _HashingFile:
     """A file that hashes what goes into it."""
 
     def __init__(self, file: disk.Output):
@@ -307,7 +307,7 @@ class Reader(safe_metadata.Reader):
     """
 
     def __init__(self, source: "run_folder.Checkpoint"):
-        with safe_metadata.undamaged(source.step_dir):
+        with safe_metadata.damage_as_user_error(source.step_dir):
             self.hashes = safe_metadata.manifest(source.step_dir)
             self.locks = {name: threading.Lock() for name in self.hashes}
             self.verified, self.folder = set(), source.step_dir
@@ -317,12 +317,12 @@ class Reader(safe_metadata.Reader):
             self.files.fs = _Recent(self.recent)
 
     def dtype(self, parameter: parameter_table.Parameter) -> torch.dtype:
-        with safe_metadata.undamaged(self.folder):
+        with safe_metadata.damage_as_user_error(self.folder):
             return self.tensors[parameter.name].properties.dtype
 
     def read(self, parameter: parameter_table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        with safe_metadata.undamaged(self.folder):
-            return self.box(parameter.name, offset, shape)
+        with safe_metadata.damage_as_user_error(self.folder):
+            return self.read_slice(parameter.name, offset, shape)
 
     def verify(self, name: str) -> None:
         if name not in self.locks:

@@ -230,7 +230,7 @@ class TokenStream:
         return np.concatenate(pieces)
 
 
-def _apportion(weights: Sequence[float], total: int) -> list[int]:
+def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     """Whole shares of `total` in proportion to the weights, by largest remainder."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights) * total
     counts = np.floor(shares).astype(np.int64)
@@ -270,7 +270,7 @@ def order_hash(
 
 
 def _counts(weights: Sequence[float] | None, num_samples: int) -> list[int]:
-    return _apportion(weights or [1.0], num_samples)
+    return _largest_remainder(weights or [1.0], num_samples)
 
 
 def ordered(

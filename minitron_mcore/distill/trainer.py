@@ -293,7 +293,7 @@ class Trainer:
         Raises:
             CheckpointException: a rank could not write it; the newest step is the one before.
         """
-        if self.saving and (wait or self.saving.written()):
+        if self.saving and (wait or self.saving.is_written()):
             saving, self.saving = self.saving, None
             with hang_watchdog.extended_timeout(self.config.save_minutes):
                 saving.finish()

@@ -44,18 +44,18 @@ class Origin(NamedTuple):
     """Text of the plans that made it, by digest."""
 
 
-def exported(source: Checkpoint) -> Origin:
+def checkpoint_origin(source: Checkpoint) -> Origin:
     return Origin(source.arch, source.hf, identity(source), source.lineage, lineage.plans(source.path))
 
 
-def cut(source: str | Path, plan: Plan, folder: str | Path) -> Origin:
+def cut_origin(source: str | Path, plan: Plan, folder: str | Path) -> Origin:
     """Of what `prune.cut_folder` made of the folder `source`."""
     found = {"path": str(folder), "fingerprint": apply.fingerprint(plan)}
     plans = {plan.digest(): plan.to_json()}
     return Origin(plan.target, Path(source), found, apply.cut_lineage(source, plan), plans)
 
 
-def deliver(origin: Origin, folder: str | Path) -> list[dict]:
+def complete_folder(origin: Origin, folder: str | Path) -> list[dict]:
     """Complete a Hugging Face folder that `export_folder` or `cut_folder` wrote; returns the rows of `loaders.verdict`.
 
     `generation_config.json`, the tokenizer and the parent's licence files stay as shipped; a missing generation_config.json is
@@ -94,7 +94,7 @@ def card(origin: Origin, config: dict, taken: list[dict]) -> str:
     """
     line, parent, total = lineage.line(origin.lineage), _parent(origin), parameter_table.count(origin.arch)
     cuts = [Architecture(**record["before"]) for record in line if "before" in record]
-    made = " and ".join(dict.fromkeys(filter(None, map(lineage.deed, line)))) or "converted"
+    made = " and ".join(dict.fromkeys(filter(None, map(lineage.operation, line)))) or "converted"
     steps = lineage.history(origin.lineage, origin.identity)
     parts = [
         _front_matter(origin, parent),
@@ -131,8 +131,8 @@ def _parent(origin: Origin) -> str:
 def _told(number: int, step: lineage.Step, plans: dict[str, str]) -> str:
     """A numbered paragraph: what was done to what, with what, and which command did it."""
     record, lines = step.lineage, [f"{number}. Weights `{step.identity['fingerprint']}`"]
-    parents, deed = record["parents"], lineage.deed(record)
-    if deed == "pruned":
+    parents, operation = record["parents"], lineage.operation(record)
+    if operation == "pruned":
         lines[0] += f": `{parents['source']['fingerprint']}`, pruned by plan `{record['plan']}`."
         statistic = ", ".join(
             f"{k} {v}" for k, v in record["statistic"].items() if k not in ("fingerprint", "architecture")
@@ -143,9 +143,9 @@ def _told(number: int, step: lineage.Step, plans: dict[str, str]) -> str:
             lines[-1] += f" Every kept index: `{RECORD}/{_plan_file(record['plan'])}`."
         if merged := record.get("merged_heads"):
             lines += [f"Dropped query heads merged into kept ones: {merged}."]
-    elif deed:
+    elif operation:
         taught = f" from teacher `{parents['teacher']['fingerprint']}`" if parents["teacher"] else " on cross-entropy"
-        lines[0] += f": `{parents['student']['fingerprint']}`, {deed}{taught}."
+        lines[0] += f": `{parents['student']['fingerprint']}`, {operation}{taught}."
         files, weights = parse_blend(record["data"]["files"])
         names = [Path(file).name for file in files]
         names = [f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True)] if weights else names

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.formats.hf_folder import Folder
+from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.models.architecture import Architecture
 
@@ -80,7 +80,7 @@ def verdict(folder: str | Path, arch: Architecture) -> list[dict]:
     found, _ = architecture.read_hf(folder)
     if wrong := [name for name, value in vars(arch).items() if getattr(found, name) != value]:
         raise UserError(f"{folder}/config.json describes another model than was exported: {', '.join(wrong)} differ.")
-    Folder(folder).check(arch)
+    HFFolder(folder).check(arch)
     model, expected = load(folder, device_map="meta"), parameter_table.count(arch)
     if model.num_parameters() != expected:
         raise UserError(f"transformers finds {model.num_parameters():,} parameters in {folder}, not {expected:,}.")

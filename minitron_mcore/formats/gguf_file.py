@@ -23,7 +23,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 CHUNK_BYTES = 1 << 25
 
 
-class File(Weights):
+class GGUFFile(Weights):
     """A GGUF file of a supported architecture; its tensors are read as `dtype`.
 
     Raises:

@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import generate_merges
 from minitron_mcore.errors import UserError
 
 if TYPE_CHECKING:
-    from minitron_mcore.formats.gguf_file import File
+    from minitron_mcore.formats.gguf_file import GGUFFile
 
 CONTROL, USER, BYTE = 3, 4, 6  # in tokenizer.ggml.token_type
 REMEDY = "give the model's Hugging Face config and tokenizer (model.hf=/path/to/folder) beside model.weights=/path/to/file.gguf."
@@ -37,7 +37,7 @@ SPLITS = {
 """tokenizer.ggml.pre -> how text is split before byte pairs are merged within each part."""
 
 
-def read(file: "File") -> PreTrainedTokenizerFast:
+def read(file: "GGUFFile") -> PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file, with its special tokens and chat template.
 
     Raises:
@@ -56,7 +56,7 @@ def read(file: "File") -> PreTrainedTokenizerFast:
         ) from error
 
 
-def _build(file: "File", kind: str, pre: str | None) -> PreTrainedTokenizerFast:
+def _build(file: "GGUFFile", kind: str, pre: str | None) -> PreTrainedTokenizerFast:
     tokens, types = file.field("tokenizer.ggml.tokens"), file.field("tokenizer.ggml.token_type")
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {role: file.field(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
@@ -78,7 +78,7 @@ def _build(file: "File", kind: str, pre: str | None) -> PreTrainedTokenizerFast:
     return found
 
 
-def _byte_pairs(file: "File", tokens: list[str], pre: str) -> Tokenizer:
+def _byte_pairs(file: "GGUFFile", tokens: list[str], pre: str) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in file.field("tokenizer.ggml.merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
     # Llama 3's vocabulary has tokens that no merge makes.
@@ -90,7 +90,7 @@ def _byte_pairs(file: "File", tokens: list[str], pre: str) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(file: "File", tokens: list[str], types: list[int]) -> Tokenizer:
+def _sentencepiece(file: "GGUFFile", tokens: list[str], types: list[int]) -> Tokenizer:
     """Llama 2's kind: merges follow from the pieces' scores, a space is U+2581, and one stands before every text."""
     vocab = {token: i for i, token in enumerate(tokens)}
     scores = dict(zip(tokens, file.field("tokenizer.ggml.scores"), strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minitron_mcore.checkpoint import run_folder, streaming
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.formats.hf_folder import Folder, Weights, Writer
+from minitron_mcore.formats.hf_folder import HFFolder, Weights, Writer
 from minitron_mcore.models import architecture, build, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
@@ -34,7 +34,7 @@ def import_folder(
     with process_groups.raise_on_all_ranks():
         arch, _ = architecture.read_hf(path)
         architecture.check_matches(arch, wanted, path)
-        weights = weights or Folder(path)
+        weights = weights or HFFolder(path)
         weights.check(arch)
         build.check_shardable(arch, parallel)
     tp, pieces = process_groups.tp_group(), []

@@ -75,7 +75,7 @@ class Weights(ABC):
         return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()[:16]
 
 
-class Folder(Weights):
+class HFFolder(Weights):
     """The weights of a Hugging Face folder.
 
     A file is mapped only for as long as what was read from it lives, so memory shows what is in use and no more.

@@ -82,7 +82,7 @@ def place(
     return Place(key, *(tuple(column) for column in zip(*axes, strict=True)))
 
 
-class Folder(Weights):
+class GPTModelFolder(Weights):
     """Weights in a checkpoint that GPTModel's `sharded_state_dict` was saved to, or the Megatron-LM folder around it.
 
     Raises:
@@ -141,7 +141,7 @@ class Folder(Weights):
             if low < high:
                 leading, here = (1,) * len(part.index), (high - low, *shape[1:])
                 at = (*part.index, low - start, *offset[1:])
-                found.append(self.reader.box(self.prefix + part.key, at, leading + here).view(here))
+                found.append(self.reader.read_slice(self.prefix + part.key, at, leading + here).view(here))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def stored(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
@@ -232,10 +232,10 @@ def export_folder(
         (out_dir / "release").mkdir()
         write_config(source.hf, arch, out_dir / "hf", build.DTYPES[dtype])
     torch.distributed.barrier()
-    streamed = streaming.Streamed(make, "export")
-    with streaming.mistakes():
+    streamed = streaming.StreamingStrategy(make, "export")
+    with streaming.unwrap_user_errors():
         dist_checkpointing.save(state, str(out_dir / "release"), streamed, async_strategy="mcore")
-    streamed.seal(out_dir / "release")
+    streamed.write_manifest(out_dir / "release")
     if process_groups.rank() == 0:
         run_folder.replace_text(out_dir / TRACKER, "release")
     return parameter_table.count(arch)

@@ -11,13 +11,13 @@ import torch
 
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats import gguf_file, gguf_tokenizer, megatron_gpt
-from minitron_mcore.formats.hf_folder import Folder, Weights
+from minitron_mcore.formats.hf_folder import HFFolder, Weights
 from minitron_mcore.models import architecture
 from minitron_mcore.parallel import process_groups
 
 
 @contextmanager
-def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterator[tuple[Path, Weights]]:
+def open_source(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterator[tuple[Path, Weights]]:
     """A Hugging Face folder with the model's config and tokenizer, and its weights (collective).
 
     Args:
@@ -36,7 +36,7 @@ def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterat
                 architecture.read_hf(model)
             source = _open(weights, dtype)
             if model.suffix == ".gguf":
-                file = source if model == weights else gguf_file.File(model, dtype)
+                file = source if model == weights else gguf_file.GGUFFile(model, dtype)
                 model = Path(scratch) / model.name  # what mistakes in it are told by
                 model.mkdir()
                 versions = {"transformers_version": version("transformers")}  # without it, it warns of the tokenizer
@@ -48,14 +48,14 @@ def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterat
 
 def _open(path: Path, dtype: torch.dtype) -> Weights:
     if path.suffix == ".gguf":
-        source = gguf_file.File(path, dtype)
+        source = gguf_file.GGUFFile(path, dtype)
     elif (path / megatron_gpt.TRACKER).is_file() or (path / ".metadata").is_file():
-        source = megatron_gpt.Folder(path)
+        source = megatron_gpt.GPTModelFolder(path)
     else:
         if not path.is_dir():
             raise UserError(
                 f"no weights at {path}: give a Hugging Face folder, a GPTModel checkpoint or a .gguf file (model.weights=/path)."
             )
-        return Folder(path)
+        return HFFolder(path)
     process_groups.log(source.describe())
     return source

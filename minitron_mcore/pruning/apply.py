@@ -21,7 +21,7 @@ from minitron_mcore.checkpoint.streaming import Box
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats import hf_convert
-from minitron_mcore.formats.hf_folder import Folder, Writer
+from minitron_mcore.formats.hf_folder import HFFolder, Writer
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning import index_maps
@@ -88,7 +88,7 @@ def build_pruned(
         reader = reader or streaming.Reader(source)
         for name, weights in build.named_parameters(model):
             weights.data.zero_()  # the vocabulary's padding
-            for offset, view in run_folder.views(targets[name], weights.data, tp.rank(), tp.size()):
+            for offset, view in run_folder.shard_views(targets[name], weights.data, tp.rank(), tp.size()):
                 if view.numel():
                     view.copy_(_kept(reader, origin[name], plan, offset, tuple(view.shape)))
     return model
@@ -125,7 +125,7 @@ def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | N
     """
     path = Path(path)
     arch, _ = architecture.read_hf(path)
-    folder = Folder(path)
+    folder = HFFolder(path)
     folder.check(arch)
     if arch != plan.source:
         name = next(key for key, value in arch.to_json().items() if value != plan.source.to_json()[key])
@@ -160,8 +160,8 @@ def fingerprint(plan: Plan) -> str:
 
 def cut_lineage(path: str | Path, plan: Plan) -> dict:
     """The lineage of `cut_folder`'s result, as if its two steps had been taken one by one."""
-    converted = run_folder.lineage({Folder.kind: {"path": str(path), "sha256": plan.fingerprint}})
-    return run_folder.lineage(
+    converted = run_folder.make_lineage({HFFolder.kind: {"path": str(path), "sha256": plan.fingerprint}})
+    return run_folder.make_lineage(
         {"source": {"path": str(path), "fingerprint": plan.fingerprint}}, **_done(plan, converted)
     )
 

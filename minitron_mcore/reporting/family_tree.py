@@ -72,7 +72,9 @@ def _weights(step: lineage.Step, here: dict[str, str]) -> dict:
     of = [_parent(role, parent) for role, parent in parents.items()]
     used = [f"{kind} {record[kind]}" for kind in ("plan", "scores") if kind in record]
     used += [f"data {record['data']['hash']}"] if "data" in record else []
-    row = _line("weights", fingerprint, lineage.deed(record) or "converted", ", ".join(of), here.get(fingerprint, ""))
+    row = _line(
+        "weights", fingerprint, lineage.operation(record) or "converted", ", ".join(of), here.get(fingerprint, "")
+    )
     return row | {"with": ", ".join(used), "folder": row["folder"] or _elsewhere(step.identity)}
 
 

@@ -231,7 +231,7 @@ def test_claimed_sizes_of_a_checkpoint(tmp_path, base, claim):
 def test_claimed_sizes_of_a_gguf(tmp_path, claim):
     (tmp_path / "model.gguf").write_bytes(hostile.GGUF_CLAIMS[claim])
     with pytest.raises(UserError, match=r"model.gguf is not a whole GGUF file"):
-        gguf_file.File(tmp_path / "model.gguf", torch.float32)
+        gguf_file.GGUFFile(tmp_path / "model.gguf", torch.float32)
 
 
 def planted(folder: Path, text: str) -> str:
@@ -247,7 +247,7 @@ def test_a_gguf_s_chat_template_is_text(tmp_path, base, monkeypatch):
     )
     folder = models.tiny_llama(tmp_path / "hf", vocab_size=288, hidden_size=96, intermediate_size=96)
     file = gguf_files.write(tmp_path / "model.gguf", folder, "llama", gguf_files.Q.F32)
-    with sources.opened(file, file, torch.float32) as (made, _):
+    with sources.open_source(file, file, torch.float32) as (made, _):
         found = tokenizer.load(made)
         assert template in "".join(path.read_text() for path in made.glob("*") if path.suffix in (".jinja", ".json"))
     assert found.vocab_size and not (tmp_path / "flag").exists()

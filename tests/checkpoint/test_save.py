@@ -70,7 +70,8 @@ def tensors(folder) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds, whole."""
     reader = safe_metadata.Reader(open_checkpoint(folder).step_dir)
     return {
-        key: reader.box(key, (0,) * len(entry.size), tuple(entry.size)).clone() for key, entry in reader.tensors.items()
+        key: reader.read_slice(key, (0,) * len(entry.size), tuple(entry.size)).clone()
+        for key, entry in reader.tensors.items()
     }
 
 

@@ -18,7 +18,7 @@ from minitron_mcore.data import datasets
 from minitron_mcore.errors import UserError
 from minitron_mcore.export import model_card, serving_compat
 from minitron_mcore.formats import hf_convert
-from minitron_mcore.formats.hf_folder import Folder
+from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.pruning import apply
@@ -53,7 +53,7 @@ def train(root: Path) -> str:
 def deliver(source, folder: Path) -> list[dict]:
     folder.mkdir()
     hf_convert.export_folder(open_checkpoint(source), folder)
-    return model_card.deliver(model_card.exported(open_checkpoint(source)), folder)
+    return model_card.complete_folder(model_card.checkpoint_origin(open_checkpoint(source)), folder)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_an_exported_folder_leads_back_to_its_parent(made, tmp_path):
     assert found["lineage"]["parents"]["student"]["fingerprint"] == pruned.fingerprint == apply.fingerprint(plan)
     assert step["parents"]["source"]["fingerprint"] == plan.fingerprint == parent.fingerprint
     assert step["scores"] == load_scores(root, parent.arch, parent.fingerprint).digest()
-    folder = Folder(root / "Tiny-Llama")
+    folder = HFFolder(root / "Tiny-Llama")
     for parameter in parameter_table.parameters(parent.arch):
         folder.hash(parameter)
     assert step["ancestry"]["parents"]["huggingface"]["sha256"] == folder.fingerprint(parent.arch) == plan.fingerprint
@@ -217,7 +217,7 @@ def test_cutting_in_one_pass_is_told_as_pruning(made, tmp_path):
     plan = load_plan(root / "pruned")
     (tmp_path / "cut").mkdir()
     apply.cut_folder(root / "Tiny-Llama", plan, tmp_path / "cut")
-    model_card.deliver(model_card.cut(root / "Tiny-Llama", plan, tmp_path / "cut"), tmp_path / "cut")
+    model_card.complete_folder(model_card.cut_origin(root / "Tiny-Llama", plan, tmp_path / "cut"), tmp_path / "cut")
     deliver(root / "pruned", tmp_path / "out")
     one, two = ((tmp_path / name / "README.md").read_text() for name in ("cut", "out"))
     assert one == two and open_checkpoint(root / "pruned").fingerprint in one

@@ -119,7 +119,7 @@ def test_sentencepiece_tokenizer(tmp_path):
 def read_tokenizer(file, folder):
     from minitron_mcore.formats import gguf_file, gguf_tokenizer
 
-    gguf_tokenizer.read(gguf_file.File(file, torch.float32)).save_pretrained(folder)
+    gguf_tokenizer.read(gguf_file.GGUFFile(file, torch.float32)).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

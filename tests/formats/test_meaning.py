@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.export import serving_compat
-from minitron_mcore.formats.hf_folder import Folder
+from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, meaning, models
@@ -124,9 +124,9 @@ def test_weights_are_those_that_transformers_takes(tmp_path, damage, sentence):
     arch, _ = architecture.read_hf(folder)
     if sentence:
         with pytest.raises(UserError, match=sentence):
-            Folder(folder).check(arch)
+            HFFolder(folder).check(arch)
         return
-    weights, expected = Folder(folder), serving_compat.load(folder, dtype=torch.float32).state_dict()
+    weights, expected = HFFolder(folder), serving_compat.load(folder, dtype=torch.float32).state_dict()
     weights.check(arch)
     for name, tensor in models.whole(weights, parameter_table.parameters(arch)).items():
         assert tensor.shape and torch.isfinite(tensor).all(), name

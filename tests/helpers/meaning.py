@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.formats.hf_folder import Folder
+from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, build, parameter_table
 from tests.helpers import families, models
 
@@ -115,7 +115,7 @@ class Both:
     def __init__(self, which: str, root: Path):
         self.folder, self.ids = families.tiny(which, root / which), models.tokens(batch=1)
         self.config = json.loads((self.folder / "config.json").read_text())
-        self.weights, self.seen = Folder(self.folder), {}
+        self.weights, self.seen = HFFolder(self.folder), {}
         self.edited = root / f"{which}-edited"
         self.edited.mkdir()
         shutil.copyfile(self.folder / "model.safetensors", self.edited / "model.safetensors")

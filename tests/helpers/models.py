@@ -132,7 +132,7 @@ def convert(model, source, out_dir, parallel, dtype=torch.float32):
     """Weights of `source`, config and tokenizer of `model` -> checkpoint."""
     from minitron_mcore.formats import hf_convert, sources
 
-    with sources.opened(model, source, dtype) as (folder, weights):
+    with sources.open_source(model, source, dtype) as (folder, weights):
         hf_convert.import_folder(folder, out_dir, parallel, weights=weights)
 
 
@@ -145,7 +145,7 @@ def read_all(model, source):
     from minitron_mcore.formats import sources
     from minitron_mcore.models import architecture, parameter_table
 
-    with sources.opened(model, source, torch.float32) as (folder, weights):
+    with sources.open_source(model, source, torch.float32) as (folder, weights):
         arch, _ = architecture.read_hf(folder)
         weights.check(arch)
         return whole(weights, parameter_table.parameters(arch))

@@ -101,12 +101,12 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
         with pytest.raises(UserError), bridge.report_user_errors():
             raise UserError("the teacher's weights are zero.")
         return None
-    every = bridge.requests
+    every = bridge.receive_requests
 
     def requests():
         for asked in every():
             yield asked
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    bridge.requests = requests
+    bridge.receive_requests = requests
     return remote_teacher.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")

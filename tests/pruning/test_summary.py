@@ -5,7 +5,7 @@ import re
 import pytest
 
 from minitron_mcore.config.settings import PruneConfig
-from minitron_mcore.formats.hf_folder import Folder
+from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.pruning import apply, index_maps, summary
 from minitron_mcore.pruning.plan import make_plan
@@ -34,7 +34,7 @@ ALONG = {
 def test_bytes_are_those_of_the_tensors(tmp_path, which, cut):
     folder = families.tiny(which, tmp_path / "hf")
     arch, _ = architecture.read_hf(folder)
-    reader = Folder(folder)
+    reader = HFFolder(folder)
     for parameter in parameter_table.parameters(arch):
         reader.hash(parameter)
     plan = make_plan(arch, reader.fingerprint(arch), random_scores(arch), cut)
