@@ -293,7 +293,7 @@ def _operations(
     elif (
         isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
     ):
-        steps = 1 + study.count(config.depth, archs["model"].blocks)
+        steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
         found = {"model": tokens * flops.forward_flops(archs["model"], length)}
     else:

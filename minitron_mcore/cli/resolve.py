@@ -81,7 +81,7 @@ def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
 
 def candidates(config: SearchRun) -> list[space.Candidate]:
     found = space.Space.of(_at(config.source, config)[0], config)
-    if found.combinations > space.GRID:
+    if found.combinations > space.MAX_GRID:
         raise UserError(f"{found.combinations:,} combinations are too many to look at each: plan with fewer sizes.")
     return found.candidates
 

@@ -250,7 +250,7 @@ SPOILED = (
 
 @pytest.mark.parametrize("content", SPOILED)
 def test_spoiled_json_is_named(tmp_path, content):
-    for name, read in (("plan.json", load_plan), ("depth.json", lambda path: study.load(path, "x"))):
+    for name, read in (("plan.json", load_plan), ("depth.json", lambda path: study.load_study(path, "x"))):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=str(tmp_path / name)) as error:
             read(tmp_path)

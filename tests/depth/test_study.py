@@ -77,18 +77,18 @@ def measured(checkpoint, parallel, found, rows):
     if process_groups.is_last_stage():  # the vocabulary's padding must have no say, whatever it holds
         model.head().data[opened.arch.vocab - process_groups.tp_group().rank() * len(model.head()) :] = 0.7
     scorer = multiple_choice.MultipleChoice(model, opened.arch, rows, tokenizer.load(opened.hf), 4)
-    meter = removal.Meter(model, opened.arch, found, 2, scorer)
+    meter = removal.RemovalEvaluator(model, opened.arch, found, 2, scorer)
     points = [meter(dropped) for dropped in SETS]
-    with removal.skipping(model, opened.arch, [1, 2]):
+    with removal.skip_blocks(model, opened.arch, [1, 2]):
         scores = scorer.scores()
     ids = models.tokens()
     with (
-        removal.skipping(model, opened.arch, [4], ["attention"]),
-        removal.skipping(model, opened.arch, [1, 3], ["mlp"]),
+        removal.skip_blocks(model, opened.arch, [4], ["attention"]),
+        removal.skip_blocks(model, opened.arch, [1, 3], ["mlp"]),
     ):
         parts = models.model_logits(model, opened.arch, ids)
     whole = models.model_logits(model, opened.arch, ids)
-    with pytest.raises(UserError) as mistake, removal.skipping(model, opened.arch, [2, 5]):
+    with pytest.raises(UserError) as mistake, removal.skip_blocks(model, opened.arch, [2, 5]):
         pass
     kept = sum(batch["full"].nbytes for batch in meter.batches if "full" in batch)
     return points, scores, parts, whole, str(mistake.value), kept
@@ -165,7 +165,7 @@ def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
             assert point["dropped"] == dropped
             assert {key: point[key] for key in wanted} == pytest.approx(wanted, rel=2e-5, abs=1e-6), dropped
         assert [row.tolist() for row in scored] == [pytest.approx(row, rel=2e-5) for row in scores]
-        assert mistake == "block 5 is not there: the model has blocks 0 to 4."
+        assert mistake == "block 5 does not exist: the model has blocks 0 to 4."
     _, _, parts, whole, _, kept = next(rank for rank in ranks if rank[2] is not None)
     weights = models.weights(made / "hf")
     for name in ("4.self_attn.o_proj", "1.mlp.down_proj", "3.mlp.down_proj"):  # what a layer adds is 0
@@ -204,39 +204,40 @@ SINGLE = [5.0, 0.4, 0.1, 0.3, 0.1, 0.5, 0.2, 4.0]
 
 def test_no_rule_but_the_naive_one_walks_into_the_cliff():
     """2 and 4 are each missed least, and together most."""
-    measure, ranked = landscape(SINGLE, {2, 4}), study.ranking(DepthMetric.loss, questions=0)
-    assert study.scattered(8, 2, measure, ranked) == [2, 4]
-    assert study.contiguous(8, 2, measure, ranked) == [2, 3]
-    assert study.iterative(8, 3, measure, ranked) == [2, 3, 6]
+    measure, ranked = landscape(SINGLE, {2, 4}), study.make_ranking(DepthMetric.loss, questions=0)
+    assert study.select_scattered(8, 2, measure, ranked) == [2, 4]
+    assert study.select_contiguous(8, 2, measure, ranked) == [2, 3]
+    assert study.select_iterative(8, 3, measure, ranked) == [2, 3, 6]
     settings = DepthConfig(sizes=[1, 2], kind=DepthKind.scattered)
-    rows = study.decide(settings, 8, measure, ranked)
+    rows = study.choose(settings, 8, measure, ranked)
     assert [(row["size"], row["kind"], row["taken"]) for row in rows if row["taken"]] == [
         (1, "scattered", True),
         (2, "scattered", True),
     ]
     said = list(study.warnings(rows, settings.metric, ranked, chance=0.5, questions=100))
-    assert "of 2 blocks the contiguous choice, 2-3, is missed less as a whole: loss 3.4 against 13.2" in said[-2]
-    assert "without 2, 4 the questions are answered no better than by chance (0.500, chance 0.500 +- 0.050)" in said[-1]
-    rows = study.decide(replace(settings, kind=DepthKind.best), 8, measure, ranked)
+    assert "of 2 blocks the contiguous choice, 2-3, costs less: loss 3.4 against 13.2" in said[-2]
+    assert "without 2, 4 the accuracy 0.500 is no better than chance (0.500 +- 0.050)" in said[-1]
+    rows = study.choose(replace(settings, kind=DepthKind.best), 8, measure, ranked)
     assert [row["dropped"] for row in rows if row["taken"]] == [[2], [2, 3]]
     assert not list(study.warnings(rows, settings.metric, ranked, chance=0.25, questions=100))
     gentle = landscape(SINGLE, set())
-    rows = study.decide(replace(settings, kind=DepthKind.best), 8, gentle, ranked)
+    rows = study.choose(replace(settings, kind=DepthKind.best), 8, gentle, ranked)
     assert [row["kind"] for row in rows if row["taken"]] == ["contiguous", "scattered"]
 
 
 def test_each_metric_has_its_direction():
     measure = landscape(SINGLE, {2, 4})
     choose = {
-        metric: study.contiguous(8, 2, measure, study.ranking(metric, questions=0)) for metric in list(DepthMetric)[:3]
+        metric: study.select_contiguous(8, 2, measure, study.make_ranking(metric, questions=0))
+        for metric in list(DepthMetric)[:3]
     }
     assert choose == {"loss": [2, 3], "kl": [2, 3], "mse": [0, 1]}
     # Of those that answer all questions, the one with the least loss.
-    assert study.contiguous(8, 2, measure, study.ranking(DepthMetric.accuracy)) == [5, 6]
+    assert study.select_contiguous(8, 2, measure, study.make_ranking(DepthMetric.accuracy)) == [5, 6]
     cosines = [0.9, 0.8, 0.7, 0.1, 0.65, 0.2, 0.5, 0.9]
-    assert study.contiguous(8, 2, measure, study.ranking(DepthMetric.cosine, cosines)) == [5, 6]
-    ranked = study.ranking(DepthMetric.cosine, cosines)
-    rows = study.decide(DepthConfig(sizes=[2], kind=DepthKind.scattered), 8, measure, ranked)
+    assert study.select_contiguous(8, 2, measure, study.make_ranking(DepthMetric.cosine, cosines)) == [5, 6]
+    ranked = study.make_ranking(DepthMetric.cosine, cosines)
+    rows = study.choose(DepthConfig(sizes=[2], kind=DepthKind.scattered), 8, measure, ranked)
     assert next(row for row in rows if row["taken"])["dropped"] == [3, 5]
     assert "contiguous choice, 5-6" in next(study.warnings(rows, DepthMetric.cosine, ranked, 0.1, 100))
 
@@ -245,9 +246,9 @@ def test_a_few_answers_more_are_not_worth_a_cliff():
     """SmolLM2's own figures: 10-24 answers six of 200 questions more than 6-20 and has 3.8 nats more loss."""
     runs = {6: (0.54, 7.19), 10: (0.57, 10.98), 14: (0.50, 6.0)}
     points = [{"dropped": [first], "accuracy": a, "loss": loss} for first, (a, loss) in runs.items()]
-    order = [point["dropped"][0] for point in study.ranking(DepthMetric.accuracy, questions=200)(points)]
+    order = [point["dropped"][0] for point in study.make_ranking(DepthMetric.accuracy, questions=200)(points)]
     assert order == [6, 10, 14]  # 14 is two standard errors below, whatever its loss
-    surer = study.ranking(DepthMetric.accuracy, questions=20_000)(points)
+    surer = study.make_ranking(DepthMetric.accuracy, questions=20_000)(points)
     assert [point["dropped"][0] for point in surer] == [10, 6, 14]
 
 
@@ -257,12 +258,12 @@ def test_points_are_counted_before_they_are_measured(kind):
     settings = DepthConfig(sizes=[1, 3, 0.5], kind=kind)
     measure = landscape(SINGLE, {2, 4}, asked)
     measure([])
-    for size in study.swept(settings, 8):
-        for dropped in study.runs(8, size):
+    for size in study.sweep_sizes(settings, 8):
+        for dropped in study.contiguous_runs(8, size):
             measure(dropped)
-    study.decide(settings, 8, measure, study.ranking(DepthMetric.loss))
+    study.choose(settings, 8, measure, study.make_ranking(DepthMetric.loss))
     different = len({tuple(dropped) for dropped in asked})
-    assert different <= study.count(settings, 8) <= different + 3  # a choice may be a run too
+    assert different <= study.max_points(settings, 8) <= different + 3  # a choice may be a run too
 
 
 def test_questions_of_every_form(tmp_path):
@@ -337,7 +338,7 @@ def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch
     (folder / COMPLETE).unlink()
     again = on_ranks(studied, 2, ParallelConfig(), config_of("depth", *command))[0]
     lines = (folder / "points.jsonl").read_text().splitlines()
-    assert "going on after 4 points" in again and lines[:5] == points[:5] and len(lines) == len(points)
+    assert "resuming after 4 points" in again and lines[:5] == points[:5] and len(lines) == len(points)
     resumed = json.loads((folder / study.FILE).read_text())
     assert resumed["drop"] == found["drop"] and (folder / COMPLETE).is_file()
     for point, before in zip(resumed["sweep"], found["sweep"], strict=True):
@@ -364,10 +365,10 @@ def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch
     for overrides, sentence in (
         (
             ["prune.blocks=2"],
-            "prune.blocks is 2, but the study in runs/tiny/depth decided which go for 4, 3 of 5 blocks",
+            "prune.blocks is 2, but the study in runs/tiny/depth has a choice for 4, 3 of 5 blocks",
         ),
         (["prune.hidden=24"], "prune.blocks is 5, but the study"),
-        (["prune.drop_blocks=[1]"], "both choose blocks: leave one of them out"),
+        (["prune.drop_blocks=[1]"], "both choose blocks: remove one of them"),
         (["prune.blocks=3", "study=runs/tiny/plan/plan.json"], "plan.json is not a depth study"),
         (["prune.blocks=3", "study=nowhere"], "no depth study at nowhere: run launch/depth.py"),
     ):

@@ -91,7 +91,7 @@ def scores_of(seen, weights, heads, statistic) -> dict[str, torch.Tensor]:
 def collect(checkpoint, parallel, ids, lengths, statistics=(None,)):
     """Scores by each statistic, all from the same forward passes."""
     from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
-    from minitron_mcore.importance.collector import collecting
+    from minitron_mcore.importance.collector import collect_importance
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.parallel.schedule import forward
 
@@ -101,7 +101,9 @@ def collect(checkpoint, parallel, ids, lengths, statistics=(None,)):
     dp = process_groups.dp_group()
     ids, mask = ids[dp.rank() :: dp.size()], mask[dp.rank() :: dp.size()]
     with contextlib.ExitStack() as stack:
-        collectors = [stack.enter_context(collecting(model, opened.arch, statistic)) for statistic in statistics]
+        collectors = [
+            stack.enter_context(collect_importance(model, opened.arch, statistic)) for statistic in statistics
+        ]
         for rows in ([0], list(range(1, len(ids)))):  # micro-batches of different sizes
             batch = {"tokens": ids[rows], "mask": mask[rows]}
             forward(model, list(models.placed([batch])), lambda hidden, batch: None)

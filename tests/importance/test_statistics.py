@@ -48,7 +48,7 @@ def test_parts_give_what_the_whole_gives(how, sizes, mean, padding, seed):
     expected = over(how, values) if len(values) else torch.zeros(5, dtype=torch.float64)
     found = [sums(how, x, real) for x, real in zip(parts, reals, strict=True)]
     stacked = metrics.Sums(*(None if fields[0] is None else torch.stack(fields) for fields in zip(*found, strict=True)))
-    by_one = functools.reduce(lambda a, b: metrics.joined([a, b]), found)
+    by_one = functools.reduce(lambda a, b: metrics.merge([a, b]), found)
     at_once = metrics.pool(stacked, lambda t: [x.sum(0) for x in t])
     for whole in (by_one, at_once):
         torch.testing.assert_close(metrics.aggregate(how, whole).double(), expected, rtol=1e-5, atol=1e-7)
@@ -66,12 +66,12 @@ def test_distances_are_those_of_cosines(change):
         return (1 - torch.cosine_similarity(a.double(), b.double(), dim=-1))[real[..., 0]].sum()
 
     expected = torch.stack([distance(*streams[:2]), distance(*streams[1:]), distance(streams[0], streams[2])])
-    torch.testing.assert_close(metrics.distances(streams, real).double(), expected, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(metrics.cosine_distances(streams, real).double(), expected, rtol=1e-5, atol=1e-12)
 
 
 def test_a_vector_of_length_0_has_no_direction():
     x = torch.ones(2, 1, 4)
-    assert metrics.distances([x * 0, x], None).tolist() == [2, 2]
+    assert metrics.cosine_distances([x * 0, x], None).tolist() == [2, 2]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -80,12 +80,12 @@ def test_compiled_reductions_are_the_same():
     x, real = torch.randn(37, 3, 40, generator=g).bfloat16(), torch.rand(37, 3, 1, generator=g) > 0.3
     calls = [
         (metrics.sums, x[..., :20], real, Aggregation.mean),
-        (metrics.head_sums, x, None, Aggregation.variance, 8),
-        (metrics.distances, [x, x * 1.1, x + 1], real),
+        (metrics.head_norm_sums, x, None, Aggregation.variance, 8),
+        (metrics.cosine_distances, [x, x * 1.1, x + 1], real),
     ]
-    assert metrics.compiles()
+    assert metrics.can_compile()
     for function, *args in calls:
-        torch.testing.assert_close(metrics.fused(function)(*args), function(*args), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(metrics.compiled(function)(*args), function(*args), rtol=1e-5, atol=1e-6)
 
 
 def spoil(path, kind):

@@ -100,7 +100,9 @@ def modelopts_heads(importance: torch.Tensor, groups: int, heads: int, head_dim:
 
 def our_heads(importance: torch.Tensor, arch, heads: int) -> np.ndarray:
     vectors = random_scores(arch).vectors | {f"blocks.{i}.heads": importance for i in range(arch.blocks)}
-    return index_maps.kept("qkv", make_plan(arch, "x", Scores(vectors, {}), PruneConfig(heads=heads)), arch.blocks - 1)
+    return index_maps.kept_positions(
+        "qkv", make_plan(arch, "x", Scores(vectors, {}), PruneConfig(heads=heads)), arch.blocks - 1
+    )
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_the_ranks_pieces_make_up_the_pruned_tensors(plan, data):
         return wholes[parameter][tuple(slice(low, low + n) for low, n in zip(offset, shape, strict=True))].clone()
 
     reader = SimpleNamespace(read=read)
-    survivors = dict(apply._survivors(plan, parameter_table.parameters(plan.source)))
+    survivors = dict(apply._kept_parameters(plan, parameter_table.parameters(plan.source)))
     assert list(survivors.values()) == list(parameter_table.parameters(plan.target))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "PIECE_ELEMENTS", data.draw(st.integers(1, 30)))
@@ -148,7 +148,7 @@ def test_the_ranks_pieces_make_up_the_pruned_tensors(plan, data):
             for rank in range(before if source.row.tp_dim is not None else 1):
                 for box in streaming.shard_slices(source, rank, before):
                     (offset, shape), kept = apply.select(source, plan, box)
-                    piece = apply._cut(read, source, plan, box, kept)
+                    piece = apply._read_cut(read, source, plan, box, kept)
                     assert piece.shape == shape
                     place(found, filled, offset, piece)
                     seen[tuple(slice(low, low + length) for low, length in zip(*box, strict=True))] += 1
@@ -156,7 +156,7 @@ def test_the_ranks_pieces_make_up_the_pruned_tensors(plan, data):
             filled[:] = 0
             for rank in range(after if target.row.tp_dim is not None else 1):
                 for offset, shape in streaming.shard_slices(target, rank, after):
-                    place(found, filled, offset, apply._kept(reader, source, plan, offset, shape))
+                    place(found, filled, offset, apply._read_kept(reader, source, plan, offset, shape))
             assert (filled == 1).all() and torch.equal(found, wanted)
 
 

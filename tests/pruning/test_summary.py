@@ -67,7 +67,7 @@ def test_layers_dropped_apart_from_their_blocks_have_a_row(tmp_path, monkeypatch
     arch, _ = architecture.read_hf(models.tiny_llama(tmp_path))
     plan = make_plan(arch, "x", random_scores(arch), PruneConfig(drop_blocks=[4]))
     assert "MLP layers" not in {row["axis"] for row in summary.axes(plan, "bf16")}
-    keeps = index_maps.keeps
+    keeps = index_maps.is_kept
     monkeypatch.setattr(
         index_maps, "keeps", lambda plan, p: keeps(plan, p) and not (p.block == 2 and "{m}" in p.row.name)
     )

@@ -394,4 +394,4 @@ def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 3.0), (2, 2.5), (3, 2.5), (4, 2.9), (5, 2.8), (5, 3.1)]
-    assert search_plots.front(points) == [(5, 2.8), (3, 2.5)]
+    assert search_plots.pareto_front(points) == [(5, 2.8), (3, 2.5)]
