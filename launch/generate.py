@@ -1,6 +1,6 @@
 """What a checkpoint says: its likeliest continuation of a prompt.
 
-torchrun --nproc-per-node 3 launch/generate.py +model=smollm2_135m parallel=tp3 prompt='def fibonacci(n):'
+torchrun --nproc-per-node 3 launch/generate.py +model=smollm2_135m parallel=tp3 "prompt='def fibonacci(n):'"
 """
 
 from minitron_mcore.cli.main import entry

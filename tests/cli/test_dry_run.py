@@ -184,7 +184,7 @@ def counted(archs):
 
 
 def test_operations_are_those_that_torch_counts():
-    for name, flops in on_ranks(counted, 1, ParallelConfig(), EVERY)[0].items():
+    for name, counted_flops in on_ranks(counted, 1, ParallelConfig(), EVERY)[0].items():
         arch = EVERY[name]
         positions = [min(i + 1, arch.window or LENGTH) for i in range(LENGTH)]
         attention = 4 * len(arch.blocks_with("attention")) * arch.heads * arch.head_dim * sum(positions) / LENGTH
