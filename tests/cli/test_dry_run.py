@@ -52,7 +52,7 @@ def setting(world, parallel, dtype=Dtype.bf16):
 
 def built(archs, parallel, dtype):
     """By model: stage, parameters in experts and outside, bytes that autograd keeps of one forward pass."""
-    from minitron_mcore.models import build
+    from minitron_mcore.models import build, flops
     from minitron_mcore.parallel import process_groups
 
     found = {}
