@@ -40,6 +40,8 @@ class Tokenizer(ABC):
     """Largest id + 1."""
     fingerprint: bytes
     """Tokenizers of the same fingerprint give the same ids."""
+    rows: int | None = None
+    """Of the embedding that the ids are for; None checks no id."""
 
     @abstractmethod
     def _ids(self, texts: list[str]) -> list[list[int]]: ...
@@ -55,16 +57,32 @@ class Tokenizer(ABC):
         """What each id stands for, as the vocabulary writes it."""
 
     def documents(self, texts: list[str]) -> list[list[int]]:
-        return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._ids(texts)]
+        """
+        Raises:
+            UserError: an id without a row in the embedding (`rows`); ids that no text uses are not asked about.
+        """
+        found = [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._ids(texts)]
+        self._check_rows(found)
+        return found
 
     def spans(self, texts: list[str]) -> list[Spans]:
         """`documents`, with what each token stands for."""
-        return [
+        spans = [
             found
             if found.ids and found.ids[-1] == self.eos
             else Spans([*found.ids, self.eos], [*found.ends, len(text)], [*found.special, True])
             for found, text in zip(self._spans(texts), texts, strict=True)
         ]
+        self._check_rows([found.ids for found in spans])
+        return spans
+
+    def _check_rows(self, documents: list[list[int]]) -> None:
+        largest = max((max(ids) for ids in documents), default=0)
+        if self.rows is not None and largest >= self.rows:
+            raise UserError(
+                f"The text has token {largest} ({self.decode([largest])!r}), the model's embedding {self.rows} rows: give the "
+                "model's own tokenizer with data.tokenizer=/path."
+            )
 
 
 class _HuggingFace(Tokenizer):
@@ -231,13 +249,17 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
 def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int) -> Tokenizer:
     """The tokenizer that a run reads text with: `data.tokenizer`, or that of the model's Hugging Face folder.
 
+    It may have more ids than the embedding's `vocab_size` rows, such as one of padding, as long as no text uses them: a text that
+    does is refused when it is read.
+
     Raises:
-        UserError: see `load`; ids that an embedding of `vocab_size` rows doesn't have.
+        UserError: see `load`; the id that ends each document is beyond the embedding.
     """
     found = load(config.tokenizer or model, model)
-    if found.vocab_size > vocab_size:
+    if found.eos >= vocab_size:
         raise UserError(
-            f"The tokenizer {config.tokenizer or model} has ids up to {found.vocab_size - 1}, the model's embedding "
+            f"The tokenizer {config.tokenizer or model} ends documents with token {found.eos}, the model's embedding has "
             f"{vocab_size} rows: give the model's own with data.tokenizer=/path."
         )
+    found.rows = vocab_size
     return found

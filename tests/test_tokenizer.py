@@ -19,7 +19,7 @@ from minitron_mcore.config import DataConfig, Dtype, EvaluateConfig, ParallelCon
 from minitron_mcore.errors import UserError
 from minitron_mcore.runs import EvaluateRun
 from minitron_mcore.testing import on_ranks
-from minitron_mcore.tokenizer import load
+from minitron_mcore.tokenizer import load, open_tokenizer
 from tests import models as tiny
 from tests.test_data import write_jsonl, write_tokenizer
 
@@ -211,26 +211,56 @@ def _refusals(spm, folder, file, prefix):
     for tokenizer, train in ((str(spm), [file]), (None, [file]), (None, [prefix])):
         config = DataConfig(train=train, tokenizer=tokenizer, cache=str(folder / "cache"))
         with pytest.raises(UserError) as error:
-            data.prepare(config, folder, 211)
+            data.prepare(config, folder, ROWS)
         found.append(str(error.value))
     return found
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_numbers(spms, tmp_path):
+ROWS = 280
+"""Of a model's embedding, fewer than the ids of `TEXT`."""
+TEXT = "12 34"
+
+
+def test_texts_beyond_the_embedding_are_refused_with_both_numbers(spms, tmp_path):
     write_tokenizer(tmp_path)
-    file = write_jsonl(tmp_path / "text.jsonl", ["12 34"])
-    (prefix,) = data.tokenize([file], load(tmp_path), str(tmp_path / "made"))
+    file = write_jsonl(tmp_path / "text.jsonl", [TEXT])
+    readers = [load(spms["llama"], tmp_path), load(tmp_path), load(tmp_path)]
+    (prefix,) = data.tokenize([file], readers[1], str(tmp_path / "made"))
     told = on_ranks(_refusals, 2, ParallelConfig(), spms["llama"], tmp_path, file, prefix)
     assert told[0] == told[1]
-    for sentence, largest in zip(told[0], (499, 299, max(load(tmp_path).documents(["12 34"])[0])), strict=True):
-        assert str(largest) in sentence and "211" in sentence
-    assert not (tmp_path / "cache").exists()  # before any work
+    for sentence, reader in zip(told[0], readers, strict=True):
+        largest = max(reader.documents([TEXT])[0])
+        assert f"token {largest}" in sentence and f"{ROWS} rows" in sentence
+    assert not list((tmp_path / "cache").iterdir())  # nothing that another run could take for whole
+    hf = tiny.tiny_llama(tmp_path / "hf", vocab_size=ROWS)
+    texts = DataConfig(heldout=[file], tokenizer=str(tmp_path))
+    _, reader = evaluate.open_model(
+        EvaluateRun(source=str(hf), data=texts, evaluate=EvaluateConfig(sequence_length=64))
+    )
+    with pytest.raises(UserError, match=rf"token \d+ .*{ROWS} rows"):
+        evaluate.windows(file, reader, 64)
+
+
+def test_ids_that_no_text_uses_need_no_row(tmp_path):
+    """Such as a token of padding that was added to a tokenizer and never to its model."""
+    write_tokenizer(tmp_path)
+    file, free = write_jsonl(tmp_path / "text.jsonl", [TEXT]), load(tmp_path)
+    [ids] = free.documents([TEXT])
+    rows = max(ids) + 1
+    assert rows < free.vocab_size
     config = DataConfig(train=[file], cache=str(tmp_path / "cache"))
-    data.prepare(config, tmp_path, 300)  # the largest id is the last row
-    hf = tiny.tiny_llama(tmp_path / "hf", vocab_size=299)
-    with pytest.raises(UserError, match=r"ids up to 299.*299 rows"):
-        texts = DataConfig(heldout=[file], tokenizer=str(tmp_path))
-        evaluate.open_model(EvaluateRun(source=str(hf), data=texts, evaluate=EvaluateConfig(sequence_length=64)))
+    [prefix], _ = data.prepare(config, tmp_path, rows)
+    assert data.TokenStream([prefix], rows).tokens(0, len(ids)).tolist() == ids
+    fitting = open_tokenizer(config, tmp_path, rows)
+    assert fitting.documents([TEXT]) == [ids] and fitting.spans([TEXT])[0].ids == ids
+    for read in (fitting.documents, fitting.spans):
+        fitting.rows = rows - 1
+        with pytest.raises(UserError, match=rf"token {rows - 1} .* embedding {rows - 1} rows"):
+            read([TEXT])
+    with pytest.raises(UserError, match=f"holds token {rows - 1}"):  # tokenised above, for a model with more rows
+        data.prepare(config, tmp_path, rows - 1)
+    with pytest.raises(UserError, match=f"ends documents with token {free.eos}.* {free.eos} rows"):
+        open_tokenizer(config, tmp_path, free.eos)
 
 
 def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_path, monkeypatch):
