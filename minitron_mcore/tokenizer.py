@@ -19,6 +19,8 @@ from minitron_mcore.config import DataConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import read_json
 
+MAX_ID = 1 << 24
+"""Largest id of a vocabulary, of which the tokenizers package makes a list of that length; published ones end below 2^19."""
 _CONTEXT = 4  # tokens before one that decide what text it adds: a character of UTF-8 may be spread over four
 
 
@@ -215,6 +217,21 @@ def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
     return found
 
 
+def _check_ids(path: Path) -> None:
+    """Refuse ids that tokenizer.json or vocab.json only claims, before gigabytes are taken for them."""
+    if not path.is_file():
+        return
+    vocab = _read_json(path)
+    if path.name == "tokenizer.json":
+        vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
+    for token, number in vocab.items() if isinstance(vocab, dict) else ():
+        if type(number) is not int or not 0 <= number <= MAX_ID:
+            raise UserError(
+                f"{path} gives {token[:40]!r} the id {str(number)[:40]}; ids are whole numbers from 0 to {MAX_ID}: copy the "
+                "tokenizer's files again."
+            )
+
+
 def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tokenizer:
     """A Hugging Face tokenizer folder, read offline and without remote code, or a sentencepiece .model.
 
@@ -223,13 +240,15 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
         model: the model's Hugging Face folder, whose settings count where there are none beside a .model.
 
     Raises:
-        UserError: no tokenizer there, or one without an EOS token.
+        UserError: no tokenizer there, one without an EOS token, or with ids above `MAX_ID`.
     """
     path = Path(path)
     if path.is_file():
         return _sentencepiece(path, Path(model or path.parent))
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return _sentencepiece(path / "tokenizer.model", Path(model or path))
+    for name in ("tokenizer.json", "vocab.json"):
+        _check_ids(path / name)
     kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
         if not path.is_dir():

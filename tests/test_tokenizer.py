@@ -263,6 +263,22 @@ def test_ids_that_no_text_uses_need_no_row(tmp_path):
         open_tokenizer(config, tmp_path, free.eos)
 
 
+@pytest.mark.parametrize("number", [1 << 31, (1 << 32) - 2, 1 << 70, -1, 0.5, True, None, "7"])
+def test_ids_that_a_vocabulary_only_claims(tmp_path, number):
+    """In tokenizer.json, and in the vocab.json that transformers makes one of; 2^31 takes 9 GB, 2^32 ends the process."""
+    write_tokenizer(tmp_path)
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    made["model"]["vocab"]["more"] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match=rf"{tmp_path}/tokenizer.json gives 'more' the id {number}; ids are"):
+        load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(made["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match=rf"{tmp_path}/vocab.json gives 'more' the id {number}; ids are"):
+        load(tmp_path)
+
+
 def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenfiles, "BLOCK", 16)
     monkeypatch.setattr(tokenfiles, "SCAN_BYTES", 0)
@@ -305,7 +321,8 @@ def test_bad_tokenizers_are_one_sentence(spms, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     refused("No tokenizer can be read", folder)
-    refused("No tokenizer can be read", folder, tokenizer__json=b"{")
+    refused("tokenizer.json cannot be read as JSON", folder, tokenizer__json=b"{")
+    refused("No tokenizer can be read", folder, tokenizer__json=b"{}")
     refused("no vocabulary", folder, tokenizer_config__json=b'{"tokenizer_class": "LlamaTokenizer"}')
     refused("cannot be read by sentencepiece", folder, tokenizer__model=b"IQ== 0\nIg== 1\n")  # tiktoken's
     model = spms["llama"].read_bytes()
