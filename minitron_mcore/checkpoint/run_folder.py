@@ -375,10 +375,12 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     """Set a model's parameters from a checkpoint of any layout (collective); padding rows of the vocabulary become zero.
 
     Raises:
-        UserError: see `load`; a tensor of zeros or with NaN where weights belong.
+        UserError: see `load`; a value that is not finite, an embedding table or output head of zeros. (Projections of zeros are
+            how blocks are added to a model without changing it.)
     """
+    padded = ("embedding.word_embeddings.weight", "output_layer.weight")
     for name, parameter in build.named_parameters(model):
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in padded:
             parameter.data.zero_()
     state = model_state(model, checkpoint.arch)
     loaded = load(checkpoint, state)
@@ -388,9 +390,7 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     with process_groups.raise_on_all_ranks():
         for name, parameter in build.named_parameters(model):
             peak = parameter.detach().abs().max().item()
-            centred = parameter.dim() == 1 and checkpoint.arch.traits.norm == "LayerNorm1P"
-            zero = peak == 0 and not (centred or name.endswith("bias"))
-            if zero or not peak < float("inf"):
+            if (peak == 0 and name in padded) or not peak < float("inf"):
                 raise UserError(
                     f"{name} in {checkpoint.path} has largest magnitude {peak}: these are no trained weights."
                 )

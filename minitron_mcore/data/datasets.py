@@ -119,7 +119,7 @@ def tokenize(
 
     Args:
         limits: of text files; None is the default ones.
-        vocab_size: rows of the embedding that given ids must fit; None doesn't look at them.
+        vocab_size: rows of the embedding that ids must fit; None doesn't look at them.
 
     Raises:
         UserError: a file that is missing, of no known kind, damaged, too large or empty; ids that the embedding doesn't have;
@@ -145,8 +145,11 @@ def tokenize(
             if is_prefix(path) and vocab_size is not None:
                 check_ids(path, vocab_size)
         prefixes = [tokens_of(path) for path in files]
-        for prefix in prefixes:
+        for path, prefix in zip(files, prefixes, strict=True):
             check_index(prefix)
+            # Tokenised before, maybe for a model with more rows.
+            if path != prefix and vocab_size is not None and tokenizer.vocab_size > vocab_size:
+                check_ids(prefix, vocab_size)
         return prefixes
 
     limits = limits or Limits()

@@ -19,6 +19,8 @@ from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import read_json
 
+MAX_ID = 1 << 24
+"""Largest id of a vocabulary, of which the tokenizers package makes a list of that length; published ones end below 2^19."""
 _CONTEXT = 4  # tokens before one that decide what text it adds: a character of UTF-8 may be spread over four
 
 
@@ -40,6 +42,8 @@ class Tokenizer(ABC):
     """Largest id + 1."""
     fingerprint: bytes
     """Tokenizers of the same fingerprint give the same ids."""
+    rows: int | None = None
+    """Of the embedding that the ids are for; None checks no id."""
 
     @abstractmethod
     def _ids(self, texts: list[str]) -> list[list[int]]: ...
@@ -55,16 +59,32 @@ class Tokenizer(ABC):
         """What each id stands for, as the vocabulary writes it."""
 
     def documents(self, texts: list[str]) -> list[list[int]]:
-        return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._ids(texts)]
+        """
+        Raises:
+            UserError: an id without a row in the embedding (`rows`); ids that no text uses are not asked about.
+        """
+        found = [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._ids(texts)]
+        self._check_rows(found)
+        return found
 
     def spans(self, texts: list[str]) -> list[Spans]:
         """`documents`, with what each token stands for."""
-        return [
+        spans = [
             found
             if found.ids and found.ids[-1] == self.eos
             else Spans([*found.ids, self.eos], [*found.ends, len(text)], [*found.special, True])
             for found, text in zip(self._spans(texts), texts, strict=True)
         ]
+        self._check_rows([found.ids for found in spans])
+        return spans
+
+    def _check_rows(self, documents: list[list[int]]) -> None:
+        largest = max((max(ids) for ids in documents), default=0)
+        if self.rows is not None and largest >= self.rows:
+            raise UserError(
+                f"The text has token {largest} ({self.decode([largest])!r}), the model's embedding {self.rows} rows: give the "
+                "model's own tokenizer with data.tokenizer=/path."
+            )
 
 
 class _HuggingFace(Tokenizer):
@@ -197,6 +217,21 @@ def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
     return found
 
 
+def _check_ids(path: Path) -> None:
+    """Refuse ids that tokenizer.json or vocab.json only claims, before gigabytes are taken for them."""
+    if not path.is_file():
+        return
+    vocab = _read_json(path)
+    if path.name == "tokenizer.json":
+        vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
+    for token, number in vocab.items() if isinstance(vocab, dict) else ():
+        if type(number) is not int or not 0 <= number <= MAX_ID:
+            raise UserError(
+                f"{path} gives {token[:40]!r} the id {str(number)[:40]}; ids are whole numbers from 0 to {MAX_ID}: copy the "
+                "tokenizer's files again."
+            )
+
+
 def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tokenizer:
     """A Hugging Face tokenizer folder, read offline and without remote code, or a sentencepiece .model.
 
@@ -205,13 +240,15 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
         model: the model's Hugging Face folder, whose settings count where there are none beside a .model.
 
     Raises:
-        UserError: no tokenizer there, or one without an EOS token.
+        UserError: no tokenizer there, one without an EOS token, or with ids above `MAX_ID`.
     """
     path = Path(path)
     if path.is_file():
         return _sentencepiece(path, Path(model or path.parent))
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return _sentencepiece(path / "tokenizer.model", Path(model or path))
+    for name in ("tokenizer.json", "vocab.json"):
+        _check_ids(path / name)
     kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
         if not path.is_dir():
@@ -231,13 +268,17 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
 def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int) -> Tokenizer:
     """The tokenizer that a run reads text with: `data.tokenizer`, or that of the model's Hugging Face folder.
 
+    It may have more ids than the embedding's `vocab_size` rows, such as one of padding, as long as no text uses them: a text that
+    does is refused when it is read.
+
     Raises:
-        UserError: see `load`; ids that an embedding of `vocab_size` rows doesn't have.
+        UserError: see `load`; the id that ends each document is beyond the embedding.
     """
     found = load(config.tokenizer or model, model)
-    if found.vocab_size > vocab_size:
+    if found.eos >= vocab_size:
         raise UserError(
-            f"The tokenizer {config.tokenizer or model} has ids up to {found.vocab_size - 1}, the model's embedding "
+            f"The tokenizer {config.tokenizer or model} ends documents with token {found.eos}, the model's embedding has "
             f"{vocab_size} rows: give the model's own with data.tokenizer=/path."
         )
+    found.rows = vocab_size
     return found

@@ -15,6 +15,7 @@ from minitron_mcore.config.settings import Device, DistillConfig, Dtype, Paralle
 from minitron_mcore.config.stages import STAGES
 from minitron_mcore.errors import UserError
 from minitron_mcore.estimate import memory, run_memory
+from minitron_mcore.models import flops
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
 
@@ -52,7 +53,7 @@ def setting(world, parallel, dtype=Dtype.bf16):
 
 def built(archs, parallel, dtype):
     """By model: stage, parameters in experts and outside, bytes that autograd keeps of one forward pass."""
-    from minitron_mcore.models import build, flops
+    from minitron_mcore.models import build
     from minitron_mcore.parallel import process_groups
 
     found = {}

@@ -17,7 +17,7 @@ from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import DataConfig, Dtype, EvaluateConfig, ParallelConfig
 from minitron_mcore.config.stages import EvaluateRun
 from minitron_mcore.data import datasets, token_files
-from minitron_mcore.data.tokenizer import load
+from minitron_mcore.data.tokenizer import load, open_tokenizer
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.testing import on_ranks
@@ -212,26 +212,72 @@ def _refusals(spm, folder, file, prefix):
     for tokenizer, train in ((str(spm), [file]), (None, [file]), (None, [prefix])):
         config = DataConfig(train=train, tokenizer=tokenizer, cache=str(folder / "cache"))
         with pytest.raises(UserError) as error:
-            datasets.prepare(config, folder, 211)
+            datasets.prepare(config, folder, ROWS)
         found.append(str(error.value))
     return found
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_numbers(spms, tmp_path):
+ROWS = 280
+"""Of a model's embedding, fewer than the ids of `TEXT`."""
+TEXT = "12 34"
+
+
+def test_texts_beyond_the_embedding_are_refused_with_both_numbers(spms, tmp_path):
     write_tokenizer(tmp_path)
-    file = write_jsonl(tmp_path / "text.jsonl", ["12 34"])
-    (prefix,) = datasets.tokenize([file], load(tmp_path), str(tmp_path / "made"))
+    file = write_jsonl(tmp_path / "text.jsonl", [TEXT])
+    readers = [load(spms["llama"], tmp_path), load(tmp_path), load(tmp_path)]
+    (prefix,) = datasets.tokenize([file], readers[1], str(tmp_path / "made"))
     told = on_ranks(_refusals, 2, ParallelConfig(), spms["llama"], tmp_path, file, prefix)
     assert told[0] == told[1]
-    for sentence, largest in zip(told[0], (499, 299, max(load(tmp_path).documents(["12 34"])[0])), strict=True):
-        assert str(largest) in sentence and "211" in sentence
-    assert not (tmp_path / "cache").exists()  # before any work
+    for sentence, reader in zip(told[0], readers, strict=True):
+        largest = max(reader.documents([TEXT])[0])
+        assert f"token {largest}" in sentence and f"{ROWS} rows" in sentence
+    assert not list((tmp_path / "cache").iterdir())  # nothing that another run could take for whole
+    hf = tiny.tiny_llama(tmp_path / "hf", vocab_size=ROWS)
+    texts = DataConfig(heldout=[file], tokenizer=str(tmp_path))
+    _, reader = perplexity.open_model(
+        EvaluateRun(source=str(hf), data=texts, evaluate=EvaluateConfig(sequence_length=64))
+    )
+    with pytest.raises(UserError, match=rf"token \d+ .*{ROWS} rows"):
+        perplexity.windows(file, reader, 64)
+
+
+def test_ids_that_no_text_uses_need_no_row(tmp_path):
+    """Such as a token of padding that was added to a tokenizer and never to its model."""
+    write_tokenizer(tmp_path)
+    file, free = write_jsonl(tmp_path / "text.jsonl", [TEXT]), load(tmp_path)
+    [ids] = free.documents([TEXT])
+    rows = max(ids) + 1
+    assert rows < free.vocab_size
     config = DataConfig(train=[file], cache=str(tmp_path / "cache"))
-    datasets.prepare(config, tmp_path, 300)  # the largest id is the last row
-    hf = tiny.tiny_llama(tmp_path / "hf", vocab_size=299)
-    with pytest.raises(UserError, match=r"ids up to 299.*299 rows"):
-        texts = DataConfig(heldout=[file], tokenizer=str(tmp_path))
-        perplexity.open_model(EvaluateRun(source=str(hf), data=texts, evaluate=EvaluateConfig(sequence_length=64)))
+    [prefix], _ = datasets.prepare(config, tmp_path, rows)
+    assert datasets.TokenStream([prefix], rows).tokens(0, len(ids)).tolist() == ids
+    fitting = open_tokenizer(config, tmp_path, rows)
+    assert fitting.documents([TEXT]) == [ids] and fitting.spans([TEXT])[0].ids == ids
+    for read in (fitting.documents, fitting.spans):
+        fitting.rows = rows - 1
+        with pytest.raises(UserError, match=rf"token {rows - 1} .* embedding {rows - 1} rows"):
+            read([TEXT])
+    with pytest.raises(UserError, match=f"holds token {rows - 1}"):  # tokenised above, for a model with more rows
+        datasets.prepare(config, tmp_path, rows - 1)
+    with pytest.raises(UserError, match=f"ends documents with token {free.eos}.* {free.eos} rows"):
+        open_tokenizer(config, tmp_path, free.eos)
+
+
+@pytest.mark.parametrize("number", [1 << 31, (1 << 32) - 2, 1 << 70, -1, 0.5, True, None, "7"])
+def test_ids_that_a_vocabulary_only_claims(tmp_path, number):
+    """In tokenizer.json, and in the vocab.json that transformers makes one of; 2^31 takes 9 GB, 2^32 ends the process."""
+    write_tokenizer(tmp_path)
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    made["model"]["vocab"]["more"] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match=rf"{tmp_path}/tokenizer.json gives 'more' the id {number}; ids are"):
+        load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(made["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match=rf"{tmp_path}/vocab.json gives 'more' the id {number}; ids are"):
+        load(tmp_path)
 
 
 def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_path, monkeypatch):
@@ -276,7 +322,8 @@ def test_bad_tokenizers_are_one_sentence(spms, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     refused("No tokenizer can be read", folder)
-    refused("No tokenizer can be read", folder, tokenizer__json=b"{")
+    refused("tokenizer.json cannot be read as JSON", folder, tokenizer__json=b"{")
+    refused("No tokenizer can be read", folder, tokenizer__json=b"{}")
     refused("no vocabulary", folder, tokenizer_config__json=b'{"tokenizer_class": "LlamaTokenizer"}')
     refused("cannot be read by sentencepiece", folder, tokenizer__model=b"IQ== 0\nIg== 1\n")  # tiktoken's
     model = spms["llama"].read_bytes()

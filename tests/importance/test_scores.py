@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.config.settings import ParallelConfig, Statistic
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
 from tests.helpers.models import LAYOUTS
@@ -46,6 +47,23 @@ def test_scores_equal_the_formulas(parent, layout):
                 torch.testing.assert_close(
                     scores[name].double(), vector, rtol=rtol, atol=1e-9, msg=lambda m, at=where: f"{at}: {m}"
                 )
+
+
+def test_a_block_that_adds_nothing_is_scored(tmp_path):
+    """Projections of zeros, by which public recipes add blocks to a model: distance 0, all else by the formula."""
+    folder = models.tiny_llama(tmp_path / "hf")
+    weights = models.weights(folder)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"model.layers.2.{name}.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    on_ranks(models.import_hf, 1, ParallelConfig(), folder, tmp_path / "ckpt", ParallelConfig())
+    ids, statistics = models.tokens(len(LENGTHS)), [Statistic(), Statistic(weighted=True)]
+    seen, world, parallel = activations(folder, ids, LENGTHS), 2, ParallelConfig(tensor=2)
+    for rank in on_ranks(collect, world, parallel, tmp_path / "ckpt", parallel, ids, LENGTHS, statistics):
+        for scores, statistic in zip(rank, statistics, strict=True):
+            for name, wanted in scores_of(*seen, statistic).items():
+                torch.testing.assert_close(scores[name].double(), wanted, rtol=1e-5, atol=1e-9, msg=name)
+            assert scores["blocks.2.block"] == 0 and scores["blocks.2.ffn"].any() == (not statistic.weighted)
 
 
 def test_other_layout_same_plan(tmp_path):

@@ -385,6 +385,9 @@ def test_what_a_class_cannot_hold_is_said_at_planning(tmp_path, parent):
     gpt_export = ("format=gpt", "source=runs/llama31_8b/prune")
     assert "which megatron-core's GPTModel cannot hold" in problems("export", finer, *gpt_export)
     assert "hidden 3000 is not a multiple of 32 heads" in problems("plan", "prune.hidden=3000")
+    told = problems("plan", "prune.hidden=1")
+    assert "hidden 1 is not a multiple of 32 heads" in told and "use 32, or prune.exportable=false" in told
+    assert "hidden" not in problems("plan", "prune.hidden=1.0")
     assert "parallel.tensor 8 does not divide heads 12 (next: 16), key/value groups 3 (next: 8)" in problems(
         "plan", "prune.groups=3"
     )
