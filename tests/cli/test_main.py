@@ -79,6 +79,7 @@ def test_missing_checkpoint_is_one_sentence(tmp_path):
     assert "error: no checkpoint at runs/llama31_8b/prune" in output and "student=/path" in output
 
 
+@pytest.mark.default_cases("distill")
 @pytest.mark.parametrize("stage", ["importance", "distill", "evaluate"])
 def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
     layout = ["parallel=tp3", "parallel.sequence=true", f"{stage}.sequence_length=511"]
@@ -165,6 +166,7 @@ main()
 """
 
 
+@pytest.mark.default_cases("UserError-error: rank 1: no such thing")
 @pytest.mark.parametrize(
     ("error", "expected"), [("UserError", "error: rank 1: no such thing"), ("KeyError", "rank 1 failed:\n")]
 )
