@@ -15,6 +15,7 @@ from minitron_mcore.config.settings import Device, DistillConfig, Dtype, Paralle
 from minitron_mcore.config.stages import STAGES
 from minitron_mcore.errors import UserError
 from minitron_mcore.estimate import memory, run_memory
+from minitron_mcore.models import flops
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
 
@@ -186,7 +187,7 @@ def counted(archs):
 
 
 def test_operations_are_those_that_torch_counts():
-    for name, flops in on_ranks(counted, 1, ParallelConfig(), EVERY)[0].items():
+    for name, counted_flops in on_ranks(counted, 1, ParallelConfig(), EVERY)[0].items():
         arch = EVERY[name]
         positions = [min(i + 1, arch.window or LENGTH) for i in range(LENGTH)]
         attention = 4 * len(arch.blocks_with("attention")) * arch.heads * arch.head_dim * sum(positions) / LENGTH

@@ -183,7 +183,7 @@ def test_losses_of_several_runs(tmp_path, steps):
 def test_pictures_need_no_display(tmp_path):
     save_file(scores(), tmp_path / "scores.safetensors")
     code = (
-        "import sys; from minitron_mcore import pictures; pictures.plot_importance(*sys.argv[1:3]); "
+        "import sys; from minitron_mcore.reporting import plots; plots.plot_importance(*sys.argv[1:3]); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
