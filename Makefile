@@ -4,10 +4,10 @@ SHELLS := .ci/run $(wildcard launch/slurm/*.sbatch)
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help .venv docs demo test lint clean
+.PHONY: help .venv docs demo test test-slow lint clean
 
 help:
-	@echo "make demo | test | lint | .venv | clean"
+	@echo "make demo | test | test-slow | lint | .venv | clean"
 
 .venv: .venv/installed
 
@@ -29,7 +29,12 @@ demo: .venv/installed
 # The tests' own processes share the cores, so each takes one thread.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed
-	.venv/bin/python -m pytest -q -n 2 --dist loadgroup tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu and not multigpu" tests
+
+# What repeats the former: more seeds, layouts, families and launches.
+test-slow: export OMP_NUM_THREADS ?= 1
+test-slow: .venv/installed
+	.venv/bin/python -m pytest -q -n 2 --dist loadgroup -m slow tests
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -162,6 +162,7 @@ def prune_peak(source, plan, out_dir, parallel) -> int:
     return peak_growth(lambda: prune_in_pieces(1 << 17, source, plan, out_dir, parallel))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_pieces(tmp_path, monkeypatch):
     """Weights of 330 MB in pieces of 512 KB: no stage may hold an eighth of them."""
     folder = models.tiny_llama(tmp_path / "hf", vocab_size=40001, hidden_size=960, intermediate_size=960)

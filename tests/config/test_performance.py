@@ -116,6 +116,7 @@ def compare(ranks, count):
             assert other["saved"] < plain["saved"]
 
 
+@pytest.mark.default_cases("pp2_virtual2", "cp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recomputation_changes_no_bit_and_keeps_less(pair, layout):
     world, parallel = LAYOUTS[layout]
@@ -145,6 +146,7 @@ def kept(arch, parallel, every):
     return found
 
 
+@pytest.mark.default_cases("cp2")
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2"])
 def test_kept_activations_are_as_estimated(layout):
     (world, parallel), every = LAYOUTS[layout], [NONE, FULL, BLOCK, DENSE]
@@ -192,6 +194,7 @@ def beside(student, teacher, parallel, performance, folder):
     return whole, (first + second, weights)
 
 
+@pytest.mark.default_cases("gathered by all stages")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_training_and_resuming_are_the_same_with(pair, tmp_path, name):
     world, parallel, performance = OPTIONS[name]

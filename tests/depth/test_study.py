@@ -144,6 +144,7 @@ def oracle(folder, found, rows: list[dict]) -> list[dict]:
     return points
 
 
+@pytest.mark.default_cases("cp2", "pp2_virtual2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
     from minitron_mcore.data import tokenizer

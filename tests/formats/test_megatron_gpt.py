@@ -72,6 +72,7 @@ CASES = {
 }
 
 
+@pytest.mark.default_cases("tp2", "pp2, norms' own names")
 @pytest.mark.parametrize(("parallel", "variant", "plain"), CASES.values(), ids=CASES)
 def test_gptmodel_is_read(tmp_path, trained, parallel, variant, plain):
     """Written by megatron-core in several layouts and variants, read here: the same logits."""
@@ -97,6 +98,7 @@ def read(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.default_cases("tp2")
 @pytest.mark.parametrize(
     ("parallel", "names"), [(ONE, "local"), (TP2, "te"), (PP2, "plain")], ids=["dp2", "tp2", "pp2"]
 )
@@ -128,6 +130,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.default_cases("qwen3_moe")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_biases_norms_and_experts(tmp_path, trained, family):
     """A family's further tensors, written by megatron-core, through here, and read by megatron-core again: the same logits."""
@@ -277,6 +280,7 @@ def test_a_checkpoint_of_ours_that_runs_code_is_refused(tmp_path, read):
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.slow
 def test_launch_files(tmp_path, trained):
     """As users type it: Megatron-LM's folder in, Megatron-LM's folder out."""
     base, _, _ = trained
