@@ -40,10 +40,11 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache --no-logo
+	.venv/bin/mypy
 	for script in $(SHELLS); do bash -n $$script || exit 1; done
 	.venv/bin/shellcheck $(SHELLS)
 	.venv/bin/hadolint Dockerfile
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

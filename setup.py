@@ -14,7 +14,7 @@ setup(
         "hydra-core>=1.3,<1.4",
         "jinja2",
         "matplotlib",
-        "megatron-core==0.19.2",  # host.py and the layer specs know this version's inside
+        "megatron-core==0.19.2",  # see parallel/megatron_patches
         "numpy",
         "optuna>=5,<6",
         "psutil",
@@ -36,6 +36,7 @@ setup(
             "hypothesis",
             "import-linter",
             "mkdocs-material",
+            "mypy",
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from enum import Enum
+from typing import Any
 
 from minitron_mcore.config import performance
 from minitron_mcore.config.stages import Run, StageRun
@@ -19,7 +20,7 @@ _UNIDENTIFYING = (
 )
 
 
-def run_identity(config: StageRun) -> dict:
+def run_identity(config: StageRun) -> dict[str, Any]:
     """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, without
     what says only when to pause (`stop_after`), who does which part (`shard`), what to do about failures or what to refuse, without
     `dry_run`, and of `performance` with nothing but options that change the run's numbers (see `performance.numerics`)."""
@@ -30,7 +31,7 @@ def run_identity(config: StageRun) -> dict:
         for key in _UNIDENTIFYING:
             data.get(section, {}).pop(key, None)
 
-    def simple(value):
+    def simple(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: simple(v) for k, v in value.items()}
         return value.value if isinstance(value, Enum) else value

@@ -6,6 +6,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from minitron_mcore.config.settings import Dtype
 
@@ -177,7 +178,7 @@ NUMERIC = (
 """Options that change the numbers that a run computes by more than the order of a sum."""
 
 
-def numerics(config: dict) -> dict:
+def numerics(config: dict[str, Any]) -> dict[str, Any]:
     """The part of an `asdict` of PerformanceConfig that tells two runs apart: `NUMERIC` options that are not the defaults."""
     defaults = PerformanceConfig()
     return {key: config[key] for key in NUMERIC if key in config and config[key] != getattr(defaults, key)}

@@ -279,7 +279,7 @@ class DistillConfig(TrainConfig):
     the others hold the student. 0: all hold both."""
     hidden_state_loss: HiddenStateLossConfig = field(default_factory=HiddenStateLossConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # As Any, for omegaconf cannot override a field of a dataclass or null.
         if isinstance(given := self.teacher_parallel, dict):
             try:

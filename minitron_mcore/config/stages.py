@@ -176,7 +176,7 @@ class DistillRun(StageRun):
     teacher: str = MISSING
     """A checkpoint, or the cache of one."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # As Any, for Hydra cannot put keys of its own into a typed dictionary.
         given = self.students
         if given is not None and not (isinstance(given, dict) and given and all(map(_is_name, given))):

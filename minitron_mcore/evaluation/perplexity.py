@@ -23,7 +23,8 @@ from minitron_mcore.export import serving_compat
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import DTYPES, Model
-from minitron_mcore.parallel import cpu_backend, process_groups
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from minitron_mcore.parallel.schedule import forward
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip

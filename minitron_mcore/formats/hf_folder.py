@@ -18,9 +18,10 @@ from torch import Tensor
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files, tensor_bytes
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, hf_config, parameter_table
+from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.reading import read_json
 
 CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 MAX_FILE_BYTES = 5 * 10**9
@@ -185,7 +186,7 @@ def _files(path: Path) -> list[str]:
                 "convert them."
             )
         return [single.name]
-    content = hf_config.read_json(index)
+    content = read_json(index, "download it again")
     where = content.get("weight_map")
     if not isinstance(where, dict) or not where or not isinstance(content.get("metadata"), dict):
         raise UserError(f"{index} has no weight_map and metadata, as an index has: download it again.")
@@ -274,7 +275,9 @@ def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.d
             write_tokenizer_config(file, target)
         elif file.name not in ("config.json", "README.md"):  # the parent's card is not this model's
             shutil.copyfile(file, target)
-    config = architecture.to_hf(arch, hf_config.read_json(source / "config.json"), str(dtype).removeprefix("torch."))
+    config = architecture.to_hf(
+        arch, read_json(source / "config.json", "download it again"), str(dtype).removeprefix("torch.")
+    )
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -284,7 +287,7 @@ def write_tokenizer_config(source: Path, target: Path) -> None:
     transformers 5 saves a class name and a list of special tokens that transformers 4 does not know, but reads the old ones. Code
     named by `auto_map` is not exported, so the name goes.
     """
-    config = hf_config.read_json(source)
+    config = read_json(source, "download it again")
     found = {key: value for key, value in config.items() if key != "auto_map"}
     if found.get("tokenizer_class") == "TokenizersBackend":
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
