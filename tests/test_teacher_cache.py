@@ -406,6 +406,7 @@ def test_what_is_refused_without_ranks(world):
 def test_files_hold_what_the_index_says(world):
     for name, kind in KINDS.items():
         index = json.loads((world.path / name / "index.json").read_text())
+        assert index["format_version"] == 1
         files = [load_file(world.path / name / f"samples_{n:07d}.safetensors") for n in range(6)]
         sizes = [tensor.shape[:2] for file in files for tensor in file.values()]
         assert {tuple(size) for size in sizes} == {(3, 12), (1, 12)} and index["kind"] == kind["kind"]

@@ -38,6 +38,7 @@ from minitron_mcore.errors import NotFinite, UserError
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
@@ -84,8 +85,9 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
         )
     try:
         model = json.loads((path / "model.json").read_text())
+        check_format_version(model, path / "model.json", "make the checkpoint again")
         found = Checkpoint(path, Architecture(**model["architecture"]), model["fingerprint"], model["lineage"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / 'model.json'} is damaged ({error}): make the checkpoint again.") from error
     latest = (path / "latest").read_bytes().strip() if (path / "latest").is_file() else b""
     if latest and not re.fullmatch(rb"step_\d+", latest):
@@ -192,7 +194,12 @@ def describe(
             (out_dir / "plans").mkdir(exist_ok=True)
             replace_text(out_dir / "plans" / f"{digest}.json", text)
         made = make_lineage(parents, **details)
-        model = {"architecture": arch.to_json(), "fingerprint": fingerprint, "lineage": made}
+        model = {
+            "format_version": FORMAT_VERSION,
+            "architecture": arch.to_json(),
+            "fingerprint": fingerprint,
+            "lineage": made,
+        }
         replace_text(out_dir / "model.json", json.dumps(model, indent=1))
 
 

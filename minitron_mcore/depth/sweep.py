@@ -30,6 +30,7 @@ from minitron_mcore.evaluation.multiple_choice import MultipleChoice, Question, 
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning.target import spans
+from minitron_mcore.reading import FORMAT_VERSION
 from minitron_mcore.reporting import depth_plots, tables
 
 
@@ -138,6 +139,7 @@ def run(config: DepthRun) -> None:
         chosen = study.decide(settings, blocks, points, ranked)
         chance = scorer.chance if scorer else None
         found = {
+            "format_version": FORMAT_VERSION,
             "model": source.fingerprint,
             "metric": settings.metric.value,
             "kind": settings.kind.value,

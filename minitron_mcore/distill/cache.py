@@ -37,7 +37,7 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import check_format_version, read_json
 
 INDEX, HEAD = "index.json", "head.safetensors"
 STEP = 2.0**-11  # nats
@@ -173,6 +173,7 @@ def open_teacher(path: str | Path) -> Checkpoint:
         return run_folder.open_checkpoint(path, "teacher")
     try:
         index = read_json(path / INDEX, "write the teacher cache again")
+        check_format_version(index, path / INDEX, "write the teacher cache again")
         teacher, wanted = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = Architecture(**index["architecture"])
         found = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)

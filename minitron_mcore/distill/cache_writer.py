@@ -22,7 +22,7 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import build, parameter_table
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, read_json
 from minitron_mcore.reporting import tables
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
@@ -60,6 +60,7 @@ class CacheWriter:
         arch, self.kind = teacher.arch, config.kind
         self.bytes_a_token = checks.cache_bytes(self.kind, config.top_k, arch.vocab, arch.hidden, self._dtype.itemsize)
         self.index = {
+            "format_version": FORMAT_VERSION,
             "kind": str(self.kind),
             "top_k": config.top_k if self.kind == CacheKind.topk else None,
             "dtype": str(config.dtype),
@@ -93,7 +94,10 @@ class CacheWriter:
             run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
             run_folder.replace_text(path, json.dumps(begun, indent=1))
             run_folder.replace_text(self.out_dir / "latest", cache.INDEX)  # the folder stays when the run ends early
-        held = read_json(path, "remove the folder, and write the teacher cache again")
+        remedy = "remove the folder, and write the teacher cache again"
+        held = read_json(path, remedy)
+        check_format_version(held, path, remedy)
+        held["format_version"] = FORMAT_VERSION
         known = held.pop("files", {})
         if held != {key: value for key, value in begun.items() if key != "files"}:
             raise UserError(

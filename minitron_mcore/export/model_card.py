@@ -22,6 +22,7 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning import apply
 from minitron_mcore.pruning.plan import Plan, compare
+from minitron_mcore.reading import FORMAT_VERSION
 from minitron_mcore.reporting import tables
 
 CARD = "README.md"
@@ -75,8 +76,8 @@ def complete_folder(origin: Origin, folder: str | Path) -> list[dict]:
     (folder / RECORD).mkdir(exist_ok=True)
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
-    made = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
-    tables.write_json(folder / RECORD / "lineage.json", made)
+    record = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
+    tables.write_json(folder / RECORD / "lineage.json", {"format_version": FORMAT_VERSION, **record})
     return taken
 
 
