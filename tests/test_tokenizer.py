@@ -249,11 +249,9 @@ def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_pa
     with pytest.raises(UserError, match="holds token 7, and the model's embedding has 7 rows"):
         datasets.calibration([prefix], vocab_size=7, **drawn)
     assert datasets.calibration([prefix], vocab_size=8, **drawn)[0].max() == 7
-    order = dict(
-        cache=str(tmp_path), seed=1, sequence_length=63, micro_batch_size=1, global_batch_size=1, num_samples=99
-    )
+    samples = datasets.Samples(datasets.SampleOrder([prefix], None, 1, 63, 99), str(tmp_path), vocab_size=7)
     with pytest.raises(UserError, match="holds token 7"):
-        list(datasets.train_batches([prefix], None, vocab_size=7, **order))
+        samples.batch(range(99))
     rows[-1, -1] = 9
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(10))
     for row in rows:

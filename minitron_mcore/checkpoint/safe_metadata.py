@@ -10,6 +10,7 @@ import enum
 import io
 import json
 import math
+import os
 import pathlib
 import pickle
 import zipfile
@@ -30,7 +31,6 @@ from torch.distributed.checkpoint import (
     planner,
 )
 
-from minitron_mcore.checkpoint import disk
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import cpu_backend
 
@@ -187,7 +187,7 @@ class Files(FileSystemReader):
     def _slice_file(self, file: IO[bytes], info: filesystem._StorageInfo) -> IO[bytes]:
         if info.transform_descriptors:
             raise ValueError(f"an item is stored as {info.transform_descriptors}, but only plain items are read")
-        view = _Item(file, info.offset, info.length)
+        view = _FileSlice(file, info.offset, info.length)
         with zipfile.ZipFile(view) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > info.length:  # torch allocates what the archive claims
@@ -196,17 +196,29 @@ class Files(FileSystemReader):
         return view
 
 
-class _Item(disk.Seekable):
-    """Bytes offset..offset + length of a file, as a file. (zipfile seeks from the end, which torch's own view gets wrong.)"""
+class _FileSlice(io.RawIOBase):
+    """Bytes offset .. offset + length of a file as a read-only file. (torch's own view seeks wrongly from the end.)"""
 
     def __init__(self, file: IO[bytes], offset: int, length: int):
-        super().__init__(length)
-        self.file, self.offset = file, offset
+        self.file, self.offset, self.length, self.position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence])
+        return self.position
 
     def readinto(self, buffer) -> int:
-        self.file.seek(self.offset + self.at)
-        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
-        self.at += count
+        self.file.seek(self.offset + self.position)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.position)])
+        self.position += count
         return count
 
 

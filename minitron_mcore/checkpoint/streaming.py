@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -50,10 +49,8 @@ from torch.distributed.checkpoint import (  # isort: skip
     save as save_pieces,
 )
 from torch.distributed.checkpoint.api import _wrap_exception  # isort: skip
-from torch.distributed.checkpoint.filesystem import FileSystem, _write_item  # isort: skip
+from torch.distributed.checkpoint.filesystem import _write_item  # isort: skip
 from torch.serialization import set_crc32_options  # isort: skip
-
-HELD_BYTES = 4 * FILE_ELEMENTS + (1 << 20)  # a file of our own, in fp32
 
 type Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset in a global tensor, and shape."""
@@ -269,7 +266,7 @@ class _Writer(FileSystemWriter):
         set_crc32_options(
             False
         )  # this thread's: it takes half as long as the manifest's own sums, and holds the others up
-        with disk.Output(self.path / name) as file:
+        with disk.NewFile(self.path / name) as file:
             stream = _HashingFile(file)
             written = [self._write_item(resolve(item), name, item, stream) for item in items]
         self.strategy.hashes[name] = stream.sha.hexdigest()
@@ -287,7 +284,7 @@ class _Writer(FileSystemWriter):
 class _HashingFile:
     """A file that hashes what goes into it."""
 
-    def __init__(self, file: disk.Output):
+    def __init__(self, file: disk.NewFile):
         self.file, self.sha = file, hashlib.sha256()
         self.tell, self.flush = file.tell, file.flush
 
@@ -299,8 +296,7 @@ class _HashingFile:
 class Reader(safe_metadata.Reader):
     """Reads boxes of a checkpoint's parameters, in any layout and from several threads.
 
-    A file is read whole and verified before its first use, and stays in memory while it is among the last few; of one that is
-    used again later, or is as large as only a training run writes them, parts are read from the disk.
+    The hash of a file is compared with the manifest before the first read from it. Reads then come from the page cache.
 
     Raises:
         UserError: a tensor that is missing, a file that is missing, truncated or changed.
@@ -311,10 +307,8 @@ class Reader(safe_metadata.Reader):
             self.hashes = safe_metadata.manifest(source.step_dir)
             self.locks = {name: threading.Lock() for name in self.hashes}
             self.verified, self.folder = set(), source.step_dir
-            self.recent = disk.Recent(THREADS + 1, HELD_BYTES)
             self.verify(".metadata")
             super().__init__(source.step_dir)
-            self.files.fs = _Recent(self.recent)
 
     def dtype(self, parameter: parameter_table.Parameter) -> torch.dtype:
         with safe_metadata.damage_as_user_error(self.folder):
@@ -330,21 +324,6 @@ class Reader(safe_metadata.Reader):
         with self.locks[name]:
             if name in self.verified:
                 return
-            path = self.folder / name
-            small = path.stat().st_size <= HELD_BYTES
-            found = hashlib.sha256(self.recent.load(path)).hexdigest() if small else disk.sha256(path)
-            if found != self.hashes[name]:
+            if disk.sha256(self.folder / name) != self.hashes[name]:
                 raise CheckpointingException(f"{name} is not what was written")
             self.verified.add(name)
-
-
-class _Recent(FileSystem):
-    """Reads held files from memory."""
-
-    def __init__(self, recent: disk.Recent):
-        self.recent = recent
-
-    @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Iterator[IO[bytes]]:
-        with self.recent.using(path.name) as data, disk.View(data) if data else open(path, mode) as file:
-            yield file

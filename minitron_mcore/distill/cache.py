@@ -133,8 +133,7 @@ class Cache(Checkpoint):
             UserError: either.
         """
         index = self.index
-        samples = {"sequence_length": index["sequence_length"], "num_samples": index["samples"]}
-        found = datasets.order_hash(prefixes, weights, seed=seed, **samples)
+        found = datasets.SampleOrder(prefixes, weights, seed, index["sequence_length"], index["samples"]).digest()
         if found != index["order"]:
             raise UserError(
                 f"the teacher cache {self.folder} is of the samples {index['order']} of {', '.join(index['data'])} with data.seed "

@@ -32,17 +32,15 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
     """Write the cache of `teacher` into `config.out_dir`, or go on where a stopped run ended (collective).
 
     Raises:
-        UserError: see `problems`, `data.prepare`, `data.ordered` and `checkpoint.claimed`; a folder with a cache of another teacher
+        UserError: see `problems`, `data.prepare`, `data.Samples` and `checkpoint.claimed`; a folder with a cache of another teacher
             or text.
     """
     refuse(checks.cache(config, teacher.arch))
     with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
-        samples = {"seed": config.data.seed, "sequence_length": config.sequence_length, "num_samples": config.samples}
-        recording = CacheWriter(config, teacher, datasets.order_hash(prefixes, weights, **samples))
-        rows = recording.run(
-            datasets.ordered(prefixes, weights, cache=config.data.cache, vocab_size=teacher.arch.vocab, **samples)
-        )
+        order = datasets.SampleOrder(prefixes, weights, config.data.seed, config.sequence_length, config.samples)
+        recording = CacheWriter(config, teacher, order.digest())
+        rows = recording.run(datasets.Samples(order, config.data.cache, teacher.arch.vocab))
     run_folder.finish(config.out_dir)
     tables.table(
         f"teacher cache of {teacher.path}",
@@ -125,7 +123,7 @@ class CacheWriter:
         return {name: digest for part in every for name, digest in sorted(part.items())}
 
     def run(self, dataset) -> list[dict]:
-        """Write what is pending of a dataset of `data.ordered`, then the index; rows for a table (collective)."""
+        """Write what is pending of a dataset of `data.Samples`, then the index; rows for a table (collective)."""
         config, dp = self.config, process_groups.dp_group()
         if self.pending:
             model = run_folder.build_model(
@@ -174,7 +172,7 @@ class CacheWriter:
     def _answers(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """What a file keeps of these samples, [F, S, ...] each, on the rank that writes it; nothing elsewhere."""
         size = self.config.micro_batch
-        batches = [datasets.batch_of(dataset, rows[at : at + size]) for at in range(0, len(rows), size)]
+        batches = [dataset.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
         parts: list[dict[str, Tensor]] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:

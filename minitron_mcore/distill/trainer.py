@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from minitron_mcore.checkpoint import run_folder, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint, Shard
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.data import datasets
 from minitron_mcore.distill import bad_step, checks, optimizer_state, vocabulary
 from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.hidden_state_loss import HiddenStateLoss
@@ -150,23 +151,25 @@ class Trainer:
         bad_step.guard_gradient(optimizer)
         return optimizer
 
-    def data_position(self, data: DataConfig) -> dict:
-        """Arguments of `data.train_batches` for this rank, from the sample where the next step begins."""
+    def train_batches(self, data: DataConfig, prefixes: list[str], weights: list[float] | None) -> Iterator[Batch]:
+        """This rank's microbatches from the sample at which the next step begins (collective). See `datasets.train_batches`.
+
+        With a teacher cache the order is that of the cache's samples, and repeats after its last one.
+        """
         config, dp = self.config, process_groups.dp_group()
+        num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
-        return {
-            "cache": data.cache,
-            "vocab_size": self.vocab,
-            "seed": data.seed,
-            "sequence_length": config.sequence_length,
-            "micro_batch_size": config.micro_batch,
-            "global_batch_size": config.global_batch,
-            "num_samples": config.steps * config.global_batch,
-            "order_samples": self.teacher.cache.index["samples"] if cached else None,
-            "consumed_samples": self.step * config.global_batch,
-            "dp_rank": dp.rank(),
-            "dp_size": dp.size(),
-        }
+        count = self.teacher.cache.index["samples"] if cached else num_samples
+        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count)
+        return datasets.train_batches(
+            datasets.Samples(order, data.cache, self.vocab),
+            micro_batch_size=config.micro_batch,
+            global_batch_size=config.global_batch,
+            num_samples=num_samples,
+            consumed_samples=self.step * config.global_batch,
+            dp_rank=dp.rank(),
+            dp_size=dp.size(),
+        )
 
     def train_step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None = None) -> dict[str, float]:
         """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.

@@ -324,7 +324,7 @@ class _Parts:
     def _next(self) -> None:
         self._close()
         path, tensors = next(self.files)
-        self.file = disk.Output(path)
+        self.file = disk.NewFile(path)
         header, self.left = {"__metadata__": {"format": "pt"}}, 0
         for name, tensor in tensors.items():
             span = [self.left, self.left + tensor.nbytes]
