@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint.run_folder import Shard
+from minitron_mcore.checkpoint.sharded import Shard
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
 from megatron.core.optimizer import Adam  # isort: skip

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint import run_folder, streaming
-from minitron_mcore.checkpoint.run_folder import Checkpoint, Shard
+from minitron_mcore.checkpoint import run_folder, sharded, streaming
+from minitron_mcore.checkpoint.run_folder import Checkpoint
+from minitron_mcore.checkpoint.sharded import Shard
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.data import datasets
@@ -257,11 +258,11 @@ class Trainer:
 
     def _weights(self) -> dict:
         states = self.states.sharded_state() if self.states else {}
-        return {"weights": run_folder.model_state(self.model, self.arch), "states": states}
+        return {"weights": sharded.model_state(self.model, self.arch), "states": states}
 
     def _shards(self) -> dict[nn.Parameter, Shard]:
         """Of all that the optimizer trains."""
-        return run_folder.model_shards(self.model, self.arch) | (self.states.shards() if self.states else {})
+        return sharded.model_shards(self.model, self.arch) | (self.states.shards() if self.states else {})
 
     def _whole_optimizer(self, loading: bool) -> dict:
         """megatron-core's sharded state of an optimizer that every data-parallel rank holds whole."""
