@@ -273,12 +273,12 @@ class _Writer(FileSystemWriter):
 
     def prepare_write_data(self, plan, planner) -> None:
         """Copy this rank's share and start writing. megatron-core calls this before training continues."""
-        held = {}
+        copies = {}
         for item in plan.items:
             data = planner.resolve_data(item)
-            held[item.index] = data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
+            copies[item.index] = data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
         pool = ThreadPoolExecutor(1)
-        self.strategy.writing = pool.submit(self._write_all, plan, lambda item: held.pop(item.index))
+        self.strategy.writing = pool.submit(self._write_all, plan, lambda item: copies.pop(item.index))
         pool.shutdown(wait=False)
 
     def retrieve_write_results(self) -> list | tuple:
@@ -289,14 +289,14 @@ class _Writer(FileSystemWriter):
             return _wrap_exception(error)
 
     def _write_all(self, plan, resolve: Callable) -> list:
-        files, held = [[]], 0
+        files, elements = [[]], 0
         for item in plan.items:
             size = math.prod(item.tensor_data.chunk.sizes) if item.tensor_data else 0
-            if held and held + size > FILE_ELEMENTS:
+            if elements and elements + size > FILE_ELEMENTS:
                 files.append([])
-                held = 0
+                elements = 0
             files[-1].append(item)
-            held += size
+            elements += size
         progress, results = process_groups.Progress(self.strategy.name, len(files), "files"), []
         with ThreadPoolExecutor(THREADS) as pool:
             names = (f"{plan.storage_data.prefix}{n}.distcp" for n in range(len(files)))
@@ -306,7 +306,8 @@ class _Writer(FileSystemWriter):
         return results
 
     def _write(self, resolve: Callable, name: str, items: list) -> list:
-        set_crc32_options(False)  # per thread; the manifest has a hash of the file, so the archive needs no checksums
+        # The manifest has a hash of the file, so the archive needs no checksums. The option is per thread.
+        set_crc32_options(False)
         with disk.NewFile(self.path / name) as file:
             stream = _HashingFile(file)
             written = [self._write_item(resolve(item), name, item, stream) for item in items]
