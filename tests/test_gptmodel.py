@@ -223,7 +223,7 @@ DAMAGE = {
                 {"decoder.layers.mlp.linear_fc2.bias": m.state_dict_metadata["decoder.final_layernorm.weight"]}
             ),
         ),
-        "holds decoder.layers.mlp.linear_fc2.bias, which the model of config.json has no place for",
+        "holds decoder.layers.mlp.linear_fc2.bias, which the model of config.json does not have",
     ),
     "another model": (
         lambda f: break_metadata(f, lambda m: m.state_dict_metadata.pop("embedding.word_embeddings.weight")),
