@@ -111,11 +111,11 @@ class GGUFFile(Weights):
         }
 
     def check(self, arch: Architecture) -> None:
-        known = {ROPE_FACTORS}
+        expected = {ROPE_FACTORS}
         for parameter in parameter_table.parameters(arch):
             for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
                 key = self._key(name, arch)
-                known.add(key)
+                expected.add(key)
                 if key not in self.tensors:
                     raise UserError(f"tensor {key or name} is missing from {self.path}: its config requires it.")
                 stored_shape = tuple(int(n) for n in reversed(self.tensors[key].shape))
@@ -125,9 +125,9 @@ class GGUFFile(Weights):
                     )
                 if len(shape) == 1 and self.tensors[key].data.shape != shape:
                     raise UserError(f"tensor {key} in {self.path} is a vector in blocks: expected F32 or F16.")
-        if extra := sorted(self.tensors.keys() - known):
+        if unexpected := sorted(self.tensors.keys() - expected):
             raise UserError(
-                f"{self.path} holds {extra[0]}, which a {arch.family} model does not have: it is another model's."
+                f"{self.path} holds {unexpected[0]}, which a {arch.family} model does not have: it is another model's."
             )
         if ROPE_FACTORS in self.tensors and not np.allclose(self.tensors[ROPE_FACTORS].data, _rope_factors(arch)):
             raise UserError(
@@ -153,12 +153,12 @@ class GGUFFile(Weights):
         out, start = torch.empty(shape, dtype=self.target), 0
         step = max(1, CHUNK_BYTES // (4 * math.prod(parameter.shape[1:])))
         for name, (count, *_) in zip(parameter.hf, parameter.hf_shapes(), strict=True):
-            where = np.flatnonzero((rows >= start) & (rows < start + count))
+            in_tensor = np.flatnonzero((rows >= start) & (rows < start + count))
             tensor = self._tensor(name, parameter.arch)
-            stored = self._stored_rows(name, rows[where] - start, parameter.arch)
-            for first in range(0, len(where), step):
-                part = gguf.dequantize(tensor.data[stored[first : first + step]], tensor.tensor_type)[:, *columns]
-                out[torch.from_numpy(where[first : first + step])] = torch.from_numpy(part).to(self.target)
+            stored_rows = self._stored_rows(name, rows[in_tensor] - start, parameter.arch)
+            for first in range(0, len(in_tensor), step):
+                part = gguf.dequantize(tensor.data[stored_rows[first : first + step]], tensor.tensor_type)[:, *columns]
+                out[torch.from_numpy(in_tensor[first : first + step])] = torch.from_numpy(part).to(self.target)
             start += count
         return out
 

@@ -26,27 +26,27 @@ def check(path: Path) -> None:
         tensors, fields = struct.unpack_from(f"{order}QQ", data, 8)
         _check_limit("tensors", tensors, MAX_TENSORS)
         _check_limit("fields", fields, MAX_FIELDS)
-        at, elements = 24, 0
+        position, elements = 24, 0
         for _ in range(fields):
-            at = _end_of_string(data, at, order)
-            (kind,), count, at = struct.unpack_from(f"{order}I", data, at), 1, at + 4
+            position = _end_of_string(data, position, order)
+            (kind,), count, position = struct.unpack_from(f"{order}I", data, position), 1, position + 4
             if kind == ARRAY:
-                (kind, count), at = struct.unpack_from(f"{order}IQ", data, at), at + 12
+                (kind, count), position = struct.unpack_from(f"{order}IQ", data, position), position + 12
                 elements += count
                 _check_limit("array elements", elements, MAX_ELEMENTS)
             if kind == STRING:
                 for _ in range(count):
-                    at = _end_of_string(data, at, order)
+                    position = _end_of_string(data, position, order)
             elif kind in SIZES:
-                at += count * SIZES[kind]
+                position += count * SIZES[kind]
             else:
                 raise ValueError(f"a field has the type {kind}")
-            if at > len(data):
-                raise ValueError(f"a field reaches to byte {at} of {len(data)}")
+            if position > len(data):
+                raise ValueError(f"a field reaches to byte {position} of {len(data)}")
 
 
-def _end_of_string(data: mmap.mmap, at: int, order: str) -> int:
-    return at + 8 + struct.unpack_from(f"{order}Q", data, at)[0]
+def _end_of_string(data: mmap.mmap, position: int, order: str) -> int:
+    return position + 8 + struct.unpack_from(f"{order}Q", data, position)[0]
 
 
 def _check_limit(what: str, count: int, limit: int) -> None:

@@ -96,26 +96,26 @@ class HFFolder(Weights):
     def __init__(self, path: Path):
         super().__init__()
         names = _files(path)
-        self.path, self.where = path, {}
+        self.path, self.file_of = path, {}
         for file in (path / name for name in names):
             try:
                 keys = safe_open(file, "pt").keys()
             except Exception as error:  # safetensors raises its own type for a cut or foreign file
                 raise UserError(f"{file} is not a whole safetensors file ({error}): download it again.") from error
-            if twice := sorted(self.where.keys() & set(keys)):
+            if duplicates := sorted(self.file_of.keys() & set(keys)):
                 raise UserError(
-                    f"{twice[0]} is in both {self.where[twice[0]].name} and {file.name} of {path}: remove one."
+                    f"{duplicates[0]} is in both {self.file_of[duplicates[0]].name} and {file.name} of {path}: remove one."
                 )
-            self.where |= dict.fromkeys(keys, file)
+            self.file_of |= dict.fromkeys(keys, file)
 
     def slice(self, name: str):
         """The stored tensor as a lazily read safetensors slice."""
-        return safe_open(self.where[name], "pt").get_slice(name)
+        return safe_open(self.file_of[name], "pt").get_slice(name)
 
     def check(self, arch: Architecture) -> None:
         for parameter in parameter_table.parameters(arch):
             for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
-                if name not in self.where:
+                if name not in self.file_of:
                     raise UserError(f"tensor {name} is missing from {self.path}: its config.json requires it.")
                 stored = self.slice(name)
                 if (stored_shape := tuple(stored.get_shape())) != shape:
@@ -125,19 +125,21 @@ class HFFolder(Weights):
                         f"tensor {name} is stored as {stored.get_dtype()}: expected {', '.join(CODES.values())} (dequantise the "
                         "model first)."
                     )
-        known = {name for parameter in parameter_table.parameters(arch) for name in parameter.hf}
+        expected = {name for parameter in parameter_table.parameters(arch) for name in parameter.hf}
         # Old Llama folders store the rotary frequencies, and some tied models the head. Both are redundant.
         redundant = {"lm_head.weight"} if arch.tied else set()
-        if redundant & self.where.keys() and not self._equal("lm_head.weight", "model.embed_tokens.weight"):
+        if redundant & self.file_of.keys() and not self._equal("lm_head.weight", "model.embed_tokens.weight"):
             raise UserError(
                 f"lm_head.weight in {self.path} differs from model.embed_tokens.weight, but config.json says "
                 "tie_word_embeddings: true: set it to false to keep both, as transformers does, or remove lm_head.weight."
             )
-        extra = sorted(n for n in self.where.keys() - known - redundant if not n.endswith("rotary_emb.inv_freq"))
-        if extra:
+        unexpected = sorted(
+            n for n in self.file_of.keys() - expected - redundant if not n.endswith("rotary_emb.inv_freq")
+        )
+        if unexpected:
             raise UserError(
-                f"{self.path} holds {len(extra)} tensors that a {arch.family} model of its config.json does not have, "
-                f"the first {extra[0]}: is the config another model's?"
+                f"{self.path} holds {len(unexpected)} tensors that a {arch.family} model of its config.json does not have, "
+                f"the first {unexpected[0]}: is the config another model's?"
             )
 
     def _equal(self, *names: str) -> bool:
@@ -160,15 +162,15 @@ class HFFolder(Weights):
         local = np.empty(len(rows), dtype=np.int64)  # position of each row in the concatenation of the parts
         filled = 0
         for name, (count, *_) in zip(parameter.hf, parameter.hf_shapes(), strict=True):
-            mine = (rows >= start) & (rows < start + count)
-            if mine.any():
-                first, last = int(rows[mine].min()) - start, int(rows[mine].max()) - start + 1
+            in_tensor = (rows >= start) & (rows < start + count)
+            if in_tensor.any():
+                first, last = int(rows[in_tensor].min()) - start, int(rows[in_tensor].max()) - start + 1
                 parts.append(self.slice(name)[slice(first, last), *columns])
-                local[mine] = rows[mine] - start - first + filled
+                local[in_tensor] = rows[in_tensor] - start - first + filled
                 filled += last - first
             start += count
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole if np.array_equal(local, np.arange(len(whole))) else whole[torch.from_numpy(local)]
+        rows_read = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return rows_read if np.array_equal(local, np.arange(len(rows_read))) else rows_read[torch.from_numpy(local)]
 
     def stored_tensors(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
         for name in parameter.hf:
@@ -190,20 +192,20 @@ def _files(path: Path) -> list[str]:
             )
         return [single.name]
     content = hf_config.read_json(index)
-    where = content.get("weight_map")
-    if not isinstance(where, dict) or not where or not isinstance(content.get("metadata"), dict):
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(content.get("metadata"), dict):
         raise UserError(f"{index} has no weight_map and metadata, as an index has: download it again.")
-    for name in where.values():
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} names the file {name!r}: expected *.safetensors files beside it.")
         if not (path / name).is_file():
             raise UserError(f"{index} names {name}, which is not in {path}: download the model again.")
-    if single.is_file() and single.name not in where.values():
+    if single.is_file() and single.name not in weight_map.values():
         raise UserError(
             f"{path} holds model.safetensors, which transformers reads, and another model's index beside it: remove "
             f"{single.name}, or {index.name} and its files."
         )
-    return sorted(set(where.values()))
+    return sorted(set(weight_map.values()))
 
 
 class Writer:
@@ -291,8 +293,8 @@ class Writer:
 
 def _bytes(makes: Iterable[Callable[[], Tensor]], dtype: torch.dtype, order: Tensor | None = None) -> np.ndarray:
     parts = [make() for make in makes]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return tensor_bytes((whole if order is None else whole[order]).to(dtype))
+    rows_read = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensor_bytes((rows_read if order is None else rows_read[order]).to(dtype))
 
 
 def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.dtype) -> None:
