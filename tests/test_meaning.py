@@ -130,7 +130,7 @@ def test_weights_are_those_that_transformers_takes(tmp_path, damage, sentence):
     weights.check(arch)
     for name, tensor in models.whole(weights, parameter_table.parameters(arch)).items():
         assert tensor.shape and torch.isfinite(tensor).all(), name
-    assert all(torch.equal(weights.slice(name)[:], expected[name]) for name in expected.keys() & weights.where.keys())
+    assert all(torch.equal(weights.slice(name)[:], expected[name]) for name in expected.keys() & weights.file_of.keys())
 
 
 @pytest.mark.parametrize(
