@@ -18,7 +18,7 @@ from minitron_mcore.config.settings import DepthConfig, DepthKind, DepthMetric, 
 from minitron_mcore.config.stages import DepthRun
 from minitron_mcore.errors import UserError, result_file
 from minitron_mcore.pruning.target import as_count, format_ranges, kept_count
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import check_format_version, read_json
 
 FILE = "depth.json"
 FIGURES = ("loss", "kl", "mse", "accuracy")
@@ -203,6 +203,7 @@ def load_study(path: str | Path, fingerprint: str) -> dict:
     """
     path = result_file(path, FILE, "depth study", "run launch/depth.py to its end, or give study=")
     study = read_json(path, "run launch/depth.py again")
+    check_format_version(study, path, "run launch/depth.py again")
     try:
         study["drop"] = {int(size): [int(block) for block in blocks] for size, blocks in study["drop"].items()}
         model, _, _ = study["model"], study["metric"], study["kind"]

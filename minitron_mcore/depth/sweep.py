@@ -28,6 +28,7 @@ from minitron_mcore.evaluation.multiple_choice import MultipleChoice, Question, 
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning.target import format_ranges
+from minitron_mcore.reading import FORMAT_VERSION
 from minitron_mcore.reporting import depth_plots, tables
 
 
@@ -68,6 +69,7 @@ def run(config: DepthRun) -> None:
         chosen = study.choose(settings, blocks, points, rank)
         chance = scorer.chance if scorer else None
         results = {
+            "format_version": FORMAT_VERSION,
             "model": source.fingerprint,
             "metric": settings.metric.value,
             "kind": settings.kind.value,

@@ -37,7 +37,7 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import check_format_version, read_json
 
 INDEX, HEAD = "index.json", "head.safetensors"
 STEP = 2.0**-11  # nats
@@ -133,8 +133,7 @@ class Cache(Checkpoint):
             UserError: either.
         """
         index = self.index
-        samples = {"sequence_length": index["sequence_length"], "num_samples": index["samples"]}
-        found = datasets.order_hash(prefixes, weights, seed=seed, **samples)
+        found = datasets.SampleOrder(prefixes, weights, seed, index["sequence_length"], index["samples"]).digest()
         if found != index["order"]:
             raise UserError(
                 f"the teacher cache {self.folder} is of the samples {index['order']} of {', '.join(index['data'])} with data.seed "
@@ -173,6 +172,7 @@ def open_teacher(path: str | Path) -> Checkpoint:
         return run_folder.open_checkpoint(path, "teacher")
     try:
         index = read_json(path / INDEX, "write the teacher cache again")
+        check_format_version(index, path / INDEX, "write the teacher cache again")
         teacher, wanted = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = Architecture(**index["architecture"])
         found = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)

@@ -22,7 +22,7 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import build, parameter_table
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, read_json
 from minitron_mcore.reporting import tables
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
@@ -32,17 +32,15 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
     """Write the cache of `teacher` into `config.out_dir`, or go on where a stopped run ended (collective).
 
     Raises:
-        UserError: see `problems`, `data.prepare`, `data.ordered` and `checkpoint.claimed`; a folder with a cache of another teacher
+        UserError: see `problems`, `data.prepare`, `data.Samples` and `checkpoint.claimed`; a folder with a cache of another teacher
             or text.
     """
     refuse(checks.cache(config, teacher.arch))
     with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
-        samples = {"seed": config.data.seed, "sequence_length": config.sequence_length, "num_samples": config.samples}
-        recording = CacheWriter(config, teacher, datasets.order_hash(prefixes, weights, **samples))
-        rows = recording.run(
-            datasets.ordered(prefixes, weights, cache=config.data.cache, vocab_size=teacher.arch.vocab, **samples)
-        )
+        order = datasets.SampleOrder(prefixes, weights, config.data.seed, config.sequence_length, config.samples)
+        recording = CacheWriter(config, teacher, order.digest())
+        rows = recording.run(datasets.Samples(order, config.data.cache, teacher.arch.vocab))
     run_folder.finish(config.out_dir)
     tables.table(
         f"teacher cache of {teacher.path}",
@@ -60,6 +58,7 @@ class CacheWriter:
         arch, self.kind = teacher.arch, config.kind
         self.bytes_a_token = checks.cache_bytes(self.kind, config.top_k, arch.vocab, arch.hidden, self._dtype.itemsize)
         self.index = {
+            "format_version": FORMAT_VERSION,
             "kind": str(self.kind),
             "top_k": config.top_k if self.kind == CacheKind.topk else None,
             "dtype": str(config.dtype),
@@ -93,7 +92,10 @@ class CacheWriter:
             run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
             run_folder.replace_text(path, json.dumps(begun, indent=1))
             run_folder.replace_text(self.out_dir / "latest", cache.INDEX)  # the folder stays when the run ends early
-        held = read_json(path, "remove the folder, and write the teacher cache again")
+        remedy = "remove the folder, and write the teacher cache again"
+        held = read_json(path, remedy)
+        check_format_version(held, path, remedy)
+        held["format_version"] = FORMAT_VERSION
         known = held.pop("files", {})
         if held != {key: value for key, value in begun.items() if key != "files"}:
             raise UserError(
@@ -121,7 +123,7 @@ class CacheWriter:
         return {name: digest for part in every for name, digest in sorted(part.items())}
 
     def run(self, dataset) -> list[dict]:
-        """Write what is pending of a dataset of `data.ordered`, then the index; rows for a table (collective)."""
+        """Write what is pending of a dataset of `data.Samples`, then the index; rows for a table (collective)."""
         config, dp = self.config, process_groups.dp_group()
         if self.pending:
             model = run_folder.build_model(
@@ -170,7 +172,7 @@ class CacheWriter:
     def _answers(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """What a file keeps of these samples, [F, S, ...] each, on the rank that writes it; nothing elsewhere."""
         size = self.config.micro_batch
-        batches = [datasets.batch_of(dataset, rows[at : at + size]) for at in range(0, len(rows), size)]
+        batches = [dataset.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
         parts: list[dict[str, Tensor]] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint.run_folder import Shard
+from minitron_mcore.checkpoint.sharded import Shard
 from minitron_mcore.parallel.megatron_patches import optimizer_state as patches
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip

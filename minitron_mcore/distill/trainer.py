@@ -4,17 +4,19 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint import run_folder, streaming
-from minitron_mcore.checkpoint.run_folder import Checkpoint, Shard
+from minitron_mcore.checkpoint import run_folder, sharded, streaming
+from minitron_mcore.checkpoint.run_folder import Checkpoint
+from minitron_mcore.checkpoint.sharded import Shard
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.data import datasets
 from minitron_mcore.distill import bad_step, checks, optimizer_state, vocabulary
 from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.hidden_state_loss import HiddenStateLoss
@@ -151,23 +153,25 @@ class Trainer:
         bad_step.guard_gradient(optimizer)
         return optimizer
 
-    def data_position(self, data: DataConfig) -> dict:
-        """Arguments of `data.train_batches` for this rank, from the sample where the next step begins."""
+    def train_batches(self, data: DataConfig, prefixes: list[str], weights: list[float] | None) -> Iterator[Batch]:
+        """This rank's microbatches from the sample at which the next step begins (collective). See `datasets.train_batches`.
+
+        With a teacher cache the order is that of the cache's samples, and repeats after its last one.
+        """
         config, dp = self.config, process_groups.dp_group()
+        num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
-        return {
-            "cache": data.cache,
-            "vocab_size": self.vocab,
-            "seed": data.seed,
-            "sequence_length": config.sequence_length,
-            "micro_batch_size": config.micro_batch,
-            "global_batch_size": config.global_batch,
-            "num_samples": config.steps * config.global_batch,
-            "order_samples": self.teacher.cache.index["samples"] if cached else None,
-            "consumed_samples": self.step * config.global_batch,
-            "dp_rank": dp.rank(),
-            "dp_size": dp.size(),
-        }
+        count = self.teacher.cache.index["samples"] if cached else num_samples
+        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count)
+        return datasets.train_batches(
+            datasets.Samples(order, data.cache, self.vocab),
+            micro_batch_size=config.micro_batch,
+            global_batch_size=config.global_batch,
+            num_samples=num_samples,
+            consumed_samples=self.step * config.global_batch,
+            dp_rank=dp.rank(),
+            dp_size=dp.size(),
+        )
 
     def train_step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None = None) -> dict[str, float]:
         """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.
@@ -255,11 +259,11 @@ class Trainer:
 
     def _weights(self) -> dict:
         states = self.states.sharded_state() if self.states else {}
-        return {"weights": run_folder.model_state(self.model, self.arch), "states": states}
+        return {"weights": sharded.model_state(self.model, self.arch), "states": states}
 
     def _shards(self) -> dict[nn.Parameter, Shard]:
         """Of all that the optimizer trains."""
-        return run_folder.model_shards(self.model, self.arch) | (self.states.shards() if self.states else {})
+        return sharded.model_shards(self.model, self.arch) | (self.states.shards() if self.states else {})
 
     def _whole_optimizer(self, loading: bool) -> dict:
         """megatron-core's sharded state of an optimizer that every data-parallel rank holds whole."""

@@ -19,7 +19,7 @@ from minitron_mcore.data.text_reader import Limits, documents, is_prefix
 from minitron_mcore.data.tokenizer import Spans, Tokenizer, open_tokenizer
 from minitron_mcore.distill.losses import distillation_loss
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.export import serving_compat
+from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import DTYPES, Model
@@ -188,7 +188,7 @@ class HFModel:
         _check_folder(folder)
         # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.
         experts = "eager" if cpu_backend.is_cpu() else None
-        model = serving_compat.load(folder, dtype=dtype, experts_implementation=experts)
+        model = transformers_check.load(folder, dtype=dtype, experts_implementation=experts)
         self.model = model.to(process_groups.device()).eval()
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self.parameters = model.num_parameters()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minitron_mcore.errors import UserError, result_file
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version
 
 FILE = "scores.safetensors"
 
@@ -47,8 +48,27 @@ def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 def save_scores(out_dir: Path, scores: Scores) -> Path:
     path = Path(out_dir) / FILE
-    save_file({k: v.contiguous() for k, v in scores.vectors.items()}, path, metadata=scores.metadata)
+    metadata = scores.metadata | {"format_version": str(FORMAT_VERSION)}
+    save_file({k: v.contiguous() for k, v in scores.vectors.items()}, path, metadata=metadata)
     return path
+
+
+def read_scores(path: Path) -> Scores:
+    """The vectors and metadata of a scores file, `format_version` excepted, so that it has no part in the digest.
+
+    Raises:
+        UserError: a damaged file, another format version.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own type for a cut or foreign file
+        raise UserError(f"{path} is not a whole safetensors file ({error}): run launch/importance.py again.") from error
+    if version := metadata.pop("format_version", ""):
+        version = int(version) if version.isdecimal() else version  # safetensors keeps strings only
+        check_format_version({"format_version": version}, path, "run launch/importance.py again")
+    return Scores(vectors, metadata)
 
 
 def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Scores:
@@ -62,12 +82,8 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
         UserError: no such file, a damaged one, scores of another model, a vector that is missing, misshapen or not finite.
     """
     path = result_file(path, FILE, "scores", "run launch/importance.py first, or give scores=")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own type for a cut or foreign file
-        raise UserError(f"{path} is not a whole safetensors file ({error}): run launch/importance.py again.") from error
+    scores = read_scores(path)
+    vectors, metadata = scores.vectors, scores.metadata
     if metadata.get("fingerprint") != fingerprint:
         raise UserError(
             f"the scores in {path} belong to model {metadata.get('fingerprint')}, but the source is {fingerprint}: "
@@ -81,7 +97,7 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
             kind = str(vectors[name].dtype).removeprefix("torch.")
             raise UserError(f"{path} has {name} in {kind}, expected float32: run launch/importance.py again.")
     check_finite(vectors, path)
-    return Scores(vectors, metadata)
+    return scores
 
 
 def check_finite(vectors: dict[str, Tensor], origin: str | Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore.checkpoint import lineage, run_folder, streaming
+from minitron_mcore.checkpoint import lineage, run_folder, sharded, streaming
 from minitron_mcore.checkpoint.streaming import Box
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
@@ -90,7 +90,7 @@ def build_pruned(
         reader = reader or streaming.Reader(source)
         for name, weights in build.named_parameters(model):
             weights.data.zero_()  # the vocabulary's padding
-            for offset, view in run_folder.shard_views(targets[name], weights.data, tp.rank(), tp.size()):
+            for offset, view in sharded.shard_views(targets[name], weights.data, tp.rank(), tp.size()):
                 if view.numel():
                     view.copy_(_read_kept(reader, origin[name], plan, offset, tuple(view.shape)))
     return model

@@ -15,7 +15,7 @@ from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.target import kept_layers, target_architecture
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, read_json
 
 FILE = "plan.json"
 
@@ -43,6 +43,8 @@ class Plan:
     """Kept query head -> the dropped head of its group that is merged into it: its queries q become q + (q - dropped q)."""
     statistic: dict[str, str] = dataclasses.field(default_factory=dict)
     """What the scores say of themselves: metric, aggregation, samples, tokens, data."""
+    format_version: int = FORMAT_VERSION
+    """0 for a plan that was read from a file without a version, which keeps its digest."""
 
     def __post_init__(self):
         source, target = self.source, self.target
@@ -101,6 +103,8 @@ class Plan:
     def to_json(self) -> str:
         """One line a list of indices, so that a diff shows which block changed."""
         data = dataclasses.asdict(self)
+        if version := data.pop("format_version"):
+            data = {"format_version": version, **data}
         data["parameters"] = {
             "source": parameter_table.count(self.source),
             "target": parameter_table.count(self.target),
@@ -165,6 +169,8 @@ def load_plan(path: str | Path) -> Plan:
     """
     path = result_file(path, FILE, "plan", "run launch/plan.py first, or give plan=")
     data = read_json(path, "run launch/plan.py again")
+    check_format_version(data, path, "run launch/plan.py again")
+    data.setdefault("format_version", 0)
     try:
         data.pop("parameters")
         for key in ("source", "target"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitron_mcore.errors import UserError
+from minitron_mcore.reading import check_format_version
 
 KINDS = {
     "importance": "scores.safetensors",
@@ -83,6 +84,7 @@ def read_json(path: Path) -> dict:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
             raise TypeError(f"a {type(found).__name__} where an object belongs")
+        check_format_version(found, path, "make it again")
         return found
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
-from minitron_mcore.importance.scores import Scores
+from minitron_mcore.importance.scores import Scores, read_scores
 from minitron_mcore.importance.scores import summary as score_summary
 from minitron_mcore.pruning import summary
 from minitron_mcore.pruning.plan import Plan, load_plan
@@ -97,8 +96,8 @@ def _read(found: dict[str, list[Path]], kind: str) -> list[tuple[Path, dict]]:
 
 def _scores(folder: Path) -> Scores:
     path = folder / KINDS["importance"]
-    with damage_as_user_error(path), safe_open(path, "pt") as file:
-        return Scores({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+    with damage_as_user_error(path):
+        return read_scores(path)
 
 
 def _plans(found: dict[str, list[Path]]) -> dict[Path, Plan]:

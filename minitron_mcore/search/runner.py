@@ -43,7 +43,7 @@ from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning import apply
 from minitron_mcore.pruning.plan import Plan, make_plan
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import FORMAT_VERSION, read_json
 from minitron_mcore.reporting import search_plots, tables
 from minitron_mcore.search import latency
 from minitron_mcore.search.space import MAX_GRID, Candidate, Space
@@ -296,6 +296,7 @@ class SearchRunner:
             rows.append(row | {key: measured.get(key) for key in speeds})
         rows.sort(key=lambda r: (r["loss"] is None, r["loss"] or r["zero_shot_loss"], r["name"]))
         return {
+            "format_version": FORMAT_VERSION,
             "model": self.source.fingerprint,
             "scores": self.scores.digest(),
             "combinations": self.space.combinations,

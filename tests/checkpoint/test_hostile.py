@@ -255,7 +255,7 @@ def test_a_gguf_s_chat_template_is_text(tmp_path, base, monkeypatch):
 
 def test_no_code_beside_weights_runs(tmp_path, base):
     """auto_map in config and tokenizer, a .bin in place of weights: refused or passed over."""
-    from minitron_mcore.export import serving_compat
+    from minitron_mcore.export import transformers_check
 
     flag, folder = tmp_path / "flag", shutil.copytree(base / "hf", tmp_path / "hf")
     (folder / "custom.py").write_text(planted(tmp_path, hostile.REMOTE))
@@ -266,7 +266,11 @@ def test_no_code_beside_weights_runs(tmp_path, base):
         "chat_template": hostile.TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(planted(tmp_path, json.dumps(made)))
-    for call in (lambda: read_all(folder, folder), lambda: serving_compat.load(folder), lambda: tokenizer.load(folder)):
+    for call in (
+        lambda: read_all(folder, folder),
+        lambda: transformers_check.load(folder),
+        lambda: tokenizer.load(folder),
+    ):
         tried(call)
         assert not flag.exists()
     (folder / "model.safetensors").unlink()
@@ -274,7 +278,7 @@ def test_no_code_beside_weights_runs(tmp_path, base):
         for name in ("pytorch_model.bin", "model.pt", "model.safetensors"):
             (folder / name).write_bytes(payload(hostile.Attack(flag)))
             assert tried(lambda: read_all(folder, folder))
-            assert tried(lambda: serving_compat.load(folder))
+            assert tried(lambda: transformers_check.load(folder))
             assert tried(lambda name=name: read_all(folder, folder / name))
             assert not flag.exists()
             (folder / name).unlink()

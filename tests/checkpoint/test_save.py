@@ -132,7 +132,7 @@ def save_large(source, out_dir, parallel, background):
     trainer = Trainer(opened, None, config, parallel, "bf16")
     dp = process_groups.dp_group()
     trainer.train_step([next(micro_batches(config, 0, dp.rank(), dp.size())) for _ in range(4 // dp.size())])
-    streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS, disk.BLOCK = 1 << 17, 1 << 19, 1 << 19
+    streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS = 1 << 17, 1 << 19
     state = [optimizer_state._owned(part) for part in trainer.optimizer.chained_optimizers]
     share = sum(t.nbytes for part in state for owned in part for t in owned.state().values())
     growth = peak_growth(lambda: (trainer.save(out_dir), trainer.finish_save()))
@@ -169,17 +169,17 @@ def saving_as_planned(source, out_dir):
 
 
 def test_the_dry_run_tells_a_save_s_memory(tmp_path):
-    """On the CPU, where three threads each write a file of 32 M elements: the buffers, within 15 %."""
+    """On the CPU, where three threads each write a file of 32 M elements from the tensors themselves: nothing."""
     (tmp_path / "source").mkdir()
     on_ranks(make_large, 1, ONE, tmp_path / "source")
     [growth] = on_ranks(saving_as_planned, 1, ONE, tmp_path / "source", tmp_path / "run")
     assert len(list((tmp_path / "run").glob("step_*/*.distcp"))) >= disk.THREADS
     arch = open_checkpoint(tmp_path / "source").arch
     setting = memory.Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
-    assert growth == pytest.approx(save_memory.saving(arch, setting, 0, True), rel=0.15)
+    assert save_memory.saving(arch, setting, 0, True) == 0 and growth < 16e6, growth
     on_gpu = dataclasses.replace(setting, device=Device.cuda)
-    assert save_memory.saving(arch, on_gpu, 0, True) == disk.THREADS * (disk.BLOCK + 4 * disk.PIECE_ELEMENTS)
-    assert save_memory.saving(arch, on_gpu, 0, False) == disk.THREADS * (disk.BLOCK + 4 * arch.vocab * arch.hidden)
+    assert save_memory.saving(arch, on_gpu, 0, True) == disk.THREADS * 4 * disk.PIECE_ELEMENTS
+    assert save_memory.saving(arch, on_gpu, 0, False) == disk.THREADS * 4 * arch.vocab * arch.hidden
 
 
 def distill_and_resume_counting(student, teacher, config, parallel, out_dir):
@@ -212,14 +212,14 @@ def test_ranks_share_the_hashing(tmp_path, pair):
 
 def distill_with_a_slow_disk(student, teacher, config, parallel, out_dir):
     """Rank 1 takes six seconds to write."""
-    write = disk.Output.write
+    write = disk.NewFile.write
 
     def slow(self, data):
-        if process_groups.rank() == 1 and self.size == 0:
+        if process_groups.rank() == 1 and self.tell() == 0:
             time.sleep(6)
         return write(self, data)
 
-    disk.Output.write = slow
+    disk.NewFile.write = slow
     streaming.FILE_ELEMENTS = 1 << 30  # one file
     return distill(student, teacher, config, parallel, out_dir)
 
@@ -245,8 +245,8 @@ def save_in_the_background(student, teacher, config, parallel, out_dirs):
     step = lambda: trainer.train_step([next(batches), next(batches)])  # noqa: E731
     step()
     trainer.save(out_dirs[0])
-    slow, write = threading.Event(), disk.Output.write
-    disk.Output.write = lambda self, data: slow.wait() and write(self, data)
+    slow, write = threading.Event(), disk.NewFile.write
+    disk.NewFile.write = lambda self, data: slow.wait() and write(self, data)
     trainer.background = True
     trainer.save(out_dirs[1])
     step()
@@ -256,7 +256,7 @@ def save_in_the_background(student, teacher, config, parallel, out_dirs):
     trainer.finish_save()
     dist.barrier()
     if process_groups.rank() == 1:
-        disk.Output.write = lambda self, data: os.write(-1, data)
+        disk.NewFile.write = lambda self, data: os.write(-1, data)
     trainer.save(out_dirs[1])
     try:
         trainer.finish_save()

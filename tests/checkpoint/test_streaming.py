@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_mcore.checkpoint import disk, streaming
+from minitron_mcore.checkpoint import streaming
 from minitron_mcore.checkpoint.run_folder import claim_run_folder, open_checkpoint
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
@@ -27,7 +27,6 @@ TWO = ParallelConfig(tensor=2)
 
 def import_in_pieces(elements, folder, out_dir, parallel) -> str:
     streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS = elements, 4 * elements
-    disk.BLOCK = 4096 * max(1, elements // 1024)
     hf_convert.import_folder(folder, out_dir, parallel)
     return open_checkpoint(out_dir).fingerprint
 
@@ -35,7 +34,6 @@ def import_in_pieces(elements, folder, out_dir, parallel) -> str:
 def prune_in_pieces(elements, source, plan, out_dir, parallel) -> str | None:
     """What a user is told, if anything."""
     streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS = elements, 4 * elements
-    disk.BLOCK = 4096 * max(1, elements // 1024)
     try:
         apply.prune(open_checkpoint(source), plan, out_dir, parallel)
     except UserError as error:
@@ -173,7 +171,6 @@ def test_memory_is_that_of_pieces(tmp_path, monkeypatch):
     plan = plan_for(tmp_path / "parent", hidden=840)
     assert max(on_ranks(prune_peak, 2, TWO, tmp_path / "parent", plan, tmp_path / "pruned", TWO)) < limit
     monkeypatch.setattr(streaming, "PIECE_ELEMENTS", 1 << 17)
-    monkeypatch.setattr(disk, "BLOCK", 1 << 19)
     for name in ("long", "direct"):
         (tmp_path / name).mkdir()
     assert (

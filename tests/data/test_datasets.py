@@ -1,5 +1,6 @@
 """Training data: what a sample is, its order, its resumption. A failure means a run on other text than it says."""
 
+import dataclasses
 import gzip
 import shutil
 
@@ -30,12 +31,12 @@ def corpus(tmp_path_factory):
 
 
 def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[dict[str, torch.Tensor]]:
-    arguments = dict(
-        vocab_size=VOCAB, seed=5, sequence_length=16, micro_batch_size=2, global_batch_size=12, num_samples=12 * 9
-    )
-    return list(
-        datasets.train_batches(prefixes, weights, cache=cache, dp_rank=dp_rank, dp_size=dp_size, **arguments | changes)
-    )
+    order = datasets.SampleOrder(prefixes, weights, seed=5, sequence_length=16, num_samples=12 * 9)
+    known = {key: value for key, value in changes.items() if hasattr(order, key)}
+    order = dataclasses.replace(order, **known)
+    arguments = dict(micro_batch_size=2, global_batch_size=12, dp_rank=dp_rank, dp_size=dp_size)
+    arguments |= {key: value for key, value in changes.items() if key not in known} | {"num_samples": order.num_samples}
+    return list(datasets.train_batches(datasets.Samples(order, cache, VOCAB), **arguments))
 
 
 def equal(a: list[dict], b: list[dict]) -> bool:
@@ -185,7 +186,7 @@ def test_a_mistake_on_rank_0_is_everyones(corpus, tmp_path):
     assert not list(tmp_path.glob("cache/*"))  # nothing half written stays
 
 
-def test_calibration_draws_stretches_without_repetition(corpus):
+def test_calibration_draws_windows_without_repetition(corpus):
     _, prefixes, _, _ = corpus
     stream = datasets.TokenStream(prefixes, VOCAB)
     flat = stream.tokens(0, stream.num_tokens)
@@ -245,7 +246,7 @@ def test_bad_input_is_one_sentence(tmp_path, corpus):
         batches(prefixes, None, cache, sequence_length=100000)
     with pytest.raises(UserError, match="multiple of 10"):
         batches(prefixes, None, cache, dp_size=5)
-    with pytest.raises(UserError, match="stretches of 16 tokens, not 9999"):
+    with pytest.raises(UserError, match="windows of 16 tokens, not 9999"):
         datasets.calibration(prefixes, vocab_size=VOCAB, sequence_length=16, num_samples=9999, seed=0)
 
 

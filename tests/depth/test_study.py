@@ -326,6 +326,7 @@ def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch
         inspect.unwrap(runpy.run_path(str(ROOT / "launch" / "depth.py"))["main"])(config_of("depth", *command))
     printed, folder = out.getvalue(), tmp_path / "runs/tiny/depth"
     found = json.loads((folder / study.FILE).read_text())
+    assert found["format_version"] == 1
     assert [point["dropped"] for point in found["sweep"]] == [[i] for i in range(5)] + [[i, i + 1] for i in range(4)]
     assert set(found["drop"]) == {"1", "2"} and found["tokens"] == 3 * (LENGTH - 1) and found["questions"] == 9
     best = min(found["sweep"][5:], key=lambda point: point["loss"])

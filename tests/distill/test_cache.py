@@ -253,6 +253,7 @@ def test_what_is_refused_without_ranks(world):
 def test_files_hold_what_the_index_says(world):
     for name, kind in KINDS.items():
         index = json.loads((world.path / name / "index.json").read_text())
+        assert index["format_version"] == 1
         files = [load_file(world.path / name / f"samples_{n:07d}.safetensors") for n in range(6)]
         sizes = [tensor.shape[:2] for file in files for tensor in file.values()]
         assert {tuple(size) for size in sizes} == {(3, 12), (1, 12)} and index["kind"] == kind["kind"]
@@ -280,14 +281,10 @@ def test_packed_entries_are_off_by_what_is_stated():
 def test_an_order_begins_again_after_its_last_sample(world):
     """Micro-batches across its end, too; and its name is that of its folder."""
     prefixes, weights = [entry.split()[1] for entry in world.text], [0.3, 0.7]
-    order = dict(seed=1234, sequence_length=12)
-    batches = list(
-        datasets.train_batches(
-            prefixes, weights, cache=str(world.path / "cache"), vocab_size=101, micro_batch_size=2, global_batch_size=4,
-            num_samples=12, order_samples=5, consumed_samples=4, dp_rank=1, dp_size=2, **order,
-        )
-    )  # fmt: skip
+    order = datasets.SampleOrder(prefixes, weights, seed=1234, sequence_length=12, num_samples=5)
+    samples = datasets.Samples(order, str(world.path / "cache"), vocab_size=101)
+    share = dict(consumed_samples=4, dp_rank=1, dp_size=2)
+    batches = list(datasets.train_batches(samples, micro_batch_size=2, global_batch_size=4, num_samples=12, **share))
     assert [batch["samples"].tolist() for batch in batches] == [[1, 2], [0, 1]]
     assert torch.equal(batches[0]["tokens"][0], batches[1]["tokens"][1])
-    name = datasets.order_hash(prefixes, weights, num_samples=5, **order)
-    assert (world.path / "cache" / f"order-{name}").is_dir()
+    assert (world.path / "cache" / f"order-{order.digest()}").is_dir()

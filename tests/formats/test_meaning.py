@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.export import serving_compat
+from minitron_mcore.export import transformers_check
 from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.testing import on_ranks
@@ -126,11 +126,11 @@ def test_weights_are_those_that_transformers_takes(tmp_path, damage, sentence):
         with pytest.raises(UserError, match=sentence):
             HFFolder(folder).check(arch)
         return
-    weights, expected = HFFolder(folder), serving_compat.load(folder, dtype=torch.float32).state_dict()
+    weights, expected = HFFolder(folder), transformers_check.load(folder, dtype=torch.float32).state_dict()
     weights.check(arch)
     for name, tensor in models.whole(weights, parameter_table.parameters(arch)).items():
         assert tensor.shape and torch.isfinite(tensor).all(), name
-    assert all(torch.equal(weights.slice(name)[:], expected[name]) for name in expected.keys() & weights.where.keys())
+    assert all(torch.equal(weights.slice(name)[:], expected[name]) for name in expected.keys() & weights.file_of.keys())
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ DAMAGE = {
                 {"decoder.layers.mlp.linear_fc2.bias": m.state_dict_metadata["decoder.final_layernorm.weight"]}
             ),
         ),
-        "holds decoder.layers.mlp.linear_fc2.bias, which the model of config.json has no place for",
+        "holds decoder.layers.mlp.linear_fc2.bias, which the model of config.json does not have",
     ),
     "another model": (
         lambda f: break_metadata(f, lambda m: m.state_dict_metadata.pop("embedding.word_embeddings.weight")),
@@ -246,7 +246,7 @@ def test_bad_gptmodels_are_refused(tmp_path, trained, kind):
         read_all(base / "hf", tmp_path / "megatron")
 
 
-REFUSED = "asks for pathlib.*Path.touch, which has no place in a checkpoint's index"
+REFUSED = "asks for pathlib.*Path.touch, which no checkpoint index contains"
 
 
 @pytest.mark.parametrize("place", ["instead of the index", "within the index"])

@@ -331,6 +331,7 @@ def searches(config, root) -> dict:
     assert there("distill") == 1 and not (root / "pieces" / COMPLETE).exists()
     run("pieces")
     found = {name: json.loads((root / name / "search.json").read_text()) for name in ("whole", "pieces")}
+    assert found["whole"]["format_version"] == 1
     for kind in ("prune", "distill"):
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(Run)}
         where = root / "whole/candidates" / found["whole"]["candidates"][0]["name"] / kind
