@@ -12,7 +12,8 @@ from minitron_mcore.importance.scores import Scores
 from minitron_mcore.importance.scores import summary as score_summary
 from minitron_mcore.pruning import summary
 from minitron_mcore.pruning.plan import Plan, load_plan
-from minitron_mcore.reporting import family_tree
+from minitron_mcore.reporting import family_tree, overview
+from minitron_mcore.reporting.overview import Tile
 from minitron_mcore.reporting.read import KINDS, Picture, damage_as_user_error, pictures, read_json, read_lines
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
@@ -56,6 +57,8 @@ class Section:
     title: str
     text: str
     parts: list[Part]
+    tiles: list[Tile] = dataclasses.field(default_factory=list)
+    """Figures in large print, above the parts."""
 
 
 def sections(found: dict[str, list[Path]]) -> list[Section]:
@@ -67,6 +70,7 @@ def sections(found: dict[str, list[Path]]) -> list[Section]:
     scores = {folder: _scores(folder) for folder in found["importance"]}
     plans = _plans(found)
     built = [
+        _summary(found),
         _evaluations(found),
         _section(
             "Importance", "What calibration text says of every channel, head and block.", scores.items(), _importance
@@ -80,6 +84,13 @@ def sections(found: dict[str, list[Path]]) -> list[Section]:
         _lineage(found, scores, plans),
     ]
     return [section for section in built if section.parts]
+
+
+def _summary(found: dict[str, list[Path]]) -> Section:
+    summed = overview.overview(found)
+    commands = Table("Next steps, from the folder in which the stages ran.", summed.commands)
+    parts = [Part("", tables=[Table("Models by role.", summed.models), commands])] if summed.models else []
+    return Section("Summary", summed.headline, parts, summed.tiles)
 
 
 def _section(title: str, text: str, sources: Iterable[tuple[Path, Any]], part: Callable[[Path, Any], Part]) -> Section:
@@ -112,7 +123,7 @@ def _plans(found: dict[str, list[Path]]) -> dict[Path, Plan]:
 
 
 def _evaluations(found: dict[str, list[Path]]) -> Section:
-    known = family_tree.weights_of(found)
+    known, roles = family_tree.weights_of(found), overview.roles_of(found)
     rows = []
     for folder in found["evaluation"]:
         path = folder / KINDS["evaluation"]
@@ -121,7 +132,8 @@ def _evaluations(found: dict[str, list[Path]]) -> Section:
             model = Path(record["source"]).resolve()
             inside = model.is_relative_to(folder.parent.resolve())
             name = str(model.relative_to(folder.parent.resolve())) if inside else record["source"]
-            about = {"model": name, "weights": known.get(model), "parameters": record.get("parameters")}
+            about = {"model": roles.get(model), "folder": name, "weights": known.get(model)}
+            about["parameters"] = record.get("parameters")
             rows += [about | figures | {"file": Path(figures["file"]).name} for figures in record["files"]]
             rows.sort(key=lambda row: (row["file"], row["loss"]))
     table = Table("The best first on each file. Loss in nats a token; perplexity is its exponential.", rows)
