@@ -326,7 +326,7 @@ def searches(config, root) -> dict:
     assert there("measured.json") == 2 and there("distill") == 0
     run("pieces", shards=2, shard=0, stop_after=1)
     assert there("measured.json") == 3 and there("distill") == 0
-    with pytest.raises(UserError, match="prune.blocks is 3, but the study in depth.json decided which go for 4 of 5"):
+    with pytest.raises(UserError, match="prune.blocks is 3, but the study in depth.json has a choice for 4 of 5"):
         run("unstudied", blocks=[3])
     with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
         run("pieces")
