@@ -181,7 +181,7 @@ def test_pictures_are_within_and_told(whole, page):
 
 def test_figures_are_those_of_the_files(page):
     text = "".join(page.text)
-    assert "1,920 tokens in 30 steps took the KD loss from 4.5 to 0.15 and the LM loss from 4.5 to 2.57" in text
+    assert "1,920 tokens in 30 steps: KD loss from 4.5 to 0.15, LM loss from 4.5 to 2.57" in text
     assert page.row("30")[:4] == ["30", "1,920", "0.1500", "2.567"]
     assert page.row("distilled", "out", "d" * 16, "29,400", "heldout.jsonl") == [
         "distilled",
@@ -234,8 +234,15 @@ def test_the_summary_compares_roles(whole, tmp_path):
         ("distilled", 3.0),
     ]
     assert [row["parameters"] for row in summed.models] == [75708, 50472, 50472]
-    assert summed.models[2]["of the teacher"] == "67 %" and "recovered 75 % of the increase" in summed.headline
-    assert [tile.value for tile in summed.tiles] == ["75.7 k → 50.5 k", "2.00 → 6.00 → 3.00", "75 %"]
+    assert (
+        summed.models[2]["of the teacher"] == "67\N{NO-BREAK SPACE}%"
+        and "recovered 75\N{NO-BREAK SPACE}% of the increase" in summed.headline
+    )
+    assert [tile.value for tile in summed.tiles] == [
+        "75.7\N{NO-BREAK SPACE}k → 50.5\N{NO-BREAK SPACE}k",
+        "2.00 → 3.00",
+        "75\N{NO-BREAK SPACE}%",
+    ]
     assert [row["command"] for row in summed.commands] == [
         "python launch/export.py +model=tiny work_dir=w",
         f"python launch/generate.py +model=tiny work_dir=w source={run}/distill prompt=Hello",
@@ -365,7 +372,7 @@ def test_only_reports_are_replaced(whole, tmp_path, capsys):
     assert list(run.glob("report*")) == [run / "report.html"]
     (run / "mine.html").write_text("<p>My page</p>")
     for other in (run / "mine.html", run / "depth"):
-        with pytest.raises(UserError, match="is no report of ours"):
+        with pytest.raises(UserError, match="exists and is not a report"):
             launched(f"work_dir={run}", f"html={other}")
     assert (run / "mine.html").read_text() == "<p>My page</p>"
 

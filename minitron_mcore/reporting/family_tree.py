@@ -1,4 +1,4 @@
-"""Who was made from whom: rows over every checkpoint, score file, plan and exported folder of a work_dir and their ancestors."""
+"""Lineage of every checkpoint, score file, plan and exported folder of a work_dir, as rows for tables."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from minitron_mcore.reporting.read import KINDS, damage_as_user_error, read_json
 
 
 def steps(found: dict[str, list[Path]]) -> list[lineage.Step]:
-    """Every checkpoint that these folders hold or descend from, each once and after what it was made from."""
+    """All checkpoints in these folders and their ancestors, each once and after its parents."""
     merged: dict[str, lineage.Step] = {}
     for path in (folder / KINDS[kind] for kind in ("checkpoint", "export") for folder in found[kind]):
         record = read_json(path)
@@ -23,7 +23,7 @@ def steps(found: dict[str, list[Path]]) -> list[lineage.Step]:
 
 
 def weights_of(found: dict[str, list[Path]]) -> dict[Path, str]:
-    """The weights' hash of each checkpoint and exported folder that is there."""
+    """Resolved folder -> fingerprint, of the checkpoints and exported folders of the work_dir."""
     kinds = ("export", "checkpoint")
     return {f.resolve(): read_json(f / KINDS[kind]).get("fingerprint") for kind in kinds for f in found[kind]}
 
@@ -31,11 +31,11 @@ def weights_of(found: dict[str, list[Path]]) -> dict[Path, str]:
 def rows(
     found: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]
 ) -> tuple[list[dict], list[dict]]:
-    """(who was made from whom, the commands that did it), rows for tables."""
+    """Rows for two tables: each artefact with its parents, and the commands that made them."""
     made = steps(found)
     here = {
-        hashed: folder.name for folder, hashed in weights_of(found).items()
-    }  # the checkpoint's, where both are there
+        fingerprint: folder.name for folder, fingerprint in weights_of(found).items()
+    }  # checkpoints override exports
     weights = [_weights(step, here) for step in made]
     lines = [row for row in weights if row["how"] == "converted"]
     for folder, of in scores.items():
@@ -77,14 +77,14 @@ def _weights(step: lineage.Step, here: dict[str, str]) -> dict:
 
 
 def _parent(role: str, parent: dict) -> str:
-    """A checkpoint by its hash; what another tool left by its own, and where it lay."""
+    """A parent by its fingerprint; a converted folder by its hash and path."""
     if "fingerprint" in parent:
         return f"{role} {parent['fingerprint']}"
     return f"{role} {parent['sha256']} in {parent['path']}"
 
 
 def _elsewhere(identity: dict) -> str:
-    """Where weights lie that are not in this work_dir, and whether they still do."""
+    """Path of weights outside the work_dir, and whether they are still there."""
     path = Path(identity["path"]) / KINDS["checkpoint"]
     if not path.is_file():
         return f"{path.parent} (not there now)"

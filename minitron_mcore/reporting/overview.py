@@ -148,8 +148,10 @@ def _tiles(sizes: dict[str, int | None], losses: dict[str, float], file: str | N
             "parameters", f"{_short(teacher)} → {_short(small)}", f"{_percent(small / teacher)} of the teacher's"
         )
     if losses:
-        names = " → ".join(losses)
-        yield Tile("loss", " → ".join(f"{loss:.2f}" for loss in losses.values()), f"{names}; nats per token of {file}")
+        ends = [role for role in ("teacher", "distilled") if role in losses] or list(losses)
+        between = ", ".join(f"{role} {loss:.2f}" for role, loss in losses.items() if role not in ends)
+        names = " → ".join(ends) + (f" ({between})" if between else "")
+        yield Tile("loss", " → ".join(f"{losses[role]:.2f}" for role in ends), f"{names}, nats per token of {file}")
     if (share := recovered(losses)) is not None:
         yield Tile("recovered", _percent(share), "of the loss increase from pruning")
 
@@ -230,12 +232,12 @@ def _options(record: dict) -> list[str]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def _short(count: int) -> str:
     """1,340,000 as 1.34 M."""
     for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= factor:
-            return f"{count / factor:.3g} {unit}"
+            return f"{count / factor:.3g}\N{NO-BREAK SPACE}{unit}"
     return str(count)
