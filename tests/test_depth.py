@@ -300,7 +300,7 @@ def test_questions_of_every_form(tmp_path):
 def test_lines_of_no_known_form_are_refused_by_number(tmp_path, row):
     good = json.dumps({"query": "q", "choices": ["a", "b"], "label": 1})
     (tmp_path / "q.jsonl").write_text(f"{good}\n{good}\n{json.dumps(row)}\n")
-    with pytest.raises(UserError, match="q.jsonl, line 3 is no question .*option1"):
+    with pytest.raises(UserError, match="q.jsonl, line 3 is not a question .*option1"):
         multiple_choice.read(str(tmp_path / "q.jsonl"))
 
 
@@ -414,7 +414,7 @@ def test_no_text_and_no_questions_are_refused(made, tmp_path):
     wrong = {
         "data.heldout is empty": base,
         "no questions at nowhere.jsonl": replace(base, data=data, depth=replace(base.depth, choices="nowhere.jsonl")),
-        "text.txt, line 1 is no question": replace(base, data=data, depth=replace(base.depth, choices=data.heldout[0])),
+        "text.txt, line 1 is not a question": replace(base, data=data, depth=replace(base.depth, choices=data.heldout[0])),
     }
     told = on_ranks(refused, 1, ParallelConfig(), list(wrong.values()))[0]
     assert all(sentence in said for sentence, said in zip(wrong, told, strict=True)), told
