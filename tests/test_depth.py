@@ -414,7 +414,9 @@ def test_no_text_and_no_questions_are_refused(made, tmp_path):
     wrong = {
         "data.heldout is empty": base,
         "no questions at nowhere.jsonl": replace(base, data=data, depth=replace(base.depth, choices="nowhere.jsonl")),
-        "text.txt, line 1 is not a question": replace(base, data=data, depth=replace(base.depth, choices=data.heldout[0])),
+        "text.txt, line 1 is not a question": replace(
+            base, data=data, depth=replace(base.depth, choices=data.heldout[0])
+        ),
     }
     told = on_ranks(refused, 1, ParallelConfig(), list(wrong.values()))[0]
     assert all(sentence in said for sentence, said in zip(wrong, told, strict=True)), told
