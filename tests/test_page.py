@@ -17,7 +17,7 @@ from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.apply import fingerprint
 from minitron_mcore.pruning.plan import Plan, make_plan
-from minitron_mcore.reporting import overview, plots, read, sections
+from minitron_mcore.reporting import overview, plots, read, roles, sections
 from minitron_mcore.reporting.page import GENERATOR, collect, render, write
 from tests.test_launch import ROOT, config_of
 from tests.test_prune import random_scores
@@ -227,29 +227,31 @@ def test_the_summary_compares_roles(whole, tmp_path):
         (run / f"evaluate{number}" / "evaluation.json").write_text(
             json.dumps({"source": str(path), "files": [figures]})
         )
-    summed = overview.overview(read.folders(run))
-    assert [(row["model"], row["loss"]) for row in summed.models] == [
+    folders = read.folders(run)
+    models = roles.models(folders)
+    rows, tiles = overview.rows(models), overview.tiles(models, folders)
+    assert [(row["model"], row["loss"]) for row in rows] == [
         ("teacher", 2.0),
         ("pruned", 6.0),
         ("distilled", 3.0),
     ]
-    assert [row["parameters"] for row in summed.models] == [75708, 50472, 50472]
-    assert (
-        summed.models[2]["of the teacher"] == "67\N{NO-BREAK SPACE}%"
-        and "recovered 75\N{NO-BREAK SPACE}% of the increase" in summed.headline
-    )
-    assert [tile.value for tile in summed.tiles] == [
+    assert [row["parameters"] for row in rows] == [75708, 50472, 50472]
+    assert rows[2][
+        "of the teacher"
+    ] == "67\N{NO-BREAK SPACE}%" and "recovered 75\N{NO-BREAK SPACE}% of the increase" in overview.headline(models)
+    assert [tile.value for tile in tiles] == [
         "75.7\N{NO-BREAK SPACE}k → 50.5\N{NO-BREAK SPACE}k",
         "2.00 → 3.00",
         "75\N{NO-BREAK SPACE}%",
     ]
-    assert [row["command"] for row in summed.commands] == [
+    assert [row["command"] for row in overview.commands(models, folders)] == [
         "python launch/export.py +model=tiny work_dir=w",
         f"python launch/generate.py +model=tiny work_dir=w source={run}/distill prompt=Hello",
     ]
     shutil.rmtree(run / "evaluate1")
-    (command,) = [row["command"] for row in overview.overview(read.folders(run)).commands if "pruned" in row["next"]]
-    assert command == (
+    folders = read.folders(run)
+    commands = {row["next"]: row["command"] for row in overview.commands(roles.models(folders), folders)}
+    assert commands["Evaluate the pruned model"] == (
         f"python launch/evaluate.py +model=tiny work_dir=w 'data.heldout=[a b.txt]' source={run}/prune "
         f"out_dir={run}/evaluate_pruned"
     )

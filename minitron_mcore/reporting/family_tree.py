@@ -8,10 +8,10 @@ from minitron_mcore.pruning.plan import Plan
 from minitron_mcore.reporting.read import KINDS, damage_as_user_error, read_json
 
 
-def steps(found: dict[str, list[Path]]) -> list[lineage.Step]:
+def steps(folders: dict[str, list[Path]]) -> list[lineage.Step]:
     """All checkpoints in these folders and their ancestors, each once and after its parents."""
     merged: dict[str, lineage.Step] = {}
-    for path in (folder / KINDS[kind] for kind in ("checkpoint", "export") for folder in found[kind]):
+    for path in (folder / KINDS[kind] for kind in ("checkpoint", "export") for folder in folders[kind]):
         record = read_json(path)
         with damage_as_user_error(path):
             identity = {"path": str(path.parent), "step": ""} | {
@@ -22,21 +22,21 @@ def steps(found: dict[str, list[Path]]) -> list[lineage.Step]:
     return list(merged.values())
 
 
-def weights_of(found: dict[str, list[Path]]) -> dict[Path, str]:
+def weights_of(folders: dict[str, list[Path]]) -> dict[Path, str]:
     """Resolved folder -> fingerprint, of the checkpoints and exported folders of the work_dir."""
     kinds = ("export", "checkpoint")
-    return {f.resolve(): read_json(f / KINDS[kind]).get("fingerprint") for kind in kinds for f in found[kind]}
+    return {f.resolve(): read_json(f / KINDS[kind]).get("fingerprint") for kind in kinds for f in folders[kind]}
 
 
 def rows(
-    found: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]
+    folders: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]
 ) -> tuple[list[dict], list[dict]]:
     """Rows for two tables: each artefact with its parents, and the commands that made them."""
-    made = steps(found)
-    here = {
-        fingerprint: folder.name for folder, fingerprint in weights_of(found).items()
-    }  # checkpoints override exports
-    weights = [_weights(step, here) for step in made]
+    made = steps(folders)
+    names = {
+        fingerprint: folder.name for folder, fingerprint in weights_of(folders).items()
+    }  # checkpoints before exports
+    weights = [_weights(step, names) for step in made]
     lines = [row for row in weights if row["how"] == "converted"]
     for folder, of in scores.items():
         lines.append(_line("scores", of.digest(), "scored", f"weights {of.metadata.get('fingerprint')}", folder.name))
@@ -46,7 +46,7 @@ def rows(
         )
     lines += [row for row in weights if row["how"] != "converted"]
     commands = [{"hash": step.identity["fingerprint"], **_command(step.lineage)} for step in made]
-    for folder in found["export"]:
+    for folder in folders["export"]:
         path = folder / KINDS["export"]
         record = read_json(path)
         with damage_as_user_error(path):
@@ -66,13 +66,13 @@ def _command(record: dict) -> dict:
     return {"command": record.get("command", ""), "versions": versions}
 
 
-def _weights(step: lineage.Step, here: dict[str, str]) -> dict:
+def _weights(step: lineage.Step, names: dict[str, str]) -> dict:
     record, fingerprint = step.lineage, step.identity["fingerprint"]
     parents = {role: parent for role, parent in record["parents"].items() if parent}
     of = [_parent(role, parent) for role, parent in parents.items()]
     used = [f"{kind} {record[kind]}" for kind in ("plan", "scores") if kind in record]
     used += [f"data {record['data']['hash']}"] if "data" in record else []
-    row = _line("weights", fingerprint, lineage.deed(record) or "converted", ", ".join(of), here.get(fingerprint, ""))
+    row = _line("weights", fingerprint, lineage.deed(record) or "converted", ", ".join(of), names.get(fingerprint, ""))
     return row | {"with": ", ".join(used), "folder": row["folder"] or _elsewhere(step.identity)}
 
 

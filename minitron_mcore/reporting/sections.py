@@ -12,9 +12,10 @@ from minitron_mcore.importance.scores import Scores
 from minitron_mcore.importance.scores import summary as score_summary
 from minitron_mcore.pruning import summary
 from minitron_mcore.pruning.plan import Plan, load_plan
-from minitron_mcore.reporting import family_tree, overview
+from minitron_mcore.reporting import family_tree, overview, roles
 from minitron_mcore.reporting.overview import Tile
 from minitron_mcore.reporting.read import KINDS, Picture, damage_as_user_error, pictures, read_json, read_lines
+from minitron_mcore.reporting.roles import Model
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
 """Columns in a monospaced font: hashes, paths and commands."""
@@ -61,19 +62,20 @@ class Section:
     """Figures in large print, above the parts."""
 
 
-def sections(found: dict[str, list[Path]]) -> list[Section]:
+def sections(folders: dict[str, list[Path]]) -> list[Section]:
     """The sections of the folders of a work_dir (see `read.folders`).
 
     Raises:
         UserError: a file cannot be read.
     """
-    scores = {folder: _scores(folder) for folder in found["importance"]}
-    plans = _plans(found)
-    depth, search = ([(f, read_json(f / KINDS[kind])) for f in found[kind]] for kind in ("depth", "search"))
-    training = ((folder, None) for folder in found["training"])
+    scores = {folder: _scores(folder) for folder in folders["importance"]}
+    plans = _plans(folders)
+    depth, search = ([(f, read_json(f / KINDS[kind])) for f in folders[kind]] for kind in ("depth", "search"))
+    training = ((folder, None) for folder in folders["training"])
+    models = roles.models(folders)
     built = [
-        _summary(found),
-        _evaluations(found),
+        _summary(folders, models),
+        _evaluations(folders, models),
         _section(
             "Importance", "Scores of channels, heads and blocks on calibration text.", scores.items(), _importance
         ),
@@ -81,16 +83,15 @@ def sections(found: dict[str, list[Path]]) -> list[Section]:
         _section("Depth", "The model without some of its blocks.", depth, _depth),
         _section("Search", "Architectures within a budget.", search, _search),
         _section("Training", "Losses of each training run.", training, _training),
-        _lineage(found, scores, plans),
+        _lineage(folders, scores, plans),
     ]
     return [section for section in built if section.parts]
 
 
-def _summary(found: dict[str, list[Path]]) -> Section:
-    summed = overview.overview(found)
-    commands = Table("Next steps, from the folder in which the stages ran.", summed.commands)
-    parts = [Part("", tables=[Table("Models by role.", summed.models), commands])] if summed.models else []
-    return Section("Summary", summed.headline, parts, summed.tiles)
+def _summary(folders: dict[str, list[Path]], models: list[Model]) -> Section:
+    commands = Table("Next steps, from the folder in which the stages ran.", list(overview.commands(models, folders)))
+    parts = [Part("", tables=[Table("Models by role.", overview.rows(models)), commands])] if models else []
+    return Section("Summary", overview.headline(models), parts, list(overview.tiles(models, folders)))
 
 
 def _section(title: str, text: str, sources: Iterable[tuple[Path, Any]], part: Callable[[Path, Any], Part]) -> Section:
@@ -108,27 +109,27 @@ def _scores(folder: Path) -> Scores:
         return Scores({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
 
 
-def _plans(found: dict[str, list[Path]]) -> dict[Path, Plan]:
+def _plans(folders: dict[str, list[Path]]) -> dict[Path, Plan]:
     """Each different plan: of plan stages, and of pruned checkpoints whose plan stage is not in the work_dir."""
     plans = {}
-    for folder in sorted(found["plan"], key=lambda folder: folder in found["checkpoint"]):
+    for folder in sorted(folders["plan"], key=lambda folder: folder in folders["checkpoint"]):
         plan = load_plan(folder)
         if plan.digest() not in [known.digest() for known in plans.values()]:
             plans[folder] = plan
     return plans
 
 
-def _evaluations(found: dict[str, list[Path]]) -> Section:
-    known, roles = family_tree.weights_of(found), overview.roles_of(found)
+def _evaluations(folders: dict[str, list[Path]], models: list[Model]) -> Section:
+    known, role_of = family_tree.weights_of(folders), {path: model.role for model in models for path in model.paths}
     rows = []
-    for folder in found["evaluation"]:
+    for folder in folders["evaluation"]:
         path = folder / KINDS["evaluation"]
         record = read_json(path)
         with damage_as_user_error(path):
             model = Path(record["source"]).resolve()
             inside = model.is_relative_to(folder.parent.resolve())
             name = str(model.relative_to(folder.parent.resolve())) if inside else record["source"]
-            about = {"model": roles.get(model), "folder": name, "weights": known.get(model)}
+            about = {"model": role_of.get(model), "folder": name, "weights": known.get(model)}
             about["parameters"] = record.get("parameters")
             rows += [about | figures | {"file": Path(figures["file"]).name} for figures in record["files"]]
             rows.sort(key=lambda row: (row["file"], row["loss"]))
@@ -288,8 +289,8 @@ def _training(folder: Path, _: None) -> Part:
     )
 
 
-def _lineage(found: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]) -> Section:
-    lines, commands = family_tree.rows(found, scores, plans)
+def _lineage(folders: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]) -> Section:
+    lines, commands = family_tree.rows(folders, scores, plans)
     tables = [
         Table("What was made from what. A hash identifies weights, scores or a plan.", lines),
         Table("Commands.", commands, True),
