@@ -72,9 +72,7 @@ class Collector:
     def __init__(self, model: build.Model, arch: Architecture, statistic: Statistic | None = None, fused: bool = False):
         self.model, self.arch, self.statistic = model, arch, statistic or Statistic()
         refuse(checks.statistic_problems(arch, self.statistic))
-        self.sums: dict[
-            tuple[str, ...], Sums
-        ] = {}  # over samples; the key names the vectors whose channels are concatenated
+        self.sums: dict[tuple[str, ...], Sums] = {}  # over samples; a key names the vectors that are concatenated
         self.distances: dict[tuple[str, ...], Tensor] = {}  # one key per block: its layers and the block
         self.routed: dict[str, Tensor] = {}  # per block: [own experts, F + 1], ffn channels and the output's norm
         self.tokens = torch.zeros((), dtype=torch.int64, device=process_groups.device())

@@ -20,10 +20,10 @@ def collect(work_dir: str | Path) -> list[Section]:
     Raises:
         UserError: see `read.folders` and `sections`.
     """
-    found = sections(read.folders(work_dir))
-    if not found:
+    report = sections(read.folders(work_dir))
+    if not report:
         raise UserError(f"{work_dir} has nothing to report yet: every file that a stage wrote there is empty.")
-    return found
+    return report
 
 
 def write(work_dir: str | Path, html: str | Path) -> list[dict]:
@@ -34,10 +34,10 @@ def write(work_dir: str | Path, html: str | Path) -> list[dict]:
     """
     work_dir, html = Path(work_dir), Path(html)
     check(html)
-    found = collect(work_dir)
+    report = collect(work_dir)
     html.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.replace_text(html, render(work_dir, found))
-    return contents(found)
+    run_folder.replace_text(html, render(work_dir, report))
+    return contents(report)
 
 
 def check(html: Path) -> None:
@@ -48,7 +48,7 @@ def check(html: Path) -> None:
         )
 
 
-def contents(found: list[Section]) -> list[dict]:
+def contents(report: list[Section]) -> list[dict]:
     """Rows for a table: tables and pictures of each part."""
     return [
         {
@@ -57,12 +57,12 @@ def contents(found: list[Section]) -> list[dict]:
             "tables": sum(bool(t.rows) for t in part.tables),
             "pictures": len(part.pictures),
         }
-        for section in found
+        for section in report
         for part in section.parts
     ]
 
 
-def render(work_dir: Path, found: list[Section]) -> str:
+def render(work_dir: Path, report: list[Section]) -> str:
     """The page as HTML."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"cell": tables.format_value, "label": tables.label, "columns": tables.columns, "css": _css}
@@ -70,7 +70,7 @@ def render(work_dir: Path, found: list[Section]) -> str:
         title=work_dir.resolve().name,
         folder=str(work_dir),
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        sections=found,
+        sections=report,
         generator=GENERATOR,
         versions=", ".join(f"{name} {version}" for name, version in run_folder.versions().items()),
     )

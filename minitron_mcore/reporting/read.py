@@ -45,13 +45,13 @@ def folders(work_dir: str | Path) -> dict[str, list[Path]]:
             "(+recipe=NAME, +model=NAME)."
         )
     below = sorted((path for path in work_dir.iterdir() if path.is_dir()), key=lambda path: (_time(path), path.name))
-    found = {kind: [path for path in below if (path / file).is_file()] for kind, file in KINDS.items()}
-    if not any(found.values()):
+    by_kind = {kind: [path for path in below if (path / file).is_file()] for kind, file in KINDS.items()}
+    if not any(by_kind.values()):
         raise UserError(
             f"{work_dir} has nothing to report: no folder in it holds one of {', '.join(KINDS.values())}. Run a stage first, "
             "or give another work_dir."
         )
-    return found
+    return by_kind
 
 
 def _time(folder: Path) -> float:

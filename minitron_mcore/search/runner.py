@@ -38,7 +38,8 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning import apply
-from minitron_mcore.search import latency, results
+from minitron_mcore.search import latency
+from minitron_mcore.search.results import collect, write
 from minitron_mcore.search.space import MAX_GRID, Candidate, Space
 from minitron_mcore.search.store import CandidateStore
 
@@ -114,13 +115,13 @@ class SearchRunner:
         measured = self._measure()
         if len(measured) == self.total and self.remaining > 0:
             self._train(measured)
-        collected = results.collect(self.store, self.space, list(measured))
+        collected = collect(self.store, self.space, list(measured))
         trained = sum(row["loss"] is not None for row in collected["candidates"])
         complete = len(measured) == self.total and trained == min(self.search.best, self.total)
         if complete:
             run_folder.finish(self.out_dir)
         if process_groups.rank() == 0:
-            results.write(self.out_dir, collected, self.search, self.total, complete)
+            write(self.out_dir, collected, self.search, self.total, complete)
 
     def _prepare_folder(self) -> None:
         """From here on a failure keeps the folder: other shards may be writing to it."""
@@ -134,7 +135,7 @@ class SearchRunner:
 
     def _measure(self) -> dict[Candidate, dict]:
         """Measure this shard's candidates; returns the results of all that are measured (collective)."""
-        found, proposals, number = {}, self.space.proposals(self.config.seed), 0
+        results, proposals, number = {}, self.space.proposals(self.config.seed), 0
         progress = process_groups.Progress("candidates", self.total, "candidates")
         candidate = next(proposals, None)
         while candidate and self.remaining > 0:
@@ -142,15 +143,15 @@ class SearchRunner:
             if not measured and self._in_shard(number):
                 measured = self._measure_candidate(candidate)
             if measured:
-                found[candidate] = measured
-                progress.update(len(found), f", {candidate.name}: {measured['zero_shot_loss']:.3f}")
+                results[candidate] = measured
+                progress.update(len(results), f", {candidate.name}: {measured['zero_shot_loss']:.3f}")
             number += 1
             try:
                 candidate = proposals.send(measured.get("zero_shot_loss"))
             except StopIteration:
                 self.total = number  # optuna may find fewer than search.trials
                 break
-        return found
+        return results
 
     def _measure_candidate(self, candidate: Candidate) -> dict:
         """Prune a candidate in memory and measure it; one model at a time."""
