@@ -3,8 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -105,38 +105,23 @@ def spread(windows: Windows, limit: int | None) -> Windows:
     return Windows(*(column[kept] for column in windows))
 
 
-def evaluate_text(
-    files: Sequence[str],
-    tokenizer: Tokenizer,
-    nll: Nll,
-    *,
-    sequence_length: int,
-    limits: Limits | None = None,
-    **how: Any,
-) -> list[dict]:
-    """`evaluate_windows` of the `windows` of text files; raises their errors."""
-    return evaluate_windows({path: windows(path, tokenizer, sequence_length, limits) for path in files}, nll, **how)
-
-
 def evaluate_windows(
     cuts: Mapping[str, Windows],
     nll: Nll,
     *,
     micro_batch: int,
     max_windows: int | None = None,
-    dp_rank: int = 0,
-    dp_size: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> list[dict]:
     """Loss, perplexity and bits per byte of each file's windows; the same on every rank (collective over `group`).
 
-    Data-parallel rank r evaluates micro-batches r, r + dp_size, ... as [micro_batch, S]. All ranks have the same number; the last
-    are padded with windows whose mask is False. Ranks with the same `dp_rank` call `nll` on the same micro-batches.
+    Rank r of the group's n evaluates micro-batches r, r + n, ... as [micro_batch, S]. All ranks have the same number; the last are
+    padded with windows whose mask is False.
 
     Args:
         cuts: file -> its windows.
         max_windows: per file, spread evenly over it; None for all.
-        group: the data-parallel group if dp_size > 1.
+        group: the data-parallel group; None for one process.
 
     Returns:
         One row per file {file, tokens, bytes, loss, perplexity, bits_per_byte, tokens_per_second}: predicted tokens and their
@@ -146,9 +131,7 @@ def evaluate_windows(
     for path, file_windows in cuts.items():
         tokens, mask, num_bytes = spread(file_windows, max_windows)
         start = time.monotonic()
-        total = _sum_nll(os.path.basename(path), tokens, mask, nll, micro_batch, dp_rank, dp_size)
-        if dp_size > 1:
-            dist.all_reduce(total, group=group)
+        total = _sum_nll(os.path.basename(path), tokens, mask, nll, micro_batch, group)
         count, size = int(mask.sum()), int(num_bytes.sum())
         loss = float(total) / count
         rows.append(
@@ -165,16 +148,21 @@ def evaluate_windows(
     return rows
 
 
-def _sum_nll(name: str, tokens: Tensor, mask: Tensor, nll: Nll, micro_batch: int, dp_rank: int, dp_size: int) -> Tensor:
-    """Sum over this data-parallel rank's micro-batches, fp64."""
-    rows = -len(tokens) % (micro_batch * dp_size)
-    tokens, mask = F.pad(tokens, (0, 0, 0, rows)), F.pad(mask, (0, 0, 0, rows))
+def _sum_nll(
+    name: str, tokens: Tensor, mask: Tensor, nll: Nll, micro_batch: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Sum over all windows, fp64 (collective over `group`)."""
+    rank, size = (group.rank(), group.size()) if group else (0, 1)
+    padding = -len(tokens) % (micro_batch * size)
+    tokens, mask = F.pad(tokens, (0, 0, 0, padding)), F.pad(mask, (0, 0, 0, padding))
     total = torch.zeros((), dtype=torch.float64, device=process_groups.device())
     progress = process_groups.Progress(f"evaluate {name}", len(tokens), "windows")
-    for start in range(0, len(tokens), micro_batch * dp_size):
-        part = slice(start + dp_rank * micro_batch, start + (dp_rank + 1) * micro_batch)
+    for start in range(0, len(tokens), micro_batch * size):
+        part = slice(start + rank * micro_batch, start + (rank + 1) * micro_batch)
         total += nll(tokens[part].to(total.device), mask[part].to(total.device))
-        progress.update(start + micro_batch * dp_size)
+        progress.update(start + micro_batch * size)
+    if size > 1:
+        dist.all_reduce(total, group=group)
     return total
 
 
@@ -297,23 +285,18 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
 
 
 def evaluate_run(model: HFModel | ShardedModel, tokenizer: Tokenizer, config: EvaluateRun) -> list[dict]:
-    """`evaluate_text` on a run's held-out files (collective).
+    """`evaluate_windows` of a run's held-out files (collective).
 
     Raises:
-        UserError: data.heldout is empty; see `evaluate_text`.
+        UserError: data.heldout is empty; see `windows`.
     """
     if not config.data.heldout:
         raise UserError("data.heldout is empty: give text files, data.heldout=[a.jsonl,b.txt].")
-    dp = process_groups.dp_group()
-    return evaluate_text(
-        config.data.heldout,
-        tokenizer,
+    settings, limits = config.evaluate, Limits.of(config.data)
+    return evaluate_windows(
+        {path: windows(path, tokenizer, settings.sequence_length, limits) for path in config.data.heldout},
         model.nll,
-        sequence_length=config.evaluate.sequence_length,
-        limits=Limits.of(config.data),
-        micro_batch=config.evaluate.micro_batch,
-        max_windows=config.evaluate.max_windows,
-        dp_rank=dp.rank(),
-        dp_size=dp.size(),
-        group=dp,
+        micro_batch=settings.micro_batch,
+        max_windows=settings.max_windows,
+        group=process_groups.dp_group(),
     )

@@ -166,15 +166,13 @@ class SearchRunner:
 
     def _loss(self, model: Model, arch: Architecture) -> float:
         """Nats per token over all held-out files (collective)."""
-        dp, settings = process_groups.dp_group(), self.config.evaluate
+        settings = self.config.evaluate
         rows = perplexity.evaluate_windows(
             self.text,
             perplexity.ShardedModel(model, arch).nll,
             micro_batch=settings.micro_batch,
             max_windows=settings.max_windows,
-            dp_rank=dp.rank(),
-            dp_size=dp.size(),
-            group=dp,
+            group=process_groups.dp_group(),
         )
         return sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
 
