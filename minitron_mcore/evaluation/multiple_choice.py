@@ -114,12 +114,7 @@ class MultipleChoice:
     """
 
     def __init__(
-        self,
-        model: Model,
-        arch: Architecture,
-        questions: Sequence[Question],
-        tokenizer: Tokenizer,
-        micro_batch: int,
+        self, model: Model, arch: Architecture, questions: Sequence[Question], tokenizer: Tokenizer, micro_batch: int
     ):
         self.model, self.arch, self.questions = model, arch, questions
         options = [option for question in questions for option in question.options]
