@@ -24,7 +24,7 @@ def plot_depth(study: Mapping, png: str | os.PathLike) -> None:
     figure = Figure(figsize=(6.5 * len(figures), 5), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
         _curves(axes, study, name)
-        axes.axhline(study["baseline"][name], color="black", linestyle="--", linewidth=1, label="the whole model")
+        axes.axhline(study["baseline"][name], color="black", linestyle="--", linewidth=1, label="full model")
         if name == "accuracy":
             axes.axhline(study["chance"], color="grey", linestyle=":", linewidth=1, label="chance")
         axes.set(title=f"{label.split(' (')[0].capitalize()} without a run of blocks", ylabel=label)

@@ -197,7 +197,7 @@ def _depth(folder: Path, study: dict) -> Part:
             sign = 1 if metric in LOWER_IS_BETTER else -1
             best[row["blocks dropped"]] = min(best.get(row["blocks dropped"], row), row, key=lambda r: sign * r[metric])
     chosen = [
-        {"drop": n, "blocks (from 0)": ", ".join(map(str, blocks))} for n, blocks in study.get("drop", {}).items()
+        {"drop": int(n), "blocks (from 0)": ", ".join(map(str, blocks))} for n, blocks in study.get("drop", {}).items()
     ]
     baseline = {
         f"{key} of the full model": value for key, value in study.get("baseline", {}).items() if value is not None
