@@ -9,14 +9,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 help:
 	@echo "make demo | test | lint | .venv | clean"
 
-.venv: .venv/installed
+.venv: .venv/dev
 
-# The stamp is written last, so an install that was cut short is never taken for a whole one.
+# What the package runs on. The stamp is written last, so that an interrupted install is repeated.
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1 | tail -n 1), but Python 3.12 is needed:" \
 	    "install it (pyenv install 3.12) or name it (make PYTHON=/path/to/python3.12)." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+# The tools of development on top.
+.venv/dev: .venv/installed
 	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -25,13 +30,14 @@ demo: .venv/installed
 
 # The tests' own processes share the cores, so each takes one thread.
 test: export OMP_NUM_THREADS ?= 1
-test: .venv/installed
+test: .venv/dev
 	.venv/bin/python -m pytest -q -n 2 --dist loadgroup tests
 
-lint: .venv/installed
+lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache --no-logo
+	.venv/bin/python docs/write_configuration.py --check
 	for script in $(SHELLS); do bash -n $$script || exit 1; done
 	.venv/bin/shellcheck $(SHELLS)
 	.venv/bin/hadolint Dockerfile
