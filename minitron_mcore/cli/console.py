@@ -1,12 +1,12 @@
 """The command `minitron STAGE`: the same as launch/STAGE.py, in one process or, with --nproc, under torchrun."""
 
-import ast
 import os
 import re
 import runpy
 import sys
 
 from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES
+from minitron_mcore.cli.help import launch_docstring
 
 USAGE = """minitron STAGE [--nproc N] [SETTING=VALUE ...]
 
@@ -44,8 +44,7 @@ def main() -> None:
 
 def _stages() -> dict[str, str]:
     """The first line of each launch file's docstring, stages of the pipeline first and in its order."""
-    texts = {name: (LAUNCH / f"{name}.py").read_text() for name in (*LAUNCH_FILES, "demo")}
-    return {name: ast.get_docstring(ast.parse(text)).partition("\n")[0] for name, text in texts.items()}
+    return {name: launch_docstring(name).partition("\n")[0] for name in (*LAUNCH_FILES, "demo")}
 
 
 def _processes(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -16,6 +16,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from minitron_mcore.cli import help
 from minitron_mcore.cli.compose import CONF, canonical, composition_error, resolve
 from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import PipelineRun, ReportRun
@@ -49,6 +50,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
         def main() -> None:
             # Imports create several hundred thousand objects that are never freed: scanning them takes a sixth of the start.
             gc.set_threshold(50_000)
+            help.register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it otherwise prints
             _check_world()
             with _reported():
