@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron_mcore.config.settings import SpeedConfig
+from minitron_mcore.config.search import SpeedConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build
 from minitron_mcore.models.architecture import Architecture

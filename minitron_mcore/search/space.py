@@ -13,7 +13,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minitron_mcore.config.settings import BudgetConfig, ParallelConfig, PruneConfig, SearchConfig
+from minitron_mcore.config.search import BudgetConfig, SearchConfig
+from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.config.stages import SearchRun
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import architecture, flops, parameter_table, sharding

@@ -426,7 +426,7 @@ def test_dry_run_counts_the_passes(tmp_path, monkeypatch):
     from minitron_mcore.cli import compose, dry_run
 
     monkeypatch.chdir(tmp_path)
-    command = ["+model=smollm2_135m", "depth=small", "data.heldout=[a,b]", "parallel=pp2"]
+    command = ["+model=smollm2_135m", "depth=small", "data.heldout=[a,b]", "parallel.pipeline=2"]
     with initialize_config_dir(str(compose.CONF), version_base="1.3"):
         found = dry_run.plan(compose.compose("depth", command))
     points = 1 + 30 + 29 + 27 + 23 + 16 + 4  # the last are scattered sets

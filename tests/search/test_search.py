@@ -12,7 +12,8 @@ from matplotlib.image import imread
 
 from minitron_mcore.checkpoint.run_folder import COMPLETE, open_checkpoint
 from minitron_mcore.cli import dry_run
-from minitron_mcore.config.settings import BudgetConfig, ParallelConfig, SearchConfig, SpeedConfig
+from minitron_mcore.config.search import BudgetConfig, SearchConfig, SpeedConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import EvaluateRun, Run
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import FILE as SCORES
