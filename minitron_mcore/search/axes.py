@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from minitron_mcore.config.settings import SearchConfig
+from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.target import as_count

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitron_mcore.config.settings import SearchConfig
+from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.models import flops
 from minitron_mcore.reading import FORMAT_VERSION
 from minitron_mcore.reporting import search_plots, tables

@@ -22,7 +22,7 @@ from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import models
 from tests.helpers.cutting import random_scores
-from tests.helpers.launching import ROOT, config_of, plan, word_tokenizer
+from tests.helpers.launching import ROOT, config_of, plan, word_tokenizer, words
 
 LENGTH, BLOCKS = 12, models.SIZES["num_hidden_layers"]
 LAYOUTS = {
@@ -33,11 +33,6 @@ LAYOUTS = {
     "pp2_virtual2": (2, ParallelConfig(pipeline=2, virtual=2)),
 }
 SETS = [[], [0], [1, 4], [0, 1, 2], [3, 4]]  # the last two: all that one of two stages has
-
-
-def words(count: int, seed: int) -> str:
-    drawn = torch.randint(2, models.SIZES["vocab_size"], (count,), generator=torch.Generator().manual_seed(seed))
-    return " ".join(f"w{i}" for i in drawn.tolist())
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,17 @@ def test_bad_gptmodels_are_refused(tmp_path, trained, kind):
         read_all(base / "hf", tmp_path / "megatron")
 
 
+@pytest.mark.parametrize("text", ["", "\n", "iter_0000003", "-3", "3.0"])
+def test_a_tracker_that_names_no_step_is_refused(tmp_path, trained, text):
+    """Beside it stands release/, the starting weights, which must not be taken for the trained ones; Megatron-LM refuses it too."""
+    base = trained[0]
+    shutil.copytree(base / "megatron", tmp_path / "megatron")
+    shutil.copytree(base / "megatron/iter_0000003", tmp_path / "megatron/release")
+    (tmp_path / "megatron/latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(UserError, match="latest_checkpointed_iteration.txt says .*, not a step's number or release"):
+        read_all(base / "hf", tmp_path / "megatron")
+
+
 REFUSED = "asks for pathlib.*Path.touch, which no checkpoint index contains"
 
 

@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -130,3 +131,8 @@ def word_tokenizer(folder: Path) -> None:
 def composed(stage, *overrides) -> Run:
     with initialize_config_dir(str(compose.CONF), version_base="1.3"):
         return compose.compose(stage, list(overrides))
+
+
+def words(count: int, seed: int) -> str:
+    drawn = torch.randint(2, models.SIZES["vocab_size"], (count,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{i}" for i in drawn.tolist())
