@@ -54,7 +54,7 @@ ARTEFACTS = {
     "model.json": (model_json, lambda file: run_folder.open_checkpoint(file.parent).arch),
     "plan.json": (lambda _: plan_text(), lambda file: load_plan(file).hidden),
     "index.json": (lambda _: cache_index(), lambda file: open_teacher(file.parent).arch),
-    "depth.json": (lambda _: depth_study(), lambda file: study.load(file, FINGERPRINT)["drop"]),
+    "depth.json": (lambda _: depth_study(), lambda file: study.load_study(file, FINGERPRINT)["drop"]),
     "search.json": (
         lambda _: json.dumps({"format_version": 1, "model": "x"}),
         lambda file: read.read_json(file)["model"],
