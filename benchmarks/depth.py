@@ -17,7 +17,7 @@ from torch import nn
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import stage
 from minitron_mcore.data import tokenizer
-from minitron_mcore.depth.study import spans
+from minitron_mcore.depth.study import format_ranges
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.reporting import tables
 
@@ -65,7 +65,7 @@ def _compared(study: dict, by_transformers: dict[tuple[int, ...], float]) -> lis
     found = {tuple(point["dropped"]): point["loss"] for point in study["sweep"]} | {(): study["baseline"]["loss"]}
     rows = [
         {
-            "without": spans(dropped) or "none",
+            "without": format_ranges(dropped) or "none",
             "minitron": found[dropped],
             "transformers": by_transformers[dropped],
             "trial": loss,
@@ -91,7 +91,12 @@ def _by_accuracy(study: dict) -> list[Figure]:
     points = [{"size": 0, "dropped": []} | study["baseline"], *study["sweep"]]
     return [
         Figure(
-            "depth", f"without {spans(point['dropped']) or 'none'}", "minitron", "winogrande", point["accuracy"], "1"
+            "depth",
+            f"without {format_ranges(point['dropped']) or 'none'}",
+            "minitron",
+            "winogrande",
+            point["accuracy"],
+            "1",
         )
         for point in points
     ]

@@ -26,7 +26,7 @@ def refuse(problems: Iterable[str]) -> None:
         raise UserError("\n".join(found))
 
 
-def result_of(path: str | Path, name: str, what: str, remedy: str) -> Path:
+def result_file(path: str | Path, name: str, what: str, remedy: str) -> Path:
     """The file `name` that a stage wrote, given itself or by its folder.
 
     Raises:

@@ -62,7 +62,7 @@ def on_ranks(
 ) -> list:
     """`fn(*args)` on ranks 0..world_size-1 within the layout `parallel`; its results (numbers, CPU tensors) in rank order.
 
-    `apart` and `other` make two worlds of them (see `runtime.distributed`).
+    `apart` and `other` make two worlds of them (see `process_groups.distributed_context`).
 
     Raises:
         RankError: the first rank that failed, died, or had not answered in `timeout` seconds.
@@ -107,7 +107,7 @@ def _work(rank: int, world_size: int, laid: tuple, folder: str, fn: Callable, ar
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
     # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
     parallel, teacher_ranks, teacher_parallel = laid
-    world = process_groups.distributed(
+    world = process_groups.distributed_context(
         parallel, store=store, teacher_ranks=teacher_ranks, teacher_parallel=teacher_parallel
     )
     with _told(rank, folder), world, _told(rank, folder):

@@ -95,7 +95,7 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
         raise UserError(
             f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again."
         )
-    architecture.expect(checkpoint.arch, architecture.given(wanted), path)
+    architecture.check_matches(checkpoint.arch, architecture.from_config(wanted), path)
     return checkpoint
 
 
@@ -266,10 +266,12 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     """Set a model's parameters from a checkpoint written in any layout (collective). Padding rows of the vocabulary become 0.
 
     Raises:
-        UserError: see `load`; a weight tensor is all zeros or has a NaN or an infinity.
+        UserError: see `load`; a weight has a NaN or an infinity, or the embedding or output head is all zeros. Zero projections
+            are valid: they add blocks to a model without changing it.
     """
+    padded = ("embedding.word_embeddings.weight", "output_layer.weight")
     for name, parameter in build.named_parameters(model):
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in padded:
             parameter.data.zero_()
     state = sharded.model_state(model, checkpoint.arch)
     loaded = load(checkpoint, state)
@@ -279,9 +281,7 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     with process_groups.raise_on_all_ranks():
         for name, parameter in build.named_parameters(model):
             peak = parameter.detach().abs().max().item()
-            centred = parameter.dim() == 1 and checkpoint.arch.traits.norm == "LayerNorm1P"
-            zero = peak == 0 and not (centred or name.endswith("bias"))
-            if zero or not peak < float("inf"):
+            if (peak == 0 and name in padded) or not peak < float("inf"):
                 raise UserError(
                     f"{name} in {checkpoint.path} has largest magnitude {peak}: these are no trained weights."
                 )

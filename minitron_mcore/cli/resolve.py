@@ -57,11 +57,11 @@ def _source(config: Run) -> tuple[Architecture, str]:
     """What `model` says: its folder, or where that isn't there its architecture."""
     if not config.model.hf:
         raise UserError("model.hf is not given: say model.hf=/path/to/folder, or name a model (+model=NAME).")
-    folder, wanted = Path(config.model.hf), architecture.given(config.model.architecture)
+    folder, wanted = Path(config.model.hf), architecture.from_config(config.model.architecture)
     if wanted and not (folder / "config.json").is_file():
         return wanted, "model.architecture"
     found, _ = architecture.read_hf(folder)
-    architecture.expect(found, wanted, folder)
+    architecture.check_matches(found, wanted, folder)
     return found, str(folder)
 
 
@@ -81,7 +81,7 @@ def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
 
 def candidates(config: SearchRun) -> list[space.Candidate]:
     found = space.Space.of(_at(config.source, config)[0], config)
-    if found.combinations > space.GRID:
+    if found.combinations > space.MAX_GRID:
         raise UserError(f"{found.combinations:,} combinations are too many to look at each: plan with fewer sizes.")
     return found.candidates
 

@@ -185,7 +185,7 @@ def numerics(config: dict) -> dict:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What this machine has (see `models.tuning.installed`)."""
+    """What this machine has (see `models.tuning.available_kernels`)."""
 
     capability: tuple[int, int] = (0, 0)
     """Of the CUDA device."""

@@ -292,7 +292,7 @@ class DistillConfig(TrainConfig):
     @property
     def needs_teacher(self) -> bool:
         """The run has a teacher."""
-        return bool(self.kd_weight or self.states.weight)
+        return bool(self.kd_weight or self.hidden_state_loss.weight)
 
 
 @dataclass

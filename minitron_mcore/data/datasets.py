@@ -123,7 +123,7 @@ def tokenize(
         files: text files, or prefixes of .bin/.idx pairs, which are checked only.
         tokenizer: may be None if all files are prefixes.
         limits: size limits of text files; None for the defaults.
-        vocab_size: rows of the model's embedding, which the ids of given pairs must fit; None skips this check.
+        vocab_size: rows of the model's embedding, which all ids must fit; None skips this check.
 
     Returns:
         The prefix of each file's pair.
@@ -152,8 +152,11 @@ def tokenize(
             if is_prefix(path) and vocab_size is not None:
                 check_ids(path, vocab_size)
         prefixes = [prefix_of(path) for path in files]
-        for prefix in prefixes:
+        for path, prefix in zip(files, prefixes, strict=True):
             check_index(prefix)
+            # It may have been tokenised for a model with more rows.
+            if path != prefix and vocab_size is not None and tokenizer.vocab_size > vocab_size:
+                check_ids(prefix, vocab_size)
         return prefixes
 
     limits = limits or Limits()

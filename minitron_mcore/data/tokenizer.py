@@ -18,6 +18,9 @@ from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import read_json
 
+MAX_ID = 1 << 24
+"""Largest id of a vocabulary. The tokenizers package allocates a list of that length; published ids are below 2^19."""
+
 
 class Spans(NamedTuple):
     """The T tokens of a text and their positions in it."""
@@ -37,6 +40,8 @@ class Tokenizer(ABC):
     """Largest id + 1."""
     fingerprint: bytes
     """Tokenizers with equal fingerprints give equal ids."""
+    rows: int | None = None
+    """Rows of the embedding that the ids must fit; None skips this check."""
 
     @abstractmethod
     def _encode(self, texts: list[str]) -> list[list[int]]: ...
@@ -52,17 +57,33 @@ class Tokenizer(ABC):
         """The vocabulary: the string of each id."""
 
     def documents(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, EOS last."""
-        return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._encode(texts)]
+        """The ids of each text, EOS last.
+
+        Raises:
+            UserError: an id has no row in the embedding (see `rows`). Ids that no text uses are not checked.
+        """
+        documents = [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._encode(texts)]
+        self._check_rows(documents)
+        return documents
 
     def spans(self, texts: list[str]) -> list[Spans]:
-        """`documents` with the position of each token."""
-        return [
+        """`documents` with the position of each token. Raises the same errors."""
+        documents = [
             spans
             if spans.ids and spans.ids[-1] == self.eos
             else Spans([*spans.ids, self.eos], [*spans.ends, len(text)], [*spans.special, True])
             for spans, text in zip(self._encode_spans(texts), texts, strict=True)
         ]
+        self._check_rows([spans.ids for spans in documents])
+        return documents
+
+    def _check_rows(self, documents: list[list[int]]) -> None:
+        largest = max((max(ids) for ids in documents), default=0)
+        if self.rows is not None and largest >= self.rows:
+            raise UserError(
+                f"The text has token {largest} ({self.decode([largest])!r}), the model's embedding {self.rows} rows: give the "
+                "model's own tokenizer with data.tokenizer=/path."
+            )
 
 
 class _HuggingFace(Tokenizer):
@@ -157,6 +178,21 @@ def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
     return tokenizer
 
 
+def _check_ids(path: Path) -> None:
+    """Check the ids in tokenizer.json or vocab.json before the tokenizers package allocates memory for them."""
+    if not path.is_file():
+        return
+    vocab = _read_json(path)
+    if path.name == "tokenizer.json":
+        vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
+    for token, number in vocab.items() if isinstance(vocab, dict) else ():
+        if type(number) is not int or not 0 <= number <= MAX_ID:
+            raise UserError(
+                f"{path} gives {token[:40]!r} the id {str(number)[:40]}; ids are whole numbers from 0 to {MAX_ID}: copy the "
+                "tokenizer's files again."
+            )
+
+
 def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tokenizer:
     """Load a Hugging Face tokenizer folder (offline, without remote code) or a sentencepiece .model.
 
@@ -165,13 +201,15 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
         model: the model's Hugging Face folder, which supplies the settings that are missing next to a .model.
 
     Raises:
-        UserError: no tokenizer, one without an EOS token, or one that transformers implements in Python only ("slow").
+        UserError: no tokenizer, one without an EOS token, with ids above MAX_ID, or implemented in Python only ("slow").
     """
     path = Path(path)
     if path.is_file():
         return _sentencepiece(path, Path(model or path.parent))
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return _sentencepiece(path / "tokenizer.model", Path(model or path))
+    for name in ("tokenizer.json", "vocab.json"):
+        _check_ids(path / name)
     tokenizer_class = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
         if not path.is_dir():
@@ -196,17 +234,20 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
 def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int) -> Tokenizer:
     """The tokenizer of a run: `data.tokenizer`, or the one in the model's Hugging Face folder.
 
+    It may have ids without a row in the embedding, such as one for padding. A text that uses such an id is refused.
+
     Args:
         model: the model's Hugging Face folder.
         vocab_size: rows of the model's embedding.
 
     Raises:
-        UserError: see `load`; the tokenizer has ids that are not below `vocab_size`.
+        UserError: see `load`; the EOS id has no row in the embedding.
     """
     tokenizer = load(config.tokenizer or model, model)
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.eos >= vocab_size:
         raise UserError(
-            f"The tokenizer {config.tokenizer or model} has ids up to {tokenizer.vocab_size - 1}, the model's embedding "
+            f"The tokenizer {config.tokenizer or model} ends documents with token {tokenizer.eos}, the model's embedding has "
             f"{vocab_size} rows: give the model's own with data.tokenizer=/path."
         )
+    tokenizer.rows = vocab_size
     return tokenizer

@@ -221,7 +221,7 @@ class CachedTeacher:
         if not process_groups.is_last_stage():
             return batches
         jobs = (partial(self._read, batch["samples"].tolist()) for batch in batches)
-        return (batch | found for batch, found in zip(batches, process_groups.ahead(jobs, threads=1), strict=True))
+        return (batch | found for batch, found in zip(batches, process_groups.prefetch(jobs, threads=1), strict=True))
 
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         samples = [self._sample(row) for row in rows]

@@ -59,7 +59,7 @@ class DistantTeacher:
         wanted = [("teacher_hidden", (), self.last, stages - 1)]
         wanted += [(hidden_state_loss.key(block), (), *route) for block, *route in self.routes]
         every = gathered(batches)
-        self.bridge.ask({"shape": every.shape, "each": each, "routes": self.routes, "last": stages - 1})
+        self.bridge.send_request({"shape": every.shape, "each": each, "routes": self.routes, "last": stages - 1})
         self.bridge.broadcast(every)
         parts = (batches[at : at + each] for at in range(0, len(batches), each))
         filled = (batch for part in parts for batch in teachers.filled(part, wanted, self.transfer))
@@ -82,12 +82,12 @@ def serve(
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the student's ranks save, end the run, and with it this one
-    with bridge.prepared():
+    with bridge.report_user_errors():
         options = (performance or PerformanceConfig()).frozen()
         model = run_folder.build_model(source, config.teacher_parallel or parallel, dtype, options)
         model.eval().requires_grad_(False)
     transfer = _transfer(source.arch, config, parallel, dtype)
-    for asked in bridge.requests():
+    for asked in bridge.receive_requests():
         every = torch.empty(asked["shape"], dtype=torch.int64, device=process_groups.device())
         bridge.broadcast(every)
         for part in every.split(asked["each"], dim=1):
@@ -99,5 +99,5 @@ def serve(
 def _transfer(arch: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str) -> OtherLayout:
     bridge, other = process_groups.bridge(), config.teacher_parallel or parallel
     empty: Tensor = torch.empty(0, arch.hidden, dtype=build.DTYPES[dtype], device=process_groups.device())
-    places = bridge.meet(process_groups.places())
+    places = bridge.exchange_places(process_groups.places())
     return OtherLayout((parallel, other), places, bridge.rank, bridge.all_to_all, empty)

@@ -51,7 +51,7 @@ def check(
     ]
     live = None if isinstance(teacher, Cache) else teacher and teacher.arch
     found += performance_checks.problems(
-        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.installed()
+        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.available_kernels()
     )
     found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
     found += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
@@ -237,7 +237,7 @@ class Trainer:
         with torch.no_grad():
             for with_teacher_outputs in self.teacher.add_teacher_outputs([batch]):
                 if process_groups.is_last_stage():
-                    sums += self.loss_fn.teacher_loss(schedule.share(with_teacher_outputs))
+                    sums += self.loss_fn.teacher_loss(schedule.cp_shard(with_teacher_outputs))
         loss, tokens = self._total(sums).tolist()
         return loss / max(tokens, 1.0)
 

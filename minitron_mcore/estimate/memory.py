@@ -79,7 +79,7 @@ def parameters(arch: Architecture, setting: Setting, stage: int) -> tuple[int, i
     """Parameters in the memory of a rank of a pipeline stage, padding included: (experts' own, all others)."""
     tp, own = setting.parallel.tensor, range(arch.experts // setting.parallel.expert)
     counts = [0, 0]
-    for parameter in sharding.held(arch, setting.parallel, stage, own):
+    for parameter in sharding.parameters_on_rank(arch, setting.parallel, stage, own):
         counts[parameter.expert is None] += local_elements(parameter, tp)
     if arch.tied and 0 < stage == setting.last:
         counts[True] += parameter_table.padded_vocab(arch, tp) // tp * arch.hidden  # its copy of the embedding table
@@ -122,7 +122,11 @@ def _owned(setting: Setting, counts: tuple[int, int], distributed: bool) -> floa
 def matrices(arch: Architecture, setting: Setting, stage: int) -> int:
     """A rank's weights of the matrices in its layers, which is what runs in 8 bits."""
     own = range(arch.experts // setting.parallel.expert)
-    inside = (p for p in sharding.held(arch, setting.parallel, stage, own) if p.block is not None and len(p.shape) == 2)
+    inside = (
+        p
+        for p in sharding.parameters_on_rank(arch, setting.parallel, stage, own)
+        if p.block is not None and len(p.shape) == 2
+    )
     return sum(local_elements(parameter, setting.parallel.tensor) for parameter in inside)
 
 

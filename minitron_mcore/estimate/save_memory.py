@@ -21,6 +21,8 @@ def saving(arch: Architecture, setting: Setting, stage: int, distributed: bool, 
         return 0
     elements = disk.PIECE_ELEMENTS
     if not distributed:
-        tensors = sharding.held(arch, setting.parallel, stage, range(arch.experts // setting.parallel.expert))
+        tensors = sharding.parameters_on_rank(
+            arch, setting.parallel, stage, range(arch.experts // setting.parallel.expert)
+        )
         elements = max(local_elements(parameter, setting.parallel.tensor) for parameter in tensors)
     return disk.THREADS * 4 * elements

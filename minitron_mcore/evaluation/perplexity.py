@@ -94,6 +94,15 @@ def windows(path: str, tokenizer: Tokenizer, sequence_length: int, limits: Limit
     return Windows(tokens[used], mask[used], (num_bytes * mask).sum(dim=1)[used])
 
 
+def spread(windows: Windows, limit: int | None) -> Windows:
+    """At most `limit` of the windows, spread evenly over the text; None keeps all."""
+    count = len(windows.tokens)
+    if limit is None or count <= limit:
+        return windows
+    kept = torch.arange(limit) * count // limit
+    return Windows(*(column[kept] for column in windows))
+
+
 def evaluate_text(
     files: Sequence[str],
     tokenizer: Tokenizer,
@@ -131,10 +140,8 @@ def evaluate_windows(
         bytes, loss in nats a token, speed of all ranks together.
     """
     rows = []
-    for path, (tokens, mask, num_bytes) in cuts.items():
-        if max_windows is not None and len(tokens) > max_windows:
-            kept = torch.arange(max_windows) * len(tokens) // max_windows
-            tokens, mask, num_bytes = tokens[kept], mask[kept], num_bytes[kept]
+    for path, file_windows in cuts.items():
+        tokens, mask, num_bytes = spread(file_windows, max_windows)
         start = time.monotonic()
         total = _sum_nll(os.path.basename(path), tokens, mask, nll, micro_batch, dp_rank, dp_size)
         if dp_size > 1:

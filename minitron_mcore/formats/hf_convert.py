@@ -36,7 +36,7 @@ def import_folder(
     path = Path(path)
     with process_groups.raise_on_all_ranks():
         arch, _ = architecture.read_hf(path)
-        architecture.expect(arch, wanted, path)
+        architecture.check_matches(arch, wanted, path)
         weights = weights or HFFolder(path)
         weights.check(arch)
         build.check_shardable(arch, parallel)
@@ -65,7 +65,9 @@ def read(weights: Weights, hashing: bool, parameter: parameter_table.Parameter, 
 
 def stage_parameters(arch: Architecture, parallel: ParallelConfig) -> Iterator[parameter_table.Parameter]:
     """Parameters of this rank's pipeline stages and of its own experts."""
-    return sharding.held(arch, parallel, process_groups.pp_group().rank(), process_groups.own_experts(arch.experts))
+    return sharding.parameters_on_rank(
+        arch, parallel, process_groups.pp_group().rank(), process_groups.own_experts(arch.experts)
+    )
 
 
 def replica(parameter: parameter_table.Parameter) -> tuple[int, int]:

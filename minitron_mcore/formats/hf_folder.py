@@ -243,7 +243,7 @@ class Writer:
         with contextlib.ExitStack() as stack:
             regions = self._regions(stack)
             file, free = None, 0
-            for done, data in enumerate(process_groups.ahead(jobs), 1):
+            for done, data in enumerate(process_groups.prefetch(jobs), 1):
                 while len(data):
                     if not free:
                         file, start, free = next(regions)

@@ -210,7 +210,7 @@ def export_folder(
     """
     out_dir, arch = Path(out_dir), source.arch
     with process_groups.raise_on_all_ranks():
-        refuse(architecture.missing_layers(arch, "megatron-core's GPTModel"))
+        refuse(architecture.missing_layer_problems(arch, "megatron-core's GPTModel"))
         build.check_shardable(arch, parallel)
         reader = streaming.Reader(source)
     padded_vocab = -(-arch.vocab // vocab_multiple) * vocab_multiple

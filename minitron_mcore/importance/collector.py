@@ -52,7 +52,7 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.schedule import forward
 
-FUSE_FROM = 2**18
+COMPILE_MIN_TOKENS = 2**18
 """Tokens of a run for which compiling takes less time than it saves."""
 
 
@@ -64,7 +64,7 @@ class Collector:
         model: this rank's part.
         arch: the whole model's.
         statistic: how activations become scores.
-        fused: compile the reductions (see `metrics.fused`); the result differs by rounding.
+        fused: compile the reductions (see `metrics.compiled`); the result differs by rounding.
 
     Raises:
         UserError: a statistic that the model doesn't have.
@@ -77,7 +77,7 @@ class Collector:
         self.distances: dict[tuple[str, ...], Tensor] = {}  # likewise
         self.routed: dict[str, Tensor] = {}  # by block: [own experts, F + 1], the channels and then the output's norm
         self.tokens = torch.zeros((), dtype=torch.int64, device=process_groups.device())
-        self._fused = metrics.fused if fused else lambda function: function
+        self._fused = metrics.compiled if fused else lambda function: function
         self._widths: dict[str, int] = {}  # channels of each name on this rank
         self._readers: dict[str, nn.Parameter] = {}  # by name, the weights whose columns read its channels
         self._open: dict[str, Sums] = {}  # per sample over S, of this micro-batch
@@ -161,7 +161,7 @@ class Collector:
 
     def _heads(self, name):
         def hook(module, args) -> None:
-            reduce = self._fused(metrics.head_sums)
+            reduce = self._fused(metrics.head_norm_sums)
             self._open[name] = reduce(args[0], self._all.real, self.statistic.sequence, self.arch.head_dim)
 
         return hook
@@ -192,7 +192,7 @@ class Collector:
 
     def _close(self, names):
         def hook(module, args, output) -> None:
-            found = self._fused(metrics.distances)(self._streams, self._own.real)
+            found = self._fused(metrics.cosine_distances)(self._streams, self._own.real)
             self.distances[names] = self.distances.get(names, 0) + found
             self._streams = []
 
@@ -206,7 +206,7 @@ class Collector:
         samples = metrics.aggregate(self.statistic.sequence, part)  # [B, channels of all names]
         real = part.count > 0  # [B, 1]
         found = metrics.sums(samples, real, self.statistic.batch)
-        self.sums[names] = metrics.joined([self.sums[names], found]) if names in self.sums else found
+        self.sums[names] = metrics.merge([self.sums[names], found]) if names in self.sums else found
         self._open, self._split = {}, {}
 
     def scores(self) -> dict[str, Tensor]:
@@ -279,7 +279,7 @@ def _side_by_side(parts: Iterable[Sums]) -> Sums:
 
 
 @contextmanager
-def collecting(
+def collect_importance(
     model: build.Model, arch: Architecture, statistic: Statistic | None = None, fused: bool = False
 ) -> Iterator[Collector]:
     """Collect importance from every forward pass of `model` inside the block; its hooks are gone after it. See `Collector`."""
@@ -323,8 +323,8 @@ def score(
         for t, m in zip(tokens[mine].split(micro_batch), mask[mine].split(micro_batch), strict=True)
     ]
     progress = process_groups.Progress("importance", len(batches), "micro-batches")
-    fused = tokens[mine].numel() >= FUSE_FROM and metrics.compiles()
-    with collecting(model, source.arch, statistic, fused) as collector:
+    fused = tokens[mine].numel() >= COMPILE_MIN_TOKENS and metrics.can_compile()
+    with collect_importance(model, source.arch, statistic, fused) as collector:
         for start in range(0, len(batches), process_groups.pp_group().size()):
             group = batches[start : start + process_groups.pp_group().size()]  # together they keep every stage busy
             forward(model, group, lambda hidden, batch: None)

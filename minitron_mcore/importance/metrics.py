@@ -67,7 +67,7 @@ def _total(x: Tensor) -> Tensor:
     return parts.sum(0) + x[whole:].sum(0, dtype=torch.float32)
 
 
-def head_sums(x: Tensor, real: Tensor | None, how: Aggregation, head_dim: int) -> Sums:
+def head_norm_sums(x: Tensor, real: Tensor | None, how: Aggregation, head_dim: int) -> Sums:
     """Of the L2 norms over head_dim of x [n, ..., N D]; `sums` has the rest."""
     # Cast before: as part of the norm it takes twice as long on a CPU. Not unflatten, which torch.compile does not look into.
     heads = x.float().reshape(*x.shape[:-1], -1, head_dim)
@@ -88,7 +88,7 @@ def pool(part: Sums, summed: Callable[[list[Tensor]], list[Tensor]]) -> Sums:
     return Sums(count, total, *summed([part.spread + part.count * shift.square()]))
 
 
-def joined(parts: Iterable[Sums]) -> Sums:
+def merge(parts: Iterable[Sums]) -> Sums:
     """All parts' values together."""
     stacked = Sums(*(None if fields[0] is None else torch.stack(fields) for fields in zip(*parts, strict=True)))
     return pool(stacked, lambda tensors: [x.sum(0) for x in tensors])
@@ -101,7 +101,7 @@ def aggregate(how: Aggregation, found: Sums) -> Tensor:
     return (found.total if how == Aggregation.mean else found.spread) / found.count.clamp(min=1)
 
 
-def distances(streams: list[Tensor], real: Tensor | None) -> Tensor:
+def cosine_distances(streams: list[Tensor], real: Tensor | None) -> Tensor:
     """1 - cosine between a block's input and output, summed over tokens.
 
     Args:
@@ -131,12 +131,12 @@ def _distance(a: Tensor, b: Tensor, change: Tensor) -> Tensor:
     return torch.where(product > 0, found, 1.0)
 
 
-fused = functools.cache(functools.partial(torch.compile, dynamic=False))
+compiled = functools.cache(functools.partial(torch.compile, dynamic=False))
 """A function above as one pass over its arguments, compiled at its first call with each shape: to be had where `compiles`."""
 
 
 @functools.cache
-def compiles() -> bool:
+def can_compile() -> bool:
     """True where torch.compile works on this rank: on a CPU it needs a C++ compiler and Python's headers."""
     try:
         torch.compile(torch.square, dynamic=False)(torch.ones(3, device=process_groups.device()))

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore.errors import UserError, result_of
+from minitron_mcore.errors import UserError, result_file
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.reading import FORMAT_VERSION, check_format_version
 
@@ -81,7 +81,7 @@ def load_scores(path: str | Path, arch: Architecture, fingerprint: str) -> Score
     Raises:
         UserError: no such file, a damaged one, scores of another model, a vector that is missing, misshapen or not finite.
     """
-    path = result_of(path, FILE, "scores", "run launch/importance.py first, or give scores=")
+    path = result_file(path, FILE, "scores", "run launch/importance.py first, or give scores=")
     scores = read_scores(path)
     vectors, metadata = scores.vectors, scores.metadata
     if metadata.get("fingerprint") != fingerprint:

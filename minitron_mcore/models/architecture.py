@@ -143,16 +143,16 @@ def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
 def export_problems(arch: Architecture) -> Iterator[str]:
     """What the family's Hugging Face class cannot hold: a block without attention or MLP, and in LlamaConfig a hidden size that
     the heads don't divide, whatever head_dim says."""
-    yield from missing_layers(arch, f"transformers' {arch.traits.hf_class}")
+    yield from missing_layer_problems(arch, f"transformers' {arch.traits.hf_class}")
     if arch.traits.heads_divide_hidden and arch.hidden % arch.heads:
         below = arch.hidden - arch.hidden % arch.heads
         yield (
             f"hidden {arch.hidden} is not a multiple of {arch.heads} heads, which transformers' LlamaConfig demands: "
-            f"use {below} or {below + arch.heads}."
+            f"use {f'{below} or ' if below else ''}{below + arch.heads}, or prune.exportable=false."
         )
 
 
-def missing_layers(arch: Architecture, holder: str) -> Iterator[str]:
+def missing_layer_problems(arch: Architecture, holder: str) -> Iterator[str]:
     """What keeps a model from a class whose blocks all have attention and MLP; `holder` names the class."""
     gone = {"attention": arch.no_attention, "MLP": arch.no_mlp}
     if named := [f"no {part} in {', '.join(map(str, blocks))}" for part, blocks in gone.items() if blocks]:
@@ -167,7 +167,7 @@ def check_exportable(arch: Architecture) -> None:
     refuse(export_problems(arch))
 
 
-def given(fields: dict | None) -> Architecture | None:
+def from_config(fields: dict | None) -> Architecture | None:
     """The architecture that a config spells out (`model.architecture`), None where it takes any.
 
     Raises:
@@ -184,7 +184,7 @@ def given(fields: dict | None) -> Architecture | None:
     return found
 
 
-def expect(found: Architecture, wanted: Architecture | None, where: str | Path) -> None:
+def check_matches(found: Architecture, wanted: Architecture | None, where: str | Path) -> None:
     """Refuse a model that is not the one asked for.
 
     Raises:

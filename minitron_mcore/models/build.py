@@ -137,7 +137,7 @@ def build(
 
     Args:
         arch: sizes.
-        parallel: the layout that `runtime.distributed` was entered with.
+        parallel: the layout that `process_groups.distributed_context` was entered with.
         dtype: "bf16" or "fp32".
         performance: of a model in training; None: the model makes forward passes only.
 

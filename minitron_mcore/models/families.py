@@ -2,7 +2,7 @@
 
 A row names a parameter in Megatron-Core and in Hugging Face, and gives each dimension a logical axis (see `table`). To add a
 family, write its rows from the parts below, say which config keys hold which size, which values this package can run
-(`demands`), and which of the layers' variants it has; then put it into `FAMILIES`. tests/test_families.py wants an entry too.
+(`demands`), and which of the layers' variants it has; then put it into `FAMILIES`. tests/helpers/families.py wants an entry too.
 """
 
 from dataclasses import dataclass, field

@@ -64,7 +64,7 @@ def block_rank(arch: Architecture, parallel: ParallelConfig, block: int) -> int:
     return next(n for n, own in enumerate(stage_blocks(arch, parallel)) if block in own) % parallel.pipeline
 
 
-def held(
+def parameters_on_rank(
     arch: Architecture, parallel: ParallelConfig, rank: int, experts: range
 ) -> Iterator[parameter_table.Parameter]:
     """Parameters of which a pipeline rank has a part, of the experts only the given ones; a tied head goes by the embedding."""

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe import moe_utils  # isort: skip
 
 
 @functools.cache
-def installed() -> Kernels:
+def available_kernels() -> Kernels:
     """What this process can use; nothing on a CPU."""
     if cpu_backend.is_cpu():
         return Kernels()
@@ -50,12 +50,12 @@ def _on(option: bool | None, here: bool) -> bool:
 
 
 def _fuses_gradients(config: PerformanceConfig, arch: Architecture) -> bool:
-    return _on(config.gradient_accumulation_fusion, installed().weight_gradient and not arch.experts)
+    return _on(config.gradient_accumulation_fusion, available_kernels().weight_gradient and not arch.experts)
 
 
 def model_options(config: PerformanceConfig, arch: Architecture) -> dict[str, Any]:
     """Arguments of TransformerConfig."""
-    found = installed()
+    found = available_kernels()
     gpu = any(found.capability)
     options = {
         # megatron-core's own linear layers, of which the output head is always one, take Apex's kernel only: see `fuse_gradients`.
@@ -101,7 +101,7 @@ def ddp_config(config: PerformanceConfig, distributed: bool) -> DistributedDataP
     return DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         grad_reduce_in_fp32=config.grad_reduce_in_fp32,
-        overlap_grad_reduce=_on(config.overlap_grad_reduce, any(installed().capability)),
+        overlap_grad_reduce=_on(config.overlap_grad_reduce, any(available_kernels().capability)),
         bucket_size=config.bucket_size,
         overlap_param_gather=config.overlap_param_gather,
         align_param_gather=config.align_param_gather,

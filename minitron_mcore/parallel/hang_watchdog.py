@@ -50,7 +50,7 @@ class HangWatchdog:
     """Watches from entering to leaving the context; the job ends with status HUNG_STATUS when a rank stood still too long.
 
     Args:
-        minutes: a rank may stand still. The groups' own timeout must be longer (see `runtime.distributed`).
+        minutes: a rank may stand still. The groups' own timeout must be longer (see `process_groups.distributed_context`).
         where: () -> what the run is doing, for the message.
         told: called on the one rank that speaks, with the message and the ranks that it blames.
     """

@@ -18,8 +18,10 @@ _EVER = datetime.timedelta(days=365)
 
 
 class Bridge:
-    """Joins the two worlds of `runtime.distributed`. Its ranks are the first world's, then the second's, and its tensors travel
-    between all of them. Requests go from the first world to the second, whose ranks wait for them however long that takes."""
+    """Requests and tensor transfers between the student world and the teacher world of `process_groups.distributed_context`.
+
+    Bridge ranks number the student's processes first, then the teacher's.
+    """
 
     def __init__(self, store: dist.Store, rank: int, first: int, size: int, timeout: datetime.timedelta):
         """`first`: ranks of the first world."""
@@ -37,20 +39,20 @@ class Bridge:
         """This rank is of the second world."""
         return self.rank >= self.first
 
-    def ask(self, what: dict | None) -> None:
+    def send_request(self, what: dict | None) -> None:
         """Send a request to the second world; None is the last. Called on all ranks of the first, rank 0 sends."""
         if self.rank == 0:
             self.store.set(f"request {self.asked}", json.dumps(what))
         self.asked += 1
 
-    def requests(self) -> Iterator[dict]:
+    def receive_requests(self) -> Iterator[dict]:
         """In the second world, what the first asks for until it ends."""
         for number in itertools.count():
             if (what := self._heard(f"request {number}")) is None:
                 return
             yield what
 
-    def meet(self, own: list[Place]) -> tuple[list[Place | None], list[Place | None]]:
+    def exchange_places(self, own: list[Place]) -> tuple[list[Place | None], list[Place | None]]:
         """(places in the first world, in the second) of each rank of the bridge, None of those in the other (collective).
 
         Raises:
@@ -65,7 +67,7 @@ class Bridge:
         return [*near, *[None] * len(far)], [*[None] * len(near), *far]
 
     @contextlib.contextmanager
-    def prepared(self) -> Iterator[None]:
+    def report_user_errors(self) -> Iterator[None]:
         """In the second world, what comes before `meet`; a UserError is also the first world's, which tells the user."""
         try:
             yield

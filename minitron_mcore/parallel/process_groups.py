@@ -72,7 +72,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def distributed(
+def distributed_context(
     parallel: ParallelConfig,
     seed: int = 1234,
     sequence_length: int | None = None,
@@ -139,7 +139,7 @@ def distributed(
         barrier()
     finally:
         if _bridge and not _bridge.is_teacher:
-            _bridge.ask(None)
+            _bridge.send_request(None)
     # Not after an exception: NCCL's shutdown waits for collectives that the other ranks may never make.
     _bridge = None
     _layouts.clear()
@@ -161,7 +161,7 @@ def _initialize(parallel: ParallelConfig, minutes: float = 62.0) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Another layout of the same ranks, for a second model beside that of `distributed`; `within` puts it in force."""
+    """Another layout of the same ranks, for a second model beside that of `distributed_context`; `use_layout` puts it in force."""
 
     parallel: ParallelConfig
     state: dict[str, Any]
@@ -188,7 +188,7 @@ _layouts: dict[tuple, Layout] = {}
 
 
 @contextlib.contextmanager
-def within(teacher_parallel: Layout | None) -> Iterator[None]:
+def use_layout(teacher_parallel: Layout | None) -> Iterator[None]:
     """Everything inside the block happens in that layout; None is the one in force. What was in force is so again at the end.
 
     megatron-core takes groups as arguments in many places, but its schedules, its experts and what reads its checkpoints ask its
@@ -297,7 +297,7 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return every
 
 
-def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
+def prefetch[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
     """The jobs' results in their order, while threads do those that follow; at most `threads` + 1 results exist.
 
     There are more threads than cores, since they wait for the disk as often as they work.

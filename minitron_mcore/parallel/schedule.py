@@ -21,7 +21,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank  # isort: skip
 Batch = dict[str, Tensor]
 
 
-def share(batch: Batch) -> Batch:
+def cp_shard(batch: Batch) -> Batch:
     """This context-parallel rank's part of a batch's [B, S] tensors; others are shares already."""
     whole = {key: value for key, value in batch.items() if value is not None and value.dim() == 2}
     return batch | get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=process_groups.cp_group())
@@ -56,7 +56,7 @@ def forward(
     def step(iterator, chunk):
         hang_watchdog.beat()
         whole = next(iterator)
-        batch = share(whole)
+        batch = cp_shard(whole)
         output = chunk(batch["tokens"], None, None, headless=headless, loss_mask=batch.get("mask"))
 
         def collect(output: Tensor, non_loss_data: bool) -> None:
@@ -101,7 +101,7 @@ def forward_backward(
 
     def step(iterator, chunk):
         hang_watchdog.beat()
-        batch = share(next(iterator))
+        batch = cp_shard(next(iterator))
         on_batch(batch)
         return chunk(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)
 

@@ -47,14 +47,14 @@ def prune(source: run_folder.Checkpoint, plan: Plan, out_dir: str | Path, parall
     with process_groups.raise_on_all_ranks():
         reader = streaming.Reader(source)
     tp, pieces = process_groups.tp_group(), []
-    for parameter, target in _survivors(plan, hf_convert.stage_parameters(source.arch, parallel)):
+    for parameter, target in _kept_parameters(plan, hf_convert.stage_parameters(source.arch, parallel)):
         for box in streaming.shard_slices(parameter, tp.rank(), tp.size()):
             placed, kept = select(parameter, plan, box)
-            make = partial(_cut, reader.read, parameter, plan, box, kept)
+            make = partial(_read_cut, reader.read, parameter, plan, box, kept)
             pieces.append(streaming.Piece(target, *placed, reader.dtype(parameter), make))
     parents, plans = {"source": run_folder.identity(source)}, lineage.plans(source.path)
     run_folder.describe(
-        out_dir, plan.target, fingerprint(plan), parents, source.hf, plans, **_done(plan, source.lineage)
+        out_dir, plan.target, fingerprint(plan), parents, source.hf, plans, **_lineage_details(plan, source.lineage)
     )
     if process_groups.rank() == 0:
         run_folder.replace_text(Path(out_dir) / FILE, plan.to_json())
@@ -81,7 +81,9 @@ def build_pruned(
     _check(plan, source.fingerprint, source.path)
     gc.collect()  # a model's modules refer to each other in circles: the one before would still be there
     model = build.build(plan.target, parallel, dtype)
-    origin = {target.name: parameter for parameter, target in _survivors(plan, parameter_table.parameters(source.arch))}
+    origin = {
+        target.name: parameter for parameter, target in _kept_parameters(plan, parameter_table.parameters(source.arch))
+    }
     targets = {parameter.name: parameter for parameter in parameter_table.parameters(plan.target)}
     tp = process_groups.tp_group()
     with process_groups.raise_on_all_ranks():
@@ -90,22 +92,22 @@ def build_pruned(
             weights.data.zero_()  # the vocabulary's padding
             for offset, view in sharded.shard_views(targets[name], weights.data, tp.rank(), tp.size()):
                 if view.numel():
-                    view.copy_(_kept(reader, origin[name], plan, offset, tuple(view.shape)))
+                    view.copy_(_read_kept(reader, origin[name], plan, offset, tuple(view.shape)))
     return model
 
 
-def _kept(
+def _read_kept(
     reader: streaming.Reader, parameter: parameter_table.Parameter, plan: Plan, offset: tuple, shape: tuple
 ) -> Tensor:
     """What a plan keeps of the source's parameter, in a box of the target's."""
     keeps = [
-        index_maps.kept(axis, plan, parameter.block, parameter.expert)[low : low + length]
+        index_maps.kept_positions(axis, plan, parameter.block, parameter.expert)[low : low + length]
         for axis, low, length in zip(parameter.row.axes, offset, shape, strict=True)
     ]
     first = tuple(int(keep[0]) for keep in keeps)
     stretch = tuple(int(keep[-1]) + 1 - low for keep, low in zip(keeps, first, strict=True))
     kept = [keep - low for keep, low in zip(keeps, first, strict=True)]
-    return _cut(reader.read, parameter, plan, (first, stretch), kept)
+    return _read_cut(reader.read, parameter, plan, (first, stretch), kept)
 
 
 def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | None = None) -> int:
@@ -134,13 +136,13 @@ def cut_folder(path: str | Path, plan: Plan, out_dir: str | Path, dtype: str | N
             "give its own folder or plan anew."
         )
     architecture.check_exportable(plan.target)
-    origin = {target: parameter for parameter, target in _survivors(plan, parameter_table.parameters(arch))}
+    origin = {target: parameter for parameter, target in _kept_parameters(plan, parameter_table.parameters(arch))}
 
     def rows(target: parameter_table.Parameter) -> Iterator[Callable[[], Tensor]]:
         parameter, hashing = origin[target], True
         for box in streaming.shard_slices(parameter):
             kept = select(parameter, plan, box)[1]
-            yield partial(_cut, partial(hf_convert.read, folder, hashing), parameter, plan, box, kept)
+            yield partial(_read_cut, partial(hf_convert.read, folder, hashing), parameter, plan, box, kept)
             hashing = False
 
     targets = list(parameter_table.parameters(plan.target))
@@ -162,11 +164,11 @@ def cut_lineage(path: str | Path, plan: Plan) -> dict:
     """The lineage of `cut_folder`'s result, as if its two steps had been taken one by one."""
     converted = run_folder.make_lineage({HFFolder.kind: {"path": str(path), "sha256": plan.fingerprint}})
     return run_folder.make_lineage(
-        {"source": {"path": str(path), "fingerprint": plan.fingerprint}}, **_done(plan, converted)
+        {"source": {"path": str(path), "fingerprint": plan.fingerprint}}, **_lineage_details(plan, converted)
     )
 
 
-def _done(plan: Plan, ancestry: dict) -> dict:
+def _lineage_details(plan: Plan, ancestry: dict) -> dict:
     return {
         "plan": plan.digest(),
         "scores": plan.scores,
@@ -187,14 +189,14 @@ def _check(plan: Plan, fingerprint: str, path: Path) -> None:
         )
 
 
-def _survivors(
+def _kept_parameters(
     plan: Plan, parameters: Iterable[parameter_table.Parameter]
 ) -> Iterator[tuple[parameter_table.Parameter, parameter_table.Parameter]]:
     """The source's parameters that a plan keeps, each with the target's that it becomes."""
     return (
         (parameter, index_maps.target_of(parameter, plan))
         for parameter in parameters
-        if index_maps.keeps(plan, parameter)
+        if index_maps.is_kept(plan, parameter)
     )
 
 
@@ -203,33 +205,33 @@ def select(parameter: parameter_table.Parameter, plan: Plan, box: Box) -> tuple[
     dimension."""
     offset, kept = [], []
     for axis, low, length in zip(parameter.row.axes, *box, strict=True):
-        keep = index_maps.kept(axis, plan, parameter.block, parameter.expert)
+        keep = index_maps.kept_positions(axis, plan, parameter.block, parameter.expert)
         first, last = np.searchsorted(keep, [low, low + length])
         offset.append(int(first))
         kept.append(keep[first:last] - low)
     return (tuple(offset), tuple(map(len, kept))), kept
 
 
-def _cut(
+def _read_cut(
     read: Callable[..., Tensor], parameter: parameter_table.Parameter, plan: Plan, box: Box, kept: list[np.ndarray]
 ) -> Tensor:
     """The kept positions of a box of the source's parameter; queries with what is merged into them (`choose_heads`)."""
-    data = _take(read(parameter, *box), kept)
+    data = _index_select(read(parameter, *box), kept)
     if parameter.row.axes[0] != "qkv" or parameter.block not in plan.merged:
         return data
     rows = box[0][0] + kept[0]
-    others = index_maps.partners(plan, parameter.block)[rows]
+    others = index_maps.merge_partners(plan, parameter.block)[rows]
     if not (merged := np.flatnonzero(others != rows)).size:
         return data
     # A partner lies in the same group, so on the same tensor-parallel rank, but not always in the same box.
     low, high = int(others[merged].min()), int(others[merged].max()) + 1
     dropped = read(parameter, (low, *box[0][1:]), (high - low, *box[1][1:]))
-    dropped = _take(dropped, [others[merged] - low, *kept[1:]]).float()
+    dropped = _index_select(dropped, [others[merged] - low, *kept[1:]]).float()
     queries = data[merged].float()
     return data.index_copy(0, torch.from_numpy(merged), (queries + (queries - dropped)).to(data.dtype))
 
 
-def _take(data: Tensor, kept: list[np.ndarray]) -> Tensor:
+def _index_select(data: Tensor, kept: list[np.ndarray]) -> Tensor:
     """The kept positions of each dimension."""
     bits = data.view(
         BITS[data.itemsize]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.config.settings import PruneConfig
-from minitron_mcore.errors import UserError, result_of
+from minitron_mcore.errors import UserError, result_file
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.pruning.target import depth, target_architecture
+from minitron_mcore.pruning.target import kept_layers, target_architecture
 from minitron_mcore.reading import FORMAT_VERSION, check_format_version, read_json
 
 FILE = "plan.json"
@@ -167,7 +167,7 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         UserError: no such file, or not a plan.
     """
-    path = result_of(path, FILE, "plan", "run launch/plan.py first, or give plan=")
+    path = result_file(path, FILE, "plan", "run launch/plan.py first, or give plan=")
     data = read_json(path, "run launch/plan.py again")
     check_format_version(data, path, "run launch/plan.py again")
     data.setdefault("format_version", 0)
@@ -187,7 +187,7 @@ def load_plan(path: str | Path) -> Plan:
         raise UserError(f"{path} is not a plan ({type(error).__name__}: {error}): run launch/plan.py again.") from error
 
 
-def top(scores: Tensor, count: int) -> list[int]:
+def top_indices(scores: Tensor, count: int) -> list[int]:
     """Indices of the `count` highest, ascending; of equals the first."""
     return sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist())
 
@@ -202,7 +202,7 @@ def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: Pru
     """
     vectors = scores.vectors
     target = target_architecture(source, prune, vectors)
-    kept = depth(source, prune, vectors)
+    kept = kept_layers(source, prune, vectors)
     groups, heads, merged, ffn, experts = {}, {}, {}, {}, {}
     for block in kept.attention:
         groups[block], heads[block], pairs = choose_heads(vectors[f"blocks.{block}.heads"], source, target)
@@ -211,16 +211,16 @@ def make_plan(source: Architecture, fingerprint: str, scores: Scores, prune: Pru
     for block in kept.mlp:
         channels = vectors[f"blocks.{block}.ffn"]
         if source.experts:
-            chosen = top(vectors[f"blocks.{block}.experts"], target.experts)
-            experts[block] = {expert: top(channels[expert], target.ffn) for expert in chosen}
+            chosen = top_indices(vectors[f"blocks.{block}.experts"], target.experts)
+            experts[block] = {expert: top_indices(channels[expert], target.ffn) for expert in chosen}
         else:
-            ffn[block] = top(channels, target.ffn)
+            ffn[block] = top_indices(channels, target.ffn)
     return Plan(
         source=source,
         target=target,
         fingerprint=fingerprint,
         scores=scores.digest(),
-        hidden=top(vectors["hidden"], target.hidden),
+        hidden=top_indices(vectors["hidden"], target.hidden),
         blocks=kept.blocks,
         ffn=ffn,
         heads=heads,
@@ -254,7 +254,7 @@ def choose_heads(
     """
     size, kept = source.heads_per_group, target.heads_per_group
     grouped = scores.view(source.groups, size)
-    groups = top(torch.linalg.vector_norm(grouped, dim=1), target.groups)
+    groups = top_indices(torch.linalg.vector_norm(grouped, dim=1), target.groups)
     heads, pairs = [], {}
     for group in groups:
         ranked = [group * size + h for h in torch.sort(grouped[group], descending=True, stable=True).indices.tolist()]

@@ -71,7 +71,7 @@ def counts(plan: Plan) -> str:
 def _pairs(plan: Plan) -> list[tuple[Parameter, Parameter | None]]:
     """Each parameter of the source and what the plan makes of it; None is nothing."""
     return [
-        (p, index_maps.target_of(p, plan) if index_maps.keeps(plan, p) else None)
+        (p, index_maps.target_of(p, plan) if index_maps.is_kept(plan, p) else None)
         for p in parameter_table.parameters(plan.source)
     ]
 

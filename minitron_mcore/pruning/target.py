@@ -36,7 +36,7 @@ def as_count(value: object, total: int, said: str) -> int:
     return count
 
 
-def resolve(target: int | float | None, total: int, name: str) -> int:
+def kept_count(target: int | float | None, total: int, name: str) -> int:
     """A target of prune.`name` as a count (see `as_count`); None is all.
 
     Raises:
@@ -52,7 +52,7 @@ def resolve(target: int | float | None, total: int, name: str) -> int:
     return count
 
 
-class Depth(NamedTuple):
+class KeptLayers(NamedTuple):
     """What a target keeps of its source's depth: blocks, and those of them that keep attention and MLP; all source blocks."""
 
     blocks: list[int]
@@ -60,7 +60,9 @@ class Depth(NamedTuple):
     mlp: list[int]
 
 
-def depth(source: Architecture, prune: PruneConfig, distances: Mapping[str, SupportsFloat] | None = None) -> Depth:
+def kept_layers(
+    source: Architecture, prune: PruneConfig, distances: Mapping[str, SupportsFloat] | None = None
+) -> KeptLayers:
     """The layers that a prune config keeps: blocks are chosen first, then attention and MLP layers among those of kept blocks.
 
     Args:
@@ -91,22 +93,22 @@ def depth(source: Architecture, prune: PruneConfig, distances: Mapping[str, Supp
     if not wrong and (empty := sorted(set(blocks) - {*attention, *mlp})):
         gone = sorted({*range(source.blocks)} - {*blocks} | {*empty})
         wrong.append(
-            f"nothing would be left of block{'s' * (len(empty) > 1)} {spans(empty)}, neither attention nor MLP: say "
+            f"nothing would be left of block{'s' * (len(empty) > 1)} {format_ranges(empty)}, neither attention nor MLP: say "
             f"prune.drop_blocks={gone} instead of prune.blocks, or keep more attention or MLP layers."
         )
     refuse(wrong)
-    return Depth(blocks, attention, mlp)
+    return KeptLayers(blocks, attention, mlp)
 
 
 def _choose(prune: PruneConfig, option: str, there: list[int], total: int, score: Callable[[int], float]) -> list[int]:
     """Those of the blocks `there` that prune.drop_<option> leaves or, of prune.<option>, the highest; of equals the first."""
     dropped, wanted = getattr(prune, f"drop_{option}"), getattr(prune, option)
-    count = len(there) if wanted is None else resolve(wanted, total, option)
+    count = len(there) if wanted is None else kept_count(wanted, total, option)
     if dropped:
         if not set(dropped) < set(there) or len(set(dropped)) != len(dropped):
             what = "the source has" if option == "blocks" else f"the kept ones with {option} are"
             raise UserError(
-                f"prune.drop_{option} {list(dropped)}: give different blocks, not all; {what} {spans(there)}."
+                f"prune.drop_{option} {list(dropped)}: give different blocks, not all; {what} {format_ranges(there)}."
             )
         left = [block for block in there if block not in dropped]
         if wanted is not None and count != len(left):
@@ -119,7 +121,7 @@ def _choose(prune: PruneConfig, option: str, there: list[int], total: int, score
     return sorted(sorted(there, key=lambda block: -score(block))[:count])
 
 
-def spans(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 as "0-2, 5"."""
     starts = [number for number in numbers if number - 1 not in numbers]
     ends = [number for number in numbers if number + 1 not in numbers]
@@ -143,14 +145,14 @@ def target_architecture(
                 wrong.append(f"prune.experts is {prune.experts}, but the source has no experts: leave it out.")
             continue
         try:
-            sizes[axis] = resolve(getattr(prune, axis), total, axis)
+            sizes[axis] = kept_count(getattr(prune, axis), total, axis)
         except UserError as mistake:
             wrong.append(str(mistake))
     if prune.heads is None:
         sizes["heads"] = sizes["groups"] * source.heads_per_group
     wrong += _head_problems(source, prune, sizes["heads"], sizes["groups"])
     try:
-        kept = depth(source, prune, distances)
+        kept = kept_layers(source, prune, distances)
     except UserError as mistake:
         wrong.append(str(mistake))
     refuse(wrong)

@@ -5,7 +5,7 @@ from pathlib import Path
 from minitron_mcore.checkpoint import lineage
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.pruning.plan import Plan
-from minitron_mcore.reporting.read import KINDS, read_json, readable
+from minitron_mcore.reporting.read import KINDS, damage_as_user_error, read_json
 
 
 def steps(found: dict[str, list[Path]]) -> list[lineage.Step]:
@@ -13,7 +13,7 @@ def steps(found: dict[str, list[Path]]) -> list[lineage.Step]:
     merged: dict[str, lineage.Step] = {}
     for path in (folder / KINDS[kind] for kind in ("checkpoint", "export") for folder in found[kind]):
         record = read_json(path)
-        with readable(path):
+        with damage_as_user_error(path):
             identity = {"path": str(path.parent), "step": ""} | {
                 k: v for k, v in record.items() if k in ("path", "step")
             }
@@ -49,7 +49,7 @@ def rows(
     for folder in found["export"]:
         path = folder / KINDS["export"]
         record = read_json(path)
-        with readable(path):
+        with damage_as_user_error(path):
             kept = sorted(file.stem.removeprefix("plan_") for file in path.parent.glob("plan_*.json"))
             line = _line("folder", record["fingerprint"], "exported", f"weights {record['fingerprint']}", folder.name)
             lines.append(line | ({"with": f"plan {', '.join(kept)}"} if kept else {}))

@@ -66,7 +66,7 @@ def contents(found: list[Section]) -> list[dict]:
 
 def render(work_dir: Path, found: list[Section]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"cell": tables.cell, "label": tables.label, "columns": tables.columns, "css": _css}
+    environment.filters |= {"cell": tables.format_value, "label": tables.label, "columns": tables.columns, "css": _css}
     return environment.from_string(_TEMPLATE.read_text()).render(
         title=work_dir.resolve().name,
         folder=str(work_dir),
@@ -80,4 +80,4 @@ def render(work_dir: Path, found: list[Section]) -> str:
 def _css(rows: list[dict], column: str) -> str:
     if column in CODE:
         return "c"
-    return "n" if tables.numbers(rows, column) else ""
+    return "n" if tables.is_numeric(rows, column) else ""

@@ -62,7 +62,7 @@ def _time(folder: Path) -> float:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def damage_as_user_error(path: Path) -> Iterator[None]:
     """Turn whatever a damaged file makes of its reader into one sentence.
 
     Raises:
@@ -80,7 +80,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    with readable(path):
+    with damage_as_user_error(path):
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
             raise TypeError(f"a {type(found).__name__} where an object belongs")
@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict:
 
 def read_lines(path: Path) -> list[dict]:
     """A .jsonl file. A line that is being written is left out."""
-    with readable(path):
+    with damage_as_user_error(path):
         text = path.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
@@ -103,7 +103,7 @@ def pictures(folder: Path, known: dict[str, tuple[str, str]]) -> list[Picture]:
         caption, alt = known.get(
             path.name, (f"{words[:1].upper()}{words[1:]}.", f"{words}: its figures are in the tables here")
         )
-        with readable(path):
+        with damage_as_user_error(path):
             data = path.read_bytes()
             if not data.startswith(PNG):
                 raise ValueError("not a PNG")

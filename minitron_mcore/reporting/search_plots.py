@@ -13,7 +13,7 @@ Row = Mapping
 """A candidate of search.json."""
 
 
-def draw(results: Mapping, folder: Path) -> list[str]:
+def plot_search(results: Mapping, folder: Path) -> list[str]:
     """Write every picture that the results have figures for; returns their paths."""
     rows = results["candidates"]
     pictures = {"parameters.png": lambda png: plot_sizes(rows, png)}
@@ -74,7 +74,7 @@ def plot_speed(rows: Sequence[Row], png: Path) -> None:
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
         key = f"{kind}_tokens_per_second"
         _scatter(axes, measured, key)
-        best = front([(row[key], _loss(row)) for row in compared])
+        best = pareto_front([(row[key], _loss(row)) for row in compared])
         axes.plot(
             *zip(*best, strict=True), color="black", linewidth=0.8, zorder=0, label="no other is both faster and better"
         )
@@ -84,7 +84,7 @@ def plot_speed(rows: Sequence[Row], png: Path) -> None:
     figure.savefig(png, dpi=DPI)
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Of (speed, loss) points those that no other beats in both, fastest first."""
     best: list[tuple[float, float]] = []
     for speed, loss in sorted(points, key=lambda point: (-point[0], point[1])):

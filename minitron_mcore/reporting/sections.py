@@ -12,7 +12,7 @@ from minitron_mcore.importance.scores import summary as score_summary
 from minitron_mcore.pruning import summary
 from minitron_mcore.pruning.plan import Plan, load_plan
 from minitron_mcore.reporting import family_tree
-from minitron_mcore.reporting.read import KINDS, Picture, pictures, read_json, read_lines, readable
+from minitron_mcore.reporting.read import KINDS, Picture, damage_as_user_error, pictures, read_json, read_lines
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
 """Columns of what is copied rather than read."""
@@ -85,7 +85,7 @@ def _section(title: str, text: str, sources: Iterable[tuple[Path, Any]], part: C
     """A part for each folder with its content already read; `title` is one of `KINDS`."""
     parts = []
     for folder, content in sources:
-        with readable(folder / KINDS[title.lower()]):
+        with damage_as_user_error(folder / KINDS[title.lower()]):
             parts.append(part(folder, content))
     return Section(title, text, parts)
 
@@ -96,7 +96,7 @@ def _read(found: dict[str, list[Path]], kind: str) -> list[tuple[Path, dict]]:
 
 def _scores(folder: Path) -> Scores:
     path = folder / KINDS["importance"]
-    with readable(path):
+    with damage_as_user_error(path):
         return read_scores(path)
 
 
@@ -116,7 +116,7 @@ def _evaluations(found: dict[str, list[Path]]) -> Section:
     for folder in found["evaluation"]:
         path = folder / KINDS["evaluation"]
         record = read_json(path)
-        with readable(path):
+        with damage_as_user_error(path):
             model = Path(record["source"]).resolve()
             inside = model.is_relative_to(folder.parent.resolve())
             name = str(model.relative_to(folder.parent.resolve())) if inside else record["source"]

@@ -16,7 +16,7 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 _PIPED_WIDTH = 160
 
 
-def cell(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as tables show it: whole numbers in full, others with four digits, None as nothing."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
@@ -48,9 +48,9 @@ def markdown(rows: Sequence[Mapping]) -> str:
 def _grid(rows: Sequence[Mapping], style: box.Box) -> Table:
     shown = Table(box=style)
     for column in columns(rows):
-        shown.add_column(label(column), justify="right" if numbers(rows, column) else "left", overflow="fold")
+        shown.add_column(label(column), justify="right" if is_numeric(rows, column) else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(cell(row.get(column))) for column in columns(rows)))
+        shown.add_row(*(Text(format_value(row.get(column))) for column in columns(rows)))
     return shown
 
 
@@ -63,7 +63,7 @@ def label(column: str) -> str:
     return column.replace("_", " ")
 
 
-def numbers(rows: Sequence[Mapping], column: str) -> bool:
+def is_numeric(rows: Sequence[Mapping], column: str) -> bool:
     """True of a column that stands to the right."""
     return all(isinstance(row.get(column), int | float | None) for row in rows)
 

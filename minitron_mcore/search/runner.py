@@ -46,7 +46,7 @@ from minitron_mcore.pruning.plan import Plan, make_plan
 from minitron_mcore.reading import FORMAT_VERSION, read_json
 from minitron_mcore.reporting import search_plots, tables
 from minitron_mcore.search import latency
-from minitron_mcore.search.space import GRID, Candidate, Space
+from minitron_mcore.search.space import MAX_GRID, Candidate, Space
 
 FILE = "search.json"
 
@@ -83,14 +83,14 @@ class SearchRunner:
         self.config, self.search, self.out_dir = config, config.search, Path(config.out_dir)
         self.source, self.teacher, self.scores = source, teacher, scores
         self.space = Space.of(source.arch, config)
-        if self.space.combinations > GRID and self.search.shards > 1:
+        if self.space.combinations > MAX_GRID and self.search.shards > 1:
             raise UserError(
                 f"{self.space.combinations:,} combinations are searched one after another by optuna, which search.shards "
-                f"{self.search.shards} cannot share out: use search.shards=1, or fewer sizes for up to {GRID:,} combinations."
+                f"{self.search.shards} cannot share out: use search.shards=1, or fewer sizes for up to {MAX_GRID:,} combinations."
             )
         for blocks in self.space.axes.get("blocks", []):
             self._studied(PruneConfig(blocks=None if blocks >= source.arch.blocks else blocks))
-        self.total = len(self.space.candidates) if self.space.combinations <= GRID else self.search.trials
+        self.total = len(self.space.candidates) if self.space.combinations <= MAX_GRID else self.search.trials
         if self.search.best:
             check(source, teacher, distillation(config), config.parallel, config.dtype.value, config.performance)
         refuse(
@@ -196,7 +196,7 @@ class SearchRunner:
     def _studied(self, prune: PruneConfig) -> tuple[PruneConfig, dict[str, str]]:
         """See `study.apply`; a candidate that keeps all blocks asks it nothing."""
         path = None if prune.blocks is None else self.config.study
-        return study.apply(path, self.source.arch.blocks, self.source.fingerprint, prune)
+        return study.apply_study(path, self.source.arch.blocks, self.source.fingerprint, prune)
 
     def _marks(self, candidate: Candidate) -> dict:
         """What a result depends on beside the run's config."""
@@ -333,7 +333,7 @@ class SearchRunner:
         if not complete:
             notes.append("not finished: the same command (of every shard) goes on from here")
         notes.append(f"plan of the first: {rows[0]['overrides']}")
-        pictures = search_plots.draw(results, self.out_dir)
+        pictures = search_plots.plot_search(results, self.out_dir)
         tables.table("search", shown, [*notes, f"figures: {self.out_dir}/{FILE}", f"pictures: {', '.join(pictures)}"])
 
 

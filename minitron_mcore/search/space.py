@@ -21,15 +21,15 @@ from minitron_mcore.pruning.target import as_count, target_architecture
 
 AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "groups": "G", "experts": "E"}
 """Axis -> its letter in a candidate's name; groups and experts are named where they are not the source's."""
-GRID = 10_000
+MAX_GRID = 10_000
 """Combinations up to which all are looked at."""
-LONGEST = 10_000
+MAX_AXIS_SIZES = 10_000
 """Sizes of an axis."""
-PATIENCE = 500
+MAX_REPEATED_TRIALS = 500
 """Combinations in a row that bring no new candidate, after which optuna's search ends."""
 
 
-BESIDE_SIZES = ("merge_heads", "drop_attention", "drop_mlp", "attention", "mlp")
+UNSUPPORTED_PRUNE_SETTINGS = ("merge_heads", "drop_attention", "drop_mlp", "attention", "mlp")
 """Of a prune config."""
 
 
@@ -89,7 +89,7 @@ class Space:
         Raises:
             UserError: settings of `prune` beside sizes; see above.
         """
-        if ignored := [name for name in BESIDE_SIZES if getattr(config.prune, name)]:
+        if ignored := [name for name in UNSUPPORTED_PRUNE_SETTINGS if getattr(config.prune, name)]:
             raise UserError(
                 f"prune.{' and prune.'.join(ignored)} has no part in a search: leave it out, and give it to launch/plan.py for the "
                 "candidate that you choose."
@@ -208,7 +208,7 @@ class Space:
         Raises:
             UserError: see `candidates`; optuna found none that fits.
         """
-        if self.combinations <= GRID:
+        if self.combinations <= MAX_GRID:
             yield from (candidate for candidate in self.candidates)  # a list's iterator would take no losses
         else:
             yield from self._asked(seed)
@@ -222,7 +222,7 @@ class Space:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
         losses, near, idle = {}, None, 0
-        while len(losses) < self.search.trials and idle < PATIENCE:
+        while len(losses) < self.search.trials and idle < MAX_REPEATED_TRIALS:
             idle += 1
             trial = study.ask()
             chosen = {axis: sizes[trial.suggest_int(axis, 0, len(sizes) - 1)] for axis, sizes in self.axes.items()}
@@ -283,8 +283,8 @@ def _range(axis: str, given: dict) -> list[float]:
         )
     start, stop, step = numbers
     count = math.floor((stop - start) / step + 1e-9) + 1 if step > 0 else 0
-    if not 1 <= count <= LONGEST:
-        raise UserError(f"search.{axis} is {given}, which makes {max(0, count):,} sizes: give 1 to {LONGEST:,}.")
+    if not 1 <= count <= MAX_AXIS_SIZES:
+        raise UserError(f"search.{axis} is {given}, which makes {max(0, count):,} sizes: give 1 to {MAX_AXIS_SIZES:,}.")
     return [round(start + n * step, 12) for n in range(count)]
 
 
