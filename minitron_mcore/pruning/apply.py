@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.checkpoint import lineage, run_folder, sharded, streaming
-from minitron_mcore.checkpoint.streaming import Box
+from minitron_mcore.checkpoint.streaming import Slice
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats import hf_convert
@@ -200,7 +200,7 @@ def _kept_parameters(
     )
 
 
-def select(parameter: parameter_table.Parameter, plan: Plan, box: Box) -> tuple[Box, list[np.ndarray]]:
+def select(parameter: parameter_table.Parameter, plan: Plan, box: Slice) -> tuple[Slice, list[np.ndarray]]:
     """Where the kept part of a box of the source's parameter lies in the pruned one, and the kept positions within the box, by
     dimension."""
     offset, kept = [], []
@@ -213,7 +213,7 @@ def select(parameter: parameter_table.Parameter, plan: Plan, box: Box) -> tuple[
 
 
 def _read_cut(
-    read: Callable[..., Tensor], parameter: parameter_table.Parameter, plan: Plan, box: Box, kept: list[np.ndarray]
+    read: Callable[..., Tensor], parameter: parameter_table.Parameter, plan: Plan, box: Slice, kept: list[np.ndarray]
 ) -> Tensor:
     """The kept positions of a box of the source's parameter; queries with what is merged into them (`choose_heads`)."""
     data = _index_select(read(parameter, *box), kept)
