@@ -52,12 +52,13 @@ def main() -> None:
 
 def _by_transformers(folder: Path, windows: int) -> dict[tuple[int, ...], float]:
     """Loss of the trial's points in transformers, on the windows of the study."""
-    model, words, found = perplexity.HFModel(str(folder)), tokenizer.load(folder), {}
+    model, found = perplexity.HFModel(str(folder)), {}
+    cuts = {str(TEXT): perplexity.windows(str(TEXT), tokenizer.load(folder), 512)}
     layers = list(model.model.model.layers)
     for dropped in TRIAL:
         model.model.model.layers = nn.ModuleList(layer for n, layer in enumerate(layers) if n not in dropped)
-        settings = {"sequence_length": 512, "micro_batch": 4, "max_windows": windows}
-        found[dropped] = perplexity.evaluate_text([str(TEXT)], words, model.nll, **settings)[0]["loss"]
+        settings = {"micro_batch": 4, "max_windows": windows}
+        found[dropped] = perplexity.evaluate_windows(cuts, model.nll, **settings)[0]["loss"]
     return found
 
 

@@ -266,8 +266,8 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     """Set a model's parameters from a checkpoint written in any layout (collective). Padding rows of the vocabulary become 0.
 
     Raises:
-        UserError: see `load`; a weight has a NaN or an infinity, or the embedding or output head is all zeros. Zero projections
-            are valid: they add blocks to a model without changing it.
+        UserError: see `load`; a value is not finite; the embedding table or the output head is all zeros. (Projections of zeros
+            are allowed: they add blocks to a model without changing it.)
     """
     padded = ("embedding.word_embeddings.weight", "output_layer.weight")
     for name, parameter in build.named_parameters(model):

@@ -32,19 +32,16 @@ from torch.distributed.checkpoint import (
 )
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches.checkpoint import reading_through
 
-cpu_backend.prepare()
-
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.dist_checkpointing import serialization  # noqa: E402
-from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import torch as mcore  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME  # noqa: E402
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # noqa: E402
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies import torch as mcore  # isort: skip
+from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME  # isort: skip
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
 
 MAX_INDEX_BYTES = 1 << 28
 """Size limit of `.metadata`. An 8 B model with its optimizer state needs about 5 MiB."""
@@ -252,19 +249,8 @@ def load(state: dict, files: Files) -> dict:
     """
     for key in {value.key for value in nested_values(state) if isinstance(value, ShardedTensor)}:
         files.check_complete(key)
-    replacements = {
-        (serialization, "_get_filesystem_reader"): lambda *args, **kwargs: files,
-        (mcore, "_get_filesystem_reader"): lambda *args, **kwargs: files,
-        (serialization, "load_common"): _load_legacy_common,
-    }
-    originals = {(module, name): getattr(module, name) for module, name in replacements}
-    try:
-        for (module, name), function in replacements.items():
-            setattr(module, name, function)
+    with reading_through(files, _load_legacy_common):
         return dist_checkpointing.load(state, str(files.path))
-    finally:
-        for (module, name), function in originals.items():
-            setattr(module, name, function)
 
 
 def manifest(step_dir: Path) -> dict[str, str]:

@@ -28,7 +28,9 @@ from minitron_mcore.checkpoint.disk import FILE_ELEMENTS, PIECE_ELEMENTS, THREAD
 from minitron_mcore.checkpoint.hf_assets import tensor_bytes
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import parameter_table
-from minitron_mcore.parallel import cpu_backend, process_groups
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.megatron_patches import checkpoint as patches
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
@@ -43,7 +45,6 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import (  # is
 from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
@@ -52,8 +53,6 @@ from torch.distributed.checkpoint import (  # isort: skip
     FileSystemWriter,
     save as save_pieces,
 )
-from torch.distributed.checkpoint.api import _wrap_exception  # isort: skip
-from torch.distributed.checkpoint.filesystem import _write_item  # isort: skip
 from torch.serialization import set_crc32_options  # isort: skip
 
 type Slice = tuple[tuple[int, ...], tuple[int, ...]]
@@ -244,7 +243,7 @@ class StreamingStrategy(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [partial(save_state_dict_async_finalize, *planned)])
 
     def _prepare(self, sharded_state_dict: dict, checkpoint_dir: Path) -> tuple:
-        state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        state, *_ = patches.group_by_key(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         return mcore_to_pyt_state_dict(state), _Writer(checkpoint_dir, self), planner
 
@@ -286,7 +285,7 @@ class _Writer(FileSystemWriter):
         try:
             return self.strategy.writing.result()
         except Exception as error:
-            return _wrap_exception(error)
+            return patches.wrap_exception(error)
 
     def _write_all(self, plan, resolve: Callable) -> list:
         files, elements = [[]], 0
@@ -320,7 +319,7 @@ class _Writer(FileSystemWriter):
             data = (make() if make else data.detach()).cpu()
             # A tensor that owns its storage: torch.save writes the whole storage of a view.
             data = torch.from_numpy(tensor_bytes(data)).view(data.dtype).view(data.shape)
-        return _write_item(self.transforms, stream, data, item, name, self.serialization_format)
+        return patches.write_item(self.transforms, stream, data, item, name, self.serialization_format)
 
 
 class _HashingFile:

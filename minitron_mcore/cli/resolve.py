@@ -4,7 +4,7 @@ stages before will leave there. Imports torch only to open what an earlier stage
 from functools import partial
 from pathlib import Path
 
-from minitron_mcore.cli.compose import CONF, compose
+from minitron_mcore.cli.compose import compose, options
 from minitron_mcore.config.stages import (
     CacheKind,
     ConvertRun,
@@ -143,7 +143,7 @@ def _maker(path: Path, config: Run) -> Run:
     """The config of the recipe, or of the model without one, that works in the folder above `path`."""
     name = path.parent.name
     for group in ("recipe", "model"):
-        if (CONF / group / f"{name}.yaml").is_file():
+        if name in options(group):
             return compose("distill", [f"+{group}={name}", f"runs={config.runs}"])
     raise UserError(f"no model at {path}, and {name} is no recipe or model that would make one: give another folder.")
 

@@ -10,7 +10,7 @@ import struct
 import numpy as np
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from minitron_mcore.reading import first_line
 
 cpu_backend.prepare()

@@ -19,7 +19,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.reading import read_json
 
 MAX_ID = 1 << 24
-"""Largest id of a vocabulary. The tokenizers package allocates a list of that length; published ids are below 2^19."""
+"""Largest id of a vocabulary: the tokenizers package allocates a list of that length. Published ids are below 2^19."""
 
 
 class Spans(NamedTuple):
@@ -41,7 +41,7 @@ class Tokenizer(ABC):
     fingerprint: bytes
     """Tokenizers with equal fingerprints give equal ids."""
     rows: int | None = None
-    """Rows of the embedding that the ids must fit; None skips this check."""
+    """Rows of the embedding that the ids must fit; None skips the check."""
 
     @abstractmethod
     def _encode(self, texts: list[str]) -> list[list[int]]: ...
@@ -60,22 +60,22 @@ class Tokenizer(ABC):
         """The ids of each text, EOS last.
 
         Raises:
-            UserError: an id has no row in the embedding (see `rows`). Ids that no text uses are not checked.
+            UserError: the text has an id without a row in the embedding (`rows`).
         """
         documents = [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._encode(texts)]
         self._check_rows(documents)
         return documents
 
     def spans(self, texts: list[str]) -> list[Spans]:
-        """`documents` with the position of each token. Raises the same errors."""
-        documents = [
+        """`documents` with the position of each token."""
+        placed = [
             spans
             if spans.ids and spans.ids[-1] == self.eos
             else Spans([*spans.ids, self.eos], [*spans.ends, len(text)], [*spans.special, True])
             for spans, text in zip(self._encode_spans(texts), texts, strict=True)
         ]
-        self._check_rows([spans.ids for spans in documents])
-        return documents
+        self._check_rows([spans.ids for spans in placed])
+        return placed
 
     def _check_rows(self, documents: list[list[int]]) -> None:
         largest = max((max(ids) for ids in documents), default=0)
@@ -179,7 +179,7 @@ def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
 
 
 def _check_ids(path: Path) -> None:
-    """Check the ids in tokenizer.json or vocab.json before the tokenizers package allocates memory for them."""
+    """Refuse ids above MAX_ID in tokenizer.json or vocab.json before memory is allocated for them."""
     if not path.is_file():
         return
     vocab = _read_json(path)
@@ -201,7 +201,8 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
         model: the model's Hugging Face folder, which supplies the settings that are missing next to a .model.
 
     Raises:
-        UserError: no tokenizer, one without an EOS token, with ids above MAX_ID, or implemented in Python only ("slow").
+        UserError: no tokenizer, one without an EOS token, one that transformers implements in Python only ("slow"), or one with
+            ids above `MAX_ID`.
     """
     path = Path(path)
     if path.is_file():
@@ -234,14 +235,15 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
 def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int) -> Tokenizer:
     """The tokenizer of a run: `data.tokenizer`, or the one in the model's Hugging Face folder.
 
-    It may have ids without a row in the embedding, such as one for padding. A text that uses such an id is refused.
-
     Args:
         model: the model's Hugging Face folder.
         vocab_size: rows of the model's embedding.
 
+    The tokenizer may have ids without a row in the embedding, such as a padding token. A text that uses one is refused when it is
+    read.
+
     Raises:
-        UserError: see `load`; the EOS id has no row in the embedding.
+        UserError: see `load`; the id that ends each document has no row in the embedding.
     """
     tokenizer = load(config.tokenizer or model, model)
     if tokenizer.eos >= vocab_size:

@@ -30,32 +30,22 @@ from minitron_mcore.parallel.schedule import forward
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
 
-PARTS = ("attention", "mlp")
 _CHUNK_TOKENS = 4096  # fp32 differences of hidden states held at once
 
 
 @contextmanager
-def skip_blocks(
-    model: Model, arch: Architecture, blocks: Sequence[int], parts: Sequence[str] = PARTS
-) -> Iterator[None]:
-    """Replace layers by the identity inside the `with` statement; each rank replaces those that it holds.
+def skip_blocks(model: Model, arch: Architecture, blocks: Sequence[int]) -> Iterator[None]:
+    """Replace blocks by the identity inside the `with` statement; each rank replaces the layers that it holds.
 
     Args:
         blocks: numbers in the whole model, from 0.
-        parts: "attention", "mlp": the layers of each block to replace; both are the whole block.
 
     Raises:
-        UserError: a block that the model does not have, or an unknown part.
+        UserError: a block that the model does not have.
     """
     if absent := sorted(set(blocks) - set(range(arch.blocks))):
         raise UserError(f"block {absent[0]} does not exist: the model has blocks 0 to {arch.blocks - 1}.")
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise UserError(f"a block has no part {unknown[0]!r}: give some of {', '.join(PARTS)}.")
-    skipped = []
-    for layer in build.layers(model):
-        block, part = arch.layers[layer.layer_number - 1]
-        if block in blocks and part in parts:
-            skipped.append(layer)
+    skipped = [layer for layer in build.layers(model) if arch.layers[layer.layer_number - 1][0] in blocks]
     for layer in skipped:
         layer.forward = _identity
     try:

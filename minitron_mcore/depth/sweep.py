@@ -115,7 +115,7 @@ def _write(out_dir: Path, results: dict, warnings: Sequence[str]) -> None:
     """Write depth.json and depth.png, and print the table."""
     tables.write_json(out_dir / study.FILE, results)
     depth_plots.plot_depth(results, out_dir / "depth.png")
-    full = {"drop": 0, "kind": "the whole model"} | results["baseline"]
+    full = {"drop": 0, "kind": "full model"} | results["baseline"]
     shown = [name for name in study.FIGURES if name != "accuracy" or results["questions"]]
     rows = [{key: value for key, value in full.items() if value is not None}]
     for row in results["chosen"]:

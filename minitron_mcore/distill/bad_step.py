@@ -4,6 +4,10 @@ import math
 
 from torch import Tensor
 
+from minitron_mcore.parallel.megatron_patches import training
+
+from megatron.core.optimizer import ChainedOptimizer  # isort: skip
+
 
 class BadStep(Exception):
     """A step that cannot be taken, on all ranks alike; weights, optimizer and schedule are those of the step before.
@@ -17,17 +21,11 @@ class BadStep(Exception):
         self.what, self.value, self.sums = what, value, sums
 
 
-def guard_gradient(optimizer) -> None:
-    """Make a ChainedOptimizer of megatron-core raise BadStep where the gradient's norm over all ranks is not finite.
+def guard_gradient(optimizer: ChainedOptimizer) -> None:
+    """Make an optimizer's step raise BadStep if the gradient's norm over all ranks is not finite."""
 
-    It takes the norm before it changes anything, but goes on whatever the norm is.
-    """
-    norm_of = optimizer.get_grad_norm
-
-    def checked() -> float:
-        norm = float(norm_of())
+    def check(norm: float) -> None:
         if not math.isfinite(norm):
             raise BadStep("gradient", norm, [])
-        return norm
 
-    optimizer.get_grad_norm = checked
+    training.check_gradient_norm(optimizer, check)

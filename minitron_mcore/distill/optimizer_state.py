@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from minitron_mcore.checkpoint.sharded import Shard
+from minitron_mcore.parallel.megatron_patches import optimizer_state as patches
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
-from megatron.core.optimizer import Adam  # isort: skip
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # isort: skip
-
-TORCH_ADAM = Adam.__module__.startswith("torch.")
 
 
 def flat_slices(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -47,8 +45,7 @@ class _Owned:
     end: int
 
     def state(self) -> dict[str, Tensor]:
-        found = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
-        found.pop("step", None)  # torch's Adam; the parameter groups have it
+        found = patches.parameter_state(self.optimizer, self.parameter)
         if found["param"].untyped_storage().data_ptr() == self.parameter.untyped_storage().data_ptr():
             found.pop("param")
         return {name: tensor.detach() for name, tensor in found.items()}
@@ -105,12 +102,7 @@ class Loading:
         """Allocate the state of optimizers that have not taken a step; nothing of theirs moves."""
         self.optimizers = list(optimizers)
         for part in self.optimizers:
-            if (
-                TORCH_ADAM
-            ):  # has no state before its first step; this one moves nothing, for the learning rate is still 0
-                part._init_optimizer_states_with_dummy_values()
-            else:
-                part.load_state_dict(part.state_dict())
+            patches.allocate_state(part)
         self.held = [(owned, owned.state()) for part in self.optimizers for owned in _owned(part)]
         for _, state in self.held:
             for tensor in state.values():
@@ -126,9 +118,6 @@ class Loading:
                 group["step"] = loaded["step"]
             part.load_state_dict(own)
         for owned, state in self.held:
-            kept = owned.optimizer._get_main_param_and_optimizer_states(owned.parameter)
-            owned.optimizer._set_main_param_and_optimizer_states(owned.parameter, kept | {"step": None} | state)
-        if TORCH_ADAM:
-            for part in self.optimizers:
-                for entry in part.optimizer.state.values():
-                    entry["step"] = entry["step"].clone()  # one counter for all: each parameter would advance it
+            patches.set_parameter_state(owned.optimizer, owned.parameter, state)
+        for part in self.optimizers:
+            patches.separate_step_counters(part)

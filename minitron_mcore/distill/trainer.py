@@ -26,6 +26,7 @@ from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import build, flops, performance_checks, tuning
 from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
+from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
@@ -318,15 +319,9 @@ class Trainer:
 
 
 def _gather_as_needed(model: build.Model, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Wait for the head's weights too, where megatron-core gathers them during the forward pass.
-
-    It waits before a module is called, and the head's never is: the loss takes its weights. The final norm comes right before.
-    """
+    """Complete the gathers that megatron-core overlaps with the forward pass before their weights are used."""
     if process_groups.is_last_stage():
-        ddp, head = chunks[-1], model.head()
-        norm = model.chunks[-1].decoder.final_norm
-        skip = ddp.ddp_config.align_param_gather
-        norm.register_forward_pre_hook(lambda *_: ddp.param_to_bucket_group[head].finish_param_sync(skip))
+        training.wait_for_head(chunks[-1], model.chunks[-1].decoder.final_norm, model.head())
     if chunks[0].ddp_config.align_param_gather:
         model.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 

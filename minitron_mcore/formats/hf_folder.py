@@ -19,9 +19,10 @@ from torch import Tensor
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files, tensor_bytes
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, hf_config, parameter_table
+from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.reading import read_json
 
 CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 MAX_FILE_BYTES = 5 * 10**9
@@ -191,8 +192,7 @@ def _files(path: Path) -> list[str]:
                 "convert them."
             )
         return [single.name]
-    content = hf_config.read_json(index)
-    weight_map = content.get("weight_map")
+    weight_map = (content := read_json(index, "download it again")).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(content.get("metadata"), dict):
         raise UserError(f"{index} has no weight_map and metadata, as an index has: download it again.")
     for name in weight_map.values():
@@ -305,7 +305,9 @@ def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.d
             write_tokenizer_config(file, target)
         elif file.name not in ("config.json", "README.md"):  # the model card describes the parent
             shutil.copyfile(file, target)
-    config = architecture.to_hf(arch, hf_config.read_json(source / "config.json"), str(dtype).removeprefix("torch."))
+    config = architecture.to_hf(
+        arch, read_json(source / "config.json", "download it again"), str(dtype).removeprefix("torch.")
+    )
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -315,7 +317,7 @@ def write_tokenizer_config(source: Path, target: Path) -> None:
     transformers 5 writes a class name and a list of special tokens that transformers 4 cannot read, but reads the old forms.
     `auto_map` is removed, because the code that it names is not exported.
     """
-    config = hf_config.read_json(source)
+    config = read_json(source, "download it again")
     portable = {key: value for key, value in config.items() if key != "auto_map"}
     if portable.get("tokenizer_class") == "TokenizersBackend":
         portable["tokenizer_class"] = "PreTrainedTokenizerFast"

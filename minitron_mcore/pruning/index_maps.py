@@ -1,4 +1,4 @@
-"""What a plan keeps of each parameter: positions along each logical axis of the parameter table. No torch import."""
+"""Index maps of a plan: the kept positions along each logical axis of the parameter table. No torch import."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from minitron_mcore.pruning.plan import Plan
 
 
 def target_of(parameter: Parameter, plan: Plan) -> Parameter:
-    """The target's parameter that a plan makes of a parameter of its source, blocks and experts renumbered.
+    """The target's parameter that a parameter of the source becomes; blocks and experts are renumbered.
 
     Raises:
         ValueError: the plan drops the parameter's block or expert (see `keeps`).
@@ -18,14 +18,19 @@ def target_of(parameter: Parameter, plan: Plan) -> Parameter:
 
 
 def is_kept(plan: Plan, parameter: Parameter) -> bool:
-    """True where anything of a parameter of the plan's source is kept."""
+    """Whether the plan keeps any part of a parameter of its source."""
     if parameter.block is not None and parameter.block not in plan.blocks_with(parameter.row.part):
         return False
     return parameter.expert is None or parameter.expert in plan.experts[parameter.block]
 
 
 def kept_positions(axis: str, plan: Plan, block: int | None = None, expert: int | None = None) -> np.ndarray:
-    """Positions of the source's axis that a plan keeps, ascending (int64)."""
+    """Kept positions of an axis of the source, ascending, int64.
+
+    Args:
+        axis: of the parameter table ("hidden", "ffn", "qkv", ...).
+        block, expert: numbers in the source, for axes whose positions differ between them.
+    """
     arch = plan.source
     if axis == "hidden":
         return np.asarray(plan.hidden)
@@ -48,16 +53,16 @@ def kept_positions(axis: str, plan: Plan, block: int | None = None, expert: int 
 
 
 def merge_partners(plan: Plan, block: int) -> np.ndarray:
-    """For each position of the source's axis qkv, the position of the dropped query head that is merged into it (see
-    `Plan.merged`); its own where there is none (int64)."""
+    """For each position of the source's axis qkv, the position that is merged into it (see `Plan.merged`), or itself; int64."""
     arch = plan.source
-    at = np.argsort(packing("qkv", arch))  # of each Hugging Face row
-    found = np.arange(size("qkv", arch))
+    position_of_row = np.argsort(packing("qkv", arch))  # of each Hugging Face row
+    partners = np.arange(size("qkv", arch))
     for pair in plan.merged.get(block, {}).items():
-        stays, goes = (at[_expand_units(np.asarray([head]), arch.head_dim)] for head in pair)
-        found[stays] = goes
-    return found
+        kept, dropped = (position_of_row[_expand_units(np.asarray([head]), arch.head_dim)] for head in pair)
+        partners[kept] = dropped
+    return partners
 
 
 def _expand_units(units: np.ndarray, width: int) -> np.ndarray:
+    """Positions of the channels of units that are `width` channels wide."""
     return (units[:, None] * width + np.arange(width)).reshape(-1)

@@ -22,6 +22,7 @@ def campaign(out: Path, *words: str) -> tuple[int, list[dict], str]:
     return done.returncode, [json.loads(line) for line in (out / "verify.jsonl").read_text().splitlines()], done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_every_block_runs_at_toy_size(tmp_path):
     failed, lines, printed = campaign(tmp_path)

@@ -199,6 +199,16 @@ def test_latest_stays_in_its_folder(tmp_path, base, text):
     assert "latest names" in tried(lambda: open_checkpoint(folder))
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", "3", '{"architecture": []}', '{"architecture": {}}', "[" * 10**5]
+)
+def test_bad_descriptions_are_named(tmp_path, base, text):
+    folder = shutil.copytree(base / "convert", tmp_path / "copy")
+    (folder / "model.json").write_text(text)
+    sentence = tried(lambda: open_checkpoint(folder))
+    assert f"{folder}/model.json is damaged" in sentence and "\n" not in sentence
+
+
 def index_claims(index) -> None:
     next(iter(index.storage_data.values())).length = 1 << 60
 

@@ -88,6 +88,7 @@ CASES = {
 }
 
 
+@pytest.mark.default_cases("dense", "states")
 @pytest.mark.parametrize("case", CASES)
 def test_every_layout_reads_and_writes_the_same_state(tmp_path, request, case):
     dtype, layouts = CASES[case]
@@ -146,6 +147,7 @@ def make_large(folder):
     random_checkpoint(arch, folder, "bf16")
 
 
+@pytest.mark.default_cases("2-True")
 @pytest.mark.parametrize(("world", "background"), [(2, False), (4, False), (2, True)])
 def test_a_save_needs_little_memory_and_all_ranks_write(tmp_path, world, background):
     """In the background a copy of what the rank writes."""

@@ -82,8 +82,8 @@ def test_a_plan_for_another_folder_is_refused(tmp_path):
     on_ranks(models.import_hf, 1, ParallelConfig(), folder, tmp_path / "parent", ParallelConfig())
     plan = plan_for(tmp_path / "parent", hidden=24)
     for sentence, other in (
-        (f"the plan cuts model {plan.fingerprint}, but .*other1 is", {"seed": 1}),
-        ("the plan cuts a model whose blocks is 5, but .*other2 has 4", {"num_hidden_layers": 4}),
+        (f"the plan is for model {plan.fingerprint}, but .*other1 is", {"seed": 1}),
+        ("the plan is for a model whose blocks is 5, but .*other2 has 4", {"num_hidden_layers": 4}),
     ):
         name = "other1" if "seed" in other else "other2"
         with pytest.raises(UserError, match=sentence):
@@ -160,6 +160,7 @@ def prune_peak(source, plan, out_dir, parallel) -> int:
     return peak_growth(lambda: prune_in_pieces(1 << 17, source, plan, out_dir, parallel))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_pieces(tmp_path, monkeypatch):
     """Weights of 330 MB in pieces of 512 KB: no stage may hold an eighth of them."""
     folder = models.tiny_llama(tmp_path / "hf", vocab_size=40001, hidden_size=960, intermediate_size=960)

@@ -12,20 +12,23 @@ import yaml
 
 from minitron_mcore.checkpoint.run_folder import claim_run_folder, open_checkpoint
 from minitron_mcore.cli import compose
-from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, save_scores
 from tests.helpers import models
 from tests.helpers.cutting import random_scores
-from tests.helpers.launching import ROOT, config_of, identity_of, launch, plan, torchrun, word_tokenizer
+from tests.helpers.launching import ROOT, config_of, fork, identity_of, launch, plan, torchrun, word_tokenizer
 
 
-def pipeline(cwd, *overrides, fails=False) -> str:
+def run_pipeline(cwd, *overrides, fails=False) -> str:
     command = [sys.executable, str(ROOT / "launch" / "pipeline.py"), *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def fork_pipeline(cwd, *overrides, fails=False) -> str:
+    return fork(cwd, "pipeline", *overrides, fails=fails)
 
 
 def claim(*args, **kwargs) -> None:
@@ -53,7 +56,7 @@ def test_every_stage_composes_and_is_short(stage):
 def test_help_and_cfg_job(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for flags, expected in (
-        (["--help"], "prune: keep, llama31_4b_depth"),
+        (["--help"], "  prune: keep, llama31_4b_depth"),
         (["+model=llama31_8b", "--cfg", "job"], "hidden: null"),
     ):
         command = [sys.executable, str(ROOT / "launch" / "plan.py"), *flags]
@@ -79,6 +82,7 @@ def test_missing_checkpoint_is_one_sentence(tmp_path):
     assert "error: no checkpoint at runs/llama31_8b/prune" in output and "student=/path" in output
 
 
+@pytest.mark.default_cases("distill")
 @pytest.mark.parametrize("stage", ["importance", "distill", "evaluate"])
 def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
     layout = ["parallel=tp3", "parallel.sequence=true", f"{stage}.sequence_length=511"]
@@ -88,8 +92,11 @@ def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
     )
 
 
-def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
+@pytest.mark.default_cases("forked")
+@pytest.mark.parametrize("starts", ["forked", "torchrun"])
+def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     """Hugging Face in, smaller Hugging Face out, through the pipeline and every launch file; then against the wrong things."""
+    pipeline = fork_pipeline if starts == "forked" else run_pipeline
     models.tiny_llama(tmp_path / "hf")
     word_tokenizer(tmp_path / "hf")
     g = torch.Generator().manual_seed(0)
@@ -143,20 +150,16 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
     assert not (tmp_path / "p2").exists()
 
 
-def test_prune_config_and_its_yaml_agree():
-    assert identity_of("plan", "+model=llama31_8b")["prune"] == PruneConfig().__dict__
-
-
 FAILING = """
 import torch.distributed as dist
 from minitron_mcore.errors import UserError
-from minitron_mcore.launching import entry
+from minitron_mcore.cli.main import entry
 
 @entry("convert")
 def main(config):
-    from minitron_mcore import runtime
-    with runtime.distributed(config.parallel):
-        if runtime.rank() == 1:
+    from minitron_mcore.parallel import process_groups
+    with process_groups.distributed(config.parallel):
+        if process_groups.rank() == 1:
             open("raised", "w").close()
             raise {error}("no such thing")
         dist.distributed_c10d._get_default_store().wait(["never"])  # as NCCL waits, without an error when a rank is gone
@@ -165,6 +168,7 @@ main()
 """
 
 
+@pytest.mark.default_cases("UserError-error: rank 1: no such thing")
 @pytest.mark.parametrize(
     ("error", "expected"), [("UserError", "error: rank 1: no such thing"), ("KeyError", "rank 1 failed:\n")]
 )

@@ -41,6 +41,7 @@ def expected(smollm2):
     return ids, models.hf_logits(smollm2, ids)
 
 
+@pytest.mark.default_cases("tp3")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_round_trip(tmp_path, smollm2, expected, layout):
     world, parallel = LAYOUTS[layout]
@@ -56,6 +57,7 @@ def test_logits_and_round_trip(tmp_path, smollm2, expected, layout):
     assert all(torch.equal(back[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.slow
 def test_generation(tmp_path, smollm2, expected):
     """Token for token what transformers' generate says, on tensor-parallel ranks."""
     world, parallel = LAYOUTS["tp3"]

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from minitron_mcore.cli import compose, dry_run
 from minitron_mcore.config import ranges
+from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
     DistillConfig,
     EvaluateConfig,
     ImportanceConfig,
     ParallelConfig,
     PruneConfig,
-    SearchConfig,
 )
 from minitron_mcore.config.stages import TeacherCacheRun
 from minitron_mcore.depth import study

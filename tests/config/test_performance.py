@@ -116,6 +116,7 @@ def compare(ranks, count):
             assert other["saved"] < plain["saved"]
 
 
+@pytest.mark.default_cases("pp2_virtual2", "cp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recomputation_changes_no_bit_and_keeps_less(pair, layout):
     world, parallel = LAYOUTS[layout]
@@ -145,6 +146,7 @@ def kept(arch, parallel, every):
     return found
 
 
+@pytest.mark.default_cases("cp2")
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2"])
 def test_kept_activations_are_as_estimated(layout):
     (world, parallel), every = LAYOUTS[layout], [NONE, FULL, BLOCK, DENSE]
@@ -192,6 +194,7 @@ def beside(student, teacher, parallel, performance, folder):
     return whole, (first + second, weights)
 
 
+@pytest.mark.default_cases("gathered by all stages")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_training_and_resuming_are_the_same_with(pair, tmp_path, name):
     world, parallel, performance = OPTIONS[name]
@@ -289,7 +292,7 @@ def test_steps_are_profiled(pair, tmp_path):
         ({"recompute": "selective", "recompute_modules": []}, "recompute_modules is []"),
         ({"recompute": "full", "recompute_layers": 0}, "recompute_layers is 0; it must be at least 1"),
         ({"recompute": "selective", "recompute_modules": ["layernorm"]}, "which needs Transformer Engine"),
-        ({"rope_fusion": True}, "needs Transformer Engine's rotary kernel, and that is not here: give null"),
+        ({"rope_fusion": True}, "needs Transformer Engine's rotary kernel, and that is not available here: give null"),
         ({"gradient_accumulation_fusion": True}, "needs Transformer Engine or Apex's"),
         ({"precision_aware_optimizer": True}, "needs Transformer Engine's FusedAdam"),
         ({"fp8": "hybrid"}, "fp8 is hybrid, which needs Transformer Engine"),
@@ -301,7 +304,7 @@ def test_steps_are_profiled(pair, tmp_path):
         ({"align_param_gather": True}, "needs overlap_param_gather and parallel.virtual above 1"),
         ({"tp_comm_overlap": True}, "parallel.sequence true and parallel.tensor above 1"),
         ({"bucket_size": 7}, "bucket_size is for overlap_grad_reduce"),
-        ({"optimizer_offload": 0.5}, "do not look: give 0"),
+        ({"optimizer_offload": 0.5}, "offloaded states: give 0"),
         ({"exp_avg_dtype": "bf16"}, "needs performance.precision_aware_optimizer"),
         ({"nccl_timeout_minutes": 1.0}, "it must be above hang_minutes 10"),
         ({"profile.stop": 3}, "profile has no start"),

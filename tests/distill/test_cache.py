@@ -142,6 +142,7 @@ def test_cached_runs_are_live_ones(world):
     assert_same(world.history("from_most"), world.history("live"), 1e-3, every)
 
 
+@pytest.mark.default_cases("tp2_sp_dp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_reads_the_same(world, layout):
     parallel, names = LAYOUTS[layout][0], ("hidden", "top")

@@ -80,7 +80,7 @@ def interpret(file: str) -> None:
 
 
 def test_value_and_gradients_equal_dense_fp64(tmp_path):
-    code = f"from tests import test_kernels; kernel_cases.interpret({str(tmp_path / 'results')!r})"
+    code = f"from tests.distill import test_kernels; test_kernels.interpret({str(tmp_path / 'results')!r})"
     environment, root = os.environ | {"TRITON_INTERPRET": "1"}, Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, check=True)
     for ranks in torch.load(tmp_path / "results").values():

@@ -37,6 +37,7 @@ def run_all(fn, tp: int, cases: dict[str, Case]) -> dict[str, list]:
     return dict(zip(cases, zip(*ranks, strict=True), strict=True))
 
 
+@pytest.mark.default_cases("3")
 @pytest.mark.parametrize("tp", [1, 2, 3])
 def test_value_and_gradients_equal_dense_fp64(tp):
     for name, results in run_all(on_rank, tp, ALL).items():
@@ -65,6 +66,7 @@ def test_all_tokens_masked_give_exact_zeros(tp):
 BF16 |= {f"{name}, given logits": replace(case, given_logits=True) for name, case in BF16.items()}
 
 
+@pytest.mark.default_cases("3")
 @pytest.mark.parametrize("tp", [1, 3])
 def test_bf16(tp):
     """The measured errors are in the docstring of `divergences`."""

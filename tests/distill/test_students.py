@@ -25,7 +25,10 @@ CUTS = {
     "both": PruneConfig(hidden=24, blocks=4),
 }
 FIGURES = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
-LAYOUT = ParallelConfig(tensor=2, sequence=True, pipeline=2)
+LAYOUTS = {
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "tp2_sp_pp2": (4, ParallelConfig(tensor=2, sequence=True, pipeline=2)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +78,11 @@ def _spoil(trainer):
     trainer.train_step = step
 
 
-def test_each_learns_as_it_would_alone(tmp_path, family):
+@pytest.mark.default_cases("pp2")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_learns_as_it_would_alone(tmp_path, family, layout):
     """To the bit; also where one joins later, and the others wait for it."""
-    world, parallel = 4, LAYOUT
+    world, parallel = LAYOUTS[layout]
     alone = on_ranks(learn_one_by_one, world, parallel, family, CONFIG, parallel, tmp_path / "alone")
     half = dataclasses.replace(CONFIG, stop_after=2)
     early = on_ranks(learn, world, parallel, family, ["narrow", "both"], half, parallel, tmp_path / "together")

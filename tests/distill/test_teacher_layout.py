@@ -25,6 +25,7 @@ def folders(tmp_path_factory):
     return at, alone, export(at / "one", at / "one_hf")
 
 
+@pytest.mark.default_cases("tp3_of_dp3", "cp2_tp2_sp_of_pp2_virtual2_dp2")
 @pytest.mark.parametrize("name", PAIRS)
 def test_gradients_are_those_of_one_process(tmp_path, folders, name):
     (at, alone, expected), (world, parallel, teacher_parallel) = folders, PAIRS[name]

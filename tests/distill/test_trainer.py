@@ -24,6 +24,7 @@ def alone(pair, tmp_path_factory):
     return history, export(at / "one", at / "hf")
 
 
+@pytest.mark.default_cases("tied-tp3", "untied-tp2_sp", "tied-tp2_pp2", "untied-dp2", "untied-pp2")
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
 def test_every_layout_trains_as_one_process(tmp_path, pair, alone, layout):
     (world, parallel), (expected_history, expected) = LAYOUTS[layout], alone
@@ -37,6 +38,7 @@ def test_every_layout_trains_as_one_process(tmp_path, pair, alone, layout):
         assert (found[name] - weight).abs().max() <= 0.02 * CONFIG.peak_lr * CONFIG.steps, name
 
 
+@pytest.mark.default_cases("tied-kl", "untied-cross_entropy")
 @pytest.mark.parametrize("kd_weight", [1.0, 0.0], ids=["kl", "cross_entropy"])
 def test_first_step_is_the_dense_one(tmp_path, pair, kd_weight):
     """Both losses and the gradient's norm over the whole model, from transformers' own modules in fp64."""
@@ -65,6 +67,7 @@ def test_first_step_is_the_dense_one(tmp_path, pair, kd_weight):
     assert math.isclose(step["grad_norm"], norm.item(), rel_tol=2e-5)
 
 
+@pytest.mark.default_cases("tied-pp2", "untied-dp2")
 @pytest.mark.parametrize(
     ("pair", "layout"),
     [(True, "tp3"), (True, "pp2"), (False, "dp2"), (False, "pp2")],

@@ -34,6 +34,7 @@ def made(folder, vocab, tied, seed, swapped=False):
     return folder / "checkpoint"
 
 
+@pytest.mark.default_cases("tp2-101-129-True", "tp2_pp2-101-140-True")
 @pytest.mark.parametrize(
     ("layout", "student_vocab", "teacher_vocab", "tied"),
     [("tp2", 101, 129, True), ("tp3", 101, 113, False), ("tp3", 130, 101, True), ("tp2_pp2", 101, 140, True)],

@@ -94,12 +94,16 @@ def test_bytes_do_not_depend_on_how_a_tokenizer_treats_spaces(tmp_path):
     assert cut.num_bytes.tolist() == [len(" naïve\n日本 cat \n".encode())]
 
 
-def test_evaluate_text_equals_cross_entropy_in_fp64(files, llama, monkeypatch):
+def cuts(files, folder) -> dict[str, perplexity.Windows]:
+    return {file: perplexity.windows(file, load(folder), S) for file in files}
+
+
+def test_losses_equal_cross_entropy_in_fp64(files, llama, monkeypatch):
     folder, model = llama
     monkeypatch.setattr(perplexity, "_CHUNK_LOGITS", 307 * 5)  # several chunks a window, the last one short
     hf = perplexity.HFModel(folder)
     assert hf.parameters == sum(p.numel() for p in model.parameters())
-    rows = perplexity.evaluate_text(files, load(folder), hf.nll, sequence_length=S, micro_batch=2)
+    rows = perplexity.evaluate_windows(cuts(files, folder), hf.nll, micro_batch=2)
     for file, row in zip(files, rows, strict=True):
         cut = perplexity.windows(file, load(folder), S)
         expected, tokens, size = reference(model, cut), int(cut.mask.sum()), int(cut.num_bytes.sum())
@@ -117,7 +121,7 @@ def test_max_windows_are_spread_over_the_file(files, llama):
         seen.append(tokens[mask.any(dim=1)])
         return mask.sum()
 
-    (row,) = perplexity.evaluate_text(files[:1], load(folder), nll, sequence_length=S, micro_batch=2, max_windows=3)
+    (row,) = perplexity.evaluate_windows(cuts(files[:1], folder), nll, micro_batch=2, max_windows=3)
     cut = perplexity.windows(files[0], load(folder), S)
     kept = [0, len(cut.tokens) // 3, 2 * len(cut.tokens) // 3]
     assert torch.equal(torch.cat(seen), cut.tokens[kept])
@@ -131,9 +135,8 @@ def _on_rank(files, folder):
         shapes.append(tuple(tokens.shape))
         return hf.nll(tokens, mask)
 
-    group = process_groups.dp_group()
-    share = dict(dp_rank=group.rank(), dp_size=group.size(), group=group)
-    return perplexity.evaluate_text(files, load(folder), nll, sequence_length=S, micro_batch=2, **share), shapes
+    rows = perplexity.evaluate_windows(cuts(files, folder), nll, micro_batch=2, group=process_groups.dp_group())
+    return rows, shapes
 
 
 @pytest.mark.parametrize(
@@ -141,9 +144,7 @@ def _on_rank(files, folder):
 )
 def test_data_parallel_sums_equal_one_process(files, llama, world, parallel):
     folder, _ = llama
-    alone = perplexity.evaluate_text(
-        files, load(folder), perplexity.HFModel(folder).nll, sequence_length=S, micro_batch=2
-    )
+    alone = perplexity.evaluate_windows(cuts(files, folder), perplexity.HFModel(folder).nll, micro_batch=2)
     ranks = on_ranks(_on_rank, world, parallel, files, folder)
     for rows, shapes in ranks:
         assert set(shapes) == {(2, S)} and len(shapes) == len(ranks[0][1])  # as collectives inside nll need it
@@ -188,7 +189,7 @@ def test_bad_input_is_one_sentence(tmp_path, files, llama):
     with pytest.raises(UserError, match="no token to predict"):
         perplexity.windows(one, tokenizer, S)
     with pytest.raises(UserError, match="neither a file"):
-        perplexity.evaluate_text(["absent.txt"], tokenizer, None, sequence_length=S, micro_batch=2)
+        perplexity.windows("absent.txt", tokenizer, S)
 
 
 def test_models_that_change_their_logits_are_refused(tmp_path):

@@ -58,6 +58,7 @@ def test_gguf_is_read(tmp_path, which):
     ).state_dict()
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in back.items())
     given, got = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert got["transformers_version"]  # without it transformers 5 warns of a tokenizer pattern that is right
     same = "architectures hidden_size num_attention_heads num_key_value_heads intermediate_size vocab_size rms_norm_eps"
     same += " tie_word_embeddings max_position_embeddings num_hidden_layers rope_parameters"
     assert {key: got[key] for key in same.split()} == {key: given[key] for key in same.split()}

@@ -72,6 +72,7 @@ CASES = {
 }
 
 
+@pytest.mark.default_cases("tp2", "pp2, norms' own names")
 @pytest.mark.parametrize(("parallel", "variant", "plain"), CASES.values(), ids=CASES)
 def test_gptmodel_is_read(tmp_path, trained, parallel, variant, plain):
     """Written by megatron-core in several layouts and variants, read here: the same logits."""
@@ -97,6 +98,7 @@ def read(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.default_cases("tp2")
 @pytest.mark.parametrize(
     ("parallel", "names"), [(ONE, "local"), (TP2, "te"), (PP2, "plain")], ids=["dp2", "tp2", "pp2"]
 )
@@ -128,6 +130,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.default_cases("qwen3_moe")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_biases_norms_and_experts(tmp_path, trained, family):
     """A family's further tensors, written by megatron-core, through here, and read by megatron-core again: the same logits."""
@@ -243,6 +246,17 @@ def test_bad_gptmodels_are_refused(tmp_path, trained, kind):
         read_all(base / "hf", tmp_path / "megatron")
 
 
+@pytest.mark.parametrize("text", ["", "\n", "iter_0000003", "-3", "3.0"])
+def test_a_tracker_that_names_no_step_is_refused(tmp_path, trained, text):
+    """Beside it stands release/, the starting weights, which must not be taken for the trained ones; Megatron-LM refuses it too."""
+    base = trained[0]
+    shutil.copytree(base / "megatron", tmp_path / "megatron")
+    shutil.copytree(base / "megatron/iter_0000003", tmp_path / "megatron/release")
+    (tmp_path / "megatron/latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(UserError, match="latest_checkpointed_iteration.txt says .*, not a step's number or release"):
+        read_all(base / "hf", tmp_path / "megatron")
+
+
 REFUSED = "asks for pathlib.*Path.touch, which no checkpoint index contains"
 
 
@@ -277,6 +291,7 @@ def test_a_checkpoint_of_ours_that_runs_code_is_refused(tmp_path, read):
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.slow
 def test_launch_files(tmp_path, trained):
     """As users type it: Megatron-LM's folder in, Megatron-LM's folder out."""
     base, _, _ = trained

@@ -11,7 +11,7 @@ import torch
 from minitron_mcore.config.settings import Divergence
 from minitron_mcore.distill import tiling
 from minitron_mcore.distill.divergences import make
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from tests.gpu.loss_limits import BF16_GRADIENT, BF16_VALUE, GIVEN, limits
 from tests.gpu.world import here
 from tests.helpers import cached_teacher, kernel_cases, loss_cases

@@ -13,7 +13,7 @@ import torch
 from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.models import build, layer_spec
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from tests.gpu.world import here
 from tests.helpers import families, models, training
 from tests.helpers.cutting import ONE, export

@@ -181,7 +181,7 @@ def test_a_run_records_its_statistic():
         (
             MOE,
             ImportanceConfig(batch=Aggregation.variance, ffn_site=FfnSite.before_gate, sequence_length=64),
-            "importance.batch=variance, importance.ffn_site=before_gate cannot be had of experts",
+            "importance.batch=variance, importance.ffn_site=before_gate is not supported for experts",
         ),
     ],
 )
@@ -192,5 +192,5 @@ def test_impossible_runs_are_refused(arch, config, sentence):
 
 
 def test_experts_have_one_statistic():
-    with pytest.raises(UserError, match="importance.weighted=True cannot be had of experts"):
+    with pytest.raises(UserError, match="importance.weighted=True is not supported for experts"):
         Collector(None, MOE, ImportanceConfig(weighted=True))

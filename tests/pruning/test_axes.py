@@ -292,8 +292,11 @@ def test_mixture_of_experts(tmp_path):
         ({"drop_mlp": [0], "mlp": 3}, "prune.mlp is 3, but prune.drop_mlp leaves 4: give one of the two"),
         ({"drop_blocks": [0], "blocks": 3}, "prune.blocks is 3, but prune.drop_blocks leaves 4: give one of the two"),
         ({"blocks": 3, "attention": 4}, "prune.attention is 4, but the kept blocks have 3: give 1 to 3"),
-        ({"attention": 2, "mlp": 2}, r"left of blocks 1, 4, neither .* prune.drop_blocks=\[1, 4\]"),
-        ({"drop_blocks": [0], "drop_attention": [2], "drop_mlp": [2]}, r"of block 2, .* prune.drop_blocks=\[0, 2\]"),
+        ({"attention": 2, "mlp": 2}, r"blocks 1, 4 would keep neither .* prune.drop_blocks=\[1, 4\]"),
+        (
+            {"drop_blocks": [0], "drop_attention": [2], "drop_mlp": [2]},
+            r"block 2 would keep neither .* prune.drop_blocks=\[0, 2\]",
+        ),
         ({"groups": 3, "heads": 8, "hidden": 0}, "prune.hidden is 0.*\n.*prune.heads 8"),
     ],
 )

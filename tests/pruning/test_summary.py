@@ -7,7 +7,7 @@ import pytest
 from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, parameter_table
-from minitron_mcore.pruning import apply, index_maps, summary
+from minitron_mcore.pruning import apply, summary
 from minitron_mcore.pruning.plan import make_plan
 from tests.helpers import families, models
 from tests.helpers.cutting import random_scores
@@ -63,13 +63,10 @@ def test_bytes_are_those_of_the_tensors(tmp_path, which, cut):
     assert f"{parameter_table.count(arch):,} -> {parameter_table.count(plan.target):,};" in summary.counts(plan)
 
 
-def test_layers_dropped_apart_from_their_blocks_have_a_row(tmp_path, monkeypatch):
+def test_layers_dropped_apart_from_their_blocks_have_a_row(tmp_path):
     arch, _ = architecture.read_hf(models.tiny_llama(tmp_path))
     plan = make_plan(arch, "x", random_scores(arch), PruneConfig(drop_blocks=[4]))
     assert "MLP layers" not in {row["axis"] for row in summary.axes(plan, "bf16")}
-    keeps = index_maps.is_kept
-    monkeypatch.setattr(
-        index_maps, "keeps", lambda plan, p: keeps(plan, p) and not (p.block == 2 and "{m}" in p.row.name)
-    )
+    plan = make_plan(arch, "x", random_scores(arch), PruneConfig(drop_blocks=[4], drop_mlp=[2]))
     rows = {row["axis"]: row for row in summary.axes(plan, "bf16")}
     assert (rows["MLP layers"]["kept"], rows["MLP layers"]["of"]) == (3, 5) and "attention layers" not in rows

@@ -17,7 +17,7 @@ from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.apply import fingerprint
 from minitron_mcore.pruning.plan import Plan, make_plan
-from minitron_mcore.reporting import plots, sections
+from minitron_mcore.reporting import overview, plots, read, roles, sections
 from minitron_mcore.reporting.page import GENERATOR, collect, render, write
 from tests.helpers.cutting import random_scores
 from tests.helpers.launching import ROOT, config_of
@@ -166,7 +166,7 @@ def test_it_needs_nothing_but_itself(whole, page):
     assert policy.startswith("default-src 'none'")
     ids = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
     assert {link["href"].removeprefix("#") for link in page.all("a")} == ids
-    assert ids == {"evaluation", "importance", "plan", "depth", "search", "training", "lineage"}
+    assert ids == {"summary", "evaluation", "importance", "plan", "depth", "search", "training", "lineage"}
 
 
 def test_pictures_are_within_and_told(whole, page):
@@ -181,9 +181,10 @@ def test_pictures_are_within_and_told(whole, page):
 
 def test_figures_are_those_of_the_files(page):
     text = "".join(page.text)
-    assert "1,920 tokens in 30 steps took the KD loss from 4.5 to 0.15 and the LM loss from 4.5 to 2.57" in text
+    assert "1,920 tokens in 30 steps: KD loss from 4.5 to 0.15, LM loss from 4.5 to 2.57" in text
     assert page.row("30")[:4] == ["30", "1,920", "0.1500", "2.567"]
-    assert page.row("out", "d" * 16, "29,400", "heldout.jsonl") == [
+    assert page.row("distilled", "out", "d" * 16, "29,400", "heldout.jsonl") == [
+        "distilled",
         "out",
         "d" * 16,
         "29,400",
@@ -202,6 +203,58 @@ def test_figures_are_those_of_the_files(page):
     assert page.row("c")[1:] == ["5", "24", "20", "1,024", "24", "7.000", "3", "", "", ""]
     assert "dropped blocks (from 0)" in text and "1, 3" in text and "0.0123" in text
     assert page.row("ffn")[1:4] == ["17", "30", "0.5667"]
+
+
+def test_the_summary_compares_roles(whole, tmp_path):
+    """The teacher is evaluated as the folder that was converted, the others as checkpoints."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "evaluate")
+    record = json.loads((run / "distill" / "model.json").read_text())
+    source = record["lineage"]["ancestry"]["parents"]["source"]
+    record["lineage"]["parents"]["teacher"] = source
+    record["lineage"]["teacher"] = record["lineage"]["ancestry"]["ancestry"]
+    record["lineage"]["command"] = "launch/distill.py +model=tiny 'data.heldout=[a b.txt]' distill.steps=30 work_dir=w"
+    (run / "distill" / "model.json").write_text(json.dumps(record))
+    small = ARCH.to_json() | {"hidden": 24}
+    for folder in ("prune", "distill"):
+        model = json.loads((run / folder / "model.json").read_text())
+        (run / folder / "model.json").write_text(json.dumps(model | {"architecture": small}))
+    shutil.rmtree(run / "out")
+    for number, (path, loss) in enumerate([("/models/Tiny", 2.0), (run / "prune", 6.0), (run / "distill", 3.0)]):
+        (run / f"evaluate{number}").mkdir()
+        figures = {"file": "/text/heldout.jsonl", "loss": loss, "perplexity": 2.0}
+        (run / f"evaluate{number}" / "evaluation.json").write_text(
+            json.dumps({"source": str(path), "files": [figures]})
+        )
+    folders = read.folders(run)
+    models = roles.models(folders)
+    rows, tiles = overview.rows(models), overview.tiles(models, folders)
+    assert [(row["model"], row["loss"]) for row in rows] == [
+        ("teacher", 2.0),
+        ("pruned", 6.0),
+        ("distilled", 3.0),
+    ]
+    assert [row["parameters"] for row in rows] == [75708, 50472, 50472]
+    assert rows[2][
+        "of the teacher"
+    ] == "67\N{NO-BREAK SPACE}%" and "recovered 75\N{NO-BREAK SPACE}% of the increase" in overview.headline(models)
+    assert [tile.value for tile in tiles] == [
+        "75.7\N{NO-BREAK SPACE}k → 50.5\N{NO-BREAK SPACE}k",
+        "2.00 → 3.00",
+        "75\N{NO-BREAK SPACE}%",
+    ]
+    assert [row["command"] for row in overview.commands(models, folders)] == [
+        "python launch/export.py +model=tiny work_dir=w",
+        f"python launch/generate.py +model=tiny work_dir=w source={run}/distill prompt=Hello",
+    ]
+    shutil.rmtree(run / "evaluate1")
+    folders = read.folders(run)
+    commands = {row["next"]: row["command"] for row in overview.commands(roles.models(folders), folders)}
+    assert commands["Evaluate the pruned model"] == (
+        f"python launch/evaluate.py +model=tiny work_dir=w 'data.heldout=[a b.txt]' source={run}/prune "
+        f"out_dir={run}/evaluate_pruned"
+    )
 
 
 def test_the_lineage_leads_from_the_parent_to_the_delivery(whole, page):
@@ -254,7 +307,8 @@ def test_one_stage_is_enough(whole, tmp_path, stage):
     own = {"distill": ["Training"], "evaluate": ["Evaluation"], "convert": [], "out": []}.get(
         stage, [stage.capitalize()]
     )
-    assert titles == own + (["Lineage"] if stage not in ("depth", "search", "evaluate") else [])
+    summary = ["Summary"] if stage in ("distill", "convert", "out") else []
+    assert titles == summary + own + (["Lineage"] if stage not in ("depth", "search", "evaluate") else [])
     Page(render(tmp_path, collect(tmp_path)))
 
 
@@ -320,7 +374,7 @@ def test_only_reports_are_replaced(whole, tmp_path, capsys):
     assert list(run.glob("report*")) == [run / "report.html"]
     (run / "mine.html").write_text("<p>My page</p>")
     for other in (run / "mine.html", run / "depth"):
-        with pytest.raises(UserError, match="is no report of ours"):
+        with pytest.raises(UserError, match="exists and is not a report"):
             launched(f"work_dir={run}", f"html={other}")
     assert (run / "mine.html").read_text() == "<p>My page</p>"
 

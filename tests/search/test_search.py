@@ -12,7 +12,8 @@ from matplotlib.image import imread
 
 from minitron_mcore.checkpoint.run_folder import COMPLETE, open_checkpoint
 from minitron_mcore.cli import dry_run
-from minitron_mcore.config.settings import BudgetConfig, ParallelConfig, SearchConfig, SpeedConfig
+from minitron_mcore.config.search import BudgetConfig, SearchConfig, SpeedConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import EvaluateRun, Run
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import FILE as SCORES
@@ -320,7 +321,7 @@ def searches(config, root) -> dict:
     assert there("measured.json") == 2 and there("distill") == 0
     run("pieces", shards=2, shard=0, stop_after=1)
     assert there("measured.json") == 3 and there("distill") == 0
-    with pytest.raises(UserError, match="prune.blocks is 3, but the study in depth.json decided which go for 4 of 5"):
+    with pytest.raises(UserError, match="prune.blocks is 3, but the study in depth.json has a choice for 4 of 5"):
         run("unstudied", blocks=[3])
     with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
         run("pieces")
@@ -390,7 +391,7 @@ def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
     refused = dry_run.plan(composed("search", *given, "search.budget.parameters=1e9"))["problems"]
     assert len(refused) == 1 and "the nearest is L29_H2560_F6400_N24" in refused[0]
     refused = dry_run.plan(composed("search", *given, "prune.merge_heads=true", "prune.drop_mlp=[3]"))["problems"]
-    assert len(refused) == 1 and "prune.merge_heads and prune.drop_mlp has no part in a search" in refused[0]
+    assert len(refused) == 1 and "prune.merge_heads and prune.drop_mlp has no effect in a search" in refused[0]
 
 
 def test_the_front_is_what_nothing_beats():
