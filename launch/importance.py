@@ -1,6 +1,6 @@
-"""Score hidden channels, ffn channels, heads and blocks by forward passes over calibration text.
+"""Score hidden channels, ffn channels, heads, groups, experts and blocks on calibration text.
 
-torchrun --nproc-per-node 3 launch/importance.py +model=smollm2_135m parallel=tp3 data.train=[text.jsonl]
+minitron importance --nproc 3 +model=smollm2_135m parallel=tp3 data.train=[text.jsonl]
 """
 
 from minitron_mcore.cli.main import entry

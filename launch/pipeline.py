@@ -1,7 +1,7 @@
-"""Every stage of a recipe, each in processes of its own; finished ones are kept, so the same command goes on where it stopped.
+"""Run all stages of a recipe, each in its own processes; finished stages are skipped.
 
-python launch/pipeline.py +recipe=llama31_minitron_4b_width processes=8 parallel=tp2_sp data.train=[text.jsonl]
-python launch/pipeline.py --multirun +recipe=minitron_8b,minitron_4b processes=8 parallel=tp4_sp data.train=[text.jsonl]
+minitron pipeline +recipe=llama31_minitron_4b_width processes=8 parallel=tp2_sp data.train=[text.jsonl]
+minitron pipeline --multirun +recipe=minitron_8b,minitron_4b processes=8 parallel=tp4_sp data.train=[text.jsonl]
 """
 
 from minitron_mcore.cli.main import entry

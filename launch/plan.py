@@ -1,8 +1,8 @@
-"""Scores and targets -> the kept indices. One process; no weights are read.
+"""Choose the indices to keep from scores and target sizes; one process, no weights.
 
-python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
+`parallel` is the layout in which the pruned model will train: sizes that it does not divide are refused.
 
-`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
+minitron plan +model=smollm2_135m prune=smollm2_100m parallel=tp3
 """
 
 from minitron_mcore.cli.main import entry

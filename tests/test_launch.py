@@ -170,7 +170,9 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
     assert page.count('src="data:image/png;base64,') == 4 and correct.fingerprint in page  # scores, plan, two trainings
     assert "decoder.layers.*.mlp.linear_fc1.weight" in stopped and "report: runs/tiny/report.html" in output
     assert "loaders (every" in output and "LlamaForCausalLM" in output
-    assert "w5 w6 w" in launch(tmp_path, "generate", *command, "prompt='w5 w6'", "tokens=3", processes=2)
+    generate = [*command, "prompt='w5 w6'", "tokens=3", "text_file=continuation.txt"]
+    assert "w5 w6 w" in launch(tmp_path, "generate", *generate, processes=2)
+    assert (tmp_path / "continuation.txt").read_text().startswith("w5 w6 w")
 
     with pytest.raises(UserError, match="already holds this finished run"):
         claim(run / "convert", identity_of("convert", *command))
