@@ -36,8 +36,8 @@ def main(config: ExportRun) -> None:
         architecture.check_exportable(source.arch)
         with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
             parameters = hf_convert.export_folder(source, config.out_dir, dtype)
-            taken = model_card.deliver(model_card.exported(source), config.out_dir)
-        tables.table("loaders (every block has the same sizes)", taken)
+            loaders = model_card.deliver(model_card.exported(source), config.out_dir)
+        tables.table("loaders (every block has the same sizes)", loaders)
     tables.table("exported", [{"parameters": parameters, "dtype": dtype, "folder": config.out_dir}])
 
 

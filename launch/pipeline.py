@@ -16,8 +16,8 @@ def main(config: PipelineRun) -> None:
     from minitron_mcore.cli import dry_run, pipeline
     from minitron_mcore.reporting import page, tables
 
-    typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # the stages resolve ${...} themselves
-    overrides = [override for override in typed if not override.startswith(("processes=", "stages="))]
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)  # each stage resolves ${...} itself
+    overrides = [override for override in overrides if not override.startswith(("processes=", "stages="))]
     if config.dry_run:
         processes = [] if config.dry.gpus else [f"dry.gpus={config.processes}"]
         return dry_run.run(*pipeline.plan(config, [*overrides, *processes])[1].values())

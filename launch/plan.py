@@ -27,9 +27,9 @@ def main(config: PlanRun) -> None:
         return
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
-    prune, said = study.apply(config.study, source.arch.blocks, source.fingerprint, config.prune)
+    prune, chosen = study.apply(config.study, source.arch.blocks, source.fingerprint, config.prune)
     plan = plans.make_plan(source.arch, source.fingerprint, scores, prune)
-    plan.statistic.update(said)
+    plan.statistic.update(chosen)
     target.check_counts(plan.target, config.parameters, config.without_embeddings)
     build.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:
