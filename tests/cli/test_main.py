@@ -111,9 +111,10 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
         "recipe.teacher=${work_dir}/correct",
     ]
     stopped = pipeline(tmp_path, *command, "processes=2", "distill.stop_after=2", fails=True)
-    assert "error: launch/distill.py was told to stop before its end: the same command goes on" in stopped
+    assert "error: minitron distill stopped before its end: the same command resumes" in stopped
+    assert "stage 4 of 8: prune\n$ minitron prune --nproc 2 model=smollm2_135m" in stopped
     output = pipeline(tmp_path, *command, "processes=2")
-    assert "going on after step 2" in output and "bits per byte" in output and "launch/correct.py" not in output
+    assert "going on after step 2" in output and "bits per byte" in output and "minitron correct" not in output
 
     run = tmp_path / "runs/tiny"
     config = json.loads((run / "hf/config.json").read_text())
@@ -132,7 +133,9 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     assert page.count('src="data:image/png;base64,') == 4 and correct.fingerprint in page  # scores, plan, two trainings
     assert "decoder.layers.*.mlp.linear_fc1.weight" in stopped and "report: runs/tiny/report.html" in output
     assert "loaders (every" in output and "LlamaForCausalLM" in output
-    assert "w5 w6 w" in launch(tmp_path, "generate", *command, "prompt='w5 w6'", "tokens=3", processes=2)
+    generate = [*command, "prompt='w5 w6'", "tokens=3", "text_file=continuation.txt"]
+    assert "w5 w6 w" in launch(tmp_path, "generate", *generate, processes=2)
+    assert (tmp_path / "continuation.txt").read_text().startswith("w5 w6 w")
 
     with pytest.raises(UserError, match="already holds this finished run"):
         claim(run / "convert", identity_of("convert", *command))
