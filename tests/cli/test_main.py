@@ -73,21 +73,20 @@ def test_typos_are_caught_at_compose_time():
 
 
 def test_missing_weights_are_one_sentence(tmp_path):
-    output = launch(tmp_path, "convert", "+model=llama31_8b", processes=2, fails=True)
+    output = fork(tmp_path, "convert", "+model=llama31_8b", processes=2, fails=True)
     sentences = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(sentences) == 1 and "Llama-3.1-8B" in sentences[0] and "model.hf=" in sentences[0]
 
 
 def test_missing_checkpoint_is_one_sentence(tmp_path):
-    output = launch(tmp_path, "distill", "+model=llama31_8b", fails=True)
+    output = fork(tmp_path, "distill", "+model=llama31_8b", fails=True)
     assert "error: no checkpoint at runs/llama31_8b/prune" in output and "student=/path" in output
 
 
-@pytest.mark.default_cases("distill")
 @pytest.mark.parametrize("stage", ["importance", "distill", "evaluate"])
 def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
     layout = ["parallel=tp3", "parallel.sequence=true", f"{stage}.sequence_length=511"]
-    output = launch(tmp_path, stage, "+model=smollm2_135m", *layout, processes=3, fails=True)
+    output = fork(tmp_path, stage, "+model=smollm2_135m", *layout, processes=3, fails=True)
     assert (
         output.count("error: sequence_length 511 cannot be shared by parallel.tensor 3") == 1 and "give 513" in output
     )
@@ -173,7 +172,7 @@ main()
 """
 
 
-@pytest.mark.default_cases("UserError-error: rank 1: no such thing")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "expected"), [("UserError", "error: rank 1: no such thing"), ("KeyError", "rank 1 failed:\n")]
 )

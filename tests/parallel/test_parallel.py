@@ -45,6 +45,7 @@ def parent(tmp_path_factory):
     return at, ids, expected, plan
 
 
+@pytest.mark.default_cases("tp2_sp_cp2", "pp2_virtual2_dp2")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_scores_cuts_and_logits_are_those_of_one_process(tmp_path, parent, name):
     world, parallel = LAYOUTS[name]

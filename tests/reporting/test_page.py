@@ -122,7 +122,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
         self.open, self.elements, self.rows, self.text = [], [], [], []
-        self.add_teacher_outputs(text)
+        self.feed(text)
         self.close()
         assert not self.open
 
