@@ -1,13 +1,14 @@
 PYTHON ?= python3
+PYTEST = .venv/bin/python -m pytest
 SHELLS := .ci/run $(wildcard launch/slurm/*.sbatch)
 
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help .venv demo test test-slow lint clean
+.PHONY: help .venv demo test test-slow coverage lint clean
 
 help:
-	@echo "make demo | test | test-slow | lint | .venv | clean"
+	@echo "make demo | test | test-slow | coverage | lint | .venv | clean"
 
 .venv: .venv/installed
 
@@ -26,12 +27,20 @@ demo: .venv/installed
 # The tests' own processes share the cores, so each takes one thread.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed
-	.venv/bin/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu and not multigpu" tests
+	$(PYTEST) -q -n 2 --dist loadgroup -m "not slow and not gpu and not multigpu" tests
 
 # What repeats the former: more seeds, layouts, families and launches.
 test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: .venv/installed
-	.venv/bin/python -m pytest -q -n 2 --dist loadgroup -m slow tests
+	$(PYTEST) -q -n 2 --dist loadgroup -m slow tests
+
+# `make test`, and the share of each file's lines that it runs.
+coverage: export COVERAGE_CORE = sysmon
+coverage: .venv/installed
+	.venv/bin/coverage erase
+	$(MAKE) test PYTEST=".venv/bin/coverage run -m pytest"
+	.venv/bin/coverage combine -q
+	.venv/bin/coverage report --skip-covered
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -42,5 +51,5 @@ lint: .venv/installed
 	.venv/bin/hadolint Dockerfile
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
