@@ -96,7 +96,7 @@ def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
 @pytest.mark.parametrize("starts", ["forked", "torchrun"])
 def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     """Hugging Face in, smaller Hugging Face out, through the pipeline and every launch file; then against the wrong things."""
-    pipeline = fork_pipeline if starts == "forked" else run_pipeline
+    pipeline, start = (fork_pipeline, fork) if starts == "forked" else (run_pipeline, launch)
     models.tiny_llama(tmp_path / "hf")
     word_tokenizer(tmp_path / "hf")
     g = torch.Generator().manual_seed(0)
@@ -132,7 +132,7 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     assert page.count('src="data:image/png;base64,') == 4 and correct.fingerprint in page  # scores, plan, two trainings
     assert "decoder.layers.*.mlp.linear_fc1.weight" in stopped and "report: runs/tiny/report.html" in output
     assert "loaders (every" in output and "LlamaForCausalLM" in output
-    assert "w5 w6 w" in launch(tmp_path, "generate", *command, "prompt='w5 w6'", "tokens=3", processes=2)
+    assert "w5 w6 w" in start(tmp_path, "generate", *command, "prompt='w5 w6'", "tokens=3", processes=2)
 
     with pytest.raises(UserError, match="already holds this finished run"):
         claim(run / "convert", identity_of("convert", *command))
