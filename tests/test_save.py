@@ -20,7 +20,8 @@ from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig,
 from minitron_mcore.distill import optimizer_state
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import HUNG_STATUS
-from minitron_mcore.estimate import memory, save_memory
+from minitron_mcore.estimate import memory
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import RankError, on_ranks, random_checkpoint
 from tests import families, models
@@ -172,11 +173,11 @@ def test_the_dry_run_tells_a_save_s_memory(tmp_path):
     [growth] = on_ranks(saving_as_planned, 1, ONE, tmp_path / "source", tmp_path / "run")
     assert len(list((tmp_path / "run").glob("step_*/*.distcp"))) >= disk.THREADS
     arch = open_checkpoint(tmp_path / "source").arch
-    setting = memory.Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
-    assert growth == pytest.approx(save_memory.saving(arch, setting, 0, True), rel=0.15)
+    setting = Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
+    assert growth == pytest.approx(memory.save(arch, setting, 0, True), rel=0.15)
     on_gpu = dataclasses.replace(setting, device=Device.cuda)
-    assert save_memory.saving(arch, on_gpu, 0, True) == disk.THREADS * (disk.BLOCK + 4 * disk.PIECE_ELEMENTS)
-    assert save_memory.saving(arch, on_gpu, 0, False) == disk.THREADS * (disk.BLOCK + 4 * arch.vocab * arch.hidden)
+    assert memory.save(arch, on_gpu, 0, True) == disk.THREADS * (disk.BLOCK + 4 * disk.PIECE_ELEMENTS)
+    assert memory.save(arch, on_gpu, 0, False) == disk.THREADS * (disk.BLOCK + 4 * arch.vocab * arch.hidden)
 
 
 def distill_and_resume_counting(student, teacher, config, parallel, out_dir):

@@ -32,7 +32,7 @@ from minitron_mcore.config.stages import DistillRun, TeacherCacheRun
 from minitron_mcore.data import datasets
 from minitron_mcore.distill import cache, checks
 from minitron_mcore.distill.cache import open_teacher
-from minitron_mcore.distill.losses import distillation_loss
+from minitron_mcore.distill.losses import FactoredLogits, LossConfig, TopKLogProbs, distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import RankError, on_ranks
@@ -105,10 +105,12 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
         hidden, head, labels, mask, *top = (x.to(process_groups.device()) for x in case.tensors())
         head = (head.chunk(group.size())[group.rank()].clone() if group else head).requires_grad_()
         hidden.requires_grad_()
-        loss, stats = distillation_loss(
-            hidden, head, None, None, labels, mask, vocab_size=case.vocab, tp_group=group, kd_weight=0.7,
-            lm_weight=case.lm_weight, chunk_tokens=case.chunk_tokens, teacher_top=tuple(top),
-        )  # fmt: skip
+        config = LossConfig(kd_weight=0.7, lm_weight=case.lm_weight, chunk_tokens=case.chunk_tokens)
+        models, sizes = (
+            (FactoredLogits(hidden, head), TopKLogProbs(*top)),
+            {"vocab_size": case.vocab, "tp_group": group},
+        )
+        loss, stats = distillation_loss(*models, labels, mask, **sizes, config=config)
         loss.backward()
         found.append([x.cpu() for x in (loss.detach(), stats, hidden.grad, head.grad)])
     return found

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron_mcore.distill.losses import distillation_loss
+from minitron_mcore.distill.losses import FactoredLogits, distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.evaluation.multiple_choice import MultipleChoice
@@ -110,7 +110,8 @@ class Meter:
             head, labels = self.model.head(), batch["labels"].t().reshape(-1)
             tp = process_groups.tp_group()
             sizes = {"vocab_size": self.arch.vocab, "tp_group": tp}
-            _, stats = distillation_loss(hidden, head, full, head, labels, predicted, **sizes)
+            student, teacher = FactoredLogits(hidden, head), FactoredLogits(full, head)
+            _, stats = distillation_loss(student, teacher, labels, predicted, **sizes)
             sums.add_(torch.stack([stats[1].double(), stats[0].double(), self._squares(predicted, full, hidden)]))
 
         with skipping(self.model, self.arch, dropped):

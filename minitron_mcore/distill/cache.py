@@ -116,7 +116,7 @@ class Cache(Checkpoint):
                 "no layout: give 0 and null."
             )
         if self.kind == CacheKind.topk:
-            yield from checks.given(index["top_k"], config.divergence, config.top_k, config.temperature)
+            yield from checks.top_k_teacher(index["top_k"], config)
             if student.vocab < self.arch.vocab:
                 yield (
                     f"the student's vocabulary has {student.vocab} tokens, but the teacher cache {self.folder} has "

@@ -193,7 +193,8 @@ class CacheWriter:
         head, vocab = model.head(), self.teacher.arch.vocab
         first = group.rank() * len(head)
         head, flat = head[: max(0, vocab - first)], hidden.flatten(0, 1)
-        size = tile_sizes.chunk_tokens(len(flat), 4 * max(1, len(head)), flat.device.type)
+        budget = tile_sizes.CHUNK_BYTES[flat.device.type]
+        size = tile_sizes.chunk_tokens(len(flat), 4 * max(1, len(head)), budget)
         found = [largest(part @ head.t(), self.config.top_k, first, group) for part in flat.split(size)]
         ids, log_probs = (torch.cat(parts).unflatten(0, hidden.shape[:2]) for parts in zip(*found, strict=True))
         return cache.pack_top(ids, log_probs, vocab)

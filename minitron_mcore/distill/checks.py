@@ -1,6 +1,7 @@
 """What a training run must keep. No torch import."""
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import DistillConfig, Divergence, HiddenStateLossConfig, ParallelConfig
@@ -128,14 +129,21 @@ def problems(
         yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
-    yield from divergence(
-        config.divergence, config.jsd_beta, config.top_k, config.temperature, vocabulary.shared(student, teacher)
-    )
+    yield from divergence(config, vocabulary.shared(student, teacher))
 
 
-def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature: float, vocab: int) -> Iterator[str]:
-    """A temperature that is not above 0 or that would do nothing, a mixture of one alone, a top-k of nothing, of everything or of
-    another divergence."""
+class DivergenceConfig(Protocol):
+    """The fields that `config.settings.DistillConfig` and `divergences.LossConfig` share."""
+
+    divergence: Divergence
+    jsd_beta: float
+    top_k: int | None
+    temperature: float
+
+
+def divergence(config: DivergenceConfig, vocab: int) -> Iterator[str]:
+    """Problems of temperature, jsd_beta and top_k with the divergence and the vocabulary."""
+    kind, jsd_beta, top_k, temperature = config.divergence, config.jsd_beta, config.top_k, config.temperature
     if not 0 < temperature < float("inf"):
         yield f"temperature is {temperature}; it must be above 0 and finite (1 leaves the logits as they are)."
     elif temperature != 1 and kind in (Divergence.mse, Divergence.cosine):
@@ -150,17 +158,15 @@ def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature
         yield f"top_k is {top_k}; it must be at least 1 and below the vocabulary of {vocab}, which is top_k null."
 
 
-def given(k: int, divergence: Divergence, top_k: int | None, temperature: float, live: bool = False) -> Iterator[str]:
-    """What the k largest entries of a teacher can't be used for in place of its logits; `live`: these are there, too."""
-    if divergence != Divergence.forward_kl or temperature != 1:
+def top_k_teacher(k: int, config: DivergenceConfig) -> Iterator[str]:
+    """Problems of a divergence from a teacher's k largest log-probabilities instead of its logits."""
+    if config.divergence != Divergence.forward_kl or config.temperature != 1:
         yield (
-            f"the teacher's {k} largest log-probabilities are given, of which there is no divergence {divergence} at temperature "
-            f"{temperature:g}: give forward_kl and temperature 1."
+            f"the teacher's {k} largest log-probabilities are given, of which there is no divergence {config.divergence} at "
+            f"temperature {config.temperature:g}: give forward_kl and temperature 1."
         )
-    if top_k not in (None, k):
-        yield f"top_k is {top_k}, but the teacher's {k} largest log-probabilities are given: give top_k {k} or null."
-    if live:
-        yield f"the teacher's {k} largest log-probabilities are given, and its hidden states, too: give one of them."
+    if config.top_k not in (None, k):
+        yield f"top_k is {config.top_k}, but the teacher's {k} largest log-probabilities are given: give top_k {k} or null."
 
 
 def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:

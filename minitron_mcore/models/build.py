@@ -25,16 +25,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class LanguageModel(HybridModel):
-    """HybridModel whose forward can stop before the output head.
+    """HybridModel whose forward stops before the output head: losses take the hidden states and the head apart.
 
     A pipeline stage holds its blocks' tensor-parallel shards; the first also the embedding table's rows, the last the final
     norm and the head's rows.
     """
 
-    def forward(self, *args, headless: bool = False, **kwargs) -> Tensor:
-        """With `headless`, the last stage returns the final norm's output [S, B, H] ([S_r, B, H] under sequence parallelism)."""
+    def forward(self, *args, **kwargs) -> Tensor:
+        """The last stage returns the final norm's output [S, B, H] ([S_r, B, H] under sequence parallelism)."""
         had_head = self.post_process
-        self.post_process = had_head and not headless
+        self.post_process = False
         try:
             return super().forward(*args, **kwargs)
         finally:

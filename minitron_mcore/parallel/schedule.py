@@ -37,9 +37,7 @@ def positions(length: int, parallel: ParallelConfig, place: Place) -> Tensor:
     return own.view(parallel.tensor, -1)[place.tensor] if parallel.sequence else own
 
 
-def forward(
-    model: nn.Module, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None], headless: bool = True
-) -> None:
+def forward(model: nn.Module, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None]) -> None:
     """Forward passes over micro-batches, through whatever pipeline the model is laid out in (collective).
 
     Micro-batches of one shape that follow each other fill the pipeline together. The interleaved schedule takes them in groups
@@ -49,15 +47,14 @@ def forward(
         model: this rank's part; every stage takes part in every micro-batch.
         batches: each with "tokens" [B, S] int64, and maybe "mask" [B, S] bool, False on padding.
         on_output: called on last-stage ranks with each output and its share of the batch: the final norm's hidden states
-            [S_r, B, H], S_r = S / CP or S / CP / TP under sequence parallelism, or this rank's logits [B, S / CP, V_r] where
-            `headless` is false.
+            [S_r, B, H], S_r = S / CP or S / CP / TP under sequence parallelism.
     """
 
     def step(iterator, chunk):
         hang_watchdog.beat()
         whole = next(iterator)
         batch = share(whole)
-        output = chunk(batch["tokens"], None, None, headless=headless, loss_mask=batch.get("mask"))
+        output = chunk(batch["tokens"], None, None, loss_mask=batch.get("mask"))
 
         def collect(output: Tensor, non_loss_data: bool) -> None:
             if whole is not idle:
@@ -103,7 +100,7 @@ def forward_backward(
         hang_watchdog.beat()
         batch = share(next(iterator))
         on_batch(batch)
-        return chunk(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)
+        return chunk(batch["tokens"], None, None), lambda hidden: loss(hidden, batch)
 
     return _run(step, chunks, batches, like, count, forward_only=False)
 
