@@ -41,7 +41,7 @@ def final_hidden(model, tokens: Tensor) -> Tensor:
 def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]:
     """By kind of cache: bytes a token, relative error of the gradients of hidden states and head."""
     from minitron_mcore.distill import cache, checks
-    from minitron_mcore.distill.cache_writer import largest
+    from minitron_mcore.distill.cache_writer import top_k_log_probs
     from minitron_mcore.distill.losses import FactoredLogits, TopKLogProbs, distillation_loss
     from minitron_mcore.parallel import process_groups
 
@@ -65,7 +65,7 @@ def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]
 
     found, logits = {}, wanted @ head[:vocab].t()
     for k in ks:
-        packed = cache.pack_top(*largest(logits.clone(), k, 0, process_groups.tp_group()), vocab)
+        packed = cache.pack_top(*top_k_log_probs(logits.clone(), k, 0, process_groups.tp_group()), vocab)
         ids, log_probs = cache.unpack_top(packed)
         found[f"topk {k}"] = (
             size(CacheKind.topk, k),

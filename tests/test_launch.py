@@ -152,7 +152,7 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
     stopped = pipeline(tmp_path, *command, "processes=2", "distill.stop_after=2", fails=True)
     assert "error: launch/distill.py was told to stop before its end: the same command goes on" in stopped
     output = pipeline(tmp_path, *command, "processes=2")
-    assert "going on after step 2" in output and "bits per byte" in output and "launch/correct.py" not in output
+    assert "resuming after step 2" in output and "bits per byte" in output and "launch/correct.py" not in output
 
     run = tmp_path / "runs/tiny"
     config = json.loads((run / "hf/config.json").read_text())

@@ -136,7 +136,7 @@ def test_the_dry_run_tells_them_all():
 
 def test_positions_and_windows():
     config = TeacherCacheRun(steps=1, global_batch=1, micro_batch=1, sequence_length=65)
-    assert any("but the teacher has 64 positions" in line for line in checks.cache(config, ARCH))
+    assert any("but the teacher has 64 positions" in line for line in checks.cache_problems(config, ARCH))
     assert any("64 positions" in line for line in importance.problems(ARCH, ImportanceConfig(sequence_length=65), 1))
     assert len(list(ranges.evaluation(EvaluateConfig(1, 0, 0)))) == 3
     assert not list(ranges.evaluation(EvaluateConfig()))

@@ -211,11 +211,11 @@ def test_a_teacher_in_host_memory_teaches_the_same(pair, tmp_path):
 
 def hosted_bytes(teacher):
     from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
-    from minitron_mcore.distill.teacher import HostedWeights
+    from minitron_mcore.distill.teacher import OffloadedWeights
 
     weights = list(build_model(open_checkpoint(teacher), ParallelConfig(), "fp32").parameters())
     before = [weight.detach().clone() for weight in weights]
-    hosted = HostedWeights(weights)
+    hosted = OffloadedWeights(weights)
     outside = [weight.data_ptr() for weight in weights]
     with hosted:
         inside = [weight.data_ptr() for weight in weights]

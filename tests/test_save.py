@@ -132,7 +132,7 @@ def save_large(source, out_dir, parallel, background):
     dp = process_groups.dp_group()
     trainer.train_step([next(micro_batches(config, 0, dp.rank(), dp.size())) for _ in range(4 // dp.size())])
     streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS, disk.BLOCK = 1 << 17, 1 << 19, 1 << 19
-    state = [optimizer_state._owned(part) for part in trainer.optimizer.chained_optimizers]
+    state = [optimizer_state.local_ranges(part) for part in trainer.optimizer.chained_optimizers]
     share = sum(t.nbytes for part in state for owned in part for t in owned.state().values())
     growth = peak_growth(lambda: (trainer.save(out_dir), trainer.finish_save()))
     files = (out_dir / f"step_{trainer.step:07d}").glob(f"__{process_groups.rank()}_*.distcp")

@@ -126,7 +126,7 @@ def first_step(folders, parallel, out_dir):
         name, config = settings(case)
         student, teacher = (open_checkpoint(folders / x) for x in (name, "teacher"))
         trainer = Trainer(student, teacher, config, parallel, "fp32")
-        projection = trainer.states.projection
+        projection = trainer.hidden_loss.projection
         before = None if projection is None else projection.detach().clone()
         batches = list(models.placed(micro_batches(config, 0, dp.rank(), dp.size())))[: 4 // dp.size()]
         probed = trainer.teacher_loss(batches[0])
@@ -175,7 +175,9 @@ def learn(folders, config, parallel, out_dir, resume=False):
         trainer.resume(open_checkpoint(out_dir))
     run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
-    return train({out_dir: trainer}, models.placed(batches), out_dir)[0], trainer.states.projection.detach().clone()
+    return train({out_dir: trainer}, models.placed(batches), out_dir)[
+        0
+    ], trainer.hidden_loss.projection.detach().clone()
 
 
 def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, folders):
@@ -225,7 +227,7 @@ def dynamic_steps(folders, parallel, out_dir):
         again = Trainer(student, teacher, dataclasses.replace(config, hidden_state_loss=weight), parallel, "fp32")
         again.resume(open_checkpoint(out_dir))
         if not weight.dynamic:
-            again.states.ratio = 1.0
+            again.hidden_loss.ratio = 1.0
         found.append(again.train_step(batches[count : 2 * count]))
     return found
 

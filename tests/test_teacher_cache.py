@@ -395,9 +395,9 @@ def test_what_is_refused_without_ranks(world):
     (found,) = top.problems(fewer, SETTINGS)
     assert "the student's vocabulary has 90 tokens" in found and "of 101: write one of kind=hidden" in found
     assert not list(open_teacher(world.path / "hidden").problems(fewer, SETTINGS))
-    (found,) = checks.cache(world.writer("x", kind="topk", top_k=101), arch)
+    (found,) = checks.cache_problems(world.writer("x", kind="topk", top_k=101), arch)
     assert "top_k is 101; it must be at least 1 and below the teacher's vocabulary of 101" in found
-    (found,) = checks.cache(world.writer("x", kind="hidden", top_k=101, file_samples=0), arch)
+    (found,) = checks.cache_problems(world.writer("x", kind="hidden", top_k=101, file_samples=0), arch)
     assert "file_samples is 0; it must be at least 1" in found
     broken = shutil.copytree(world.path / "top", world.path / "broken")
     (broken / "index.json").write_text("{")

@@ -187,9 +187,9 @@ def _problems(
         if (Path(config.teacher) / "index.json").is_file():
             yield from resolve.cache(config.teacher).problems(student, training)
     if isinstance(config, TeacherCacheRun) and "model" in archs:
-        yield from checks.cache(config, archs["model"])
+        yield from checks.cache_problems(config, archs["model"])
     if isinstance(config, SearchRun) and training.teacher_ranks:
-        yield checks.NOT_APART
+        yield checks.NO_TEACHER_RANKS
     if isinstance(config, ImportanceRun) and "model" in archs:
         yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():

@@ -1,4 +1,4 @@
-"""What a training run must keep. No torch import."""
+"""Checks of a training run's config against its models and layout. No torch import."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -12,18 +12,18 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
 
 EMBEDDINGS = -1
-"""In a pair of blocks: what the embedding table puts out, which is what block 0 takes in."""
+"""In a pair of blocks: the embedding table's output, which is block 0's input."""
 
 Route = tuple[int, int, int]
-"""A teacher's block, the pipeline rank of the teacher that has it, the pipeline rank of the student that wants it."""
+"""(teacher's block, the teacher's pipeline rank that computes it, the student's pipeline rank that needs it)."""
 
-NOT_APART = "distill.teacher_ranks is for launch/distill.py: give 0 here."
+NO_TEACHER_RANKS = "distill.teacher_ranks is for launch/distill.py: give 0 here."
 
 
 def state_pairs(student: Architecture, teacher: Architecture, config: HiddenStateLossConfig) -> list[tuple[int, int]]:
-    """(student's block, teacher's block) whose outputs are compared; none with weight 0."""
-    last = [[student.blocks - 3, teacher.blocks - 3]]
-    blocks = last if config.pairs is None else config.pairs
+    """(student's block, teacher's block) whose outputs are compared; empty with weight 0."""
+    default = [[student.blocks - 3, teacher.blocks - 3]]
+    blocks = default if config.pairs is None else config.pairs
     return [(EMBEDDINGS, EMBEDDINGS)] * config.embeddings + [(s, t) for s, t in blocks] if config.weight else []
 
 
@@ -32,18 +32,18 @@ def state_routes(
     teacher: Architecture,
     pairs: Sequence[tuple[int, int]],
     parallel: ParallelConfig,
-    other: ParallelConfig | None = None,
+    teacher_parallel: ParallelConfig | None = None,
 ) -> Iterator[Route]:
-    """The route of each pair; `other`: the teacher's layout, where it is not the student's."""
-    for own, theirs in pairs:
-        source = sharding.block_rank(teacher, other or parallel, max(theirs, 0))
-        yield theirs, source, sharding.block_rank(student, parallel, max(own, 0))
+    """The route of each pair; `teacher_parallel`: the teacher's layout, if it is not the student's."""
+    for block, teacher_block in pairs:
+        source = sharding.block_rank(teacher, teacher_parallel or parallel, max(teacher_block, 0))
+        yield teacher_block, source, sharding.block_rank(student, parallel, max(block, 0))
 
 
 def state_problems(
     student: Architecture, teacher: Architecture | None, config: HiddenStateLossConfig, kd_weight: float
 ) -> Iterator[str]:
-    """Pairs of blocks that are not there, or no pair at all; a ratio to nothing."""
+    """Problems of the hidden-state loss: weight, dynamic weight, missing teacher, blocks that do not exist, no pair."""
     if config.weight == 0:
         return
     if not 0 < config.weight < float("inf"):
@@ -82,7 +82,7 @@ def state_problems(
 def teacher_problems(
     teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
-    """A layout of its own that doesn't fit the teacher or the ranks of the student, or that is nobody's."""
+    """Problems of the teacher's own layout with the teacher and the number of ranks."""
     if config.teacher_parallel is None and not config.teacher_ranks:
         return
     if teacher is None:
@@ -90,16 +90,15 @@ def teacher_problems(
         return
     own = config.teacher_parallel or parallel
     world = config.teacher_ranks or dp_size * parallel.tensor * parallel.pipeline * parallel.context
-    found = list(layout.problems(own, world, config.sequence_length)) or list(sharding.model_problems(teacher, own))
-    yield from (f"distill.teacher_parallel: {problem}" for problem in found)
+    problems = list(layout.problems(own, world, config.sequence_length)) or sharding.model_problems(teacher, own)
+    yield from (f"distill.teacher_parallel: {problem}" for problem in problems)
 
 
 def problems(
     student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
-    """A size below 1, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a warm-up as
-    long as the run, sequences longer than a model's positions, no loss or a negative one, and what `ranges.training`,
-    `divergence`, `teacher_problems` and `state_problems` find."""
+    """Problems of sizes, batch, warm-up, sequence length and loss weights, and those of `ranges.training`, `divergence`,
+    `teacher_problems` and `state_problems`."""
     names = ("steps", "global_batch", "micro_batch", "sequence_length", "teacher_ahead")
     sizes = {name: getattr(config, name) for name in names}
     small = {name: size for name, size in sizes.items() if size < 1}
@@ -169,8 +168,8 @@ def top_k_teacher(k: int, config: DivergenceConfig) -> Iterator[str]:
         yield f"top_k is {config.top_k}, but the teacher's {k} largest log-probabilities are given: give top_k {k} or null."
 
 
-def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
-    """What keeps a teacher's cache from being written."""
+def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
+    """Problems of the config of a teacher's cache."""
     for name in ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples"):
         if getattr(config, name) < 1:
             yield f"{name} is {getattr(config, name)}; it must be at least 1."
@@ -180,7 +179,7 @@ def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
 
 
 def cache_bytes(kind: CacheKind, k: int, vocab: int, hidden: int, dtype_bytes: int) -> int:
-    """Of a token in a teacher's cache (see `cache`); `element`: bytes of a number of the run's dtype."""
+    """Bytes of a token in a teacher's cache (see `cache`); `hidden`: the width H."""
     if kind == CacheKind.topk:
         return (4 if vocab <= 1 << 16 else 5) * k + 2
     return dtype_bytes * hidden if kind == CacheKind.hidden else hidden + 4
