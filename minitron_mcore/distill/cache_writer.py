@@ -11,15 +11,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore.checkpoint import disk, run_folder, streaming
+from minitron_mcore.checkpoint import disk, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.data import datasets
 from minitron_mcore.distill import cache, checks, tile_sizes
+from minitron_mcore.distill.teacher import read_head
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.models import build, parameter_table
+from minitron_mcore.models import build
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import read_json
@@ -128,7 +129,8 @@ class CacheWriter:
                 self.teacher, config.parallel, config.dtype.value, config.performance.frozen()
             )
         if not self.has_head and process_groups.rank() == 0:
-            self._write(cache.HEAD, {"head": self._head()})
+            head = read_head(self.teacher, 0, self.teacher.arch.vocab)
+            self._write(cache.HEAD, {"head": head.to(self._dtype)})
         rows = [
             range(n * config.file_samples, min((n + 1) * config.file_samples, config.samples)) for n in self.pending
         ]
@@ -161,12 +163,6 @@ class CacheWriter:
             os.fsync(file.fileno())
         self.hashes[name] = disk.sha256(part)
         os.replace(part, self.out_dir / name)
-
-    def _head(self) -> Tensor:
-        arch = self.teacher.arch
-        name = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
-        parameter = next(parameter for parameter in parameter_table.parameters(arch) if parameter.name == name)
-        return streaming.Reader(self.teacher).read(parameter, (0, 0), parameter.shape).to(self._dtype)
 
     def _outputs(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """Tensors [F, S, ...] of a file with these samples, on the rank that writes it; empty elsewhere (collective)."""

@@ -1,12 +1,12 @@
 """Checks of a training run's config against its models and layout. No torch import."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import DistillConfig, Divergence, HiddenStateLossConfig, ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.distill import vocabulary
+from minitron_mcore.distill.loss_config import LossConfig
 from minitron_mcore.models import sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
@@ -131,16 +131,7 @@ def problems(
     yield from divergence(config, vocabulary.shared(student, teacher))
 
 
-class DivergenceConfig(Protocol):
-    """The fields that `config.settings.DistillConfig` and `divergences.LossConfig` share."""
-
-    divergence: Divergence
-    jsd_beta: float
-    top_k: int | None
-    temperature: float
-
-
-def divergence(config: DivergenceConfig, vocab: int) -> Iterator[str]:
+def divergence(config: DistillConfig | LossConfig, vocab: int) -> Iterator[str]:
     """Problems of temperature, jsd_beta and top_k with the divergence and the vocabulary."""
     kind, jsd_beta, top_k, temperature = config.divergence, config.jsd_beta, config.top_k, config.temperature
     if not 0 < temperature < float("inf"):
@@ -157,7 +148,7 @@ def divergence(config: DivergenceConfig, vocab: int) -> Iterator[str]:
         yield f"top_k is {top_k}; it must be at least 1 and below the vocabulary of {vocab}, which is top_k null."
 
 
-def top_k_teacher(k: int, config: DivergenceConfig) -> Iterator[str]:
+def top_k_teacher(k: int, config: DistillConfig | LossConfig) -> Iterator[str]:
     """Problems of a divergence from a teacher's k largest log-probabilities instead of its logits."""
     if config.divergence != Divergence.forward_kl or config.temperature != 1:
         yield (

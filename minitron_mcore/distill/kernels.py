@@ -8,8 +8,8 @@ b: 10 bytes in bf16. The only buffers are a few numbers a token. An H100 (3.35 T
 3.1 ms at best. jsd and top-k read both logits once more. Top-k's gradient does not read the teacher's logits: torch processes
 the k entries of a token. Within a row the computation is fp32, block by block; what crosses ranks is fp64, as in `tiling`.
 
-The kernels are compiled for one divergence each, `KIND`; the table of `divergences` has the formulas. They have more than eight
-parameters: Triton specializes a kernel by each argument's dtype, alignment and constness, which a tuple would hide.
+A kernel is compiled for each divergence, `KIND`; the table of `divergences` has the formulas. Axis 0 of every grid is the
+tokens, so `tl.num_programs(0)` is their number T.
 """
 
 import math
@@ -32,7 +32,7 @@ from minitron_mcore.distill.divergences import (
     TopKOfLogProbs,
 )
 
-FORWARD_KL, REVERSE_KL, JSD, MSE, COSINE, TOP_K = (tl.constexpr(kind) for kind in range(6))
+FORWARD_KL, REVERSE_KL, JSD, MSE, COSINE, TOP_K, NO_TEACHER = (tl.constexpr(kind) for kind in range(7))
 KINDS = {
     ForwardKL: FORWARD_KL,
     ReverseKL: REVERSE_KL,
@@ -42,26 +42,23 @@ KINDS = {
     TopK: TOP_K,
     TopKOfLogProbs: TOP_K,
 }
-SUMS_BLOCK, GRADIENT_BLOCK = 4096, 2048
+SUMS_BLOCK, GRADIENT_BLOCK = tl.constexpr(4096), tl.constexpr(2048)
 """Entries of a row that a program processes at a time, powers of two: about 16 a thread."""
 
 
 @triton.jit
-def _sums(
-    student, teacher, out, num_tokens, width, stride_s, stride_t, inverse_t,
-    KIND: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _sums(student, teacher, out, width, inverse_t, KIND: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):
     """One program per token. out [10, T]: the three maxima and the three sums of `Chunk`; sum e_t x_t; and three sums of
     `KIND`, where x = (z - maximum) / temperature and e = exp(x): sum e_t (x_t - x_s) for forward KL, sum e_s (x_s - x_t) for
     reverse KL, sum (z_s - z_t)^2 for mse, the sums of z_s z_t, z_s^2 and z_t^2 for cosine."""
-    row = tl.program_id(0).to(tl.int64)
-    student += row * stride_s
-    teacher += row * stride_t
+    row, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    student += row * width
+    teacher += row * width
     # Finite initial maxima: they must be numbers where a row has no entries.
     max_s, sum_s, sum_1 = -1e30, 0.0, 0.0
     max_t, sum_t, entropy, first, second, third = -1e30, 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    for start in range(0, width, SUMS_BLOCK):
+        columns = start + tl.arange(0, SUMS_BLOCK)
         inside = columns < width
         z_s = tl.load(student + columns, mask=inside, other=-float("inf")).to(tl.float32)
         new_max = tl.maximum(max_s, tl.max(z_s, 0))
@@ -72,7 +69,7 @@ def _sums(
         if HAS_TEMPERATURE:
             sum_1 = sum_1 * tl.exp(max_s - new_max) + tl.sum(tl.exp(z_s - new_max), 0)
         max_s = new_max
-        if HAS_TEACHER:
+        if KIND != NO_TEACHER:
             z_t = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
             new_max = tl.maximum(max_t, tl.max(z_t, 0))
             x_t = z_t * inverse_t - new_max * inverse_t
@@ -125,19 +122,17 @@ def _log_mixture(log_ratio, weight):
 
 
 @triton.jit
-def _second_sums(
-    student, teacher, out, maxima, log_norm, beta, num_tokens, width, stride_s, stride_t, inverse_t, BLOCK: tl.constexpr
-):
-    """One program per token. out [2, T]: this rank's parts of KL(p_s || m) and KL(p_t || m). `log_norm` [3, T]: logs of the
-    softmaxes' sums over all ranks of exponentials relative to `maxima`."""
-    row = tl.program_id(0).to(tl.int64)
-    student += row * stride_s
-    teacher += row * stride_t
-    base_s = tl.load(maxima + row) + tl.load(log_norm + row)
-    base_t = tl.load(maxima + num_tokens + row) + tl.load(log_norm + num_tokens + row)
+def _second_sums(student, teacher, out, log_sum_exp, beta, width, inverse_t):
+    """One program per token. out [2, T]: this rank's parts of KL(p_s || m) and KL(p_t || m). `log_sum_exp` [3, T]: over all
+    ranks."""
+    row, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    student += row * width
+    teacher += row * width
+    base_s = tl.load(log_sum_exp + row)
+    base_t = tl.load(log_sum_exp + num_tokens + row)
     kl_s, kl_t = 0.0, 0.0
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    for start in range(0, width, GRADIENT_BLOCK):
+        columns = start + tl.arange(0, GRADIENT_BLOCK)
         inside = columns < width
         log_s = tl.load(student + columns, mask=inside, other=0.0).to(tl.float32) * inverse_t - base_s
         log_t = tl.load(teacher + columns, mask=inside, other=0.0).to(tl.float32) * inverse_t - base_t
@@ -149,26 +144,23 @@ def _second_sums(
 
 
 @triton.jit
-def _gradient(
-    student, teacher, maxima, scale, label_ids, label_weights, factors, beta, num_tokens, width, stride_s, stride_t, inverse_t,
-    KIND: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program per block of a token's entries: write their gradient over the student's logits. `factors` [2, T]: see
-    `_factors`."""
-    row = tl.program_id(0).to(tl.int64)
-    student += row * stride_s
-    teacher += row * stride_t
-    maxima += row
-    scale += row
-    factors += row
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _gradient(student, teacher, label_ids, values, width, inverse_t, KIND: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):
+    """One program per block of a token's entries: write their gradient over the student's logits. `values` [10, T]:
+    `Chunk.maxima`, `Chunk.scale`, `_factors`, the label's weight, jsd's beta."""
+    row, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    student += row * width
+    teacher += row * width
+    maxima = values + row
+    scale = maxima + 3 * num_tokens
+    factors = scale + 3 * num_tokens
+    columns = tl.program_id(1) * GRADIENT_BLOCK + tl.arange(0, GRADIENT_BLOCK)
     inside = columns < width
     z_s = tl.load(student + columns, mask=inside, other=0.0).to(tl.float32)
     x_s = z_s * inverse_t - tl.load(maxima)
     e_s = tl.exp(x_s)
     e_1 = tl.exp(z_s - tl.load(maxima + 2 * num_tokens)) if HAS_TEMPERATURE else e_s
     lm_term = tl.load(scale + 2 * num_tokens) * e_1
-    if not HAS_TEACHER:
+    if KIND == NO_TEACHER:
         gradient = tl.load(scale) * e_s + lm_term
     else:
         z_t = tl.load(teacher + columns, mask=inside, other=0.0).to(tl.float32)
@@ -179,11 +171,12 @@ def _gradient(
         elif KIND == REVERSE_KL:
             gradient = tl.load(scale) * e_s * (x_s - x_t - tl.load(factors)) + lm_term
         elif KIND == JSD:
+            beta = tl.load(factors + 3 * num_tokens)
             mixture = _log_mixture(x_t - x_s - tl.load(factors), beta)
             gradient = tl.load(scale) * e_s * (beta - 1) * (mixture + tl.load(factors + num_tokens)) + lm_term
         else:
             gradient = tl.load(factors) * z_s - tl.load(factors + num_tokens) * z_t + lm_term
-    gradient -= tl.where(columns == tl.load(label_ids + row), tl.load(label_weights + row), 0.0)
+    gradient -= tl.where(columns == tl.load(label_ids + row), tl.load(factors + 2 * num_tokens), 0.0)
     tl.store(student + columns, gradient.to(student.dtype.element_ty), mask=inside)
 
 
@@ -214,10 +207,9 @@ def compute_sums(chunk: Chunk, local: Tensor, divergence: ForwardKL) -> None:
 
 def _statistics(chunk: Chunk, divergence: ForwardKL) -> Tensor:
     """[10, T], by the kernel `_sums`."""
-    student, teacher, *rest = _arguments(chunk)
+    student, teacher, *sizes = _arguments(chunk)
     out = chunk.sums.new_empty(10, len(student))
-    options = *_options(chunk), SUMS_BLOCK
-    _sums[(len(student),)](student, teacher, out, *rest, _kind(divergence), *options, num_warps=8)
+    _sums[(len(student),)](student, teacher, out, *sizes, *_options(chunk, divergence), num_warps=8)
     return out
 
 
@@ -238,11 +230,9 @@ def _compute_top_k_sums(chunk: Chunk, divergence: TopK) -> Tensor:
 
 def second_sums(chunk: Chunk, divergence: Jsd) -> Tensor:
     """[2, T]: this rank's parts of the jsd's KL(p_s || m) and KL(p_t || m); requires `chunk.set_global_lse`."""
-    student, teacher, *rest = _arguments(chunk)
-    out = chunk.sums.new_empty(2, student.shape[0])
-    grid = (student.shape[0],)
-    inputs = student, teacher, out, chunk.maxima, chunk.log_norm, divergence.beta, *rest
-    _second_sums[grid](*inputs, BLOCK=GRADIENT_BLOCK, num_warps=8)
+    student, teacher, *sizes = _arguments(chunk)
+    out, log_sum_exp = chunk.sums.new_empty(2, len(student)), chunk.maxima + chunk.log_norm
+    _second_sums[(len(student),)](student, teacher, out, log_sum_exp, divergence.beta, *sizes, num_warps=8)
     return out
 
 
@@ -251,12 +241,12 @@ def write_gradient(chunk: Chunk, label_ids: Tensor, label_weights: Tensor, diver
     `label_ids` [T]."""
     if isinstance(divergence, TopK) and chunk.logits[1] is not None:
         return _write_top_k_gradient(chunk, label_ids, label_weights, divergence)
-    student, teacher, *rest = _arguments(chunk)
-    grid = len(label_ids), triton.cdiv(student.shape[1], GRADIENT_BLOCK)
-    factors = _factors(chunk, divergence) if chunk.logits[1] is not None else chunk.scale
-    beta = divergence.beta if isinstance(divergence, Jsd) else 0.0
-    inputs = student, teacher, chunk.maxima, chunk.scale, label_ids, label_weights, factors, beta, *rest
-    _gradient[grid](*inputs, _kind(divergence), *_options(chunk), BLOCK=GRADIENT_BLOCK, num_warps=4)
+    student, teacher, *sizes = _arguments(chunk)
+    grid = len(label_ids), triton.cdiv(student.shape[1], GRADIENT_BLOCK.value)
+    factors = _factors(chunk, divergence) if chunk.logits[1] is not None else chunk.scale[:2]
+    beta = torch.full_like(label_weights, divergence.beta if isinstance(divergence, Jsd) else 0.0)
+    values = torch.cat((chunk.maxima, chunk.scale, factors, label_weights[None], beta[None]))
+    _gradient[grid](student, teacher, label_ids, values, *sizes, *_options(chunk, divergence), num_warps=4)
 
 
 def _write_top_k_gradient(chunk: Chunk, label_ids: Tensor, label_weights: Tensor, divergence: TopK) -> None:
@@ -292,18 +282,16 @@ def _factors(chunk: Chunk, divergence: ForwardKL) -> Tensor:
             return (weight * (2 / divergence.vocab_size)).expand(2, -1).contiguous()
         case Cosine():
             return torch.stack((weight * divergence.student_factor, weight * divergence.teacher_factor))
-    return chunk.scale
-
-
-def _kind(divergence: ForwardKL) -> int:
-    return KINDS[type(divergence)].value
+    return chunk.scale[:2]
 
 
 def _arguments(chunk: Chunk) -> tuple:
     student, teacher = chunk.logits[0], chunk.logits[1] if isinstance(chunk.logits[1], Tensor) else chunk.logits[0]
-    assert student.stride(1) == teacher.stride(1) == 1, "the kernels need contiguous rows"
-    return student, teacher, *student.shape, student.stride(0), teacher.stride(0), 1 / chunk.temperature
+    assert student.is_contiguous() and teacher.is_contiguous(), "the kernels need contiguous logits"
+    return student, teacher, student.shape[1], 1 / chunk.temperature
 
 
-def _options(chunk: Chunk) -> tuple[bool, bool]:
-    return isinstance(chunk.logits[1], Tensor), chunk.temperature != 1
+def _options(chunk: Chunk, divergence: ForwardKL) -> tuple[int, bool]:
+    """KIND and HAS_TEMPERATURE."""
+    kind = KINDS[type(divergence)] if isinstance(chunk.logits[1], Tensor) else NO_TEACHER
+    return kind.value, chunk.temperature != 1

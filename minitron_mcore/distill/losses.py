@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore.distill import checks, tile_sizes
-from minitron_mcore.distill.divergences import FactoredLogits, LossConfig, TopKLogProbs
+from minitron_mcore.distill.divergences import FactoredLogits, TopKLogProbs
+from minitron_mcore.distill.loss_config import LossConfig
 from minitron_mcore.distill.tiling import Tiles
 from minitron_mcore.errors import UserError, refuse
 

@@ -201,10 +201,15 @@ def cut_head(
 def head_rows(source: Checkpoint, student: Architecture, like: Tensor) -> Tensor:
     """Read this rank's rows [V_r, H_t] of a teacher's head (see `cut_head`), with the dtype and device of `like`."""
     tp, arch = process_groups.tp_group(), source.arch
-    name = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
-    parameter = next(parameter for parameter in parameter_table.parameters(arch) if parameter.name == name)
     head = like.new_zeros(parameter_table.padded_vocab(student, tp.size()) // tp.size(), arch.hidden)
     start = tp.rank() * len(head)
     if (rows := min(len(head), arch.vocab - start)) > 0:
-        head[:rows] = streaming.Reader(source).read(parameter, (start, 0), (rows, arch.hidden))
+        head[:rows] = read_head(source, start, rows)
     return head
+
+
+def read_head(source: Checkpoint, start: int, rows: int) -> Tensor:
+    """Rows [rows, H] of a checkpoint's output head, or of the embedding table that is tied to it, from `start` on."""
+    name = "embedding.word_embeddings.weight" if source.arch.tied else "output_layer.weight"
+    parameter = next(parameter for parameter in parameter_table.parameters(source.arch) if parameter.name == name)
+    return streaming.Reader(source).read(parameter, (start, 0), (rows, source.arch.hidden))

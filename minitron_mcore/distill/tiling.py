@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore.distill import divergences, tile_sizes
-from minitron_mcore.distill.divergences import Chunk, FactoredLogits, LossConfig, TopKLogProbs, TopKOfLogProbs
+from minitron_mcore.distill.divergences import Chunk, FactoredLogits, TopKLogProbs, TopKOfLogProbs
+from minitron_mcore.distill.loss_config import LossConfig
 
 
 def kernels_for(like: Tensor) -> ModuleType | None:
