@@ -376,7 +376,7 @@ def test_bad_input_is_refused_by_one_sentence():
             dict(temperature=2.0, divergence=Divergence.mse),
             "temperature is 2.0, but divergence mse.*give temperature 1",
         ),
-        (dict(temperature=2.0, divergence=Divergence.cosine), "divergence cosine is of the logits as they are"),
+        (dict(temperature=2.0, divergence=Divergence.cosine), "divergence cosine does not use it"),
         (dict(jsd_beta=1.0, divergence=Divergence.jsd), "jsd_beta is 1.0; it must be above 0 and below 1"),
         (dict(top_k=0), "top_k is 0; it must be at least 1"),
         (dict(top_k=1000), "top_k is 1000; .* below the vocabulary of 1000"),

@@ -112,8 +112,8 @@ class Cache(Checkpoint):
             )
         if config.teacher_ranks or config.teacher_parallel:
             yield (
-                f"distill.teacher_ranks or .teacher_parallel is given, but the teacher cache {self.folder} needs no ranks and has "
-                "no layout: give 0 and null."
+                f"distill.teacher_ranks or .teacher_parallel is set, but the teacher cache {self.folder} has no ranks or "
+                "layout: give 0 and null."
             )
         if self.kind == CacheKind.topk:
             yield from checks.top_k_teacher(index["top_k"], config)
@@ -152,11 +152,11 @@ class Cache(Checkpoint):
             )
 
     def _verify(self, name: str) -> None:
-        path, remedy = self.folder / name, "run the same launch/teacher_cache.py command again, which writes it anew."
+        path, remedy = self.folder / name, "run the same launch/teacher_cache.py command again, which rewrites it."
         if not path.is_file():
             raise UserError(f"{path} of the teacher cache is missing: {remedy}")
         if disk.sha256(path) != self.index["files"][name]:
-            raise UserError(f"{path} of the teacher cache is not what was written: {remedy}")
+            raise UserError(f"{path} of the teacher cache was changed after it was written: {remedy}")
 
 
 def open_teacher(path: str | Path) -> Checkpoint:
@@ -182,7 +182,7 @@ def open_teacher(path: str | Path) -> Checkpoint:
         ) from error
     if written < num_files:
         raise UserError(
-            f"the teacher cache {path} is not whole: run the same launch/teacher_cache.py command again, which goes on."
+            f"the teacher cache {path} is incomplete: run the same launch/teacher_cache.py command again to resume it."
         )
     return cache
 

@@ -61,8 +61,8 @@ def state_problems(
         return
     if config.pairs is None and min(student.blocks, teacher.blocks) < 3:
         yield (
-            f"a student of {student.blocks} and a teacher of {teacher.blocks} blocks have no last block but two each: "
-            "give distill.hidden_state_loss.pairs=[[student's block, teacher's block]]."
+            f"a student of {student.blocks} and a teacher of {teacher.blocks} blocks do not both have a third block from the "
+            "end: give distill.hidden_state_loss.pairs=[[student's block, teacher's block]]."
         )
     if not (config.pairs is None or config.pairs or config.embeddings):
         yield "distill.hidden_state_loss.pairs and .embeddings are empty: give a pair of blocks, or weight 0."
@@ -103,7 +103,7 @@ def problems(
     sizes = {name: getattr(config, name) for name in names}
     small = {name: size for name, size in sizes.items() if size < 1}
     yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
-    # The interleaved schedule takes micro-batches in groups of as many as there are pipeline ranks.
+    # The interleaved schedule needs a multiple of the pipeline ranks.
     group = parallel.pipeline if parallel.virtual > 1 else 1
     unit = config.micro_batch * dp_size * group
     if not small and config.global_batch % unit:
@@ -125,7 +125,7 @@ def problems(
         teacher=teacher and teacher.max_positions,
     )
     if config.kd_weight == config.lm_weight == config.hidden_state_loss.weight == 0:
-        yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
+        yield "kd_weight, lm_weight and hidden_state_loss.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
     yield from divergence(config, vocabulary.shared(student, teacher))
@@ -135,9 +135,9 @@ def divergence(config: DistillConfig | LossConfig, vocab: int) -> Iterator[str]:
     """Problems of temperature, jsd_beta and top_k with the divergence and the vocabulary."""
     kind, jsd_beta, top_k, temperature = config.divergence, config.jsd_beta, config.top_k, config.temperature
     if not 0 < temperature < float("inf"):
-        yield f"temperature is {temperature}; it must be above 0 and finite (1 leaves the logits as they are)."
+        yield f"temperature is {temperature}; it must be above 0 and finite."
     elif temperature != 1 and kind in (Divergence.mse, Divergence.cosine):
-        yield f"temperature is {temperature}, but divergence {kind} is of the logits as they are: give temperature 1."
+        yield f"temperature is {temperature}, but divergence {kind} does not use it: give temperature 1."
     if kind == Divergence.jsd and not 0 < jsd_beta < 1:
         yield (
             f"jsd_beta is {jsd_beta}; it must be above 0 and below 1 (the limits are divergence forward_kl and reverse_kl)."
@@ -152,11 +152,11 @@ def top_k_teacher(k: int, config: DistillConfig | LossConfig) -> Iterator[str]:
     """Problems of a divergence from a teacher's k largest log-probabilities instead of its logits."""
     if config.divergence != Divergence.forward_kl or config.temperature != 1:
         yield (
-            f"the teacher's {k} largest log-probabilities are given, of which there is no divergence {config.divergence} at "
-            f"temperature {config.temperature:g}: give forward_kl and temperature 1."
+            f"divergence {config.divergence} at temperature {config.temperature:g} cannot be computed from the teacher's {k} "
+            "largest log-probabilities: give forward_kl and temperature 1."
         )
     if config.top_k not in (None, k):
-        yield f"top_k is {config.top_k}, but the teacher's {k} largest log-probabilities are given: give top_k {k} or null."
+        yield f"top_k is {config.top_k}, but there are the teacher's {k} largest log-probabilities: give top_k {k} or null."
 
 
 def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
