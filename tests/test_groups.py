@@ -69,7 +69,7 @@ def test_layers_dropped_apart_from_their_blocks_have_a_row(tmp_path, monkeypatch
     assert "MLP layers" not in {row["axis"] for row in summary.axes(plan, "bf16")}
     keeps = index_maps.keeps
     monkeypatch.setattr(
-        parameter_table, "keeps", lambda plan, p: keeps(plan, p) and not (p.block == 2 and "{m}" in p.row.name)
+        index_maps, "keeps", lambda plan, p: keeps(plan, p) and not (p.block == 2 and "{m}" in p.row.name)
     )
     rows = {row["axis"]: row for row in summary.axes(plan, "bf16")}
     assert (rows["MLP layers"]["kept"], rows["MLP layers"]["of"]) == (3, 5) and "attention layers" not in rows

@@ -21,7 +21,7 @@ from minitron_mcore.config.stages import (
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import first_line
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 
 
 LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "search": SearchRun, "report": ReportRun}

@@ -16,7 +16,7 @@ from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, PipelineRun, StageRun
 from minitron_mcore.errors import UserError
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
 ENDS = ("export", "evaluate")
 ALONE = ("plan", "export", "evaluate")
