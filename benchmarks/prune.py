@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.checkpoint.streaming import boxes
+from minitron_mcore.checkpoint.streaming import shard_slices
 from minitron_mcore.formats.hf_folder import Writer
 from minitron_mcore.importance.scores import Scores, expected_shapes, save_scores
 from minitron_mcore.models import parameter_table
@@ -86,7 +86,7 @@ def make_folder(folder: Path, config: dict) -> None:
 
     def rows(parameter: parameter_table.Parameter) -> Iterator[Callable[[], torch.Tensor]]:
         nonlocal start
-        for _, shape in boxes(parameter):
+        for _, shape in shard_slices(parameter):
             start = (start + 1_000_003) % 2**25
             yield noise[start : start + torch.Size(shape).numel()].view(shape).clone
 

@@ -118,7 +118,7 @@ def step_seconds(text: str, repetitions: int) -> dict[str, list[float]]:
     for name, folder in folders.items():
         trainer = Trainer(student, cache.open_teacher(folder), replace(SETTINGS), ONE, "bf16")
         prefixes, weights = datasets.prepare(config, student.hf, student.arch.vocab)
-        runs[name] = trainer, datasets.train_batches(prefixes, weights, **trainer.data_position(config))
+        runs[name] = trainer, trainer.train_batches(config, prefixes, weights)
     seconds = {name: [] for name in runs}
     for _ in range(repetitions + 1):
         for name, (trainer, batches) in runs.items():

@@ -81,9 +81,9 @@ def dequantise(gguf_file: Path, out_dir: Path) -> None:
     norm, where Q4_1 moved them by several per cent, and WikiText-2 perplexity by less than 0.05 % (measured).
 
     Raises:
-        UserError: see `sources.opened`.
+        UserError: see `sources.open_source`.
     """
-    with sources.opened(gguf_file, gguf_file, torch.bfloat16) as (folder, weights):
+    with sources.open_source(gguf_file, gguf_file, torch.bfloat16) as (folder, weights):
         arch, _ = architecture.read_hf(folder)
         weights.check(arch)
         out_dir.mkdir()

@@ -194,7 +194,7 @@ def _problems(
         yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
         if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
-            yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
+            yield from architecture.missing_layer_problems(arch, "megatron-core's GPTModel")
         elif isinstance(config, ExportRun | CutRun) or (
             resolve.kind(role) in ("target", "student") and config.prune.exportable
         ):
@@ -288,7 +288,7 @@ def _operations(config: Run, archs: dict[str, Architecture], training: DistillCo
     elif (
         isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
     ):
-        steps = 1 + study.count(config.depth, archs["model"].blocks)
+        steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
         found = {"model": tokens * flops.forward_flops(archs["model"], length)}
     else:

@@ -1,5 +1,6 @@
 """From a command line to a stage: Hydra composes and checks the config, mistakes end in one sentence."""
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -8,18 +9,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from minitron_mcore.cli.compose import CONF, resolve
+from minitron_mcore.cli import help
+from minitron_mcore.cli.compose import CONF, canonical, composition_error, resolve
 from minitron_mcore.config import ranges
-from minitron_mcore.config.stages import (
-    PipelineRun,
-    ReportRun,
-)
+from minitron_mcore.config.stages import PipelineRun, ReportRun
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.parallel import rendezvous
 
@@ -33,33 +33,49 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
     """
 
     def decorate(fn: Callable) -> Callable[[], None]:
-        @hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)
+        @hydra.main(version_base="1.3", config_path=str(CONF), config_name=f"stage/{stage}")
         @functools.wraps(fn)
-        def main(raw: DictConfig) -> None:
-            # Imports make objects by the hundred thousand that all stay: looking through them takes a sixth of a start.
-            gc.set_threshold(50_000)
-            _check_world()
-            try:
+        def run(raw: DictConfig) -> None:
+            with _reported():  # here too, as Hydra prints a line of its own for what leaves this function
                 config = resolve(raw)
-                if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # which do so themselves
+                if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # these two plan themselves
                     from minitron_mcore.cli import dry_run
 
                     dry_run.run(config)
                 else:
                     refuse(ranges.problems(config))
                     fn(config)
-            except UserError as error:
-                _print_once(error)
-                _end(error.exit_status)
-            except Exception:
-                if _store() is None:
-                    raise
-                print(f"rank {os.environ.get('RANK', 0)} failed:\n{traceback.format_exc()}", file=sys.stderr)
-                _end(1)
+
+        @functools.wraps(fn)
+        def main() -> None:
+            # Imports create several hundred thousand objects that are never freed: scanning them takes a sixth of the start.
+            gc.set_threshold(50_000)
+            help.register()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it otherwise prints
+            _check_world()
+            with _reported():
+                sys.argv[1:] = canonical(sys.argv[1:])
+                run()
 
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """End the process for an exception: a mistake of the user's with its sentence, any other on a rank with its traceback."""
+    try:
+        yield
+    except (UserError, HydraException) as error:
+        error = error if isinstance(error, UserError) else composition_error(error)
+        _print_once(error)
+        _end(error.exit_status)
+    except Exception:
+        if _store() is None:
+            raise
+        print(f"rank {os.environ.get('RANK', 0)} failed:\n{traceback.format_exc()}", file=sys.stderr)
+        _end(1)
 
 
 def _check_world() -> None:
@@ -74,7 +90,11 @@ def _check_world() -> None:
 def _store():
     """The store of this process's default process group; None without one. Does not import torch."""
     dist = sys.modules.get("torch.distributed")
-    return dist.distributed_c10d._get_default_store() if dist and dist.is_initialized() else None
+    if not dist or not dist.is_initialized():
+        return None
+    from minitron_mcore.parallel.megatron_patches.groups import default_store
+
+    return default_store()
 
 
 def _print_once(error: UserError) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 import yaml
 
 from minitron_mcore.checkpoint.run_folder import COMPLETE
-from minitron_mcore.cli.compose import CONF, compose
+from minitron_mcore.cli.compose import LAUNCH, compose, options, search_path
 from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, PipelineRun, StageRun
 from minitron_mcore.errors import UserError
 
-LAUNCH = Path(__file__).parents[2] / "launch"
 INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
 ENDS = ("export", "evaluate")
 ALONE = ("plan", "export", "evaluate")
@@ -66,7 +65,7 @@ def run(config: PipelineRun, overrides: list[str]) -> list[dict]:
         seconds = None
         _check_fresh(run)
         if not finished(run):
-            seconds = stage(name, *lines[name], processes=1 if name in ALONE else config.processes)
+            seconds = stage(name, *search_path(), *lines[name], processes=1 if name in ALONE else config.processes)
         if not finished(run):
             raise UserError(f"launch/{name}.py was told to stop before its end: the same command goes on from there.")
         rows.append({"stage": name, "seconds": seconds, "folder": run.out_dir})
@@ -111,7 +110,7 @@ def _check_there(path: Path, reader: str) -> None:
     if (path / COMPLETE).is_file():
         return
     recipe = path.parent.name
-    maker = f"+recipe={recipe}" if (CONF / "recipe" / f"{recipe}.yaml").is_file() else "with the stages before it"
+    maker = f"+recipe={recipe}" if recipe in options("recipe") else "with the stages before it"
     raise UserError(
         f"{path}, which launch/{reader}.py reads, is not there or not finished: run launch/pipeline.py {maker} first, or name "
         "other folders (recipe.source=/path recipe.teacher=/path)."

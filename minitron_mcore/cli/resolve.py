@@ -4,7 +4,7 @@ stages before will leave there. Imports torch only to open what an earlier stage
 from functools import partial
 from pathlib import Path
 
-from minitron_mcore.cli.compose import CONF, compose
+from minitron_mcore.cli.compose import compose, options
 from minitron_mcore.config.stages import (
     CacheKind,
     ConvertRun,
@@ -57,11 +57,11 @@ def _source(config: Run) -> tuple[Architecture, str]:
     """What `model` says: its folder, or where that isn't there its architecture."""
     if not config.model.hf:
         raise UserError("model.hf is not given: say model.hf=/path/to/folder, or name a model (+model=NAME).")
-    folder, wanted = Path(config.model.hf), architecture.given(config.model.architecture)
+    folder, wanted = Path(config.model.hf), architecture.from_config(config.model.architecture)
     if wanted and not (folder / "config.json").is_file():
         return wanted, "model.architecture"
     found, _ = architecture.read_hf(folder)
-    architecture.expect(found, wanted, folder)
+    architecture.check_matches(found, wanted, folder)
     return found, str(folder)
 
 
@@ -81,7 +81,7 @@ def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
 
 def candidates(config: SearchRun) -> list[space.Candidate]:
     found = space.Space.of(_at(config.source, config)[0], config)
-    if found.combinations > space.GRID:
+    if found.combinations > space.MAX_GRID:
         raise UserError(f"{found.combinations:,} combinations are too many to look at each: plan with fewer sizes.")
     return found.candidates
 
@@ -143,7 +143,7 @@ def _maker(path: Path, config: Run) -> Run:
     """The config of the recipe, or of the model without one, that works in the folder above `path`."""
     name = path.parent.name
     for group in ("recipe", "model"):
-        if (CONF / group / f"{name}.yaml").is_file():
+        if name in options(group):
             return compose("distill", [f"+{group}={name}", f"runs={config.runs}"])
     raise UserError(f"no model at {path}, and {name} is no recipe or model that would make one: give another folder.")
 

@@ -37,7 +37,7 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import check_format_version, read_json
 
 INDEX, HEAD = "index.json", "head.safetensors"
 STEP = 2.0**-11  # nats
@@ -130,8 +130,7 @@ class Cache(Checkpoint):
             UserError: another order; a missing or changed file.
         """
         index = self.index
-        samples = {"sequence_length": index["sequence_length"], "num_samples": index["samples"]}
-        order = datasets.order_hash(prefixes, weights, seed=seed, **samples)
+        order = datasets.SampleOrder(prefixes, weights, seed, index["sequence_length"], index["samples"]).digest()
         if order != index["order"]:
             raise UserError(
                 f"the teacher cache {self.folder} is of the samples {index['order']} of {', '.join(index['data'])} with data.seed "
@@ -170,6 +169,7 @@ def open_teacher(path: str | Path) -> Checkpoint:
         return run_folder.open_checkpoint(path, "teacher")
     try:
         index = read_json(path / INDEX, "write the teacher cache again")
+        check_format_version(index, path / INDEX, "write the teacher cache again")
         teacher, num_files = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = Architecture(**index["architecture"])
         cache = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
@@ -220,7 +220,8 @@ class CachedTeacher:
         if not process_groups.is_last_stage():
             return batches
         jobs = (partial(self._read, batch["samples"].tolist()) for batch in batches)
-        return (batch | outputs for batch, outputs in zip(batches, process_groups.ahead(jobs, threads=1), strict=True))
+        read = process_groups.prefetch(jobs, threads=1)
+        return (batch | outputs for batch, outputs in zip(batches, read, strict=True))
 
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         samples = [self._sample(row) for row in rows]

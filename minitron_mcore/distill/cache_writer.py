@@ -23,7 +23,7 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import build
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, read_json
 from minitron_mcore.reporting import tables
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
@@ -33,17 +33,16 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
     """Write the cache of `teacher` into `config.out_dir`, or resume a stopped run (collective).
 
     Raises:
-        UserError: see `checks.cache_problems`, `datasets.prepare`, `datasets.ordered` and `run_folder.claim_run_folder`; a folder
-            with a cache of another teacher or text.
+        UserError: see `checks.cache_problems`, `datasets.prepare` and `run_folder.claim_run_folder`; a folder with a cache of
+        another
+            teacher or text.
     """
     refuse(checks.cache_problems(config, teacher.arch))
     with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
-        samples = {"seed": config.data.seed, "sequence_length": config.sequence_length, "num_samples": config.samples}
-        writer = CacheWriter(config, teacher, datasets.order_hash(prefixes, weights, **samples))
-        rows = writer.run(
-            datasets.ordered(prefixes, weights, cache=config.data.cache, vocab_size=teacher.arch.vocab, **samples)
-        )
+        order = datasets.SampleOrder(prefixes, weights, config.data.seed, config.sequence_length, config.samples)
+        writer = CacheWriter(config, teacher, order.digest())
+        rows = writer.run(datasets.Samples(order, config.data.cache, teacher.arch.vocab))
     run_folder.finish(config.out_dir)
     tables.table(
         f"teacher cache of {teacher.path}",
@@ -61,6 +60,7 @@ class CacheWriter:
         arch, self.kind = teacher.arch, config.kind
         self.bytes_a_token = checks.cache_bytes(self.kind, config.top_k, arch.vocab, arch.hidden, self._dtype.itemsize)
         self.index = {
+            "format_version": FORMAT_VERSION,
             "kind": str(self.kind),
             "top_k": config.top_k if self.kind == CacheKind.topk else None,
             "dtype": str(config.dtype),
@@ -94,7 +94,10 @@ class CacheWriter:
             run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
             run_folder.replace_text(path, json.dumps(index, indent=1))
             run_folder.replace_text(self.out_dir / "latest", cache.INDEX)  # keeps the folder if the run stops early
-        existing = read_json(path, "remove the folder, and write the teacher cache again")
+        remedy = "remove the folder, and write the teacher cache again"
+        existing = read_json(path, remedy)
+        check_format_version(existing, path, remedy)
+        existing["format_version"] = FORMAT_VERSION
         hashes = existing.pop("files", {})
         if existing != {key: value for key, value in index.items() if key != "files"}:
             raise UserError(
@@ -122,7 +125,7 @@ class CacheWriter:
         return {name: digest for part in by_rank for name, digest in sorted(part.items())}
 
     def run(self, dataset) -> list[dict]:
-        """Write the pending files of a dataset of `datasets.ordered`, then the index; rows for a table (collective)."""
+        """Write the pending files of a dataset of `datasets.Samples`, then the index; rows for a table (collective)."""
         config, dp = self.config, process_groups.dp_group()
         if self.pending:
             model = run_folder.build_model(
@@ -167,7 +170,7 @@ class CacheWriter:
     def _outputs(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """Tensors [F, S, ...] of a file with these samples, on the rank that writes it; empty elsewhere (collective)."""
         size = self.config.micro_batch
-        batches = [datasets.batch_of(dataset, rows[at : at + size]) for at in range(0, len(rows), size)]
+        batches = [dataset.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
         parts: list[dict[str, Tensor]] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:

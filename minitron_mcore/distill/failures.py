@@ -22,7 +22,10 @@ from minitron_mcore.config.settings import BadLoss, TrainConfig
 from minitron_mcore.errors import HUNG_STATUS, NotFinite
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.hang_watchdog import HangWatchdog
+from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
+
+from megatron.core.optimizer import ChainedOptimizer  # isort: skip
 
 FOLDER, REPORT = "bad_batches", "failure.json"
 _BATCH_KEYS = ("tokens", "labels", "loss_mask")
@@ -40,20 +43,14 @@ class BadStep(Exception):
         self.what, self.value, self.sums = what, value, sums
 
 
-def check_gradient_norm(optimizer) -> None:
-    """Make a ChainedOptimizer of megatron-core raise BadStep if the gradient's norm over all ranks is not finite.
+def guard_gradient(optimizer: ChainedOptimizer) -> None:
+    """Make an optimizer's step raise BadStep if the gradient's norm over all ranks is not finite."""
 
-    megatron-core computes the norm before it changes any weight, but takes the step whatever the norm is.
-    """
-    get_grad_norm = optimizer.get_grad_norm
-
-    def checked() -> float:
-        norm = float(get_grad_norm())
+    def check(norm: float) -> None:
         if not math.isfinite(norm):
             raise BadStep("gradient", norm, [])
-        return norm
 
-    optimizer.get_grad_norm = checked
+    training.check_gradient_norm(optimizer, check)
 
 
 class Guard:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minitron_mcore.checkpoint.run_folder import Shard
+from minitron_mcore.checkpoint.sharded import Shard
 from minitron_mcore.config.settings import DistillConfig, HiddenStateMetric, ParallelConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.models import build

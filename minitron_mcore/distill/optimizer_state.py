@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint.run_folder import Shard
+from minitron_mcore.checkpoint.sharded import Shard
+from minitron_mcore.parallel.megatron_patches import optimizer_state as patches
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
-from megatron.core.optimizer import Adam  # isort: skip
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # isort: skip
-
-TORCH_ADAM = Adam.__module__.startswith("torch.")
 
 
 def flat_slices(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -48,8 +46,7 @@ class _Range:
 
     def state(self) -> dict[str, Tensor]:
         """By name, tensors [end - start]: the moments, and "param" for bf16 weights."""
-        tensors = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
-        tensors.pop("step", None)  # torch's Adam; the parameter groups have it
+        tensors = patches.parameter_state(self.optimizer, self.parameter)
         if tensors["param"].untyped_storage().data_ptr() == self.parameter.untyped_storage().data_ptr():
             tensors.pop("param")
         return {name: tensor.detach() for name, tensor in tensors.items()}
@@ -106,10 +103,7 @@ class StateLoader:
         """Allocate the state of optimizers before their first step; weights do not change."""
         self.optimizers = list(optimizers)
         for part in self.optimizers:
-            if TORCH_ADAM:  # allocates its state in a first step, which changes no weight: the learning rate is still 0
-                part._init_optimizer_states_with_dummy_values()
-            else:
-                part.load_state_dict(part.state_dict())
+            patches.allocate_state(part)
         self.states = [(part, part.state()) for optimizer in self.optimizers for part in local_ranges(optimizer)]
         for _, state in self.states:
             for tensor in state.values():
@@ -125,9 +119,6 @@ class StateLoader:
                 group["step"] = loaded["step"]
             part.load_state_dict(own)
         for part, state in self.states:
-            own = part.optimizer._get_main_param_and_optimizer_states(part.parameter)
-            part.optimizer._set_main_param_and_optimizer_states(part.parameter, own | {"step": None} | state)
-        if TORCH_ADAM:
-            for part in self.optimizers:
-                for entry in part.optimizer.state.values():
-                    entry["step"] = entry["step"].clone()  # a shared counter would advance once a parameter
+            patches.set_parameter_state(part.optimizer, part.parameter, state)
+        for optimizer in self.optimizers:
+            patches.separate_step_counters(optimizer)

@@ -60,7 +60,7 @@ class RemoteTeacher:
         outputs = [TeacherOutput("teacher_hidden", (), self.source_stage, stages - 1)]
         outputs += [TeacherOutput(hidden_state_loss.batch_key(block), (), *route) for block, *route in self.routes]
         tokens = gather_tokens(batches)
-        self.bridge.ask({"shape": tokens.shape, "each": each, "routes": self.routes, "last": stages - 1})
+        self.bridge.send_request({"shape": tokens.shape, "each": each, "routes": self.routes, "last": stages - 1})
         self.bridge.broadcast(tokens)
         parts = (batches[at : at + each] for at in range(0, len(batches), each))
         attached = (batch for part in parts for batch in teacher.attach(part, outputs, self.transfer))
@@ -83,12 +83,12 @@ def serve(
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the student's ranks save and end the run
-    with bridge.prepared():
+    with bridge.report_user_errors():
         options = (performance or PerformanceConfig()).frozen()
         model = run_folder.build_model(source, config.teacher_parallel or parallel, dtype, options)
         model.eval().requires_grad_(False)
     transfer = _transfer(source.arch, config, parallel, dtype)
-    for request in bridge.requests():
+    for request in bridge.receive_requests():
         tokens = torch.empty(request["shape"], dtype=torch.int64, device=process_groups.device())
         bridge.broadcast(tokens)
         for part in tokens.split(request["each"], dim=1):
@@ -99,5 +99,5 @@ def serve(
 def _transfer(arch: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str) -> TwoLayouts:
     bridge, teacher_parallel = process_groups.bridge(), config.teacher_parallel or parallel
     empty: Tensor = torch.empty(0, arch.hidden, dtype=build.DTYPES[dtype], device=process_groups.device())
-    places = bridge.meet(process_groups.places())
+    places = bridge.exchange_places(process_groups.places())
     return TwoLayouts((parallel, teacher_parallel), places, bridge.rank, bridge.all_to_all, empty)

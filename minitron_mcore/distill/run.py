@@ -71,7 +71,7 @@ def train(
                 process_groups.log(f"resuming after step {trainer.step} of {each.out_dir}")
             _describe(each, settings, student, teacher, text)
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
-        batches = datasets.train_batches(prefixes, weights, **behind.data_position(config.data))
+        batches = behind.train_batches(config.data, prefixes, weights)
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _check_teacher_loss(behind, batches, vocab)
         figures = [[] for _ in trainers]

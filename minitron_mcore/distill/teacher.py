@@ -67,12 +67,12 @@ class Teacher:
         """
         own = config.teacher_parallel or parallel
         layout = process_groups.Layout.of(own) if own != parallel else None
-        with process_groups.within(layout):
+        with process_groups.use_layout(layout):
             model = run_folder.build_model(source, own, dtype, performance.frozen())
         head, transfer = cut_head(model, source, student, layout), None
         if layout:
             student_places = process_groups.places()
-            with process_groups.within(layout):
+            with process_groups.use_layout(layout):
                 places = student_places, process_groups.places()
             empty = next(model.parameters()).new_empty(0, source.arch.hidden)
             transfer = TwoLayouts((parallel, own), places, process_groups.rank(), dist.all_to_all_single, empty)
@@ -104,7 +104,7 @@ class Teacher:
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
         own, last = self.transfer.teacher_batches(batches), process_groups.pp_group().size() - 1
-        with process_groups.within(self.layout), self.offloaded or contextlib.nullcontext():
+        with process_groups.use_layout(self.layout), self.offloaded or contextlib.nullcontext():
             outputs = forward(self.model, self.arch, own, self.routes, last)
         return attach(batches, outputs, self.transfer)
 
@@ -187,7 +187,7 @@ def cut_head(
     """
     tp, arch, last = process_groups.tp_group(), source.arch, process_groups.is_last_stage()
     padded = parameter_table.padded_vocab(student, tp.size())
-    with process_groups.within(layout):
+    with process_groups.use_layout(layout):
         teacher_tp, own = process_groups.tp_group(), model.head() if process_groups.is_last_stage() else None
         embedding = arch.tied and process_groups.is_first_stage()
     teacher_padded = parameter_table.padded_vocab(arch, teacher_tp.size())

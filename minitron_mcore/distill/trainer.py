@@ -5,17 +5,19 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint import run_folder, streaming
-from minitron_mcore.checkpoint.run_folder import Checkpoint, Shard
+from minitron_mcore.checkpoint import run_folder, sharded, streaming
+from minitron_mcore.checkpoint.run_folder import Checkpoint
+from minitron_mcore.checkpoint.sharded import Shard
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
+from minitron_mcore.data import datasets
 from minitron_mcore.distill import checks, failures, optimizer_state, vocabulary
 from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.failures import BadStep
@@ -26,6 +28,7 @@ from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import build, flops, performance_checks, tuning
 from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
+from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
@@ -50,7 +53,7 @@ def check(
     problems = [*checks.problems(student.arch, teacher_arch, config, parallel, dp_size)]
     live = None if isinstance(teacher, Cache) else teacher_arch
     problems += performance_checks.problems(
-        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.installed()
+        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.available_kernels()
     )
     problems += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
     problems += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
@@ -107,7 +110,7 @@ class Trainer:
         self.loss_fn = LossFunction(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
         if performance.overlap_param_gather:
-            _wait_for_head_weights(model, self.chunks)
+            _wait_for_weights(model, self.chunks)
         self.optimizer = self._make_optimizer(dtype)
         model.config.finalize_model_grads_func = self.hidden_loss.finalize if self.hidden_loss else finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
@@ -147,26 +150,28 @@ class Trainer:
             [*self.chunks, *(self.hidden_loss.ddp_modules if self.hidden_loss else [])],
             use_gloo_process_groups=False,
         )
-        failures.check_gradient_norm(optimizer)
+        failures.guard_gradient(optimizer)
         return optimizer
 
-    def data_position(self, data: DataConfig) -> dict:
-        """Arguments of `datasets.train_batches` for this rank, from the next step's first sample."""
+    def train_batches(self, data: DataConfig, prefixes: list[str], weights: list[float] | None) -> Iterator[Batch]:
+        """This rank's microbatches from the sample at which the next step begins (collective). See `datasets.train_batches`.
+
+        With a teacher cache the order is that of the cache's samples, and repeats after its last one.
+        """
         config, dp = self.config, process_groups.dp_group()
+        num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
-        return {
-            "cache": data.cache,
-            "vocab_size": self.vocab,
-            "seed": data.seed,
-            "sequence_length": config.sequence_length,
-            "micro_batch_size": config.micro_batch,
-            "global_batch_size": config.global_batch,
-            "num_samples": config.steps * config.global_batch,
-            "order_samples": self.teacher.cache.index["samples"] if cached else None,
-            "consumed_samples": self.step * config.global_batch,
-            "dp_rank": dp.rank(),
-            "dp_size": dp.size(),
-        }
+        count = self.teacher.cache.index["samples"] if cached else num_samples
+        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count)
+        return datasets.train_batches(
+            datasets.Samples(order, data.cache, self.vocab),
+            micro_batch_size=config.micro_batch,
+            global_batch_size=config.global_batch,
+            num_samples=num_samples,
+            consumed_samples=self.step * config.global_batch,
+            dp_rank=dp.rank(),
+            dp_size=dp.size(),
+        )
 
     def train_step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None = None) -> dict[str, float]:
         """One optimizer step on this data-parallel rank's micro-batches (collective).
@@ -241,7 +246,7 @@ class Trainer:
         with torch.no_grad():
             for with_teacher_outputs in self.teacher.add_teacher_outputs([batch]):
                 if process_groups.is_last_stage():
-                    sums += self.loss_fn.teacher_loss(schedule.share(with_teacher_outputs))
+                    sums += self.loss_fn.teacher_loss(schedule.cp_shard(with_teacher_outputs))
         loss, tokens = self._total(sums).tolist()
         return loss / max(tokens, 1.0)
 
@@ -265,11 +270,11 @@ class Trainer:
 
     def _weights(self) -> dict:
         states = self.hidden_loss.sharded_state() if self.hidden_loss else {}
-        return {"weights": run_folder.model_state(self.model, self.arch), "states": states}
+        return {"weights": sharded.model_state(self.model, self.arch), "states": states}
 
     def _shards(self) -> dict[nn.Parameter, Shard]:
         """Of all parameters that the optimizer trains."""
-        return run_folder.model_shards(self.model, self.arch) | (self.hidden_loss.shards() if self.hidden_loss else {})
+        return sharded.model_shards(self.model, self.arch) | (self.hidden_loss.shards() if self.hidden_loss else {})
 
     def _replicated_optimizer_state(self, loading: bool) -> dict:
         """megatron-core's sharded state of an optimizer that every data-parallel rank holds as a whole."""
@@ -305,7 +310,7 @@ class Trainer:
         Raises:
             CheckpointException: a rank could not write it; the previous checkpoint stays the newest.
         """
-        if self.saving and (wait or self.saving.written()):
+        if self.saving and (wait or self.saving.is_written()):
             saving, self.saving = self.saving, None
             with hang_watchdog.extended_timeout(self.config.save_minutes):
                 saving.finish()
@@ -327,16 +332,10 @@ class Trainer:
             self.hidden_loss.ratio = state["states_ratio"]
 
 
-def _wait_for_head_weights(model: build.Model, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Wait for the head's weights before the final norm, if megatron-core gathers weights during the forward pass.
-
-    megatron-core waits when a module is called. The head never is: the loss uses its weights directly, after the final norm.
-    """
+def _wait_for_weights(model: build.Model, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Complete the gathers that megatron-core overlaps with the forward pass before their weights are used."""
     if process_groups.is_last_stage():
-        ddp, head = chunks[-1], model.head()
-        norm = model.chunks[-1].decoder.final_norm
-        skip = ddp.ddp_config.align_param_gather
-        norm.register_forward_pre_hook(lambda *_: ddp.param_to_bucket_group[head].finish_param_sync(skip))
+        training.wait_for_head(chunks[-1], model.chunks[-1].decoder.final_norm, model.head())
     if chunks[0].ddp_config.align_param_gather:
         model.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 

@@ -50,7 +50,7 @@ def parameters(arch: Architecture, setting: Setting, stage: int) -> tuple[int, i
 
 def _rank_parameters(arch: Architecture, setting: Setting, stage: int) -> list[parameter_table.Parameter]:
     experts = range(arch.experts // setting.parallel.expert)
-    return list(sharding.held(arch, setting.parallel, stage, experts))
+    return list(sharding.parameters_on_rank(arch, setting.parallel, stage, experts))
 
 
 def _local_elements(parameter: parameter_table.Parameter, tp: int) -> int:
@@ -278,17 +278,15 @@ def remote_teacher(teacher: Architecture, config: DistillConfig, setting: Settin
 def save(arch: Architecture, setting: Setting, stage: int, distributed: bool, background: bool = False) -> int:
     """Bytes of host memory that a save takes on a rank beside what training holds.
 
-    Each writing thread has a buffer (`checkpoint.disk`). In the background there is a copy of the rank's share of the weights and
-    of the optimizer's state. Otherwise, on CUDA, each thread has a copy of the fp32 piece that it writes; without the distributed
-    optimizer a piece is a whole tensor.
+    In the background there is a copy of the rank's share of the weights and of the optimizer's state. Otherwise, on CUDA, each
+    thread copies the fp32 piece that it writes (`checkpoint.disk`); without the distributed optimizer a piece is a whole tensor.
     """
-    buffers = disk.THREADS * disk.BLOCK
     if background:
         states, copies = model_states(arch, setting, stage, distributed), setting.replicas * setting.parallel.context
-        return buffers + math.ceil(states["weights"] / copies + states["optimizer"] / (1 if distributed else copies))
+        return math.ceil(states["weights"] / copies + states["optimizer"] / (1 if distributed else copies))
     if setting.device == Device.cpu:
-        return buffers
+        return 0
     elements = disk.PIECE_ELEMENTS
     if not distributed:
         elements = max(_local_elements(p, setting.parallel.tensor) for p in _rank_parameters(arch, setting, stage))
-    return buffers + disk.THREADS * 4 * elements
+    return disk.THREADS * 4 * elements
