@@ -24,7 +24,7 @@ def test_head_gradient_is_added_to_a_fp32_sum(device, dtype, first):
         expected += total
     total, *factors = (x.to(device) for x in (total, d_logits, hidden))
     assert losses._product_accumulates(total, factors[0]) == (device != "cpu")
-    losses._add_head_gradient(total, *factors, 64, first)
+    losses._accumulate_head_gradient(total, *factors, 64, first)
     if device != "meta":
         rounded = device == "cpu" and dtype != torch.float32  # a CPU rounds the product before it is added
         assert (total.cpu() - expected).abs().max() <= (4e-3 if rounded else 1e-5) * expected.abs().max()
