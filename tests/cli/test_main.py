@@ -113,7 +113,7 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     assert "error: minitron distill stopped before its end: the same command resumes" in stopped
     assert "stage 4 of 8: prune\n$ minitron prune --nproc 2 model=smollm2_135m" in stopped
     output = pipeline(tmp_path, *command, "processes=2")
-    assert "going on after step 2" in output and "bits per byte" in output and "minitron correct" not in output
+    assert "resuming after step 2" in output and "bits per byte" in output and "minitron correct" not in output
 
     run = tmp_path / "runs/tiny"
     config = json.loads((run / "hf/config.json").read_text())

@@ -111,7 +111,7 @@ def test_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, pair):
         ({"kd_weight": 0.0}, "nothing to train on"),
         (
             {"divergence": "cosine", "temperature": 2.0},
-            "divergence cosine is of the logits as they are",
+            "divergence cosine does not use it",
         ),
         ({"top_k": 100_000}, "top_k is 100000; it must be at least 1 and below the vocabulary"),
     ],
