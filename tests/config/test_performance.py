@@ -261,12 +261,15 @@ def buffers(student, teacher, every):
 
 def chunked(pair, tokens):
     from minitron_mcore.checkpoint.run_folder import open_checkpoint
+    from minitron_mcore.distill.losses import FactoredLogits
     from minitron_mcore.distill.trainer import Trainer
 
     trainer = Trainer(
         *map(open_checkpoint, pair), CONFIG, ParallelConfig(), "fp32", None, PerformanceConfig(loss_chunk_mb=1)
     )
-    return len(trainer.model.head()), trainer.loss_fn._chunk_tokens(tokens)
+    heads = trainer.model.head(), trainer.teacher.head
+    models = [FactoredLogits(torch.empty(tokens, head.shape[1]), head) for head in heads]
+    return len(heads[0]), trainer.loss_fn._loss_config(*models).chunk_tokens
 
 
 def test_the_loss_holds_as_many_logits_as_asked_for(pair):
