@@ -1,7 +1,7 @@
-"""Hugging Face folder, GGUF file or GPTModel checkpoint -> sharded Megatron checkpoint.
+"""Convert a Hugging Face folder, GGUF file or GPTModel checkpoint to a sharded checkpoint.
 
-torchrun --nproc-per-node 3 launch/convert.py +model=smollm2_135m model.hf=/path/to/folder parallel=tp3
-torchrun --nproc-per-node 8 launch/convert.py +model=llama31_8b model.weights=/path/to/megatron/checkpoint parallel=tp8
+minitron convert --nproc 3 model.hf=/path/to/folder parallel=tp3
+minitron convert --nproc 8 +model=llama31_8b model.weights=/path/to/megatron/checkpoint parallel=tp8
 """
 
 from minitron_mcore.cli.main import entry
@@ -22,7 +22,7 @@ def main(config: ConvertRun) -> None:
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
             run_folder.claim_run_folder(config.out_dir, run_identity(config)),
-            sources.opened(model.hf, model.weights or model.hf, dtype) as (folder, weights),
+            sources.open_source(model.hf, model.weights or model.hf, dtype) as (folder, weights),
         ):
             arch = hf_convert.import_folder(folder, config.out_dir, config.parallel, wanted, weights)
         tables.table(

@@ -1,6 +1,6 @@
-"""Hugging Face folder + plan -> pruned Hugging Face folder, in one pass on one process and without a checkpoint.
+"""Apply a plan to a Hugging Face folder in one pass, on one process and without a checkpoint.
 
-python launch/cut.py +model=smollm2_135m plan=/path/to/plan.json
+minitron cut +model=smollm2_135m plan=/path/to/plan.json
 """
 
 from minitron_mcore.cli.main import entry
@@ -22,9 +22,10 @@ def main(config: CutRun) -> None:
     plan, folder = load_plan(config.plan), config.model.hf
     with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
         apply.cut_folder(folder, plan, config.out_dir, config.dtype.value)
-        taken = model_card.deliver(model_card.cut(folder, plan, config.out_dir), config.out_dir)
-    tables.table("loaders (every block has the same sizes)", taken)
-    tables.table("cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}"])
+        loaded = model_card.complete_folder(model_card.cut_origin(folder, plan, config.out_dir), config.out_dir)
+    tables.table(
+        "cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}", f"transformers loads it: {loaded}"]
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Readers of small files that come from users or other programs; what they raise is a UserError."""
+"""JSON files and format versions of artefacts: every reading error becomes one UserError."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,9 @@ from typing import Any
 from minitron_mcore.errors import UserError
 
 MAX_JSON_BYTES = 64 << 20
+FORMAT_VERSION = 1
+"""Written as `format_version` into each artefact: model.json, scores.safetensors, plan.json, depth.json, search.json, index.json
+of a teacher cache and lineage.json of an export."""
 
 
 def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
@@ -29,6 +32,27 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
             f"{path} holds {type(content).__name__} {str(content)[:40]!r} where a JSON object is expected: {remedy}."
         )
     return content
+
+
+def check_format_version(content: dict, path: str | Path, remedy: str) -> None:
+    """Refuse an artefact whose format this version of the package does not read.
+
+    An artefact without `format_version` (version 0) was written before artefacts had one. Its keys and their meanings are
+    those of version 1, so it is read as such.
+
+    Args:
+        content: the artefact's top-level mapping.
+        remedy: what to do about a refused file; ends the message.
+
+    Raises:
+        UserError: another version.
+    """
+    version = content.get("format_version", FORMAT_VERSION)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {version!r}, but this version of minitron_mcore reads {FORMAT_VERSION}: {remedy}, or "
+            "use the version of minitron_mcore that wrote it."
+        )
 
 
 def first_line(error: BaseException) -> str:

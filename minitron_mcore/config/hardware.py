@@ -1,4 +1,4 @@
-"""The machine that a dry run plans for. No torch import."""
+"""The config section `dry`: the machine that a dry run assumes. No torch import."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,25 @@ from minitron_mcore.config.settings import Device
 
 @dataclass
 class DryConfig:
-    """What a dry run (`dry_run=true`) plans for."""
+    """The machine that a dry run (`dry_run=true`) assumes. The defaults describe H100 GPUs of 80 GB."""
 
     gpus: int | None = None
-    """Processes of the run, one a GPU; null takes torchrun's, or as few as the layout needs."""
+    """Processes of the run, one a GPU; null is torchrun's number, or the least that the layout needs."""
     device: Device = Device.cuda
+    """Kind of processor."""
     memory: float = 75.0
-    """GiB that a rank's tensors may take: an H100's 80 GB less CUDA's context and NCCL's buffers."""
+    """GiB available to a rank's tensors: the card's less CUDA's context and NCCL's buffers."""
     peak_tflops: float = 989.0
-    """Of one GPU, dense: an H100's in bf16."""
+    """Peak of one GPU in dense bf16 products, in 10^12 operations a second."""
     mfu: float = 0.4
-    """Share of the peak that the run is expected to reach with the operations that the model needs."""
+    """Expected model FLOPs utilisation: the share of the peak that the model's own operations reach."""
     advise: bool = False
-    """Of a stage that trains, also compare all layouts of `gpus` GPUs (see `plan.advise`)."""
+    """Compare all layouts of `gpus` GPUs too, for a stage that trains (see `estimate.advise`)."""
     gpus_per_node: int = 8
-    """Tensor- and context-parallel ranks stay within a node."""
+    """GPUs of a node; tensor- and context-parallel ranks stay within one."""
     nvlink_gbs: float = 350.0
-    """10^9 bytes a second that a GPU sends to others of its node: what collectives reach of an H100's 450."""
+    """Bandwidth of a GPU to others of its node, in 10^9 bytes a second: what collectives reach of an H100's 450."""
     network_gbs: float = 45.0
-    """The same to other nodes: of a 400 Gb/s adapter a GPU, 50."""
+    """Bandwidth of a GPU to other nodes, in 10^9 bytes a second: of a 400 Gb/s adapter's 50."""
     json: str | None = None
-    """File to write the figures to."""
+    """File for the figures; null only prints them."""

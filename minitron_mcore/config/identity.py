@@ -1,4 +1,4 @@
-"""The part of a stage's config that identifies a run: a resumed run must agree with it."""
+"""The part of a stage's config that identifies a run; a resumed run must have the same."""
 
 import dataclasses
 from enum import Enum
@@ -12,18 +12,17 @@ SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_da
     "parallel",
 }
 
-
 _UNIDENTIFYING = (
     *("stop_after", "shard", "shards", "students_per_pass"),
     *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes", "async_save"),
     *("line_mb", "file_mb"),
 )
+"""Settings that change neither the result nor the numbers on the way: pauses, shares of the work, reactions to failures, limits."""
 
 
 def run_identity(config: StageRun) -> dict[str, Any]:
-    """A stage's config as YAML-ready values, as it goes into config.yaml: without the sections that it doesn't read, without
-    what says only when to pause (`stop_after`), who does which part (`shard`), what to do about failures or what to refuse, without
-    `dry_run`, and of `performance` with nothing but options that change the run's numbers (see `performance.numerics`)."""
+    """A stage's config as YAML-ready values, for config.yaml: its own settings and the sections in `reads`, without
+    `_UNIDENTIFYING` settings, `dry_run`, and options of `performance` that change no numbers (see `performance.numerics`)."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
     if changes := performance.numerics(data.pop("performance", {})):
         data["performance"] = changes

@@ -1,5 +1,4 @@
-"""Ranges of single settings, and of sequences against a model's positions: what a stage, its dry run and a launch file check alike.
-No torch import."""
+"""Valid ranges of single settings, and of sequence lengths for a model's positions. No torch import."""
 
 import dataclasses
 import math
@@ -13,12 +12,12 @@ LARGEST_SEED = 2**32 - 1
 
 
 def at_least(low: int, values: Mapping[str, int | None]) -> Iterator[str]:
-    """Settings below `low`; None is none."""
+    """Settings below `low`; None passes."""
     yield from (f"{name} is {n}; it must be at least {low}." for name, n in values.items() if n is not None and n < low)
 
 
 def problems(config: Run) -> Iterator[str]:
-    """Of what every stage reads, and of stages that have no checks of their own."""
+    """Settings of every stage, and of stages without a check of their own, that are out of range."""
     for name, seed in (("seed", config.seed), ("data.seed", config.data.seed)):
         if not 0 <= seed <= LARGEST_SEED:
             yield f"{name} is {seed}; it must be from 0 to {LARGEST_SEED}."
@@ -33,27 +32,27 @@ def problems(config: Run) -> Iterator[str]:
 
 
 def dry(config: Run) -> Iterator[str]:
-    """Of a dry run, where it is one."""
+    """Settings of a dry run that are out of range; none where the run is real."""
     if not config.dry_run:
         return
-    given = dataclasses.asdict(config.dry)
-    yield from at_least(1, {f"dry.{name}": given[name] for name in ("gpus", "gpus_per_node")})
+    settings = dataclasses.asdict(config.dry)
+    yield from at_least(1, {f"dry.{name}": settings[name] for name in ("gpus", "gpus_per_node")})
     for name in ("memory", "peak_tflops", "nvlink_gbs", "network_gbs"):
-        if not 0 < given[name] < math.inf:
-            yield f"dry.{name} is {given[name]:g}; it must be above 0 and finite."
+        if not 0 < settings[name] < math.inf:
+            yield f"dry.{name} is {settings[name]:g}; it must be above 0 and finite."
     if not 0 < config.dry.mfu <= 1:
         yield f"dry.mfu is {config.dry.mfu:g}; it is a share of the peak, above 0 and up to 1."
 
 
 def evaluation(config: EvaluateConfig) -> Iterator[str]:
-    """A window without a token to predict, no windows."""
+    """Windows without a token to predict, or no windows."""
     if config.sequence_length < 2:
         yield f"evaluate.sequence_length is {config.sequence_length}; it must be at least 2: a token and one that it predicts."
     yield from at_least(1, {f"evaluate.{name}": getattr(config, name) for name in ("micro_batch", "max_windows")})
 
 
 def training(config: TrainConfig) -> Iterator[str]:
-    """Rates and factors of the optimizer, and intervals, that megatron-core would assert on or that make no sense."""
+    """Rates, factors and intervals of training that are out of range; megatron-core would fail on some with an assertion."""
     if not 0 < config.peak_lr < math.inf:
         yield f"peak_lr is {config.peak_lr:g}; it must be above 0 and finite."
     elif not 0 <= config.min_lr <= config.peak_lr:
@@ -69,13 +68,13 @@ def training(config: TrainConfig) -> Iterator[str]:
 
 
 def not_negative(values: Mapping[str, float]) -> Iterator[str]:
-    """Factors that are negative, infinite or NaN."""
+    """Settings that are negative, infinite or NaN."""
     wrong = {name: value for name, value in values.items() if not 0 <= value < math.inf}
     yield from (f"{name} is {value:g}; it must be finite and at least 0." for name, value in wrong.items())
 
 
 def positions(setting: str, length: int, **limits: int | None) -> Iterator[str]:
-    """Sequences longer than a model's positions (`limits`, by role): beyond these its rotary embedding was never trained."""
+    """Sequences longer than a model's positions, for which its rotary embedding was not trained; `limits` are positions by role."""
     for role, limit in limits.items():
         if limit and length > limit:
             yield (

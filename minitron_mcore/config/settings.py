@@ -1,4 +1,4 @@
-"""What a run is told: one dataclass a config group. No torch import, so `--help` answers at once."""
+"""One dataclass for each section of a stage's config. No torch import, so `--help` is fast."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -11,282 +11,327 @@ from minitron_mcore.errors import UserError
 
 
 class Dtype(StrEnum):
+    """Precision of weights and activations."""
+
     bf16 = "bf16"
     fp32 = "fp32"
 
 
 @dataclass
 class ParallelConfig:
-    """How the model is laid over processes; data parallelism takes what is left of the world."""
+    """Parallel layout of a model. The data-parallel size is the number of processes over tensor x pipeline x context."""
 
     tensor: int = 1
-    """Ranks that share each matrix (TP)."""
+    """Tensor-parallel ranks (TP), which shard each matrix."""
     pipeline: int = 1
-    """Stages that share the layers (PP)."""
+    """Pipeline-parallel ranks (PP), which share the layers."""
     virtual: int = 1
-    """Chunks of layers that a pipeline rank holds, every PP-th stretch of the model: the interleaved schedule where above 1."""
+    """Model chunks of each pipeline rank; above 1, the schedule is interleaved."""
     context: int = 1
-    """Ranks that share each sequence (CP)."""
+    """Context-parallel ranks (CP), which shard each sequence."""
     expert: int = 1
-    """Ranks that share the experts of a block (EP), taken from the tensor- and data-parallel ranks."""
+    """Expert-parallel ranks (EP), which share the experts of a block; they are taken from the tensor- and data-parallel ranks."""
     sequence: bool = False
-    """Shard activations between the matrices over the TP ranks (SP)."""
+    """Sequence parallelism (SP): shard activations outside the matrix products over the tensor-parallel ranks."""
 
 
 @dataclass
 class ModelConfig:
-    """The model that a run starts from."""
+    """The Hugging Face model from which a run starts."""
 
     name: str = MISSING
-    """Names its folder below runs/."""
+    """Name of the work folder below `runs`; defaults to the last part of `hf`, or of `work_dir` without `hf`."""
     hf: str = MISSING
-    """Hugging Face folder: config.json, *.safetensors, tokenizer files; or a GGUF file."""
+    """Hugging Face folder (config.json, *.safetensors, tokenizer files) or GGUF file."""
     weights: str | None = None
-    """Where the weights are, if not there: a checkpoint of Megatron-Core's GPTModel, a GGUF file, another folder."""
+    """Other source of the weights: a checkpoint of Megatron-Core's GPTModel, a GGUF file or another folder; null reads `hf`."""
     architecture: dict[str, Any] | None = None
-    """Fields of `models.architecture.Architecture` that the folder must have; they also stand for it where there are no weights."""
+    """Expected fields of `models.architecture.Architecture`; a dry run also uses them where the folder does not exist. null
+    accepts any model."""
 
 
 @dataclass
 class DataConfig:
-    """Text. A file is .jsonl or .jsonl.gz (documents under "text"), plain text, or the prefix of a Megatron .bin/.idx pair;
-    "0.3 path" gives a file its weight in the blend."""
+    """Text files: .jsonl or .jsonl.gz (documents under "text"), plain text, or the prefix of a Megatron .bin/.idx pair."""
 
     train: list[str] = field(default_factory=list)
+    """Files for calibration and training; "0.3 path" sets a file's weight in the blend."""
     heldout: list[str] = field(default_factory=list)
+    """Files for evaluation."""
     tokenizer: str | None = None
-    """Hugging Face tokenizer folder or sentencepiece .model; null takes the one that came with the checkpoint."""
+    """Hugging Face tokenizer folder or sentencepiece .model; null is the checkpoint's own tokenizer."""
     cache: str = "runs/cache"
-    """Tokenised files and sample indices, reused between runs."""
+    """Folder of tokenised files and sample indices, which runs reuse."""
     seed: int = 1234
+    """Seed of the order of the samples."""
     line_mb: int = 16
-    """MiB of text that a line of a .jsonl or .jsonl.gz file may have; reading it takes some tens of times as much memory."""
+    """Longest line of a .jsonl or .jsonl.gz file, in MiB; reading it takes some tens of times as much memory."""
     file_mb: int = 1024
-    """MiB of a text file that is one document (all but .jsonl); the same."""
+    """Largest plain-text file, which is one document, in MiB; reading it takes some tens of times as much memory."""
 
 
 class Aggregation(StrEnum):
+    """Reduction of activations along one axis."""
+
     mean = "mean"
+    """Mean of absolute values."""
     l2 = "l2"
+    """L2 norm."""
     variance = "variance"
 
 
 class FfnSite(StrEnum):
+    """Position at which the activations of ffn channels are read."""
+
     after_gate = "after_gate"
+    """Input of the down projection."""
     before_gate = "before_gate"
+    """Before the activation function (of SwiGLU: the gate projection), as the paper prints it."""
 
 
 @dataclass
 class Statistic:
-    """What a channel's score is made of: batch L2 over sequence mean by default (arXiv 2407.14679, section 2.2)."""
+    """How activations become scores. The default is the L2 norm over samples of the mean over tokens (arXiv 2407.14679, section
+    2.2)."""
 
     sequence: Aggregation = Aggregation.mean
-    """Over a sample's tokens: mean of absolute values, L2 norm, or variance."""
+    """Reduction over the tokens of a sample."""
     batch: Aggregation = Aggregation.l2
-    """Over the samples' results."""
+    """Reduction over the samples."""
     ffn_site: FfnSite = FfnSite.after_gate
-    """Where ffn channels are seen: at the input of the down projection, or before the activation (of SwiGLU the gate's rows), as
-    the paper prints it."""
+    """Activations that score ffn channels."""
     weighted: bool = False
-    """Times the norm of the weights that read the channel or head (as Wanda, arXiv 2306.11695; for ffn as Puzzle)."""
+    """Multiply a score by the norm of the weights that read the channel or head (Wanda, arXiv 2306.11695; for ffn as in
+    Puzzle)."""
 
 
 @dataclass
 class ImportanceConfig(Statistic):
-    """Calibration."""
+    """Calibration: the forward passes that score channels, heads and blocks."""
 
     samples: int = 1024
+    """Sequences of the calibration text."""
     sequence_length: int = 8192
+    """Tokens of a sequence."""
     micro_batch: int = 1
+    """Sequences of a forward pass."""
     whole_documents: bool = False
-    """One document a sample, padded at its end, instead of unbroken runs of tokens."""
+    """Make each document one sample, padded at its end, instead of cutting the text into runs of `sequence_length`."""
 
 
 class DepthMetric(StrEnum):
-    """What a set of blocks is missed by; but for accuracy, less is better."""
+    """Damage done by removing blocks. Lower is better, except for accuracy."""
 
     loss = "loss"
+    """Cross-entropy on the held-out text."""
     kl = "kl"
+    """KL divergence of the logits from the whole model's."""
     mse = "mse"
+    """Mean squared difference of the logits from the whole model's."""
     accuracy = "accuracy"
+    """Share of the multiple-choice questions answered correctly."""
     cosine = "cosine"
+    """Cosine distance between a block's input and output, from the importance scores."""
 
 
 class DepthKind(StrEnum):
-    """How the blocks to drop are chosen."""
+    """Choice of the blocks to drop."""
 
     contiguous = "contiguous"
-    """The run of neighbours that is missed least (arXiv 2408.11796)."""
+    """The run of adjacent blocks with the least damage (arXiv 2408.11796)."""
     scattered = "scattered"
-    """Those that are missed least one by one."""
+    """The blocks with the least damage when removed one at a time."""
     iterative = "iterative"
-    """The one that is missed least, then of the rest the one that is missed least, and so on (arXiv 2511.16664)."""
+    """Repeatedly the block with the least damage, each time from the remaining model (arXiv 2511.16664)."""
     best = "best"
-    """Contiguous or scattered, for each number of blocks whichever is missed less as a whole."""
+    """Contiguous or scattered, for each number of blocks the one with less damage as a whole."""
 
 
 @dataclass
 class DepthConfig:
-    """A study of which blocks a model can spare, by forward passes without them over held-out text."""
+    """Depth study: forward passes over held-out text without certain blocks."""
 
     sizes: list[int | float] = field(default_factory=lambda: [1, 2, 4, 8, 0.5])
-    """Numbers of blocks to drop: whole numbers, or shares of the model's (0.5). Runs of each are measured at every position."""
+    """Numbers of adjacent blocks to remove, at every position: whole numbers, or shares of all blocks (0.5)."""
     metric: DepthMetric = DepthMetric.loss
-    """What decides; loss, KL divergence and MSE of the logits are measured anyway, accuracy where there are `choices`."""
+    """Metric of the choice. Loss, KL and MSE are always measured; accuracy needs `choices`."""
     kind: DepthKind = DepthKind.contiguous
+    """Rule of the choice."""
     windows: int = 64
-    """Of each held-out file, spread evenly over it."""
+    """Sequences of each held-out file, evenly spaced."""
     sequence_length: int = 2048
+    """Tokens of a sequence."""
     micro_batch: int = 1
+    """Sequences of a forward pass."""
     choices: str | None = None
-    """Multiple-choice questions, .jsonl or .jsonl.gz, of WinoGrande's form or with "query", "choices" and "label"."""
+    """File of multiple-choice questions: .jsonl or .jsonl.gz in WinoGrande's form, or with "query", "choices" and "label"."""
     limit: int | None = None
-    """Only the first so many questions; null takes all."""
+    """Use only the first questions of `choices`; null uses all."""
 
 
 @dataclass
 class PruneConfig:
-    """Targets: a whole number is a size (1 is one), a number with a point a share of the source (1.0 is all), null keeps all."""
+    """Target sizes. A whole number is a size (1 is one), a number with a point is a share of the source's (1.0 is all), null keeps
+    the source's."""
 
     hidden: int | float | None = None
     """Channels of the residual stream."""
     ffn: int | float | None = None
-    """Channels between the two MLP projections, in each block."""
+    """Channels between the MLP projections of each block."""
     heads: int | float | None = None
-    """Query heads, an equal number in each kept key/value group."""
+    """Query heads, the same number in each kept key/value group."""
     groups: int | float | None = None
-    """Key/value groups of each block, whole: a group goes with its query heads. The papers keep all."""
+    """Key/value groups of each block, each dropped with its query heads. The papers keep all."""
     merge_heads: bool = False
-    """Add to a kept query head what sets it apart from a dropped one of its group (arXiv 2407.14679, section 2.3)."""
+    """Add the difference of a dropped query head to a kept one of its group (arXiv 2407.14679, section 2.3)."""
     experts: int | float | None = None
-    """Experts of each block, in a mixture of experts; `ffn` are then the channels of one."""
+    """Experts of each block of a mixture of experts; `ffn` counts the channels of one expert."""
     blocks: int | float | None = None
-    """Blocks; those whose output is nearest their input (by cosine) go first."""
+    """Blocks. Those with the least cosine distance between input and output are dropped first, or those of a depth study."""
     drop_blocks: list[int] = field(default_factory=list)
-    """Blocks to drop by number, counted from 0, instead of by score (the papers count from 1)."""
+    """Numbers of the blocks to drop, from 0, instead of by score (the papers count from 1)."""
     attention: int | float | None = None
-    """Attention layers of the kept blocks; those whose output is nearest their input go first, and the block stays without."""
+    """Attention layers of the kept blocks. Those with the least cosine distance are dropped; their blocks stay."""
     mlp: int | float | None = None
-    """MLP layers (in a mixture of experts: the experts) of the kept blocks, chosen alike."""
+    """MLP layers of the kept blocks (of a mixture of experts: all experts of a block), dropped in the same way."""
     drop_attention: list[int] = field(default_factory=list)
-    """Source blocks, counted from 0, that lose their attention layer, instead of by score."""
+    """Source blocks, from 0, that lose their attention layer, instead of by score."""
     drop_mlp: list[int] = field(default_factory=list)
-    """Source blocks, counted from 0, that lose their MLP layer, instead of by score."""
+    """Source blocks, from 0, that lose their MLP layer, instead of by score."""
     exportable: bool = True
-    """Refuse a target that the model's Hugging Face class cannot hold; false is for a model that stays in sharded checkpoints."""
+    """Refuse a target that the family's Hugging Face class cannot represent; false allows it for sharded checkpoints."""
 
 
 class BadLoss(StrEnum):
-    """What a run does about a step whose loss or gradient is NaN or infinite; its micro-batches are kept in either case."""
+    """Reaction to a step whose loss or gradient is NaN or infinite. Its micro-batches are saved in either case."""
 
     stop = "stop"
+    """End the run."""
     skip = "skip"
-    """The step's data counts as seen, weights and optimizer stay as they are."""
+    """Count the step's data as used, and leave weights and optimizer unchanged."""
 
 
 @dataclass
 class TrainConfig:
-    """A training run; defaults are Llama-3.1-Minitron-4B's distillation (arXiv 2408.11796, table 4)."""
+    """Training. The defaults are those of Llama-3.1-Minitron-4B's distillation (arXiv 2408.11796, table 4)."""
 
     steps: int = 9960
-    """94 B tokens at the default batch."""
+    """Optimizer steps; the default is 94 B tokens at the default batch."""
     global_batch: int = 1152
+    """Sequences of an optimizer step, over all ranks."""
     micro_batch: int = 1
+    """Sequences of a forward and backward pass of one rank."""
     sequence_length: int = 8192
+    """Tokens of a sequence."""
     peak_lr: float = 1e-4
+    """Learning rate after the warm-up."""
     min_lr: float = 1e-5
+    """Learning rate of the last step, after a cosine decay."""
     warmup_steps: int = 40
-    """Linear, then cosine down to min_lr at the last step."""
+    """Steps of linear warm-up from 0."""
     adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
     adam_beta2: float = 0.95
+    """Decay of Adam's second moment."""
     weight_decay: float = 0.1
+    """AdamW's weight decay."""
     clip_grad: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard the optimizer's states over the data-parallel ranks."""
     log_every: int = 1
+    """Steps between two lines of the log."""
     save_every: int = 500
+    """Steps between two checkpoints."""
     stop_after: int | None = None
-    """Save and stop after this step; the same command without it goes on."""
+    """Save and stop after this step; the same command without this setting resumes."""
     on_bad_loss: BadLoss = BadLoss.stop
+    """Reaction to a loss or gradient that is not finite."""
     bad_loss_limit: int = 10
-    """With on_bad_loss=skip, at most so many steps in a row."""
+    """Most consecutive steps that on_bad_loss=skip skips."""
     hang_minutes: float = 10.0
-    """When a rank has stood still for so long, the run ends and names those that kept the others waiting."""
+    """Time without progress after which the run ends and names the ranks that the others waited for."""
     save_minutes: float = 60.0
-    """The same while a checkpoint is written, if that is longer."""
+    """The same limit while a checkpoint is written, if longer."""
     async_save: bool | None = None
-    """Copy what a checkpoint holds to host memory, and write it while training goes on; null does so on CUDA."""
+    """Copy a checkpoint to host memory and write it while training continues; null does so on CUDA."""
 
 
 class HiddenStateMetric(StrEnum):
-    """How a token's intermediate states differ."""
+    """Distance between two intermediate states of a token."""
 
     cosine = "cosine"
+    """One minus the cosine similarity."""
     mse = "mse"
-    """Mean over the teacher's channels of the squared difference."""
+    """Squared difference, averaged over the teacher's channels."""
 
 
 @dataclass
 class HiddenStateLossConfig:
-    """Training what chosen blocks of the student put out on what blocks of the teacher do (see `distill.hidden_state_loss`)."""
+    """Loss between intermediate states of student and teacher (see `distill.hidden_state_loss`)."""
 
     weight: float = 0.0
-    """Of the sum over the pairs; 0 compares nothing."""
+    """Weight of the sum over all pairs; 0 disables the loss."""
     loss: HiddenStateMetric = HiddenStateMetric.cosine
+    """Distance between the states."""
     pairs: list[list[int]] | None = None
-    """[[student's block, teacher's block], ...], counted from 0; null pairs the last block but two of both (arXiv 2407.14679,
-    table 17), [] none."""
+    """[[student's block, teacher's block], ...], from 0; null pairs the last block but two of both (arXiv 2407.14679, table 17),
+    [] pairs none."""
     embeddings: bool = True
-    """Compare what the embedding tables put out, too."""
+    """Compare the outputs of the embedding tables too."""
     dynamic: bool = False
-    """Times the step before's divergence over its loss of states, both over the global batch: the paper's alpha (section 3)."""
+    """Multiply by the previous step's ratio of divergence to this loss, over the global batch (the paper's alpha, section 3)."""
 
 
 class Divergence(StrEnum):
-    """How far the student's logits are from the teacher's (see `distill.divergences`)."""
+    """Distance between the student's logits and the teacher's (see `distill.divergences`)."""
 
     forward_kl = "forward_kl"
     """KL(teacher || student), the papers' choice."""
     reverse_kl = "reverse_kl"
     """KL(student || teacher)."""
     jsd = "jsd"
+    """Generalised Jensen-Shannon divergence."""
     mse = "mse"
+    """Mean squared difference of the logits."""
     cosine = "cosine"
+    """Cosine distance of the logits."""
 
 
 @dataclass
 class DistillConfig(TrainConfig):
-    """Training the student on the teacher's distribution."""
+    """Knowledge distillation: training the student on the teacher's logits."""
 
     kd_weight: float = 1.0
     """Weight of the divergence."""
     lm_weight: float = 0.0
-    """Weight of the next-token cross-entropy, which is logged either way."""
+    """Weight of the next-token cross-entropy, which is logged in any case."""
     divergence: Divergence = Divergence.forward_kl
+    """Distance between the logits."""
     jsd_beta: float = 0.5
-    """divergence=jsd: the teacher's part of the mixture, above 0 (towards forward KL) and below 1 (towards reverse KL)."""
+    """divergence=jsd: the teacher's share of the mixture, above 0 (towards forward KL) and below 1 (towards reverse KL)."""
     top_k: int | None = None
-    """divergence=forward_kl: only the teacher's k largest logits one by one, all others as one entry; null takes every one."""
+    """divergence=forward_kl: keep the teacher's k largest logits and merge all others into one entry; null keeps all."""
     temperature: float = 1.0
-    """Of both softmaxes; the divergence is multiplied by its square, which keeps the gradient's size (Hinton et al. 2015)."""
+    """Temperature of both softmaxes; the divergence is multiplied by its square (Hinton et al. 2015)."""
     teacher_ahead: int = 1
-    """Micro-batches the teacher runs ahead of the student; with pipeline parallelism always a whole step's."""
+    """Micro-batches that the teacher computes ahead of the student; with pipeline parallelism, a whole step's in any case."""
     teacher_parallel: Any = None
-    """The teacher's own layout of the same ranks, a `ParallelConfig`, as {tensor: 2, pipeline: 2}; null is the student's. Its
-    replicas share what the student's ask for at one time, `teacher_ahead` each: best a multiple of their number."""
+    """A layout for the teacher on the same ranks, as {tensor: 2, pipeline: 2} (see `parallel`); null is the student's. Best with
+    `teacher_ahead` a multiple of its number of replicas."""
     teacher_ranks: int = 0
-    """The last so many processes hold the teacher and nothing else, in `teacher_parallel`, and run ahead while the student learns;
-    the others hold the student. 0: all hold both."""
+    """Number of processes, the last ones, that hold only the teacher, in `teacher_parallel`, and compute while the student trains;
+    0 keeps both models on all ranks."""
     hidden_state_loss: HiddenStateLossConfig = field(default_factory=HiddenStateLossConfig)
 
     def __post_init__(self) -> None:
-        # As Any, for omegaconf cannot override a field of a dataclass or null.
-        if isinstance(given := self.teacher_parallel, dict):
+        # The field is Any because OmegaConf cannot override an optional dataclass that is null.
+        if isinstance(layout := self.teacher_parallel, dict):
             try:
-                typed = OmegaConf.merge(OmegaConf.structured(ParallelConfig), given)
+                typed = OmegaConf.merge(OmegaConf.structured(ParallelConfig), layout)
             except OmegaConfBaseException as error:
                 reason = str(error).splitlines()[0]
-                raise UserError(f"distill.teacher_parallel is {given}, which is no layout: {reason}.") from error
+                raise UserError(f"distill.teacher_parallel is {layout}, which is no layout: {reason}.") from error
             self.teacher_parallel = OmegaConf.to_object(typed)
 
     @property
@@ -297,91 +342,18 @@ class DistillConfig(TrainConfig):
 
 @dataclass
 class EvaluateConfig:
+    """Perplexity on held-out text."""
+
     sequence_length: int = 1024
+    """Tokens of a window."""
     micro_batch: int = 4
+    """Windows of a forward pass."""
     max_windows: int | None = None
-    """Windows of each file; null takes all."""
-
-
-class Storage(StrEnum):
-    """How a number of a served model is kept."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp8 = "fp8"
-    int4 = "int4"
-
-
-@dataclass
-class BudgetConfig:
-    """What a candidate of a search may cost: one of the first three, within a share of it."""
-
-    parameters: float | None = None
-    """In all, tied ones once."""
-    bytes: float | None = None
-    """Of the weights, and of the keys and values that `batch` sequences of `context` tokens leave."""
-    flops: float | None = None
-    """Floating-point operations of a prefill: `batch` prompts of `context` tokens."""
-    tolerance: float = 0.05
-    """Share by which a candidate may miss it, above or below."""
-    context: int = 8192
-    batch: int = 1
-    weights: Storage = Storage.bf16
-    kv_cache: Storage = Storage.bf16
-
-
-@dataclass
-class SpeedConfig:
-    """How a candidate's speed is measured: random weights, one process."""
-
-    batch: int = 1
-    prompt: int = 512
-    """Tokens of a prompt: the prefill."""
-    generated: int = 32
-    """Tokens after it, one at a time: the decoding."""
-    repetitions: int = 5
-    """Of either; the median counts."""
-    threads: int | None = None
-    """Of a CPU; null takes torch's own number."""
-
-
-@dataclass
-class SearchConfig:
-    """Architectures to try. An axis is a list of sizes (whole numbers) or of shares of the source (0.5, 1.0), or
-    {start, stop, step} of either with `stop` among them; null keeps the source's size."""
-
-    blocks: Any = None
-    hidden: Any = None
-    ffn: Any = None
-    expansion: Any = None
-    """ffn as a multiple of hidden, instead of `ffn`; rounded to a multiple of `multiple`."""
-    heads: Any = None
-    """Null keeps those of the kept groups."""
-    groups: Any = None
-    experts: Any = None
-    multiple: int = 1
-    """hidden and ffn must be multiples of this."""
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    trials: int = 100
-    """Candidates that optuna tries, where the axes have more than 10,000 combinations."""
-    best: int = 4
-    """Candidates that are trained: those with the least zero-shot loss."""
-    steps: int = 400
-    """Of training each of them with the other settings of `distill` (arXiv 2407.14679, section 2.3)."""
-    eval_every: int = 100
-    """Steps between two looks at the held-out loss."""
-    students_per_pass: int = 1
-    """Candidates that one pass of the teacher trains at a time; a rank holds all their weights and optimizers."""
-    latency: bool = False
-    """Measure every candidate's speed."""
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    shards: int = 1
-    """Runs that share out the candidates, as a sweep over `shard`."""
-    shard: int = 0
-    stop_after: int | None = None
-    """Stop when so many more results are written; the same command without it goes on."""
+    """Windows of each file, evenly spaced; null evaluates all."""
 
 
 class Device(StrEnum):
+    """Kind of processor."""
+
     cuda = "cuda"
     cpu = "cpu"

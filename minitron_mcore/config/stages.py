@@ -1,4 +1,4 @@
-"""What each launch file is told: one dataclass a stage, and their order. No torch import."""
+"""One dataclass for the config of each stage, and the order of the stages. No torch import."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from minitron_mcore.config.hardware import DryConfig
 from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
     DataConfig,
     DepthConfig,
@@ -18,7 +19,6 @@ from minitron_mcore.config.settings import (
     ModelConfig,
     ParallelConfig,
     PruneConfig,
-    SearchConfig,
     TrainConfig,
 )
 from minitron_mcore.errors import UserError
@@ -26,23 +26,23 @@ from minitron_mcore.errors import UserError
 
 @dataclass
 class RecipeConfig:
-    """What the stages of one model share: where they start, and what must come out."""
+    """Checkpoints and parameter counts that the stages of one model share."""
 
     source: str = MISSING
-    """The checkpoint that is pruned: the converted model, or in a chain the student of the recipe before."""
+    """Checkpoint to prune: the converted model or, in a chain, the previous recipe's student."""
     teacher: str = MISSING
-    """The checkpoint that teaches: the source, its corrected self, or in a chain the first recipe's teacher."""
+    """Checkpoint of the teacher: the source, the corrected source or, in a chain, the first recipe's teacher."""
     parameters: int | None = None
-    """The plan must make exactly so many; null asks nothing."""
+    """Number of parameters that the plan must reach exactly; null accepts any."""
     without_embeddings: int | None = None
-    """The same, less the embedding table and the output head."""
+    """The same without the embedding table and the output head."""
     study: str | None = None
-    """Folder of the depth study that chooses the blocks of prune.blocks; null leaves it to the scores."""
+    """Folder of the depth study that chooses the blocks for prune.blocks; null uses the scores."""
 
 
 @dataclass
 class Run:
-    """What every launch file accepts, so that one recipe and one command line serve them all."""
+    """Settings of every stage, so that all stages accept the same recipe and command line."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -57,188 +57,252 @@ class Run:
     search: SearchConfig = field(default_factory=SearchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     dry_run: bool = False
-    """Plan instead of running: shapes, bytes of a rank, operations, days, and everything that doesn't fit. Needs no weights."""
+    """Print sizes, memory of a rank, operations, days and every problem instead of running. Needs no weights."""
     dry: DryConfig = field(default_factory=DryConfig)
     runs: str = "runs"
-    """Folder that the recipes of a chain share."""
+    """Folder of all work folders; the recipes of a chain read each other's."""
     work_dir: str = MISSING
-    """Folder that the stages' default paths share, below `runs`."""
+    """Folder of one model's stages; their default paths lie in it."""
     dtype: Dtype = Dtype.bf16
+    """Precision of weights and activations."""
     seed: int = 1234
+    """Seed of all random numbers except the order of samples (`data.seed`)."""
 
 
 @dataclass
 class StageRun(Run):
-    """One stage; it writes `out_dir`, whose config.yaml keeps of the sections above those that it `reads`."""
+    """A stage that writes a folder. Its config.yaml holds the stage's settings and the sections in `reads`."""
 
     reads: ClassVar[tuple[str, ...]] = ()
     out_dir: str = MISSING
-    """What this run writes; it must be new, or hold the same run to go on with."""
+    """Folder to write; it must not exist, or hold the same run, which is then resumed."""
 
 
 @dataclass
 class ConvertRun(StageRun):
-    pass
+    """Conversion of `model` to a sharded checkpoint."""
 
 
 @dataclass
 class ImportanceRun(StageRun):
+    """Importance scores."""
+
     reads = ("data", "importance")
     source: str = MISSING
+    """Checkpoint to score."""
 
 
 @dataclass
 class DepthRun(StageRun):
+    """Depth study."""
+
     reads = ("data", "depth")
     source: str = MISSING
+    """Checkpoint to study."""
     scores: str | None = None
-    """Of an importance run, which has the cosines: needed for depth.metric=cosine."""
+    """Folder of the importance stage, which depth.metric=cosine needs."""
 
 
 @dataclass
 class ScoredRun(StageRun):
-    """What chooses by scores."""
+    """A stage that chooses by importance scores."""
 
     source: str = MISSING
+    """Checkpoint to prune."""
     scores: str = MISSING
+    """Folder of the importance stage."""
     study: str | None = None
-    """A depth study (folder or file) that says which blocks go; null: those of the least cosine distance."""
+    """Folder or file of a depth study that chooses the blocks to drop; null drops those of least cosine distance."""
 
 
 @dataclass
 class PlanRun(ScoredRun):
+    """Pruning plan."""
+
     reads = ("prune",)
     parameters: int | None = None
+    """Number of parameters that the plan must reach exactly; null accepts any."""
     without_embeddings: int | None = None
+    """The same without the embedding table and the output head."""
 
 
 @dataclass
 class PruneRun(StageRun):
+    """Pruning of a sharded checkpoint."""
+
     source: str = MISSING
+    """Checkpoint to prune."""
     plan: str = MISSING
+    """Folder or file of the plan."""
 
 
 @dataclass
 class CutRun(StageRun):
+    """Pruning of a Hugging Face folder, `model.hf`."""
+
     plan: str = MISSING
+    """Folder or file of the plan."""
 
 
 @dataclass
 class CorrectRun(StageRun):
+    """Teacher correction."""
+
     reads = ("data", "correct", "performance")
     source: str = MISSING
+    """Checkpoint to train."""
 
 
 class CacheKind(StrEnum):
-    """What a teacher's cache keeps of each token (see `distill.cache`)."""
+    """Content of a teacher cache for each token (see `distill.cache`)."""
 
     topk = "topk"
-    """The `top_k` largest log-probabilities and their ids, and the mass of all others."""
+    """The `top_k` largest log-probabilities with their token ids, and the probability of all other tokens."""
     hidden = "hidden"
-    """The final hidden state, in the run's dtype."""
+    """The final hidden state in `dtype`."""
     hidden_int8 = "hidden_int8"
-    """The same in 8 bits."""
+    """The final hidden state in 8 bits."""
 
 
 @dataclass
 class TeacherCacheRun(StageRun):
-    """The samples are those of a distillation with these steps, batch and length, in its order; conf takes them from `distill`."""
+    """Teacher cache for the samples of a distillation, in its order."""
 
     reads = ("data", "performance")
     teacher: str = MISSING
+    """Checkpoint of the teacher."""
     kind: CacheKind = CacheKind.topk
+    """Content of the cache."""
     top_k: int = 64
-    """kind=topk: entries of each token."""
+    """kind=topk: entries of a token."""
     file_samples: int = 32
-    """Samples of a file, which is held in memory while it is made."""
+    """Samples of a file; a whole file is held in memory while it is computed."""
     steps: int = MISSING
+    """Optimizer steps of the distillation."""
     global_batch: int = MISSING
+    """Sequences of a step of the distillation."""
     micro_batch: int = MISSING
+    """Sequences of a forward pass."""
     sequence_length: int = MISSING
+    """Tokens of a sequence."""
 
     @property
     def samples(self) -> int:
+        """Sequences of the whole distillation."""
         return self.steps * self.global_batch
 
 
 def _is_name(key: object) -> bool:
-    """One part of a path."""
+    """Whether a key can name a folder."""
     return isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
 
 
 @dataclass
 class DistillRun(StageRun):
+    """Distillation."""
+
     reads = ("data", "distill", "performance")
     student: str = MISSING
+    """Checkpoint to train."""
     students: Any = None
-    """{name: folder} of several, instead of `student`: one pass of the teacher trains them all, each into its own folder of
-    out_dir."""
+    """Several checkpoints instead of `student`, as {name: folder}. One forward pass of the teacher trains all; each writes
+    out_dir/name."""
     teacher: str = MISSING
-    """A checkpoint, or the cache of one."""
+    """Checkpoint of the teacher, or folder of its cache."""
 
     def __post_init__(self) -> None:
-        # As Any, for Hydra cannot put keys of its own into a typed dictionary.
-        given = self.students
-        if given is not None and not (isinstance(given, dict) and given and all(map(_is_name, given))):
+        # The field is Any because Hydra cannot add keys to a typed dictionary.
+        folders = self.students
+        if folders is not None and not (isinstance(folders, dict) and folders and all(map(_is_name, folders))):
             raise UserError(
-                f"students is {given}: name the folders, students={{wide: runs/a/prune, deep: runs/b/prune}}."
+                f"students is {folders}: name the folders, students={{wide: runs/a/prune, deep: runs/b/prune}}."
             )
 
 
 class ExportFormat(StrEnum):
+    """Format of an exported model."""
+
     hf = "hf"
+    """Hugging Face folder."""
     gpt = "gpt"
+    """Checkpoint of Megatron-Core's GPTModel, for Megatron-LM."""
 
 
 class GptNames(StrEnum):
+    """Layer spec of Megatron-Core, which decides the names of the norms' parameters."""
+
     te = "te"
+    """Transformer Engine's spec: norms fused into the projections."""
     local = "local"
+    """Megatron-Core's local spec: separate norms under the fused names."""
     plain = "plain"
+    """Separate norms under their own names."""
 
 
 @dataclass
 class ExportRun(StageRun):
+    """Export of a checkpoint."""
+
     source: str = MISSING
+    """Checkpoint to export."""
     format: ExportFormat = ExportFormat.hf
+    """Format to write."""
     names: GptNames = GptNames.te
-    """format=gpt: the layer spec whose names the norms take."""
+    """format=gpt: layer spec whose parameter names the norms get."""
     vocab_multiple: int = 1
-    """format=gpt: the vocabulary is padded with zeros to a multiple of this."""
+    """format=gpt: pad the vocabulary with zeros to a multiple of this number."""
 
 
 @dataclass
 class EvaluateRun(StageRun):
+    """Evaluation on held-out text."""
+
     reads = ("data", "evaluate")
     source: str = MISSING
-    """A Hugging Face folder (plain transformers) or a checkpoint of ours (sharded)."""
+    """Hugging Face folder, which transformers evaluates on one process, or sharded checkpoint."""
 
 
 @dataclass
 class SearchRun(ScoredRun):
+    """Architecture search."""
+
     reads = ("data", "distill", "evaluate", "search", "performance")
     teacher: str = MISSING
+    """Checkpoint of the teacher."""
 
 
 @dataclass
 class PipelineRun(Run):
+    """Several stages in order."""
+
     processes: int = 1
-    """Processes of each sharded stage: a multiple of the layout's."""
+    """Processes of each sharded stage, a multiple of the parallel layout's."""
     stages: list[str] = field(default_factory=list)
-    """Only these; empty takes all that the last ones build on."""
+    """Stages to run; empty runs export, with data.heldout also evaluate, and all stages that these depend on."""
 
 
 @dataclass
 class GenerateRun(Run):
+    """Greedy generation."""
+
+    reads = ("data",)
     source: str = MISSING
+    """Checkpoint that generates."""
     prompt: str = "Once upon a time"
+    """Text to continue."""
     tokens: int = 64
-    """At most so many; the end of a document ends the text."""
+    """Most tokens to generate; the end of a document ends the text earlier."""
+    text_file: str | None = None
+    """File for the prompt and its continuation; null only prints them."""
 
 
 @dataclass
 class ReportRun(Run):
+    """Report on one work folder."""
+
+    reads = ()
     html: str = MISSING
-    """The page; an older report there is replaced."""
+    """HTML page to write; an existing one is replaced."""
 
 
 STAGES = {
@@ -254,4 +318,4 @@ STAGES = {
     "export": ExportRun,
     "evaluate": EvaluateRun,
 }
-"""In the order in which a pipeline runs them."""
+"""The stages that write a folder, in the order of the pipeline."""

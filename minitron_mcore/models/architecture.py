@@ -169,7 +169,7 @@ def export_problems(arch: Architecture) -> Iterator[str]:
         below = arch.hidden - arch.hidden % arch.heads
         yield (
             f"hidden {arch.hidden} is not a multiple of {arch.heads} heads, which transformers' LlamaConfig demands: "
-            f"use {below} or {below + arch.heads}."
+            f"use {f'{below} or ' if below else ''}{below + arch.heads}, or prune.exportable=false."
         )
 
 

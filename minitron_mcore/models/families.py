@@ -2,7 +2,7 @@
 
 A row names a parameter in Megatron-Core and in Hugging Face and gives each dimension a logical axis (see `parameter_table`). To add
 a family, add an entry to `FAMILIES`: its rows, made of the parts below; the config key of each size; the config values that this
-package supports (`demands`); its layer variants. Then add it to tests/test_families.py.
+package supports (`demands`); its layer variants. Then add it to tests/helpers/families.py.
 """
 
 from dataclasses import dataclass, field

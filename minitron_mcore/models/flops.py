@@ -7,7 +7,7 @@ parameters, `estimate` the memory of training.
 import functools
 import math
 
-from minitron_mcore.config.settings import BudgetConfig, Storage
+from minitron_mcore.config.search import BudgetConfig, Storage
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 

@@ -1,0 +1,112 @@
+"""The settings of a stage and their descriptions, as `--help` and docs/configuration.md show them."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, NamedTuple, get_args
+
+from omegaconf import DictConfig, OmegaConf
+
+from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES, options
+from minitron_mcore.config.stages import Run
+
+GROUPS = [field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)]
+COMMON = ("model", "parallel", "recipe", "dry")
+"""Sections that every stage reads; its `reads` names the others."""
+
+
+class Setting(NamedTuple):
+    name: str
+    type: Any
+    default: Any
+    """`omegaconf.MISSING` where the user or conf/stage must give a value."""
+    text: str
+
+
+def launch_docstring(stage: str) -> str:
+    """The docstring of launch/`stage`.py: one sentence, then commands."""
+    return ast.get_docstring(ast.parse((LAUNCH / f"{stage}.py").read_text())) or ""
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass or member of an enum, in one line; inherited ones too."""
+    found = {}
+    for base in reversed([base for base in cls.__mro__ if base.__module__ == cls.__module__]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for statement, text in zip(body, body[1:], strict=False):
+            if isinstance(text, ast.Expr) and isinstance(statement, ast.AnnAssign | ast.Assign):
+                target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+                found[target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def settings(schema: type) -> list[Setting]:
+    """The fields of a dataclass; those that are dataclasses themselves are sections, with the text of their class."""
+    texts = descriptions(schema)
+    return [
+        Setting(
+            field.name,
+            field.type,
+            field.default_factory() if field.default is dataclasses.MISSING else field.default,
+            " ".join(inspect.getdoc(field.type).split())
+            if dataclasses.is_dataclass(field.type)
+            else texts.get(field.name, ""),
+        )
+        for field in dataclasses.fields(schema)
+    ]
+
+
+def choices(type_: Any) -> dict[str, str]:
+    """The values of an enum, or of an optional one, with their descriptions; empty for other types."""
+    enums = [kind for kind in (type_, *get_args(type_)) if isinstance(kind, type) and issubclass(kind, Enum)]
+    texts = descriptions(enums[0]) if enums else {}
+    return {member.value: texts.get(member.name, "") for kind in enums for member in kind}
+
+
+def help_text(config_name: str, config: DictConfig) -> str:
+    """Hydra's help template of a stage: its purpose, config groups, and settings with their composed values."""
+    stage = config_name.rpartition("/")[2]
+    schema = LAUNCH_FILES[stage]
+    sections = {*COMMON, *schema.reads} if hasattr(schema, "reads") else None
+    lines = [*_lines(schema, OmegaConf.to_container(config), "", sections)]
+    groups = [f"  {group}: {', '.join(options(group))}" for group in GROUPS if options(group)]
+    parts = [
+        launch_docstring(stage),
+        "Config groups (GROUP=OPTION), from conf/ and hydra.searchpath:",
+        "\n".join(groups),
+    ]
+    parts += ["Settings (SETTING=VALUE), with the values of this command line:", "\n".join(lines)]
+    return "\n\n".join(parts).replace("$", "$$")  # Hydra fills in a template
+
+
+def _lines(schema: type, values: dict, prefix: str, sections: set[str] | None) -> Iterator[str]:
+    """Settings first, then sections; of these only `sections`, where that is a set."""
+    rows = settings(schema)
+    for setting in sorted(rows, key=lambda row: dataclasses.is_dataclass(row.type)):
+        key, value = f"{prefix}{setting.name}", values[setting.name]
+        if dataclasses.is_dataclass(setting.type):
+            if sections is None or setting.name in sections:
+                yield "\n" + _filled(f"{key}: {setting.text}", "")
+                yield from _lines(setting.type, value, f"{key}.", None)
+            continue
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        text = setting.text
+        if allowed := choices(setting.type):
+            text = f"{text} One of {', '.join(allowed)}.".strip()
+        yield f"  {key}={shown}"
+        if text:
+            yield _filled(text, " " * 6)
+
+
+def _filled(text: str, indent: str) -> str:
+    return textwrap.fill(text, 118, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def register() -> None:
+    """Define the resolver of conf/base.yaml's `hydra.help.template`."""
+    OmegaConf.register_new_resolver(
+        "stage_help", lambda config_name, *, _root_: help_text(config_name, _root_), replace=True
+    )
