@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron_mcore.distill.losses import distillation_loss
+from minitron_mcore.distill.losses import FactoredLogits, distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.evaluation.multiple_choice import MultipleChoice
@@ -101,7 +101,8 @@ class RemovalEvaluator:
             predicted = batch["predicted"].t().reshape(-1).float()
             head, labels = self.model.head(), batch["labels"].t().reshape(-1)
             sizes = {"vocab_size": self.arch.vocab, "tp_group": process_groups.tp_group()}
-            _, stats = distillation_loss(hidden, head, full, head, labels, predicted, **sizes)
+            student, teacher = FactoredLogits(hidden, head), FactoredLogits(full, head)
+            _, stats = distillation_loss(student, teacher, labels, predicted, **sizes)
             sums.add_(torch.stack([stats[1].double(), stats[0].double(), self._squares(predicted, full, hidden)]))
 
         with skip_blocks(self.model, self.arch, dropped):

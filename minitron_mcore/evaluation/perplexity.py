@@ -17,7 +17,7 @@ from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import EvaluateRun
 from minitron_mcore.data.text_reader import Limits, documents, is_prefix
 from minitron_mcore.data.tokenizer import Spans, Tokenizer, open_tokenizer
-from minitron_mcore.distill.losses import distillation_loss
+from minitron_mcore.distill.losses import FactoredLogits, LossConfig, distillation_loss
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
@@ -234,16 +234,13 @@ class ShardedModel:
             if self.model.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden, group=process_groups.tp_group())
             _, sums = distillation_loss(
-                hidden.flatten(0, 1),
-                self.model.head(),
-                None,
+                FactoredLogits(hidden.flatten(0, 1), self.model.head()),
                 None,
                 batch["labels"].t().reshape(-1),
                 batch["predicted"].t().reshape(-1).float(),
                 vocab_size=self.arch.vocab,
                 tp_group=process_groups.tp_group(),
-                kd_weight=0.0,
-                lm_weight=1.0,
+                config=LossConfig(kd_weight=0.0, lm_weight=1.0),
             )
             total.add_(sums[1])
 

@@ -25,7 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class LanguageModel(HeadlessModel):
-    """The part of a model on one pipeline stage; `forward(..., headless=True)` stops before the output head.
+    """The part of a model on one pipeline stage; `forward` stops before the output head.
 
     A rank holds its tensor-parallel shards of the stage's blocks; on the first stage also its rows of the embedding table, on the
     last stage the final norm and its rows of the output head.

@@ -41,9 +41,7 @@ def positions(length: int, parallel: ParallelConfig, place: Place) -> Tensor:
     return own.view(parallel.tensor, -1)[place.tensor] if parallel.sequence else own
 
 
-def forward(
-    model: nn.Module, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None], headless: bool = True
-) -> None:
+def forward(model: nn.Module, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None]) -> None:
     """Forward passes without gradients over micro-batches, in evaluation mode (collective over the model's replica).
 
     Consecutive micro-batches of one shape share a pipeline run. The interleaved schedule needs a multiple of the pipeline ranks,
@@ -54,14 +52,13 @@ def forward(
         batches: each with "tokens" [B, S] int64 and optionally "mask" [B, S] bool, False on padding.
         on_output: called on last-stage ranks with each output and its batch (`cp_shard`). The output is the final norm's hidden
             states [S_r, B, H], S_r = S / CP, or S / CP / TP under sequence parallelism.
-        headless: False: the output is this rank's logits [B, S / CP, V_r].
     """
 
     def step(iterator: Iterator[Batch], chunk: nn.Module) -> Any:
         hang_watchdog.beat()
         whole = next(iterator)
         batch = cp_shard(whole)
-        output = chunk(batch["tokens"], None, None, headless=headless, loss_mask=batch.get("mask"))
+        output = chunk(batch["tokens"], None, None, loss_mask=batch.get("mask"))
 
         def collect(output: Tensor, non_loss_data: bool) -> None:
             if whole is not padding:
@@ -108,7 +105,7 @@ def forward_backward(
         hang_watchdog.beat()
         batch = cp_shard(next(iterator))
         on_batch(batch)
-        return chunk(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)
+        return chunk(batch["tokens"], None, None), lambda hidden: loss(hidden, batch)
 
     return _run(step, chunks, batches, example, count, forward_only=False)
 

@@ -57,7 +57,7 @@ def models(folders: dict[str, list[Path]]) -> list[Model]:
 
 def _roles(steps: dict[str, lineage.Step]) -> dict[str, str]:
     """Role -> fingerprint."""
-    made = {fingerprint: lineage.deed(step.lineage) for fingerprint, step in steps.items()}
+    made = {fingerprint: lineage.operation(step.lineage) for fingerprint, step in steps.items()}
     last = {deed: fingerprint for fingerprint, deed in made.items()}
     distilled, pruned, source, teacher = last.get("distilled"), last.get("pruned"), None, next(reversed(made), None)
     if distilled:

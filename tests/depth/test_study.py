@@ -140,7 +140,8 @@ def oracle(folder, found, rows: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
     from minitron_mcore.data import tokenizer
-    from minitron_mcore.estimate import forward_memory, memory
+    from minitron_mcore.estimate import memory
+    from minitron_mcore.estimate.setting import Setting
     from minitron_mcore.evaluation import perplexity
 
     world, parallel = LAYOUTS[layout]
@@ -164,8 +165,8 @@ def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
         with torch.no_grad():
             assert (cut - hf(made / "hf", [1, 3])(models.tokens())).abs().max() <= 2e-4
         assert (whole - models.hf_logits(made / "hf", models.tokens())).abs().max() <= 2e-4  # nothing stays skipped
-    given = memory.Setting(parallel, world, "fp32", 2, LENGTH)
-    assert kept == forward_memory.studying(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
+    given = Setting(parallel, world, "fp32", 2, LENGTH)
+    assert kept == memory.depth_study(open_checkpoint(made / "ckpt").arch, given, 6)[-1]["hidden states"]
 
 
 def landscape(single: list[float], cliff: set[int], asked: list | None = None) -> study.Measure:

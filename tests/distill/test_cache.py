@@ -180,7 +180,7 @@ def test_killed_and_damaged_caches_are_completed_to_the_same_bytes(world):
     left = sorted(path.name for path in (world.path / "killed").glob("samples_*.safetensors"))
     assert left and len(left) < 6
     before = {name: (world.path / "killed" / name).stat().st_mtime_ns for name in left}
-    with pytest.raises(UserError, match="killed is not whole: run the same"):
+    with pytest.raises(UserError, match="killed is incomplete: run the same"):
         open_teacher(world.path / "killed")
     on_ranks(record_damage_and_mend, 2, ONE, killed, whole)
     assert before == {name: (world.path / "killed" / name).stat().st_mtime_ns for name in left}, "written again"
@@ -205,7 +205,7 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
         ({"teacher": "missing"}, "missing/samples_0000004.safetensors of the teacher cache is missing: run the same"),
         (
             {"teacher": "damaged"},
-            "damaged/samples_0000000.safetensors of the teacher cache is not what was written: run",
+            "damaged/samples_0000000.safetensors of the teacher cache was changed after it was written: run",
         ),
         (
             {"text": {"seed": 5}},
@@ -218,9 +218,9 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
         ),
         (
             {"changes": {"divergence": "reverse_kl"}},
-            "there is no divergence reverse_kl at temperature 1: give forward_kl",
+            "divergence reverse_kl at temperature 1 cannot be computed from",
         ),
-        ({"changes": {"temperature": 2.0}}, "there is no divergence forward_kl at temperature 2"),
+        ({"changes": {"temperature": 2.0}}, "divergence forward_kl at temperature 2 cannot be computed from"),
         ({"changes": {"top_k": 4}}, "top_k is 4, but the teacher's 8 largest .* give top_k 8 or null"),
         (
             {"changes": {"hidden_state_loss": states}, "teacher": "hidden"},
@@ -240,9 +240,9 @@ def test_what_is_refused_without_ranks(world):
     (found,) = top.problems(fewer, SETTINGS)
     assert "the student's vocabulary has 90 tokens" in found and "of 101: write one of kind=hidden" in found
     assert not list(open_teacher(world.path / "hidden").problems(fewer, SETTINGS))
-    (found,) = checks.cache(world.writer("x", kind="topk", top_k=101), arch)
+    (found,) = checks.cache_problems(world.writer("x", kind="topk", top_k=101), arch)
     assert "top_k is 101; it must be at least 1 and below the teacher's vocabulary of 101" in found
-    (found,) = checks.cache(world.writer("x", kind="hidden", top_k=101, file_samples=0), arch)
+    (found,) = checks.cache_problems(world.writer("x", kind="hidden", top_k=101, file_samples=0), arch)
     assert "file_samples is 0; it must be at least 1" in found
     broken = shutil.copytree(world.path / "top", world.path / "broken")
     (broken / "index.json").write_text("{")

@@ -85,6 +85,7 @@ def test_bad_loss_stops_all_and_costs_nothing(tmp_path, pair):
     assert not (run / "failure.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [True], indirect=True, ids=["tied"])
 def test_bad_losses_are_skipped_up_to_a_limit(tmp_path, pair):
     two, parallel = 2, ParallelConfig(tensor=2)
@@ -110,7 +111,7 @@ def test_bad_losses_are_skipped_up_to_a_limit(tmp_path, pair):
 def steps(student, teacher, config, parallel, masks):
     """Of each step its figures or what is bad, whether weights and moments were kept, the gradient that is bad; micro-batch
     n of a step has the loss mask masks[step, n]."""
-    from minitron_mcore.distill.bad_step import BadStep
+    from minitron_mcore.distill.failures import BadStep
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.parallel import process_groups
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from tests.helpers import cached_teacher, loss_cases
 from tests.helpers.loss_cases import dense_error
 

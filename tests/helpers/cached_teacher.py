@@ -19,7 +19,7 @@ from minitron_mcore.config.settings import (
 )
 from minitron_mcore.config.stages import DistillRun, TeacherCacheRun
 from minitron_mcore.distill.cache import open_teacher
-from minitron_mcore.distill.losses import distillation_loss
+from minitron_mcore.distill.losses import FactoredLogits, LossConfig, TopKLogProbs, distillation_loss
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
 from tests.helpers import models
@@ -88,10 +88,10 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
         hidden, head, labels, mask, *top = (x.to(process_groups.device()) for x in case.tensors())
         head = (head.chunk(group.size())[group.rank()].clone() if group else head).requires_grad_()
         hidden.requires_grad_()
-        loss, stats = distillation_loss(
-            hidden, head, None, None, labels, mask, vocab_size=case.vocab, tp_group=group, kd_weight=0.7,
-            lm_weight=case.lm_weight, chunk_tokens=case.chunk_tokens, teacher_top=tuple(top),
-        )  # fmt: skip
+        config = LossConfig(kd_weight=0.7, lm_weight=case.lm_weight, chunk_tokens=case.chunk_tokens)
+        student, teacher = FactoredLogits(hidden, head), TopKLogProbs(*top)
+        sizes = {"vocab_size": case.vocab, "tp_group": group}
+        loss, stats = distillation_loss(student, teacher, labels, mask, **sizes, config=config)
         loss.backward()
         found.append([x.cpu() for x in (loss.detach(), stats, hidden.grad, head.grad)])
     return found

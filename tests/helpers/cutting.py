@@ -18,8 +18,6 @@ CUT = PruneConfig(hidden=24, ffn=18, heads=6, blocks=6)
 def score_cut_say(source, parallel, ids, out_dir, cut=CUT):
     """Scores, the plan that they give, its cut in `out_dir`; (positions, logits there) of what was cut, on last-stage ranks; the
     pieces that this rank alone wrote."""
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
     from minitron_mcore.checkpoint import streaming
     from minitron_mcore.checkpoint.run_folder import build_model
     from minitron_mcore.formats import hf_convert
@@ -35,12 +33,13 @@ def score_cut_say(source, parallel, ids, out_dir, cut=CUT):
     run_prune(source, plan, out_dir, parallel)
     said = []
 
-    def keep(logits, batch):
-        whole = gather_from_tensor_model_parallel_region(logits, group=process_groups.tp_group())
+    def keep(hidden, batch):
+        whole = models.whole_logits(pruned, hidden)
         said.append((batch["at"][0].cpu(), whole[..., : opened.arch.vocab].cpu()))
 
     batch = {"tokens": ids, "at": torch.arange(ids.shape[1]).expand_as(ids)}
-    forward(build_pruned(opened, plan, parallel, "fp32"), list(models.placed([batch])), keep, headless=False)
+    pruned = build_pruned(opened, plan, parallel, "fp32")
+    forward(pruned, list(models.placed([batch])), keep)
     tp = process_groups.tp_group()
     written = [
         (parameter.name, offset)
@@ -65,10 +64,10 @@ def run_prune(source, plan: Plan, out_dir, parallel) -> None:
 def write_family(at, cuts: dict[str, PruneConfig], **sizes):
     """A tiny Llama in at/teacher and what `cuts` leave of it in at/NAME, by random scores."""
     models.tiny_llama(at / "hf", **sizes)
-    on_ranks(_family, 1, ONE, at, cuts)
+    on_ranks(family_on_rank, 1, ONE, at, cuts)
 
 
-def _family(at, cuts) -> None:
+def family_on_rank(at, cuts) -> None:
     models.import_hf(at / "hf", at / "teacher", ONE)
     opened = open_checkpoint(at / "teacher")
     for name, target in cuts.items():

@@ -90,7 +90,7 @@ def first_step(folders, parallel, out_dir):
         name, config = settings(case)
         student, teacher = (open_checkpoint(folders / x) for x in (name, "teacher"))
         trainer = Trainer(student, teacher, config, parallel, "fp32")
-        projection = trainer.states.projection
+        projection = trainer.hidden_loss.projection
         before = None if projection is None else projection.detach().clone()
         batches = list(models.placed(micro_batches(config, 0, dp.rank(), dp.size())))[: 4 // dp.size()]
         probed = trainer.teacher_loss(batches[0])

@@ -1,17 +1,16 @@
 """Cases of the distillation loss, their formula in fp64, and the loss on the ranks of a layout."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import batched
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 from minitron_mcore.config.settings import Divergence
-from minitron_mcore.distill.losses import distillation_loss, distillation_loss_of_logits
+from minitron_mcore.distill.losses import FactoredLogits, LossConfig, distillation_loss
 from minitron_mcore.parallel import process_groups
 
 
@@ -36,8 +35,6 @@ class Case:
     masked: float = 0.0
     """Part of the tokens that is ignored; their labels are -100, their hidden states NaN and infinite."""
     dtype: torch.dtype = torch.float32
-    given_logits: bool = False
-    """The form on given logits; those of ignored tokens are NaN, the heads' products are autograd's."""
 
     def tensors(self) -> list[Tensor]:
         """Student hidden and head, teacher hidden and head, labels, mask."""
@@ -62,21 +59,10 @@ class Case:
         return [None if tensor is None else tensor.to(process_groups.device()) for tensor in self.tensors()]
 
     def run(self, tensors: list[Tensor], group=None) -> tuple[Tensor, Tensor]:
-        options = dict(kd_weight=self.kd_weight, lm_weight=self.lm_weight, temperature=self.temperature)
-        kind = dict(divergence=self.divergence, jsd_beta=self.jsd_beta, top_k=self.top_k)
-        options |= kind | dict(vocab_size=self.vocab, tp_group=group)
-        if self.given_logits:
-            student, teacher = (
-                None if hidden is None else product(hidden, head, tensors[5])
-                for hidden, head in batched(tensors[:4], 2)
-            )
-            return distillation_loss_of_logits(student, teacher, *tensors[4:], **options)
-        return distillation_loss(*tensors, chunk_tokens=self.chunk_tokens, **options)
-
-
-def product(hidden: Tensor, head: Tensor, mask: Tensor) -> Tensor:
-    ignored = (mask == 0)[:, None]
-    return torch.where(ignored, torch.nan, hidden.masked_fill(ignored, 0) @ head.t())
+        names = [field.name for field in fields(LossConfig)]
+        config = LossConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        models = [None if hidden is None else FactoredLogits(hidden, head) for hidden, head in batched(tensors[:4], 2)]
+        return distillation_loss(*models, *tensors[4:], vocab_size=self.vocab, tp_group=group, config=config)
 
 
 CASES = {
@@ -89,7 +75,6 @@ CASES = {
     "large logits": Case(spread=30.0, lm_weight=0.5),
     "lm only": Case(kd_weight=0.0, lm_weight=1.0, masked=0.2),
     "a rank of padding only": Case(vocab=100, padded=192, lm_weight=0.5, temperature=3.0),
-    "lm only, given logits": Case(kd_weight=0.0, lm_weight=1.0, masked=0.2, given_logits=True),
 }
 
 
@@ -110,8 +95,6 @@ def shapes(case: Case) -> dict[str, Case]:
     temperature = 1.0 if case.divergence in (Divergence.mse, Divergence.cosine) else 2.0
     mixed = replace(case, kd_weight=0.7, lm_weight=0.3, temperature=temperature, masked=0.3)
     return {
-        "given logits": replace(mixed, given_logits=True),
-        "given logits, a rank of padding only": replace(mixed, given_logits=True, vocab=100, padded=192),
         "mixed": replace(case, kd_weight=0.7, lm_weight=0.3, masked=0.3, chunk_tokens=10),
         "temperature": replace(mixed, chunk_tokens=10),
         "a rank of padding only": replace(case, vocab=100, padded=192, lm_weight=0.5, temperature=temperature),
@@ -264,8 +247,9 @@ class Head(torch.nn.Module):
     def forward(self, ids: Tensor, fused: bool) -> Tensor:
         _, _, *rest = self.case.placed()
         hidden = torch.nn.functional.embedding(ids, self.embedding).tanh()
-        sizes = dict(vocab_size=self.case.vocab, chunk_tokens=self.case.chunk_tokens)
-        return distillation_loss(hidden, self.weight, *rest, **sizes, gradient_accumulation_fusion=fused)[0]
+        config = LossConfig(chunk_tokens=self.case.chunk_tokens, gradient_accumulation_fusion=fused)
+        student, teacher = FactoredLogits(hidden, self.weight), FactoredLogits(*rest[:2])
+        return distillation_loss(student, teacher, *rest[2:], vocab_size=self.case.vocab, config=config)[0]
 
 
 def main_grads(tied: bool, fused: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -284,24 +268,3 @@ def main_grads(tied: bool, fused: bool, dtype: torch.dtype = torch.float32) -> l
 
 def fusion_on_rank(dtype: torch.dtype = torch.float32) -> list[tuple[list[Tensor], list[Tensor]]]:
     return [(main_grads(tied, False, dtype), main_grads(tied, True, dtype)) for tied in (False, True)]
-
-
-def consumed_on_rank(cases: list[Case]) -> list[int]:
-    """Collectives of a call on given logits; its gradient is written over the student's, and is 0 for ignored tokens and padding;
-    the teacher's stay."""
-    group, counts = process_groups.tp_group(), []
-    for case in cases:
-        student, head, teacher, teacher_head, labels, mask = replace(case, masked=0.3).placed()
-        logits, given = (
-            x @ rows.chunk(group.size())[group.rank()].t() for x, rows in ((student, head), (teacher, teacher_head))
-        )
-        assert logits[mask == 0].isnan().any() and given[mask == 0].isnan().all()
-        leaf, before = logits.requires_grad_(), given.clone()
-        with CommDebugMode() as counter:
-            options = dict(divergence=case.divergence, top_k=case.top_k, vocab_size=case.vocab, tp_group=group)
-            distillation_loss_of_logits(leaf, given, labels, mask, **options)[0].backward()
-        assert leaf.grad.data_ptr() == leaf.data_ptr() and torch.equal(given[mask != 0], before[mask != 0])
-        padding = leaf.grad[:, max(0, case.vocab - group.rank() * leaf.shape[1]) :]
-        assert leaf.grad.isfinite().all() and not leaf.grad[mask == 0].any() and not padding.any()
-        counts.append(counter.get_total_counts())
-    return counts

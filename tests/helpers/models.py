@@ -112,20 +112,27 @@ def mcore_logits(checkpoint, parallel, ids: torch.Tensor) -> torch.Tensor | None
 
 def model_logits(model, arch, ids: torch.Tensor) -> torch.Tensor | None:
     """Full logits [B, S, V], padding cut off, on the last stage's tensor-parallel rank 0; None elsewhere."""
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.parallel.schedule import forward
 
     found = []
-
-    def keep(logits, batch):
-        found.append(gather_from_tensor_model_parallel_region(logits, group=process_groups.tp_group()))
-
-    forward(model, list(placed([{"tokens": ids}])), keep, headless=False)
+    forward(model, list(placed([{"tokens": ids}])), lambda hidden, batch: found.append(whole_logits(model, hidden)))
     if process_groups.is_last_stage() and process_groups.tp_group().rank() == 0:
         return found[0][..., : arch.vocab].cpu()
     return None
+
+
+def whole_logits(model, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [B, S / CP, padded V] on all tensor-parallel ranks, from the final norm's output [S_r, B, H]."""
+    from megatron.core import tensor_parallel
+
+    from minitron_mcore.parallel import process_groups
+
+    group = process_groups.tp_group()
+    if model.chunks[-1].config.sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
+    logits = (hidden @ model.head().t()).transpose(0, 1)
+    return tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
 
 
 def convert(model, source, out_dir, parallel, dtype=torch.float32):

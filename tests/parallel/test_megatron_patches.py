@@ -171,7 +171,7 @@ def gathered_head() -> tuple[bool, bool]:
         if hooked:
             training.wait_for_head(ddp, ddp.module.decoder.final_norm, head)
         optimizer.step()
-        ddp(torch.arange(16).view(2, 8), None, None, headless=True)
+        ddp(torch.arange(16).view(2, 8), None, None)
         group = ddp.param_to_bucket_group[head]
         waited.append(group.param_gather_dispatched and group.param_gather_handle is None)
     return waited[0], waited[1]

@@ -23,17 +23,12 @@ class Stack(HybridStack):
 
 
 class HeadlessModel(HybridModel):
-    """HybridModel that can return the final hidden states; megatron-core's last stage always applies the output head."""
+    """HybridModel that returns the final hidden states; megatron-core's last stage always applies the output head."""
 
-    def forward(self, *args: Any, headless: bool = False, **kwargs: Any) -> Tensor:
-        """Forward pass.
-
-        Args:
-            headless: the last stage returns the final norm's output [S, B, H] ([S_r, B, H] under sequence parallelism) instead
-                of this rank's logits [B, S, V_r].
-        """
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The last stage returns the final norm's output [S, B, H] ([S_r, B, H] under sequence parallelism)."""
         has_head = self.post_process
-        self.post_process = has_head and not headless
+        self.post_process = False
         try:
             return super().forward(*args, **kwargs)
         finally:

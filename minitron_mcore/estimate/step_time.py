@@ -1,27 +1,26 @@
-"""Which layout of some GPUs trains a model soonest: an estimate from formulas. Pure formulas, no torch import.
+"""Estimated time of a training step, and the layouts of some GPUs sorted by it. Pure formulas, no torch import.
 
-Of every layout of `dry.gpus` GPUs with TP x CP within a node, sequence parallelism where TP is above 1, and no interleaving, that
-divides the models and fits `dry.memory` (see `cost`; where it does not, with performance.recompute=full): seconds of a step, with
-m = global_batch / (micro_batch x DP) micro-batches a replica, T tokens and R = T / (TP x CP) tokens of a micro-batch on a rank,
-b bytes an element:
+Compared are all layouts of `dry.gpus` GPUs with TP x CP within a node, sequence parallelism where TP is above 1, and no
+interleaving, that divide the models and fit into `dry.memory` (see `memory`), if necessary with performance.recompute=full.
+A step takes m = global_batch / (micro_batch x DP) micro-batches on each replica; a rank holds R = T / (TP x CP) of a
+micro-batch's T tokens; an element has b bytes. The seconds of a step are
 
-    compute    m x (operations of the fullest stage for a micro-batch) / (TP x CP x dry.peak_tflops x dry.mfu): a student's blocks
-               three times their forward operations, four times if all is recomputed; its head three times, a live teacher once
-    TP         m x (collectives of the fullest stage's layers) x (TP - 1) x R H b / dry.nvlink_gbs: an attention or dense MLP
-               layer gathers and scatters its hidden states once forward (2), and backward once again with another gather of its
-               input (3); 2 more if all is recomputed. The loss gathers the student's and the teacher's final states and scatters
-               the student's gradient
-    CP         m x (attention layers) x (CP - 1) x keys and values of a rank's tokens, T / CP x 2 G D / TP x b, over dry.nvlink_gbs;
-               forward once, backward twice, once more if all is recomputed
-    EP         m x (layers of experts) x experts a token x (EP - 1) / EP x R H b: there and back, forward and backward (4; 2 of a
-               teacher); dry.nvlink_gbs if EP ranks are of one node, otherwise dry.network_gbs
-    PP         m x R H b, forward and backward, over dry.network_gbs (dry.nvlink_gbs if all GPUs are of one node)
+    compute    m x (operations of the slowest stage for a micro-batch) / (TP x CP x dry.peak_tflops x dry.mfu): a student's blocks
+               three times their forward operations, four times with full recomputation; its head three times, a live teacher once
+    TP         m x (collectives of that stage's layers) x (TP - 1) x R H b / dry.nvlink_gbs: an attention or dense MLP layer makes
+               5 gathers and scatters of its hidden states (2 forward, 3 backward), 7 with full recomputation. The loss gathers the
+               student's and the teacher's final states and scatters the student's gradient
+    CP         m x (attention layers) x (CP - 1) x keys and values of a rank's tokens, T / CP x 2 G D / TP x b, over
+               dry.nvlink_gbs; forward once, backward twice, once more with full recomputation
+    EP         m x (layers of experts) x experts a token x (EP - 1) / EP x R H b: 4 times, sent and returned in both directions
+               (2 for a teacher); dry.nvlink_gbs if the EP ranks share a node, otherwise dry.network_gbs
+    PP         m x R H b, forward and backward, over dry.network_gbs (dry.nvlink_gbs if all GPUs share a node)
     bubble     (PP - 1) / m of all of these
-    DP         (D - 1) / D x a rank's parameters x (gradient's + weight's bytes), D = DP x CP; of an optimizer that is not
-               distributed twice the gradient's; dry.nvlink_gbs if a stage is of one node, otherwise dry.network_gbs
+    DP         (D - 1) / D x a rank's parameters x (gradient's + weight's bytes), D = DP x CP; without the distributed optimizer
+               twice the gradient's; dry.nvlink_gbs if a stage's ranks share a node, otherwise dry.network_gbs
 
-Nothing overlaps, stages wait for the fullest, and products are as fast on small shards as on large ones: the first two make the
-estimate too long, the last makes large TP look too good. A layout's place in the list is worth more than its days.
+Nothing overlaps and all stages take as long as the slowest, which makes the estimate too long. Products are as fast on small shards
+as on large ones, which makes large TP look too good. The order of the layouts is more reliable than the times.
 """
 
 import dataclasses
@@ -31,9 +30,9 @@ from collections.abc import Iterator, Sequence
 from minitron_mcore.config.hardware import DryConfig
 from minitron_mcore.config.performance import Recompute
 from minitron_mcore.config.settings import DistillConfig, ParallelConfig
-from minitron_mcore.config.stages import CacheKind
 from minitron_mcore.distill import checks
-from minitron_mcore.estimate import memory, run_memory
+from minitron_mcore.estimate import memory
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models import flops, sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
@@ -43,44 +42,47 @@ def layouts(
     students: Sequence[Architecture],
     teacher: Architecture | None,
     training: DistillConfig,
-    setting: memory.Setting,
+    setting: Setting,
     dry: DryConfig,
-    cached: tuple[CacheKind, int | None] | None = None,
+    cached: memory.CachedTeacher | None = None,
 ) -> list[dict]:
-    """Every layout that fits, soonest first: its axes, what is recomputed, GiB of its fullest rank, `step`'s figures, days.
+    """Rows for every layout that fits, fastest first: axes, recomputation, GiB of the fullest rank, `step`'s figures, days.
 
     Args:
-        students: that one pass of the teacher trains.
+        students: trained at the same time.
         setting: the run's; its layout is ignored.
-        cached: kind and top_k of the teacher's cache, where it is not live.
+        cached: of the teacher, if it is not live.
     """
-    found = []
+    rows = []
     for parallel in _candidates(students, teacher, training, setting, dry):
         for recompute in dict.fromkeys((setting.performance.recompute, Recompute.full)):
             options = dataclasses.replace(setting.performance, recompute=recompute)
-            given = dataclasses.replace(setting, parallel=parallel, performance=options)
-            rows = run_memory.run(students, teacher, training, given, cached)
-            needed = max(row["total"] for row in rows) / memory.GIB
+            candidate = dataclasses.replace(setting, parallel=parallel, performance=options)
+            stages = memory.training(students, teacher, training, candidate, cached)
+            needed = max(stage["total"] for stage in stages) / memory.GIB
             if needed > dry.memory or (recompute == Recompute.full and training.hidden_state_loss.weight):
                 continue
-            figures = step(students, None if cached else teacher, training, given, dry)
+            figures = step(students, None if cached else teacher, training, candidate, dry)
             axes = {"TP": parallel.tensor, "PP": parallel.pipeline, "CP": parallel.context, "EP": parallel.expert}
             days = training.steps * figures["seconds"] / 86400
-            found.append(
-                axes | {"DP": given.replicas, "recompute": recompute.value, "GiB": needed} | figures | {"days": days}
+            rows.append(
+                axes
+                | {"DP": candidate.replicas, "recompute": recompute.value, "GiB": needed}
+                | figures
+                | {"days": days}
             )
             break
-    return sorted(found, key=lambda row: row["days"])
+    return sorted(rows, key=lambda row: row["days"])
 
 
 def _candidates(
     students: Sequence[Architecture],
     teacher: Architecture | None,
     training: DistillConfig,
-    setting: memory.Setting,
+    setting: Setting,
     dry: DryConfig,
 ) -> Iterator[ParallelConfig]:
-    """Layouts that the models, the batch and the GPUs allow."""
+    """Layouts that divide the models, the batch and the GPUs."""
     models, world = [*students, *filter(None, [teacher])], setting.world
     node = [n for n in range(1, min(dry.gpus_per_node, world) + 1) if world % n == 0]
     stages = [n for n in range(1, min(model.blocks for model in models) + 1) if world % n == 0]
@@ -99,20 +101,20 @@ def step(
     students: Sequence[Architecture],
     teacher: Architecture | None,
     training: DistillConfig,
-    setting: memory.Setting,
+    setting: Setting,
     dry: DryConfig,
 ) -> dict[str, float]:
-    """Estimated seconds of a step, the share of each of its parts, and GB that a GPU sends in one (see the head of this file)."""
+    """Estimated seconds of a step, the share of each term in percent, and the GB that a GPU sends (see the head of this file)."""
     p, world = setting.parallel, setting.world
     m = training.global_batch // (training.micro_batch * setting.replicas)
-    again = setting.performance.recompute == Recompute.full
-    passes = [_Passes(student, 3 + again, 3, 5 + 2 * again) for student in students]
+    recomputed = setting.performance.recompute == Recompute.full
+    passes = [_Passes(student, 3 + recomputed, 3, 5 + 2 * recomputed) for student in students]
     passes += [_Passes(teacher, 1, 1, 2)] if teacher else []
-    operations = [sum(_operations(found, setting, stage) for found in passes) for stage in range(p.pipeline)]
+    operations = [sum(_operations(model, setting, stage) for model in passes) for stage in range(p.pipeline)]
     compute = m * max(operations) / (p.tensor * p.context * dry.peak_tflops * 1e12 * dry.mfu)
     sent = {"TP": 0.0, "CP": 0.0, "EP": 0.0, "PP": 0.0}
-    for found in passes:
-        for kind, size in _sent(found, setting).items():
+    for model in passes:
+        for kind, size in _sent(model, setting).items():
             sent[kind] += m * size
     rows = [
         memory.model_states(student, setting, n, training.distributed_optimizer)
@@ -124,14 +126,14 @@ def step(
         row["gradients"] + (row["weights"] if training.distributed_optimizer else row["gradients"]) for row in rows
     )
     sent["DP"] = (replicas - 1) / replicas * weights * len(students)
-    near, far = dry.nvlink_gbs * 1e9, dry.network_gbs * 1e9
-    rate = {kind: near for kind in sent}
-    rate["PP"] = near if world <= dry.gpus_per_node else far
-    rate["EP"] = near if p.expert <= dry.gpus_per_node else far
-    rate["DP"] = near if world // p.pipeline <= dry.gpus_per_node else far
+    nvlink, network = dry.nvlink_gbs * 1e9, dry.network_gbs * 1e9
+    rate = {kind: nvlink for kind in sent}
+    rate["PP"] = nvlink if world <= dry.gpus_per_node else network
+    rate["EP"] = nvlink if p.expert <= dry.gpus_per_node else network
+    rate["DP"] = nvlink if world // p.pipeline <= dry.gpus_per_node else network
     seconds = {"compute": compute} | {kind: size / rate[kind] for kind, size in sent.items()}
-    inside = sum(seconds[kind] for kind in ("compute", "TP", "CP", "EP", "PP"))
-    seconds["bubble"] = (p.pipeline - 1) / m * inside
+    busy = sum(seconds[kind] for kind in ("compute", "TP", "CP", "EP", "PP"))
+    seconds["bubble"] = (p.pipeline - 1) / m * busy
     total = sum(seconds.values())
     shares = {f"{kind} %": 100 * part / total for kind, part in seconds.items()}
     tokens = training.global_batch * training.sequence_length
@@ -145,23 +147,23 @@ def step(
 
 @dataclasses.dataclass(frozen=True)
 class _Passes:
-    """What a model does with a micro-batch."""
+    """Passes of one model over a micro-batch."""
 
     arch: Architecture
     blocks: int
-    """Forward passes of its blocks; a backward one counts two."""
+    """Forward passes of its blocks; a backward pass counts as two."""
     head: int
-    """The same of its head."""
+    """Likewise of its head."""
     collectives: int
-    """Of an attention or dense MLP layer, over the tensor-parallel ranks."""
+    """Of an attention or dense MLP layer over the tensor-parallel ranks."""
 
     @property
     def trained(self) -> bool:
         return self.blocks > 1
 
 
-def _operations(passes: _Passes, setting: memory.Setting, stage: int) -> float:
-    """Of a micro-batch on a pipeline stage, over all of its ranks."""
+def _operations(passes: _Passes, setting: Setting, stage: int) -> float:
+    """Operations of a micro-batch on a pipeline stage, over all of its ranks."""
     arch = passes.arch
     share = sum(map(len, sharding.rank_chunks(arch, setting.parallel, stage))) / arch.blocks
     body = flops.forward_flops(arch, setting.sequence_length, head=False)
@@ -169,11 +171,11 @@ def _operations(passes: _Passes, setting: memory.Setting, stage: int) -> float:
     return setting.micro_batch * setting.sequence_length * (passes.blocks * share * body + passes.head * ends)
 
 
-def _sent(passes: _Passes, setting: memory.Setting) -> dict[str, float]:
-    """Bytes that a GPU of the fullest stage sends for a micro-batch through one model, but for the data-parallel ones."""
+def _sent(passes: _Passes, setting: Setting) -> dict[str, float]:
+    """Bytes that a GPU of the largest stage sends for a micro-batch through one model, by kind, without DP."""
     arch, trained, p, b = passes.arch, passes.trained, setting.parallel, setting.dtype_bytes
-    fullest = set(sharding.stage_blocks(arch, p)[0])
-    parts = [part for block, part in arch.layers if block in fullest]
+    blocks = set(sharding.stage_blocks(arch, p)[0])
+    parts = [part for block, part in arch.layers if block in blocks]
     attention, mlp = parts.count("attention"), parts.count("mlp")
     states = b * arch.hidden * setting.tokens / p.tensor
     shared = passes.collectives * (attention + (0 if arch.experts else mlp)) + (2 if trained else 1)
@@ -187,9 +189,9 @@ def _sent(passes: _Passes, setting: memory.Setting) -> dict[str, float]:
     }
 
 
-def shown(found: Sequence[dict], most: int = 10) -> list[dict]:
-    """Rows for a table: the soonest, without shares that are 0 in all of them."""
-    rows = found[:most]
+def table_rows(rows: Sequence[dict], most: int = 10) -> list[dict]:
+    """The fastest of `layouts`, without shares that are 0 in all of them."""
+    rows = rows[:most]
     return [
         {key: value for key, value in row.items() if not key.endswith("%") or math.fsum(r[key] for r in rows)}
         for row in rows
