@@ -51,10 +51,6 @@ class FactoredLogits:
     hidden: Tensor
     head: Tensor
 
-    def row_bytes(self) -> int:
-        """Bytes of a token's logits on this rank."""
-        return len(self.head) * self.head.element_size()
-
 
 @dataclass(frozen=True)
 class TopKLogProbs:
