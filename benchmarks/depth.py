@@ -15,7 +15,7 @@ from common import Figure, arguments, write
 from torch import nn
 
 from minitron_mcore.cli import demo
-from minitron_mcore.cli.pipeline import stage
+from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.data import tokenizer
 from minitron_mcore.depth.study import format_ranges
 from minitron_mcore.evaluation import perplexity
@@ -37,15 +37,15 @@ def main() -> None:
     teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
     model = ["+model=smollm2_135m", f"model.hf={teacher}", f"work_dir={root}"]
     if not (root / "convert/.complete").is_file():
-        stage("convert", *model)
+        run_stage("convert", *model)
     command = [*model, "depth=small", f"data.heldout=[{TEXT}]"]
     quick = ["depth.windows=1", "depth.sizes=[1]"] if options.quick else []
-    stage("depth", *command, f"out_dir={root}/loss", "depth.kind=best", "dtype=fp32", *quick)
+    run_stage("depth", *command, f"out_dir={root}/loss", "depth.kind=best", "dtype=fp32", *quick)
     by_loss = json.loads((root / "loss/depth.json").read_text())
     figures = _compared(by_loss, _by_transformers(teacher, 1 if options.quick else 4))
     if not options.quick:
         asked = ["depth.sizes=[1,0.5]", "depth.metric=accuracy", "depth.kind=best", f"depth.choices={QUESTIONS}"]
-        stage("depth", *command, f"out_dir={root}/accuracy", *asked)
+        run_stage("depth", *command, f"out_dir={root}/accuracy", *asked)
         figures += _by_accuracy(json.loads((root / "accuracy/depth.json").read_text()))
     write(figures, options.json)
 

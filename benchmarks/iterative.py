@@ -14,7 +14,7 @@ from pathlib import Path
 from common import Figure, arguments, write
 
 from minitron_mcore.cli import demo
-from minitron_mcore.cli.pipeline import LAUNCH, stage
+from minitron_mcore.cli.pipeline import LAUNCH, run_stage
 from minitron_mcore.reporting import tables
 
 RECIPES = ("smollm2_100m", "smollm2_115m", "smollm2_100m_chained")
@@ -40,7 +40,7 @@ def main() -> None:
         out_dir = root / f"evaluate_{name.replace(' ', '_').replace(',', '')}"
         if not (out_dir / "evaluation.json").is_file():
             where = [f"source={folder}", f"out_dir={out_dir}", f"data.heldout=[{heldout}]", "dtype=fp32"]
-            stage("evaluate", f"+recipe={RECIPES[0]}", *settings, *where)
+            run_stage("evaluate", f"+recipe={RECIPES[0]}", *settings, *where)
         found = json.loads((out_dir / "evaluation.json").read_text())
         measured = {key: found["files"][0][key] for key in ("loss", "perplexity", "bits_per_byte")}
         rows.append({"model": name, "cuts": cuts, "parameters": found["parameters"], "tokens": tokens} | measured)

@@ -194,7 +194,7 @@ def count_parameters(folder: Path) -> int:
 def ways(work: Path, config: dict, plans: dict, layouts: list[int]) -> Iterator[tuple[str, Measured]]:
     """Every stage with what it took. Folders go as soon as nothing reads them; the source stays for the next time."""
     source, full = work / "source", 2 * parameter_table.count(from_hf(config))
-    model = ["+model=llama31_8b", f"model.hf={source}", f"work_dir={work}"]
+    model = ["+model=llama31_8b", "model.architecture=null", f"model.hf={source}", f"work_dir={work}"]
     for ranks in layouts:
         layout = [*model, f"parallel.tensor={ranks}"]
         yield f"convert tp{ranks}", measure("convert", ranks, source, full, work / "convert", full, *layout)

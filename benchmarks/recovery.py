@@ -22,7 +22,7 @@ import yaml
 from common import Figure, parser, write
 
 from minitron_mcore.cli import demo
-from minitron_mcore.cli.pipeline import stage
+from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.reporting import plots, tables
 
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -108,7 +108,7 @@ def _train(root: Path, texts: list[Path], steps: int) -> dict[str, Path]:
 
     def once(name: str, out_dir: Path, *overrides: str) -> None:
         if not (out_dir / ".complete").is_file():
-            stage(name, *model, *overrides, f"out_dir={out_dir}")
+            run_stage(name, *model, *overrides, f"out_dir={out_dir}")
 
     once("convert", root / "convert")
     once("importance", root / "importance", *text)
@@ -133,7 +133,7 @@ def _losses(out_dir: Path, folder: Path, heldout: list[Path], windows: int) -> l
             f"data.heldout=[{','.join(map(str, heldout))}]",
             "dtype=fp32",
         ]
-        stage("evaluate", "+model=smollm2_135m", *where, "evaluate=small", f"evaluate.max_windows={windows}")
+        run_stage("evaluate", "+model=smollm2_135m", *where, "evaluate=small", f"evaluate.max_windows={windows}")
     return json.loads((out_dir / "evaluation.json").read_text())["files"]
 
 

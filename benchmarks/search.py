@@ -11,7 +11,7 @@ from pathlib import Path
 from common import Figure, arguments, write
 
 from minitron_mcore.cli import demo
-from minitron_mcore.cli.pipeline import stage
+from minitron_mcore.cli.pipeline import run_stage
 
 QUICK = ["search.blocks=[28,30]", "search.hidden=[504]", "search.ffn=[1152]", "search.best=1", "search.steps=2"]
 QUICK += ["distill.warmup_steps=1", "search.speed.repetitions=1", "importance.samples=8", "evaluate.max_windows=2"]
@@ -26,8 +26,8 @@ def main() -> None:
     settings = ["+recipe=smollm2_100m", f"runs={root}", f"model.hf={teacher}", f"data.train=[{train}]"]
     settings += [f"data.cache={root}/cache", "search=smollm2_100m", "evaluate.max_windows=12", "distill.warmup_steps=2"]
     settings += QUICK if options.quick else []
-    stage("pipeline", *settings, "stages=[convert,importance]")
-    stage("search", *settings, f"data.heldout=[{heldout}]")
+    run_stage("pipeline", *settings, "stages=[convert,importance]")
+    run_stage("search", *settings, f"data.heldout=[{heldout}]")
     found = json.loads((root / "smollm2_100m/search/search.json").read_text())
     metrics = {"zero_shot_loss": "nats/token", "loss": "nats/token"}
     metrics |= {f"{kind}_tokens_per_second": "tokens/s" for kind in ("prefill", "decode")}

@@ -1,7 +1,7 @@
-"""Hugging Face folder, GGUF file or GPTModel checkpoint -> sharded Megatron checkpoint.
+"""Convert a Hugging Face folder, GGUF file or GPTModel checkpoint to a sharded checkpoint.
 
-torchrun --nproc-per-node 3 launch/convert.py +model=smollm2_135m model.hf=/path/to/folder parallel=tp3
-torchrun --nproc-per-node 8 launch/convert.py +model=llama31_8b model.weights=/path/to/megatron/checkpoint parallel=tp8
+minitron convert --nproc 3 model.hf=/path/to/folder parallel=tp3
+minitron convert --nproc 8 +model=llama31_8b model.weights=/path/to/megatron/checkpoint parallel=tp8
 """
 
 from minitron_mcore.cli.main import entry

@@ -1,6 +1,6 @@
-"""Teacher correction: train the unpruned model on the distillation's own text, so that what it teaches fits (arXiv 2408.11796).
+"""Teacher correction: train the unpruned model on the distillation text (arXiv 2408.11796).
 
-torchrun --nproc-per-node 8 launch/correct.py +recipe=llama31_minitron_4b_width parallel=tp2_sp data.train=[text.jsonl]
+minitron correct --nproc 8 +recipe=llama31_minitron_4b_width parallel=tp2_sp data.train=[text.jsonl]
 """
 
 from minitron_mcore.cli.main import entry

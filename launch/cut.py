@@ -1,6 +1,6 @@
-"""Hugging Face folder + plan -> pruned Hugging Face folder, in one pass on one process and without a checkpoint.
+"""Apply a plan to a Hugging Face folder in one pass, on one process and without a checkpoint.
 
-python launch/cut.py +model=smollm2_135m plan=/path/to/plan.json
+minitron cut +model=smollm2_135m plan=/path/to/plan.json
 """
 
 from minitron_mcore.cli.main import entry

@@ -1,9 +1,9 @@
-"""Study which blocks a model can spare: loss, KL and MSE of the logits and accuracy without runs of 1, 2, 4, 8 and half of them at
-every position, and a choice for each number. The same command goes on where it was stopped; `study=` hands the choice to plan.
+"""Measure the damage of removing blocks, at every position, and choose the blocks to drop.
 
-torchrun --nproc-per-node 3 launch/depth.py +model=smollm2_135m parallel=tp3 depth=small data.heldout=[text.jsonl] \\
-    depth.choices=winogrande.jsonl
-python launch/plan.py +model=smollm2_135m study=runs/smollm2_135m/depth prune.blocks=22
+The metrics are loss, KL and MSE of the logits, and accuracy. The same command resumes. `study=` gives the choice to the plan.
+
+minitron depth --nproc 3 +model=smollm2_135m parallel=tp3 depth=small data.heldout=[text.jsonl] depth.choices=winogrande.jsonl
+minitron plan +model=smollm2_135m study=runs/smollm2_135m/depth prune.blocks=22
 """
 
 from minitron_mcore.cli.main import entry

@@ -1,7 +1,7 @@
-"""Train a pruned student on its teacher's distribution. The same command again goes on where a stopped run ended.
+"""Train a pruned student, or several, on its teacher's logits; the same command resumes.
 
-torchrun --nproc-per-node 8 launch/distill.py +model=llama31_8b parallel=cp2 data.train=[text.jsonl]
-torchrun --nproc-per-node 8 launch/distill.py +model=llama31_8b parallel=cp2 data.train=[text.jsonl] \\
+minitron distill --nproc 8 +model=llama31_8b parallel=cp2 data.train=[text.jsonl]
+minitron distill --nproc 8 +model=llama31_8b parallel=cp2 data.train=[text.jsonl] \\
     'students={width: runs/a/prune, depth: runs/b/prune}'
 """
 

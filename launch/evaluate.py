@@ -1,8 +1,7 @@
-"""Perplexity and bits per byte on text, of a Hugging Face folder (run_identity transformers) or of a sharded checkpoint.
+"""Measure perplexity and bits per byte of a Hugging Face folder or sharded checkpoint.
 
-python launch/evaluate.py +model=smollm2_135m data.heldout=[text.jsonl]
-torchrun --nproc-per-node 3 launch/evaluate.py +model=smollm2_135m parallel=tp3 \\
-    source=runs/smollm2_135m/distill data.heldout=[x.jsonl]
+minitron evaluate +model=smollm2_135m data.heldout=[text.jsonl]
+minitron evaluate --nproc 3 +model=smollm2_135m parallel=tp3 source=runs/smollm2_135m/distill data.heldout=[text.jsonl]
 """
 
 from minitron_mcore.cli.main import entry

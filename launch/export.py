@@ -1,8 +1,10 @@
-"""Sharded checkpoint -> Hugging Face folder with its model card, held against the runtimes that will load it (one process), or a
-folder that Megatron-LM's GPTModel loads (any number); a piece at a time.
+"""Export a checkpoint as a Hugging Face folder with model card, or for Megatron-LM.
 
-python launch/export.py +model=smollm2_135m
-torchrun --nproc-per-node 8 launch/export.py +model=llama31_8b format=gpt parallel=tp8
+A Hugging Face folder is written by one process and checked against transformers, vLLM and TensorRT-LLM. `format=gpt` writes a
+checkpoint of Megatron-Core's GPTModel on any number of processes.
+
+minitron export +model=smollm2_135m
+minitron export --nproc 8 +model=llama31_8b format=gpt parallel=tp8
 """
 
 from minitron_mcore.cli.main import entry

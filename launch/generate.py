@@ -1,6 +1,6 @@
-"""What a checkpoint says: its likeliest continuation of a prompt.
+"""Print a checkpoint's greedy continuation of a prompt.
 
-torchrun --nproc-per-node 3 launch/generate.py +model=smollm2_135m parallel=tp3 "prompt='def fibonacci(n):'"
+minitron generate --nproc 3 +model=smollm2_135m parallel=tp3 "prompt='def fibonacci(n):'"
 """
 
 from minitron_mcore.cli.main import entry
@@ -9,6 +9,8 @@ from minitron_mcore.config.stages import GenerateRun
 
 @entry("generate")
 def main(config: GenerateRun) -> None:
+    from pathlib import Path
+
     import torch
 
     from minitron_mcore.checkpoint import run_folder
@@ -21,7 +23,10 @@ def main(config: GenerateRun) -> None:
         words = tokenizer.open_tokenizer(config.data, source.hf, source.arch.vocab)
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
         prompt = torch.tensor([words.documents([config.prompt])[0][:-1]])  # without the EOS that ends a document
-        process_groups.log(words.decode(generate(model, source.arch, prompt, config.tokens, words.eos)[0].tolist()))
+        text = words.decode(generate(model, source.arch, prompt, config.tokens, words.eos)[0].tolist())
+        process_groups.log(text)
+        if config.text_file and process_groups.rank() == 0:
+            Path(config.text_file).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Score hidden channels, ffn channels, heads and blocks by forward passes over calibration text.
+"""Score hidden channels, ffn channels, heads, groups, experts and blocks on calibration text.
 
-torchrun --nproc-per-node 3 launch/importance.py +model=smollm2_135m parallel=tp3 data.train=[text.jsonl]
+minitron importance --nproc 3 +model=smollm2_135m parallel=tp3 data.train=[text.jsonl]
 """
 
 from minitron_mcore.cli.main import entry
@@ -33,14 +33,14 @@ def main(config: ImportanceRun) -> None:
                 whole_documents=settings.whole_documents,
             )
             model = run_folder.build_model(source, config.parallel, config.dtype.value)
-            found = score(model, source, tokens, mask, settings.micro_batch, settings)
-            found.metadata["data"] = datasets.data_hash(prefixes)
+            result = score(model, source, tokens, mask, settings.micro_batch, settings)
+            result.metadata["data"] = datasets.data_hash(prefixes)
             if process_groups.rank() == 0:
-                file = scores.save_scores(config.out_dir, found)
+                file = scores.save_scores(config.out_dir, result)
                 plots.plot_importance(file, f"{config.out_dir}/importance.png")
                 tables.table(
                     "importance",
-                    scores.summary(found),
+                    scores.summary(result),
                     [f"scores: {file}", f"picture: {config.out_dir}/importance.png"],
                 )
 

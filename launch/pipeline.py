@@ -1,7 +1,7 @@
-"""Every stage of a recipe, each in processes of its own; finished ones are kept, so the same command goes on where it stopped.
+"""Run all stages of a recipe, each in its own processes; finished stages are skipped.
 
-python launch/pipeline.py +recipe=llama31_minitron_4b_width processes=8 parallel=tp2_sp data.train=[text.jsonl]
-python launch/pipeline.py --multirun +recipe=minitron_8b,minitron_4b processes=8 parallel=tp4_sp data.train=[text.jsonl]
+minitron pipeline +recipe=llama31_minitron_4b_width processes=8 parallel=tp2_sp data.train=[text.jsonl]
+minitron pipeline --multirun +recipe=minitron_8b,minitron_4b processes=8 parallel=tp4_sp data.train=[text.jsonl]
 """
 
 from minitron_mcore.cli.main import entry
@@ -16,8 +16,8 @@ def main(config: PipelineRun) -> None:
     from minitron_mcore.cli import dry_run, pipeline
     from minitron_mcore.reporting import page, tables
 
-    typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # the stages resolve ${...} themselves
-    overrides = [override for override in typed if not override.startswith(("processes=", "stages="))]
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)  # each stage resolves ${...} itself
+    overrides = [override for override in overrides if not override.startswith(("processes=", "stages="))]
     if config.dry_run:
         processes = [] if config.dry.gpus else [f"dry.gpus={config.processes}"]
         return dry_run.run(*pipeline.plan(config, [*overrides, *processes])[1].values())

@@ -1,8 +1,8 @@
-"""Scores and targets -> the kept indices. One process; no weights are read.
+"""Choose the indices to keep from scores and target sizes; one process, no weights.
 
-python launch/plan.py +model=smollm2_135m prune=smollm2_100m parallel=tp3
+`parallel` is the layout in which the pruned model will train: sizes that it does not divide are refused.
 
-`parallel` is the layout that the pruned model will train in: sizes it would not divide are refused here.
+minitron plan +model=smollm2_135m prune=smollm2_100m parallel=tp3
 """
 
 from minitron_mcore.cli.main import entry
@@ -27,9 +27,9 @@ def main(config: PlanRun) -> None:
         return
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
-    prune, said = study.apply_study(config.study, source.arch.blocks, source.fingerprint, config.prune)
+    prune, chosen = study.apply_study(config.study, source.arch.blocks, source.fingerprint, config.prune)
     plan = plans.make_plan(source.arch, source.fingerprint, scores, prune)
-    plan.statistic.update(said)
+    plan.statistic.update(chosen)
     target.check_counts(plan.target, config.parameters, config.without_embeddings)
     build.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:

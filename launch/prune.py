@@ -1,6 +1,6 @@
 """Apply a plan to a sharded checkpoint; no weight moves between ranks.
 
-torchrun --nproc-per-node 3 launch/prune.py +model=smollm2_135m parallel=tp3
+minitron prune --nproc 3 +model=smollm2_135m parallel=tp3
 """
 
 from minitron_mcore.cli.main import entry

@@ -1,7 +1,7 @@
-"""report.html: everything that the stages left in a work_dir on one page, and who was made from whom.
+"""Write one HTML page about all stages in a work folder.
 
-python launch/report.py work_dir=runs/demo
-python launch/report.py +recipe=smollm2_100m html=/path/report.html
+minitron report work_dir=runs/demo
+minitron report +recipe=smollm2_100m html=/path/report.html
 """
 
 from minitron_mcore.cli.main import entry

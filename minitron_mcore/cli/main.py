@@ -1,4 +1,4 @@
-"""From a command line to a stage: Hydra composes and checks the config, mistakes end in one sentence."""
+"""The entry point of all stages: Hydra composes the config, and a user's mistake ends in one sentence."""
 
 import contextlib
 import functools
@@ -25,11 +25,11 @@ from minitron_mcore.parallel import rendezvous
 
 
 def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
-    """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass from `LAUNCH_FILES`.
+    """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass in `compose.LAUNCH_FILES`.
 
-    A UserError becomes its sentence, printed by one rank, and its exit status (see `errors`). Any other exception on a rank of a
-    process group becomes its traceback. Either ends this rank's process at once; torchrun then ends the others. With `dry_run`
-    the stage is planned instead (see `dryrun`).
+    On a UserError, one rank prints the message, and the process ends with the error's exit status (see `errors`). Any other
+    exception on a rank of a process group is printed with its traceback, and the process ends with status 1. torchrun then ends
+    the other ranks. With `dry_run=true`, `dry_run.run` replaces the stage.
     """
 
     def decorate(fn: Callable) -> Callable[[], None]:
@@ -64,7 +64,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
 
 @contextlib.contextmanager
 def _reported() -> Iterator[None]:
-    """End the process for an exception: a mistake of the user's with its sentence, any other on a rank with its traceback."""
+    """End the process on an exception, as `entry` describes."""
     try:
         yield
     except (UserError, HydraException) as error:
@@ -79,7 +79,7 @@ def _reported() -> Iterator[None]:
 
 
 def _check_world() -> None:
-    """End this process where its environment describes no world, in which it could not say so only once."""
+    """End this process if torchrun's variables are inconsistent. Every rank prints this error: they cannot agree on one."""
     try:
         rendezvous.check()
     except UserError as error:
@@ -88,7 +88,7 @@ def _check_world() -> None:
 
 
 def _store():
-    """The store of this process's default process group; None without one. Does not import torch."""
+    """The store of the default process group, or None. Does not import torch."""
     dist = sys.modules.get("torch.distributed")
     if not dist or not dist.is_initialized():
         return None
@@ -98,24 +98,24 @@ def _store():
 
 
 def _print_once(error: UserError) -> None:
-    """Print an error's lines unless another rank prints the same: rank 0 at once, another rank after rank 0 had time to."""
+    """Print an error's lines unless another rank prints the same. Rank 0 prints at once, other ranks wait for it first."""
     store, lines = _store(), str(error).splitlines()
     if not rendezvous.is_rank_zero():
         lines = [f"rank {os.environ['RANK']}: {line}" for line in lines]
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it when rank 0 has ended
-        # Without a process group the ranks are as far apart as their imports.
+        # Without a process group the ranks differ by the time of their imports.
         time.sleep(10 if store is None else 2)
     if store is not None:
         try:
             if store.add(f"error {hashlib.sha256(str(error).encode()).hexdigest()}", 1) > 1:
                 return
-        except RuntimeError:  # rank 0 had the store, and has ended
+        except RuntimeError:  # rank 0, which held the store, has ended
             return
     print("\n".join(f"error: {line}" for line in lines))
 
 
 def _end(status: int) -> NoReturn:
-    """End this process; in a process group without its shutdown, which may wait for ranks that wait for this one."""
+    """End this process. In a process group, skip its shutdown, which could wait for ranks that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     if _store() is not None:

@@ -1,4 +1,4 @@
-"""Launch files one after another, each in processes of its own, as a person would start them."""
+"""The stages of a recipe in order, each in its own processes."""
 
 import os
 import shlex
@@ -17,83 +17,86 @@ from minitron_mcore.config.stages import STAGES, PipelineRun, StageRun
 from minitron_mcore.errors import UserError
 
 INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
-ENDS = ("export", "evaluate")
-ALONE = ("plan", "export", "evaluate")
-"""Stages of one process."""
-WHOLE = [f"parallel.{axis}={size}" for axis, size in vars(ParallelConfig()).items()]
-"""transformers, which evaluates, shards nothing."""
+"""Settings that name the folder of an earlier stage."""
+FINAL_STAGES = ("export", "evaluate")
+ONE_PROCESS_STAGES = ("plan", "export", "evaluate")
+UNSHARDED = [f"parallel.{axis}={size}" for axis, size in vars(ParallelConfig()).items()]
+"""The layout for evaluation by transformers, which runs on one process."""
 
 
-def stage(name: str, *overrides: str, processes: int = 1) -> float:
-    """Run launch/`name`.py with Hydra overrides, under torchrun if in several processes; prints the command, returns its seconds.
+def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, total: int = 1) -> float:
+    """Run launch/`name`.py in `processes` processes; print its number among all stages, and its command.
+
+    Returns:
+        seconds.
 
     Raises:
-        UserError: the stage failed; its own sentence stands above.
+        UserError: the stage failed; its own message is printed before.
     """
-    sharded = ["--nproc-per-node", str(processes)] if processes > 1 else []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", *sharded] if sharded else []
-    command = [sys.executable, *torchrun, str(LAUNCH / f"{name}.py"), *overrides]
-    shown = ["torchrun" if sharded else "python", *sharded, f"launch/{name}.py", *overrides]
-    print(f"\n$ {shlex.join(shown)}", flush=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(LAUNCH / f"{name}.py"), *overrides]
+    shown = ["minitron", name, *(["--nproc", str(processes)] if processes > 1 else []), *overrides]
+    print(f"\nstage {number} of {total}: {name}\n$ {shlex.join(shown)}", flush=True)
     threads = max(1, (os.cpu_count() or 1) // processes)
     start = time.monotonic()
-    failed = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ).returncode
-    if failed:
-        raise UserError(f"launch/{name}.py failed with status {failed}; what went wrong stands above.")
+    status = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ).returncode
+    if status:
+        raise UserError(f"minitron {name} failed with status {status}; its message stands above.")
     return time.monotonic() - start
 
 
 def run(config: PipelineRun, overrides: list[str]) -> list[dict]:
-    """Run the stages that a recipe needs and that are not finished.
+    """Run the stages of a recipe that are not finished.
 
     Args:
-        overrides: the command line, which every stage gets.
+        overrides: the command line, which all stages receive.
 
     Returns:
-        rows of stage, seconds (None where it was finished before) and folder.
+        rows of stage, seconds (None for a stage that was finished before) and folder.
 
     Raises:
-        UserError: no such stage, an input that nothing here makes, a folder that is older than its input, a stage that failed or
-            was told to stop.
+        UserError: an unknown stage, an input that no stage here writes, a folder older than its input, a stage that failed or
+            stopped early.
     """
     lines, runs = plan(config, overrides)
     for name, run in runs.items():
-        for path in _inputs(run) - {Path(other.out_dir) for other in runs.values()}:
-            _check_there(path, name)
+        for path in _inputs(run) - {Path(each.out_dir) for each in runs.values()}:
+            _check_input(path, name)
     rows = []
-    for name, run in runs.items():
+    for number, (name, run) in enumerate(runs.items(), 1):
         seconds = None
-        _check_fresh(run)
+        _check_order(run)
         if not finished(run):
-            seconds = stage(name, *search_path(), *lines[name], processes=1 if name in ALONE else config.processes)
+            processes = 1 if name in ONE_PROCESS_STAGES else config.processes
+            command = [*search_path(), *lines[name]]
+            seconds = run_stage(name, *command, processes=processes, number=number, total=len(runs))
         if not finished(run):
-            raise UserError(f"launch/{name}.py was told to stop before its end: the same command goes on from there.")
+            raise UserError(f"minitron {name} stopped before its end: the same command resumes.")
         rows.append({"stage": name, "seconds": seconds, "folder": run.out_dir})
     return rows
 
 
 def plan(config: PipelineRun, overrides: list[str]) -> tuple[dict[str, list[str]], dict[str, StageRun]]:
     """Command line and config of each stage that a recipe needs."""
-    lines = {name: [*overrides, *(WHOLE if name == "evaluate" else [])] for name in STAGES}
+    lines = {name: [*overrides, *(UNSHARDED if name == "evaluate" else [])] for name in STAGES}
     runs = {name: compose(name, line) for name, line in lines.items()}
-    return lines, {name: runs[name] for name in _chosen(config, runs)}
+    return lines, {name: runs[name] for name in _needed(config, runs)}
 
 
-def _chosen(config: PipelineRun, runs: dict[str, StageRun]) -> list[str]:
-    """The stages asked for; else the last ones and those whose folders a later one reads, so that a recipe whose teacher is not
-    its own corrected one corrects none, and one that starts from another's student converts nothing."""
+def _needed(config: PipelineRun, runs: dict[str, StageRun]) -> list[str]:
+    """The stages in `config.stages`; without these the final stages and all whose folders another needed stage reads."""
     unknown = set(config.stages) - set(STAGES)
     if unknown:
         raise UserError(f"stages names {', '.join(sorted(unknown))}: give some of {', '.join(STAGES)}.")
     if config.stages:
         return [name for name in STAGES if name in config.stages]
-    ends = ENDS if config.data.heldout else ENDS[:1]
-    chosen, read = [], set()
+    final = FINAL_STAGES if config.data.heldout else FINAL_STAGES[:1]
+    needed, read = [], set()
     for name in reversed(STAGES):
-        if name in ends or Path(runs[name].out_dir) in read:
-            chosen.insert(0, name)
+        if name in final or Path(runs[name].out_dir) in read:
+            needed.insert(0, name)
             read |= _inputs(runs[name])
-    return chosen
+    return needed
 
 
 def _inputs(run: StageRun) -> set[Path]:
@@ -101,28 +104,29 @@ def _inputs(run: StageRun) -> set[Path]:
 
 
 def finished(run: StageRun) -> bool:
-    """Whether a stage's folder holds this very run, and whole."""
+    """Whether a stage's folder holds the complete result of this run."""
     folder = Path(run.out_dir)
     return (folder / COMPLETE).is_file() and yaml.safe_load((folder / "config.yaml").read_text()) == run_identity(run)
 
 
-def _check_there(path: Path, reader: str) -> None:
+def _check_input(path: Path, reader: str) -> None:
+    """Refuse an unfinished input of the stage `reader`."""
     if (path / COMPLETE).is_file():
         return
     recipe = path.parent.name
-    maker = f"+recipe={recipe}" if recipe in options("recipe") else "with the stages before it"
+    maker = f"+recipe={recipe}" if recipe in options("recipe") else "with the previous stages"
     raise UserError(
-        f"{path}, which launch/{reader}.py reads, is not there or not finished: run launch/pipeline.py {maker} first, or name "
+        f"{path}, which minitron {reader} reads, does not exist or is not finished: run minitron pipeline {maker} first, or name "
         "other folders (recipe.source=/path recipe.teacher=/path)."
     )
 
 
-def _check_fresh(run: StageRun) -> None:
-    """Refuse a folder, whole or begun, that an input's finishing has overtaken."""
+def _check_order(run: StageRun) -> None:
+    """Refuse a folder, finished or not, that was begun before one of its inputs was finished."""
     marks = [Path(run.out_dir) / name for name in (COMPLETE, "latest")]
-    made = min((mark.stat().st_mtime for mark in marks if mark.is_file()), default=float("inf"))
+    begun = min((mark.stat().st_mtime for mark in marks if mark.is_file()), default=float("inf"))
     for path in _inputs(run):
-        if (path / COMPLETE).stat().st_mtime > made:
+        if (path / COMPLETE).stat().st_mtime > begun:
             raise UserError(
-                f"{run.out_dir} was begun before {path} was made anew, which it reads: remove {run.out_dir} and run again."
+                f"{run.out_dir} was begun before its input {path} was last written: remove {run.out_dir} and run again."
             )

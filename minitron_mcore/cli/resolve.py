@@ -1,5 +1,5 @@
-"""The models that a stage will deal with, found without weights: in its folders or, where these aren't there yet, from what the
-stages before will leave there. Imports torch only to open what an earlier stage has left."""
+"""Architectures of a stage's models, without weights: from its folders or, where these do not exist yet, from the config of the
+stages that will write them. Imports torch only to open an existing checkpoint, plan or cache."""
 
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,11 @@ from minitron_mcore.search import space
 
 
 def models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, str]]:
-    """Architecture of each model that a stage deals with, by role, and where it was found."""
+    """Architecture of each model of a stage, by role, and its origin: a folder, or settings.
+
+    Args:
+        problems: receives a message for each model that cannot be resolved.
+    """
     makers = {"model": lambda: _at(config.source, config)}
     if isinstance(config, ConvertRun):
         makers = {"model": lambda: _source(config)}
@@ -39,39 +43,39 @@ def models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, st
         makers |= several or {"student": lambda: _at(config.student, config)}
     elif isinstance(config, SearchRun):
         makers = {"teacher": lambda: _at(config.teacher, config), "student": lambda: _largest(config)}
-    found = {}
+    resolved = {}
     for role, make in makers.items():
         try:
-            found[role] = make()
-        except UserError as mistake:
-            problems += str(mistake).splitlines()
-    return found
+            resolved[role] = make()
+        except UserError as error:
+            problems += str(error).splitlines()
+    return resolved
 
 
 def kind(role: str) -> str:
-    """ "student" of every "student NAME"."""
+    """The role without the name of one of several students."""
     return role.split()[0]
 
 
 def _source(config: Run) -> tuple[Architecture, str]:
-    """What `model` says: its folder, or where that isn't there its architecture."""
+    """The architecture of `model.hf` or, if that folder does not exist, `model.architecture`."""
     if not config.model.hf:
-        raise UserError("model.hf is not given: say model.hf=/path/to/folder, or name a model (+model=NAME).")
+        raise UserError("model.hf is not set: give model.hf=/path/to/folder, or a model (model=NAME).")
     folder, wanted = Path(config.model.hf), architecture.from_config(config.model.architecture)
     if wanted and not (folder / "config.json").is_file():
         return wanted, "model.architecture"
-    found, _ = architecture.read_hf(folder)
-    architecture.check_matches(found, wanted, folder)
-    return found, str(folder)
+    arch, _ = architecture.read_hf(folder)
+    architecture.check_matches(arch, wanted, folder)
+    return arch, str(folder)
 
 
 def _start(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
-    """What is pruned: a checkpoint, but a cut goes from folder to folder."""
+    """The architecture to prune: of a checkpoint, or of the Hugging Face folder for `cut`."""
     return _source(config) if isinstance(config, CutRun) else _at(config.source, config)
 
 
 def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
-    """What the plan says, or where that isn't there yet, what it will be asked for."""
+    """The pruned architecture: of the plan or, if that does not exist yet, of the `prune` settings."""
     if not isinstance(config, PlanRun) and Path(config.plan).exists():
         from minitron_mcore.pruning.plan import load_plan  # imports torch
 
@@ -80,23 +84,30 @@ def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
 
 
 def candidates(config: SearchRun) -> list[space.Candidate]:
-    found = space.Space.of(_at(config.source, config)[0], config)
-    if found.combinations > space.MAX_GRID:
-        raise UserError(f"{found.combinations:,} combinations are too many to look at each: plan with fewer sizes.")
-    return found.candidates
+    """All candidates of a search, from the one with the fewest parameters.
+
+    Raises:
+        UserError: more combinations than a search enumerates.
+    """
+    candidate_space = space.Space.of(_at(config.source, config)[0], config)
+    if candidate_space.combinations > space.MAX_GRID:
+        raise UserError(
+            f"{candidate_space.combinations:,} combinations are more than the {space.MAX_GRID:,} that it lists: give fewer sizes."
+        )
+    return candidate_space.candidates
 
 
 def _largest(config: SearchRun) -> tuple[Architecture, str]:
-    """Of a search's candidates the one with the most parameters."""
+    """The candidate with the most parameters."""
     largest = candidates(config)[-1]
     return largest.target, f"search.*, {largest.name}"
 
 
 def _at(folder: str, config: Run) -> tuple[Architecture, str]:
-    """The architecture in a folder or, where that isn't there yet, the one that the stages before will leave there.
+    """The architecture in a folder or, if that does not exist yet, the one that a stage will write there.
 
     Raises:
-        UserError: neither a model there nor a name that says which recipe or model makes it.
+        UserError: the folder does not exist, and its path names no stage of a recipe or model.
     """
     path = Path(folder)
     if (path / "model.json").is_file():
@@ -131,24 +142,24 @@ def cache(folder: str):
 
 
 def cached(config: Run) -> tuple[CacheKind, int | None] | None:
-    """Kind and top_k of the cache that teaches, the defaults' where it is not written yet; None: the teacher is live."""
+    """Kind and top_k of the teacher's cache, the default ones if it does not exist yet; None for a teacher without cache."""
     path = Path(getattr(config, "teacher", ""))
     if (path / "index.json").is_file():
-        found = cache(path)
-        return found.kind, found.index["top_k"]
+        opened = cache(path)
+        return opened.kind, opened.index["top_k"]
     return (TeacherCacheRun.kind, TeacherCacheRun.top_k) if path.name == "teacher_cache" else None
 
 
 def _maker(path: Path, config: Run) -> Run:
-    """The config of the recipe, or of the model without one, that works in the folder above `path`."""
+    """The config of the recipe or model whose work folder contains `path`."""
     name = path.parent.name
     for group in ("recipe", "model"):
         if name in options(group):
             return compose("distill", [f"+{group}={name}", f"runs={config.runs}"])
-    raise UserError(f"no model at {path}, and {name} is no recipe or model that would make one: give another folder.")
+    raise UserError(f"no model at {path}, and {name} is no recipe or model that would write it: give another folder.")
 
 
 def hf(where: str) -> Path | None:
-    """The tokenizer's folder of a model that was found there; None where it is not made yet."""
+    """The folder of a model's tokenizer, for an origin of `models`; None if it does not exist yet."""
     folder = Path(where)
     return next((path for path in (folder / "hf", folder) if (path / "config.json").is_file()), None)

@@ -123,7 +123,7 @@ def tokenize(
         files: text files, or prefixes of .bin/.idx pairs, which are checked only.
         tokenizer: may be None if all files are prefixes.
         limits: size limits of text files; None for the defaults.
-        vocab_size: rows of the model's embedding, which the ids of given pairs must fit; None skips this check.
+        vocab_size: rows of the model's embedding, which all ids must fit; None skips this check.
 
     Returns:
         The prefix of each file's pair.
@@ -154,7 +154,7 @@ def tokenize(
         prefixes = [prefix_of(path) for path in files]
         for path, prefix in zip(files, prefixes, strict=True):
             check_index(prefix)
-            # Tokenised before, maybe for a model with more rows.
+            # It may have been tokenised for a model with more rows.
             if path != prefix and vocab_size is not None and tokenizer.vocab_size > vocab_size:
                 check_ids(prefix, vocab_size)
         return prefixes

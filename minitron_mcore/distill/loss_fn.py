@@ -24,6 +24,8 @@ LM_LOSS = LossConfig(kd_weight=0.0, lm_weight=1.0)
 
 @dataclass(frozen=True)
 class LossFunction:
+    """Called by megatron-core's schedule with the student's final hidden states of each micro-batch."""
+
     student: Model
     teacher: Teacher | CachedTeacher | None
     vocab: int

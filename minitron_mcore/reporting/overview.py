@@ -146,8 +146,8 @@ def _training(models: list[Model]) -> str:
     if not path or not path.is_file() or not (steps := read_lines(path)):
         return ""
     with damage_as_user_error(path):
-        before = [0, *(step["tokens"] for step in steps)]
-        seconds = sum((s["tokens"] - n) / s["tokens_per_second"] for s, n in zip(steps, before, strict=False))
+        before = [0, *(step["tokens"] for step in steps[:-1])]
+        seconds = sum((s["tokens"] - n) / s["tokens_per_second"] for s, n in zip(steps, before, strict=True))
         return f"distillation {seconds / 60:.1f} min, {steps[-1]['tokens']:,} tokens"
 
 

@@ -89,7 +89,7 @@ CASES = {
 }
 
 
-@pytest.mark.default_cases("dense", "states")
+@pytest.mark.default_cases("states")
 @pytest.mark.parametrize("case", CASES)
 def test_every_layout_reads_and_writes_the_same_state(tmp_path, request, case):
     dtype, layouts = CASES[case]

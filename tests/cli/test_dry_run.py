@@ -75,7 +75,7 @@ def built(archs, parallel, dtype):
     return found
 
 
-@pytest.mark.default_cases("one-bf16", "tp2_sp_pp2_ep2-bf16", "cp2-bf16")
+@pytest.mark.default_cases("tp2_sp_pp2_ep2-bf16", "cp2-bf16")
 @pytest.mark.parametrize(
     ("layout", "dtype"), [*((layout, Dtype.bf16) for layout in LAYOUTS), ("one", Dtype.fp32), ("cp2", Dtype.fp32)]
 )
@@ -141,7 +141,7 @@ def trained(folder, parallel, config, dtype):
     }
 
 
-@pytest.mark.default_cases("dp2_fp32", "pp2_virtual2_cp2")
+@pytest.mark.default_cases("dp2_fp32")
 @pytest.mark.parametrize(
     ("world", "parallel", "dtype", "distributed", "other"),
     [

@@ -60,7 +60,7 @@ def typed(folder: Path, stage: str, *overrides: str) -> tuple[int, list[str]]:
 WHOLE = [
     *(("convert",), ("importance",), ("plan",), ("prune",), ("correct", "correct.stop_after=1")),
     *(("distill", "distill.stop_after=1"), ("teacher_cache", "kind=hidden"), ("export", "source=runs/tiny/prune")),
-    ("export", "format=gpt", "source=runs/tiny/prune"),
+    ("export", "format=gpt", "source=runs/tiny/convert"),
 ]
 
 
@@ -89,7 +89,7 @@ DOORS = {
     "distill, teacher": ("convert", ["distill", NEW]),
     "distill, resumed": ("distill", ["distill"]),
     "teacher_cache": ("convert", ["teacher_cache", NEW]),
-    "search": ("convert", ["search", NEW]),
+    "search": ("convert", ["search", NEW]),  # source and teacher
     "search, teacher": ("correct", ["search", NEW, "teacher=runs/tiny/correct"]),
     "prune": ("convert", ["prune", NEW]),
     "export": ("prune", ["export", NEW, "source=runs/tiny/prune"]),
@@ -97,7 +97,7 @@ DOORS = {
     "convert, gpt": ("gpt", ["convert", NEW, "model.weights=runs/tiny/gpt"]),
 }
 """Way in -> the folder that is attacked, and the command that reads it."""
-TENSORS_ALONE = {"prune", "export", "export, gpt", "convert, gpt", "search"}
+TENSORS_ALONE = {"prune", "export", "export, gpt", "convert, gpt"}
 """They never open a byte item or common.pt."""
 SLOW = pytest.mark.slow
 

@@ -88,7 +88,7 @@ def test_a_stage_runs_from_another_folder(tmp_path, minitron):
     before, after = models.weights(tmp_path / "models/tiny"), models.weights(tmp_path / "runs/tiny/hf")
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
     where = run(minitron.parent / "python", tmp_path, "-c", "import minitron_mcore.cli.compose as c; print(c.LAUNCH)")
-    assert where.strip().startswith(str(minitron.parents[2])) and Path(where.strip(), "slurm/distill.sbatch").is_file()
+    assert where.strip().startswith(str(minitron.parents[1])) and Path(where.strip(), "slurm/distill.sbatch").is_file()
 
 
 def test_the_command_lists_and_completes(tmp_path, minitron):

@@ -72,21 +72,20 @@ def test_typos_are_caught_at_compose_time():
 
 
 def test_missing_weights_are_one_sentence(tmp_path):
-    output = launch(tmp_path, "convert", "+model=llama31_8b", processes=2, fails=True)
+    output = fork(tmp_path, "convert", "+model=llama31_8b", processes=2, fails=True)
     sentences = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(sentences) == 1 and "Llama-3.1-8B" in sentences[0] and "model.hf=" in sentences[0]
 
 
 def test_missing_checkpoint_is_one_sentence(tmp_path):
-    output = launch(tmp_path, "distill", "+model=llama31_8b", fails=True)
+    output = fork(tmp_path, "distill", "+model=llama31_8b", fails=True)
     assert "error: no checkpoint at runs/llama31_8b/prune" in output and "student=/path" in output
 
 
-@pytest.mark.default_cases("distill")
 @pytest.mark.parametrize("stage", ["importance", "distill", "evaluate"])
 def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
     layout = ["parallel=tp3", "parallel.sequence=true", f"{stage}.sequence_length=511"]
-    output = launch(tmp_path, stage, "+model=smollm2_135m", *layout, processes=3, fails=True)
+    output = fork(tmp_path, stage, "+model=smollm2_135m", *layout, processes=3, fails=True)
     assert (
         output.count("error: sequence_length 511 cannot be shared by parallel.tensor 3") == 1 and "give 513" in output
     )
@@ -96,7 +95,7 @@ def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
 @pytest.mark.parametrize("starts", ["forked", "torchrun"])
 def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     """Hugging Face in, smaller Hugging Face out, through the pipeline and every launch file; then against the wrong things."""
-    pipeline = fork_pipeline if starts == "forked" else run_pipeline
+    pipeline, start = (fork_pipeline, fork) if starts == "forked" else (run_pipeline, launch)
     models.tiny_llama(tmp_path / "hf")
     word_tokenizer(tmp_path / "hf")
     g = torch.Generator().manual_seed(0)
@@ -111,9 +110,10 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
         "recipe.teacher=${work_dir}/correct",
     ]
     stopped = pipeline(tmp_path, *command, "processes=2", "distill.stop_after=2", fails=True)
-    assert "error: launch/distill.py was told to stop before its end: the same command goes on" in stopped
+    assert "error: minitron distill stopped before its end: the same command resumes" in stopped
+    assert "stage 4 of 8: prune\n$ minitron prune --nproc 2 model=smollm2_135m" in stopped
     output = pipeline(tmp_path, *command, "processes=2")
-    assert "resuming after step 2" in output and "bits per byte" in output and "launch/correct.py" not in output
+    assert "resuming after step 2" in output and "bits per byte" in output and "minitron correct" not in output
 
     run = tmp_path / "runs/tiny"
     config = json.loads((run / "hf/config.json").read_text())
@@ -131,8 +131,10 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     page = (run / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 4 and correct.fingerprint in page  # scores, plan, two trainings
     assert "decoder.layers.*.mlp.linear_fc1.weight" in stopped and "report: runs/tiny/report.html" in output
-    assert "loaders (every" in output and "LlamaForCausalLM" in output
-    assert "w5 w6 w" in launch(tmp_path, "generate", *command, "prompt='w5 w6'", "tokens=3", processes=2)
+    assert "transformers loads" in output and "LlamaForCausalLM" in output
+    generate = [*command, "prompt='w5 w6'", "tokens=3", "text_file=continuation.txt"]
+    assert "w5 w6 w" in start(tmp_path, "generate", *generate, processes=2)
+    assert (tmp_path / "continuation.txt").read_text().startswith("w5 w6 w")
 
     with pytest.raises(UserError, match="already holds this finished run"):
         claim(run / "convert", identity_of("convert", *command))
@@ -168,7 +170,7 @@ main()
 """
 
 
-@pytest.mark.default_cases("UserError-error: rank 1: no such thing")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "expected"), [("UserError", "error: rank 1: no such thing"), ("KeyError", "rank 1 failed:\n")]
 )

@@ -150,7 +150,7 @@ def test_one_cut_and_the_chain_see_as_many_tokens():
 def finish(recipe: str, *overrides: str, start: int = 0) -> list[str]:
     """Mark every stage's folder as whole, a second apart; the command line."""
     for at, stage in enumerate(STAGES, start):
-        run = composed(stage, recipe, *overrides, *(pipeline.WHOLE if stage == "evaluate" else []))
+        run = composed(stage, recipe, *overrides, *(pipeline.UNSHARDED if stage == "evaluate" else []))
         folder = Path(run.out_dir)
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(identity.run_identity(run)))
@@ -198,7 +198,7 @@ def test_pipeline_refuses_what_is_stale_or_unknown(tmp_path, monkeypatch):
     overrides = finish("smollm2_100m")
     os.utime(f"runs/smollm2_100m/plan/{COMPLETE}", (100, 100))
     with pytest.raises(
-        UserError, match="runs/smollm2_100m/prune was begun before runs/smollm2_100m/plan was made anew"
+        UserError, match="runs/smollm2_100m/prune was begun before its input runs/smollm2_100m/plan was last written"
     ):
         kept(overrides)
     assert kept(overrides, "stages=[export,distill]") == ["distill", "export"]
@@ -214,7 +214,7 @@ def test_another_source_is_refused(tmp_path):
     (tmp_path / "model.json").write_text(
         json.dumps({"architecture": arch.to_json(), "fingerprint": "f", "lineage": {}})
     )
-    plan = inspect.unwrap(runpy.run_path(str(pipeline.LAUNCH / "plan.py"))["main"])
+    plan = inspect.unwrap(runpy.run_path(str(compose.LAUNCH / "plan.py"))["main"])
     with pytest.raises(
         UserError, match="is not the model that the config names: family is llama, not nemotron, .*hidden"
     ):

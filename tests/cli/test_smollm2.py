@@ -15,6 +15,8 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import models
 from tests.helpers.cutting import export
 
+pytestmark = pytest.mark.slow  # fetches the model
+
 LAYOUTS = {
     "tp1": (1, ParallelConfig()),
     "tp3": (3, ParallelConfig(tensor=3)),
@@ -41,7 +43,6 @@ def expected(smollm2):
     return ids, models.hf_logits(smollm2, ids)
 
 
-@pytest.mark.default_cases("tp3")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_round_trip(tmp_path, smollm2, expected, layout):
     world, parallel = LAYOUTS[layout]
@@ -57,7 +58,6 @@ def test_logits_and_round_trip(tmp_path, smollm2, expected, layout):
     assert all(torch.equal(back[name], weight) for name, weight in weights.items())
 
 
-@pytest.mark.slow
 def test_generation(tmp_path, smollm2, expected):
     """Token for token what transformers' generate says, on tensor-parallel ranks."""
     world, parallel = LAYOUTS["tp3"]

@@ -217,7 +217,7 @@ def test_what_omegaconf_says_reaches_the_user():
     for stage in ("export", "evaluate"):
         given = ["model.name=x", "source=there", "out_dir=here"]
         assert config_of(stage, *given).model.hf == ""  # never read there
-    with pytest.raises(UserError, match=r"model\.hf is not given"):
+    with pytest.raises(UserError, match=r"model\.hf is not set"):
         config_of("convert", "model.name=x")
     for override, sentence in (
         ("out_dir=${nowhere}", r"out_dir: Interpolation key 'nowhere' not found"),
@@ -227,7 +227,7 @@ def test_what_omegaconf_says_reaches_the_user():
     ):
         with pytest.raises(UserError, match=sentence) as error:
             config_of("distill", "+model=llama31_8b", override)
-        assert "is not given" not in str(error.value) and "\n" not in str(error.value)
+        assert "is not set" not in str(error.value) and "\n" not in str(error.value)
 
 
 SPOILED = (

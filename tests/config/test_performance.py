@@ -118,7 +118,7 @@ def compare(ranks, count):
             assert other["saved"] < plain["saved"]
 
 
-@pytest.mark.default_cases("pp2_virtual2", "cp2")
+@pytest.mark.default_cases("pp2_virtual2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recomputation_changes_no_bit_and_keeps_less(pair, layout):
     world, parallel = LAYOUTS[layout]
@@ -126,6 +126,7 @@ def test_recomputation_changes_no_bit_and_keeps_less(pair, layout):
     compare(on_ranks(gradients, world, parallel, *pair, parallel, options), 3)
 
 
+@pytest.mark.slow
 def test_recomputation_of_experts(mixtral):
     parallel = ParallelConfig(expert=2)
     compare(on_ranks(gradients, 2, parallel, *mixtral, parallel, [NONE, FULL, EXPERTS]), 2)
@@ -276,6 +277,7 @@ def test_the_loss_holds_as_many_logits_as_asked_for(pair):
     assert 4 * 2 * rows * tokens <= 1 << 20 < 4 * 2 * rows * 5000 / (chunks - 1)
 
 
+@pytest.mark.slow
 def test_steps_are_profiled(pair, tmp_path):
     profile = ProfileConfig(start=2, stop=3, ranks=[1])
     on_ranks(train, 2, ParallelConfig(), *pair, ParallelConfig(), PerformanceConfig(profile=profile), tmp_path / "run")

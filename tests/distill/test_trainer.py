@@ -24,7 +24,7 @@ def alone(pair, tmp_path_factory):
     return history, export(at / "one", at / "hf")
 
 
-@pytest.mark.default_cases("tied-tp3", "untied-tp2_sp", "tied-tp2_pp2", "untied-dp2", "untied-pp2")
+@pytest.mark.default_cases("untied-tp2_sp", "tied-tp2_pp2", "untied-dp2")
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
 def test_every_layout_trains_as_one_process(tmp_path, pair, alone, layout):
     (world, parallel), (expected_history, expected) = LAYOUTS[layout], alone

@@ -72,7 +72,7 @@ CASES = {
 }
 
 
-@pytest.mark.default_cases("tp2", "pp2, norms' own names")
+@pytest.mark.default_cases("pp2, norms' own names")
 @pytest.mark.parametrize(("parallel", "variant", "plain"), CASES.values(), ids=CASES)
 def test_gptmodel_is_read(tmp_path, trained, parallel, variant, plain):
     """Written by megatron-core in several layouts and variants, read here: the same logits."""

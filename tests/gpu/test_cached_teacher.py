@@ -8,7 +8,7 @@ from tests.gpu.training import FIGURES
 from tests.gpu.world import here
 from tests.helpers import cached_teacher, models
 from tests.helpers.cached_teacher import World, write_text
-from tests.helpers.cutting import _family, export
+from tests.helpers.cutting import export, family_on_rank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_cached")]  # one worker, so that its caches are made once
 
@@ -24,7 +24,7 @@ def cached(request, tmp_path_factory):
     """Caches of a teacher written on the device, and runs from them, whole and in parts, and from the live teacher."""
     at = tmp_path_factory.mktemp("cached")
     models.tiny_llama(at / "hf")
-    here(_family, at, {"student": PruneConfig(hidden=24, ffn=18)})
+    here(family_on_rank, at, {"student": PruneConfig(hidden=24, ffn=18)})
     world = World(at, write_text(at), Dtype(request.param))
     here(cached_teacher.record, *(world.writer(name, **kind) for name, kind in KINDS[request.param].items()))
     top = {"top_k": cached_teacher.K}

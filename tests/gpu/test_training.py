@@ -11,7 +11,7 @@ from minitron_mcore.config.settings import PruneConfig
 from tests.gpu.training import CONFIG, FIGURES, RUNS, make_folders, train
 from tests.gpu.world import here, on_cpu
 from tests.helpers import hidden_states, models
-from tests.helpers.cutting import ONE, _family, export
+from tests.helpers.cutting import ONE, export, family_on_rank
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,7 +61,7 @@ def test_intermediate_states_are_the_dense_ones(tmp_path):
     """Losses and gradients of the first step against transformers' modules in fp64."""
     models.tiny_llama(tmp_path / "hf", tied=True, num_hidden_layers=7)
     cuts = {"width": PruneConfig(hidden=24, ffn=18, blocks=5), "depth": PruneConfig(blocks=5)}
-    here(_family, tmp_path, cuts)
+    here(family_on_rank, tmp_path, cuts)
     for name in ("teacher", *cuts):
         export(tmp_path / name, tmp_path / f"{name}_hf")
     found = here(first_states, tmp_path, tmp_path / "steps")

@@ -5,7 +5,7 @@ import dataclasses
 from minitron_mcore.config.settings import HiddenStateLossConfig, PruneConfig
 from tests.gpu.world import here
 from tests.helpers import families, models, training
-from tests.helpers.cutting import ONE, _family
+from tests.helpers.cutting import ONE, family_on_rank
 
 CONFIG = training.CONFIG
 
@@ -34,7 +34,7 @@ def make_folders(at):
     for prefix, tied in (("", True), ("plain_", False)):
         family = at / f"{prefix}family"
         models.tiny_llama(family / "hf", tied=tied)
-        here(_family, family, {"width": cut})
+        here(family_on_rank, family, {"width": cut})
         for name in ("teacher", "width"):
             (at / f"{prefix}{name}").symlink_to(family / name)
     for seed in (0, 1):

@@ -64,10 +64,10 @@ def run_prune(source, plan: Plan, out_dir, parallel) -> None:
 def write_family(at, cuts: dict[str, PruneConfig], **sizes):
     """A tiny Llama in at/teacher and what `cuts` leave of it in at/NAME, by random scores."""
     models.tiny_llama(at / "hf", **sizes)
-    on_ranks(_family, 1, ONE, at, cuts)
+    on_ranks(family_on_rank, 1, ONE, at, cuts)
 
 
-def _family(at, cuts) -> None:
+def family_on_rank(at, cuts) -> None:
     models.import_hf(at / "hf", at / "teacher", ONE)
     opened = open_checkpoint(at / "teacher")
     for name, target in cuts.items():

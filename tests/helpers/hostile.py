@@ -147,13 +147,3 @@ YAML = {
     "cut": "a: [1, 2",
 }
 REMOTE = "import os\nos.system('touch FLAG')\n"
-
-
-class Attack:
-    """A pickle that leaves a trace when it is run."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)

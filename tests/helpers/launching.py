@@ -54,7 +54,7 @@ def fork(cwd, stage, *overrides, processes=1, fails=False) -> str:
 
 
 def _in_fork(cwd, output: str, stage: str, overrides, processes: int) -> None:
-    def run_stage(name: str, *overrides: str, processes: int = 1) -> float:
+    def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, total: int = 1) -> float:
         if status := _status(name, overrides, processes):
             raise UserError(f"launch/{name}.py failed with status {status}")
         return 0.0
@@ -62,7 +62,7 @@ def _in_fork(cwd, output: str, stage: str, overrides, processes: int) -> None:
     os.chdir(cwd)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
-    pipeline.stage = run_stage
+    pipeline.run_stage = run_stage
     sys.exit(_status(stage, overrides, processes))
 
 

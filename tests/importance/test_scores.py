@@ -26,7 +26,7 @@ def parent(request, tmp_path_factory):
     return at / "ckpt", ids, activations(at / "hf", ids, LENGTHS)
 
 
-@pytest.mark.default_cases("llama-tp2_sp", "llama-tp2_pp2", "llama-cp2", "llama-dp2")
+@pytest.mark.default_cases("llama-tp2_sp", "llama-cp2", "llama-pp2_dp2")
 @pytest.mark.parametrize(
     ("parent", "layout"),
     [*(("llama", layout) for layout in (*LAYOUTS, *MORE)), ("nemotron", "tp2_sp"), ("qwen3", "tp2_pp2")],

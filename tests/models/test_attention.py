@@ -62,6 +62,7 @@ def on_rank(groups: int) -> list[list[Tensor]]:
     return [[shared(torch.arange(LENGTH)), *run([shared(x) for x in whole], window)] for window in WINDOWS]
 
 
+@pytest.mark.default_cases("1-1", "2-4", "3-2")
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("context", [1, 2, 3])
 def test_output_and_gradients_equal_the_formula(context, groups):

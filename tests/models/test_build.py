@@ -8,6 +8,7 @@ from tests.helpers import models
 from tests.helpers.models import LAYOUTS
 
 
+@pytest.mark.default_cases("tp1-tied", "tp2_sp-untied", "tp3-tied", "pp2-untied", "tp2_pp2-tied", "dp2-untied")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_equal_transformers(tmp_path, layout, tied):

@@ -47,6 +47,7 @@ def check(which, tmp_path, world, parallel):
     assert torch.equal(models.hf_logits(tmp_path / "back", ids), models.hf_logits(folder, ids))
 
 
+@pytest.mark.default_cases("*-tp2", "llama31-pp2")
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
 @pytest.mark.parametrize("which", DENSE)
 def test_dense(tmp_path, which, layout):
@@ -54,6 +55,7 @@ def test_dense(tmp_path, which, layout):
     check(which, tmp_path, world, ParallelConfig(**parallel))
 
 
+@pytest.mark.default_cases("mixtral-ep2", "mixtral-pp2", "qwen3_moe-tp2_ep2", "qwen3_moe_raw-ep3")
 @pytest.mark.parametrize("layout", ["one", "tp2", "ep2", "tp2_ep2", "pp2", "ep3"])
 @pytest.mark.parametrize("which", EXPERTS)
 def test_experts(tmp_path, which, layout):
@@ -100,6 +102,7 @@ def test_pruned_equals_cut_by_hand(tmp_path, which):
     assert (one - models.hf_logits(tmp_path / "small", ids)).abs().max() <= 2e-4
 
 
+@pytest.mark.default_cases("mistral-tp2_pp2", "mixtral-ep2", "qwen3_moe-tp2_dp2_ep2")
 @pytest.mark.parametrize("case", TRAINED)
 def test_training_equals_one_process(tmp_path, case):
     """Losses and the gradient's norm of every step, and the weights after the last: another seed's model as teacher."""

@@ -8,7 +8,7 @@ import torch
 from minitron_mcore.config.settings import Dtype, ParallelConfig, PruneConfig
 from tests.helpers import cached_teacher, teacher_layouts
 from tests.helpers.cached_teacher import World, assert_same, write_text
-from tests.helpers.cutting import ONE, _family, export
+from tests.helpers.cutting import ONE, export, family_on_rank
 from tests.helpers.teacher_layouts import APART, CONFIG, hold, serve_or_learn, two_steps
 from tests.multigpu.ranks import launch, need
 
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
 
     at = tmp_path_factory.mktemp("teacher")
     models.tiny_llama(at / "hf", tied=True)
-    launch(_family, 1, ONE, at, {"student": PruneConfig(hidden=24, ffn=18)})
+    launch(family_on_rank, 1, ONE, at, {"student": PruneConfig(hidden=24, ffn=18)})
     (alone,) = launch(two_steps, 1, ONE, at, CONFIG, ONE, at / "one")
     return at, alone, export(at / "one", at / "one_hf")
 

@@ -45,6 +45,7 @@ def parent(tmp_path_factory):
     return at, ids, expected, plan
 
 
+@pytest.mark.default_cases("tp2_sp_cp2", "pp2_virtual2_dp2")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_scores_cuts_and_logits_are_those_of_one_process(tmp_path, parent, name):
     world, parallel = LAYOUTS[name]
@@ -105,28 +106,31 @@ def distill(student, teacher, config, parallel, out_dir, resume=False):
     ]
 
 
-def test_students_learn_as_on_one_process_and_resume(tmp_path, parent):
+TRAINED = {
+    "pp2_virtual2_cp2": (4, ParallelConfig(pipeline=2, virtual=2, context=2)),
+    "tp2_sp_cp2": LAYOUTS["tp2_sp_cp2"],
+}
+
+
+@pytest.mark.default_cases("tp2_sp_cp2")
+@pytest.mark.parametrize("name", TRAINED)
+def test_students_learn_as_on_one_process_and_resume(tmp_path, parent, name):
     pair = (parent[0] / "pruned", parent[0] / "ckpt")
     config = dataclasses.replace(training.CONFIG, steps=3)
     alone = on_ranks(distill, 1, ONE, *pair, config, ONE, tmp_path / "one")[0]
     expected = export(tmp_path / "one", tmp_path / "one_hf")
-    layouts = {
-        "pp2_virtual2_cp2": (4, ParallelConfig(pipeline=2, virtual=2, context=2)),
-        "tp2_sp_cp2": LAYOUTS["tp2_sp_cp2"],
-    }
-    for name, (world, parallel) in layouts.items():
-        for history in on_ranks(distill, world, parallel, *pair, config, parallel, tmp_path / name):
-            for a, b in zip(alone, history, strict=True):
-                for key in ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr"):
-                    assert math.isclose(a[key], b[key], rel_tol=2e-5), (name, key, a, b)
-        found = export(tmp_path / name, tmp_path / f"{name}_hf")
-        for key, weight in expected.items():  # see test_trainer: what a step can move
-            assert (found[key] - weight).abs().max() <= 0.02 * config.peak_lr * config.steps, (name, key)
-    world, parallel = layouts["pp2_virtual2_cp2"]
+    world, parallel = TRAINED[name]
+    for history in on_ranks(distill, world, parallel, *pair, config, parallel, tmp_path / "whole"):
+        for a, b in zip(alone, history, strict=True):
+            for key in ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr"):
+                assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
+    whole = export(tmp_path / "whole", tmp_path / "whole_hf")
+    for key, weight in expected.items():  # see test_trainer: what a step can move
+        assert (whole[key] - weight).abs().max() <= 0.02 * config.peak_lr * config.steps, key
     half = dataclasses.replace(config, stop_after=2)
     on_ranks(distill, world, parallel, *pair, half, parallel, tmp_path / "parts")
     on_ranks(distill, world, parallel, *pair, config, parallel, tmp_path / "parts", True)
-    parts, whole = export(tmp_path / "parts", tmp_path / "parts_hf"), models.weights(tmp_path / "pp2_virtual2_cp2_hf")
+    parts = export(tmp_path / "parts", tmp_path / "parts_hf")
     assert all(torch.equal(parts[key], weight) for key, weight in whole.items())
 
 

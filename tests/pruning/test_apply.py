@@ -59,6 +59,7 @@ def build_and_run(source, plan: Plan, parallel, ids):
     return models.model_logits(build_pruned(open_checkpoint(source), plan, parallel, "fp32"), plan.target, ids)
 
 
+@pytest.mark.default_cases("pp2")
 @pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "pp2"])
 def test_pruned_in_memory_equals_pruned_on_disk(tmp_path, parent, layout):
     world, parallel = LAYOUTS[layout]

@@ -114,6 +114,7 @@ def prune_all(source, plans: dict[str, Plan], out_dir: Path, parallel, in_memory
     return found.keys() == loaded.keys() and all(torch.equal(found[k], loaded[k]) for k in loaded)
 
 
+@pytest.mark.default_cases("tp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
     """Groups and merged heads by hand; without some attention and MLP layers the same, less those layers."""

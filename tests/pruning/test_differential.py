@@ -139,6 +139,7 @@ def pruned(tmp_path_factory):
     return root / "pruned", root / "small"
 
 
+@pytest.mark.default_cases("tp2_sp")
 @pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "pp2"])
 def test_we_say_what_transformers_says(pruned, layout):
     """A pruned model, sharded here and exported there, token for token."""

@@ -39,6 +39,7 @@ def parent(tmp_path):
     return tmp_path / "parent"
 
 
+@pytest.mark.default_cases("tp2_ep2", "cp2_ep2", "ep3_pp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_equal_the_formula(tmp_path, parent, layout):
     world, parallel = LAYOUTS[layout]

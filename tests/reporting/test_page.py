@@ -4,6 +4,7 @@ import base64
 import html.parser
 import inspect
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint.run_folder import COMPLETE
 from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, save_scores
@@ -227,6 +229,11 @@ def test_the_summary_compares_roles(whole, tmp_path):
         (run / f"evaluate{number}" / "evaluation.json").write_text(
             json.dumps({"source": str(path), "files": [figures]})
         )
+    steps = [{"step": n, "tokens": 64 * n, "tokens_per_second": 64.0} for n in range(1, 31)]
+    (run / "distill" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    for name, time in (("config.yaml", 1000), (COMPLETE, 1090)):
+        (run / "prune" / name).touch()
+        os.utime(run / "prune" / name, (time, time))
     folders = read.folders(run)
     models = roles.models(folders)
     rows, tiles = overview.rows(models), overview.tiles(models, folders)
@@ -239,10 +246,13 @@ def test_the_summary_compares_roles(whole, tmp_path):
     assert rows[2][
         "of the teacher"
     ] == "67\N{NO-BREAK SPACE}%" and "recovered 75\N{NO-BREAK SPACE}% of the increase" in overview.headline(models)
-    assert [tile.value for tile in tiles] == [
-        "75.7\N{NO-BREAK SPACE}k → 50.5\N{NO-BREAK SPACE}k",
+    tiles = list(tiles)
+    assert tiles[-1].note == "distillation 0.5 min, 1,920 tokens"
+    assert [tile.value.replace("\N{NO-BREAK SPACE}", " ") for tile in tiles] == [
+        "75.7 k → 50.5 k",
         "2.00 → 3.00",
-        "75\N{NO-BREAK SPACE}%",
+        "75 %",
+        "1.5 min",
     ]
     assert [row["command"] for row in overview.commands(models, folders)] == [
         "python launch/export.py +model=tiny work_dir=w",
