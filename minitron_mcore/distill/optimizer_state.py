@@ -118,10 +118,10 @@ class StateLoader:
     def finish(self, loaded: dict) -> None:
         """Set the step and the state; the pieces are already in the tensors of `request`."""
         for part in self.optimizers:
-            own = part.state_dict()
-            for group in own["optimizer"]["param_groups"]:
+            state_dict = part.state_dict()
+            for group in state_dict["optimizer"]["param_groups"]:
                 group["step"] = loaded["step"]
-            part.load_state_dict(own)
+            part.load_state_dict(state_dict)
         for part, state in self.states:
             patches.set_parameter_state(part.optimizer, part.parameter, state)
         for optimizer in self.optimizers:
