@@ -51,10 +51,6 @@ class FactoredLogits:
     hidden: Tensor
     head: Tensor
 
-    def row_bytes(self) -> int:
-        """Bytes of a token's logits on this rank."""
-        return len(self.head) * self.head.element_size()
-
 
 @dataclass(frozen=True)
 class TopKLogProbs:
@@ -177,6 +173,8 @@ class ForwardKL:
 
 
 class ReverseKL(ForwardKL):
+    """KL(p_s || p_t)."""
+
     def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
         sums = chunk.sums[:, tokens]
         return (torch.sub(x_s, x_t, out=x_s).mul_(e_s).sum(-1) / sums[0] + (sums[1] / sums[0]).log())[None]
@@ -193,6 +191,8 @@ class ReverseKL(ForwardKL):
 
 
 class Jsd(ForwardKL):
+    """The generalised Jensen-Shannon divergence."""
+
     empty_sums, num_second_sums = (), 2
 
     def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
@@ -223,6 +223,8 @@ def _log_mixture(log_ratio: Tensor, weight: float, out: Tensor) -> Tensor:
 
 
 class Mse(ForwardKL):
+    """Mean squared difference of the logits."""
+
     uses_softmax = False
 
     def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
@@ -241,7 +243,7 @@ class Mse(ForwardKL):
 
 
 class Cosine(ForwardKL):
-    """The value has the rounding error of 1 - cos, about 1e-7 in fp32; the gradient does not."""
+    """1 - cosine of the logits. The value has the rounding error of 1 - cos, about 1e-7 in fp32; the gradient does not."""
 
     empty_sums = 0.0, 0.0, 0.0
     uses_softmax = False
@@ -395,5 +397,6 @@ KINDS = {
 
 
 def make(config: LossConfig, vocab_size: int) -> ForwardKL:
+    """The divergence of `config` between a student and a teacher with logits."""
     kind = TopK if config.top_k else KINDS[config.divergence]
     return kind(vocab_size, config.jsd_beta, config.top_k, adds_lm=kind.uses_softmax and config.temperature == 1)

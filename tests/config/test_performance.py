@@ -20,6 +20,7 @@ from minitron_mcore.config.performance import (
     RecomputeMethod,
 )
 from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig, PruneConfig
+from minitron_mcore.distill import tile_sizes
 from minitron_mcore.estimate import activations
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models.architecture import Architecture
@@ -258,21 +259,19 @@ def buffers(student, teacher, every):
     return found
 
 
-def chunked(pair, tokens):
+def chunked(pair):
     from minitron_mcore.checkpoint.run_folder import open_checkpoint
-    from minitron_mcore.distill.losses import FactoredLogits
     from minitron_mcore.distill.trainer import Trainer
 
     trainer = Trainer(
         *map(open_checkpoint, pair), CONFIG, ParallelConfig(), "fp32", None, PerformanceConfig(loss_chunk_mb=1)
     )
-    heads = trainer.model.head(), trainer.teacher.head
-    models = [FactoredLogits(torch.empty(tokens, head.shape[1]), head) for head in heads]
-    return len(heads[0]), trainer.loss_fn._loss_config(*models).chunk_tokens
+    return len(trainer.model.head()), trainer.loss_fn._loss_config().chunk_bytes
 
 
 def test_the_loss_holds_as_many_logits_as_asked_for(pair):
-    ((rows, tokens),) = on_ranks(chunked, 1, ParallelConfig(), pair, 5000)
+    ((rows, budget),) = on_ranks(chunked, 1, ParallelConfig(), pair)
+    tokens = tile_sizes.chunk_tokens(5000, 4 * 2 * rows, budget)
     chunks = 5000 / tokens
     assert 4 * 2 * rows * tokens <= 1 << 20 < 4 * 2 * rows * 5000 / (chunks - 1)
 
