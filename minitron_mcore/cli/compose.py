@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,7 +21,6 @@ from minitron_mcore.config.stages import (
     PipelineRun,
     ReportRun,
     SearchRun,
-    StageRun,
 )
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.reading import first_line
@@ -65,8 +65,8 @@ def _renamed(key: str) -> str | None:
     return None
 
 
-def compose(stage: str, overrides: list[str]) -> StageRun:
-    """The config of launch/`stage`.py for a command line. Hydra must be initialised, as it is inside a launch file, whose
+def compose(stage: str, overrides: list[str]) -> Any:
+    """The config of launch/`stage`.py for a command line, as its dataclass in `LAUNCH_FILES`. Hydra must be initialised, as it is inside a launch file, whose
     `hydra.searchpath` also holds here.
 
     Raises:
@@ -100,7 +100,7 @@ def composition_error(error: HydraException) -> UserError:
     return UserError(" ".join(" ".join([text, *causes]).split()))
 
 
-def resolve(raw: DictConfig):
+def resolve(raw: DictConfig) -> Any:
     """The composed config as its dataclass, with every interpolation resolved.
 
     `model.name` defaults to the last part of `model.hf`, or of `work_dir` where `model.hf` is missing too.

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -24,7 +24,7 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.parallel import rendezvous
 
 
-def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
+def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass in `compose.LAUNCH_FILES`.
 
     On a UserError, one rank prints the message, and the process ends with the error's exit status (see `errors`). Any other
@@ -32,7 +32,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
     the other ranks. With `dry_run=true`, `dry_run.run` replaces the stage.
     """
 
-    def decorate(fn: Callable) -> Callable[[], None]:
+    def decorate(fn: Callable[[Any], None]) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONF), config_name=f"stage/{stage}")
         @functools.wraps(fn)
         def run(raw: DictConfig) -> None:
@@ -87,7 +87,7 @@ def _check_world() -> None:
         sys.exit(error.exit_status)
 
 
-def _store():
+def _store() -> Any:
     """The store of the default process group, or None. Does not import torch."""
     dist = sys.modules.get("torch.distributed")
     return dist.distributed_c10d._get_default_store() if dist and dist.is_initialized() else None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,7 +46,7 @@ def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, t
     return time.monotonic() - start
 
 
-def run(config: PipelineRun, overrides: list[str]) -> list[dict]:
+def run(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
     """Run the stages of a recipe that are not finished.
 
     Args:
@@ -91,7 +92,8 @@ def _needed(config: PipelineRun, runs: dict[str, StageRun]) -> list[str]:
     if config.stages:
         return [name for name in STAGES if name in config.stages]
     final = FINAL_STAGES if config.data.heldout else FINAL_STAGES[:1]
-    needed, read = [], set()
+    needed: list[str] = []
+    read: set[Path] = set()
     for name in reversed(STAGES):
         if name in final or Path(runs[name].out_dir) in read:
             needed.insert(0, name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from enum import Enum
+from typing import Any
 
 from minitron_mcore.config import performance
 from minitron_mcore.config.stages import Run, StageRun
@@ -19,7 +20,7 @@ _UNIDENTIFYING = (
 """Settings that change neither the result nor the numbers on the way: pauses, shares of the work, reactions to failures, limits."""
 
 
-def run_identity(config: StageRun) -> dict:
+def run_identity(config: StageRun) -> dict[str, Any]:
     """A stage's config as YAML-ready values, for config.yaml: its own settings and the sections in `reads`, without
     `_UNIDENTIFYING` settings, `dry_run`, and options of `performance` that change no numbers (see `performance.numerics`)."""
     data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
@@ -29,7 +30,7 @@ def run_identity(config: StageRun) -> dict:
         for key in _UNIDENTIFYING:
             data.get(section, {}).pop(key, None)
 
-    def simple(value):
+    def simple(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: simple(v) for k, v in value.items()}
         return value.value if isinstance(value, Enum) else value

@@ -6,6 +6,7 @@ docs/performance.md says when to use which.
 import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from minitron_mcore.config.settings import Dtype
 
@@ -179,7 +180,7 @@ NUMERIC = (
 """Options that change a run's numbers by more than the order of summation."""
 
 
-def numerics(config: dict) -> dict:
+def numerics(config: dict[str, Any]) -> dict[str, Any]:
     """The `NUMERIC` options of an `asdict` of PerformanceConfig that differ from the defaults."""
     defaults = PerformanceConfig()
     return {key: config[key] for key in NUMERIC if key in config and config[key] != getattr(defaults, key)}

@@ -324,7 +324,7 @@ class DistillConfig(TrainConfig):
     0 keeps both models on all ranks."""
     hidden_state_loss: HiddenStateLossConfig = field(default_factory=HiddenStateLossConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # The field is Any because OmegaConf cannot override an optional dataclass that is null.
         if isinstance(layout := self.teacher_parallel, dict):
             try:

@@ -210,7 +210,7 @@ class DistillRun(StageRun):
     teacher: str = MISSING
     """Checkpoint of the teacher, or folder of its cache."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # The field is Any because Hydra cannot add keys to a typed dictionary.
         folders = self.students
         if folders is not None and not (isinstance(folders, dict) and folders and all(map(_is_name, folders))):
