@@ -66,8 +66,9 @@ def _renamed(key: str) -> str | None:
 
 
 def compose(stage: str, overrides: list[str]) -> Any:
-    """The config of launch/`stage`.py for a command line, as its dataclass in `LAUNCH_FILES`. Hydra must be initialised, as it is inside a launch file, whose
-    `hydra.searchpath` also holds here.
+    """The config of launch/`stage`.py for a command line, as its dataclass in `LAUNCH_FILES`.
+
+    Hydra must be initialised, as it is inside a launch file, whose `hydra.searchpath` also holds here.
 
     Raises:
         UserError: see `composition_error` and `resolve`.
