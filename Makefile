@@ -1,13 +1,14 @@
 PYTHON ?= python3
+PYTEST = .venv/bin/python -m pytest
 SHELLS := .ci/run $(wildcard launch/slurm/*.sbatch)
 
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help .venv demo test lint clean
+.PHONY: help .venv docs demo test test-slow coverage lint clean
 
 help:
-	@echo "make demo | test | lint | .venv | clean"
+	@echo "make demo | test | test-slow | coverage | lint | docs | fuzz | .venv | clean"
 
 .venv: .venv/dev
 
@@ -25,23 +26,42 @@ help:
 	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 demo: .venv/installed
 	.venv/bin/python launch/demo.py
 
 # The tests' own processes share the cores, so each takes one thread.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/dev
-	.venv/bin/python -m pytest -q -n 2 --dist loadgroup tests
+	$(PYTEST) -q -n 2 --dist loadgroup -m "not slow and not gpu and not multigpu" tests
+
+# What repeats the former: more seeds, layouts, families and launches.
+test-slow: export OMP_NUM_THREADS ?= 1
+test-slow: .venv/dev
+	$(PYTEST) -q -n 2 --dist loadgroup -m slow tests
+
+# `make test`, and the share of each file's lines that it runs.
+coverage: export COVERAGE_CORE = sysmon
+coverage: .venv/dev
+	.venv/bin/coverage erase
+	$(MAKE) test PYTEST=".venv/bin/coverage run -m pytest"
+	.venv/bin/coverage combine -q
+	.venv/bin/coverage report --skip-covered
 
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache --no-logo
+	.venv/bin/mypy
 	.venv/bin/python docs/write_configuration.py --check
+	.venv/bin/python docs/draw_architecture.py --check
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
 	for script in $(SHELLS); do bash -n $$script || exit 1; done
 	.venv/bin/shellcheck $(SHELLS)
 	.venv/bin/hadolint Dockerfile
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

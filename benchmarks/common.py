@@ -46,7 +46,7 @@ def ranks(fn: Callable, world_size: int, parallel: ParallelConfig, *args: Any, t
     """`fn(*args)` on every rank of a layout: in this process on a GPU, which takes one rank, else in processes (`on_ranks`)."""
     if not torch.cuda.is_available():
         return on_ranks(fn, world_size, parallel, *args, timeout=timeout)
-    with process_groups.distributed(parallel):
+    with process_groups.distributed_context(parallel):
         return [fn(*args)]
 
 

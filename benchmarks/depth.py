@@ -17,7 +17,7 @@ from torch import nn
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.data import tokenizer
-from minitron_mcore.depth.study import spans
+from minitron_mcore.depth.study import format_ranges
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.reporting import tables
 
@@ -52,12 +52,13 @@ def main() -> None:
 
 def _by_transformers(folder: Path, windows: int) -> dict[tuple[int, ...], float]:
     """Loss of the trial's points in transformers, on the windows of the study."""
-    model, words, found = perplexity.HFModel(str(folder)), tokenizer.load(folder), {}
+    model, found = perplexity.HFModel(str(folder)), {}
+    cuts = {str(TEXT): perplexity.windows(str(TEXT), tokenizer.load(folder), 512)}
     layers = list(model.model.model.layers)
     for dropped in TRIAL:
         model.model.model.layers = nn.ModuleList(layer for n, layer in enumerate(layers) if n not in dropped)
-        settings = {"sequence_length": 512, "micro_batch": 4, "max_windows": windows}
-        found[dropped] = perplexity.evaluate_text([str(TEXT)], words, model.nll, **settings)[0]["loss"]
+        settings = {"micro_batch": 4, "max_windows": windows}
+        found[dropped] = perplexity.evaluate_windows(cuts, model.nll, **settings)[0]["loss"]
     return found
 
 
@@ -65,7 +66,7 @@ def _compared(study: dict, by_transformers: dict[tuple[int, ...], float]) -> lis
     found = {tuple(point["dropped"]): point["loss"] for point in study["sweep"]} | {(): study["baseline"]["loss"]}
     rows = [
         {
-            "without": spans(dropped) or "none",
+            "without": format_ranges(dropped) or "none",
             "minitron": found[dropped],
             "transformers": by_transformers[dropped],
             "trial": loss,
@@ -91,7 +92,12 @@ def _by_accuracy(study: dict) -> list[Figure]:
     points = [{"size": 0, "dropped": []} | study["baseline"], *study["sweep"]]
     return [
         Figure(
-            "depth", f"without {spans(point['dropped']) or 'none'}", "minitron", "winogrande", point["accuracy"], "1"
+            "depth",
+            f"without {format_ranges(point['dropped']) or 'none'}",
+            "minitron",
+            "winogrande",
+            point["accuracy"],
+            "1",
         )
         for point in points
     ]

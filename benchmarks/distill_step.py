@@ -96,7 +96,7 @@ def measure(folder: Path, names: tuple, parallel: ParallelConfig, sizes: tuple, 
     model = whole.teacher.model
     parts = {
         "step": lambda: whole.train_step(batches),
-        "teacher": lambda: schedule.forward(model, batches, lambda output, batch: None, headless=False),
+        "teacher": lambda: schedule.forward(model, batches, lambda output, batch: output @ model.head().t()),
         "student": lambda: alone.train_step(batches),
     }
     for part in parts.values():

@@ -31,7 +31,7 @@ def measure(arch: Architecture, parallel: ParallelConfig, rounds: int) -> list[t
     """Seconds of each round: plain, collecting, collecting compiled."""
     import torch.distributed as dist
 
-    from minitron_mcore.importance.collector import collecting
+    from minitron_mcore.importance.collector import collect_importance
     from minitron_mcore.models import build
     from minitron_mcore.parallel.schedule import forward
 
@@ -47,7 +47,7 @@ def measure(arch: Architecture, parallel: ParallelConfig, rounds: int) -> list[t
         return time.process_time() - start
 
     def collected(fused: bool) -> float:
-        with collecting(model, arch, fused=fused):
+        with collect_importance(model, arch, fused=fused):
             return plain()
 
     def once() -> tuple[float, float, float]:

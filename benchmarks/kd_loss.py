@@ -5,7 +5,6 @@ and head:
 
     minitron                 minitron_mcore.distill.losses.distillation_loss
     minitron, torch path     the same without its Triton kernels (GPU)
-    minitron, given logits   both logits, distillation_loss_of_logits of the same file
     torch                    both logits, gathered over the vocabulary, log_softmax and kl_div in fp32
     torch.compile            the same, compiled (GPU)
     modelopt                 both logits, LogitsKLLoss of modelopt.torch.distill.plugins.megatron
@@ -59,11 +58,12 @@ def labels_and_mask(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def minitron(**options) -> Loss:
-    from minitron_mcore.distill.losses import distillation_loss
+    from minitron_mcore.distill.losses import FactoredLogits, LossConfig, distillation_loss
 
-    def loss(*states):
-        shape = dict(vocab_size=VOCAB, tp_group=process_groups.tp_group())
-        return distillation_loss(*states, *labels_and_mask(states[0]), **shape, **options)[0]
+    def loss(hidden, head, *teacher):
+        shape, config = dict(vocab_size=VOCAB, tp_group=process_groups.tp_group()), LossConfig(**options)
+        models = FactoredLogits(hidden, head), FactoredLogits(*teacher)
+        return distillation_loss(*models, *labels_and_mask(hidden), **shape, config=config)[0]
 
     return loss
 
@@ -76,17 +76,6 @@ def minitron_torch(**options) -> Loss:
     def loss(*states):
         with patch.object(tiling, "kernels_for", return_value=None):
             return fused(*states)
-
-    return loss
-
-
-def minitron_logits() -> Loss:
-    from minitron_mcore.distill.losses import distillation_loss_of_logits
-
-    def loss(hidden, head, teacher_hidden, teacher_head):
-        both = hidden @ head.t(), teacher_hidden @ teacher_head.t()
-        options = dict(vocab_size=VOCAB, tp_group=process_groups.tp_group())
-        return distillation_loss_of_logits(*both, *labels_and_mask(hidden), **options)[0]
 
     return loss
 
@@ -149,7 +138,6 @@ KINDS = {name: {"divergence": Divergence(name)} for name in ("reverse_kl", "jsd"
 IMPLEMENTATIONS = {
     "minitron": Implementation(minitron, holds_logits=False),
     "minitron, torch path": Implementation(minitron_torch, holds_logits=False),
-    "minitron, given logits": Implementation(minitron_logits),
     "torch": Implementation(dense),
     "torch.compile": Implementation(lambda: torch.compile(dense())),
     "modelopt": Implementation(modelopt, "modelopt"),
@@ -162,9 +150,7 @@ for kind, options in KINDS.items():
     }
 IMPLEMENTATIONS["liger, jsd"] = Implementation(partial(liger, 0.5), "liger_kernel", False, "jsd")
 if not GPU:
-    IMPLEMENTATIONS = {
-        name: IMPLEMENTATIONS[name] for name in ("minitron", "minitron, given logits", "torch", "modelopt")
-    }
+    IMPLEMENTATIONS = {name: IMPLEMENTATIONS[name] for name in ("minitron", "torch", "modelopt")}
 
 
 def inputs(tokens: int) -> Inputs:

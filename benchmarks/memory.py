@@ -19,6 +19,7 @@ from rich.table import Table
 
 from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.estimate import memory
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
 
@@ -39,6 +40,14 @@ KINDS = ("weights", "gradients", "optimizer", "teacher", "hand-off", "activation
 MICRO_BATCH, SEQUENCE_LENGTH, MICRO_BATCHES = 2, 512, 2
 
 
+def distill_config(replicas: int) -> DistillConfig:
+    batch, sizes = (
+        MICRO_BATCH * MICRO_BATCHES * replicas,
+        {"micro_batch": MICRO_BATCH, "sequence_length": SEQUENCE_LENGTH},
+    )
+    return DistillConfig(steps=9, global_batch=batch, **sizes, warmup_steps=1)
+
+
 def steps(folder: Path, names: tuple[str, str], parallel: ParallelConfig) -> dict[str, float]:
     """Bytes by kind on this rank, while a teacher and a student train for two steps."""
     from minitron_mcore.checkpoint import run_folder
@@ -46,10 +55,7 @@ def steps(folder: Path, names: tuple[str, str], parallel: ParallelConfig) -> dic
     from minitron_mcore.parallel import process_groups
 
     teacher, student = (run_folder.open_checkpoint(folder / name) for name in names)
-    batch = MICRO_BATCH * MICRO_BATCHES * process_groups.dp_group().size()
-    config = DistillConfig(
-        steps=9, global_batch=batch, micro_batch=MICRO_BATCH, sequence_length=SEQUENCE_LENGTH, warmup_steps=1
-    )
+    config = distill_config(process_groups.dp_group().size())
     trainer = Trainer(student, teacher, config, parallel, "bf16")
     weights, taught = list(trainer.model.parameters()), list(trainer.teacher.model.parameters())
 
@@ -95,9 +101,10 @@ def compare(folder: Path, name: str) -> tuple[list[Figure], Table]:
     world, parallel = LAYOUTS[name]
     measured = on_ranks(measure, world, parallel, folder, parallel, True, timeout=900)
     resident = on_ranks(measure, world, parallel, folder, parallel, False, timeout=900)
-    setting = memory.Setting(parallel, world, Dtype.bf16, MICRO_BATCH, SEQUENCE_LENGTH, Device.cpu)
+    setting = Setting(parallel, world, Dtype.bf16, MICRO_BATCH, SEQUENCE_LENGTH, Device.cpu)
     figures, shown = [], Table(f"{name} (MB)", "", *KINDS, "resident")
-    for stage, estimate in enumerate(memory.training(MODELS["student"], MODELS["teacher"], setting, MICRO_BATCHES)):
+    rows = memory.training([MODELS["student"]], MODELS["teacher"], distill_config(setting.replicas), setting)
+    for stage, estimate in enumerate(rows):
         rank = stage * (world // parallel.pipeline)
         found = measured[rank] | {"resident": resident[rank]["total"]}
         shown.add_row(f"stage {stage}", "estimated", *(f"{estimate[kind] / 1e6:.1f}" for kind in KINDS))

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.checkpoint.streaming import boxes
+from minitron_mcore.checkpoint.streaming import shard_slices
 from minitron_mcore.formats.hf_folder import Writer
 from minitron_mcore.importance.scores import Scores, expected_shapes, save_scores
 from minitron_mcore.models import parameter_table
@@ -86,7 +86,7 @@ def make_folder(folder: Path, config: dict) -> None:
 
     def rows(parameter: parameter_table.Parameter) -> Iterator[Callable[[], torch.Tensor]]:
         nonlocal start
-        for _, shape in boxes(parameter):
+        for _, shape in shard_slices(parameter):
             start = (start + 1_000_003) % 2**25
             yield noise[start : start + torch.Size(shape).numel()].view(shape).clone
 
@@ -194,7 +194,7 @@ def count_parameters(folder: Path) -> int:
 def ways(work: Path, config: dict, plans: dict, layouts: list[int]) -> Iterator[tuple[str, Measured]]:
     """Every stage with what it took. Folders go as soon as nothing reads them; the source stays for the next time."""
     source, full = work / "source", 2 * parameter_table.count(from_hf(config))
-    model = ["+model=llama31_8b", f"model.hf={source}", f"work_dir={work}"]
+    model = ["+model=llama31_8b", "model.architecture=null", f"model.hf={source}", f"work_dir={work}"]
     for ranks in layouts:
         layout = [*model, f"parallel.tensor={ranks}"]
         yield f"convert tp{ranks}", measure("convert", ranks, source, full, work / "convert", full, *layout)

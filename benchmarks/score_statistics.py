@@ -74,7 +74,7 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
     from minitron_mcore.data import datasets
     from minitron_mcore.data.tokenizer import open_tokenizer
     from minitron_mcore.evaluation import perplexity
-    from minitron_mcore.importance.collector import collecting
+    from minitron_mcore.importance.collector import collect_importance
     from minitron_mcore.importance.scores import Scores
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.parallel.schedule import forward
@@ -91,7 +91,9 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
     batches = tokens[dp.rank() :: dp.size()].split(4)
     progress = process_groups.Progress("scores", len(batches), "micro-batches")
     with contextlib.ExitStack() as stack:
-        collectors = [stack.enter_context(collecting(model, arch, statistic)) for statistic in effort.statistics]
+        collectors = [
+            stack.enter_context(collect_importance(model, arch, statistic)) for statistic in effort.statistics
+        ]
         for done, batch in enumerate(batches, 1):
             forward(model, [{"tokens": batch}], lambda hidden, batch: None)
             progress.update(done)

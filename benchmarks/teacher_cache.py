@@ -41,8 +41,8 @@ def final_hidden(model, tokens: Tensor) -> Tensor:
 def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]:
     """By kind of cache: bytes a token, relative error of the gradients of hidden states and head."""
     from minitron_mcore.distill import cache, checks
-    from minitron_mcore.distill.cache_writer import largest
-    from minitron_mcore.distill.losses import distillation_loss
+    from minitron_mcore.distill.cache_writer import top_k_log_probs
+    from minitron_mcore.distill.losses import FactoredLogits, TopKLogProbs, distillation_loss
     from minitron_mcore.parallel import process_groups
 
     teacher, student = (run_folder.open_checkpoint(RUN / name) for name in ("convert", "student"))
@@ -50,13 +50,12 @@ def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]
     hidden, wanted, head = final_hidden(ours, tokens), final_hidden(theirs, tokens), theirs.head().detach()
     labels, mask = tokens.t().reshape(-1), torch.ones(tokens.numel())
 
-    def gradients(teacher_hidden=None, teacher_head=None, top=None) -> tuple[Tensor, Tensor]:
+    def gradients(teacher: FactoredLogits | TopKLogProbs) -> tuple[Tensor, Tensor]:
         leaves = [x.detach().clone().requires_grad_() for x in (hidden, ours.head())]
-        inputs = *leaves, teacher_hidden, teacher_head, labels, mask
-        distillation_loss(*inputs, vocab_size=vocab, teacher_top=top)[0].backward()
+        distillation_loss(FactoredLogits(*leaves), teacher, labels, mask, vocab_size=vocab)[0].backward()
         return tuple(leaf.grad for leaf in leaves)
 
-    exact = gradients(wanted, head)
+    exact = gradients(FactoredLogits(wanted, head))
 
     def against(found: tuple[Tensor, Tensor]) -> tuple[float, float]:
         return tuple(((x - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True))
@@ -66,16 +65,16 @@ def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]
 
     found, logits = {}, wanted @ head[:vocab].t()
     for k in ks:
-        packed = cache.pack_top(*largest(logits.clone(), k, 0, process_groups.tp_group()), vocab)
+        packed = cache.pack_top(*top_k_log_probs(logits.clone(), k, 0, process_groups.tp_group()), vocab)
         ids, log_probs = cache.unpack_top(packed)
         found[f"topk {k}"] = (
             size(CacheKind.topk, k),
-            *against(gradients(top=(ids, log_probs[:, :-1], log_probs[:, -1]))),
+            *against(gradients(TopKLogProbs(ids, log_probs[:, :-1], log_probs[:, -1]))),
         )
     rounded = head.bfloat16().float()
     for kind in (CacheKind.hidden, CacheKind.hidden_int8):
         kept = cache.unpack_hidden(cache.pack_hidden(wanted.bfloat16(), kind), torch.bfloat16).float()
-        found[str(kind)] = size(kind), *against(gradients(kept, rounded))
+        found[str(kind)] = size(kind), *against(gradients(FactoredLogits(kept, rounded)))
     return found
 
 
@@ -119,7 +118,7 @@ def step_seconds(text: str, repetitions: int) -> dict[str, list[float]]:
     for name, folder in folders.items():
         trainer = Trainer(student, cache.open_teacher(folder), replace(SETTINGS), ONE, "bf16")
         prefixes, weights = datasets.prepare(config, student.hf, student.arch.vocab)
-        runs[name] = trainer, datasets.train_batches(prefixes, weights, **trainer.data_position(config))
+        runs[name] = trainer, trainer.train_batches(config, prefixes, weights)
     seconds = {name: [] for name in runs}
     for _ in range(repetitions + 1):
         for name, (trainer, batches) in runs.items():

@@ -17,12 +17,12 @@ def main(config: ConvertRun) -> None:
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.reporting import tables
 
-    wanted = architecture.given(config.model.architecture)
-    with process_groups.distributed(config.parallel, config.seed):
+    wanted = architecture.from_config(config.model.architecture)
+    with process_groups.distributed_context(config.parallel, config.seed):
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
             run_folder.claim_run_folder(config.out_dir, run_identity(config)),
-            sources.opened(model.hf, model.weights or model.hf, dtype) as (folder, weights),
+            sources.open_source(model.hf, model.weights or model.hf, dtype) as (folder, weights),
         ):
             arch = hf_convert.import_folder(folder, config.out_dir, config.parallel, wanted, weights)
         tables.table(

@@ -16,7 +16,7 @@ def main(config: CorrectRun) -> None:
     from minitron_mcore.parallel import process_groups
 
     settings = DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
-    with process_groups.distributed(
+    with process_groups.distributed_context(
         config.parallel,
         config.seed,
         settings.sequence_length,

@@ -22,9 +22,10 @@ def main(config: CutRun) -> None:
     plan, folder = load_plan(config.plan), config.model.hf
     with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
         apply.cut_folder(folder, plan, config.out_dir, config.dtype.value)
-        loaders = model_card.deliver(model_card.cut(folder, plan, config.out_dir), config.out_dir)
-    tables.table("loaders (every block has the same sizes)", loaders)
-    tables.table("cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}"])
+        loaded = model_card.complete_folder(model_card.cut_origin(folder, plan, config.out_dir), config.out_dir)
+    tables.table(
+        "cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}", f"transformers loads it: {loaded}"]
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main(config: DistillRun) -> None:
         dataclasses.replace(config, student=student, students=None, out_dir=f"{config.out_dir}/{name}")
         for name, student in (config.students or {}).items()
     ]
-    with process_groups.distributed(
+    with process_groups.distributed_context(
         config.parallel,
         config.seed,
         settings.sequence_length,

@@ -26,7 +26,7 @@ def main(config: ExportRun) -> None:
     if config.format == "gpt":
         options = config.parallel, dtype, config.names.value, config.vocab_multiple
         with (
-            process_groups.distributed(config.parallel, config.seed),
+            process_groups.distributed_context(config.parallel, config.seed),
             run_folder.claim_run_folder(config.out_dir, run_identity(config)),
         ):
             parameters = megatron_gpt.export_folder(source, config.out_dir, *options)
@@ -36,8 +36,8 @@ def main(config: ExportRun) -> None:
         architecture.check_exportable(source.arch)
         with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
             parameters = hf_convert.export_folder(source, config.out_dir, dtype)
-            loaders = model_card.deliver(model_card.exported(source), config.out_dir)
-        tables.table("loaders (every block has the same sizes)", loaders)
+            loaded = model_card.complete_folder(model_card.checkpoint_origin(source), config.out_dir)
+        process_groups.log(f"transformers loads {config.out_dir}: {loaded}")
     tables.table("exported", [{"parameters": parameters, "dtype": dtype, "folder": config.out_dir}])
 
 

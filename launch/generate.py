@@ -1,6 +1,6 @@
 """Print a checkpoint's greedy continuation of a prompt.
 
-minitron generate --nproc 3 +model=smollm2_135m parallel=tp3 prompt='def fibonacci(n):'
+minitron generate --nproc 3 +model=smollm2_135m parallel=tp3 "prompt='def fibonacci(n):'"
 """
 
 from minitron_mcore.cli.main import entry
@@ -18,7 +18,7 @@ def main(config: GenerateRun) -> None:
     from minitron_mcore.evaluation.generate import generate
     from minitron_mcore.parallel import process_groups
 
-    with process_groups.distributed(config.parallel, config.seed):
+    with process_groups.distributed_context(config.parallel, config.seed):
         source = run_folder.open_checkpoint(config.source)
         words = tokenizer.open_tokenizer(config.data, source.hf, source.arch.vocab)
         model = run_folder.build_model(source, config.parallel, config.dtype.value)

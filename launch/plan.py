@@ -27,7 +27,7 @@ def main(config: PlanRun) -> None:
         return
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
     scores = load_scores(config.scores, source.arch, source.fingerprint)
-    prune, chosen = study.apply(config.study, source.arch.blocks, source.fingerprint, config.prune)
+    prune, chosen = study.apply_study(config.study, source.arch.blocks, source.fingerprint, config.prune)
     plan = plans.make_plan(source.arch, source.fingerprint, scores, prune)
     plan.statistic.update(chosen)
     target.check_counts(plan.target, config.parameters, config.without_embeddings)

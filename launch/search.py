@@ -18,7 +18,7 @@ def main(config: SearchRun) -> None:
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.search import runner
 
-    with process_groups.distributed(
+    with process_groups.distributed_context(
         config.parallel,
         config.seed,
         config.evaluate.sequence_length,

@@ -1,3 +1,3 @@
-"""minitron_mcore: score, prune and distil large language models where they live, on Megatron-Core."""
+"""Minitron pruning and distillation of large language models on Megatron-Core."""
 
 __version__ = "0.1.0"

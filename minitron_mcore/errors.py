@@ -1,36 +1,42 @@
-"""The exceptions that users see as a sentence, and the exit statuses that go with them."""
+"""Exceptions that are shown to users as one sentence, and the exit statuses of a stage."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one sentence that names the value, the limit and the remedy; several on a line each."""
+    """A mistake in the user's input. The message has one sentence per line: the value, the limit and the remedy."""
 
     exit_status = 2
 
 
 class NotFinite(UserError):
-    """A loss or gradient that is NaN or infinite ended a training run; what it left in its folder stays there."""
+    """A training run ended because of a loss or gradient that is NaN or infinite; its folder keeps what was saved."""
 
     exit_status = 3
 
 
 HUNG_STATUS = 4
-"""Exit status of the ranks that waited in vain for another (see `watch`)."""
+"""Exit status of all ranks when `parallel.hang_watchdog` ends the job."""
 
 
 def refuse(problems: Iterable[str]) -> None:
-    """Raise a UserError of all these sentences, where there are any."""
-    if found := list(problems):
-        raise UserError("\n".join(found))
+    """Raise a UserError with all `problems`, one sentence each; return if there are none."""
+    if sentences := list(problems):
+        raise UserError("\n".join(sentences))
 
 
-def result_of(path: str | Path, name: str, what: str, remedy: str) -> Path:
-    """The file `name` that a stage wrote, given itself or by its folder.
+def result_file(path: str | Path, name: str, what: str, remedy: str) -> Path:
+    """Path of a file that a stage wrote.
+
+    Args:
+        path: the file, or its folder.
+        name: the file's name in the folder.
+        what: describes the file in the message.
+        remedy: start of the option that names the file, as in "model.scores=".
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     path = Path(path)
     path = path / name if path.is_dir() else path

@@ -1,9 +1,9 @@
-"""Run a function on several real processes, as tests and benchmarks do: over gloo, or over NCCL where there are CUDA devices.
+"""Runs a function on several processes, for tests and benchmarks: over gloo, or NCCL with CUDA.
 
     results = on_ranks(fn, 3, ParallelConfig(tensor=3), arg, ...)   # fn(arg, ...) on 3 ranks; one result a rank
 
-Without CUDA every call forks fresh processes from a server that has imported torch and megatron-core: a fork costs milliseconds,
-where an import costs seconds, and nothing of one call (groups, threads, caches) is left for the next.
+Without CUDA each call forks new processes from a server that has imported torch and megatron-core: a fork takes milliseconds, the
+imports take seconds, and calls share no groups, threads or caches.
 """
 
 import collections
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import run_folder, streaming
+from minitron_mcore.checkpoint import run_folder, sharded, streaming
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
@@ -32,8 +32,7 @@ from minitron_mcore.parallel import process_groups
 
 @functools.cache
 def _processes() -> multiprocessing.context.BaseContext:
-    """How ranks start. With CUDA each is a new process: a fork cannot use CUDA once its parent has asked for it, and the server's
-    imports do. NCCL refuses two ranks on one device."""
+    """How ranks start. With CUDA each is a new process: a fork cannot use CUDA if its parent did, and the imports do."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     server = multiprocessing.get_context("forkserver")
@@ -44,7 +43,7 @@ def _processes() -> multiprocessing.context.BaseContext:
 
 
 class RankError(Exception):
-    """A rank failed: `rank`, and the `kind` (its exception's name) and `reason` (its text); the message holds its traceback."""
+    """A rank failed. `kind` and `reason` are its exception's name and text; the message has the traceback."""
 
     def __init__(self, rank: int, kind: str, reason: str, trace: str):
         super().__init__(f"rank {rank}: {trace}")
@@ -60,12 +59,21 @@ def on_ranks(
     teacher_ranks: int = 0,
     teacher_parallel: ParallelConfig | None = None,
 ) -> list:
-    """`fn(*args)` on ranks 0..world_size-1 within the layout `parallel`; its results (numbers, CPU tensors) in rank order.
+    """Call `fn(*args)` on ranks 0..world_size-1 inside `process_groups.distributed_context`.
 
-    `apart` and `other` make two worlds of them (see `runtime.distributed`).
+    Args:
+        fn: a module-level function; it returns numbers and CPU tensors.
+        world_size: number of processes, teacher ranks included. NCCL allows one per device.
+        parallel: the layout of all ranks, or of the student's.
+        timeout: seconds.
+        teacher_ranks: number of processes of the teacher's world.
+        teacher_parallel: its layout; None: `parallel`.
+
+    Returns:
+        Each rank's result, in rank order.
 
     Raises:
-        RankError: the first rank that failed, died, or had not answered in `timeout` seconds.
+        RankError: the first rank that raised, died, or exceeded the timeout.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -81,18 +89,18 @@ def on_ranks(
             while waiting and not failed:
                 ended = connection.wait([p.sentinel for p in waiting.values()], max(0, deadline - time.monotonic()))
                 if not ended:
-                    failed[min(waiting)] = f"no answer in {timeout:.0f} s"
+                    failed[min(waiting)] = f"no result after {timeout:.0f} s"
                 for rank in [r for r, process in waiting.items() if process.sentinel in ended]:
                     if code := waiting.pop(rank).exitcode:
                         failed[rank] = f"died with exit code {code}"
         finally:
-            # The others may wait for ever on one that failed; what they started goes with them.
+            # The remaining ranks may wait for a failed one. Kill their children too.
             for process in ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
                 process.join()
-        # The earliest is the cause: when a rank goes, the others lose their connections to it.
+        # The earliest error is the cause: the ranks after it lose their connections.
         if errors := sorted(Path(folder).glob("*.error"), key=lambda file: file.stat().st_mtime_ns):
             raise RankError(*torch.load(errors[0]))
         for rank, reason in failed.items():
@@ -100,31 +108,31 @@ def on_ranks(
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
-def _work(rank: int, world_size: int, laid: tuple, folder: str, fn: Callable, args: tuple) -> None:
+def _work(rank: int, world_size: int, layouts: tuple, folder: str, fn: Callable, args: tuple) -> None:
     os.setpgrp()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
-    # Twice: a mistake is told before leaving the groups, which makes the other ranks fail too, and so is a refused layout.
-    parallel, teacher_ranks, teacher_parallel = laid
-    world = process_groups.distributed(
+    parallel, teacher_ranks, teacher_parallel = layouts
+    world = process_groups.distributed_context(
         parallel, store=store, teacher_ranks=teacher_ranks, teacher_parallel=teacher_parallel
     )
-    with _told(rank, folder), world, _told(rank, folder):
+    # The inner one writes fn's error before this rank leaves its groups, which makes the other ranks fail.
+    with _error_file(rank, folder), world, _error_file(rank, folder):
         torch.save(fn(*args), folder / f"{rank}.result")
 
 
 def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
-    """Write a checkpoint of random weights, on one rank; it has no tokenizer."""
+    """Write a checkpoint of random weights without a tokenizer (one rank; `dtype` is "bf16" or "fp32")."""
     model = build.build(arch, ParallelConfig(), dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     run_folder.describe(folder, arch, "random", {}, folder)
-    streaming.save_state(folder, 0, run_folder.model_state(model, arch), "random")
+    streaming.save_state(folder, 0, sharded.model_state(model, arch), "random")
 
 
 class SavedBytes:
-    """Bytes that autograd holds for backward passes, each storage once: `now`, and at the `peak`."""
+    """Bytes that autograd holds for backward passes, each storage counted once: `now`, and the `peak`."""
 
     def __init__(self):
         self.now = self.peak = 0
@@ -138,7 +146,7 @@ class SavedBytes:
             self.peak = max(self.peak, self.now)
 
 
-class _Held:
+class _SavedTensor:
     def __init__(self, saved: SavedBytes, tensor: torch.Tensor):
         self.saved, self.tensor = saved, tensor
         saved.count(tensor.untyped_storage(), 1)
@@ -149,21 +157,21 @@ class _Held:
 
 @contextlib.contextmanager
 def saved_bytes(parameters: Iterable[torch.Tensor]) -> Iterator[SavedBytes]:
-    """Count what forward passes inside the block leave for backward, but for parameters, which are there anyway."""
+    """Count the bytes that forward passes inside the block save for backward, without `parameters`."""
     saved, own = SavedBytes(), {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def pack(tensor: torch.Tensor):
-        return tensor if tensor.untyped_storage().data_ptr() in own else _Held(saved, tensor)
+        return tensor if tensor.untyped_storage().data_ptr() in own else _SavedTensor(saved, tensor)
 
-    def unpack(held) -> torch.Tensor:
-        return held.tensor if isinstance(held, _Held) else held
+    def unpack(packed) -> torch.Tensor:
+        return packed.tensor if isinstance(packed, _SavedTensor) else packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield saved
 
 
 @contextlib.contextmanager
-def _told(rank: int, folder: Path) -> Iterator[None]:
+def _error_file(rank: int, folder: Path) -> Iterator[None]:
     file = folder / f"{rank}.error"
     try:
         yield

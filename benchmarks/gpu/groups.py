@@ -19,7 +19,7 @@ def main() -> None:
             start = time.perf_counter()
             with (
                 patch.object(dist, "init_process_group", partial(make, **options)),
-                process_groups.distributed(ParallelConfig()),
+                process_groups.distributed_context(ParallelConfig()),
             ):
                 dist.all_reduce(torch.ones(1, device="cuda"))
                 torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face folder that a checkpoint copies: config, tokenizer, generation settings, licences."""
+"""Files of a Hugging Face folder that are copied into checkpoints: config, tokenizer, generation settings, licences."""
 
 from pathlib import Path
 
@@ -23,17 +23,17 @@ ASSET_PATTERNS = (
 def hf_asset_files(path: Path) -> list[Path]:
     """Config, tokenizer and generation files of a Hugging Face folder."""
     files = {file for pattern in ASSET_PATTERNS for file in path.glob(pattern)}
-    indices = ("*.index.json", "model-*.json")  # the latter are ModelOpt's, one a file
+    indices = ("*.index.json", "model-*.json")  # the latter are ModelOpt's, one per weights file
     return sorted(file for file in files if not any(file.match(pattern) for pattern in indices))
 
 
 def copy_path(file: Path, source: Path, out_dir: Path) -> Path:
-    """Where a file of `source` goes in `out_dir`, in a folder that is there."""
+    """Path in `out_dir` of the copy of a file below `source`. Its folder is created."""
     target = out_dir / file.relative_to(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
-    """A tensor's bytes."""
+    """The bytes of a CPU tensor, [num_bytes] uint8; a view if the tensor is contiguous."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy()

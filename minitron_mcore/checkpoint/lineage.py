@@ -1,4 +1,4 @@
-"""Who was made from whom: lineages as `checkpoint.describe` writes them, read as a line of steps. No torch import."""
+"""Lineages (see `run_folder.make_lineage`) as sequences of steps. No torch import."""
 
 import hashlib
 from pathlib import Path
@@ -6,29 +6,33 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """One checkpoint on the way from the parent to the delivered one; its folder may be gone."""
+    """One checkpoint in a model's history. Its folder may no longer exist."""
 
     lineage: dict
     identity: dict
-    """Its path, fingerprint and training step."""
+    """Path, fingerprint and training step."""
 
 
 def history(lineage: dict, identity: dict) -> list[Step]:
-    """A checkpoint's ancestors, its teachers and theirs among them, each after what it was made from; itself last."""
-    found = {}
-    for role, kept in (("source", "ancestry"), ("student", "ancestry"), ("teacher", "teacher")):
-        if lineage["parents"].get(role) and lineage.get(kept):
-            found |= {s.identity["fingerprint"]: s for s in history(lineage[kept], lineage["parents"][role])}
-    return [*found.values(), Step(lineage, identity)]
+    """All ancestors of a checkpoint, including its teachers and their ancestors, then the checkpoint itself.
+
+    Each step comes after those that it was made from.
+    """
+    steps = {}
+    for role, key in (("source", "ancestry"), ("student", "ancestry"), ("teacher", "teacher")):
+        if lineage["parents"].get(role) and lineage.get(key):
+            ancestors = history(lineage[key], lineage["parents"][role])
+            steps |= {step.identity["fingerprint"]: step for step in ancestors}
+    return [*steps.values(), Step(lineage, identity)]
 
 
-def line(lineage: dict) -> list[dict]:
-    """The lineages of the model itself, without its teachers', the parent's first."""
-    return [*(line(lineage["ancestry"]) if "ancestry" in lineage else []), lineage]
+def model_chain(lineage: dict) -> list[dict]:
+    """The lineages of a model and its ancestors, the first ancestor's first, without teachers."""
+    return [*(model_chain(lineage["ancestry"]) if "ancestry" in lineage else []), lineage]
 
 
-def deed(lineage: dict) -> str | None:
-    """What made a checkpoint of its parents: pruned, distilled, trained; None is converted."""
+def operation(lineage: dict) -> str | None:
+    """How a checkpoint was made from its parents: "pruned", "distilled" or "trained"; None if it was converted."""
     if "plan" in lineage:
         return "pruned"
     if "settings" in lineage:
@@ -37,7 +41,7 @@ def deed(lineage: dict) -> str | None:
 
 
 def plans(folder: str | Path) -> dict[str, str]:
-    """Text of each plan that a checkpoint's own line was cut by, under the digest that its lineage has of it."""
+    """Digest -> text of the plans by which a checkpoint and its ancestors were pruned."""
     folder = Path(folder)
     texts = [
         file.read_text() for file in (folder / "plan.json", *sorted(folder.glob("plans/*.json"))) if file.is_file()

@@ -1,8 +1,8 @@
-"""Distributed checkpoints from untrusted sources: no pickle in them runs code.
+"""Safe reading of distributed checkpoints from untrusted sources: no pickle in them can run code.
 
-Three kinds of pickle stand in one: the index `.metadata`, byte items (megatron-core's common state is one) and tensor items. The
-index is read by an unpickler that makes only that format's own types, items by torch's weights-only loader. torch's default load
-planner and megatron-core's loader unpickle the index and byte items without restriction, so both read through `Files`.
+A checkpoint contains three kinds of pickle: the index `.metadata`, byte items (such as megatron-core's common state) and tensor
+items. The index is read by an unpickler that creates only the index's own types, items by torch's weights-only loader. torch's
+default load planner and megatron-core's loader unpickle the index and byte items without restriction, so both use `Files`.
 """
 
 import collections
@@ -10,6 +10,7 @@ import enum
 import io
 import json
 import math
+import os
 import pathlib
 import pickle
 import zipfile
@@ -30,25 +31,21 @@ from torch.distributed.checkpoint import (
     planner,
 )
 
-from minitron_mcore.checkpoint import disk
 from minitron_mcore.errors import UserError
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches.checkpoint import reading_through
 
-cpu_backend.prepare()
-
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.dist_checkpointing import serialization  # noqa: E402
-from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import torch as mcore  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME  # noqa: E402
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # noqa: E402
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies import torch as mcore  # isort: skip
+from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor  # isort: skip
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME  # isort: skip
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
 
 MAX_INDEX_BYTES = 1 << 28
-"""Of `.metadata`; an 8 B model with its optimizer state needs some 5 MiB."""
-_ADMITTED = {
+"""Size limit of `.metadata`. An 8 B model with its optimizer state needs about 5 MiB."""
+_ALLOWED = {
     (module.__name__, name): getattr(module, name)
     for module, names in {
         metadata: "Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata BytesStorageMetadata "
@@ -63,38 +60,40 @@ _ADMITTED = {
     }.items()
     for name in names.split()
 }
-_ADMITTED["pathlib._local", "PosixPath"] = pathlib.PosixPath  # Python 3.13's name of it
+_ALLOWED["pathlib._local", "PosixPath"] = pathlib.PosixPath  # its module in Python 3.13
 
 
 class _Unpickler(pickle._Unpickler):
-    """The pure Python unpickler: unlike the C one it allocates nothing for a memo index or a length that a pickle only claims."""
+    """Unpickler for the types in `_ALLOWED`.
+
+    Based on the pure Python unpickler: the C one allocates memory for whatever memo index or length a pickle claims.
+    """
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str):
-        if (module, name) in _ADMITTED:
-            return _ADMITTED[module, name]
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
-        raise UserError(
-            f"asks for {module}.{name}, which has no place in a checkpoint's index: don't trust this checkpoint"
-        )
+        raise UserError(f"asks for {module}.{name}, which no checkpoint index contains: don't trust this checkpoint")
 
     def load_build(self) -> None:
-        """Set the state of an object, but not of a class, a function or an enum's member, which live on in this process."""
+        """Set the state of an object. Classes, functions and enum members are refused, because they are shared in this process."""
         target = self.stack[-2]
-        if type(target) not in _ADMITTED.values() or isinstance(target, enum.Enum):
-            raise UserError(f"changes {target}, which is not its own: don't trust this checkpoint")
+        if type(target) not in _ALLOWED.values() or isinstance(target, enum.Enum):
+            raise UserError(f"changes {target}, which is not part of the index: don't trust this checkpoint")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
 def read_metadata(folder: Path) -> metadata.Metadata:
-    """The index of a distributed checkpoint; nothing in it is run.
+    """Read the index of a distributed checkpoint without running code from it.
 
     Raises:
-        UserError: no index, a damaged one, one that holds anything but an index, points outside its folder or beyond a file's end.
+        UserError: the index is missing, damaged, contains other types, or refers to files outside the folder or to bytes beyond a
+            file's end.
     """
     path = Path(folder) / ".metadata"
     if not path.is_file():
@@ -102,19 +101,19 @@ def read_metadata(folder: Path) -> metadata.Metadata:
     if (size := path.stat().st_size) > MAX_INDEX_BYTES:
         raise UserError(f"{path} has {size:,} bytes, at most {MAX_INDEX_BYTES:,} are read: is it another file?")
     try:
-        found = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        reason = _problem(found, path.parent)
+        index = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        reason = _problem(index, path.parent)
     except UserError as error:
         raise UserError(f"{path} {error}.") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = f".metadata: {type(error).__name__} {error}"
     if reason:
         raise UserError(f"the checkpoint {folder} is damaged or incomplete ({reason}): copy it again.")
-    return found
+    return index
 
 
 def _problem(index: metadata.Metadata, folder: Path) -> str:
-    """What is wrong with an index, or nothing: it has tensors, and its files are in the folder and as long as it says."""
+    """Why an index does not fit the files in its folder, or "" if it does."""
     sizes = {}
     for info in index.storage_data.values():
         name, end = info.relative_path, info.offset + info.length
@@ -128,7 +127,7 @@ def _problem(index: metadata.Metadata, folder: Path) -> str:
 
 
 class Files(FileSystemReader):
-    """torch's reader of a distributed checkpoint's files, whose pickles make tensors and plain values only.
+    """torch's reader of a distributed checkpoint, restricted to pickles of tensors and plain values.
 
     Raises:
         UserError: see `read_metadata`.
@@ -139,14 +138,14 @@ class Files(FileSystemReader):
         self.index = read_metadata(folder)
 
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
-        """Once, above: torch would unpickle it here, or another file of a rank's own."""
+        """The index read by the constructor. torch's version would unpickle it, or a rank's own index, without restriction."""
         return self.index
 
-    def check_whole(self, key: str) -> None:
-        """Refuse a tensor with holes, which would keep what its memory held before.
+    def check_complete(self, key: str) -> None:
+        """Check that the stored parts of a tensor cover it exactly. Elements in a gap would be loaded as uninitialised memory.
 
         Raises:
-            UserError: its parts overlap, reach beyond it or don't fill it; there is no such tensor.
+            UserError: the tensor is missing, or its parts overlap, exceed it or leave a gap.
         """
         entry = self.index.state_dict_metadata.get(key)
         if not isinstance(entry, metadata.TensorStorageMetadata):
@@ -162,18 +161,18 @@ class Files(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner) -> torch.futures.Future:
         """
         Raises:
-            CheckpointingException: an item that cannot be read, by its file.
+            CheckpointingException: an item cannot be read; names its file.
         """
         by_file = collections.defaultdict(list)
         for item in plan.items:
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
-        hand_on = planner.load_bytes  # unpickles anything: it gets what is known to be harmless
-        planner.load_bytes = lambda item, data: hand_on(item, _plain(data))
+        load_bytes = planner.load_bytes  # unpickles without restriction, so its input is sanitised
+        planner.load_bytes = lambda item, data: load_bytes(item, _sanitised(data))
         try:
             for name, items in by_file.items():
                 self._read_file(name, items, planner)
         finally:
-            del planner.load_bytes  # a cycle of references, which would hold the tensors
+            del planner.load_bytes  # breaks a reference cycle that would keep the tensors
         done = torch.futures.Future()
         done.set_result(None)
         return done
@@ -187,34 +186,46 @@ class Files(FileSystemReader):
     def _slice_file(self, file: IO[bytes], info: filesystem._StorageInfo) -> IO[bytes]:
         if info.transform_descriptors:
             raise ValueError(f"an item is stored as {info.transform_descriptors}, but only plain items are read")
-        view = _Item(file, info.offset, info.length)
+        view = _FileSlice(file, info.offset, info.length)
         with zipfile.ZipFile(view) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > info.length:  # torch allocates what the archive claims
+        if unpacked > info.length:  # torch would allocate the claimed size
             raise ValueError(f"an item of {info.length} bytes claims to hold {unpacked}")
         view.seek(0)
         return view
 
 
-class _Item(disk.Seekable):
-    """Bytes offset..offset + length of a file, as a file. (zipfile seeks from the end, which torch's own view gets wrong.)"""
+class _FileSlice(io.RawIOBase):
+    """Bytes offset .. offset + length of a file as a read-only file. (torch's own view seeks wrongly from the end.)"""
 
     def __init__(self, file: IO[bytes], offset: int, length: int):
-        super().__init__(length)
-        self.file, self.offset = file, offset
+        self.file, self.offset, self.length, self.position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence])
+        return self.position
 
     def readinto(self, buffer) -> int:
-        self.file.seek(self.offset + self.at)
-        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
-        self.at += count
+        self.file.seek(self.offset + self.position)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.position)])
+        self.position += count
         return count
 
 
-def _plain(data: IO[bytes]) -> io.BytesIO:
-    """A byte item, written anew from what torch's weights-only loader makes of it.
+def _sanitised(data: IO[bytes]) -> io.BytesIO:
+    """A byte item, loaded by torch's weights-only loader and saved again.
 
     Raises:
-        UnpicklingError: it holds anything but tensors and plain values.
+        UnpicklingError: the item contains anything but tensors and plain values.
     """
     clean = io.BytesIO()
     torch.save(torch.load(data, map_location="cpu", weights_only=True), clean)
@@ -222,7 +233,7 @@ def _plain(data: IO[bytes]) -> io.BytesIO:
     return clean
 
 
-def _legacy_common(folder: str) -> dict:
+def _load_legacy_common(folder: str) -> dict:
     try:
         return torch.load(Path(folder) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
@@ -230,39 +241,28 @@ def _legacy_common(folder: str) -> dict:
 
 
 def load(state: dict, files: Files) -> dict:
-    """`dist_checkpointing.load` through `files` (collective), which megatron-core has no argument for.
+    """`dist_checkpointing.load` with `files` as the reader, which megatron-core has no argument for (collective).
 
     Raises:
-        UserError: see `Files.check_whole`.
-        CheckpointingException, CheckpointException and others: see `undamaged`.
+        UserError: see `Files.check_complete`.
+        CheckpointingException, CheckpointException and others: those that `damage_as_user_error` catches.
     """
     for key in {value.key for value in nested_values(state) if isinstance(value, ShardedTensor)}:
-        files.check_whole(key)
-    ours = {
-        (serialization, "_get_filesystem_reader"): lambda *args, **kwargs: files,
-        (mcore, "_get_filesystem_reader"): lambda *args, **kwargs: files,
-        (serialization, "load_common"): _legacy_common,
-    }
-    theirs = {(module, name): getattr(module, name) for module, name in ours}
-    try:
-        for (module, name), function in ours.items():
-            setattr(module, name, function)
+        files.check_complete(key)
+    with reading_through(files, _load_legacy_common):
         return dist_checkpointing.load(state, str(files.path))
-    finally:
-        for (module, name), function in theirs.items():
-            setattr(module, name, function)
 
 
 def manifest(step_dir: Path) -> dict[str, str]:
-    """File name -> sha256, as the writer noted them in integrity.json.
+    """File name -> sha256 from integrity.json.
 
     Raises:
-        CheckpointingException: none, or a damaged one.
+        CheckpointingException: the file is missing or damaged.
     """
     try:
         files = json.loads((step_dir / INTEGRITY_FNAME).read_text())["files"]
         if outside := [name for name in files if Path(name).name != name]:
-            raise ValueError(f"it lists {outside[0]}, which is no name of a file here")
+            raise ValueError(f"it lists {outside[0]}, which is not a file name")
         if not all(isinstance(digest, str) for digest in files.values()):
             raise ValueError("not all of its hashes are text")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -271,16 +271,12 @@ def manifest(step_dir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def undamaged(step_dir: Path) -> Iterator[None]:
-    """Turn what readers of a checkpoint raise into one sentence.
-
-    Raises:
-        UserError: instead of any of it.
-    """
+def damage_as_user_error(step_dir: Path) -> Iterator[None]:
+    """Convert the exceptions of checkpoint readers to a UserError with one sentence."""
     try:
         yield
     except (CheckpointingException, CheckpointException, KeyError, RuntimeError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointException):  # says no more than which ranks failed
+        if isinstance(error, CheckpointException):  # its message lists ranks only
             error, _ = next(iter(error.failures.values()))
         raise UserError(
             f"the checkpoint {step_dir} is damaged or incomplete ({_reason(error)}): make it again."
@@ -288,16 +284,16 @@ def undamaged(step_dir: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """A reader's error in one line."""
+    """An error of a reader in one line."""
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
-        asked = next((part for part in str(error).split() if part.startswith("GLOBAL")), "")
-        return f"it holds a pickle that asks for more than tensors and plain values {asked}".strip()
+        name = next((part for part in str(error).split() if part.startswith("GLOBAL")), "")
+        return f"it holds a pickle that asks for more than tensors and plain values {name}".strip()
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return text if isinstance(error, CheckpointingException) else f"{type(error).__name__} {text}"
 
 
 class Reader:
-    """Reads boxes of a distributed checkpoint's tensors, from several threads too; the index is read once, safely.
+    """Reads slices of a distributed checkpoint's tensors. Safe for several threads.
 
     Raises:
         UserError: see `read_metadata`.
@@ -310,24 +306,24 @@ class Reader:
         entries = self.index.state_dict_metadata.items()
         self.tensors = {key: entry for key, entry in entries if isinstance(entry, metadata.TensorStorageMetadata)}
 
-    def box(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The part of a tensor that starts at `offset`; of each file, only the shards that it lies in are read.
+    def read_slice(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Read the slice of a tensor at `offset`. Only the stored shards that overlap it are read.
 
         Raises:
-            UserError: no such tensor, one with holes, a shard that is cut short.
+            UserError: the tensor is missing or incomplete, or a file is damaged.
         """
-        self.files.check_whole(key)
+        self.files.check_complete(key)
         entry = self.tensors[key]
         part = torch.empty(shape, dtype=entry.properties.dtype)
-        wanted = ShardedTensor(key, part, part.dtype, shape, tuple(entry.size), offset, None)
-        plans = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with undamaged(self.folder):
-            plans.set_up_planner({key: CheckpointableShardedTensor.from_sh_ten(wanted)}, self.index, True)
-            plan = plans.create_local_plan()
+        request = ShardedTensor(key, part, part.dtype, shape, tuple(entry.size), offset, None)
+        load_planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with damage_as_user_error(self.folder):
+            load_planner.set_up_planner({key: CheckpointableShardedTensor.from_sh_ten(request)}, self.index, True)
+            plan = load_planner.create_local_plan()
             for name in {self.files.storage_data[item.storage_index].relative_path for item in plan.items}:
                 self.verify(name)
-            self.files.read_data(plan, plans).wait()
+            self.files.read_data(plan, load_planner).wait()
         return part
 
     def verify(self, name: str) -> None:
-        """Called before a file is read; raises where it is not what was written and that is known."""
+        """Called before a file is read. Subclasses raise CheckpointingException if the file has changed."""

@@ -1,14 +1,16 @@
-"""Distributed checkpoints piece by piece: each is made, hashed and written before the next, and read and verified the same way.
+"""Distributed checkpoints written and read in pieces, with memory for a few pieces per rank whatever the model's size.
 
-megatron-core's own writer holds the whole state dict, and a copy of what is a view. Here a rank holds the few pieces that its
-threads work on, however large the model. They fill many files of a few pieces, and megatron-core's manifest has a hash for each, so
-that a reader verifies a file just before it uses it. `dist_checkpointing.load` knows no difference.
+megatron-core's writer holds the whole state dict, and a copy of each tensor that is a view. Here each thread makes, hashes and
+writes one piece after the other. Files hold a few pieces each, and megatron-core's manifest has a hash of each file, which a
+reader verifies before its first read from the file. The format is megatron-core's: `dist_checkpointing.load` reads it.
 """
 
 import hashlib
 import itertools
 import json
 import math
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,23 +18,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore.checkpoint import disk, run_folder, safe_metadata
+from minitron_mcore.checkpoint import disk, run_folder, safe_metadata, sharded
 from minitron_mcore.checkpoint.disk import FILE_ELEMENTS, PIECE_ELEMENTS, THREADS
 from minitron_mcore.checkpoint.hf_assets import tensor_bytes
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import parameter_table
-from minitron_mcore.parallel import cpu_backend, process_groups
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.megatron_patches import checkpoint as patches
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 
+from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # isort: skip
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # isort: skip
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (  # isort: skip
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
@@ -40,7 +45,6 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import (  # is
 from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
@@ -49,20 +53,16 @@ from torch.distributed.checkpoint import (  # isort: skip
     FileSystemWriter,
     save as save_pieces,
 )
-from torch.distributed.checkpoint.api import _wrap_exception  # isort: skip
-from torch.distributed.checkpoint.filesystem import FileSystem, _write_item  # isort: skip
 from torch.serialization import set_crc32_options  # isort: skip
 
-HELD_BYTES = 4 * FILE_ELEMENTS + (1 << 20)  # a file of our own, in fp32
-
-type Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offset in a global tensor, and shape."""
+type Slice = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offset in a global tensor, shape)"""
 
 
-def shard_slices(parameter: parameter_table.Parameter, tp_rank: int = 0, tp_size: int = 1) -> Iterator[Box]:
-    """The boxes that make up a tensor-parallel rank's part: its ranges, in runs of rows of at most PIECE_ELEMENTS.
+def shard_slices(parameter: parameter_table.Parameter, tp_rank: int = 0, tp_size: int = 1) -> Iterator[Slice]:
+    """Slices of the global tensor that a tensor-parallel rank holds, split by rows into at most PIECE_ELEMENTS each.
 
-    Runs end at multiples of one number of rows in every layout, so what one has written another reads piece for piece.
+    Splits are at multiples of one number of rows in every layout, so that readers of another layout read whole pieces.
     """
     spans = [[(0, length)] for length in parameter.shape]
     dim = parameter.row.tp_dim
@@ -78,7 +78,7 @@ def shard_slices(parameter: parameter_table.Parameter, tp_rank: int = 0, tp_size
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a parameter that `make` will return; `offset` is its place in the global tensor."""
+    """A slice of a parameter at `offset` in the global tensor; `make` returns its values when it is written."""
 
     parameter: parameter_table.Parameter
     offset: tuple[int, ...]
@@ -90,64 +90,106 @@ class Piece:
 def save(
     out_dir: str | Path, pieces: Iterable[Piece], replica: Callable[[parameter_table.Parameter], tuple], name: str
 ) -> None:
-    """Write pieces as step 0 of a checkpoint (collective); only the rank whose `replica` is all zeros makes one.
+    """Write this rank's pieces as step 0 of a checkpoint (collective).
+
+    Args:
+        replica: replica id of this rank's pieces of a parameter; only a rank whose id is all zeros calls `make`.
+        name: label of the progress.
 
     Raises:
-        UserError: what `make` raises, on all ranks.
+        UserError: raised by `make` on any rank; on all ranks.
     """
     state, make, parts = {}, {}, {}
     for piece in (piece for piece in pieces if math.prod(piece.shape)):
         make[piece.parameter.name, piece.offset] = piece.make
-        stand_in = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
-        parts.setdefault(piece.parameter, []).append((piece.offset, stand_in))
-    for parameter, here in parts.items():
-        state |= run_folder.sharded(parameter, here, replica(parameter))
-    with mistakes():
-        run_folder.save(out_dir, 0, state, Streamed(make, name))
+        placeholder = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
+        parts.setdefault(piece.parameter, []).append((piece.offset, placeholder))
+    for parameter, placeholders in parts.items():
+        state |= sharded.sharded_tensors(parameter, placeholders, replica(parameter))
+    with unwrap_user_errors():
+        _save(out_dir, 0, state, StreamingStrategy(make, name))
 
 
 def save_state(out_dir: str | Path, step: int, state: dict, name: str) -> None:
-    """Write a sharded state dict of live tensors as a step of a checkpoint (collective), a few pieces at a time; what it views must
-    not change meanwhile."""
-    _save_live(out_dir, step, state, Streamed({}, name))
+    """Write a sharded state dict as a step of a checkpoint (collective). Its tensors must not change until this returns."""
+    _save_live(out_dir, step, state, StreamingStrategy({}, name))
 
 
-def _save_live(out_dir: str | Path, step: int, state: dict, streamed: "Streamed") -> None:
+def _save_live(out_dir: str | Path, step: int, state: dict, strategy: "StreamingStrategy") -> None:
     if not cpu_backend.is_cpu():
-        torch.cuda.synchronize()  # the threads that copy pieces to the host know no other stream than the default one
-    run_folder.save(out_dir, step, dict_list_map_outplace(_in_pieces, state), streamed)
+        torch.cuda.synchronize()  # the writing threads copy to the host on their own default stream
+    _save(out_dir, step, dict_list_map_outplace(_split_into_pieces, state), strategy)
+
+
+def _save(out_dir: str | Path, step: int, state: dict, strategy: "StreamingStrategy") -> None:
+    """Write a sharded state dict as `step_N` and set `latest` to it (collective). Older steps are then removed.
+
+    Of replicated data each data-parallel rank writes an equal share. In the background, `_publish` is left to the caller.
+    """
+    part = _part_folder(out_dir, step)
+    if process_groups.rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    process_groups.barrier()
+    shared = FullyParallelSaveStrategyWrapper(strategy, process_groups.dp_cp_group())
+    if strategy.background:
+        strategy.request = dist_checkpointing.save(
+            state, str(part), shared, async_sharded_save=True, async_strategy="mcore"
+        )
+    else:
+        dist_checkpointing.save(state, str(part), shared, async_strategy="mcore")
+        _publish(part, strategy)
+
+
+def _part_folder(out_dir: str | Path, step: int) -> Path:
+    """Folder of a step until it is complete."""
+    return Path(out_dir) / f"step_{step:07d}.part"
+
+
+def _publish(part: Path, strategy: "StreamingStrategy") -> None:
+    """Make a written step the newest one (collective)."""
+    strategy.write_manifest(part)
+    process_groups.barrier()
+    if process_groups.rank() == 0:
+        shutil.rmtree(part.with_suffix(""), ignore_errors=True)
+        os.replace(part, part.with_suffix(""))
+        run_folder.replace_text(part.parent / "latest", part.stem)
+        for step in part.parent.glob("step_*"):
+            if step.name != part.stem:
+                shutil.rmtree(step)
+    process_groups.barrier()
 
 
 class BackgroundSave:
-    """`save_state` that returns when this rank's share is copied to host memory, and writes while training goes on.
+    """Like `save_state`, but writing runs in a thread. The constructor returns when this rank's share is in host memory.
 
-    The step before stays the newest one until `finish`. The thread that writes makes no collective and no CUDA call.
+    The previous step stays the newest one until `finish`. The thread makes no collective and no CUDA calls.
     """
 
     def __init__(self, out_dir: str | Path, step: int, state: dict, name: str):
         """Collective."""
-        self.part, self.streamed = Path(out_dir) / f"step_{step:07d}.part", Streamed({}, name, background=True)
-        _save_live(out_dir, step, state, self.streamed)
+        self.part, self.strategy = _part_folder(out_dir, step), StreamingStrategy({}, name, background=True)
+        _save_live(out_dir, step, state, self.strategy)
 
-    def written(self) -> bool:
-        """Whether all ranks have written their share, or failed to (collective)."""
-        done = torch.tensor(self.streamed.writing.done(), dtype=torch.int32, device=process_groups.device())
+    def is_written(self) -> bool:
+        """Whether writing has ended on all ranks, with or without an error (collective)."""
+        done = torch.tensor(self.strategy.writing.done(), dtype=torch.int32, device=process_groups.device())
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         return bool(done.item())
 
     def finish(self) -> None:
-        """Wait for all ranks, then make it the newest step (collective).
+        """Wait until all ranks have written, then make the step the newest one (collective).
 
         Raises:
-            CheckpointException: a rank could not write, on all ranks; the newest step is the one before.
+            CheckpointException: writing failed on a rank; on all ranks. The newest step stays the previous one.
         """
-        for finalize in self.streamed.request.finalize_fns:
+        for finalize in self.strategy.request.finalize_fns:
             finalize()
-        run_folder.publish(self.part, self.streamed)
+        _publish(self.part, self.strategy)
 
 
-def _in_pieces(value):
-    """A ShardedTensor as a dict of its runs of rows (see `boxes`); anything else, and one of a regular grid, as it is."""
+def _split_into_pieces(value):
+    """A ShardedTensor split by rows as in `shard_slices`. Other values, small tensors and regular grids are unchanged."""
     if not isinstance(value, ShardedTensor) or value.has_regular_grid or value.data.numel() <= PIECE_ELEMENTS:
         return value
     first, rows = value.global_offset[0], len(value.data)
@@ -163,53 +205,50 @@ def _in_pieces(value):
 
 
 @contextmanager
-def mistakes() -> Iterator[None]:
-    """Let through a UserError that torch wrapped up while it saved.
-
-    Raises:
-        UserError: the first that a rank raised.
-    """
+def unwrap_user_errors() -> Iterator[None]:
+    """Raise the first UserError in a CheckpointException of torch instead of the exception itself."""
     try:
         yield
     except CheckpointException as error:
-        for mistake, _ in error.failures.values():
-            if isinstance(mistake, UserError):
-                raise mistake from None
+        for failure, _ in error.failures.values():
+            if isinstance(failure, UserError):
+                raise failure from None
         raise
 
 
-class Streamed(TorchDistSaveShardedStrategy):
-    """megatron-core's strategy with a writer that asks for data when its turn comes.
+class StreamingStrategy(TorchDistSaveShardedStrategy):
+    """megatron-core's save strategy with a writer that calls `make` just before it writes a piece.
 
     Args:
-        make: by key and offset, what gives the data that a stand-in on the meta device stands for; other tensors are data.
-        name: of the progress.
-        background: copy this rank's share and write it in a thread.
+        make: (key, offset) -> function that returns the values of a placeholder on the meta device. Other tensors are written
+            as they are.
+        name: label of the progress.
+        background: copy this rank's share to host memory and write it in a thread.
     """
 
     def __init__(self, make: dict[tuple, Callable[[], Tensor]], name: str, background: bool = False):
         super().__init__()
         self.make, self.name, self.background, self.hashes = make, name, background, {}
         self.request: AsyncRequest | None = None
-        """What is left to do after `writing`, where that goes on in the background."""
+        """In the background: the work that remains after `writing`."""
         self.writing: Future | None = None
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
-        state, writer, planner = self._planned(sharded_state_dict, checkpoint_dir)
+        state, writer, planner = self._prepare(sharded_state_dict, checkpoint_dir)
         save_pieces(state, storage_writer=writer, planner=planner)
 
     def async_save(self, sharded_state_dict: dict, checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
-        state, writer, planner = self._planned(sharded_state_dict, checkpoint_dir)
+        state, writer, planner = self._prepare(sharded_state_dict, checkpoint_dir)
         planned, *_ = save_state_dict_async_plan(state, writer, planner=planner)
         return AsyncRequest(None, (), [partial(save_state_dict_async_finalize, *planned)])
 
-    def _planned(self, sharded_state_dict: dict, checkpoint_dir: Path) -> tuple:
-        state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+    def _prepare(self, sharded_state_dict: dict, checkpoint_dir: Path) -> tuple:
+        state, *_ = patches.group_by_key(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         return mcore_to_pyt_state_dict(state), _Writer(checkpoint_dir, self), planner
 
-    def seal(self, folder: Path) -> None:
-        """Write the manifest of hashes (collective); those of the pieces were taken as they were written."""
+    def write_manifest(self, folder: Path) -> None:
+        """Write the manifest of file hashes (collective). Files of pieces were hashed while they were written."""
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, self.hashes)
         if process_groups.rank() == 0:
@@ -220,9 +259,9 @@ class Streamed(TorchDistSaveShardedStrategy):
 
 
 class _Writer(FileSystemWriter):
-    """Files of a few pieces; a thread makes a piece when it has written the one before."""
+    """Writes files of a few pieces each in THREADS threads."""
 
-    def __init__(self, path: str, strategy: Streamed):
+    def __init__(self, path: str, strategy: StreamingStrategy):
         super().__init__(path)
         self.strategy = strategy
 
@@ -232,31 +271,31 @@ class _Writer(FileSystemWriter):
         return future
 
     def prepare_write_data(self, plan, planner) -> None:
-        """Copy, and begin to write (megatron-core's part of `write_data` before training goes on)."""
-        held = {}
+        """Copy this rank's share and start writing. megatron-core calls this before training continues."""
+        copies = {}
         for item in plan.items:
             data = planner.resolve_data(item)
-            held[item.index] = data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
+            copies[item.index] = data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
         pool = ThreadPoolExecutor(1)
-        self.strategy.writing = pool.submit(self._write_all, plan, lambda item: held.pop(item.index))
+        self.strategy.writing = pool.submit(self._write_all, plan, lambda item: copies.pop(item.index))
         pool.shutdown(wait=False)
 
     def retrieve_write_results(self) -> list | tuple:
-        """What `_write_all` returns or raises, as megatron-core wants it."""
+        """Result of `_write_all`, or its exception in torch's wrapper, as megatron-core expects."""
         try:
             return self.strategy.writing.result()
         except Exception as error:
-            return _wrap_exception(error)
+            return patches.wrap_exception(error)
 
     def _write_all(self, plan, resolve: Callable) -> list:
-        files, held = [[]], 0
+        files, elements = [[]], 0
         for item in plan.items:
             size = math.prod(item.tensor_data.chunk.sizes) if item.tensor_data else 0
-            if held and held + size > FILE_ELEMENTS:
+            if elements and elements + size > FILE_ELEMENTS:
                 files.append([])
-                held = 0
+                elements = 0
             files[-1].append(item)
-            held += size
+            elements += size
         progress, results = process_groups.Progress(self.strategy.name, len(files), "files"), []
         with ThreadPoolExecutor(THREADS) as pool:
             names = (f"{plan.storage_data.prefix}{n}.distcp" for n in range(len(files)))
@@ -266,28 +305,27 @@ class _Writer(FileSystemWriter):
         return results
 
     def _write(self, resolve: Callable, name: str, items: list) -> list:
-        set_crc32_options(
-            False
-        )  # this thread's: it takes half as long as the manifest's own sums, and holds the others up
-        with disk.Output(self.path / name) as file:
-            stream = _Hashing(file)
+        # The manifest has a hash of the file, so the archive needs no checksums. The option is per thread.
+        set_crc32_options(False)
+        with disk.NewFile(self.path / name) as file:
+            stream = _HashingFile(file)
             written = [self._write_item(resolve(item), name, item, stream) for item in items]
         self.strategy.hashes[name] = stream.sha.hexdigest()
         return written
 
-    def _write_item(self, data, name: str, item, stream: "_Hashing"):
+    def _write_item(self, data, name: str, item, stream: "_HashingFile"):
         if isinstance(data, Tensor):
             make = self.strategy.make.get((item.index.fqn, tuple(item.index.offset)))
             data = (make() if make else data.detach()).cpu()
-            # As a tensor that owns its bytes and no more: torch.save writes all that a view is part of.
+            # A tensor that owns its storage: torch.save writes the whole storage of a view.
             data = torch.from_numpy(tensor_bytes(data)).view(data.dtype).view(data.shape)
-        return _write_item(self.transforms, stream, data, item, name, self.serialization_format)
+        return patches.write_item(self.transforms, stream, data, item, name, self.serialization_format)
 
 
-class _Hashing:
-    """A file that hashes what goes into it."""
+class _HashingFile:
+    """A file whose written bytes are hashed."""
 
-    def __init__(self, file: disk.Output):
+    def __init__(self, file: disk.NewFile):
         self.file, self.sha = file, hashlib.sha256()
         self.tell, self.flush = file.tell, file.flush
 
@@ -297,32 +335,29 @@ class _Hashing:
 
 
 class Reader(safe_metadata.Reader):
-    """Reads boxes of a checkpoint's parameters, in any layout and from several threads.
+    """Reads slices of a checkpoint's parameters, written in any layout. Safe for several threads.
 
-    A file is read whole and verified before its first use, and stays in memory while it is among the last few; of one that is
-    used again later, or is as large as only a training run writes them, parts are read from the disk.
+    The hash of a file is compared with the manifest before the first read from it. Reads then come from the page cache.
 
     Raises:
-        UserError: a tensor that is missing, a file that is missing, truncated or changed.
+        UserError: a tensor is missing, or a file is missing, truncated or changed.
     """
 
     def __init__(self, source: "run_folder.Checkpoint"):
-        with safe_metadata.undamaged(source.step_dir):
+        with safe_metadata.damage_as_user_error(source.step_dir):
             self.hashes = safe_metadata.manifest(source.step_dir)
             self.locks = {name: threading.Lock() for name in self.hashes}
             self.verified, self.folder = set(), source.step_dir
-            self.recent = disk.Recent(THREADS + 1, HELD_BYTES)
             self.verify(".metadata")
             super().__init__(source.step_dir)
-            self.files.fs = _Recent(self.recent)
 
     def dtype(self, parameter: parameter_table.Parameter) -> torch.dtype:
-        with safe_metadata.undamaged(self.folder):
+        with safe_metadata.damage_as_user_error(self.folder):
             return self.tensors[parameter.name].properties.dtype
 
     def read(self, parameter: parameter_table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        with safe_metadata.undamaged(self.folder):
-            return self.box(parameter.name, offset, shape)
+        with safe_metadata.damage_as_user_error(self.folder):
+            return self.read_slice(parameter.name, offset, shape)
 
     def verify(self, name: str) -> None:
         if name not in self.locks:
@@ -330,21 +365,6 @@ class Reader(safe_metadata.Reader):
         with self.locks[name]:
             if name in self.verified:
                 return
-            path = self.folder / name
-            small = path.stat().st_size <= HELD_BYTES
-            found = hashlib.sha256(self.recent.load(path)).hexdigest() if small else disk.sha256(path)
-            if found != self.hashes[name]:
+            if disk.sha256(self.folder / name) != self.hashes[name]:
                 raise CheckpointingException(f"{name} is not what was written")
             self.verified.add(name)
-
-
-class _Recent(FileSystem):
-    """Reads held files from memory."""
-
-    def __init__(self, recent: disk.Recent):
-        self.recent = recent
-
-    @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Iterator[IO[bytes]]:
-        with self.recent.using(path.name) as data, disk.View(data) if data else open(path, mode) as file:
-            yield file

@@ -84,9 +84,9 @@ def dequantise(gguf_file: Path, out_dir: Path) -> None:
     norm (Q4_1: several per cent), and the perplexity of WikiText-2 by less than 0.05 %.
 
     Raises:
-        UserError: see `sources.opened`.
+        UserError: see `sources.open_source`.
     """
-    with sources.opened(gguf_file, gguf_file, torch.bfloat16) as (folder, weights):
+    with sources.open_source(gguf_file, gguf_file, torch.bfloat16) as (folder, weights):
         arch, _ = architecture.read_hf(folder)
         weights.check(arch)
         out_dir.mkdir()

@@ -31,7 +31,8 @@ from minitron_mcore.config.stages import (
 from minitron_mcore.depth import study
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.estimate import advise, forward_memory, memory, run_memory
+from minitron_mcore.estimate import memory, step_time
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.models import architecture, flops, parameter_table, performance_checks, sharding
 from minitron_mcore.models.architecture import Architecture
@@ -77,7 +78,7 @@ def plan(config: Run) -> dict:
     settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
     world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config, training)
     teacher_ranks = training.teacher_ranks if training else 0
-    setting = memory.Setting(
+    setting = Setting(
         config.parallel,
         world - teacher_ranks,
         config.dtype,
@@ -104,7 +105,7 @@ def plan(config: Run) -> dict:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
         if teacher_ranks and "teacher" in archs:
-            figures["teacher_ranks"] = run_memory.beside(archs["teacher"], training, setting)
+            figures["teacher_ranks"] = memory.remote_teacher(archs["teacher"], training, setting)
     if isinstance(config, SearchRun) and "student" in archs:
         figures["candidates"] = space.rows(resolve.candidates(config), config.search.budget)
     if config.dry.advise:
@@ -153,7 +154,7 @@ def _training(config: Run) -> DistillConfig | None:
 
 
 def _problems(
-    config: Run, models: dict[str, tuple[Architecture, str]], training: DistillConfig | None, setting: memory.Setting
+    config: Run, models: dict[str, tuple[Architecture, str]], training: DistillConfig | None, setting: Setting
 ) -> Iterator[str]:
     """Every rule that the stage violates."""
     yield from ranges.problems(config)
@@ -187,14 +188,14 @@ def _problems(
         if (Path(config.teacher) / "index.json").is_file():
             yield from resolve.cache(config.teacher).problems(student, training)
     if isinstance(config, TeacherCacheRun) and "model" in archs:
-        yield from checks.cache(config, archs["model"])
+        yield from checks.cache_problems(config, archs["model"])
     if isinstance(config, SearchRun) and training.teacher_ranks:
-        yield checks.NOT_APART
+        yield checks.NO_TEACHER_RANKS
     if isinstance(config, ImportanceRun) and "model" in archs:
         yield from importance.problems(archs["model"], config.importance, setting.replicas)
     for role, arch in archs.items():
         if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
-            yield from architecture.missing_layers(arch, "megatron-core's GPTModel")
+            yield from architecture.missing_layer_problems(arch, "megatron-core's GPTModel")
         elif isinstance(config, ExportRun | CutRun) or (
             resolve.kind(role) in ("target", "student") and config.prune.exportable
         ):
@@ -228,17 +229,13 @@ def _students(config: Run, archs: dict[str, Architecture]) -> list[Architecture]
     return students * (min(config.search.students_per_pass, config.search.best) if isinstance(config, SearchRun) else 1)
 
 
-def _layouts(
-    config: Run, archs: dict[str, Architecture], training: DistillConfig, setting: memory.Setting
-) -> list[dict]:
+def _layouts(config: Run, archs: dict[str, Architecture], training: DistillConfig, setting: Setting) -> list[dict]:
     cached = resolve.cached(config) if "teacher" in archs else None
     own = dataclasses.replace(training, teacher_parallel=None)
-    return advise.layouts(_students(config, archs), archs.get("teacher"), own, setting, config.dry, cached)
+    return step_time.layouts(_students(config, archs), archs.get("teacher"), own, setting, config.dry, cached)
 
 
-def _ranks(
-    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: memory.Setting
-) -> list[dict]:
+def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting) -> list[dict]:
     """Bytes on a rank of each pipeline stage; empty for a stage on one process."""
     if _on_one_process(config):
         return []
@@ -250,11 +247,11 @@ def _ranks(
             list(checks.state_problems(s, teacher, training.hidden_state_loss, training.kd_weight)) for s in students
         ):
             return []  # pairs name blocks that do not exist
-        rows = run_memory.run(students, teacher, training, setting, teacher and resolve.cached(config))
+        rows = memory.training(students, teacher, training, setting, teacher and resolve.cached(config))
     elif isinstance(config, DepthRun):
-        rows = forward_memory.studying(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
+        rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
-        rows = forward_memory.scoring(main, setting)
+        rows = memory.forward_passes(main, setting)
     else:
         rows = [
             {
@@ -271,9 +268,7 @@ def _ranks(
     ]
 
 
-def _operations(
-    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: memory.Setting
-) -> dict:
+def _operations(config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting) -> dict:
     """Floating-point operations of a step, and the days of all steps."""
     gpus = setting.world + (training.teacher_ranks if training else 0)
     length, rate = setting.sequence_length, gpus * config.dry.peak_tflops * 1e12 * config.dry.mfu
@@ -294,7 +289,7 @@ def _operations(
     elif (
         isinstance(config, DepthRun) and config.data.heldout and not list(study.problems(config, archs["model"].blocks))
     ):
-        steps = 1 + study.count(config.depth, archs["model"].blocks)
+        steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length)}
     else:
@@ -351,7 +346,7 @@ def _show(config: Run, figures: dict) -> None:
     if layouts := figures.get("layouts"):
         chosen = f"{len(layouts)} layouts fit {dry.memory:g} GiB a rank"
         rates = f"products at dry.mfu {dry.mfu:.0%}, {dry.nvlink_gbs:g} GB/s within a node, {dry.network_gbs:g} beyond"
-        tables.table("layouts by estimated time", advise.shown(layouts), [f"{chosen}; {rates}; no overlap"])
+        tables.table("layouts by estimated time", step_time.table_rows(layouts), [f"{chosen}; {rates}; no overlap"])
     if teacher_rows := figures.get("teacher_ranks"):
         rows = [
             {"stage": n} | {kind: size / memory.GIB for kind, size in row.items()} for n, row in enumerate(teacher_rows)

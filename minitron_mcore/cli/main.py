@@ -90,7 +90,11 @@ def _check_world() -> None:
 def _store() -> Any:
     """The store of the default process group, or None. Does not import torch."""
     dist = sys.modules.get("torch.distributed")
-    return dist.distributed_c10d._get_default_store() if dist and dist.is_initialized() else None
+    if not dist or not dist.is_initialized():
+        return None
+    from minitron_mcore.parallel.megatron_patches.groups import default_store
+
+    return default_store()
 
 
 def _print_once(error: UserError) -> None:

@@ -61,11 +61,11 @@ def _source(config: Run) -> tuple[Architecture, str]:
     """The architecture of `model.hf` or, if that folder does not exist, `model.architecture`."""
     if not config.model.hf:
         raise UserError("model.hf is not set: give model.hf=/path/to/folder, or a model (model=NAME).")
-    folder, wanted = Path(config.model.hf), architecture.given(config.model.architecture)
+    folder, wanted = Path(config.model.hf), architecture.from_config(config.model.architecture)
     if wanted and not (folder / "config.json").is_file():
         return wanted, "model.architecture"
     arch, _ = architecture.read_hf(folder)
-    architecture.expect(arch, wanted, folder)
+    architecture.check_matches(arch, wanted, folder)
     return arch, str(folder)
 
 
@@ -90,9 +90,9 @@ def candidates(config: SearchRun) -> list[space.Candidate]:
         UserError: more combinations than a search enumerates.
     """
     candidate_space = space.Space.of(_at(config.source, config)[0], config)
-    if candidate_space.combinations > space.GRID:
+    if candidate_space.combinations > space.MAX_GRID:
         raise UserError(
-            f"{candidate_space.combinations:,} combinations are more than the {space.GRID:,} that it lists: give fewer sizes."
+            f"{candidate_space.combinations:,} combinations are more than the {space.MAX_GRID:,} that it lists: give fewer sizes."
         )
     return candidate_space.candidates
 

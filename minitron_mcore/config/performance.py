@@ -188,7 +188,7 @@ def numerics(config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels available on this machine (see `models.tuning.installed`)."""
+    """Kernels available on this machine (see `models.tuning.available_kernels`)."""
 
     capability: tuple[int, int] = (0, 0)
     """Compute capability of the CUDA device."""

@@ -1,10 +1,11 @@
-"""Token batches: text or Megatron .bin/.idx in, training batches and calibration samples out.
+"""Training batches and calibration samples from text files or Megatron .bin/.idx pairs.
 
-A document is encoded as the model's tokenizer does it (with the BOS that Llama's adds) and always ends with EOS. Training reads
-through megatron-core's GPTDataset and BlendedDataset. Files without weights are one pool of documents, shuffled
-together; files with weights ("0.3 path") are shuffled one by one and blended in exact shares.
+Documents are encoded by the model's tokenizer, including any BOS that it adds, and always end with EOS. Training uses
+megatron-core's GPTDataset and BlendedDataset. Files without weights form one dataset whose documents are shuffled together.
+Files with weights ("0.3 path") are shuffled separately and blended in exact proportions.
 """
 
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -38,10 +39,10 @@ _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Split entries like "0.3 path" into paths and weights; weights are None where no entry has one.
+    """Split entries like "0.3 path" into paths and weights. Weights are None if no entry has one.
 
     Raises:
-        UserError: no entry, some with a weight and some without, a weight of 0.
+        UserError: no entries, only some entries have a weight, or a weight is 0.
     """
     matches = [re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\s+)?(\S.*)", entry.strip()) for entry in entries]
     if not matches or not all(matches):
@@ -55,8 +56,8 @@ def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
     return paths, [float(weight) for weight in weights]
 
 
-def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
-    """Fill a folder and name it when complete: what a killed run leaves is never taken for the whole."""
+def _create_folder(folder: str, fill: Callable[[str], object]) -> None:
+    """Fill a temporary folder and rename it to `folder` when complete, so that `folder` is never partial."""
     if os.path.isdir(folder):
         return
     unfinished = f"{folder}.unfinished-{uuid.uuid4().hex[:8]}"
@@ -65,7 +66,7 @@ def _make_folder(folder: str, fill: Callable[[str], object]) -> None:
         fill(unfinished)
         os.rename(unfinished, folder)
     except OSError:
-        if not os.path.isdir(folder):  # else another run was faster
+        if not os.path.isdir(folder):  # otherwise another run created it first
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -87,22 +88,24 @@ def _tokenize_file(path: str, tokenizer: Tokenizer, limits: Limits, folder: str)
 
 
 def _on_rank_0[T](work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 while the others wait; all return its result or raise its UserError (collective)."""
+    """Run `work` on rank 0 while the other ranks wait. All ranks return its result or raise its UserError (collective)."""
     if not dist.is_initialized():
         return work()
-    # A group of its own: tokenising may outlast the minutes that the world's groups wait.
+    # A separate group, because tokenisation can exceed the default group's timeout.
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    box = [None, None]
+    result, message = None, None
     if process_groups.rank() == 0:
         try:
-            box[0] = work()
+            result = work()
         except (UserError, OSError) as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
+            message = str(error)
+    outcome = [result, message]
+    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     dist.destroy_process_group(group)
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
+    result, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return result
 
 
 def tokenize(
@@ -112,21 +115,25 @@ def tokenize(
     limits: Limits | None = None,
     vocab_size: int | None = None,
 ) -> list[str]:
-    """The .bin/.idx prefix of each file, written into `cache` where missing; given prefixes pass through (collective).
+    """Tokenise text files into .bin/.idx pairs below `cache`, on rank 0 (collective).
 
-    Without a text file there is no need of a tokenizer. Rank 0 writes and the others wait. The hash of the file's content
-    and of the tokenizer is part of the name, so that a file that changed is a new one.
+    A pair's folder is named by the file's name and a hash of the file's content and the tokenizer. An existing pair is reused.
 
     Args:
-        limits: of text files; None is the default ones.
-        vocab_size: rows of the embedding that given ids must fit; None doesn't look at them.
+        files: text files, or prefixes of .bin/.idx pairs, which are checked only.
+        tokenizer: may be None if all files are prefixes.
+        limits: size limits of text files; None for the defaults.
+        vocab_size: rows of the model's embedding, which all ids must fit; None skips this check.
+
+    Returns:
+        The prefix of each file's pair.
 
     Raises:
-        UserError: a file that is missing, of no known kind, damaged, too large or empty; ids that the embedding doesn't have;
-            a cache that a rank doesn't see.
+        UserError: a file is missing, of unknown type, damaged, too large or empty; a token id is not below `vocab_size`; a rank
+            cannot see the cache.
     """
 
-    def tokens_of(path: str) -> str:
+    def prefix_of(path: str) -> str:
         if is_prefix(path):
             return path
         check_size(path, limits)
@@ -136,7 +143,7 @@ def tokenize(
             f"{os.path.basename(path).split('.')[0]}-{hashlib.sha256(content + tokenizer.fingerprint).hexdigest()[:16]}"
         )
         folder = os.path.join(cache, name)
-        _make_folder(folder, functools.partial(_tokenize_file, path, tokenizer, limits))
+        _create_folder(folder, functools.partial(_tokenize_file, path, tokenizer, limits))
         return os.path.join(folder, "tokens")
 
     def work() -> list[str]:
@@ -144,9 +151,12 @@ def tokenize(
             check_readable(path)
             if is_prefix(path) and vocab_size is not None:
                 check_ids(path, vocab_size)
-        prefixes = [tokens_of(path) for path in files]
-        for prefix in prefixes:
+        prefixes = [prefix_of(path) for path in files]
+        for path, prefix in zip(files, prefixes, strict=True):
             check_index(prefix)
+            # It may have been tokenised for a model with more rows.
+            if path != prefix and vocab_size is not None and tokenizer.vocab_size > vocab_size:
+                check_ids(prefix, vocab_size)
         return prefixes
 
     limits = limits or Limits()
@@ -154,32 +164,32 @@ def tokenize(
     with process_groups.raise_on_all_ranks():
         for prefix in prefixes:
             if not is_prefix(prefix):
-                raise UserError(f"{prefix}.idx is not there: put data.cache and the data where all nodes see them.")
+                raise UserError(
+                    f"{prefix}.idx is missing on this node: put data.cache and the data on a shared file system."
+                )
     return prefixes
 
 
 def prepare(config: DataConfig, hf: str | os.PathLike, vocab_size: int) -> tuple[list[str], list[float] | None]:
-    """`config.train` tokenised for a model: prefixes and blend weights (collective).
+    """Tokenise the files of `config.train` and return their .bin/.idx prefixes and blend weights (collective).
 
     Args:
-        config: says what to read.
-        hf: the model's Hugging Face folder, with its tokenizer.
+        hf: the model's Hugging Face folder, which holds its tokenizer.
         vocab_size: rows of the model's embedding.
 
     Raises:
         UserError: see `parse_blend`, `open_tokenizer`, `tokenize`.
     """
     files, weights = parse_blend(config.train)
-    tokenized = [path for path in files if is_prefix(path)]
     with process_groups.raise_on_all_ranks():
-        tokenizer = open_tokenizer(config, hf, vocab_size) if len(tokenized) < len(files) else None
+        tokenizer = None if all(map(is_prefix, files)) else open_tokenizer(config, hf, vocab_size)
     return tokenize(files, tokenizer, config.cache, Limits.of(config), vocab_size), weights
 
 
 def data_hash(prefixes: Sequence[str]) -> str:
-    """16 hex digits that name the data for lineage, wherever it lies.
+    """16 hex digits that identify the tokens of .bin/.idx pairs, independent of their paths.
 
-    SHA-256 over each whole .idx and 64 blocks spread over each .bin.
+    SHA-256 over each whole .idx and 64 evenly spaced blocks of each .bin.
     """
     digest = hashlib.sha256()
     for prefix in prefixes:
@@ -194,9 +204,10 @@ def data_hash(prefixes: Sequence[str]) -> str:
 
 
 class TokenStream:
-    """Several .bin/.idx pairs one after the other: a low-level dataset of megatron-core, also read token by token.
+    """Concatenation of .bin/.idx pairs, with the interface of megatron-core's low-level datasets.
 
-    Reading an id that an embedding of `vocab_size` rows doesn't have is a UserError; so is opening a damaged pair.
+    Raises:
+        UserError: a damaged pair, when it is opened; a token id that is not below `vocab_size`, when it is read.
     """
 
     def __init__(self, prefixes: Sequence[str], vocab_size: int):
@@ -220,7 +231,7 @@ class TokenStream:
         return np.cumsum(self.sequence_lengths, dtype=np.int64) - self.sequence_lengths
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count of the whole stream, int64."""
+        """Tokens start .. start + count of the concatenation, [count] int64."""
         pieces, document = [], int(np.searchsorted(self.document_starts, start, side="right")) - 1
         while count:
             offset = start - int(self.document_starts[document])
@@ -230,126 +241,127 @@ class TokenStream:
         return np.concatenate(pieces)
 
 
-def _apportion(weights: Sequence[float], total: int) -> list[int]:
-    """Whole shares of `total` in proportion to the weights, by largest remainder."""
+def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
+    """Split `total` into integers proportional to the weights, by the largest-remainder method."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights) * total
     counts = np.floor(shares).astype(np.int64)
     counts[np.argsort(counts - shares, kind="stable")[: total - counts.sum()]] += 1
     return counts.tolist()
 
 
-def _dataset(streams: list[TokenStream], counts: list[int], sequence_length: int, seed: int, cache: str):
-    """megatron-core's dataset of sum(counts) samples, of which counts[i] come from streams[i]."""
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend=([str(i) for i in range(len(streams))], None),
-        split="1,0,0",
-        path_to_cache=cache,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        # Samples are read, never encoded, and nothing is masked at EOS: there is nothing to ask of a tokenizer.
-        tokenizer=SimpleNamespace(eod=None, vocab_size=None, unique_identifiers={}),
-    )
-    datasets = [
-        GPTDataset(stream, str(i), np.arange(len(stream), dtype=np.int32), count, Split.train, config)
-        for i, (stream, count) in enumerate(zip(streams, counts, strict=True))
-        if count
-    ]
-    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, [c for c in counts if c], None, config)
+@dataclasses.dataclass(frozen=True)
+class SampleOrder:
+    """All that determines which training samples a run reads, and in which order. It is independent of the parallel layout."""
+
+    prefixes: list[str]
+    """Of the .bin/.idx pairs."""
+    weights: list[float] | None
+    """Blend weight of each prefix; None for one shuffled pool of documents."""
+    seed: int
+    sequence_length: int
+    num_samples: int
+
+    def counts(self) -> list[int]:
+        """Number of samples from each prefix; without weights, one number for all prefixes together."""
+        return _largest_remainder(self.weights or [1.0], self.num_samples)
+
+    def digest(self) -> str:
+        """16 hex digits that identify the order, independent of the paths."""
+        order = [data_hash(self.prefixes), self.weights, self.counts(), self.seed, self.sequence_length]
+        return hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
 
 
-def order_hash(
-    prefixes: Sequence[str], weights: Sequence[float] | None, *, seed: int, sequence_length: int, num_samples: int
-) -> str:
-    """16 hex digits that name the order of samples of `ordered`, wherever its data lie."""
-    order = json.dumps([data_hash(prefixes), weights, _counts(weights, num_samples), seed, sequence_length])
-    return hashlib.sha256(order.encode()).hexdigest()[:16]
+class Samples:
+    """The training samples of a SampleOrder.
 
-
-def _counts(weights: Sequence[float] | None, num_samples: int) -> list[int]:
-    return _apportion(weights or [1.0], num_samples)
-
-
-def ordered(
-    prefixes: Sequence[str],
-    weights: Sequence[float] | None,
-    *,
-    cache: str,
-    vocab_size: int,
-    seed: int,
-    sequence_length: int,
-    num_samples: int,
-):
-    """The dataset of `num_samples` samples, for `batch_of` (collective). All but `cache` and `vocab_size` fix their one order,
-    whatever the layout.
+    Args:
+        order: number and sequence of the samples.
+        cache: folder for megatron-core's index files, which rank 0 builds.
+        vocab_size: rows of the model's embedding.
 
     Raises:
-        UserError: data below one sample (S + 1 tokens); when it is read, an id of `vocab_size` or more.
+        UserError: a dataset has fewer tokens than one sample (S + 1); a token id is not below `vocab_size`, when it is read.
     """
-    groups = [list(prefixes)] if weights is None else [[prefix] for prefix in prefixes]
-    streams = [TokenStream(group, vocab_size) for group in groups]
-    for group, stream in zip(groups, streams, strict=True):
-        if stream.num_tokens <= sequence_length:
-            size = f"{stream.num_tokens} tokens are fewer than one sample of {sequence_length} + 1"
-            raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
-    name = order_hash(prefixes, weights, seed=seed, sequence_length=sequence_length, num_samples=num_samples)
-    folder = os.path.join(cache, f"order-{name}")
-    build = functools.partial(_dataset, streams, _counts(weights, num_samples), sequence_length, seed)
-    _on_rank_0(lambda: _make_folder(folder, build))
-    return build(folder)
+
+    def __init__(self, order: SampleOrder, cache: str, vocab_size: int):
+        """Collective."""
+        self.order = order
+        groups = [order.prefixes] if order.weights is None else [[prefix] for prefix in order.prefixes]
+        self._streams = [TokenStream(group, vocab_size) for group in groups]
+        for group, stream in zip(groups, self._streams, strict=True):
+            if stream.num_tokens <= order.sequence_length:
+                size = f"{stream.num_tokens} tokens are fewer than one sample of {order.sequence_length} + 1"
+                raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
+        folder = os.path.join(cache, f"order-{order.digest()}")
+        _on_rank_0(lambda: _create_folder(folder, self._build))
+        self._dataset = self._build(folder)
+
+    def _build(self, cache: str):
+        """megatron-core's dataset of the order's samples."""
+        config = GPTDatasetConfig(
+            random_seed=self.order.seed,
+            sequence_length=self.order.sequence_length,
+            blend=([str(i) for i in range(len(self._streams))], None),
+            split="1,0,0",
+            path_to_cache=cache,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            # The dataset requires a tokenizer but does not use it: the data are token ids, and EOS is not masked.
+            tokenizer=SimpleNamespace(eod=None, vocab_size=None, unique_identifiers={}),
+        )
+        counts = self.order.counts()
+        datasets = [
+            GPTDataset(stream, str(i), np.arange(len(stream), dtype=np.int32), count, Split.train, config)
+            for i, (stream, count) in enumerate(zip(self._streams, counts, strict=True))
+            if count
+        ]
+        return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, [c for c in counts if c], None, config)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The samples at these positions of the order as one microbatch of B = len(rows) samples, on this rank's device.
+
+        Returns:
+            tokens, labels (the next tokens) and position_ids [B, S] int64, loss_mask [B, S] float32, samples [B] int64 (`rows`).
+        """
+        samples = [self._dataset[row] for row in rows]
+        batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS}
+        batch["samples"] = torch.tensor(rows)
+        return {key: tensor.to(process_groups.device()) for key, tensor in batch.items()}
 
 
 def train_batches(
-    prefixes: Sequence[str],
-    weights: Sequence[float] | None,
+    samples: Samples,
     *,
-    cache: str,
-    vocab_size: int,
-    seed: int,
-    sequence_length: int,
     micro_batch_size: int,
     global_batch_size: int,
     num_samples: int,
-    order_samples: int | None = None,
     consumed_samples: int = 0,
     dp_rank: int = 0,
     dp_size: int = 1,
 ) -> Iterator[Batch]:
-    """Microbatches of one data-parallel rank, from sample `consumed_samples` to `num_samples` (collective).
+    """Microbatches of one data-parallel rank, as `Samples.batch` returns them.
 
-    Data, weights, seed, sequence length and num_samples fix one order of samples, whatever the layout. Global batch k
-    is samples k * GBS .. (k + 1) * GBS; microbatch m of rank r starts (m * dp_size + r) * micro_batch_size into it, as
-    in Megatron's sampler. Tensor- and pipeline-parallel ranks of one dp_rank read the same. num_samples is that of
-    the whole run, so that a resumed run goes on in the same order. With `order_samples` the order is that of a run of so many
-    samples, and begins again after its last.
+    Global batch k holds samples k * GBS .. (k + 1) * GBS. In it, microbatch m of data-parallel rank r starts at sample
+    (m * dp_size + r) * micro_batch_size, as in Megatron's sampler. All tensor-, context- and pipeline-parallel ranks of one
+    data-parallel rank read the same microbatches.
 
-    Yields:
-        tokens, labels (the tokens that follow) and position_ids [B, S] int64, loss_mask [B, S] float32, samples [B] int64 (places
-        in the order), on the device.
+    Args:
+        num_samples: of the whole run. Beyond the end of `samples`, their order repeats from its start.
+        consumed_samples: where a resumed run continues.
 
     Raises:
-        UserError: a global batch that micro_batch_size * dp_size doesn't divide; see `ordered`.
+        UserError: `global_batch_size` is not a multiple of micro_batch_size * dp_size.
     """
     step = micro_batch_size * dp_size
     if global_batch_size % step:
         parts = f"microbatches of {micro_batch_size} on {dp_size} data-parallel ranks"
         raise UserError(f"A global batch of {global_batch_size} cannot be made of {parts}: give a multiple of {step}.")
-    samples = order_samples or num_samples
-    order = dict(cache=cache, vocab_size=vocab_size, seed=seed, sequence_length=sequence_length, num_samples=samples)
-    dataset = ordered(prefixes, weights, **order)
     end = num_samples - (num_samples - consumed_samples) % global_batch_size
     starts = range(consumed_samples + dp_rank * micro_batch_size, end, step)
-    return (batch_of(dataset, [(start + n) % samples for n in range(micro_batch_size)]) for start in starts)
-
-
-def batch_of(dataset, rows: Sequence[int]) -> Batch:
-    """These samples of a dataset of `ordered` as one microbatch (see `train_batches`)."""
-    samples = [dataset[row] for row in rows]
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS} | {"samples": torch.tensor(rows)}
-    return {key: tensor.to(process_groups.device()) for key, tensor in batch.items()}
+    total = samples.order.num_samples
+    return (samples.batch([(start + n) % total for n in range(micro_batch_size)]) for start in starts)
 
 
 def calibration(
@@ -361,20 +373,20 @@ def calibration(
     seed: int,
     whole_documents: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """N samples drawn at random, without repetition, from all the data in proportion to its tokens (blend or not).
+    """Draw N samples at random without replacement from the concatenation of all pairs. Blend weights do not apply.
 
-    A sample is one of the disjoint stretches of S tokens or, with `whole_documents`, the first S tokens of a document.
+    A sample is one of the disjoint windows of S tokens or, with `whole_documents`, the first S tokens of a document.
 
     Returns:
-        tokens [N, S] int64 and mask [N, S] bool, False on the padding at the end; on the CPU, the same on every rank.
+        tokens [N, S] int64 and mask [N, S] bool (False on padding), on the CPU, identical on every rank.
 
     Raises:
-        UserError: fewer stretches or documents than num_samples; an id of `vocab_size` or more.
+        UserError: the data have fewer than N windows or documents; a token id is not below `vocab_size`.
     """
     stream = TokenStream(prefixes, vocab_size)
     available = len(stream) if whole_documents else stream.num_tokens // sequence_length
     if available < num_samples:
-        kind = "documents" if whole_documents else f"stretches of {sequence_length} tokens"
+        kind = "documents" if whole_documents else f"windows of {sequence_length} tokens"
         raise UserError(f"The data holds {available} {kind}, not {num_samples}: take fewer samples or more text.")
     tokens = torch.zeros(num_samples, sequence_length, dtype=torch.int64)
     mask = torch.zeros_like(tokens, dtype=torch.bool)

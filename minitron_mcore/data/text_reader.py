@@ -1,4 +1,4 @@
-"""Text files of every kind that is read, document by document."""
+"""Text files, read one document at a time."""
 
 import gzip
 import json
@@ -12,11 +12,11 @@ from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.errors import UserError
 
 _LINES, _WHOLE = (".jsonl", ".jsonl.gz"), (".txt", ".md", ".py", ".raw")
-_ENCODE_CHARS = 2_000_000  # encoded at once: an encoding takes some hundred bytes a token
+_BATCH_CHARS = 2_000_000  # encoding a batch needs about a hundred bytes per token
 
 
 class Limits(NamedTuple):
-    """Sizes up to which text is held in memory as one document, in MiB; see `DataConfig`."""
+    """Largest line and file, in MiB, that is read into memory as one document; see `DataConfig`."""
 
     line_mb: int = DataConfig.line_mb
     file_mb: int = DataConfig.file_mb
@@ -25,7 +25,7 @@ class Limits(NamedTuple):
     def of(cls, config: DataConfig) -> "Limits":
         """
         Raises:
-            UserError: a limit below 1.
+            UserError: a limit is below 1.
         """
         for name in cls._fields:
             if getattr(config, name) < 1:
@@ -34,17 +34,20 @@ class Limits(NamedTuple):
 
 
 def is_prefix(path: str) -> bool:
-    """True where `path` is the prefix of a Megatron .bin/.idx pair."""
+    """Whether `path` is the prefix of a Megatron .bin/.idx pair."""
     return os.path.isfile(f"{path}.bin") and os.path.isfile(f"{path}.idx")
 
 
 def check_readable(path: str) -> None:
-    """Refuse, with a UserError, what is neither a text file nor the prefix of a .bin/.idx pair."""
+    """
+    Raises:
+        UserError: `path` is neither a text file nor the prefix of a .bin/.idx pair.
+    """
     if is_prefix(path):
         return
-    for given, other in (("bin", "idx"), ("idx", "bin")):
-        if os.path.isfile(f"{path}.{given}"):
-            raise UserError(f"{path}.{given} is there, but {path}.{other} is not: a .bin/.idx pair needs both.")
+    for present, missing in (("bin", "idx"), ("idx", "bin")):
+        if os.path.isfile(f"{path}.{present}"):
+            raise UserError(f"{path}.{present} is there, but {path}.{missing} is not: a .bin/.idx pair needs both.")
     if not os.path.isfile(path):
         raise UserError(f"{path} is neither a file nor the prefix of a .bin/.idx pair: check the path.")
     if not path.endswith(_LINES + _WHOLE):
@@ -52,7 +55,10 @@ def check_readable(path: str) -> None:
 
 
 def check_size(path: str, limits: Limits) -> None:
-    """Refuse, with a UserError, a file that is one document above the limit, before it is read."""
+    """
+    Raises:
+        UserError: `path` is a file of one document that is larger than the limit.
+    """
     if path.endswith(_WHOLE) and (size := os.path.getsize(path)) > limits.file_mb << 20:
         raise UserError(
             f"{path} is one document of {size / (1 << 20):,.0f} MiB, and data.file_mb is {limits.file_mb}: write one document a "
@@ -61,11 +67,13 @@ def check_size(path: str, limits: Limits) -> None:
 
 
 def lines(path: str, line_mb: int) -> Iterator[tuple[int, str, int]]:
-    """(number from 1, text, position reached in the file in bytes as stored) of the lines of a .jsonl or .jsonl.gz file that are
-    not blank. No more than `line_mb` MiB of a line are read or decompressed.
+    """The lines of a .jsonl or .jsonl.gz file that are not blank. At most `line_mb` MiB of a line are decompressed.
+
+    Yields:
+        (line number from 1, text, position in the stored file in bytes)
 
     Raises:
-        UserError: a longer line; text that is not UTF-8; a file that cannot be read to its end.
+        UserError: a longer line, text that is not UTF-8, or a file that cannot be read completely.
     """
     number, limit = 0, line_mb << 20
     try:
@@ -78,7 +86,7 @@ def lines(path: str, line_mb: int) -> Iterator[tuple[int, str, int]]:
                         "memory as a whole)."
                     )
                 if line.strip():
-                    # A byte order mark may begin a file.
+                    # A file may begin with a byte order mark.
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8"), file.tell()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number} is not UTF-8 text ({error}): write it as UTF-8.") from error
@@ -87,7 +95,7 @@ def lines(path: str, line_mb: int) -> Iterator[tuple[int, str, int]]:
 
 
 def _whole(path: str, limits: Limits) -> Iterator[tuple[str, int]]:
-    """A file that is one document."""
+    """The text and size of a file that is one document; nothing for an empty file."""
     check_size(path, limits)
     try:
         data = Path(path).read_bytes()
@@ -102,14 +110,14 @@ def _whole(path: str, limits: Limits) -> Iterator[tuple[str, int]]:
 
 
 def _each_document(path: str, limits: Limits) -> Iterator[tuple[str, int]]:
-    """Each document that has text, and the position reached in the file (in bytes as stored)."""
+    """(text, position in the stored file in bytes) of each document that is not empty."""
     if path.endswith(_WHOLE):
         yield from _whole(path, limits)
         return
     for number, line, position in lines(path, limits.line_mb):
         try:
             text = json.loads(line)["text"]
-            text.encode("utf-8")  # a lone surrogate passes JSON and stops the tokenizer
+            text.encode("utf-8")  # JSON allows lone surrogates, tokenizers do not
         except UnicodeEncodeError as error:
             raise UserError(f"{path}, line {number} is not UTF-8 text ({error.reason}): write it as UTF-8.") from error
         except (ValueError, RecursionError) as error:
@@ -123,21 +131,24 @@ def _each_document(path: str, limits: Limits) -> Iterator[tuple[str, int]]:
 
 
 def documents(path: str, limits: Limits | None = None) -> Iterator[tuple[list[str], int]]:
-    """Documents of a text file, some millions of characters at a time, and the position reached in the file.
+    """Read the documents of a text file in batches of some millions of characters.
 
     Args:
-        limits: of a document; None is the default ones.
+        limits: size limits of a document; None for the defaults.
+
+    Yields:
+        (texts, position in the stored file in bytes)
 
     Raises:
-        UserError: see `check_readable`; a file that is cut short, not UTF-8 or, if .jsonl, not JSON with a "text"; a line or file
-            above the limits.
+        UserError: see `check_readable`; the file is truncated, not UTF-8 or, for .jsonl, a line is not JSON with a string "text";
+            a line or the file exceeds the limits.
     """
     check_readable(path)
     texts, chars, position = [], 0, 0
     for text, position in _each_document(path, limits or Limits()):
         texts.append(text)
         chars += len(text)
-        if chars >= _ENCODE_CHARS:
+        if chars >= _BATCH_CHARS:
             yield texts, position
             texts, chars = [], 0
     if texts:

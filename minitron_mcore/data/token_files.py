@@ -1,7 +1,7 @@
-"""Megatron's .bin/.idx pairs: the one place that opens them, after what the index claims is checked against both files' sizes.
+"""Megatron's .bin/.idx pairs, opened after a check of the index against the sizes of both files.
 
-An index is a header (34 bytes), then for n sequences their lengths (int32) and offsets in the .bin (int64), then d document
-boundaries (int64), in numbers of sequences from 0 to n.
+An index has a header (34 bytes), the lengths (int32) and offsets in the .bin (int64) of n sequences, and d document boundaries
+(int64), which are sequence numbers from 0 to n.
 """
 
 import os
@@ -10,7 +10,7 @@ import struct
 import numpy as np
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from minitron_mcore.reading import first_line
 
 cpu_backend.prepare()
@@ -19,17 +19,17 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset  # noqa
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC, _LEGACY = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
-_ROWS = 1 << 20  # index entries that are checked at a time
+_ROWS = 1 << 20  # index entries per check
 BLOCK = 1 << 16  # bytes
 SCAN_BYTES = 4 << 30
-"""A .bin of up to so many bytes is searched for bad ids as a whole, of a larger one 64 blocks of `BLOCK` bytes."""
+"""Size up to which all ids of a .bin are checked; of a larger one, 64 blocks of BLOCK bytes are."""
 
 
 def open_tokens(prefix: str) -> IndexedDataset:
-    """The sequences of a .bin/.idx pair.
+    """Open a .bin/.idx pair.
 
     Raises:
-        UserError: an index that is damaged, of another format or type, or that doesn't describe its .bin; an empty document.
+        UserError: the index is damaged, of another format or id type, or does not fit its .bin; a sequence is empty.
     """
     check_index(prefix)
     try:
@@ -39,7 +39,7 @@ def open_tokens(prefix: str) -> IndexedDataset:
 
 
 def check_index(prefix: str) -> np.dtype:
-    """The type of a pair's ids; see `open_tokens`. It reads the whole index, a million entries at a time, and no ids."""
+    """Check the whole index of a pair, without reading ids, and return the dtype of the ids. Raises as `open_tokens` does."""
     path = f"{prefix}.idx"
     try:
         with open(path, "rb") as file:
@@ -61,7 +61,7 @@ def check_index(prefix: str) -> np.dtype:
 
 
 def _header(path: str, start: bytes) -> tuple[np.dtype, int, int]:
-    """(type of the ids, number of sequences, number of document boundaries), as the header claims."""
+    """(dtype of the ids, number of sequences, number of document boundaries) from the first bytes of an index."""
     if start.startswith(_LEGACY):
         raise UserError(
             f"{path} is an index of the legacy format (TNTIDX): tokenise the text again in Megatron's (MMIDIDX)."
@@ -70,7 +70,9 @@ def _header(path: str, start: bytes) -> tuple[np.dtype, int, int]:
         raise UserError(f"{path} is no index of Megatron's .bin/.idx format: it is damaged, or another kind of file.")
     _, version, code, sequences, documents = _HEADER.unpack(start)
     if version != 1:
-        raise UserError(f"{path} has version {version} of Megatron's index; 1 is known: tokenise the text again.")
+        raise UserError(
+            f"{path} has version {version} of Megatron's index, but version 1 is supported: tokenise the text again."
+        )
     if code not in [kind.value for kind in DType]:
         raise UserError(
             f"{path} names type {code} for its ids, which is not known: it is damaged, tokenise the text again."
@@ -84,7 +86,7 @@ def _header(path: str, start: bytes) -> tuple[np.dtype, int, int]:
 
 
 def _check_entries(path: str, dtype: np.dtype, sequences: int, documents: int, stored: int) -> None:
-    """Lengths and offsets must describe a .bin of `stored` bytes, one sequence after the other; boundaries must ascend."""
+    """Check that lengths and offsets describe `stored` bytes of contiguous sequences, and that boundaries ascend."""
     index = np.memmap(path, mode="r")
     lengths = np.frombuffer(index, np.int32, sequences, _HEADER.size)
     offsets = np.frombuffer(index, np.int64, sequences, _HEADER.size + 4 * sequences)
@@ -114,11 +116,10 @@ def _check_entries(path: str, dtype: np.dtype, sequences: int, documents: int, s
 
 
 def check_ids(prefix: str, vocab_size: int) -> None:
-    """Refuse ids that an embedding of `vocab_size` rows doesn't have, before work starts. What a very large file holds beyond the
-    blocks that are looked at (see `SCAN_BYTES`) is checked when it is read (`data.TokenStream.get`).
+    """Check the ids of a pair, or samples of them (see `SCAN_BYTES`). `TokenStream.get` checks the others when it reads them.
 
     Raises:
-        UserError: such an id; see `open_tokens`.
+        UserError: an id is negative or not below `vocab_size`; see `open_tokens`.
     """
     dtype, file = check_index(prefix), f"{prefix}.bin"
     size = os.path.getsize(file)
@@ -130,7 +131,7 @@ def check_ids(prefix: str, vocab_size: int) -> None:
 
 
 def check_range(ids: np.ndarray, vocab_size: int, prefix: str) -> None:
-    # Megatron's sharded embedding gives zeros for ids outside the table, without an error.
+    """Refuse ids outside 0 .. vocab_size - 1, for which Megatron's sharded embedding would silently return zeros."""
     if not ids.size:
         return
     low, high = int(ids.min()), int(ids.max())
@@ -146,5 +147,5 @@ def check_range(ids: np.ndarray, vocab_size: int, prefix: str) -> None:
 
 
 def block_starts(size: int) -> list[int]:
-    """Where 64 blocks of 64 KiB begin that are spread over a file, which may be terabytes; of a small one they hold all."""
+    """First bytes of 64 evenly spaced blocks of BLOCK bytes, which cover a file of up to 4 MiB completely."""
     return sorted({max(0, size - BLOCK) * i // 63 for i in range(64)})

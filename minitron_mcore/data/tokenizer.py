@@ -1,8 +1,7 @@
-"""Text to token ids: Hugging Face tokenizers, fast and slow, and sentencepiece models, behind one interface.
+"""Text to token ids, with one interface for Hugging Face's fast tokenizers and sentencepiece models.
 
-What decides the ids is read as it was shipped. A tokenizer.json is taken whole, and a sentencepiece .model goes to the
-sentencepiece package: transformers' AutoTokenizer rebuilds both from their vocabulary alone for some classes (LlamaTokenizer,
-GPT2Tokenizer), and loses what else they say of spaces and digits.
+A tokenizer.json is loaded as it is, and a sentencepiece .model by the sentencepiece package. transformers' AutoTokenizer would
+rebuild some classes (LlamaTokenizer, GPT2Tokenizer) from their vocabulary alone and lose their rules for spaces and digits.
 """
 
 import hashlib
@@ -13,68 +12,92 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import read_json
 
-_CONTEXT = 4  # tokens before one that decide what text it adds: a character of UTF-8 may be spread over four
+MAX_ID = 1 << 24
+"""Largest id of a vocabulary: the tokenizers package allocates a list of that length. Published ids are below 2^19."""
 
 
 class Spans(NamedTuple):
-    """A text's T tokens and where they stand in it."""
+    """The T tokens of a text and their positions in it."""
 
     ids: list[int]
     ends: Sequence[int]
-    """[T] number of characters up to each token's end; those of special tokens mean nothing"""
+    """[T] number of characters of the text up to each token's end; undefined for special tokens"""
     special: Sequence[bool]
-    """[T] True on BOS and EOS that the text doesn't hold"""
+    """[T] True for BOS and EOS that were added to the text"""
 
 
 class Tokenizer(ABC):
-    """Texts become documents: their ids as the model's own tokenizer gives them, and EOS at the end, once."""
+    """Encodes texts as documents: the ids that the model's own tokenizer gives, with exactly one EOS at the end."""
 
     eos: int
     vocab_size: int
     """Largest id + 1."""
     fingerprint: bytes
-    """Tokenizers of the same fingerprint give the same ids."""
+    """Tokenizers with equal fingerprints give equal ids."""
+    rows: int | None = None
+    """Rows of the embedding that the ids must fit; None skips the check."""
 
     @abstractmethod
-    def _ids(self, texts: list[str]) -> list[list[int]]: ...
+    def _encode(self, texts: list[str]) -> list[list[int]]: ...
 
     @abstractmethod
-    def _spans(self, texts: list[str]) -> list[Spans]: ...
+    def _encode_spans(self, texts: list[str]) -> list[Spans]: ...
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str: ...
 
     @abstractmethod
     def pieces(self) -> dict[int, str]:
-        """What each id stands for, as the vocabulary writes it."""
+        """The vocabulary: the string of each id."""
 
     def documents(self, texts: list[str]) -> list[list[int]]:
-        return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._ids(texts)]
+        """The ids of each text, EOS last.
+
+        Raises:
+            UserError: the text has an id without a row in the embedding (`rows`).
+        """
+        documents = [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in self._encode(texts)]
+        self._check_rows(documents)
+        return documents
 
     def spans(self, texts: list[str]) -> list[Spans]:
-        """`documents`, with what each token stands for."""
-        return [
-            found
-            if found.ids and found.ids[-1] == self.eos
-            else Spans([*found.ids, self.eos], [*found.ends, len(text)], [*found.special, True])
-            for found, text in zip(self._spans(texts), texts, strict=True)
+        """`documents` with the position of each token."""
+        placed = [
+            spans
+            if spans.ids and spans.ids[-1] == self.eos
+            else Spans([*spans.ids, self.eos], [*spans.ends, len(text)], [*spans.special, True])
+            for spans, text in zip(self._encode_spans(texts), texts, strict=True)
         ]
+        self._check_rows([spans.ids for spans in placed])
+        return placed
+
+    def _check_rows(self, documents: list[list[int]]) -> None:
+        largest = max((max(ids) for ids in documents), default=0)
+        if self.rows is not None and largest >= self.rows:
+            raise UserError(
+                f"The text has token {largest} ({self.decode([largest])!r}), the model's embedding {self.rows} rows: give the "
+                "model's own tokenizer with data.tokenizer=/path."
+            )
 
 
 class _HuggingFace(Tokenizer):
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: Path):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: Path):
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"The tokenizer in {folder} has no eos_token to end documents: set it in tokenizer_config.json."
             )
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.fingerprint = hashlib.sha256(f"{self.backend.to_str()}{self.eos}".encode()).digest()
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
@@ -82,56 +105,14 @@ class _HuggingFace(Tokenizer):
     def pieces(self) -> dict[int, str]:
         return {number: piece for piece, number in self.tokenizer.get_vocab().items()}
 
-
-class _Fast(_HuggingFace):
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: Path):
-        super().__init__(tokenizer, folder)
-        self.backend = tokenizer.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.fingerprint = hashlib.sha256(f"{self.backend.to_str()}{self.eos}".encode()).digest()
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
 
-    def _spans(self, texts: list[str]) -> list[Spans]:
+    def _encode_spans(self, texts: list[str]) -> list[Spans]:
         return [
-            Spans(found.ids, [end for _, end in found.offsets], found.special_tokens_mask)
-            for found in self.backend.encode_batch(texts)
+            Spans(encoding.ids, [end for _, end in encoding.offsets], encoding.special_tokens_mask)
+            for encoding in self.backend.encode_batch(texts)
         ]
-
-
-class _Slow(_HuggingFace):
-    """A tokenizer in Python, which knows no offsets: they come from what its tokens decode to."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: Path):
-        super().__init__(tokenizer, folder)
-        digest = hashlib.sha256(type(tokenizer).__name__.encode())
-        settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-        for name in sorted({*tokenizer.vocab_files_names.values(), *settings}):
-            digest.update(f"{name}{(folder / name).is_file()}".encode())
-            if (folder / name).is_file():
-                digest.update((folder / name).read_bytes())
-        self.fingerprint = digest.digest()
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, verbose=False)["input_ids"]
-
-    def _spans(self, texts: list[str]) -> list[Spans]:
-        inner = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self._placed(*found) for found in zip(texts, self._ids(texts), inner, strict=True)]
-
-    def _placed(self, text: str, ids: list[int], inner: list[int]) -> Spans:
-        """Ends are exact where ids decode to the text again; else the text is shared out as what they decode to."""
-        ends = [0]
-        for i in range(len(inner)):
-            before, after = (self.decode(inner[max(0, i - _CONTEXT) : stop]) for stop in (i, i + 1))
-            ends.append(ends[-1] + max(0, len(after) - len(before)))
-        ends = [end * len(text) // max(1, ends[-1]) for end in ends[1:]]
-        first = next(at for at in range(len(ids) + 1) if ids[at : at + len(inner)] == inner)
-        after = len(ids) - first - len(inner)
-        special = [*[True] * first, *[False] * len(inner), *[True] * after]
-        return Spans(ids, [*[0] * first, *ends, *[len(text)] * after], special)
 
 
 class _SentencePiece(Tokenizer):
@@ -156,18 +137,18 @@ class _SentencePiece(Tokenizer):
     def pieces(self) -> dict[int, str]:
         return {number: self.processor.id_to_piece(number) for number in range(self.vocab_size)}
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         return [[*self.start, *ids] for ids in self.processor.encode(texts)]
 
-    def _spans(self, texts: list[str]) -> list[Spans]:
+    def _encode_spans(self, texts: list[str]) -> list[Spans]:
         n = len(self.start)
         return [
             Spans(
-                [*self.start, *found["ids"]],
-                [*[0] * n, *(end for _, end in found["offsets"])],
-                [*[True] * n, *[False] * len(found["ids"])],
+                [*self.start, *encoding["ids"]],
+                [*[0] * n, *(end for _, end in encoding["offsets"])],
+                [*[True] * n, *[False] * len(encoding["ids"])],
             )
-            for found in self.processor.encode(texts, return_type="offset_mapping")
+            for encoding in self.processor.encode(texts, return_type="offset_mapping")
         ]
 
 
@@ -176,68 +157,99 @@ def _read_json(path: Path) -> dict:
 
 
 def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
-    """The .model says neither whether BOS comes first nor which tokens were added to it: files beside it or the model's do.
+    """Load a .model together with the settings that it does not contain: whether BOS is added, and added tokens.
 
-    Without `add_bos_token` Llamas begin with BOS, as in Meta's code, transformers' LlamaTokenizer and Megatron's
-    Llama2Tokenizer; others don't, as in Megatron's GPTSentencePieceTokenizer, which Nemotron-4 was trained with.
-    Whether EOS is added doesn't matter here: documents end with it. Control symbols in a text ("</s>") are text.
+    These come from the files next to the .model, else from the model's folder. Without `add_bos_token`, Llama tokenizers add BOS,
+    as Meta's code, transformers' LlamaTokenizer and Megatron's Llama2Tokenizer do. Others do not, as Megatron's
+    GPTSentencePieceTokenizer, which Nemotron-4 was trained with. Control symbols in a text ("</s>") are encoded as text.
     """
     beside = _read_json(path.parent / "tokenizer_config.json")
     settings = beside or _read_json(model / "tokenizer_config.json")
     config = _read_json(path.parent / "config.json") or _read_json(model / "config.json")
     kind = settings.get("tokenizer_class") or config.get("model_type") or ""
     bos = settings.get("add_bos_token")
-    found = _SentencePiece(path, "llama" in kind.lower() if bos is None else bool(bos))
+    tokenizer = _SentencePiece(path, "llama" in kind.lower() if bos is None else bool(bos))
     listed = [*beside.get("added_tokens_decoder", {}), *_read_json(path.parent / "added_tokens.json").values()]
-    if added := [int(token) for token in listed if int(token) >= found.vocab_size]:
+    if added := [int(token) for token in listed if int(token) >= tokenizer.vocab_size]:
         raise UserError(
-            f"{path} has {found.vocab_size} tokens, and the files beside it add token {added[0]}, which sentencepiece "
-            "doesn't know: give a tokenizer folder with tokenizer.json."
+            f"{path} has {tokenizer.vocab_size} tokens, and the files beside it add token {added[0]}, which sentencepiece "
+            "does not have: give a tokenizer folder with tokenizer.json."
         )
-    return found
+    return tokenizer
+
+
+def _check_ids(path: Path) -> None:
+    """Refuse ids above MAX_ID in tokenizer.json or vocab.json before memory is allocated for them."""
+    if not path.is_file():
+        return
+    vocab = _read_json(path)
+    if path.name == "tokenizer.json":
+        vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
+    for token, number in vocab.items() if isinstance(vocab, dict) else ():
+        if type(number) is not int or not 0 <= number <= MAX_ID:
+            raise UserError(
+                f"{path} gives {token[:40]!r} the id {str(number)[:40]}; ids are whole numbers from 0 to {MAX_ID}: copy the "
+                "tokenizer's files again."
+            )
 
 
 def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tokenizer:
-    """A Hugging Face tokenizer folder, read offline and without remote code, or a sentencepiece .model.
+    """Load a Hugging Face tokenizer folder (offline, without remote code) or a sentencepiece .model.
 
     Args:
-        path: the folder, or the .model; a folder with a tokenizer.model and no tokenizer.json is read as the .model.
-        model: the model's Hugging Face folder, whose settings count where there are none beside a .model.
+        path: the folder or the .model. A folder with tokenizer.model but no tokenizer.json is loaded as that .model.
+        model: the model's Hugging Face folder, which supplies the settings that are missing next to a .model.
 
     Raises:
-        UserError: no tokenizer there, or one without an EOS token.
+        UserError: no tokenizer, one without an EOS token, one that transformers implements in Python only ("slow"), or one with
+            ids above `MAX_ID`.
     """
     path = Path(path)
     if path.is_file():
         return _sentencepiece(path, Path(model or path.parent))
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return _sentencepiece(path / "tokenizer.model", Path(model or path))
-    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
+    for name in ("tokenizer.json", "vocab.json"):
+        _check_ids(path / name)
+    tokenizer_class = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
         if not path.is_dir():
-            raise OSError("there is no such file or folder")
-        found = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        files = found.vocab_files_names.values()
+            raise OSError("no such file or folder")
+        tokenizer = tokenizer_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        files = tokenizer.vocab_files_names.values()
         if files and not any((path / name).is_file() for name in files):
-            raise OSError("it holds no vocabulary")  # some classes make one up
+            raise OSError("it holds no vocabulary")  # some classes have a default vocabulary
     except Exception as error:  # the tokenizers package raises nothing narrower
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"No tokenizer can be read from {path} ({reason}): give a folder with tokenizer.json, or a sentencepiece .model."
         ) from error
-    return _Fast(found, path) if found.is_fast else _Slow(found, path)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"The tokenizer in {path} is {type(tokenizer).__name__}, which has no fast version: give a folder with tokenizer.json, "
+            "or a sentencepiece .model."
+        )
+    return _HuggingFace(tokenizer, path)
 
 
 def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int) -> Tokenizer:
-    """The tokenizer that a run reads text with: `data.tokenizer`, or that of the model's Hugging Face folder.
+    """The tokenizer of a run: `data.tokenizer`, or the one in the model's Hugging Face folder.
+
+    Args:
+        model: the model's Hugging Face folder.
+        vocab_size: rows of the model's embedding.
+
+    The tokenizer may have ids without a row in the embedding, such as a padding token. A text that uses one is refused when it is
+    read.
 
     Raises:
-        UserError: see `load`; ids that an embedding of `vocab_size` rows doesn't have.
+        UserError: see `load`; the id that ends each document has no row in the embedding.
     """
-    found = load(config.tokenizer or model, model)
-    if found.vocab_size > vocab_size:
+    tokenizer = load(config.tokenizer or model, model)
+    if tokenizer.eos >= vocab_size:
         raise UserError(
-            f"The tokenizer {config.tokenizer or model} has ids up to {found.vocab_size - 1}, the model's embedding "
+            f"The tokenizer {config.tokenizer or model} ends documents with token {tokenizer.eos}, the model's embedding has "
             f"{vocab_size} rows: give the model's own with data.tokenizer=/path."
         )
-    return found
+    tokenizer.rows = vocab_size
+    return tokenizer

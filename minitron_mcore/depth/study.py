@@ -1,13 +1,12 @@
-"""Which blocks a model can spare: the sets of blocks to measure, the rules that choose among them, and the file that a plan reads.
-No torch import.
+"""Selection of the blocks to drop: the sets to measure, the selection rules, and the file that a plan reads. No torch import.
 
-A point is what the model does without some of its blocks, on held-out text:
+A point holds the metrics of the model without a set of blocks, on held-out text:
 
     dropped   the blocks, ascending, counted from 0
-    loss      cross-entropy, nats a token
-    kl        forward KL from the full model, nats a token
+    loss      cross-entropy, nats per token
+    kl        forward KL divergence from the full model, nats per token
     mse       sum (M_full - M)^2 / sum M_full^2 over the logits M (arXiv 2511.16664)
-    accuracy  share of multiple-choice questions answered right; None without questions
+    accuracy  fraction of multiple-choice questions answered correctly; None without questions
 """
 
 import dataclasses
@@ -17,21 +16,21 @@ from pathlib import Path
 
 from minitron_mcore.config.settings import DepthConfig, DepthKind, DepthMetric, PruneConfig
 from minitron_mcore.config.stages import DepthRun
-from minitron_mcore.errors import UserError, result_of
-from minitron_mcore.pruning.target import as_count, resolve, spans
-from minitron_mcore.reading import read_json
+from minitron_mcore.errors import UserError, result_file
+from minitron_mcore.pruning.target import as_count, format_ranges, kept_count
+from minitron_mcore.reading import check_format_version, read_json
 
 FILE = "depth.json"
 FIGURES = ("loss", "kl", "mse", "accuracy")
 
 Measure = Callable[[Sequence[int]], dict]
-"""Dropped blocks -> their point; asking again costs nothing."""
+"""Dropped blocks -> their point; a repeated call costs nothing."""
 Ranking = Callable[[Iterable[dict]], list[dict]]
-"""Points -> the same, the one that is missed least first."""
+"""Points -> the same points, the one with the least damage first."""
 
 
 def problems(config: DepthRun, blocks: int) -> Iterator[str]:
-    """What keeps a model of so many blocks from being studied like this."""
+    """One sentence for each setting that is invalid for a model of `blocks` blocks."""
     settings = config.depth
     for size in settings.sizes:
         try:
@@ -59,169 +58,190 @@ def sizes(config: DepthConfig, blocks: int) -> list[int]:
     return sorted({as_count(size, blocks, "depth.sizes has") for size in config.sizes})
 
 
-def swept(config: DepthConfig, blocks: int) -> list[int]:
-    """Sizes whose runs are measured at every position: those asked for, and single blocks where the choice builds on them."""
-    alone = set() if config.kind == DepthKind.contiguous else {1}
-    return sorted({*sizes(config, blocks), *alone})
+def sweep_sizes(config: DepthConfig, blocks: int) -> list[int]:
+    """Lengths of contiguous runs to measure at every position: `sizes`, and 1 for the rules that use single blocks."""
+    single = set() if config.kind == DepthKind.contiguous else {1}
+    return sorted({*sizes(config, blocks), *single})
 
 
-def runs(blocks: int, size: int) -> list[list[int]]:
-    """Every run of `size` neighbours."""
+def contiguous_runs(blocks: int, size: int) -> list[list[int]]:
+    """Every run of `size` neighbouring blocks."""
     return [list(range(first, first + size)) for first in range(blocks - size + 1)]
 
 
-def count(config: DepthConfig, blocks: int) -> int:
-    """Points of a study at most: the whole model, all runs, and the sets that are chosen from them."""
-    asked, alone = sizes(config, blocks), swept(config, blocks)
-    total = 1 + sum(blocks - size + 1 for size in alone)
-    if 1 in alone:
-        total += sum(size > 1 for size in asked)
+def max_points(config: DepthConfig, blocks: int) -> int:
+    """Upper bound of the points of a study: the full model, the sweep, and the sets that the rules measure."""
+    drop_sizes, swept = sizes(config, blocks), sweep_sizes(config, blocks)
+    total = 1 + sum(blocks - size + 1 for size in swept)
+    if 1 in swept:
+        total += sum(size > 1 for size in drop_sizes)
     if config.kind == DepthKind.iterative:
-        total += sum(blocks - gone for gone in range(1, asked[-1]))
+        total += sum(blocks - dropped for dropped in range(1, drop_sizes[-1]))
     return total
 
 
 def standard_error(accuracy: float, questions: int) -> float:
+    """Of an accuracy measured on this many questions (binomial)."""
     return math.sqrt(accuracy * (1 - accuracy) / questions)
 
 
-def ranking(metric: DepthMetric, cosines: Sequence[float] = (), questions: int = 1) -> Ranking:
-    """Order points by how little they are missed by a metric; of equals the one with less loss comes first.
+def make_ranking(metric: DepthMetric, cosines: Sequence[float] = (), questions: int = 1) -> Ranking:
+    """A function that orders points by the damage that a metric shows; the loss decides between equal points.
 
-    Accuracies within one standard error of the best are equals: such differences are mostly chance, and chance leads to blocks
-    whose loss is nats higher.
+    Accuracies within one standard error of the best count as equal: such differences are mostly chance, and would select
+    blocks whose loss is nats higher.
 
     Args:
-        cosines: for the metric of that name: 1 - cos(input, output) of each block; a set's is their sum.
-        questions: for accuracy: how many were asked; others may have none.
+        cosines: for the cosine metric: 1 - cos(input, output) of each block; the damage of a set is their sum.
+        questions: for the accuracy metric: number of questions.
     """
 
-    def ranked(points: Iterable[dict]) -> list[dict]:
-        points, enough = list(points), 1.0
+    def rank(points: Iterable[dict]) -> list[dict]:
+        points, equal_from = list(points), 1.0
         if metric == DepthMetric.accuracy:
             best = max(point["accuracy"] for point in points)
-            enough = best - standard_error(best, questions)
+            equal_from = best - standard_error(best, questions)
 
-        def missed(point: dict) -> tuple[float, float]:
+        def damage(point: dict) -> tuple[float, float]:
             if metric == DepthMetric.cosine:
                 return sum(cosines[block] for block in point["dropped"]), point["loss"]
             if metric == DepthMetric.accuracy:
-                return -min(point["accuracy"], enough), point["loss"]
+                return -min(point["accuracy"], equal_from), point["loss"]
             return point[metric.value], point["loss"]
 
-        return sorted(points, key=missed)
+        return sorted(points, key=damage)
 
-    return ranked
-
-
-def contiguous(blocks: int, size: int, measure: Measure, ranked: Ranking) -> list[int]:
-    return ranked(map(measure, runs(blocks, size)))[0]["dropped"]
+    return rank
 
 
-def scattered(blocks: int, size: int, measure: Measure, ranked: Ranking) -> list[int]:
-    alone = ranked(measure([block]) for block in range(blocks))
-    return sorted(point["dropped"][0] for point in alone[:size])
+def select_contiguous(blocks: int, size: int, measure: Measure, rank: Ranking) -> list[int]:
+    """The best run of `size` neighbours."""
+    return rank(map(measure, contiguous_runs(blocks, size)))[0]["dropped"]
 
 
-def iterative(blocks: int, size: int, measure: Measure, ranked: Ranking) -> list[int]:
+def select_scattered(blocks: int, size: int, measure: Measure, rank: Ranking) -> list[int]:
+    """The `size` best single blocks, each measured alone."""
+    single = rank(measure([block]) for block in range(blocks))
+    return sorted(point["dropped"][0] for point in single[:size])
+
+
+def select_iterative(blocks: int, size: int, measure: Measure, rank: Ranking) -> list[int]:
+    """Greedy: one block after another, each measured without those before it."""
     dropped: list[int] = []
     while len(dropped) < size:
-        left = [block for block in range(blocks) if block not in dropped]
-        dropped = ranked(measure(sorted([*dropped, block])) for block in left)[0]["dropped"]
+        remaining = [block for block in range(blocks) if block not in dropped]
+        dropped = rank(measure(sorted([*dropped, block])) for block in remaining)[0]["dropped"]
     return dropped
 
 
-RULES = {DepthKind.contiguous: contiguous, DepthKind.scattered: scattered, DepthKind.iterative: iterative}
+SELECTION_RULES = {
+    DepthKind.contiguous: select_contiguous,
+    DepthKind.scattered: select_scattered,
+    DepthKind.iterative: select_iterative,
+}
 
 
-def decide(config: DepthConfig, blocks: int, measure: Measure, ranked: Ranking) -> list[dict]:
-    """What each kind of choice would drop, measured as a whole: single blocks that are hardly missed may be missed together.
+def choose(config: DepthConfig, blocks: int, measure: Measure, rank: Ranking) -> list[dict]:
+    """The sets that the rules select, each measured as a whole: blocks that do little damage alone may do much together.
 
     Returns:
-        A point for each size and each kind that the study has the points for, with size, kind, and taken: it is the one that
-        the study chooses.
+        A point for each size and each rule whose points the study measures, with "size", "kind" and "taken". "taken" marks the
+        set that the study chooses.
     """
-    kinds = [kind for kind in RULES if kind == config.kind or kind != DepthKind.iterative]
-    if 1 not in swept(config, blocks):
+    kinds = [kind for kind in SELECTION_RULES if kind == config.kind or kind != DepthKind.iterative]
+    if 1 not in sweep_sizes(config, blocks):
         kinds = [DepthKind.contiguous]
-    found = []
+    chosen = []
     for size in sizes(config, blocks):
         rows = [
-            {"size": size, "kind": kind.value} | measure(RULES[kind](blocks, size, measure, ranked)) for kind in kinds
+            {"size": size, "kind": kind.value} | measure(SELECTION_RULES[kind](blocks, size, measure, rank))
+            for kind in kinds
         ]
-        taken = next(row for row in ranked(rows) if config.kind in (DepthKind.best, row["kind"]))
-        found += [row | {"taken": row is taken} for row in rows]
-    return found
+        best = next(row for row in rank(rows) if config.kind in (DepthKind.best, row["kind"]))
+        chosen += [row | {"taken": row is best} for row in rows]
+    return chosen
 
 
 def warnings(
-    rows: Sequence[Mapping], metric: DepthMetric, ranked: Ranking, chance: float | None, questions: int
+    rows: Sequence[Mapping], metric: DepthMetric, rank: Ranking, chance: float | None, questions: int
 ) -> Iterator[str]:
-    """Where a choice is not what it seems: another kind is missed less as a whole, or the questions are answered by chance."""
-    by = DepthMetric.loss if metric == DepthMetric.cosine else metric
-    order = ranking(by) if metric == DepthMetric.cosine else ranked
-    for taken in (row for row in rows if row["taken"]):
-        best = order(row for row in rows if row["size"] == taken["size"])[0]
-        if best["dropped"] != taken["dropped"]:
-            names = dict.fromkeys((by.value, "loss"))  # of equal accuracies the loss decides
-            figures = ", ".join(f"{name} {best[name]:.4g} against {taken[name]:.4g}" for name in names)
+    """Warn where another kind of selection does less damage, or where the accuracy is within one standard error of chance.
+
+    Args:
+        rows: of `choose`.
+        rank: of `make_ranking` for `metric`; the cosine metric is compared by loss.
+        chance: expected accuracy of random answers; None without questions.
+    """
+    compared = DepthMetric.loss if metric == DepthMetric.cosine else metric
+    order = make_ranking(compared) if metric == DepthMetric.cosine else rank
+    for chosen in (row for row in rows if row["taken"]):
+        best = order(row for row in rows if row["size"] == chosen["size"])[0]
+        if best["dropped"] != chosen["dropped"]:
+            names = dict.fromkeys((compared.value, "loss"))  # the loss decides between equal accuracies
+            figures = ", ".join(f"{name} {best[name]:.4g} against {chosen[name]:.4g}" for name in names)
             yield (
-                f"warning: of {taken['size']} blocks the {best['kind']} choice, {spans(best['dropped'])}, is missed less as a "
-                f"whole: {figures} (depth.kind={best['kind']})."
+                f"warning: of {chosen['size']} blocks the {best['kind']} choice, {format_ranges(best['dropped'])}, costs less: "
+                f"{figures} (depth.kind={best['kind']})."
             )
-        if taken["accuracy"] is not None and taken["accuracy"] <= chance + standard_error(chance, questions):
-            yield (
-                f"warning: without {spans(taken['dropped'])} the questions are answered no better than by chance "
-                f"({taken['accuracy']:.3f}, chance {chance:.3f} +- {standard_error(chance, questions):.3f})."
-            )
+        if chosen["accuracy"] is not None:
+            error = standard_error(chance, questions)
+            if chosen["accuracy"] <= chance + error:
+                yield (
+                    f"warning: without {format_ranges(chosen['dropped'])} the accuracy {chosen['accuracy']:.3f} is no better than "
+                    f"chance ({chance:.3f} +- {error:.3f})."
+                )
 
 
-def load(path: str | Path, fingerprint: str) -> dict:
-    """Read depth.json (or the folder of a depth run).
+def load_study(path: str | Path, fingerprint: str) -> dict:
+    """Read depth.json, or the folder of a depth run.
+
+    Args:
+        fingerprint: of the model that the study must belong to.
 
     Raises:
-        UserError: no such file, not a study, a study of another model.
+        UserError: the file is missing, is not a study, or is a study of another model.
     """
-    path = result_of(path, FILE, "depth study", "run launch/depth.py to its end, or give study=")
+    path = result_file(path, FILE, "depth study", "run launch/depth.py to its end, or give study=")
     study = read_json(path, "run launch/depth.py again")
+    check_format_version(study, path, "run launch/depth.py again")
     try:
         study["drop"] = {int(size): [int(block) for block in blocks] for size, blocks in study["drop"].items()}
-        model = study["model"], study["metric"], study["kind"]
+        model, _, _ = study["model"], study["metric"], study["kind"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} is not a depth study ({type(error).__name__}: {error}): run launch/depth.py again."
         ) from error
-    if model[0] != fingerprint:
+    if model != fingerprint:
         raise UserError(
-            f"the depth study in {path} is of model {model[0]}, but the source is {fingerprint}: run launch/depth.py on it."
+            f"the depth study in {path} is of model {model}, but the source is {fingerprint}: run launch/depth.py on it."
         )
     return study
 
 
-def apply(
+def apply_study(
     path: str | Path | None, blocks: int, fingerprint: str, prune: PruneConfig
 ) -> tuple[PruneConfig, dict[str, str]]:
-    """Name the blocks that go: a study's choice for a model of so many blocks.
+    """Set prune.drop_blocks to a study's choice for a model of `blocks` blocks.
 
     Returns:
-        The config with drop_blocks, and what the plan says of the choice; without a study as it was, and nothing.
+        The config with drop_blocks, and the plan's record of the choice; the config as it was and {} without a study.
 
     Raises:
-        UserError: see `load`; no number of blocks, blocks that are named already, a number that the study did not decide.
+        UserError: see `load_study`; prune.drop_blocks is set too; the study has no choice for prune.blocks.
     """
     if path is None:
         return prune, {}
-    study = load(path, fingerprint)
+    study = load_study(path, fingerprint)
     if prune.drop_blocks:
         raise UserError(
-            f"prune.drop_blocks {list(prune.drop_blocks)} and study {path} both choose blocks: leave one of them out."
+            f"prune.drop_blocks {list(prune.drop_blocks)} and study {path} both choose blocks: remove one of them."
         )
-    left = resolve(prune.blocks, blocks, "blocks")
-    if blocks - left not in study["drop"]:
+    kept = kept_count(prune.blocks, blocks, "blocks")
+    if blocks - kept not in study["drop"]:
         known = ", ".join(str(blocks - size) for size in sorted(study["drop"]))
         raise UserError(
-            f"prune.blocks is {left}, but the study in {path} decided which go for {known} of {blocks} blocks: give one of these, "
-            f"or study again with depth.sizes=[{blocks - left}]."
+            f"prune.blocks is {kept}, but the study in {path} has a choice for {known} of {blocks} blocks: give one of these, "
+            f"or study again with depth.sizes=[{blocks - kept}]."
         )
-    dropped = study["drop"][blocks - left]
+    dropped = study["drop"][blocks - kept]
     return dataclasses.replace(prune, drop_blocks=dropped), {"depth": f"{study['metric']}, {study['kind']}"}

@@ -1,19 +1,16 @@
-"""A depth study from a checkpoint to a finished folder:
+"""The depth stage, from a checkpoint to a finished folder:
 
 out_dir/
-  points.jsonl   what is measured, then a point a line, written as it is measured
-  depth.json     the whole model, every run of blocks, the choices (see `study`)
+  points.jsonl   measured points (see `depth.point_log`)
+  depth.json     the full model, every contiguous run of blocks, the choices (see `depth.study`)
   depth.png      loss and accuracy against the last dropped block
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.config import ranges
@@ -23,90 +20,24 @@ from minitron_mcore.config.stages import DepthRun
 from minitron_mcore.data.text_reader import Limits
 from minitron_mcore.data.tokenizer import Tokenizer, open_tokenizer
 from minitron_mcore.depth import study
-from minitron_mcore.depth.removal import Meter
+from minitron_mcore.depth.point_log import PointLog
+from minitron_mcore.depth.removal import RemovalEvaluator
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.evaluation.multiple_choice import MultipleChoice, Question, read
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.parallel import process_groups
-from minitron_mcore.pruning.target import spans
+from minitron_mcore.pruning.target import format_ranges
+from minitron_mcore.reading import FORMAT_VERSION
 from minitron_mcore.reporting import depth_plots, tables
 
 
-class Points:
-    """The points of a study, each written as it is measured, so that a stopped study goes on.
-
-    The file's first line says what is measured; each of the others is a point.
-    """
-
-    FILE = "points.jsonl"
-
-    def __init__(self, out_dir: str | Path, meter: Meter, total: int, **subject: str):
-        """
-        Args:
-            out_dir: claimed folder.
-            total: points that will be asked for, at most.
-            subject: what is measured; points of another are not taken up.
-
-        Raises:
-            UserError: the folder has points of another subject.
-        """
-        self.path, self.meter = Path(out_dir) / self.FILE, meter
-        with process_groups.raise_on_all_ranks():
-            found = [self._read(subject) if process_groups.rank() == 0 else {}]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        self.found = found[0]
-        if self.found:
-            process_groups.log(f"depth: going on after {len(self.found)} points")
-        self.measured = 0
-        self.progress = process_groups.Progress("depth", max(0, total - len(self.found)), "points")
-
-    def _read(self, subject: dict) -> dict[tuple[int, ...], dict]:
-        if not self.path.is_file():
-            run_folder.replace_text(self.path, json.dumps(subject) + "\n")
-            run_folder.replace_text(
-                self.path.with_name("latest"), self.FILE
-            )  # the folder stays when the run ends early
-            return {}
-        whole, _, cut = self.path.read_text().rpartition("\n")
-        try:
-            first, *lines = [json.loads(line) for line in whole.splitlines()]
-            found = {tuple(point["dropped"]): point for point in lines}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path} is damaged ({type(error).__name__}: {error}): remove its folder and study again."
-            ) from error
-        if first != subject:
-            raise UserError(
-                f"{self.path} has points of another model, text or questions: choose another out_dir, or remove it."
-            )
-        if cut:  # the run ended while it wrote this
-            run_folder.replace_text(self.path, whole + "\n")
-        return found
-
-    def __call__(self, dropped: Sequence[int]) -> dict:
-        """The point without these blocks, measured unless it was before (collective); the same on every rank."""
-        if tuple(dropped) not in self.found:
-            point = [self.meter(dropped)]
-            if dist.is_initialized():
-                dist.broadcast_object_list(point, src=0)  # what is decided must not hang on a rank's last bit
-            if process_groups.rank() == 0:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(point[0]) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            self.found[tuple(dropped)] = point[0]
-            self.measured += 1
-            self.progress.update(self.measured)
-        return self.found[tuple(dropped)]
-
-
 def run(config: DepthRun) -> None:
-    """A study from its checkpoint to its finished folder, or from where a stopped one ended (collective).
+    """Run a study or resume an interrupted one (collective).
 
     Raises:
-        UserError: see `study.problems`, `evaluate.windows`, `choices.read`, `scores.load_scores` and `checkpoint.claimed`.
+        UserError: see `study.problems`, `perplexity.windows`, `multiple_choice.read`, `scores.load_scores` and
+            `run_folder.claim_run_folder`.
     """
     settings = config.depth
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
@@ -114,30 +45,31 @@ def run(config: DepthRun) -> None:
     length = ranges.positions("depth.sequence_length", settings.sequence_length, model=arch.max_positions)
     refuse([*study.problems(config, blocks), *length])
     with process_groups.raise_on_all_ranks():
-        words = open_tokenizer(config.data, source.hf, arch.vocab)
-        windows = _windows(config, words)
+        tokenizer = open_tokenizer(config.data, source.hf, arch.vocab)
+        windows = _windows(config, tokenizer)
         questions = read(settings.choices, settings.limit, Limits.of(config.data)) if settings.choices else []
         cosines = _cosines(config, source)
     with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
-        scorer = MultipleChoice(model, arch, questions, words, settings.micro_batch) if questions else None
-        points = Points(
+        scorer = MultipleChoice(model, arch, questions, tokenizer, settings.micro_batch) if questions else None
+        points = PointLog(
             config.out_dir,
-            Meter(model, arch, windows, settings.micro_batch, scorer),
-            study.count(settings, blocks),
+            RemovalEvaluator(model, arch, windows, settings.micro_batch, scorer),
+            study.max_points(settings, blocks),
             model=source.fingerprint,
             data=_digest(windows, questions),
         )
-        ranked = study.ranking(settings.metric, cosines, len(questions))
+        rank = study.make_ranking(settings.metric, cosines, len(questions))
         baseline = points([])
         sweep = [
             {"size": size, "first": dropped[0]} | points(dropped)
-            for size in study.swept(settings, blocks)
-            for dropped in study.runs(blocks, size)
+            for size in study.sweep_sizes(settings, blocks)
+            for dropped in study.contiguous_runs(blocks, size)
         ]
-        chosen = study.decide(settings, blocks, points, ranked)
+        chosen = study.choose(settings, blocks, points, rank)
         chance = scorer.chance if scorer else None
-        found = {
+        results = {
+            "format_version": FORMAT_VERSION,
             "model": source.fingerprint,
             "metric": settings.metric.value,
             "kind": settings.kind.value,
@@ -150,21 +82,19 @@ def run(config: DepthRun) -> None:
             "drop": {str(row["size"]): row["dropped"] for row in chosen if row["taken"]},
         }
         if process_groups.rank() == 0:
-            warnings = study.warnings(chosen, settings.metric, ranked, chance, len(questions))
-            _write(Path(config.out_dir), found, list(warnings))
+            warnings = study.warnings(chosen, settings.metric, rank, chance, len(questions))
+            _write(Path(config.out_dir), results, list(warnings))
         run_folder.finish(config.out_dir)
 
 
-def _windows(config: DepthRun, words: Tokenizer) -> perplexity.Windows:
-    """Those of all held-out files, of each as many as asked for, spread evenly over it."""
+def _windows(config: DepthRun, tokenizer: Tokenizer) -> perplexity.Windows:
+    """depth.windows windows of each held-out file, spread evenly over it."""
     if not config.data.heldout:
         raise UserError("data.heldout is empty: give text files, data.heldout=[a.jsonl,b.txt].")
     parts = []
     for path in config.data.heldout:
-        found = perplexity.windows(path, words, config.depth.sequence_length, Limits.of(config.data))
-        kept = torch.arange(min(config.depth.windows, len(found.tokens)))
-        kept = kept * len(found.tokens) // len(kept)
-        parts.append([column[kept] for column in found])
+        windows = perplexity.windows(path, tokenizer, config.depth.sequence_length, Limits.of(config.data))
+        parts.append(perplexity.spread(windows, config.depth.windows))
     return perplexity.Windows(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -181,26 +111,21 @@ def _digest(windows: perplexity.Windows, questions: Sequence[Question]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _write(out_dir: Path, found: dict, warnings: Sequence[str]) -> None:
-    tables.write_json(out_dir / study.FILE, found)
-    depth_plots.plot_depth(found, out_dir / "depth.png")
-    full = {"drop": 0, "kind": "the whole model"} | found["baseline"]
-    shown = [name for name in study.FIGURES if name != "accuracy" or found["questions"]]
+def _write(out_dir: Path, results: dict, warnings: Sequence[str]) -> None:
+    """Write depth.json and depth.png, and print the table."""
+    tables.write_json(out_dir / study.FILE, results)
+    depth_plots.plot_depth(results, out_dir / "depth.png")
+    full = {"drop": 0, "kind": "full model"} | results["baseline"]
+    shown = [name for name in study.FIGURES if name != "accuracy" or results["questions"]]
     rows = [{key: value for key, value in full.items() if value is not None}]
-    rows += [
-        {
-            "drop": row["size"],
-            "kind": row["kind"],
-            "taken": "*" if row["taken"] else "",
-            "blocks": spans(row["dropped"]),
-        }
-        | {name: row[name] for name in shown}
-        for row in found["chosen"]
-    ]
-    notes = [f"figures: {out_dir}/{study.FILE}", f"picture: {out_dir}/depth.png", *warnings]
-    if found["questions"]:
-        error = (0.25 / found["questions"]) ** 0.5
-        notes.insert(
-            0, f"accuracy on {found['questions']} questions: standard error {error:.3f}, chance {found['chance']:.3f}"
-        )
-    tables.table(f"depth by {found['metric']}, {found['tokens']:,} tokens, {len(found['sweep'])} runs", rows, notes)
+    for row in results["chosen"]:
+        mark, blocks = "*" if row["taken"] else "", format_ranges(row["dropped"])
+        rows.append({"drop": row["size"], "kind": row["kind"], "chosen": mark, "blocks": blocks})
+        rows[-1] |= {name: row[name] for name in shown}
+    notes = [f"figures: {out_dir}/{study.FILE}", f"plot: {out_dir}/depth.png", *warnings]
+    if count := results["questions"]:
+        error = study.standard_error(0.5, count)
+        notes.insert(0, f"accuracy on {count} questions: standard error {error:.3f}, chance {results['chance']:.3f}")
+    tables.table(
+        f"depth by {results['metric']}, {results['tokens']:,} tokens, {len(results['sweep'])} runs", rows, notes
+    )

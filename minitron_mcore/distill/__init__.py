@@ -1,1 +1,1 @@
-"""Distillation: the losses, the frozen teacher that hands over hidden states, the training loop."""
+"""Distillation: the losses, the frozen teacher and its hidden states, the training loop."""

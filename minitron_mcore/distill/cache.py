@@ -1,9 +1,9 @@
-"""A teacher's answers on disk: what it says of every token of a run's samples, written once and read by any number of students.
+"""A cache of a teacher's outputs for every token of a run's samples, written once and read by any number of students.
 
 out_dir/
-  index.json                   what all this is of: the teacher, the order of samples; and, written last, every file's hash
+  index.json                   the teacher, the order of samples, and, written last, the hash of every file
   samples_0000000.safetensors  file n: samples n * F .. (n + 1) * F of the order, each tensor [F, S, ...]
-  head.safetensors             the teacher's output head [V, H] without padding, where hidden states are kept
+  head.safetensors             the teacher's output head [V, H] without padding, for hidden states only
   hf/                          its config and tokenizer files
 
     kind          of each token                                                              bytes
@@ -13,7 +13,7 @@ out_dir/
     hidden        the final norm's output [H] in the run's dtype                             2 H in bf16
     hidden_int8   the same in 255 steps, and their size                                      H + 4
 
-What is read of topk is scaled to a sum of 1. Nothing here depends on the layout that wrote it.
+Probabilities of topk are normalized to a sum of 1 when read. The files do not depend on the layout that wrote them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,14 +37,14 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import check_format_version, read_json
 
 INDEX, HEAD = "index.json", "head.safetensors"
 STEP = 2.0**-11  # nats
 
 
 def pack_top(ids: Tensor, log_probs: Tensor, vocab: int) -> dict[str, Tensor]:
-    """What a file keeps of ids [..., k] and log-probabilities [..., k + 1]."""
+    """Tensors of a file for ids [..., k] and log-probabilities [..., k + 1]."""
     packed = {"ids": (ids & 0xFFFF).to(torch.uint16)}
     if vocab > 1 << 16:
         packed["ids_high"] = (ids >> 16).to(torch.uint8)
@@ -52,7 +52,7 @@ def pack_top(ids: Tensor, log_probs: Tensor, vocab: int) -> dict[str, Tensor]:
 
 
 def unpack_top(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(ids int64, log-probabilities fp32) of `pack_top`, the latter of a sum of 1."""
+    """(ids int64, normalized log-probabilities fp32) of `pack_top`."""
     ids = packed["ids"].long()
     if "ids_high" in packed:
         ids += packed["ids_high"].long() << 16
@@ -60,7 +60,7 @@ def unpack_top(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def pack_hidden(hidden: Tensor, kind: CacheKind) -> dict[str, Tensor]:
-    """What a file keeps of hidden states [..., H]."""
+    """Tensors of a file for hidden states [..., H]."""
     if kind == CacheKind.hidden:
         return {"hidden": hidden}
     scale = hidden.float().abs().amax(-1) / 127
@@ -79,7 +79,7 @@ def file_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class Cache(Checkpoint):
-    """An opened cache. It stands for its teacher, whose path, weights' name and lineage it has; the files are in `folder`."""
+    """An opened cache in `folder`. As a Checkpoint it has the path, architecture, fingerprint and lineage of its teacher."""
 
     folder: Path
     index: dict
@@ -97,7 +97,7 @@ class Cache(Checkpoint):
         return CacheKind(self.index["kind"])
 
     def problems(self, student: Architecture, config: DistillConfig) -> Iterable[str]:
-        """Why a run can't be taught from it."""
+        """Reasons why a run cannot use the cache."""
         index = self.index
         if config.sequence_length != index["sequence_length"]:
             yield (
@@ -112,11 +112,11 @@ class Cache(Checkpoint):
             )
         if config.teacher_ranks or config.teacher_parallel:
             yield (
-                f"distill.teacher_ranks or .teacher_parallel is given, but the teacher cache {self.folder} needs no ranks and has "
-                "no layout: give 0 and null."
+                f"distill.teacher_ranks or .teacher_parallel is set, but the teacher cache {self.folder} has no ranks or "
+                "layout: give 0 and null."
             )
         if self.kind == CacheKind.topk:
-            yield from checks.given(index["top_k"], config.divergence, config.top_k, config.temperature)
+            yield from checks.top_k_teacher(index["top_k"], config)
             if student.vocab < self.arch.vocab:
                 yield (
                     f"the student's vocabulary has {student.vocab} tokens, but the teacher cache {self.folder} has "
@@ -124,21 +124,17 @@ class Cache(Checkpoint):
                 )
 
     def check(self, prefixes: Sequence[str], weights: Sequence[float] | None, seed: int, num_samples: int) -> None:
-        """Refuse text in another order than the cache is of, and files that are not what was written (collective).
-
-        Args:
-            num_samples: of the run, whose files are read from first to last.
+        """Check the order of the run's samples, and the hashes of the files of its first `num_samples` (collective).
 
         Raises:
-            UserError: either.
+            UserError: another order; a missing or changed file.
         """
         index = self.index
-        samples = {"sequence_length": index["sequence_length"], "num_samples": index["samples"]}
-        found = datasets.order_hash(prefixes, weights, seed=seed, **samples)
-        if found != index["order"]:
+        order = datasets.SampleOrder(prefixes, weights, seed, index["sequence_length"], index["samples"]).digest()
+        if order != index["order"]:
             raise UserError(
                 f"the teacher cache {self.folder} is of the samples {index['order']} of {', '.join(index['data'])} with data.seed "
-                f"{index['seed']}, but this run's data.train and data.seed {seed} give {found}: give the same, or write "
+                f"{index['seed']}, but this run's data.train and data.seed {seed} give {order}: give the same, or write "
                 "another cache."
             )
         files = [file_name(n) for n in range(-(-min(num_samples, index["samples"]) // index["file_samples"]))]
@@ -155,27 +151,28 @@ class Cache(Checkpoint):
             )
 
     def _verify(self, name: str) -> None:
-        path, remedy = self.folder / name, "run the same launch/teacher_cache.py command again, which writes it anew."
+        path, remedy = self.folder / name, "run the same launch/teacher_cache.py command again, which rewrites it."
         if not path.is_file():
             raise UserError(f"{path} of the teacher cache is missing: {remedy}")
         if disk.sha256(path) != self.index["files"][name]:
-            raise UserError(f"{path} of the teacher cache is not what was written: {remedy}")
+            raise UserError(f"{path} of the teacher cache was changed after it was written: {remedy}")
 
 
 def open_teacher(path: str | Path) -> Checkpoint:
-    """The checkpoint of a teacher, or the cache of one.
+    """Open a teacher's checkpoint or cache.
 
     Raises:
-        UserError: see `checkpoint.open_checkpoint`; a cache that is not whole, or whose index can't be read.
+        UserError: see `run_folder.open_checkpoint`; an incomplete cache; a damaged index.
     """
     path = Path(path)
     if not (path / INDEX).is_file():
         return run_folder.open_checkpoint(path, "teacher")
     try:
         index = read_json(path / INDEX, "write the teacher cache again")
-        teacher, wanted = index["teacher"], -(-index["samples"] // index["file_samples"])
+        check_format_version(index, path / INDEX, "write the teacher cache again")
+        teacher, num_files = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = Architecture(**index["architecture"])
-        found = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
+        cache = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
         written = sum(name != HEAD for name in index["files"])
         if not min(index["samples"], index["file_samples"], index["sequence_length"]) > 0:
             raise ValueError("its counts are not positive")
@@ -183,45 +180,48 @@ def open_teacher(path: str | Path) -> Checkpoint:
         raise UserError(
             f"{path / INDEX} is damaged ({type(error).__name__}: {error}): write the teacher cache again."
         ) from error
-    if written < wanted:
+    if written < num_files:
         raise UserError(
-            f"the teacher cache {path} is not whole: run the same launch/teacher_cache.py command again, which goes on."
+            f"the teacher cache {path} is incomplete: run the same launch/teacher_cache.py command again to resume it."
         )
-    return found
+    return cache
 
 
 class CachedTeacher:
-    """What `teacher.Teacher` is to a trainer, from a cache: each last-stage rank reads of each sample its own share of the
-    positions; other ranks read nothing."""
+    """What `teacher.Teacher` is to a trainer. Each last-stage rank reads its own positions of each sample; other ranks read
+    nothing."""
 
     def __init__(self, cache: Cache, student: Architecture, parallel: ParallelConfig):
-        # Taken here, since the current CUDA device is one of each thread, and `_read` runs in another.
+        # Read here: the current CUDA device belongs to a thread, and `_read` runs in another.
         self.cache, self.routes, self.device = cache, [], process_groups.device()
-        shared = replace(parallel, sequence=parallel.sequence and cache.kind != CacheKind.topk)
-        positions = schedule.positions(cache.index["sequence_length"], shared, process_groups.place())
+        sharded = replace(parallel, sequence=parallel.sequence and cache.kind != CacheKind.topk)
+        positions = schedule.positions(cache.index["sequence_length"], sharded, process_groups.place())
         breaks = (positions.diff() != 1).nonzero().flatten() + 1
         self.runs = [(part[0].item(), part[-1].item() + 1) for part in positions.tensor_split(breaks.cpu())]
         last = process_groups.is_last_stage() and cache.kind != CacheKind.topk
         self.head: Tensor | None = self._head(student) if last else None
 
     def _head(self, student: Architecture) -> Tensor:
-        """The rows that go with this rank's of the student's head (see `teacher.cut_head`)."""
+        """This rank's rows [V_r, H] of the teacher's head, sharded as the student's (see `teacher.cut_head`)."""
         tp = process_groups.tp_group()
         with safe_open(self.cache.folder / HEAD, "pt") as file:
             rows = parameter_table.padded_vocab(student, tp.size()) // tp.size()
             first, end = (min(n * rows, self.cache.arch.vocab) for n in (tp.rank(), tp.rank() + 1))
-            found = file.get_slice("head")[first:end]
-        head = found.new_zeros(rows, self.cache.arch.hidden)
-        head[: len(found)] = found
+            own = file.get_slice("head")[first:end]
+        head = own.new_zeros(rows, self.cache.arch.hidden)
+        head[: len(own)] = own
         return head.to(self.device)
 
     def add_teacher_outputs(self, batches: Sequence[Batch]) -> Iterable[Batch]:
-        """A step's micro-batches, on last-stage ranks with "teacher_hidden" [S_r, B, H] or with "teacher_ids" [S / CP, B, k] and
-        "teacher_log_probs" [S / CP, B, k + 1]; the next one is read while one is used."""
+        """A step's micro-batches, with the cache's entries on last-stage ranks; the next one is read while one is used.
+
+        Entries: "teacher_hidden" [S_r, B, H], or "teacher_ids" [S / CP, B, k] and "teacher_log_probs" [S / CP, B, k + 1].
+        """
         if not process_groups.is_last_stage():
             return batches
         jobs = (partial(self._read, batch["samples"].tolist()) for batch in batches)
-        return (batch | found for batch, found in zip(batches, process_groups.ahead(jobs, threads=1), strict=True))
+        read = process_groups.prefetch(jobs, threads=1)
+        return (batch | outputs for batch, outputs in zip(batches, read, strict=True))
 
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         samples = [self._sample(row) for row in rows]
@@ -233,7 +233,7 @@ class CachedTeacher:
         return {"teacher_hidden": unpack_hidden(packed, self.head.dtype)}
 
     def _sample(self, row: int) -> dict[str, Tensor]:
-        """Own positions of a sample, [S_r, ...] each."""
+        """This rank's positions of a sample, [S_r, ...] each."""
         number, place = divmod(row, self.cache.index["file_samples"])
         with safe_open(self.cache.folder / file_name(number), "pt") as file:
             names = file.keys()

@@ -1,4 +1,4 @@
-"""Writes a teacher's cache (see `cache`): forward passes over a run's samples in any layout."""
+"""Writes a teacher's cache (see `cache`) by forward passes over a run's samples, in any layout."""
 
 import json
 import math
@@ -11,38 +11,38 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore.checkpoint import disk, run_folder, streaming
+from minitron_mcore.checkpoint import disk, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.data import datasets
 from minitron_mcore.distill import cache, checks, tile_sizes
+from minitron_mcore.distill.teacher import read_head
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.models import build, parameter_table
+from minitron_mcore.models import build
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, read_json
 from minitron_mcore.reporting import tables
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
 
 
 def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
-    """Write the cache of `teacher` into `config.out_dir`, or go on where a stopped run ended (collective).
+    """Write the cache of `teacher` into `config.out_dir`, or resume a stopped run (collective).
 
     Raises:
-        UserError: see `problems`, `data.prepare`, `data.ordered` and `checkpoint.claimed`; a folder with a cache of another teacher
-            or text.
+        UserError: see `checks.cache_problems`, `datasets.prepare` and `run_folder.claim_run_folder`; a folder with a cache of
+        another
+            teacher or text.
     """
-    refuse(checks.cache(config, teacher.arch))
+    refuse(checks.cache_problems(config, teacher.arch))
     with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
-        samples = {"seed": config.data.seed, "sequence_length": config.sequence_length, "num_samples": config.samples}
-        recording = CacheWriter(config, teacher, datasets.order_hash(prefixes, weights, **samples))
-        rows = recording.run(
-            datasets.ordered(prefixes, weights, cache=config.data.cache, vocab_size=teacher.arch.vocab, **samples)
-        )
+        order = datasets.SampleOrder(prefixes, weights, config.data.seed, config.sequence_length, config.samples)
+        writer = CacheWriter(config, teacher, order.digest())
+        rows = writer.run(datasets.Samples(order, config.data.cache, teacher.arch.vocab))
     run_folder.finish(config.out_dir)
     tables.table(
         f"teacher cache of {teacher.path}",
@@ -52,14 +52,15 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
 
 
 class CacheWriter:
-    """One cache in the making. A file is written by one rank: of its data-parallel replica, the last stage's first."""
+    """Writes one cache. Each data-parallel replica writes a file at a time, from its last stage's first rank."""
 
     def __init__(self, config: TeacherCacheRun, teacher: Checkpoint, order: str):
-        """Begin the index, or read what it begins with (collective)."""
+        """Write the index without hashes, or check the one of a stopped run (collective)."""
         self.config, self.teacher, self.out_dir = config, teacher, Path(config.out_dir)
         arch, self.kind = teacher.arch, config.kind
         self.bytes_a_token = checks.cache_bytes(self.kind, config.top_k, arch.vocab, arch.hidden, self._dtype.itemsize)
         self.index = {
+            "format_version": FORMAT_VERSION,
             "kind": str(self.kind),
             "top_k": config.top_k if self.kind == CacheKind.topk else None,
             "dtype": str(config.dtype),
@@ -76,73 +77,78 @@ class CacheWriter:
             "files": {},
         }
         with process_groups.raise_on_all_ranks():
-            found = [self._begin() if process_groups.rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0)
+            state = [self._begin_index() if process_groups.rank() == 0 else None]
+        dist.broadcast_object_list(state, src=0)
         self.hashes: dict[str, str] = {}
-        """Of the files that this rank has written, and of its share of those that a stopped run left whole."""
-        self.pending = self._look(*found[0])
+        """Of the files that this rank has written, and of its share of a stopped run's complete files."""
+        self.pending = self._find_pending(*state[0])
 
     @property
     def _dtype(self) -> torch.dtype:
         return build.DTYPES[self.config.dtype.value]
 
-    def _begin(self) -> tuple[list[str], dict[str, str]]:
-        """Files that are there, and the hashes that the index of a finished cache has of them."""
-        path, begun = self.out_dir / cache.INDEX, json.loads(json.dumps(self.index))
+    def _begin_index(self) -> tuple[list[str], dict[str, str]]:
+        """Existing files, and the hashes in the index of a finished cache."""
+        path, index = self.out_dir / cache.INDEX, json.loads(json.dumps(self.index))
         if not path.is_file():
             run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
-            run_folder.replace_text(path, json.dumps(begun, indent=1))
-            run_folder.replace_text(self.out_dir / "latest", cache.INDEX)  # the folder stays when the run ends early
-        held = read_json(path, "remove the folder, and write the teacher cache again")
-        known = held.pop("files", {})
-        if held != {key: value for key, value in begun.items() if key != "files"}:
+            run_folder.replace_text(path, json.dumps(index, indent=1))
+            run_folder.replace_text(self.out_dir / "latest", cache.INDEX)  # keeps the folder if the run stops early
+        remedy = "remove the folder, and write the teacher cache again"
+        existing = read_json(path, remedy)
+        check_format_version(existing, path, remedy)
+        existing["format_version"] = FORMAT_VERSION
+        hashes = existing.pop("files", {})
+        if existing != {key: value for key, value in index.items() if key != "files"}:
             raise UserError(
-                f"{self.out_dir} has a cache of another teacher or of other text, begun by the same command: choose another "
+                f"{self.out_dir} has a cache of another teacher or of other text, from the same command: choose another "
                 "out_dir, or remove it."
             )
-        return sorted(file.name for file in self.out_dir.glob("*.safetensors")), known
+        return sorted(file.name for file in self.out_dir.glob("*.safetensors")), hashes
 
-    def _look(self, files: list[str], known: dict[str, str]) -> list[int]:
-        """Numbers of the files that are to be written (collective)."""
+    def _find_pending(self, files: list[str], hashes: dict[str, str]) -> list[int]:
+        """Numbers of the files to be written; sets `hashes` and `has_head` (collective)."""
         own = files[process_groups.rank() :: dist.get_world_size()]
-        found = {name: disk.sha256(self.out_dir / name) for name in own}
-        self.hashes = {name: digest for name, digest in found.items() if known.get(name, digest) == digest}
-        whole = self._all_hashes()
+        digests = {name: disk.sha256(self.out_dir / name) for name in own}
+        self.hashes = {name: digest for name, digest in digests.items() if hashes.get(name, digest) == digest}
+        complete = self._all_hashes()
         numbers = range(math.ceil(self.config.samples / self.config.file_samples))
-        if len(whole) and process_groups.rank() == 0:
-            process_groups.log(f"going on after {len(whole)} whole files of {self.out_dir}")
-        self.has_head = self.kind == CacheKind.topk or cache.HEAD in whole
-        return [n for n in numbers if cache.file_name(n) not in whole]
+        if complete and process_groups.rank() == 0:
+            process_groups.log(f"resuming after {len(complete)} complete files of {self.out_dir}")
+        self.has_head = self.kind == CacheKind.topk or cache.HEAD in complete
+        return [n for n in numbers if cache.file_name(n) not in complete]
 
     def _all_hashes(self) -> dict[str, str]:
         """Of all ranks (collective)."""
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, self.hashes)
-        return {name: digest for part in every for name, digest in sorted(part.items())}
+        by_rank = [None] * dist.get_world_size()
+        dist.all_gather_object(by_rank, self.hashes)
+        return {name: digest for part in by_rank for name, digest in sorted(part.items())}
 
     def run(self, dataset) -> list[dict]:
-        """Write what is pending of a dataset of `data.ordered`, then the index; rows for a table (collective)."""
+        """Write the pending files of a dataset of `datasets.Samples`, then the index; rows for a table (collective)."""
         config, dp = self.config, process_groups.dp_group()
         if self.pending:
             model = run_folder.build_model(
                 self.teacher, config.parallel, config.dtype.value, config.performance.frozen()
             )
         if not self.has_head and process_groups.rank() == 0:
-            self._write(cache.HEAD, {"head": self._head()})
+            head = read_head(self.teacher, 0, self.teacher.arch.vocab)
+            self._write(cache.HEAD, {"head": head.to(self._dtype)})
         rows = [
             range(n * config.file_samples, min((n + 1) * config.file_samples, config.samples)) for n in self.pending
         ]
         progress, done = process_groups.Progress("teacher cache", sum(map(len, rows)), "samples"), 0
         for at in range(0, len(rows), dp.size()):
             files = rows[at : at + dp.size()]
-            # All make as many passes (experts need them all): what a file lacks is filled up, a rank without one takes another's.
+            # All replicas make the same number of passes, since they share experts: shorter files repeat their last sample, and
+            # a replica without a file processes another's and discards the result.
             size = max(math.ceil(len(file) / config.micro_batch) * config.micro_batch for file in files)
             own = files[min(dp.rank(), len(files) - 1)]
-            filled = [own[min(i, len(own) - 1)] for i in range(size)]
-            answers = self._answers(model, dataset, filled)
-            if answers and dp.rank() < len(files):
+            padded = [own[min(i, len(own) - 1)] for i in range(size)]
+            outputs = self._outputs(model, dataset, padded)
+            if outputs and dp.rank() < len(files):
                 name = cache.file_name(self.pending[at + dp.rank()])
-                self._write(name, {key: tensor[: len(own)] for key, tensor in answers.items()})
+                self._write(name, {key: tensor[: len(own)] for key, tensor in outputs.items()})
             done += sum(map(len, files))
             progress.update(done)
         files = self._all_hashes()
@@ -161,30 +167,24 @@ class CacheWriter:
         self.hashes[name] = disk.sha256(part)
         os.replace(part, self.out_dir / name)
 
-    def _head(self) -> Tensor:
-        arch = self.teacher.arch
-        name = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
-        parameter = next(parameter for parameter in parameter_table.parameters(arch) if parameter.name == name)
-        return streaming.Reader(self.teacher).read(parameter, (0, 0), parameter.shape).to(self._dtype)
-
-    def _answers(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
-        """What a file keeps of these samples, [F, S, ...] each, on the rank that writes it; nothing elsewhere."""
+    def _outputs(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors [F, S, ...] of a file with these samples, on the rank that writes it; empty elsewhere (collective)."""
         size = self.config.micro_batch
-        batches = [datasets.batch_of(dataset, rows[at : at + size]) for at in range(0, len(rows), size)]
+        batches = [dataset.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
         parts: list[dict[str, Tensor]] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:
-            packed = self._packed(model, hidden)
+            packed = self._pack(model, hidden)
             if process_groups.tp_group().rank() == 0:
-                parts.append({name: _whole(tensor) for name, tensor in packed.items()})
+                parts.append({name: _gather_sequence(tensor) for name, tensor in packed.items()})
 
         schedule.forward(model, batches, keep)
         if not parts or process_groups.cp_group().rank():
             return {}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _packed(self, model: build.Model, hidden: Tensor) -> dict[str, Tensor]:
-        """What is kept of the final norm's output [S_r, B, H]: [S / CP, B, ...], the same on all tensor-parallel ranks."""
+    def _pack(self, model: build.Model, hidden: Tensor) -> dict[str, Tensor]:
+        """Packed tensors [S / CP, B, ...] of the final norm's output [S_r, B, H], the same on all tensor-parallel ranks."""
         group = process_groups.tp_group()
         if model.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
@@ -193,43 +193,46 @@ class CacheWriter:
         head, vocab = model.head(), self.teacher.arch.vocab
         first = group.rank() * len(head)
         head, flat = head[: max(0, vocab - first)], hidden.flatten(0, 1)
-        size = tile_sizes.chunk_tokens(len(flat), 4 * max(1, len(head)), flat.device.type)
-        found = [largest(part @ head.t(), self.config.top_k, first, group) for part in flat.split(size)]
-        ids, log_probs = (torch.cat(parts).unflatten(0, hidden.shape[:2]) for parts in zip(*found, strict=True))
+        budget = tile_sizes.CHUNK_BYTES[flat.device.type]
+        size = tile_sizes.chunk_tokens(len(flat), 4 * max(1, len(head)), budget)
+        chunks = [top_k_log_probs(part @ head.t(), self.config.top_k, first, group) for part in flat.split(size)]
+        ids, log_probs = (torch.cat(parts).unflatten(0, hidden.shape[:2]) for parts in zip(*chunks, strict=True))
         return cache.pack_top(ids, log_probs, vocab)
 
 
-def largest(logits: Tensor, k: int, first: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The k largest of the whole vocabulary, largest first, of a softmax whose entries `first` on are this rank's logits [T, V_r]
-    (collective).
+def top_k_log_probs(logits: Tensor, k: int, first: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The k largest entries of the softmax over the whole vocabulary, in descending order (collective over `group`).
+
+    Args:
+        logits: [T, V_r], this rank's entries first .. first + V_r; overwritten if they are fp32.
 
     Returns:
-        ids [T, k] int64 and log-probabilities [T, k + 1], the last the tail's, on all ranks.
+        ids [T, k] int64 and log-probabilities [T, k + 1] fp64, the last the tail's, the same on all ranks.
     """
     logits = logits.float()
     values, places = logits.topk(min(k, logits.shape[1]))
     tail = logits.scatter_(1, places, -math.inf).logsumexp(1, keepdim=True)
     missing = k - values.shape[1]
     values = torch.nn.functional.pad(values, (0, missing), value=-math.inf)
-    values, tail = (_gathered(x.double(), group) for x in (values, tail))
-    ids = _gathered(torch.nn.functional.pad(places + first, (0, missing)), group)
+    values, tail = (_gather_columns(x.double(), group) for x in (values, tail))
+    ids = _gather_columns(torch.nn.functional.pad(places + first, (0, missing)), group)
     top = values.topk(k)
     rest = torch.cat((values.scatter(1, top.indices, -math.inf), tail), 1).logsumexp(1, keepdim=True)
     entries = torch.cat((top.values, rest), 1)
     return ids.gather(1, top.indices), entries.log_softmax(1)
 
 
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T, n] of every rank, side by side."""
+def _gather_columns(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[T, n] of each rank -> [T, n * TP]."""
     return torch.cat(process_groups.all_gather(x, group).chunk(group.size()), 1)
 
 
-def _whole(part: Tensor) -> Tensor:
-    """[S / CP, B, ...] of every context-parallel rank -> [B, S, ...] on the CPU (collective over them)."""
+def _gather_sequence(part: Tensor) -> Tensor:
+    """[S / CP, B, ...] of each context-parallel rank -> [B, S, ...] on the CPU (collective over them)."""
     group = process_groups.cp_group()
-    length, cut = len(part) * group.size(), ParallelConfig(context=group.size())
-    positions = schedule.positions(length, cut, process_groups.place()).to(part.device)
-    # As bytes, which any backend carries and any device sorts.
+    length, parallel = len(part) * group.size(), ParallelConfig(context=group.size())
+    positions = schedule.positions(length, parallel, process_groups.place()).to(part.device)
+    # As bytes: every backend supports them, and every device can index them.
     rows = part.contiguous().flatten(1).view(torch.uint8)
     order, rows = process_groups.all_gather(positions, group), process_groups.all_gather(rows, group)
     whole = rows[order.argsort()].view(part.dtype).unflatten(1, part.shape[1:])

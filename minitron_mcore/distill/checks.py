@@ -1,4 +1,4 @@
-"""What a training run must keep. No torch import."""
+"""Checks of a training run's config against its models and layout. No torch import."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,23 +6,24 @@ from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import DistillConfig, Divergence, HiddenStateLossConfig, ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.distill import vocabulary
+from minitron_mcore.distill.loss_config import LossConfig
 from minitron_mcore.models import sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
 
 EMBEDDINGS = -1
-"""In a pair of blocks: what the embedding table puts out, which is what block 0 takes in."""
+"""In a pair of blocks: the embedding table's output, which is block 0's input."""
 
 Route = tuple[int, int, int]
-"""A teacher's block, the pipeline rank of the teacher that has it, the pipeline rank of the student that wants it."""
+"""(teacher's block, the teacher's pipeline rank that computes it, the student's pipeline rank that needs it)."""
 
-NOT_APART = "distill.teacher_ranks is for launch/distill.py: give 0 here."
+NO_TEACHER_RANKS = "distill.teacher_ranks is for launch/distill.py: give 0 here."
 
 
 def state_pairs(student: Architecture, teacher: Architecture, config: HiddenStateLossConfig) -> list[tuple[int, int]]:
-    """(student's block, teacher's block) whose outputs are compared; none with weight 0."""
-    last = [[student.blocks - 3, teacher.blocks - 3]]
-    blocks = last if config.pairs is None else config.pairs
+    """(student's block, teacher's block) whose outputs are compared; empty with weight 0."""
+    default = [[student.blocks - 3, teacher.blocks - 3]]
+    blocks = default if config.pairs is None else config.pairs
     return [(EMBEDDINGS, EMBEDDINGS)] * config.embeddings + [(s, t) for s, t in blocks] if config.weight else []
 
 
@@ -31,18 +32,18 @@ def state_routes(
     teacher: Architecture,
     pairs: Sequence[tuple[int, int]],
     parallel: ParallelConfig,
-    other: ParallelConfig | None = None,
+    teacher_parallel: ParallelConfig | None = None,
 ) -> Iterator[Route]:
-    """The route of each pair; `other`: the teacher's layout, where it is not the student's."""
-    for own, theirs in pairs:
-        source = sharding.block_rank(teacher, other or parallel, max(theirs, 0))
-        yield theirs, source, sharding.block_rank(student, parallel, max(own, 0))
+    """The route of each pair; `teacher_parallel`: the teacher's layout, if it is not the student's."""
+    for block, teacher_block in pairs:
+        source = sharding.block_rank(teacher, teacher_parallel or parallel, max(teacher_block, 0))
+        yield teacher_block, source, sharding.block_rank(student, parallel, max(block, 0))
 
 
 def state_problems(
     student: Architecture, teacher: Architecture | None, config: HiddenStateLossConfig, kd_weight: float
 ) -> Iterator[str]:
-    """Pairs of blocks that are not there, or no pair at all; a ratio to nothing."""
+    """Problems of the hidden-state loss: weight, dynamic weight, missing teacher, blocks that do not exist, no pair."""
     if config.weight == 0:
         return
     if not 0 < config.weight < float("inf"):
@@ -60,8 +61,8 @@ def state_problems(
         return
     if config.pairs is None and min(student.blocks, teacher.blocks) < 3:
         yield (
-            f"a student of {student.blocks} and a teacher of {teacher.blocks} blocks have no last block but two each: "
-            "give distill.hidden_state_loss.pairs=[[student's block, teacher's block]]."
+            f"a student of {student.blocks} and a teacher of {teacher.blocks} blocks do not both have a third block from the "
+            "end: give distill.hidden_state_loss.pairs=[[student's block, teacher's block]]."
         )
     if not (config.pairs is None or config.pairs or config.embeddings):
         yield "distill.hidden_state_loss.pairs and .embeddings are empty: give a pair of blocks, or weight 0."
@@ -81,7 +82,7 @@ def state_problems(
 def teacher_problems(
     teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
-    """A layout of its own that doesn't fit the teacher or the ranks of the student, or that is nobody's."""
+    """Problems of the teacher's own layout with the teacher and the number of ranks."""
     if config.teacher_parallel is None and not config.teacher_ranks:
         return
     if teacher is None:
@@ -89,21 +90,20 @@ def teacher_problems(
         return
     own = config.teacher_parallel or parallel
     world = config.teacher_ranks or dp_size * parallel.tensor * parallel.pipeline * parallel.context
-    found = list(layout.problems(own, world, config.sequence_length)) or list(sharding.model_problems(teacher, own))
-    yield from (f"distill.teacher_parallel: {problem}" for problem in found)
+    problems = list(layout.problems(own, world, config.sequence_length)) or sharding.model_problems(teacher, own)
+    yield from (f"distill.teacher_parallel: {problem}" for problem in problems)
 
 
 def problems(
     student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
 ) -> Iterator[str]:
-    """A size below 1, a batch that the data-parallel ranks or the interleaved pipeline don't divide, a warm-up as
-    long as the run, sequences longer than a model's positions, no loss or a negative one, and what `ranges.training`,
-    `divergence`, `teacher_problems` and `state_problems` find."""
+    """Problems of sizes, batch, warm-up, sequence length and loss weights, and those of `ranges.training`, `divergence`,
+    `teacher_problems` and `state_problems`."""
     names = ("steps", "global_batch", "micro_batch", "sequence_length", "teacher_ahead")
     sizes = {name: getattr(config, name) for name in names}
     small = {name: size for name, size in sizes.items() if size < 1}
     yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
-    # The interleaved schedule takes micro-batches in groups of as many as there are pipeline ranks.
+    # The interleaved schedule needs a multiple of the pipeline ranks.
     group = parallel.pipeline if parallel.virtual > 1 else 1
     unit = config.micro_batch * dp_size * group
     if not small and config.global_batch % unit:
@@ -125,21 +125,19 @@ def problems(
         teacher=teacher and teacher.max_positions,
     )
     if config.kd_weight == config.lm_weight == config.hidden_state_loss.weight == 0:
-        yield "kd_weight, lm_weight and states.weight are all 0: there is nothing to train on."
+        yield "kd_weight, lm_weight and hidden_state_loss.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
-    yield from divergence(
-        config.divergence, config.jsd_beta, config.top_k, config.temperature, vocabulary.shared(student, teacher)
-    )
+    yield from divergence(config, vocabulary.shared(student, teacher))
 
 
-def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature: float, vocab: int) -> Iterator[str]:
-    """A temperature that is not above 0 or that would do nothing, a mixture of one alone, a top-k of nothing, of everything or of
-    another divergence."""
+def divergence(config: DistillConfig | LossConfig, vocab: int) -> Iterator[str]:
+    """Problems of temperature, jsd_beta and top_k with the divergence and the vocabulary."""
+    kind, jsd_beta, top_k, temperature = config.divergence, config.jsd_beta, config.top_k, config.temperature
     if not 0 < temperature < float("inf"):
-        yield f"temperature is {temperature}; it must be above 0 and finite (1 leaves the logits as they are)."
+        yield f"temperature is {temperature}; it must be above 0 and finite."
     elif temperature != 1 and kind in (Divergence.mse, Divergence.cosine):
-        yield f"temperature is {temperature}, but divergence {kind} is of the logits as they are: give temperature 1."
+        yield f"temperature is {temperature}, but divergence {kind} does not use it: give temperature 1."
     if kind == Divergence.jsd and not 0 < jsd_beta < 1:
         yield (
             f"jsd_beta is {jsd_beta}; it must be above 0 and below 1 (the limits are divergence forward_kl and reverse_kl)."
@@ -150,21 +148,19 @@ def divergence(kind: Divergence, jsd_beta: float, top_k: int | None, temperature
         yield f"top_k is {top_k}; it must be at least 1 and below the vocabulary of {vocab}, which is top_k null."
 
 
-def given(k: int, divergence: Divergence, top_k: int | None, temperature: float, live: bool = False) -> Iterator[str]:
-    """What the k largest entries of a teacher can't be used for in place of its logits; `live`: these are there, too."""
-    if divergence != Divergence.forward_kl or temperature != 1:
+def top_k_teacher(k: int, config: DistillConfig | LossConfig) -> Iterator[str]:
+    """Problems of a divergence from a teacher's k largest log-probabilities instead of its logits."""
+    if config.divergence != Divergence.forward_kl or config.temperature != 1:
         yield (
-            f"the teacher's {k} largest log-probabilities are given, of which there is no divergence {divergence} at temperature "
-            f"{temperature:g}: give forward_kl and temperature 1."
+            f"divergence {config.divergence} at temperature {config.temperature:g} cannot be computed from the teacher's {k} "
+            "largest log-probabilities: give forward_kl and temperature 1."
         )
-    if top_k not in (None, k):
-        yield f"top_k is {top_k}, but the teacher's {k} largest log-probabilities are given: give top_k {k} or null."
-    if live:
-        yield f"the teacher's {k} largest log-probabilities are given, and its hidden states, too: give one of them."
+    if config.top_k not in (None, k):
+        yield f"top_k is {config.top_k}, but there are the teacher's {k} largest log-probabilities: give top_k {k} or null."
 
 
-def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
-    """What keeps a teacher's cache from being written."""
+def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
+    """Problems of the config of a teacher's cache."""
     for name in ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples"):
         if getattr(config, name) < 1:
             yield f"{name} is {getattr(config, name)}; it must be at least 1."
@@ -174,7 +170,7 @@ def cache(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
 
 
 def cache_bytes(kind: CacheKind, k: int, vocab: int, hidden: int, dtype_bytes: int) -> int:
-    """Of a token in a teacher's cache (see `cache`); `element`: bytes of a number of the run's dtype."""
+    """Bytes of a token in a teacher's cache (see `cache`); `hidden`: the width H."""
     if kind == CacheKind.topk:
         return (4 if vocab <= 1 << 16 else 5) * k + 2
     return dtype_bytes * hidden if kind == CacheKind.hidden else hidden + 4

@@ -1,7 +1,7 @@
-"""The divergences between teacher and student: what each sums over a rank's logits, and the gradient that it writes over them.
+"""The divergences between teacher and student: the sums over a rank's logits, the value, and the gradient.
 
-p_t and p_s are softmax(z / temperature) of teacher and student over the whole vocabulary of V entries. Of every token the
-ranks exchange five fp64 numbers for any of them (three log-sum-exps, the teacher's entropy, the label's logit) and, beside these:
+p_t and p_s are softmax(z / temperature) of teacher and student over the whole vocabulary of V entries. For every token the ranks
+exchange five fp64 numbers whatever the divergence (three log-sum-exps, the teacher's entropy, the label's logit), and:
 
     name         value                                           gradient in z_s / temperature        numbers
     forward_kl   sum p_t log(p_t / p_s)                          p_s - p_t                            1
@@ -13,18 +13,19 @@ ranks exchange five fp64 numbers for any of them (three log-sum-exps, the teache
                                                                    / |z_s|
     forward_kl   over k + 1 entries: the teacher's k largest     p_s - p_t in an entry of the k,      4, and k in a
     with top_k   and all others as one, the tail                 p_s (1 - tail_t / tail_s) elsewhere    collective before
-    the same,    where these of the teacher are given                                                 3
+    the same     from the teacher's k log-probabilities                                               3
 
-Both KLs follow the same chain rule over ranks (see `losses`). m is a mixture of whole softmaxes, so a rank can't take its part
-of a JSD before it knows the global log-sum-exps: hence the second collective. That of top-k finds which of the teacher's k
-largest are on this rank; the tail is summed apart, not as what is left of 1. jsd is the generalised Jensen-Shannon divergence of
-Agarwal et al. (arXiv 2306.13649). mse and cosine are of the logits as they are.
+Both KLs follow the same chain rule over ranks (see `losses`). JSD needs a second collective: its mixture m is of whole softmaxes,
+so a rank's part depends on the global log-sum-exps. The collective of top-k determines which of the teacher's k largest entries
+are on this rank. The tail is summed directly, not computed as 1 minus the top entries. jsd is the generalised Jensen-Shannon
+divergence of Agarwal et al. (arXiv 2306.13649). mse and cosine do not use the temperature.
 
 Against dense fp64, value and gradients are within 1e-5 of their largest element in fp32, for logits with a standard deviation of 3
-and of 30, but for jsd's gradients: where teacher and student have nothing in common they vanish, and lose as much to rounding as a
-dense computation in fp32 does, 8e-5 at 10 and everything at 30. In bf16 most of the error is in the logits' rounding (2^-9 of
-their size): measured at a standard deviation of 3, as value / gradients, 1e-4 / 7e-3 forward KL, 4e-4 / 1.1e-2 reverse KL,
-5e-5 / 8e-3 jsd, 3e-5 / 4e-3 mse, 2e-5 / 3e-3 cosine, 6e-4 / 1.5e-2 top-k, where entries at the border change sides.
+and of 30. The exception is jsd's gradients: where teacher and student do not overlap they vanish, and lose as much to rounding
+as a dense computation in fp32 does, 8e-5 at 10 and everything at 30. In bf16 most of the error is in the logits' rounding (2^-9
+of their size): measured at a standard deviation of 3, as value / gradients, 1e-4 / 7e-3 forward KL, 4e-4 / 1.1e-2 reverse KL,
+5e-5 / 8e-3 jsd, 3e-5 / 4e-3 mse, 2e-5 / 3e-3 cosine, 6e-4 / 1.5e-2 top-k, where rounding changes which entries are in the top
+k.
 """
 
 import math
@@ -35,51 +36,89 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.config.settings import Divergence
+from minitron_mcore.distill.loss_config import LossConfig
 
-# Log-sum-exp of a rank that holds none of the entries: finite, and so far below any other that its weight is exactly 0.
+# Log-sum-exp of a rank that holds none of the entries: finite, and so small that its weight is exactly 0.
 NEG_INF = -1e30
-# exp of more would overflow in fp32; an entry that one side gives e^-80 of the other's probability adds nothing on that side.
-_FAR = 80.0
+# exp of more would overflow in fp32; an entry that one model gives e^-80 of the other's probability adds nothing to its sum.
+_MAX_LOG_RATIO = 80.0
+
+
+@dataclass(frozen=True)
+class FactoredLogits:
+    """Logits [T, V_r] as the product of `hidden` [T, H] and the transposed output head [V_r, H]."""
+
+    hidden: Tensor
+    head: Tensor
+
+    def row_bytes(self) -> int:
+        """Bytes of a token's logits on this rank."""
+        return len(self.head) * self.head.element_size()
+
+
+@dataclass(frozen=True)
+class TopKLogProbs:
+    """A teacher's k largest entries of each token at temperature 1, the same on all tensor-parallel ranks."""
+
+    ids: Tensor
+    """[T, k] int64, below the vocabulary's size, distinct within a token."""
+    log_probs: Tensor
+    """[T, k]"""
+    log_tail: Tensor
+    """[T]: log of the probability of all other entries."""
+
+    def chunk(self, tokens: slice, ignored: Tensor) -> "TopKLogProbs":
+        """The entries of `tokens`, with finite values where `ignored` [T, 1]."""
+        log_probs = self.log_probs[tokens].masked_fill(ignored[tokens], NEG_INF).clamp(min=NEG_INF)
+        log_tail = self.log_tail[tokens].masked_fill(ignored[tokens, 0], 0).clamp(min=NEG_INF)
+        return TopKLogProbs(self.ids[tokens], log_probs, log_tail)
+
+    def entropy(self) -> Tensor:
+        """[T] fp64, of the k + 1 entries."""
+        entries = torch.cat((self.log_probs, self.log_tail[:, None]), 1).double()
+        return -(entries.exp() * entries).sum(1)
 
 
 @dataclass
 class Chunk:
     """Some tokens' logits on this rank and their softmaxes: 0 the student's, 1 the teacher's, 2 the student's at temperature 1.
 
-    `largest` and `sums` [3, T] are of this rank's entries: the maximum of logits / temperature, and the sum of exponentials
-    above it. `exchanged` adds what all ranks know, in fp64: a log-sum-exp is as large as the logits, and what is read off their
-    differences is not.
+    `set_global_lse` adds the values over all ranks. These are fp64: a log-sum-exp is as large as the logits, but only small
+    differences of log-sum-exps are used.
     """
 
-    logits: tuple[Tensor, "Tensor | Given | None", Tensor]
+    logits: tuple[Tensor, Tensor | TopKLogProbs | None, Tensor]
     temperature: float
     weights: Tensor
-    """[3, T]: of the divergence, again of the divergence, of the LM loss."""
-    largest: Tensor
+    """[3, T]: of the divergence, of the divergence, of the LM loss."""
+    maxima: Tensor
+    """[3, T]: maximum of logits / temperature over this rank's entries."""
     sums: Tensor
+    """[3, T]: sum over this rank's entries of exp(logits / temperature - maximum)."""
 
-    def exchanged(self, lse: Tensor, rank: int) -> None:
-        """`lse` [TP, 3, T]: the log-sum-exps of all ranks' entries."""
-        self.lse = lse.logsumexp(0)
-        self.log_share = lse - self.lse  # how much of each of the three softmaxes each rank holds
+    def set_global_lse(self, local_lse: Tensor, rank: int) -> None:
+        """`local_lse` [TP, 3, T]: the log-sum-exps of all ranks' entries."""
+        self.lse = local_lse.logsumexp(0)
+        self.log_share = local_lse - self.lse  # log of each rank's part of the three softmaxes
         self.share = self.log_share.exp()
         self.scale = self.like(self.weights * self.share[rank] / self.sums)
         self.log_norm = self.like(self.sums.double().log() - self.log_share[rank])
 
     def like(self, x: Tensor) -> Tensor:
-        """x in the precision of what is done to every logit."""
+        """x in the dtype of the computations on logits."""
         return x.to(self.sums.dtype)
 
-    def shift(self, n: int, at: slice, out: Tensor) -> Tensor:
+    def shift(self, n: int, tokens: slice, out: Tensor) -> Tensor:
         """out := logits / temperature - their maximum."""
-        return scaled(self.logits[n][at], 1.0 if n == 2 else self.temperature, out).sub_(self.largest[n, at, None])
+        temperature = 1.0 if n == 2 else self.temperature
+        return scaled(self.logits[n][tokens], temperature, out).sub_(self.maxima[n, tokens, None])
 
-    def exponentials(self, n: int, at: slice, out: Tensor) -> Tensor:
-        return self.shift(n, at, out).exp_()
+    def exponentials(self, n: int, tokens: slice, out: Tensor) -> Tensor:
+        return self.shift(n, tokens, out).exp_()
 
-    def log_softmax(self, n: int, at: slice, out: Tensor) -> Tensor:
-        """out := log p over the whole vocabulary; only when `exchanged`."""
-        return self.shift(n, at, out).sub_(self.log_norm[n, at, None])
+    def log_softmax(self, n: int, tokens: slice, out: Tensor) -> Tensor:
+        """out := log p over the whole vocabulary; requires `set_global_lse`."""
+        return self.shift(n, tokens, out).sub_(self.log_norm[n, tokens, None])
 
 
 def scaled(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -89,270 +128,261 @@ def scaled(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 
 
 class ForwardKL:
-    """What the loss asks of a divergence; this one is the default.
+    """The interface of a divergence, and its default implementation.
 
-    A tile is the tokens `at` of a chunk, in four buffers [T, V_r]: x and e are a softmax's shifted logits and their
-    exponentials. The object keeps from `value` what `write` needs of a chunk.
+    Methods process the tokens `tokens` of a chunk, a tile, in four buffers [T, V_r]: the shifted logits x and their exponentials e
+    of student and teacher. `value` keeps in the object what `gradient` needs. One object serves all chunks of a call in turn.
     """
 
-    of_nothing: tuple[float, ...] = (0.0,)
-    """The sums of a rank that holds only padding; as many as `read` gives."""
-    num_again = 0
-    """Sums [num_again, T] of `read_again(chunk, at, x_s, e_s, x_t, e_t)`, a second pass when the softmaxes are known."""
-    on_softmax = True
-    """`write` forms the student's softmax; at temperature 1 it then adds the LM loss's, which is the same, on the way."""
+    empty_sums: tuple[float, ...] = (0.0,)
+    """`local_sums` of a rank that holds only padding."""
+    num_second_sums = 0
+    """Rows n of `second_sums(chunk, tokens, x_s, e_s, x_t, e_t)` [n, T], a pass with known global log-sum-exps."""
+    uses_softmax = True
+    """`gradient` computes the student's softmax, and at temperature 1 adds the LM loss's gradient, which needs the same
+    softmax."""
 
-    def __init__(self, vocab_size: int, jsd_beta: float, top_k: int | None, joint: bool):
-        self.vocab_size, self.beta, self.k, self.joint = vocab_size, jsd_beta, top_k, joint
+    def __init__(self, vocab_size: int, jsd_beta: float, top_k: int | None, adds_lm: bool):
+        self.vocab_size, self.beta, self.k, self.adds_lm = vocab_size, jsd_beta, top_k, adds_lm
 
     def start(self, logits_t: Tensor, gather: Callable[[Tensor], Tensor], rank: int) -> None:
-        """Before a chunk is read, collective where something crosses ranks here."""
+        """Prepare for a chunk (collective where a subclass calls `gather`, local -> [TP, ...])."""
 
-    def read(self, chunk: Chunk, at: slice, x_s: Tensor, e_s: Tensor, x_t: Tensor, e_t: Tensor) -> Tensor:
-        """This rank's own sums [n, T]; x_s and e_s may be overwritten."""
-        sums = chunk.sums[:, at]
+    def local_sums(self, chunk: Chunk, tokens: slice, x_s: Tensor, e_s: Tensor, x_t: Tensor, e_t: Tensor) -> Tensor:
+        """This rank's sums [n, T]; may overwrite x_s and e_s."""
+        sums = chunk.sums[:, tokens]
         return (torch.sub(x_t, x_s, out=x_s).mul_(e_t).sum(-1) / sums[1] + (sums[0] / sums[1]).log())[None]
 
-    def value(self, chunk: Chunk, own: Tensor, again: Tensor | None) -> Tensor:
-        """[T], from all ranks' sums: `own` [TP, n, T], `again` already added up."""
-        return (chunk.share[:, 1] * (own[:, 0] + chunk.log_share[:, 1] - chunk.log_share[:, 0])).sum(0)
+    def value(self, chunk: Chunk, all_sums: Tensor, second: Tensor | None) -> Tensor:
+        """The divergence [T], from all ranks' `local_sums` [TP, n, T] and the sum over ranks of `second_sums`."""
+        return (chunk.share[:, 1] * (all_sums[:, 0] + chunk.log_share[:, 1] - chunk.log_share[:, 0])).sum(0)
 
-    def write(self, chunk: Chunk, at: slice, total: Tensor, term: Tensor) -> None:
-        """total := d loss / d logits_s of the divergence times temperature / temperature^2 and its weight."""
-        self._student(chunk, at, total)
-        total.addcmul_(chunk.exponentials(1, at, term), chunk.scale[1, at, None], value=-1)
+    def gradient(self, chunk: Chunk, tokens: slice, total: Tensor, term: Tensor) -> None:
+        """total := the weighted divergence's term of d loss / d logits_s, plus the LM loss's softmax where `adds_lm`."""
+        self._student_probs(chunk, tokens, total)
+        total.addcmul_(chunk.exponentials(1, tokens, term), chunk.scale[1, tokens, None], value=-1)
 
-    def _student(self, chunk: Chunk, at: slice, total: Tensor) -> None:
-        scale = chunk.scale[0] + chunk.scale[2] if self.joint else chunk.scale[0]
-        chunk.exponentials(0, at, total).mul_(scale[at, None])
+    def _student_probs(self, chunk: Chunk, tokens: slice, total: Tensor) -> None:
+        scale = chunk.scale[0] + chunk.scale[2] if self.adds_lm else chunk.scale[0]
+        chunk.exponentials(0, tokens, total).mul_(scale[tokens, None])
 
-    def _times_student(self, chunk: Chunk, at: slice, total: Tensor, factor: Tensor | float, log_p: Tensor) -> None:
-        """total := p_s (weight factor total + the LM loss's weight)."""
-        total.mul_((chunk.weights[0, at] * factor)[:, None])
-        if self.joint:
-            total.add_(chunk.weights[2, at, None])
+    def _times_student_probs(
+        self, chunk: Chunk, tokens: slice, total: Tensor, factor: Tensor | float, log_p: Tensor
+    ) -> None:
+        """total := p_s (weight factor total + the LM loss's weight where `adds_lm`)."""
+        total.mul_((chunk.weights[0, tokens] * factor)[:, None])
+        if self.adds_lm:
+            total.add_(chunk.weights[2, tokens, None])
         total.mul_(log_p.exp_())
 
 
 class ReverseKL(ForwardKL):
-    def read(self, chunk, at, x_s, e_s, x_t, e_t):
-        sums = chunk.sums[:, at]
+    def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
+        sums = chunk.sums[:, tokens]
         return (torch.sub(x_s, x_t, out=x_s).mul_(e_s).sum(-1) / sums[0] + (sums[1] / sums[0]).log())[None]
 
-    def value(self, chunk, own, again):
-        kl = (chunk.share[:, 0] * (own[:, 0] + chunk.log_share[:, 0] - chunk.log_share[:, 1])).sum(0)
+    def value(self, chunk, all_sums, second):
+        kl = (chunk.share[:, 0] * (all_sums[:, 0] + chunk.log_share[:, 0] - chunk.log_share[:, 1])).sum(0)
         self.kl = chunk.like(kl)
         return kl
 
-    def write(self, chunk, at, total, term):
-        log_p = chunk.log_softmax(0, at, term)
-        chunk.log_softmax(1, at, total).add_(self.kl[at, None]).sub_(log_p)
-        self._times_student(chunk, at, total, -1.0, log_p)
+    def gradient(self, chunk, tokens, total, term):
+        log_p = chunk.log_softmax(0, tokens, term)
+        chunk.log_softmax(1, tokens, total).add_(self.kl[tokens, None]).sub_(log_p)
+        self._times_student_probs(chunk, tokens, total, -1.0, log_p)
 
 
 class Jsd(ForwardKL):
-    of_nothing, num_again = (), 2
+    empty_sums, num_second_sums = (), 2
 
-    def read(self, chunk, at, x_s, e_s, x_t, e_t):
-        return chunk.sums[:0, at]
+    def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
+        return chunk.sums[:0, tokens]
 
-    def read_again(self, chunk, at, x_s, e_s, x_t, e_t):
-        log_s, log_t = chunk.log_softmax(0, at, x_s), chunk.log_softmax(1, at, x_t)
+    def second_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
+        log_s, log_t = chunk.log_softmax(0, tokens, x_s), chunk.log_softmax(1, tokens, x_t)
         ratio = torch.sub(log_t, log_s, out=e_t)
         kl_s = -_log_mixture(ratio, self.beta, e_s).mul_(log_s.exp_()).sum(-1)
         kl_t = -_log_mixture(ratio.neg_(), 1 - self.beta, e_s).mul_(log_t.exp_()).sum(-1)
         return torch.stack((kl_s, kl_t))
 
-    def value(self, chunk, own, again):
-        kl_s, kl_t = again
+    def value(self, chunk, all_sums, second):
+        kl_s, kl_t = second
         self.kl = chunk.like(kl_s)
         return self.beta * kl_t + (1 - self.beta) * kl_s
 
-    def write(self, chunk, at, total, term):
-        log_p = chunk.log_softmax(0, at, term)
-        ratio = chunk.log_softmax(1, at, total).sub_(log_p)
-        _log_mixture(ratio, self.beta, total).add_(self.kl[at, None])
-        self._times_student(chunk, at, total, self.beta - 1, log_p)
+    def gradient(self, chunk, tokens, total, term):
+        log_p = chunk.log_softmax(0, tokens, term)
+        ratio = chunk.log_softmax(1, tokens, total).sub_(log_p)
+        _log_mixture(ratio, self.beta, total).add_(self.kl[tokens, None])
+        self._times_student_probs(chunk, tokens, total, self.beta - 1, log_p)
 
 
 def _log_mixture(log_ratio: Tensor, weight: float, out: Tensor) -> Tensor:
     """out := log(weight q / p + 1 - weight) from log(q / p); exact where p and q are close."""
-    return torch.clamp(log_ratio, max=_FAR, out=out).expm1_().mul_(weight).log1p_()
+    return torch.clamp(log_ratio, max=_MAX_LOG_RATIO, out=out).expm1_().mul_(weight).log1p_()
 
 
 class Mse(ForwardKL):
-    on_softmax = False
+    uses_softmax = False
 
-    def read(self, chunk, at, x_s, e_s, x_t, e_t):
-        difference = self._difference(chunk, at, x_s)
+    def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
+        difference = self._difference(chunk, tokens, x_s)
         return torch.mul(difference, difference, out=e_s).sum(-1)[None]
 
-    def value(self, chunk, own, again):
-        return own[:, 0].sum(0) / self.vocab_size
+    def value(self, chunk, all_sums, second):
+        return all_sums[:, 0].sum(0) / self.vocab_size
 
-    def write(self, chunk, at, total, term):
-        self._difference(chunk, at, total).mul_(chunk.weights[0, at, None] * (2 / self.vocab_size))
+    def gradient(self, chunk, tokens, total, term):
+        self._difference(chunk, tokens, total).mul_(chunk.weights[0, tokens, None] * (2 / self.vocab_size))
 
     @staticmethod
-    def _difference(chunk: Chunk, at: slice, out: Tensor) -> Tensor:
-        return out.copy_(chunk.logits[0][at]).sub_(chunk.logits[1][at])
+    def _difference(chunk: Chunk, tokens: slice, out: Tensor) -> Tensor:
+        return out.copy_(chunk.logits[0][tokens]).sub_(chunk.logits[1][tokens])
 
 
 class Cosine(ForwardKL):
-    """Its value is off by the rounding of 1 - cos, some 1e-7 in fp32; its gradient is not."""
+    """The value has the rounding error of 1 - cos, about 1e-7 in fp32; the gradient does not."""
 
-    of_nothing = 0.0, 0.0, 0.0
-    on_softmax = False
+    empty_sums = 0.0, 0.0, 0.0
+    uses_softmax = False
 
-    def read(self, chunk, at, x_s, e_s, x_t, e_t):
-        student = x_s.copy_(chunk.logits[0][at])
+    def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
+        student = x_s.copy_(chunk.logits[0][tokens])
         square = torch.mul(student, student, out=e_s).sum(-1)
-        teacher = e_s.copy_(chunk.logits[1][at])
+        teacher = e_s.copy_(chunk.logits[1][tokens])
         product = student.mul_(teacher).sum(-1)
         return torch.stack((product, square, teacher.square_().sum(-1)))
 
-    def value(self, chunk, own, again):
-        product, student, teacher = own.sum(0)
-        # Logits that are all 0 point nowhere: cosine 0, gradient finite.
+    def value(self, chunk, all_sums, second):
+        product, student, teacher = all_sums.sum(0)
+        # For logits that are all 0: cosine 0 and a finite gradient.
         student, norms = student.clamp(min=1e-12), (student * teacher).clamp(min=1e-12).sqrt()
         cosine = product / norms
-        self.along, self.across = chunk.like(cosine / student), chunk.like(1 / norms)
+        self.student_factor, self.teacher_factor = chunk.like(cosine / student), chunk.like(1 / norms)
         return 1 - cosine
 
-    def write(self, chunk, at, total, term):
-        weight = chunk.weights[0, at]
-        total.copy_(chunk.logits[0][at]).mul_((weight * self.along[at])[:, None])
-        total.addcmul_(term.copy_(chunk.logits[1][at]), (weight * self.across[at])[:, None], value=-1)
+    def gradient(self, chunk, tokens, total, term):
+        weight = chunk.weights[0, tokens]
+        total.copy_(chunk.logits[0][tokens]).mul_((weight * self.student_factor[tokens])[:, None])
+        total.addcmul_(term.copy_(chunk.logits[1][tokens]), (weight * self.teacher_factor[tokens])[:, None], value=-1)
 
 
 class TopK(ForwardKL):
-    """`start` leaves the places [T, k] of this rank's largest teacher logits and which of them are `chosen`: among the k largest
-    of all ranks. Of equal logits at the border some are chosen, k in all. The logits in `writable` places may be overwritten:
-    where places are equal, so is what is written there."""
+    """Forward KL over the teacher's k largest logits of all ranks and the tail. Ties at the k-th logit are broken arbitrarily.
 
-    of_nothing = 0.0, 0.0, NEG_INF, NEG_INF
+    `start` sets `indices` [T, k], this rank's k largest teacher logits; `is_top` [T, k], those among the k largest of all
+    ranks; and `writable`, the entries that `put` may overwrite. Where indices repeat, equal values are written.
+    """
+
+    empty_sums = 0.0, 0.0, NEG_INF, NEG_INF
 
     def start(self, logits_t, gather, rank):
-        values, self.places = logits_t.topk(min(self.k, logits_t.shape[1]))
+        values, self.indices = logits_t.topk(min(self.k, logits_t.shape[1]))
         values = torch.nn.functional.pad(values, (0, self.k - values.shape[1]), value=-math.inf)
-        everyone = gather(values.to(torch.promote_types(values.dtype, torch.float32))).transpose(0, 1).flatten(1)
-        # Stable, so that a rank's entries keep their order: the first of them are chosen.
-        first = everyone.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
+        candidates = gather(values.to(torch.promote_types(values.dtype, torch.float32))).transpose(0, 1).flatten(1)
+        # A stable sort keeps the order of a rank's entries: its first `counts` entries are in the top k.
+        first = candidates.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
         counts = (first // self.k == rank).sum(-1, keepdim=True)
-        self.chosen = self.writable = torch.arange(self.places.shape[1], device=counts.device) < counts
+        self.is_top = self.writable = torch.arange(self.indices.shape[1], device=counts.device) < counts
 
-    def read(self, chunk, at, x_s, e_s, x_t, e_t):
-        shifted, largest = [x.gather(1, self.places[at]) for x in (x_s, x_t)], chunk.largest[:, at].double()
-        tail_s = largest[0] + self._tail(at, x_s)
-        return self.sums(chunk, at, shifted, (tail_s, largest[1] + self._tail(at, x_s.copy_(x_t))))
+    def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
+        shifted, maxima = [x.gather(1, self.indices[tokens]) for x in (x_s, x_t)], chunk.maxima[:, tokens].double()
+        tail_s = maxima[0] + self._tail_lse(tokens, x_s)
+        return self.top_sums(chunk, tokens, shifted, (tail_s, maxima[1] + self._tail_lse(tokens, x_s.copy_(x_t))))
 
-    def sums(self, chunk: Chunk, at: slice, shifted: Sequence[Tensor], tails: Sequence[Tensor]) -> Tensor:
-        """What `read` gives, from the shifted logits [T, k] in `places` and the log-sum-exps [T], fp64, of the entries that are not
-        chosen: the student's, then the teacher's unless it is `Given`."""
-        log_s, log_t = shifted[0] - chunk.sums[0, at, None].log(), self._log_teacher(chunk, at, shifted)
-        p = torch.where(self.chosen[at], log_t.exp(), 0)
+    def top_sums(self, chunk: Chunk, tokens: slice, shifted: Sequence[Tensor], tails: Sequence[Tensor]) -> Tensor:
+        """`local_sums` from the shifted logits [T, k] at `indices` and the tails' log-sum-exps [T], fp64.
+
+        Both are of the student, then of the teacher unless it is `TopKLogProbs`.
+        """
+        log_s, log_t = shifted[0] - chunk.sums[0, tokens, None].log(), self._log_teacher(chunk, tokens, shifted)
+        p = torch.where(self.is_top[tokens], log_t.exp(), 0)
         return torch.stack((p.mul(log_t - log_s).sum(-1).double(), p.sum(-1).double(), *tails))
 
-    def _log_teacher(self, chunk: Chunk, at: slice, shifted: Sequence[Tensor]) -> Tensor:
-        return shifted[1] - chunk.sums[1, at, None].log()
+    def _log_teacher(self, chunk: Chunk, tokens: slice, shifted: Sequence[Tensor]) -> Tensor:
+        return shifted[1] - chunk.sums[1, tokens, None].log()
 
-    def _tail(self, at: slice, x: Tensor) -> Tensor:
-        """Log-sum-exp of what is not chosen; x is overwritten."""
-        self.put(at, x, torch.full_like(self.places[at], -math.inf, dtype=x.dtype))
-        largest = x.amax(-1).clamp(min=NEG_INF)
-        return (x.sub_(largest[:, None]).exp_().sum(-1).log() + largest).clamp(min=NEG_INF)
+    def _tail_lse(self, tokens: slice, x: Tensor) -> Tensor:
+        """[T]: log-sum-exp of the entries outside the top k; overwrites x."""
+        self.put(tokens, x, torch.full_like(self.indices[tokens], -math.inf, dtype=x.dtype))
+        maxima = x.amax(-1).clamp(min=NEG_INF)
+        return (x.sub_(maxima[:, None]).exp_().sum(-1).log() + maxima).clamp(min=NEG_INF)
 
-    def put(self, at: slice, x: Tensor, chosen: Tensor) -> None:
-        """x := `chosen` [T, k] in the places that are chosen."""
-        places = self.places[at]
-        x.scatter_(1, places, torch.where(self.writable[at], chosen, x.gather(1, places)))
+    def put(self, tokens: slice, x: Tensor, values: Tensor) -> None:
+        """Write `values` [T, k] into x [T, V_r] at the top entries of this rank."""
+        indices = self.indices[tokens]
+        x.scatter_(1, indices, torch.where(self.writable[tokens], values, x.gather(1, indices)))
 
-    def value(self, chunk, own, again):
-        kl, mass, tail_s, tail_t = own.unbind(1)
-        inside = chunk.share[:, 1] * (kl + mass * (chunk.log_share[:, 1] - chunk.log_share[:, 0]))
-        return inside.sum(0) + self._of_tail(chunk, tail_s, tail_t.logsumexp(0) - chunk.lse[1])
+    def value(self, chunk, all_sums, second):
+        kl, mass, tail_s, tail_t = all_sums.unbind(1)
+        top = chunk.share[:, 1] * (kl + mass * (chunk.log_share[:, 1] - chunk.log_share[:, 0]))
+        return top.sum(0) + self._tail_value(chunk, tail_s, tail_t.logsumexp(0) - chunk.lse[1])
 
-    def _of_tail(self, chunk: Chunk, tail_s: Tensor, log_t: Tensor) -> Tensor:
-        """The tail's part of the divergence, from the log-sum-exps of all ranks' parts of the student's and the log of its mass in
-        the teacher."""
+    def _tail_value(self, chunk: Chunk, tail_s: Tensor, log_t: Tensor) -> Tensor:
+        """The tail's term of the divergence.
+
+        `tail_s` [TP, T]: log-sum-exps of the student's tail on each rank; `log_t` [T]: log of the teacher's probability of the
+        tail.
+        """
         tail_s, mass_t = tail_s.logsumexp(0), log_t.exp()
         self.tail_s, self.mass_t = tail_s, mass_t
         return mass_t * (log_t - (tail_s - chunk.lse[0]))
 
-    def write(self, chunk, at, total, term):
-        self._student(chunk, at, total)
-        # What the student's softmax is drawn to: the teacher's in the k, its own shape with the teacher's mass in the tail.
-        above = chunk.like(chunk.largest[0, at] - self.tail_s[at])
-        chunk.shift(0, at, term).add_(above[:, None]).clamp_(max=0).exp_()
-        term.mul_(chunk.like(chunk.weights[0, at] * self.mass_t[at])[:, None])
-        self.put(at, term, self.picked(chunk, at, total.dtype))
+    def gradient(self, chunk, tokens, total, term):
+        self._student_probs(chunk, tokens, total)
+        # Subtract the target: the teacher's probabilities in the top k; in the tail the student's shape with the teacher's mass.
+        above = chunk.like(chunk.maxima[0, tokens] - self.tail_s[tokens])
+        chunk.shift(0, tokens, term).add_(above[:, None]).clamp_(max=0).exp_()
+        term.mul_(chunk.like(chunk.weights[0, tokens] * self.mass_t[tokens])[:, None])
+        self.put(tokens, term, self.teacher_probs(chunk, tokens, total.dtype))
         total.sub_(term)
 
-    def picked(self, chunk: Chunk, at: slice, dtype: torch.dtype) -> Tensor:
-        """The teacher's probabilities in `places`, times the weight."""
-        picked = chunk.logits[1][at].gather(1, self.places[at]).to(dtype) / chunk.temperature
-        return (picked - chunk.largest[1, at, None]).exp() * chunk.scale[1, at, None]
+    def teacher_probs(self, chunk: Chunk, tokens: slice, dtype: torch.dtype) -> Tensor:
+        """[T, k]: the teacher's probabilities at `indices`, times the weight of the divergence."""
+        logits = chunk.logits[1][tokens].gather(1, self.indices[tokens]).to(dtype) / chunk.temperature
+        return (logits - chunk.maxima[1, tokens, None]).exp() * chunk.scale[1, tokens, None]
 
 
-@dataclass
-class Given:
-    """A teacher's largest entries, the same on all ranks, where its logits would be."""
+class TopKOfLogProbs(TopK):
+    """TopK at temperature 1 with the teacher's entries as `TopKLogProbs`.
 
-    ids: Tensor
-    """[T, k] int64, all different in a token."""
-    log_probs: Tensor
-    """[T, k]"""
-    log_tail: Tensor
-    """[T], of the mass that is left."""
-
-    def part(self, at: slice, ignored: Tensor) -> "Given":
-        """Tokens `at`, what they say harmless where `ignored` [T, 1]."""
-        log_probs = self.log_probs[at].masked_fill(ignored[at], NEG_INF).clamp(min=NEG_INF)
-        log_tail = self.log_tail[at].masked_fill(ignored[at, 0], 0).clamp(min=NEG_INF)
-        return Given(self.ids[at], log_probs, log_tail)
-
-    def entropy(self) -> Tensor:
-        """[T], of the k + 1 entries."""
-        entries = torch.cat((self.log_probs, self.log_tail[:, None]), 1).double()
-        return -(entries.exp() * entries).sum(1)
-
-
-class GivenTopK(TopK):
-    """TopK at temperature 1 where the teacher is `Given`: its side is known before anything is exchanged.
-
-    Its log-sum-exp counts as 0 on rank 0 and as nothing elsewhere, and so does its entropy, which is that of the k + 1 entries.
+    The teacher's log-sum-exp is 0 on rank 0 and `NEG_INF` elsewhere, so that the sums over ranks count it once; likewise its
+    entropy.
     """
 
-    of_nothing = 0.0, 0.0, NEG_INF
+    empty_sums = 0.0, 0.0, NEG_INF
 
     def __init__(self, first: int, width: int):
-        """`first`, `width`: the entries of this rank."""
-        self.first, self.width, self.joint = first, width, True
+        """`first`, `width`: this rank's entries of the vocabulary."""
+        self.first, self.width, self.adds_lm = first, width, True
 
     def start(self, logits_t, gather, rank):
-        self.given, places = logits_t, logits_t.ids - self.first
-        self.chosen = (places >= 0) & (places < self.width)
-        # Entries of other ranks repeat one of this rank's, or in a row without one stand for an entry that stays as it is. (Indices
-        # of the chosen alone have a size that depends on the data, for which the host would wait.)
-        self.writable = self.chosen.any(1, keepdim=True)
-        every = torch.arange(places.shape[1], device=places.device)
-        entry = torch.where(self.chosen, every, self.chosen.int().argmax(1, keepdim=True))
-        self.places = places.gather(1, entry).clamp(0, max(self.width - 1, 0))
+        self.teacher, indices = logits_t, logits_t.ids - self.first
+        self.is_top = (indices >= 0) & (indices < self.width)
+        # An entry of another rank is replaced by one of this rank, or, in a row without any, by one that is not writable.
+        # (Selecting this rank's entries would give a tensor whose size depends on the data, and the host would wait for the
+        # device.)
+        self.writable = self.is_top.any(1, keepdim=True)
+        positions = torch.arange(indices.shape[1], device=indices.device)
+        entry = torch.where(self.is_top, positions, self.is_top.int().argmax(1, keepdim=True))
+        self.indices = indices.gather(1, entry).clamp(0, max(self.width - 1, 0))
         self.log_probs = logits_t.log_probs.gather(1, entry)
 
-    def read(self, chunk, at, x_s, e_s, x_t, e_t):
-        shifted = x_s.gather(1, self.places[at])
-        return self.sums(chunk, at, [shifted], [chunk.largest[0, at].double() + self._tail(at, x_s)])
+    def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
+        shifted = x_s.gather(1, self.indices[tokens])
+        tail_s = chunk.maxima[0, tokens].double() + self._tail_lse(tokens, x_s)
+        return self.top_sums(chunk, tokens, [shifted], [tail_s])
 
-    def _log_teacher(self, chunk, at, shifted):
-        return self.log_probs[at]
+    def _log_teacher(self, chunk, tokens, shifted):
+        return self.log_probs[tokens]
 
-    def value(self, chunk, own, again):
-        kl, mass, tail_s = own.unbind(1)
-        return (kl - mass * chunk.log_share[:, 0]).sum(0) + self._of_tail(chunk, tail_s, self.given.log_tail.double())
+    def value(self, chunk, all_sums, second):
+        kl, mass, tail_s = all_sums.unbind(1)
+        top = kl - mass * chunk.log_share[:, 0]
+        return top.sum(0) + self._tail_value(chunk, tail_s, self.teacher.log_tail.double())
 
-    def picked(self, chunk, at, dtype):
-        return self.log_probs[at].exp().to(dtype) * chunk.weights[0, at, None]
+    def teacher_probs(self, chunk, tokens, dtype):
+        return self.log_probs[tokens].exp().to(dtype) * chunk.weights[0, tokens, None]
 
 
 KINDS = {
@@ -364,6 +394,6 @@ KINDS = {
 }
 
 
-def make(divergence: Divergence, vocab_size: int, jsd_beta: float, top_k: int | None, temperature: float) -> ForwardKL:
-    kind = TopK if top_k else KINDS[divergence]
-    return kind(vocab_size, jsd_beta, top_k, joint=kind.on_softmax and temperature == 1)
+def make(config: LossConfig, vocab_size: int) -> ForwardKL:
+    kind = TopK if config.top_k else KINDS[config.divergence]
+    return kind(vocab_size, config.jsd_beta, config.top_k, adds_lm=kind.uses_softmax and config.temperature == 1)

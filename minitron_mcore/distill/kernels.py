@@ -1,14 +1,15 @@
-"""The divergences' work between the matrix products as Triton kernels, for what `tiles.Tiles` otherwise does in torch.
+"""Triton kernels of the divergences' work between the matrix products, which `tiling.Tiles` otherwise does in torch.
 
-This file alone imports triton; `tiles` imports it only where the kernels run: on CUDA, and on a CPU under Triton's interpreter
+Only this file imports triton; `tiling` imports it only where the kernels run: on CUDA, and on a CPU under Triton's interpreter
 (TRITON_INTERPRET=1, set before anything imports triton).
 
-Per element of a rank's logits, of b bytes in either model, `read` reads 2 b, and `write` reads 2 b and writes b: 10 bytes
-in bf16, and no buffers but a few numbers a token. An H100 (3.35 TB/s) moves those of 8,192 tokens x 128,256 in 3.1 ms at best.
-jsd and top-k read both once more. Top-k's `write` does not read the teacher's: torch works on the k entries of a token. Within a
-row all is fp32, over blocks one after the other; what crosses ranks is fp64, as in `tiles`.
+For each element of a rank's logits, of b bytes in either model, `_sums` reads 2 b bytes, and `_gradient` reads 2 b and writes
+b: 10 bytes in bf16. The only buffers are a few numbers a token. An H100 (3.35 TB/s) moves those of 8,192 tokens x 128,256 in
+3.1 ms at best. jsd and top-k read both logits once more. Top-k's gradient does not read the teacher's logits: torch processes
+the k entries of a token. Within a row the computation is fp32, block by block; what crosses ranks is fp64, as in `tiling`.
 
-The kernels are compiled for one divergence each, `KIND`; what it sums and writes is in the table of `divergences`.
+A kernel is compiled for each divergence, `KIND`; the table of `divergences` has the formulas. Axis 0 of every grid is the
+tokens, so `tl.num_programs(0)` is their number T.
 """
 
 import math
@@ -19,9 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minitron_mcore.distill.divergences import NEG_INF, Chunk, Cosine, ForwardKL, GivenTopK, Jsd, Mse, ReverseKL, TopK
+from minitron_mcore.distill.divergences import (
+    NEG_INF,
+    Chunk,
+    Cosine,
+    ForwardKL,
+    Jsd,
+    Mse,
+    ReverseKL,
+    TopK,
+    TopKOfLogProbs,
+)
 
-FORWARD_KL, REVERSE_KL, JSD, MSE, COSINE, TOP_K = (tl.constexpr(kind) for kind in range(6))
+FORWARD_KL, REVERSE_KL, JSD, MSE, COSINE, TOP_K, NO_TEACHER = (tl.constexpr(kind) for kind in range(7))
 KINDS = {
     ForwardKL: FORWARD_KL,
     ReverseKL: REVERSE_KL,
@@ -29,53 +40,50 @@ KINDS = {
     Mse: MSE,
     Cosine: COSINE,
     TopK: TOP_K,
-    GivenTopK: TOP_K,
+    TopKOfLogProbs: TOP_K,
 }
-READ_BLOCK, WRITE_BLOCK = 4096, 2048
-"""Entries of a row that a program holds at a time, powers of two: some 16 a thread."""
+SUMS_BLOCK, GRADIENT_BLOCK = tl.constexpr(4096), tl.constexpr(2048)
+"""Entries of a row that a program processes at a time, powers of two: about 16 a thread."""
 
 
 @triton.jit
-def _read(
-    student, teacher, out, num_tokens, width, stride_s, stride_t, inverse_t,
-    KIND: tl.constexpr, HAS_TEACHER: tl.constexpr, WARM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program is a token. out [10, T]: the three maxima and the three sums of `Chunk`, sum e_t x_t, and three of `KIND`, where
-    x = (z - maximum) / temperature and e = exp(x): sum e_t (x_t - x_s) of the forward KL, sum e_s (x_s - x_t) of the reverse,
-    sum (z_s - z_t)^2 of mse, the sums of z_s z_t, z_s^2 and z_t^2 of cosine."""
-    row = tl.program_id(0).to(tl.int64)
-    student += row * stride_s
-    teacher += row * stride_t
-    # The maximum of no entries is finite, so that it is a number beside a sum of 0.
-    top_s, sum_s, sum_1 = -1e30, 0.0, 0.0
-    top_t, sum_t, entropy, first, second, third = -1e30, 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < width
-        z_s = tl.load(student + at, mask=inside, other=-float("inf")).to(tl.float32)
-        top = tl.maximum(top_s, tl.max(z_s, 0))
-        x_s = z_s * inverse_t - top * inverse_t
-        rise_s = top_s * inverse_t - top * inverse_t
-        e_s, earlier_s = tl.exp(x_s), sum_s
-        sum_s = sum_s * tl.exp(rise_s) + tl.sum(e_s, 0)
-        if WARM:
-            sum_1 = sum_1 * tl.exp(top_s - top) + tl.sum(tl.exp(z_s - top), 0)
-        top_s = top
-        if HAS_TEACHER:
-            z_t = tl.load(teacher + at, mask=inside, other=-float("inf")).to(tl.float32)
-            top = tl.maximum(top_t, tl.max(z_t, 0))
-            x_t = z_t * inverse_t - top * inverse_t
-            rise_t = top_t * inverse_t - top * inverse_t
+def _sums(student, teacher, out, width, inverse_t, KIND: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):
+    """One program per token. out [10, T]: the three maxima and the three sums of `Chunk`; sum e_t x_t; and three sums of
+    `KIND`, where x = (z - maximum) / temperature and e = exp(x): sum e_t (x_t - x_s) for forward KL, sum e_s (x_s - x_t) for
+    reverse KL, sum (z_s - z_t)^2 for mse, the sums of z_s z_t, z_s^2 and z_t^2 for cosine."""
+    row, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    student += row * width
+    teacher += row * width
+    # Finite initial maxima: they must be numbers where a row has no entries.
+    max_s, sum_s, sum_1 = -1e30, 0.0, 0.0
+    max_t, sum_t, entropy, first, second, third = -1e30, 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in range(0, width, SUMS_BLOCK):
+        columns = start + tl.arange(0, SUMS_BLOCK)
+        inside = columns < width
+        z_s = tl.load(student + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        new_max = tl.maximum(max_s, tl.max(z_s, 0))
+        x_s = z_s * inverse_t - new_max * inverse_t
+        shift_s = max_s * inverse_t - new_max * inverse_t
+        e_s, previous_sum_s = tl.exp(x_s), sum_s
+        sum_s = sum_s * tl.exp(shift_s) + tl.sum(e_s, 0)
+        if HAS_TEMPERATURE:
+            sum_1 = sum_1 * tl.exp(max_s - new_max) + tl.sum(tl.exp(z_s - new_max), 0)
+        max_s = new_max
+        if KIND != NO_TEACHER:
+            z_t = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
+            new_max = tl.maximum(max_t, tl.max(z_t, 0))
+            x_t = z_t * inverse_t - new_max * inverse_t
+            shift_t = max_t * inverse_t - new_max * inverse_t
             e_t = tl.exp(x_t)
-            # What earlier blocks summed is moved to the new maxima, all their x_t by rise_t and x_s by rise_s. Outside the
-            # row x is infinite, and no number times a weight of 0.
-            entropy = tl.exp(rise_t) * (entropy + rise_t * sum_t) + tl.sum(tl.where(inside, e_t * x_t, 0.0), 0)
+            # The sums of previous blocks are rescaled to the new maxima, their x_t by shift_t and x_s by shift_s. Outside the
+            # row x is -inf, and 0 times -inf is NaN: hence `where`.
+            entropy = tl.exp(shift_t) * (entropy + shift_t * sum_t) + tl.sum(tl.where(inside, e_t * x_t, 0.0), 0)
             if KIND == FORWARD_KL:
                 ratio = tl.sum(tl.where(inside, e_t * (x_t - x_s), 0.0), 0)
-                first = tl.exp(rise_t) * (first + (rise_t - rise_s) * sum_t) + ratio
+                first = tl.exp(shift_t) * (first + (shift_t - shift_s) * sum_t) + ratio
             elif KIND == REVERSE_KL:
                 ratio = tl.sum(tl.where(inside, e_s * (x_s - x_t), 0.0), 0)
-                first = tl.exp(rise_s) * (first + (rise_s - rise_t) * earlier_s) + ratio
+                first = tl.exp(shift_s) * (first + (shift_s - shift_t) * previous_sum_s) + ratio
             elif KIND == MSE:
                 difference = tl.where(inside, z_s - z_t, 0.0)
                 first += tl.sum(difference * difference, 0)
@@ -84,15 +92,15 @@ def _read(
                 first += tl.sum(z_s * z_t, 0)
                 second += tl.sum(z_s * z_s, 0)
                 third += tl.sum(z_t * z_t, 0)
-            sum_t = sum_t * tl.exp(rise_t) + tl.sum(e_t, 0)
-            top_t = top
+            sum_t = sum_t * tl.exp(shift_t) + tl.sum(e_t, 0)
+            max_t = new_max
     out += row
-    tl.store(out, top_s * inverse_t)
-    tl.store(out + num_tokens, top_t * inverse_t)
-    tl.store(out + 2 * num_tokens, top_s)
+    tl.store(out, max_s * inverse_t)
+    tl.store(out + num_tokens, max_t * inverse_t)
+    tl.store(out + 2 * num_tokens, max_s)
     tl.store(out + 3 * num_tokens, sum_s)
     tl.store(out + 4 * num_tokens, sum_t)
-    tl.store(out + 5 * num_tokens, sum_1 if WARM else sum_s)
+    tl.store(out + 5 * num_tokens, sum_1 if HAS_TEMPERATURE else sum_s)
     tl.store(out + 6 * num_tokens, entropy)
     tl.store(out + 7 * num_tokens, first)
     tl.store(out + 8 * num_tokens, second)
@@ -101,8 +109,8 @@ def _read(
 
 @triton.jit
 def _log_mixture(log_ratio, weight):
-    """log(weight q / p + 1 - weight) from log(q / p), exact where p and q are close: expm1 and log1p by their series near 0. The
-    interpreter does not have CUDA's."""
+    """log(weight q / p + 1 - weight) from log(q / p), exact where p and q are close: expm1 and log1p by their series near 0,
+    since the interpreter lacks CUDA's."""
     r = tl.minimum(log_ratio, 80.0)  # exp of more would overflow
     series = r * (1 + r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6 * (1 + r / 7))))))
     y = weight * tl.where(tl.abs(r) < 0.25, series, tl.exp(r) - 1)
@@ -114,22 +122,20 @@ def _log_mixture(log_ratio, weight):
 
 
 @triton.jit
-def _read_again(
-    student, teacher, out, largest, shift, beta, num_tokens, width, stride_s, stride_t, inverse_t, BLOCK: tl.constexpr
-):
-    """A program is a token. out [2, T]: this rank's parts of KL(p_s || m) and KL(p_t || m). `shift` [3, T] are the logs of the
-    softmaxes' sums of exponentials above `largest`, over all ranks."""
-    row = tl.program_id(0).to(tl.int64)
-    student += row * stride_s
-    teacher += row * stride_t
-    base_s = tl.load(largest + row) + tl.load(shift + row)
-    base_t = tl.load(largest + num_tokens + row) + tl.load(shift + num_tokens + row)
+def _second_sums(student, teacher, out, log_sum_exp, beta, width, inverse_t):
+    """One program per token. out [2, T]: this rank's parts of KL(p_s || m) and KL(p_t || m). `log_sum_exp` [3, T]: over all
+    ranks."""
+    row, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    student += row * width
+    teacher += row * width
+    base_s = tl.load(log_sum_exp + row)
+    base_t = tl.load(log_sum_exp + num_tokens + row)
     kl_s, kl_t = 0.0, 0.0
-    for start in range(0, width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < width
-        log_s = tl.load(student + at, mask=inside, other=0.0).to(tl.float32) * inverse_t - base_s
-        log_t = tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32) * inverse_t - base_t
+    for start in range(0, width, GRADIENT_BLOCK):
+        columns = start + tl.arange(0, GRADIENT_BLOCK)
+        inside = columns < width
+        log_s = tl.load(student + columns, mask=inside, other=0.0).to(tl.float32) * inverse_t - base_s
+        log_t = tl.load(teacher + columns, mask=inside, other=0.0).to(tl.float32) * inverse_t - base_t
         ratio = log_t - log_s
         kl_s -= tl.sum(tl.where(inside, tl.exp(log_s) * _log_mixture(ratio, beta), 0.0), 0)
         kl_t -= tl.sum(tl.where(inside, tl.exp(log_t) * _log_mixture(-ratio, 1 - beta), 0.0), 0)
@@ -138,137 +144,134 @@ def _read_again(
 
 
 @triton.jit
-def _write(
-    student, teacher, largest, scale, place, hit, factors, beta, num_tokens, width, stride_s, stride_t, inverse_t,
-    KIND: tl.constexpr, HAS_TEACHER: tl.constexpr, WARM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program is a block of a token's entries, and writes their gradient over the student's logits. `factors` [2, T] are those of
-    `_factors`."""
-    row = tl.program_id(0).to(tl.int64)
-    student += row * stride_s
-    teacher += row * stride_t
-    largest += row
-    scale += row
-    factors += row
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    z_s = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
-    x_s = z_s * inverse_t - tl.load(largest)
+def _gradient(student, teacher, label_ids, values, width, inverse_t, KIND: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):
+    """One program per block of a token's entries: write their gradient over the student's logits. `values` [10, T]:
+    `Chunk.maxima`, `Chunk.scale`, `_factors`, the label's weight, jsd's beta."""
+    row, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    student += row * width
+    teacher += row * width
+    maxima = values + row
+    scale = maxima + 3 * num_tokens
+    factors = scale + 3 * num_tokens
+    columns = tl.program_id(1) * GRADIENT_BLOCK + tl.arange(0, GRADIENT_BLOCK)
+    inside = columns < width
+    z_s = tl.load(student + columns, mask=inside, other=0.0).to(tl.float32)
+    x_s = z_s * inverse_t - tl.load(maxima)
     e_s = tl.exp(x_s)
-    e_1 = tl.exp(z_s - tl.load(largest + 2 * num_tokens)) if WARM else e_s
-    of_lm = tl.load(scale + 2 * num_tokens) * e_1
-    if not HAS_TEACHER:
-        gradient = tl.load(scale) * e_s + of_lm
+    e_1 = tl.exp(z_s - tl.load(maxima + 2 * num_tokens)) if HAS_TEMPERATURE else e_s
+    lm_term = tl.load(scale + 2 * num_tokens) * e_1
+    if KIND == NO_TEACHER:
+        gradient = tl.load(scale) * e_s + lm_term
     else:
-        z_t = tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32)
-        x_t = z_t * inverse_t - tl.load(largest + num_tokens)
+        z_t = tl.load(teacher + columns, mask=inside, other=0.0).to(tl.float32)
+        x_t = z_t * inverse_t - tl.load(maxima + num_tokens)
         if KIND == FORWARD_KL:
-            gradient = tl.load(scale) * e_s + of_lm
+            gradient = tl.load(scale) * e_s + lm_term
             gradient -= tl.load(scale + num_tokens) * tl.exp(x_t)
         elif KIND == REVERSE_KL:
-            gradient = tl.load(scale) * e_s * (x_s - x_t - tl.load(factors)) + of_lm
+            gradient = tl.load(scale) * e_s * (x_s - x_t - tl.load(factors)) + lm_term
         elif KIND == JSD:
+            beta = tl.load(factors + 3 * num_tokens)
             mixture = _log_mixture(x_t - x_s - tl.load(factors), beta)
-            gradient = tl.load(scale) * e_s * (beta - 1) * (mixture + tl.load(factors + num_tokens)) + of_lm
+            gradient = tl.load(scale) * e_s * (beta - 1) * (mixture + tl.load(factors + num_tokens)) + lm_term
         else:
-            gradient = tl.load(factors) * z_s - tl.load(factors + num_tokens) * z_t + of_lm
-    gradient -= tl.where(at == tl.load(place + row), tl.load(hit + row), 0.0)
-    tl.store(student + at, gradient.to(student.dtype.element_ty), mask=inside)
+            gradient = tl.load(factors) * z_s - tl.load(factors + num_tokens) * z_t + lm_term
+    gradient -= tl.where(columns == tl.load(label_ids + row), tl.load(factors + 2 * num_tokens), 0.0)
+    tl.store(student + columns, gradient.to(student.dtype.element_ty), mask=inside)
 
 
-def read(chunk: Chunk, own: Tensor, divergence: ForwardKL) -> None:
-    """A chunk's first pass: the chunk's maxima and sums of exponentials, and `own` [5 + n, T] (see `tiles.Tiles.run`) but for the
-    label's logit and what a `Given` teacher has there."""
+def compute_sums(chunk: Chunk, local: Tensor, divergence: ForwardKL) -> None:
+    """A chunk's first pass: set `chunk.maxima` and `chunk.sums`, and fill `local` [5 + n, T] (see `tiling.Tiles.run`) except
+    for the label's logit and the entries of a `TopKLogProbs` teacher."""
     out = _statistics(chunk, divergence)
-    chunk.largest, chunk.sums, (entropy, *sums) = out[:3], out[3:6], out[6:]
-    own[:3] = chunk.largest.double() + chunk.sums.double().log()
+    chunk.maxima, chunk.sums, (entropy, *sums) = out[:3], out[3:6], out[6:]
+    local[:3] = chunk.maxima.double() + chunk.sums.double().log()
     if chunk.logits[1] is None:
         return
     sum_s, sum_t, _ = chunk.sums
-    own[3] = sum_t.log() - entropy / sum_t
+    local[3] = sum_t.log() - entropy / sum_t
     match divergence:
         case ReverseKL():
-            own[5] = sums[0] / sum_s + (sum_t / sum_s).log()
+            local[5] = sums[0] / sum_s + (sum_t / sum_s).log()
         case Cosine():
-            own[5:] = out[7:]
+            local[5:] = out[7:]
         case Mse():
-            own[5] = sums[0]
+            local[5] = sums[0]
         case Jsd():
             pass
         case TopK():
-            own[5:] = _read_top_k(chunk, divergence)
+            local[5:] = _compute_top_k_sums(chunk, divergence)
         case _:
-            own[5] = sums[0] / sum_t + (sum_s / sum_t).log()
+            local[5] = sums[0] / sum_t + (sum_s / sum_t).log()
 
 
 def _statistics(chunk: Chunk, divergence: ForwardKL) -> Tensor:
-    """[10, T], by `_read`."""
-    student, teacher, *rest = _arguments(chunk)
+    """[10, T], by the kernel `_sums`."""
+    student, teacher, *sizes = _arguments(chunk)
     out = chunk.sums.new_empty(10, len(student))
-    options = *_options(chunk), READ_BLOCK
-    _read[(len(student),)](student, teacher, out, *rest, _kind(divergence), *options, num_warps=8)
+    _sums[(len(student),)](student, teacher, out, *sizes, *_options(chunk, divergence), num_warps=8)
     return out
 
 
-def _read_top_k(chunk: Chunk, divergence: TopK) -> Tensor:
-    """What `TopK.read` gives. For the tails the kernel reads the logits once more, with -inf in the chosen places."""
-    logits = [x.data for x in chunk.logits[:2] if isinstance(x, Tensor)]
-    values = [x.gather(1, divergence.places) for x in logits]
+def _compute_top_k_sums(chunk: Chunk, divergence: TopK) -> Tensor:
+    """`TopK.local_sums`. For the tails the kernel reads the logits once more, with -inf at the top entries."""
+    logits = [x for x in chunk.logits[:2] if isinstance(x, Tensor)]
+    values = [x.gather(1, divergence.indices) for x in logits]
     for x, chosen in zip(logits, values, strict=True):
         divergence.put(slice(None), x, torch.full_like(chosen, -math.inf))
     out = _statistics(chunk, divergence)
     for x, chosen in zip(logits, values, strict=True):
-        x.scatter_(1, divergence.places, chosen)
-    divergence.largest_of_tail = out[0]
+        x.scatter_(1, divergence.indices, chosen)
+    divergence.tail_maxima = out[0]
     tails = (out[:2].double() + out[3:5].double().log()).clamp(min=NEG_INF)
-    shifted = [chunk.like(x) / chunk.temperature - chunk.largest[n, :, None] for n, x in enumerate(values)]
-    return divergence.sums(chunk, slice(None), shifted, tails[: len(logits)])
+    shifted = [chunk.like(x) / chunk.temperature - chunk.maxima[n, :, None] for n, x in enumerate(values)]
+    return divergence.top_sums(chunk, slice(None), shifted, tails[: len(logits)])
 
 
-def read_again(chunk: Chunk, divergence: Jsd) -> Tensor:
-    """[2, T]: this rank's parts of the two KLs of the jsd, once the chunk's softmaxes are known."""
-    student, teacher, *rest = _arguments(chunk)
-    out = chunk.sums.new_empty(2, student.shape[0])
-    grid = (student.shape[0],)
-    inputs = student, teacher, out, chunk.largest, chunk.log_norm, divergence.beta, *rest
-    _read_again[grid](*inputs, BLOCK=WRITE_BLOCK, num_warps=8)
+def second_sums(chunk: Chunk, divergence: Jsd) -> Tensor:
+    """[2, T]: this rank's parts of the jsd's KL(p_s || m) and KL(p_t || m); requires `chunk.set_global_lse`."""
+    student, teacher, *sizes = _arguments(chunk)
+    out, log_sum_exp = chunk.sums.new_empty(2, len(student)), chunk.maxima + chunk.log_norm
+    _second_sums[(len(student),)](student, teacher, out, log_sum_exp, divergence.beta, *sizes, num_warps=8)
     return out
 
 
-def write(chunk: Chunk, place: Tensor, hit: Tensor, divergence: ForwardKL) -> None:
-    """A chunk's last pass: d loss / d logits over the student's logits; `hit` [T] is what the entry in `place` [T] loses."""
+def write_gradient(chunk: Chunk, label_ids: Tensor, label_weights: Tensor, divergence: ForwardKL) -> None:
+    """A chunk's last pass: write d loss / d logits_s over the student's logits. `label_weights` [T] are subtracted at
+    `label_ids` [T]."""
     if isinstance(divergence, TopK) and chunk.logits[1] is not None:
-        return _write_top_k(chunk, place, hit, divergence)
-    student, teacher, *rest = _arguments(chunk)
-    grid = len(place), triton.cdiv(student.shape[1], WRITE_BLOCK)
-    factors = _factors(chunk, divergence) if chunk.logits[1] is not None else chunk.scale
-    beta = divergence.beta if isinstance(divergence, Jsd) else 0.0
-    inputs = student, teacher, chunk.largest, chunk.scale, place, hit, factors, beta, *rest
-    _write[grid](*inputs, _kind(divergence), *_options(chunk), BLOCK=WRITE_BLOCK, num_warps=4)
+        return _write_top_k_gradient(chunk, label_ids, label_weights, divergence)
+    student, teacher, *sizes = _arguments(chunk)
+    grid = len(label_ids), triton.cdiv(student.shape[1], GRADIENT_BLOCK.value)
+    factors = _factors(chunk, divergence) if chunk.logits[1] is not None else chunk.scale[:2]
+    beta = torch.full_like(label_weights, divergence.beta if isinstance(divergence, Jsd) else 0.0)
+    values = torch.cat((chunk.maxima, chunk.scale, factors, label_weights[None], beta[None]))
+    _gradient[grid](student, teacher, label_ids, values, *sizes, *_options(chunk, divergence), num_warps=4)
 
 
-def _write_top_k(chunk: Chunk, place: Tensor, hit: Tensor, divergence: TopK) -> None:
-    """`write`, where entries that are not chosen have a multiple of the student's exponentials as their gradient: the kernel writes
-    that without a teacher to all, and what the chosen have goes over it."""
+def _write_top_k_gradient(chunk: Chunk, label_ids: Tensor, label_weights: Tensor, divergence: TopK) -> None:
+    """`write_gradient` for top-k. A tail entry's gradient is a multiple of the student's exponential: the kernel, in its form
+    without a teacher, writes it to all entries, and the gradients of the top entries then overwrite it."""
     student, every = chunk.logits[0], slice(None)
-    z = chunk.like(student.gather(1, divergence.places))
-    chosen = (z / chunk.temperature).sub_(chunk.largest[0, :, None]).exp_().mul_(chunk.scale[0, :, None])
-    chosen.sub_(divergence.picked(chunk, every, z.dtype))
-    chosen.addcmul_(z.sub_(chunk.largest[2, :, None]).exp_(), chunk.scale[2, :, None])
-    chosen.sub_(torch.where(divergence.places == place[:, None], hit[:, None], 0))
-    # Exponentials above the tail's largest logit: above a chosen one they may all be 0. What overflows is overwritten below.
-    top = divergence.largest_of_tail
-    rest = replace(chunk, logits=(student, None, student), largest=torch.stack((top, top, chunk.temperature * top)))
-    top, _, top_1 = rest.largest.double()
+    z = chunk.like(student.gather(1, divergence.indices))
+    chosen = (z / chunk.temperature).sub_(chunk.maxima[0, :, None]).exp_().mul_(chunk.scale[0, :, None])
+    chosen.sub_(divergence.teacher_probs(chunk, every, z.dtype))
+    chosen.addcmul_(z.sub_(chunk.maxima[2, :, None]).exp_(), chunk.scale[2, :, None])
+    chosen.sub_(torch.where(divergence.indices == label_ids[:, None], label_weights[:, None], 0))
+    # Exponentials relative to the tail's maximum: relative to a top entry they might all be 0. Those that overflow are
+    # overwritten.
+    top = divergence.tail_maxima
+    rest = replace(chunk, logits=(student, None, student), maxima=torch.stack((top, top, chunk.temperature * top)))
+    top, _, top_1 = rest.maxima.double()
     of_tail = (top - chunk.lse[0]).exp() - divergence.mass_t * (top - divergence.tail_s).exp()
     rest.scale = chunk.like(chunk.weights * torch.stack((of_tail, of_tail, (top_1 - chunk.lse[2]).exp())))
-    write(rest, place, hit, divergence)
+    write_gradient(rest, label_ids, label_weights, divergence)
     divergence.put(every, student, chosen.to(student.dtype))
 
 
 def _factors(chunk: Chunk, divergence: ForwardKL) -> Tensor:
-    """[2, T], what `_write` takes of a token: of the KLs and jsd what x_s - x_t differs from the log-probabilities' difference by,
-    and the value; of mse and cosine what the two logits are multiplied with."""
+    """[2, T], per-token input of the kernel `_gradient`: for reverse KL and jsd the difference between x_s - x_t and
+    log p_s - log p_t, and the value; for mse and cosine the factors of the two logits."""
     weight, (norm_s, norm_t, _) = chunk.weights[0], chunk.log_norm
     match divergence:
         case ReverseKL():
@@ -278,19 +281,17 @@ def _factors(chunk: Chunk, divergence: ForwardKL) -> Tensor:
         case Mse():
             return (weight * (2 / divergence.vocab_size)).expand(2, -1).contiguous()
         case Cosine():
-            return torch.stack((weight * divergence.along, weight * divergence.across))
-    return chunk.scale
-
-
-def _kind(divergence: ForwardKL) -> int:
-    return KINDS[type(divergence)].value
+            return torch.stack((weight * divergence.student_factor, weight * divergence.teacher_factor))
+    return chunk.scale[:2]
 
 
 def _arguments(chunk: Chunk) -> tuple:
     student, teacher = chunk.logits[0], chunk.logits[1] if isinstance(chunk.logits[1], Tensor) else chunk.logits[0]
-    assert student.stride(1) == teacher.stride(1) == 1, "the kernels want rows without gaps"
-    return student, teacher, *student.shape, student.stride(0), teacher.stride(0), 1 / chunk.temperature
+    assert student.is_contiguous() and teacher.is_contiguous(), "the kernels need contiguous logits"
+    return student, teacher, student.shape[1], 1 / chunk.temperature
 
 
-def _options(chunk: Chunk) -> tuple[bool, bool]:
-    return isinstance(chunk.logits[1], Tensor), chunk.temperature != 1
+def _options(chunk: Chunk, divergence: ForwardKL) -> tuple[int, bool]:
+    """KIND and HAS_TEMPERATURE."""
+    kind = KINDS[type(divergence)] if isinstance(chunk.logits[1], Tensor) else NO_TEACHER
+    return kind.value, chunk.temperature != 1

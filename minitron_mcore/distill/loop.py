@@ -1,9 +1,10 @@
-"""The distillation loop: one student, or several that one pass of the teacher trains in turn from the same hidden states."""
+"""The distillation loop, for one student or several that share the teacher's hidden states."""
 
 import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,20 +23,20 @@ from minitron_mcore.parallel.schedule import Batch
 def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: Path) -> list[list[dict[str, float]]]:
     """Run to `config.steps` (or `stop_after`), writing metrics.jsonl, tensorboard events and checkpoints (collective).
 
-    Several students take a step each before any takes the next. What the teacher leaves of a step's micro-batches is then held
-    for all of them; a single student asks for it as it goes.
+    Several students take turns, one step each. The teacher's outputs of a step are then kept for all of them; for a single student
+    they are computed a few micro-batches ahead.
 
     Args:
-        trainers: by their folders, claimed and described; fresh or resumed, of one layout, one config and one teacher. Those
-            ahead wait for the one that is furthest behind.
-        batches: micro-batches of this data-parallel rank, from the position of the one that is furthest behind on.
-        out_dir: where failure.json tells of a hung rank, and steps are profiled (see `profile`).
+        trainers: by output folder, claimed and described; new or resumed, with the same layout, config and teacher. A student with
+            more steps than another waits.
+        batches: micro-batches of this data-parallel rank, from the position of the student with the fewest steps.
+        out_dir: for failure.json of a hung rank, and for profiles (see `profile`).
 
     Returns:
-        The figures of the steps that this call ran, a list a trainer, without those that it skipped.
+        For each trainer, the figures of the steps that this call ran, without skipped ones.
 
     Raises:
-        NotFinite: see `failure.Guard`; the steps before are saved, those of the other students too.
+        NotFinite: see `failures.Guard`; all students are saved after their last good step.
     """
     student_runs = [StudentRun(trainer, folder) for folder, trainer in trainers.items()]
     behind = min(trainers.values(), key=lambda trainer: trainer.step)
@@ -44,7 +45,7 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
     per_step = config.global_batch // (config.micro_batch * process_groups.dp_group().size())
     progress, stop = process_groups.Progress("train", last - first, "steps"), _Stop()
     profiler = StepProfiler(behind.performance.profile, out_dir)
-    with failures.hang_watchdog_of(behind, out_dir):
+    with failures.hang_watchdog(config.hang_minutes, lambda: behind.step + 1, out_dir):
         for step in range(first, last):
             if stop.stop_on_all_ranks():
                 break
@@ -54,8 +55,8 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
                 list(teacher.add_teacher_outputs(micro_batches)) if teacher and len(student_runs) > 1 else None
             )
             try:
-                told = [
-                    student_run.take(micro_batches, with_teacher_outputs)
+                messages = [
+                    student_run.step(micro_batches, with_teacher_outputs)
                     for student_run in student_runs
                     if student_run.trainer.step == step
                 ]
@@ -65,47 +66,50 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
                     student_run.trainer.finish_save()
                 raise
             profiler.after(step + 1, step + 1 == last)
-            progress.update(step + 1 - first, "".join(filter(None, told)))
+            progress.update(step + 1 - first, "".join(messages))
         for student_run in student_runs:
             student_run.save()
             student_run.trainer.finish_save()
             student_run.close()
         if behind.step < last:
-            process_groups.log(f"told to stop: saved step {behind.step}; the same command goes on from there")
+            process_groups.log(f"stopped by a signal: saved step {behind.step}; the same command continues from there")
     return [student_run.history for student_run in student_runs]
 
 
 class StudentRun:
-    """A student's way through the loop: its trainer, its folder and what is written there."""
+    """Training state of one student: trainer, output folder and metrics writer."""
 
     def __init__(self, trainer: Trainer, out_dir: Path):
         self.trainer, self.out_dir, self.saved = trainer, out_dir, trainer.step
         self.guard, self.history = failures.Guard(trainer.config, out_dir), []
-        self.record = MetricsWriter(out_dir, trainer.step) if process_groups.rank() == 0 else None
+        self.metrics = MetricsWriter(out_dir, trainer.step) if process_groups.rank() == 0 else None
 
-    def take(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None) -> str:
-        """One step (collective); what a progress line says of it."""
+    def step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None) -> str:
+        """Run one step, write metrics and checkpoints (collective); its part of the progress line."""
         trainer, config = self.trainer, self.trainer.config
-        figures = self.guard.step(trainer, batches, with_teacher_outputs)
+        run = partial(trainer.train_step, batches, with_teacher_outputs)
+        figures = self.guard.step(trainer.step + 1, run, trainer.bad_gradient, batches)
+        if figures is None:
+            trainer.skip_step()
         trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
         if figures:
             self.history.append(figures)
-            if self.record and (trainer.step % config.log_every == 0 or last):
-                self.record.write(figures)
+            if self.metrics and (trainer.step % config.log_every == 0 or last):
+                self.metrics.write(figures)
         if trainer.step % config.save_every == 0 or last:
             self.save()
         return _progress(figures) if figures else ""
 
     def save(self) -> None:
-        """Where there is something new (collective)."""
+        """Save unless this step is saved already (collective)."""
         if self.trainer.step > self.saved:
             self.trainer.save(self.out_dir)
             self.saved = self.trainer.step
 
     def close(self) -> None:
-        if self.record:
-            self.record.close()
+        if self.metrics:
+            self.metrics.close()
 
 
 def _progress(figures: dict[str, float]) -> str:
@@ -114,35 +118,35 @@ def _progress(figures: dict[str, float]) -> str:
 
 
 def summary(history: list[dict[str, float]]) -> list[dict]:
-    """Rows for a table: the first and the last step that a run made, and its speed."""
+    """Rows for a table: the first and the last step of a run, and the median speed."""
     rows = [history[0], history[-1]]
     speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
-    shown = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
-    return [{k: row[k] for k in shown if k in row} | {"median tokens/s": speed} for row in rows]
+    keys = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
+    return [{k: row[k] for k in keys if k in row} | {"median tokens/s": speed} for row in rows]
 
 
 class _Stop:
-    """SIGUSR1 (SLURM's warning, see launch/slurm) or SIGTERM on any rank: all ranks save after the step and end well."""
+    """SIGUSR1 (SLURM's warning, see launch/slurm) or SIGTERM on any rank: all ranks save after the step and end normally."""
 
     def __init__(self):
-        self.asked = torch.zeros(1, device=process_groups.device())
+        self.requested = torch.zeros(1, device=process_groups.device())
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGUSR1, signal.SIGTERM):
-                signal.signal(number, lambda *_: self.asked.fill_(1))
+                signal.signal(number, lambda *_: self.requested.fill_(1))
 
     def stop_on_all_ranks(self) -> bool:
         """Collective."""
-        asked = self.asked.clone()
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        requested = self.requested.clone()
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        return bool(requested.item())
 
 
 class MetricsWriter:
-    """metrics.jsonl and tensorboard; a resumed run drops the lines after its checkpoint, so that no step appears twice."""
+    """Writes metrics.jsonl and tensorboard events; a resumed run removes the lines after its checkpoint."""
 
     def __init__(self, out_dir: Path, step: int):
         path = out_dir / "metrics.jsonl"
-        # A killed run may leave half a line, which is of a step after its checkpoint.
+        # A killed run may leave an incomplete line, of a step after its checkpoint.
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         run_folder.replace_text(path, "".join(kept))

@@ -1,6 +1,6 @@
-"""What the last pipeline stage does with the student's hidden states: the distillation loss of one micro-batch."""
+"""The distillation loss of one micro-batch from the student's hidden states, on the last pipeline stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.distill import tile_sizes
 from minitron_mcore.distill.cache import CachedTeacher
-from minitron_mcore.distill.losses import distillation_loss
+from minitron_mcore.distill.losses import FactoredLogits, LossConfig, TopKLogProbs, distillation_loss
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import process_groups
@@ -19,74 +19,80 @@ from megatron.core.tensor_parallel import (  # isort: skip
     gather_from_sequence_parallel_region,
 )
 
+LM_LOSS = LossConfig(kd_weight=0.0, lm_weight=1.0)
+"""Cross-entropy alone."""
+
 
 @dataclass(frozen=True)
 class LossFunction:
-    """Called with the student's final hidden states of a micro-batch [S_r, B, H], S_r = S / CP or S / CP / TP under sequence
-    parallelism, and this context-parallel rank's share of the batch."""
-
     student: Model
     teacher: Teacher | CachedTeacher | None
     vocab: int
     config: DistillConfig
     chunk_mb: int | None = None
-    """MiB of both models' logits that exist at a time; None: see `distillation_loss`."""
+    """MiB of both models' logits that exist at a time; None: `tile_sizes.CHUNK_BYTES`."""
 
     def __call__(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(summed loss, number of tokens int32, [kd, lm, teacher entropy, tokens] sums) over the share; the same on all
-        tensor-parallel ranks.
+        """The loss of a micro-batch's share on this context-parallel rank (collective over the tensor-parallel ranks).
 
-        The hidden gradient that leaves here is complete: its sum over tensor-parallel ranks is part of the gather or copy.
+        Args:
+            hidden: the student's final hidden states [S_r, B, H], S_r = S / CP or S / CP / TP under sequence parallelism. Their
+                gradient needs no further reduction: the backward of the gather or copy sums over the tensor-parallel ranks.
+
+        Returns:
+            (summed loss, number of tokens int32, sums [4] of divergence, cross-entropy, teacher's entropy and tokens), the same on
+            all tensor-parallel ranks.
         """
-        group, teacher_hidden, teacher_top = process_groups.tp_group(), batch.get("teacher_hidden"), None
-        if "teacher_ids" in batch:
-            ids, log_probs = (batch[key].flatten(0, 1) for key in ("teacher_ids", "teacher_log_probs"))
-            teacher_top = ids, log_probs[:, :-1], log_probs[:, -1]
+        group = process_groups.tp_group()
         if self.student.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         mask = batch["loss_mask"].t().reshape(-1)
+        student, teacher = FactoredLogits(hidden.flatten(0, 1), self.student.head()), self._teacher_logits(batch)
         loss, sums = distillation_loss(
-            hidden.flatten(0, 1),
-            self.student.head(),
-            None if teacher_hidden is None else self._whole(teacher_hidden),
-            None if self.teacher is None else self.teacher.head,
+            student,
+            teacher,
             batch["labels"].t().reshape(-1),
             mask,
             vocab_size=self.vocab,
             tp_group=group,
+            config=self._loss_config(student, teacher),
+        )
+        tokens = mask.sum()
+        return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])
+
+    def _loss_config(self, student: FactoredLogits, teacher: FactoredLogits | TopKLogProbs | None) -> LossConfig:
+        config = LossConfig(
             kd_weight=self.config.kd_weight,
             lm_weight=self.config.lm_weight,
             temperature=self.config.temperature,
             divergence=self.config.divergence,
             jsd_beta=self.config.jsd_beta,
             top_k=self.config.top_k,
-            chunk_tokens=self._chunk_tokens(len(mask)),
             gradient_accumulation_fusion=self.student.config.gradient_accumulation_fusion,
-            teacher_top=teacher_top,
         )
-        tokens = mask.sum()
-        return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])
-
-    def _chunk_tokens(self, num_tokens: int) -> int | None:
         if self.chunk_mb is None:
-            return None
-        heads = (self.student.head(), getattr(self.teacher, "head", None))
-        bytes_a_token = sum(head.element_size() * len(head) for head in heads if head is not None)
-        return tile_sizes.even(num_tokens, self.chunk_mb << 20, bytes_a_token)
+            return config
+        row_bytes = student.row_bytes() + (teacher.row_bytes() if isinstance(teacher, FactoredLogits) else 0)
+        tokens = tile_sizes.chunk_tokens(len(student.hidden), row_bytes, self.chunk_mb << 20)
+        return replace(config, chunk_tokens=tokens)
 
-    def _whole(self, hidden: Tensor) -> Tensor:
-        """[S_r, B, H] without a gradient -> [T, H]: of all tensor-parallel ranks where these share the sequence."""
+    def _teacher_logits(self, batch: Batch) -> FactoredLogits | TopKLogProbs | None:
+        """The teacher's outputs in a batch of `add_teacher_outputs`, of the tokens [T] that the tensor-parallel ranks share."""
+        if "teacher_ids" in batch:
+            ids, log_probs = (batch[key].flatten(0, 1) for key in ("teacher_ids", "teacher_log_probs"))
+            return TopKLogProbs(ids, log_probs[:, :-1], log_probs[:, -1])
+        if self.teacher is None:
+            return None
+        hidden = batch["teacher_hidden"]
         if self.student.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=process_groups.tp_group())
-        return hidden.flatten(0, 1)
+        return FactoredLogits(hidden.flatten(0, 1), self.teacher.head)
 
     def teacher_loss(self, batch: Batch) -> Tensor:
-        """[sum over the share of the teacher's own cross-entropy, number of tokens], of a batch that it has been fed."""
-        mask = batch["loss_mask"].t().reshape(-1)
-        hidden, labels = self._whole(batch["teacher_hidden"]), batch["labels"].t().reshape(-1)
-        inputs = hidden, self.teacher.head, None, None, labels, mask
-        group = process_groups.tp_group()
-        _, sums = distillation_loss(*inputs, vocab_size=self.vocab, tp_group=group, kd_weight=0.0, lm_weight=1.0)
+        """[2]: sum of the teacher's own cross-entropy over the share of a batch with teacher outputs, and number of tokens."""
+        mask, group = batch["loss_mask"].t().reshape(-1), process_groups.tp_group()
+        teacher, labels = self._teacher_logits(batch), batch["labels"].t().reshape(-1)
+        _, sums = distillation_loss(teacher, None, labels, mask, vocab_size=self.vocab, tp_group=group, config=LM_LOSS)
         return torch.stack([sums[1], mask.sum().to(sums)])

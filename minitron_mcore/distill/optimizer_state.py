@@ -1,10 +1,10 @@
 """The distributed optimizer's state in a checkpoint: tensors "optimizer.exp_avg.NAME" and the like, shaped as the parameter NAME.
 
-megatron-core shards the state over the data-parallel ranks as ranges of flattened parameters. A range is at most three boxes of
-its parameter (the end of a row, whole rows, the start of a row), so every rank writes and reads its own elements, in any layout,
-without communication or a copy. megatron-core's own resharding format gathers a stage's whole state on each rank instead.
+megatron-core shards the state over the data-parallel ranks as ranges of flattened parameters. A range is at most three rectangular
+slices of its parameter (the end of a row, whole rows, the start of a row). So every rank writes and reads its own elements in any
+layout, without communication or a copy. megatron-core's own resharding format gathers a stage's whole state on each rank.
 
-The fp32 copy of bf16 weights is "optimizer.param.NAME"; fp32 weights are their own.
+The fp32 copy of bf16 weights is "optimizer.param.NAME"; fp32 weights have none.
 """
 
 import math
@@ -14,17 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint.run_folder import Shard
+from minitron_mcore.checkpoint.sharded import Shard
+from minitron_mcore.parallel.megatron_patches import optimizer_state as patches
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
-from megatron.core.optimizer import Adam  # isort: skip
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # isort: skip
-
-TORCH_ADAM = Adam.__module__.startswith("torch.")
 
 
 def flat_slices(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, shape) of the boxes that make up elements start..end of a flattened tensor [N] or [rows, columns], in order."""
+    """(offset, shape) of the slices that make up elements start..end of a flattened tensor [N] or [rows, columns], in order."""
     if len(shape) == 1:
         yield (start,), (end - start,)
         return
@@ -38,8 +36,8 @@ def flat_slices(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[
 
 
 @dataclass(frozen=True)
-class _Owned:
-    """A range of a flattened parameter, and the state that this data-parallel rank holds of it: by name, [end - start] each."""
+class _Range:
+    """The elements start..end of a flattened parameter, whose optimizer state this data-parallel rank holds."""
 
     optimizer: DistributedOptimizer
     parameter: nn.Parameter
@@ -47,23 +45,23 @@ class _Owned:
     end: int
 
     def state(self) -> dict[str, Tensor]:
-        found = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
-        found.pop("step", None)  # torch's Adam; the parameter groups have it
-        if found["param"].untyped_storage().data_ptr() == self.parameter.untyped_storage().data_ptr():
-            found.pop("param")
-        return {name: tensor.detach() for name, tensor in found.items()}
+        """By name, tensors [end - start]: the moments, and "param" for bf16 weights."""
+        tensors = patches.parameter_state(self.optimizer, self.parameter)
+        if tensors["param"].untyped_storage().data_ptr() == self.parameter.untyped_storage().data_ptr():
+            tensors.pop("param")
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def pieces(self, shard: Shard, state: dict[str, Tensor]) -> Iterator[ShardedTensor]:
-        """Views of `state`, each with its place in the checkpoint; padding rows have none."""
+        """Views of `state` with their offsets in the checkpoint; padding rows are left out."""
         replica = (*shard.replica[:-1], 0)  # no data-parallel copies
         at = 0
         for low, size in flat_slices(tuple(self.parameter.shape), self.start, self.end):
-            for here, there, length in shard.ranges:
-                first = [max(a, b) for a, b in zip(low, here, strict=True)]
-                last = [min(a + m, b + n) for a, m, b, n in zip(low, size, here, length, strict=True)]
+            for local, target, length in shard.ranges:
+                first = [max(a, b) for a, b in zip(low, local, strict=True)]
+                last = [min(a + m, b + n) for a, m, b, n in zip(low, size, local, length, strict=True)]
                 if any(a >= b for a, b in zip(first, last, strict=True)):
                     continue
-                offset = tuple(t + f - h for t, f, h in zip(there, first, here, strict=True))
+                offset = tuple(t + f - h for t, f, h in zip(target, first, local, strict=True))
                 cut = tuple(slice(f - a, b - a) for f, b, a in zip(first, last, low, strict=True))
                 for name, tensor in state.items():
                     part = tensor[at : at + math.prod(size)].view(size)[cut]
@@ -72,63 +70,55 @@ class _Owned:
             at += math.prod(size)
 
 
-def _owned(optimizer: DistributedOptimizer) -> Iterator[_Owned]:
+def local_ranges(optimizer: DistributedOptimizer) -> Iterator[_Range]:
     for ranges in optimizer.gbuf_ranges:
         for buckets in ranges.values():
             for bucket in buckets:
-                for parameter, found in bucket["param_map"].items():
-                    yield _Owned(optimizer, parameter, found["param"].start, found["param"].end)
+                for parameter, maps in bucket["param_map"].items():
+                    yield _Range(optimizer, parameter, maps["param"].start, maps["param"].end)
 
 
-def saved(optimizers: Iterable[DistributedOptimizer], shards: dict[nn.Parameter, Shard]) -> dict:
-    """This rank's state for `stream.save_state`: views of the optimizers' own memory."""
+def sharded_state(optimizers: Iterable[DistributedOptimizer], shards: dict[nn.Parameter, Shard]) -> dict:
+    """This rank's state for `streaming.save_state`: views of the optimizers' memory."""
     optimizers = list(optimizers)
-    held = [(owned, owned.state()) for part in optimizers for owned in _owned(part)]
-    # All parameters count the same steps. Learning rate and weight decay are the scheduler's; how parameters are grouped is the
-    # layout's.
+    states = [(part, part.state()) for optimizer in optimizers for part in local_ranges(optimizer)]
+    # The step is the same for all parameters. Learning rate and weight decay are in the scheduler's state; the parameter groups
+    # follow from the layout.
     groups = [group for part in optimizers for group in part.state_dict()["optimizer"]["param_groups"]]
     step = max((int(group["step"]) for group in groups if "step" in group), default=0)
-    return {"step": step, "pieces": _pieces(held, shards)}
+    return {"step": step, "pieces": _pieces(states, shards)}
 
 
 def _pieces(
-    held: list[tuple[_Owned, dict[str, Tensor]]], shards: dict[nn.Parameter, Shard]
+    states: list[tuple[_Range, dict[str, Tensor]]], shards: dict[nn.Parameter, Shard]
 ) -> dict[str, ShardedTensor]:
-    every = (piece for owned, state in held for piece in owned.pieces(shards[owned.parameter], state))
-    return {f"{n}": piece for n, piece in enumerate(every)}
+    pieces = (piece for part, state in states for piece in part.pieces(shards[part.parameter], state))
+    return {f"{n}": piece for n, piece in enumerate(pieces)}
 
 
-class Loading:
-    """Optimizers that are about to be loaded: `request` goes to `checkpoint.load`, its result to `finish`."""
+class StateLoader:
+    """Loads optimizers in place: pass `request` to `run_folder.load`, and its result to `finish`."""
 
     def __init__(self, optimizers: Iterable[DistributedOptimizer], shards: dict[nn.Parameter, Shard]):
-        """Allocate the state of optimizers that have not taken a step; nothing of theirs moves."""
+        """Allocate the state of optimizers before their first step; weights do not change."""
         self.optimizers = list(optimizers)
         for part in self.optimizers:
-            if (
-                TORCH_ADAM
-            ):  # has no state before its first step; this one moves nothing, for the learning rate is still 0
-                part._init_optimizer_states_with_dummy_values()
-            else:
-                part.load_state_dict(part.state_dict())
-        self.held = [(owned, owned.state()) for part in self.optimizers for owned in _owned(part)]
-        for _, state in self.held:
+            patches.allocate_state(part)
+        self.states = [(part, part.state()) for optimizer in self.optimizers for part in local_ranges(optimizer)]
+        for _, state in self.states:
             for tensor in state.values():
-                tensor.zero_()  # padding rows are in no checkpoint
-        self.request = {"pieces": _pieces(self.held, shards)}
+                tensor.zero_()  # padding rows are not in the checkpoint
+        self.request = {"pieces": _pieces(self.states, shards)}
 
     @torch.no_grad()
     def finish(self, loaded: dict) -> None:
-        """Put the state in place; its pieces were loaded into the memory of `request`."""
+        """Set the step and the state; the pieces are already in the tensors of `request`."""
         for part in self.optimizers:
             own = part.state_dict()
             for group in own["optimizer"]["param_groups"]:
                 group["step"] = loaded["step"]
             part.load_state_dict(own)
-        for owned, state in self.held:
-            kept = owned.optimizer._get_main_param_and_optimizer_states(owned.parameter)
-            owned.optimizer._set_main_param_and_optimizer_states(owned.parameter, kept | {"step": None} | state)
-        if TORCH_ADAM:
-            for part in self.optimizers:
-                for entry in part.optimizer.state.values():
-                    entry["step"] = entry["step"].clone()  # one counter for all: each parameter would advance it
+        for part, state in self.states:
+            patches.set_parameter_state(part.optimizer, part.parameter, state)
+        for optimizer in self.optimizers:
+            patches.separate_step_counters(optimizer)

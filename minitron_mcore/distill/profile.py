@@ -1,7 +1,7 @@
-"""Records some steps of a run: torch's profiler, and on CUDA the caching allocator.
+"""Profiles some steps of a run with torch's profiler and, on CUDA, records the caching allocator.
 
 out_dir/profile/
-  rank_0.json            a trace for ui.perfetto.dev or chrome://tracing, from the first recorded step to the last
+  rank_0.json            a trace for ui.perfetto.dev or chrome://tracing, of all recorded steps
   memory_rank_0.pickle   allocations and their stacks, for pytorch.org/memory_viz (profile.memory, CUDA only)
 """
 
@@ -14,7 +14,7 @@ from minitron_mcore.parallel import process_groups
 
 
 class StepProfiler:
-    """Tell it before and after each step; outside of the steps of `config`, and on other ranks, it does nothing."""
+    """Call `before` and `after` around each step; only the steps and ranks of `config` are recorded."""
 
     def __init__(self, config: ProfileConfig, out_dir: Path):
         self.config, self.folder = config, out_dir / "profile"
@@ -23,7 +23,7 @@ class StepProfiler:
         self.profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """`step` counts from 1. A run that goes on within the recorded steps records the rest of them."""
+        """Start at the first recorded step, or later if the run resumes after it; `step` counts from 1."""
         if not self.active or self.profiler or not self.config.start <= step <= (self.config.stop or self.config.start):
             return
         if self.memory:
@@ -32,7 +32,7 @@ class StepProfiler:
         self.profiler.start()
 
     def after(self, step: int, last: bool) -> None:
-        """Write when `step` was the last to record, or the last of all."""
+        """Write the files after the last recorded step, or after the `last` of the run."""
         if self.profiler is None or (step < (self.config.stop or self.config.start) and not last):
             return
         if process_groups.device().type == "cuda":

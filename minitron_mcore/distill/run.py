@@ -1,4 +1,4 @@
-"""A training stage from its opened checkpoints to its finished folders: what launch/correct.py and launch/distill.py share."""
+"""The training of launch/correct.py and launch/distill.py: from opened checkpoints to finished run folders."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reporting import plots, tables
 
 TEACHER_LOSS_WARN_RATIO = 0.9
-"""A teacher whose loss is more than this share of a blind guess's, ln(vocabulary), is warned of."""
+"""Warn when the teacher's loss exceeds this fraction of ln(vocab_size), the loss of uniform predictions."""
 
 
 def train(
@@ -35,23 +35,24 @@ def train(
     eval_steps: Sequence[int] = (),
     on_eval: Callable[[int, Trainer], None] | None = None,
 ) -> None:
-    """Train `students[i]` into `configs[i].out_dir`, or go on where a stopped run ended (collective).
+    """Train `students[i]` into `configs[i].out_dir`, or resume a stopped run (collective).
 
-    Several are trained in turn, step by step, from one pass of the teacher; each folder is then what a run of its own would
-    have made of it. The configs differ in `student` and `out_dir` alone.
+    Several students share the teacher's passes; each result equals that of a separate run. The configs differ only in `student`
+    and `out_dir`.
 
     Args:
-        looks: steps, ascending up to the last, after which the run is saved and `look` is called with each student's number and
-            trainer; a run that goes on right after one of them looks again.
+        eval_steps: ascending up to the last step. After each the run is saved and `on_eval` is called with each student's index
+        and
+            trainer; also when a run resumes right after one of them.
 
     Raises:
-        UserError: see `train.check`, `data.prepare`, `Cache.check` and `checkpoint.claimed`; students of several vocabularies.
+        UserError: see `check_run`, `datasets.prepare`, `Cache.check` and `run_folder.claim_run_folder`.
     """
     config, first = configs[0], students[0]
     check_run(config, settings, students, teacher)
     with contextlib.ExitStack() as claims:
-        held = [run_folder.claim_run_folder(each.out_dir, run_identity(each), resume=True) for each in configs]
-        resumed = [claims.enter_context(claim) for claim in held]
+        folders = [run_folder.claim_run_folder(each.out_dir, run_identity(each), resume=True) for each in configs]
+        resumed = [claims.enter_context(folder) for folder in folders]
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = datasets.prepare(config.data, first.hf, vocab)
@@ -59,30 +60,31 @@ def train(
         if isinstance(teacher, Cache):
             teacher.check(prefixes, weights, config.data.seed, settings.steps * settings.global_batch)
         trainers: dict[Path, Trainer] = {}
-        for each, student, goes_on in zip(configs, students, resumed, strict=True):
+        for each, student, is_resumed in zip(configs, students, resumed, strict=True):
             source = next((trainer.teacher for trainer in trainers.values()), None)
             trainer = Trainer(
                 student, teacher, settings, config.parallel, config.dtype.value, source, config.performance
             )
             trainers[Path(each.out_dir)] = trainer
-            if goes_on:
+            if is_resumed:
                 trainer.resume(run_folder.open_checkpoint(each.out_dir))
-                process_groups.log(f"going on after step {trainer.step} of {each.out_dir}")
+                process_groups.log(f"resuming after step {trainer.step} of {each.out_dir}")
             _describe(each, settings, student, teacher, text)
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
-        batches = datasets.train_batches(prefixes, weights, **behind.data_position(config.data))
+        batches = behind.train_batches(config.data, prefixes, weights)
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
-            batches = _probed(behind, batches, vocab)
+            batches = _check_teacher_loss(behind, batches, vocab)
         figures = [[] for _ in trainers]
+        common_folder = Path(os.path.commonpath([each.out_dir for each in configs]))
         for stop in eval_steps or (settings.stop_after,):
             for trainer in trainers.values():
                 trainer.config = dataclasses.replace(settings, stop_after=stop)
-            for before, new in zip(figures, loop.train(trainers, batches, _common(configs)), strict=True):
+            for before, new in zip(figures, loop.train(trainers, batches, common_folder), strict=True):
                 before += new
             for number, trainer in enumerate(trainers.values()):
                 if on_eval and trainer.step == stop:
                     on_eval(number, trainer)
-            if on_eval and behind.step < stop:  # told to stop
+            if on_eval and behind.step < stop:  # stopped by a signal
                 break
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
             if trainer.step == settings.steps:
@@ -93,37 +95,35 @@ def train(
 def check_run(
     config: StageRun, settings: DistillConfig, students: Sequence[Checkpoint], teacher: Checkpoint | None
 ) -> None:
-    """Raises UserError: see `train.check`; students of several vocabularies."""
+    """Raises UserError: see `trainer.check`; students with different vocabularies."""
     first = students[0]
     for student in students:
         check(student, teacher, settings, config.parallel, config.dtype.value, config.performance)
         if student.arch.vocab != first.arch.vocab:
             raise UserError(
                 f"{student.path} has a vocabulary of {student.arch.vocab} and {first.path} one of {first.arch.vocab}: students "
-                "of one pass of the teacher share the rows of its head; train these in runs of their own."
+                "of one pass of the teacher share the rows of its head; train these in separate runs."
             )
 
 
-def _probed(trainer: Trainer, batches: Iterator[Batch], vocab: int) -> Iterator[Batch]:
-    """The same batches, after a look at how well the teacher predicts the first of them (collective)."""
+def _check_teacher_loss(trainer: Trainer, batches: Iterator[Batch], vocab: int) -> Iterator[Batch]:
+    """Log the teacher's loss on the first batch, with a warning if it is too high; the same batches (collective)."""
     first = next(batches)
-    loss, guess = trainer.teacher_loss(first), math.log(vocab)
-    told = f"the teacher's own loss on the first micro-batch is {loss:.3f} nats a token"
-    if not loss < TEACHER_LOSS_WARN_RATIO * guess:
-        told = f"warning: {told}, near the {guess:.2f} of a blind guess: is it the right checkpoint, and text of its tokenizer?"
-    process_groups.log(told)
+    loss, uniform = trainer.teacher_loss(first), math.log(vocab)
+    message = f"the teacher's own loss on the first micro-batch is {loss:.3f} nats a token"
+    if not loss < TEACHER_LOSS_WARN_RATIO * uniform:
+        message = (
+            f"warning: {message}, near the {uniform:.2f} of uniform predictions: is it the right checkpoint, and text of its "
+            "tokenizer?"
+        )
+    process_groups.log(message)
     return itertools.chain([first], batches)
-
-
-def _common(configs: Sequence[StageRun]) -> Path:
-    """The folder of one run, or the one that those of several share."""
-    return Path(os.path.commonpath([config.out_dir for config in configs]))
 
 
 def _describe(
     config: StageRun, settings: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, text: dict
 ) -> None:
-    """Write the lineage of what will be trained (rank 0)."""
+    """Write the lineage of the model that will be trained (rank 0)."""
     parents = {"student": run_folder.identity(student), "teacher": teacher and run_folder.identity(teacher)}
     details = {
         "plans": lineage.plans(student.path),

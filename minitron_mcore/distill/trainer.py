@@ -1,29 +1,34 @@
-"""One student's training step: megatron-core's schedule, DDP, optimizer and learning-rate schedule around our objective."""
+"""One student's training step: megatron-core's schedule, DDP, optimizer and learning-rate schedule around the distillation
+loss."""
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint import run_folder, streaming
-from minitron_mcore.checkpoint.run_folder import Checkpoint, Shard
+from minitron_mcore.checkpoint import run_folder, sharded, streaming
+from minitron_mcore.checkpoint.run_folder import Checkpoint
+from minitron_mcore.checkpoint.sharded import Shard
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
-from minitron_mcore.distill import bad_step, checks, optimizer_state, vocabulary
+from minitron_mcore.data import datasets
+from minitron_mcore.distill import checks, failures, optimizer_state, vocabulary
 from minitron_mcore.distill.cache import Cache, CachedTeacher
+from minitron_mcore.distill.failures import BadStep
 from minitron_mcore.distill.hidden_state_loss import HiddenStateLoss
 from minitron_mcore.distill.loss_fn import LossFunction
-from minitron_mcore.distill.remote_teacher import DistantTeacher
+from minitron_mcore.distill.remote_teacher import RemoteTeacher
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import build, flops, performance_checks, tuning
 from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
+from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
@@ -39,25 +44,24 @@ def check(
     dtype: str,
     performance: PerformanceConfig,
 ) -> None:
-    """Refuse what cannot train before a model is built.
+    """Check a run before a model is built.
 
     Raises:
-        UserError: see `checks.problems`, `performance.problems`, `vocabulary.problems` and `Cache.problems`.
+        UserError: see `checks.problems`, `performance_checks.problems`, `vocabulary.problems` and `Cache.problems`.
     """
-    found = [
-        *checks.problems(student.arch, teacher and teacher.arch, config, parallel, process_groups.dp_group().size())
-    ]
-    live = None if isinstance(teacher, Cache) else teacher and teacher.arch
-    found += performance_checks.problems(
-        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.installed()
+    dp_size, teacher_arch = process_groups.dp_group().size(), teacher and teacher.arch
+    problems = [*checks.problems(student.arch, teacher_arch, config, parallel, dp_size)]
+    live = None if isinstance(teacher, Cache) else teacher_arch
+    problems += performance_checks.problems(
+        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.available_kernels()
     )
-    found += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
-    found += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
-    refuse(found)
+    problems += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
+    problems += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
+    refuse(problems)
 
 
 class Trainer:
-    """Student, teacher, optimizer and schedule of one run, each sharded by megatron-core as the layout says."""
+    """Student, teacher, optimizer and learning-rate schedule of one run, sharded by megatron-core in the run's layout."""
 
     def __init__(
         self,
@@ -72,11 +76,10 @@ class Trainer:
         """Build both models and load their weights (collective).
 
         Args:
-            performance: None is the defaults.
-            source: `teacher` as another trainer on these ranks has it already, whose student has the same vocabulary.
+            source: the loaded `teacher` of another trainer on these ranks, whose student has the same vocabulary.
 
         Raises:
-            UserError: see `check`; a layout that doesn't divide a model; a damaged checkpoint.
+            UserError: see `check`; a layout that does not divide a model; a damaged checkpoint.
         """
         self.performance = performance = performance or PerformanceConfig()
         check(student, teacher, config, parallel, dtype, performance)
@@ -90,7 +93,7 @@ class Trainer:
         model = run_folder.build_model(student, parallel, dtype, performance)
         self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
         ddp = tuning.ddp_config(performance, config.distributed_optimizer)
-        self.states = (
+        self.hidden_loss = (
             HiddenStateLoss(model, student.arch, teacher.arch, config, parallel, ddp)
             if config.hidden_state_loss.weight
             else None
@@ -100,16 +103,16 @@ class Trainer:
             if isinstance(teacher, Cache):
                 self.teacher = CachedTeacher(teacher, student.arch, parallel)
             else:
-                make = DistantTeacher if config.teacher_ranks else Teacher.load
-                self.teacher = make(teacher, student.arch, config, parallel, dtype, performance)
-        if self.states:
-            self.teacher.routes = sorted({*self.teacher.routes, *self.states.routes})
+                load = RemoteTeacher if config.teacher_ranks else Teacher.load
+                self.teacher = load(teacher, student.arch, config, parallel, dtype, performance)
+        if self.hidden_loss:
+            self.teacher.routes = sorted({*self.teacher.routes, *self.hidden_loss.routes})
         self.loss_fn = LossFunction(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
         self.model, self.chunks = model, [DistributedDataParallel(model.config, ddp, chunk) for chunk in model.chunks]
         if performance.overlap_param_gather:
-            _gather_as_needed(model, self.chunks)
+            _wait_for_weights(model, self.chunks)
         self.optimizer = self._make_optimizer(dtype)
-        model.config.finalize_model_grads_func = self.states.finalize if self.states else finalize_model_grads
+        model.config.finalize_model_grads_func = self.hidden_loss.finalize if self.hidden_loss else finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [chunk.no_sync for chunk in self.chunks]
         model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -128,7 +131,7 @@ class Trainer:
         )
 
     def _make_optimizer(self, dtype: str):
-        """megatron-core's, of the student and what the states train, told what it lacks (collective)."""
+        """megatron-core's, of the student and the projection; it raises BadStep (collective)."""
         config = self.config
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -144,48 +147,55 @@ class Trainer:
                 use_distributed_optimizer=config.distributed_optimizer,
                 **tuning.optimizer_options(self.performance),
             ),
-            [*self.chunks, *(self.states.trained if self.states else [])],
+            [*self.chunks, *(self.hidden_loss.ddp_modules if self.hidden_loss else [])],
             use_gloo_process_groups=False,
         )
-        bad_step.guard_gradient(optimizer)
+        failures.guard_gradient(optimizer)
         return optimizer
 
-    def data_position(self, data: DataConfig) -> dict:
-        """Arguments of `data.train_batches` for this rank, from the sample where the next step begins."""
+    def train_batches(self, data: DataConfig, prefixes: list[str], weights: list[float] | None) -> Iterator[Batch]:
+        """This rank's microbatches from the sample at which the next step begins (collective). See `datasets.train_batches`.
+
+        With a teacher cache the order is that of the cache's samples, and repeats after its last one.
+        """
         config, dp = self.config, process_groups.dp_group()
+        num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
-        return {
-            "cache": data.cache,
-            "vocab_size": self.vocab,
-            "seed": data.seed,
-            "sequence_length": config.sequence_length,
-            "micro_batch_size": config.micro_batch,
-            "global_batch_size": config.global_batch,
-            "num_samples": config.steps * config.global_batch,
-            "order_samples": self.teacher.cache.index["samples"] if cached else None,
-            "consumed_samples": self.step * config.global_batch,
-            "dp_rank": dp.rank(),
-            "dp_size": dp.size(),
-        }
+        count = self.teacher.cache.index["samples"] if cached else num_samples
+        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count)
+        return datasets.train_batches(
+            datasets.Samples(order, data.cache, self.vocab),
+            micro_batch_size=config.micro_batch,
+            global_batch_size=config.global_batch,
+            num_samples=num_samples,
+            consumed_samples=self.step * config.global_batch,
+            dp_rank=dp.rank(),
+            dp_size=dp.size(),
+        )
 
     def train_step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None = None) -> dict[str, float]:
-        """One optimizer step on this data-parallel rank's micro-batches (collective); the step's figures, on all ranks.
+        """One optimizer step on this data-parallel rank's micro-batches (collective).
 
-        `fed` are the same with what the teacher has already added; without them it runs now. A step all of whose tokens are
-        masked moves nothing, not even by weight decay, and counts.
+        A step whose tokens are all masked counts, but changes no weight, not even by weight decay.
+
+        Args:
+            with_teacher_outputs: the micro-batches of `add_teacher_outputs`; None: the teacher runs now.
+
+        Returns:
+            The step's figures, the same on all ranks; losses in nats a token.
 
         Raises:
-            BadStep: a loss or gradient that is not finite, on all ranks; all is still as after the step before.
+            BadStep: on all ranks, for a loss or gradient that is not finite; weights, optimizer and schedule are unchanged.
         """
         start = time.monotonic()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        if self.states:
-            self.states.begin()
+        if self.hidden_loss:
+            self.hidden_loss.begin()
         self.optimizer.zero_grad()
         if with_teacher_outputs is None:
             with_teacher_outputs = self.teacher.add_teacher_outputs(batches) if self.teacher else batches
-        on_batch = [self.states.take] if self.states else []
+        on_batch = [self.hidden_loss.set_batch] if self.hidden_loss else []
         parts = schedule.forward_backward(
             self.chunks, with_teacher_outputs, self.loss_fn, batches[0], len(batches), *on_batch
         )
@@ -194,29 +204,32 @@ class Trainer:
             sums += part
         kd, lm, entropy, tokens = self._total(sums).tolist()
         if not math.isfinite(kd + lm + tokens):
-            raise bad_step.BadStep("loss", kd + lm + tokens, parts)
-        states = {}
-        if self.states:
-            states = {"states_loss": self.states.total() / max(tokens, 1.0), "states_weight": self.states.weight}
-            if not math.isfinite(states["states_loss"]):
-                raise bad_step.BadStep("loss of intermediate states", states["states_loss"], parts)
-        self.scheduler.step(increment=1)  # before the optimizer: the first step already moves
+            raise BadStep("loss", kd + lm + tokens, parts)
+        hidden_figures = {}
+        if self.hidden_loss:
+            hidden_figures = {
+                "states_loss": self.hidden_loss.total() / max(tokens, 1.0),
+                "states_weight": self.hidden_loss.weight,
+            }
+            if not math.isfinite(hidden_figures["states_loss"]):
+                raise BadStep("loss of intermediate states", hidden_figures["states_loss"], parts)
+        self.scheduler.step(increment=1)  # before the optimizer: the first step's learning rate is not 0
         try:
             norm = self.optimizer.step()[1] if tokens else 0.0
-        except bad_step.BadStep as bad:
+        except BadStep as bad:
             self.scheduler.step(increment=-1)
-            raise bad_step.BadStep(bad.what, bad.value, parts) from None
+            raise BadStep(bad.what, bad.value, parts) from None
         self.step += 1
-        if states:
+        if hidden_figures:
             kd_term = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
-            self.states.took(kd_term, states["states_loss"])
+            self.hidden_loss.update_weight(kd_term, hidden_figures["states_loss"])
         seconds, count, length = time.monotonic() - start, max(tokens, 1.0), self.config.sequence_length
         return {
             "step": self.step,
             "tokens": self.step * self.config.global_batch * self.config.sequence_length,
             "kd_loss": kd / count,
             "lm_loss": lm / count,
-            **states,
+            **hidden_figures,
             "teacher_entropy": entropy / count,
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -233,52 +246,57 @@ class Trainer:
         with torch.no_grad():
             for with_teacher_outputs in self.teacher.add_teacher_outputs([batch]):
                 if process_groups.is_last_stage():
-                    sums += self.loss_fn.teacher_loss(schedule.share(with_teacher_outputs))
+                    sums += self.loss_fn.teacher_loss(schedule.cp_shard(with_teacher_outputs))
         loss, tokens = self._total(sums).tolist()
         return loss / max(tokens, 1.0)
 
     def skip_step(self) -> None:
-        """Count a step that was not taken: its data has been seen and its learning rate had its turn."""
+        """Count a bad step: advance the data position and the learning-rate schedule."""
         self.scheduler.step(increment=1)
         self.step += 1
 
     def bad_gradient(self) -> str:
-        """Names the first of this rank's parameters whose gradient is not finite; empty where there is none."""
-        extra = self.states.trained if self.states else []
-        named = [*build.named_parameters(self.model), *(named for part in extra for named in part.named_parameters())]
-        return next((name for name, parameter in named if not parameter.main_grad.isfinite().all()), "")
+        """Name of this rank's first parameter with a gradient that is not finite; empty if there is none."""
+        extra = self.hidden_loss.ddp_modules if self.hidden_loss else []
+        parameters = [
+            *build.named_parameters(self.model),
+            *(pair for part in extra for pair in part.named_parameters()),
+        ]
+        return next((name for name, parameter in parameters if not parameter.main_grad.isfinite().all()), "")
 
     def _total(self, sums: Tensor) -> Tensor:
         dist.all_reduce(sums, group=process_groups.dp_cp_group())
         return process_groups.from_last_stage(sums)
 
     def _weights(self) -> dict:
-        states = self.states.sharded_state() if self.states else {}
-        return {"weights": run_folder.model_state(self.model, self.arch), "states": states}
+        states = self.hidden_loss.sharded_state() if self.hidden_loss else {}
+        return {"weights": sharded.model_state(self.model, self.arch), "states": states}
 
     def _shards(self) -> dict[nn.Parameter, Shard]:
-        """Of all that the optimizer trains."""
-        return run_folder.model_shards(self.model, self.arch) | (self.states.shards() if self.states else {})
+        """Of all parameters that the optimizer trains."""
+        return sharded.model_shards(self.model, self.arch) | (self.hidden_loss.shards() if self.hidden_loss else {})
 
-    def _whole_optimizer(self, loading: bool) -> dict:
-        """megatron-core's sharded state of an optimizer that every data-parallel rank holds whole."""
-        states = self.states.sharded_state() if self.states else {}
+    def _replicated_optimizer_state(self, loading: bool) -> dict:
+        """megatron-core's sharded state of an optimizer that every data-parallel rank holds as a whole."""
+        states = self.hidden_loss.sharded_state() if self.hidden_loss else {}
         parameters = [*(chunk.sharded_state_dict() for chunk in self.model.chunks), states]
         return self.optimizer.sharded_state_dict(parameters, is_loading=loading)
 
     def save(self, out_dir: Path) -> None:
-        """Write a step's checkpoint from the tensors as they are, a few pieces at a time; or copy them, and write in the background
-        until `finish_save` (collective)."""
+        """Write a checkpoint of this step (collective).
+
+        Pieces are written directly from the tensors; or the tensors are copied, and written in the background until `finish_save`.
+        """
         self.finish_save()
         if self.performance.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
         if self.config.distributed_optimizer:
-            optimizer = optimizer_state.saved(self.optimizer.chained_optimizers, self._shards())
+            optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, self._shards())
         else:
-            optimizer = self._whole_optimizer(loading=False)
-        # No dropout anywhere: the data position, which follows from the step, is all the randomness there is.
-        counted = {"step": self.step} | ({"states_ratio": self.states.ratio} if self.states else {})
+            optimizer = self._replicated_optimizer_state(loading=False)
+        # There is no dropout: the data position, which follows from the step, is the only random state.
+        counted = {"step": self.step} | ({"states_ratio": self.hidden_loss.ratio} if self.hidden_loss else {})
         state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
         with hang_watchdog.extended_timeout(self.config.save_minutes):
             if self.background:
@@ -287,47 +305,42 @@ class Trainer:
                 streaming.save_state(out_dir, self.step, state, f"save step {self.step}")
 
     def finish_save(self, wait: bool = True) -> None:
-        """Make the step that is being written in the background the newest one, if there is one and, without `wait`, if all ranks
-        have written it (collective).
+        """Finish the background save, if there is one and all ranks have written it; with `wait` wait for them (collective).
 
         Raises:
-            CheckpointException: a rank could not write it; the newest step is the one before.
+            CheckpointException: a rank could not write it; the previous checkpoint stays the newest.
         """
-        if self.saving and (wait or self.saving.written()):
+        if self.saving and (wait or self.saving.is_written()):
             saving, self.saving = self.saving, None
             with hang_watchdog.extended_timeout(self.config.save_minutes):
                 saving.finish()
 
-    def resume(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint of this run (collective). Weights and optimizer state are filled in place."""
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint of this run, in place (collective)."""
         if self.config.distributed_optimizer:
-            loading = optimizer_state.Loading(self.optimizer.chained_optimizers, self._shards())
-            state = run_folder.load(found, self._weights() | {"optimizer": loading.request})
+            loading = optimizer_state.StateLoader(self.optimizer.chained_optimizers, self._shards())
+            state = run_folder.load(checkpoint, self._weights() | {"optimizer": loading.request})
             loading.finish(state["optimizer"])
         else:
-            state = run_folder.load(found, self._weights() | {"optimizer": self._whole_optimizer(loading=True)})
+            state = run_folder.load(
+                checkpoint, self._weights() | {"optimizer": self._replicated_optimizer_state(loading=True)}
+            )
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
-        if self.states:
-            self.states.ratio = state["states_ratio"]
+        if self.hidden_loss:
+            self.hidden_loss.ratio = state["states_ratio"]
 
 
-def _gather_as_needed(model: build.Model, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Wait for the head's weights too, where megatron-core gathers them during the forward pass.
-
-    It waits before a module is called, and the head's never is: the loss takes its weights. The final norm comes right before.
-    """
+def _wait_for_weights(model: build.Model, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Complete the gathers that megatron-core overlaps with the forward pass before their weights are used."""
     if process_groups.is_last_stage():
-        ddp, head = chunks[-1], model.head()
-        norm = model.chunks[-1].decoder.final_norm
-        skip = ddp.ddp_config.align_param_gather
-        norm.register_forward_pre_hook(lambda *_: ddp.param_to_bucket_group[head].finish_param_sync(skip))
+        training.wait_for_head(chunks[-1], model.chunks[-1].decoder.final_norm, model.head())
     if chunks[0].ddp_config.align_param_gather:
         model.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, config: dict, data: str) -> str:
-    """Names a distilled model by all that made it."""
-    made = [student.fingerprint, teacher.fingerprint if teacher else None, config, data]
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    """A hash of everything that determines a distilled model."""
+    inputs = [student.fingerprint, teacher.fingerprint if teacher else None, config, data]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Student and teacher that don't hold the same token ids: what they share, and whether the ids mean the same. No torch import."""
+"""Students and teachers with vocabularies of different sizes: the ids that both have, and whether these agree. No torch import."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,18 +9,17 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "voca
 
 
 def shared(student: Architecture, teacher: Architecture | None) -> int:
-    """Ids that both have: 0 up to the smaller vocabulary. Both softmaxes are over these; the larger one's other rows stand aside
-    like padding, without a probability or a gradient."""
+    """Number of ids that both have: the smaller vocabulary. Both softmaxes are over these; other rows are treated as padding."""
     return min(student.vocab, teacher.vocab) if teacher else student.vocab
 
 
 def problems(
     student: Architecture, teacher: Architecture, student_hf: Path | None, teacher_hf: Path | None
 ) -> Iterator[str]:
-    """What keeps the ids from being shared: an id that stands for two tokens; vocabularies of two sizes with no tokenizers to tell.
+    """Problems of the shared ids: an id with two tokens; vocabularies of different sizes without tokenizers to compare.
 
     Args:
-        student_hf: folder with its tokenizer's files; None: it is not there yet. `teacher_hf` likewise.
+        student_hf, teacher_hf: folders with the tokenizers' files; None: not there yet.
     """
     sizes = f"the teacher's vocabulary has {teacher.vocab} tokens, the student's {student.vocab}"
     student_files, teacher_files = _tokenizer(student_hf), _tokenizer(teacher_hf)
@@ -36,13 +35,13 @@ def problems(
         return
     from minitron_mcore.data import tokenizer  # imports transformers
 
-    mine, other = (tokenizer.load(hf).pieces() for hf in (student_hf, teacher_hf))
-    differ = [n for n in range(shared(student, teacher)) if n in mine and n in other and mine[n] != other[n]]
+    ours, theirs = (tokenizer.load(hf).pieces() for hf in (student_hf, teacher_hf))
+    differ = [n for n in range(shared(student, teacher)) if n in ours and n in theirs and ours[n] != theirs[n]]
     if differ:
         first = differ[0]
         yield (
-            f"{sizes}, and their tokenizers differ in {len(differ)} of the ids that both have (id {first} is {other[first]!r} and "
-            f"{mine[first]!r}): distillation on logits needs the same tokenizer; take a teacher that has the student's."
+            f"{sizes}, and their tokenizers differ in {len(differ)} of the ids that both have (id {first} is {theirs[first]!r} and "
+            f"{ours[first]!r}): distillation on logits needs the same tokenizer; take a teacher that has the student's."
         )
 
 

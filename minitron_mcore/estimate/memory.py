@@ -1,383 +1,292 @@
-"""What a model costs: parameters and bytes of a rank, floating-point operations of a token. Pure formulas, no torch import.
+"""Bytes that a rank holds in training, forward passes and saves. Pure formulas, no torch import.
 
-Bytes are those of tensors alive at the step's worst moment, layer by layer as autograd keeps them:
+Training is estimated at the worst moment of a step:
 
-    weights      of the student, in the run's dtype (bf16: 2, fp32: 4); under fp8 2 more for each weight of a layer's matrix, its
-                 8-bit copy and that one's transpose
-    gradients    megatron-core's buffer: 4 a parameter, 2 with performance.grad_reduce_in_fp32=false
-    optimizer    Adam's two moments in fp32 and, of bf16 weights, an fp32 copy: 12 or 8 a parameter, over the data-parallel (and
-                 context-parallel) ranks where the optimizer is distributed; an expert's over the ranks that hold it. The
-                 precision-aware one: 2 for the lower half of the copy, moments of 4 or 2 each
-    teacher      its weights in its own layout (under teacher_fp8 1 more for each weight of a layer's matrix), and of its head the
-                 rows that go with the student's; with performance.teacher_offload these rows only
-    hand-off     its hidden states, final ones and those that blocks are compared with, of every micro-batch that it is ahead
-    activations  what the backward pass waits for, of every micro-batch in flight (1F1B: as many as stages follow, itself included;
-                 interleaved: more, each of one chunk), without what is recomputed
-    workspace    on the last stage the loss; elsewhere the gradients of one block with what one layer, or one group of layers,
-                 recomputes, or the loss between blocks; an offloaded teacher during its turn, an fp32 copy of bf16 gradients
-                 in the optimizer's, where these take more than the activations that are not there then
+    weights      the student's, in the run's dtype (bf16: 2 bytes, fp32: 4); under fp8 2 more for each weight of a layer's
+                 matrices: its 8-bit copy and the copy's transpose
+    gradients    megatron-core's buffer: 4 bytes a parameter, 2 with performance.grad_reduce_in_fp32=false
+    optimizer    Adam's two fp32 moments and, for bf16 weights, an fp32 copy: 12 or 8 bytes a parameter, divided by the
+                 data-parallel and context-parallel ranks where the optimizer is distributed (an expert's by the ranks that hold
+                 it). The precision-aware optimizer: 2 for the lower half of the copy, moments of 4 or 2 each
+    teacher      its weights in its own layout (under teacher_fp8 1 more for each weight of a layer's matrices), and the rows of its
+                 head that the loss needs; with performance.teacher_offload these rows only
+    hand-off     the teacher's final hidden states, and those compared with the student's blocks, of all micro-batches it runs ahead
+    activations  see `activations`
+    workspace    on the last stage the loss; on others the gradients of one block and what is recomputed at a time, or the loss
+                 between blocks. Or what is alive only while activations are not, if that is more: an offloaded teacher, the
+                 optimizer's fp32 copy of bf16 gradients, gloo's copy of the gradients
 
-The projection between blocks of different widths counts as the student's, whole on every rank.
-
-Device "cuda" has the fused norms and activations of megatron-core and Transformer Engine; "cpu" is what torch does without them.
-CUDA's own context, NCCL's buffers and the allocator's holes come on top.
+The projection between blocks of different widths counts as the student's, whole on every rank. CUDA's context, NCCL's buffers and
+the allocator's fragmentation come on top.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from minitron_mcore.config.performance import PerformanceConfig, Recompute, RecomputeMethod
-from minitron_mcore.config.settings import Device, Dtype, ParallelConfig
+from minitron_mcore.checkpoint import disk
+from minitron_mcore.config.settings import Device, DistillConfig, Dtype
+from minitron_mcore.config.stages import CacheKind
 from minitron_mcore.distill import checks, tile_sizes
-from minitron_mcore.models import attention_band, parameter_table, sharding
+from minitron_mcore.estimate import activations
+from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.models import parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Setting:
-    """All but the models that decides what a rank holds."""
-
-    parallel: ParallelConfig
-    world: int
-    dtype: Dtype
-    micro_batch: int
-    sequence_length: int
-    device: Device = Device.cuda
-    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
-
-    @property
-    def dtype_bytes(self) -> int:
-        """Bytes of a number in the run's dtype."""
-        return 2 if self.dtype == Dtype.bf16 else 4
-
-    @property
-    def replicas(self) -> int:
-        """Data-parallel ranks."""
-        return max(1, self.world // max(1, self.parallel.tensor * self.parallel.pipeline * self.parallel.context))
-
-    @property
-    def tokens(self) -> int:
-        """Of a micro-batch, on a context-parallel rank."""
-        return self.micro_batch * self.sequence_length // self.parallel.context
-
-    @property
-    def sequence_shards(self) -> int:
-        """Ranks that share the tokens between the matrices."""
-        return self.parallel.tensor if self.parallel.sequence else 1
-
-    @property
-    def last(self) -> int:
-        return self.parallel.pipeline - 1
+CachedTeacher = tuple[CacheKind, int | None]
+"""Kind and top_k of a teacher's cache."""
 
 
 def parameters(arch: Architecture, setting: Setting, stage: int) -> tuple[int, int]:
-    """Parameters in the memory of a rank of a pipeline stage, padding included: (experts' own, all others)."""
-    tp, own = setting.parallel.tensor, range(arch.experts // setting.parallel.expert)
-    counts = [0, 0]
-    for parameter in sharding.held(arch, setting.parallel, stage, own):
-        counts[parameter.expert is None] += local_elements(parameter, tp)
+    """Parameters in the memory of a rank of a pipeline stage, padding included: (experts', all others)."""
+    tp, counts = setting.parallel.tensor, [0, 0]
+    for parameter in _rank_parameters(arch, setting, stage):
+        counts[parameter.expert is None] += _local_elements(parameter, tp)
     if arch.tied and 0 < stage == setting.last:
         counts[True] += parameter_table.padded_vocab(arch, tp) // tp * arch.hidden  # its copy of the embedding table
     return counts[False], counts[True]
 
 
-def local_elements(parameter: parameter_table.Parameter, tp: int) -> int:
+def _rank_parameters(arch: Architecture, setting: Setting, stage: int) -> list[parameter_table.Parameter]:
+    experts = range(arch.experts // setting.parallel.expert)
+    return list(sharding.parameters_on_rank(arch, setting.parallel, stage, experts))
+
+
+def _local_elements(parameter: parameter_table.Parameter, tp: int) -> int:
     """A tensor-parallel rank's elements of a parameter."""
     if "vocab" in parameter.row.axes:
         return parameter_table.padded_vocab(parameter.arch, tp) // tp * parameter.arch.hidden
     return math.prod(parameter.shape) // (1 if parameter.row.tp_dim is None else tp)
 
 
-def model_states(arch: Architecture, setting: Setting, stage: int, distributed: bool, more: int = 0) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer on a rank of a stage; `distributed`: the optimizer's state is shared out; `more`:
-    parameters beside the model's."""
+def _matrix_elements(arch: Architecture, setting: Setting, stage: int) -> int:
+    """A rank's weights of the matrices in its layers: those with 8-bit copies under fp8."""
+    layers = (p for p in _rank_parameters(arch, setting, stage) if p.block is not None and len(p.shape) == 2)
+    return sum(_local_elements(parameter, setting.parallel.tensor) for parameter in layers)
+
+
+def model_states(arch: Architecture, setting: Setting, stage: int, distributed: bool, extra: int = 0) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer on a rank of a stage.
+
+    Args:
+        distributed: the optimizer's state is divided by the data-parallel ranks.
+        extra: parameters beside the model's.
+    """
     experts, others = parameters(arch, setting, stage)
-    others += more
+    others += extra
     config, each = setting.performance, 12 if setting.dtype == Dtype.bf16 else 8
     if config.precision_aware_optimizer:
         each = 10 if config.exp_avg_dtype == Dtype.fp32 else 6
-    optimizer = each * _owned(setting, (experts, others), distributed)
-    copies = 2 * matrices(arch, setting, stage) if config.fp8 else 0
+    copies = 2 * _matrix_elements(arch, setting, stage) if config.fp8 else 0
     return {
         "weights": setting.dtype_bytes * (experts + others) + copies,
         "gradients": (4 if config.grad_reduce_in_fp32 else 2) * (experts + others),
-        "optimizer": math.ceil(optimizer),
+        "optimizer": math.ceil(each * _optimizer_share(setting, experts, others, distributed)),
     }
 
 
-def _owned(setting: Setting, counts: tuple[int, int], distributed: bool) -> float:
-    """Of (experts', other) parameters of a rank those whose optimizer state it holds."""
-    shares = (
-        setting.world // (setting.parallel.pipeline * setting.parallel.expert),
-        setting.replicas * setting.parallel.context,
-    )
-    return sum(n / (max(1, share) if distributed else 1) for n, share in zip(counts, shares, strict=True))
-
-
-def matrices(arch: Architecture, setting: Setting, stage: int) -> int:
-    """A rank's weights of the matrices in its layers, which is what runs in 8 bits."""
-    own = range(arch.experts // setting.parallel.expert)
-    inside = (p for p in sharding.held(arch, setting.parallel, stage, own) if p.block is not None and len(p.shape) == 2)
-    return sum(local_elements(parameter, setting.parallel.tensor) for parameter in inside)
-
-
-def _norm(width: float, arch: Architecture, setting: Setting) -> float:
-    """Bytes of one norm's input that its backward pass needs, and of its statistics."""
-    if setting.device == Device.cpu and arch.traits.norm == "RMSNorm":
-        return 8 * width + 4  # torch takes it apart: the input in fp32, and the same divided by its length
-    return setting.dtype_bytes * width + 8
-
-
-def mlp_activations(arch: Architecture, setting: Setting) -> float:
-    """Bytes kept of one token that goes through an MLP or an expert, of ffn channels that the ranks share or not."""
-    fused = setting.device == Device.cuda
-    channels = (3 if fused else 5) if arch.traits.gated else 2
-    if not arch.experts:
-        return setting.dtype_bytes * channels * arch.ffn / setting.parallel.tensor
-    routed = setting.dtype_bytes * (arch.hidden + (channels + (not fused)) * arch.ffn) + 24
-    # Balanced routing: a rank's experts see as many tokens as the rank sends out.
-    return (arch.experts_per_token * routed + 5 * arch.experts) / setting.sequence_shards
-
-
-def _attention(arch: Architecture, setting: Setting, again: bool) -> float:
-    """Bytes kept of one token between attention's two matrices, of a tensor-parallel rank's heads; `again`: what comes after the
-    rotary embedding is recomputed."""
-    b, tp, dim = setting.dtype_bytes, setting.parallel.tensor, arch.head_dim
-    heads, groups = arch.heads / tp, arch.groups / tp
-    gathered = setting.device == Device.cpu and setting.parallel.context > 1 and not again
-    # Queries, keys and values as one matrix makes them; queries and keys turned; the output. Where keys and values are gathered:
-    # queries turned; keys and values of the whole sequence; the output by parts and as one.
-    kept = (heads + 2 * groups) + (heads + groups) + heads
-    if gathered:
-        kept = heads + 2 * setting.parallel.context * groups + 2 * heads
-        # Queries by blocks, but for the first rank's first half without a window: a view of that keeps them all.
-        parts = 2 * setting.parallel.context
-        kept += heads / parts if (arch.window or math.inf) >= setting.sequence_length / parts else 0
-    elif setting.device == Device.cpu and arch.window and arch.window < setting.sequence_length and not again:
-        kept += heads  # the output by blocks too
-    norms = 0
-    if arch.traits.qk_norm:
-        norms = (heads + groups) * _norm(dim, arch, setting)
-        if setting.device == Device.cuda or setting.dtype == Dtype.fp32:
-            # Keys are read where they lie, beside the values that are kept anyway, unless these were gathered elsewhere.
-            kept += heads + groups if gathered else -groups
-    return b * dim * kept + norms + (0 if again else 4 * heads)  # and each head's log-sum-exp
-
-
-def layer_activations(arch: Architecture, setting: Setting, part: str, again: Sequence[str] = ()) -> float:
-    """Bytes that one "attention" or "mlp" layer keeps of a micro-batch for its backward pass, on one rank.
-
-    Args:
-        again: modules that are recomputed (see `performance.PerformanceConfig`).
-    """
-    b, context = setting.dtype_bytes, setting.parallel.context
-    length = setting.sequence_length // context
-    # The norm before it: its input, and its output, which is the input of the matrices.
-    output = 0 if "layernorm" in again else b * arch.hidden
-    token = (_norm(arch.hidden, arch, setting) + output) / setting.sequence_shards
-    if part == "mlp":
-        return (token + (0 if {"mlp", "moe"} & set(again) else mlp_activations(arch, setting))) * setting.tokens
-    if "mlp" in again and setting.device == Device.cpu:
-        # megatron-core recomputes the MLP that an attention layer has not: its input stays, as the next fused norm's does anyway.
-        token += b * arch.hidden / setting.sequence_shards
-    core = "core_attn" in again
-    token += _attention(arch, setting, core)
-    rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
-    return token * setting.tokens + rotary * length
-
-
-def attention_masks(arch: Architecture, setting: Setting) -> float:
-    """Bytes of the masks that the attention layers of a rank share on a CPU, on average over context-parallel ranks."""
-    context, length = setting.parallel.context, setting.sequence_length
-    part = length // (2 * context if context > 1 else 1)
-    total = 0
-    for rank in range(context if setting.device == Device.cpu and arch.blocks_with("attention") else 0):
-        # Each of a rank's two parts of the queries meets the keys up to its end.
-        ends = ((rank + 1) * part, (2 * context - rank) * part) if context > 1 else (length,)
-        windows = {(end, min(arch.window or end, end)) for end in ends}
-        bands = {
-            (window, *attention_band.attention_band(part, end, window))
-            for end, window in windows
-            if (part, window) != (end, end)
-        }
-        total += sum(rows * columns for _, rows, columns in bands)
-    return setting.dtype_bytes * arch.heads / arch.groups * total / context
-
-
-def _border(arch: Architecture, setting: Setting) -> float:
-    """Bytes of a micro-batch's hidden states between two layers."""
-    return setting.dtype_bytes * arch.hidden * setting.tokens / setting.sequence_shards
-
-
-def recomputation(arch: Architecture, setting: Setting, blocks: Sequence[int]) -> tuple[float, float]:
-    """Of a chunk with these blocks and of a micro-batch: bytes that its layers keep, and the most that one layer, or one group of
-    layers, makes again and holds in the backward pass."""
-    config, parts = setting.performance, [part for block, part in arch.layers if block in blocks]
-    whole = [layer_activations(arch, setting, part) for part in parts]
-    if config.recompute == Recompute.none:
-        return sum(whole), 0
-    if config.recompute == Recompute.selective:
-        kept = [layer_activations(arch, setting, part, config.recompute_modules) for part in parts]
-        return sum(kept), max((a - b for a, b in zip(whole, kept, strict=True)), default=0)
-    many, border = config.recompute_layers, _border(arch, setting)
-    if config.recompute_method == RecomputeMethod.block:
-        return border * len(whole[:many]) + sum(whole[many:]), max(whole[:many], default=0)
-    groups = [sum(group) for group in itertools.batched(whole, many)]
-    return border * len(groups), max(groups, default=0)
-
-
-def activations(arch: Architecture, setting: Setting, stage: int, micro_batches: int) -> float:
-    """Bytes that a rank of a stage keeps for the backward passes of all micro-batches in flight."""
-    pipeline, chunks = setting.parallel.pipeline, setting.parallel.virtual
-    border = _border(arch, setting)
-    full = setting.performance.recompute == Recompute.full  # the input of a chunk is that of its first group
-    kept = [
-        recomputation(arch, setting, blocks)[0]
-        + border * ((stage + v > 0 and not full) + (stage < setting.last or v < chunks - 1))
-        for v, blocks in enumerate(sharding.rank_chunks(arch, setting.parallel, stage))
-    ]
-    if stage == setting.last:
-        kept[-1] += (_norm(arch.hidden, arch, setting) * setting.tokens) / setting.sequence_shards
-    # megatron-core's order: chunk by chunk for a group of micro-batches; so many passes forward before the first one backward.
-    passes = micro_batches * chunks
-    order = [n // pipeline % chunks for n in range(passes)]
-    ahead = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline if chunks > 1 else pipeline - stage - 1
-    ahead = min(ahead + 1, passes)
-    made = [0, *itertools.accumulate(kept[v] for v in order)]
-    freed = [0, *itertools.accumulate(kept[-1 - v] for v in order)]
-    return attention_masks(arch, setting) + max(made[n + ahead] - freed[n] for n in range(passes - ahead + 1))
-
-
-def hand_off(
-    teacher: Architecture, setting: Setting, stage: int, micro_batches: int, ahead: int, blocks: int = 0
-) -> float:
-    """Bytes of the teacher's hidden states that a rank of a stage holds; `blocks`: those of which it wants the outputs."""
-    held = micro_batches if setting.parallel.pipeline > 1 else min(ahead, micro_batches)
-    each = setting.dtype_bytes * teacher.hidden * setting.tokens / setting.sequence_shards
-    return held * each * (blocks + (stage == setting.last))
-
-
-def teacher_weights(
-    student: Architecture, teacher: Architecture, setting: Setting, teacher_parallel: ParallelConfig | None, stage: int
-) -> int:
-    """Bytes of a teacher of layout `other` on a rank of the student's `stage`, of these the one that has most (see
-    `distill.teacher.cut_head`); None: on ranks of its own."""
-    if teacher_parallel is None:
-        rows = parameter_table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
-        return setting.dtype_bytes * rows * teacher.hidden * (stage == setting.last)
-    own, most = dataclasses.replace(setting, parallel=teacher_parallel), 0
-    copy = 1 if setting.performance.teacher_fp8 else 0
-    rows, owned = (
-        parameter_table.padded_vocab(arch, s.parallel.tensor) for arch, s in ((student, setting), (teacher, own))
-    )
-    same, last = (rows, setting.parallel.tensor) == (owned, teacher_parallel.tensor), stage == setting.last
-    # Pipeline stages are the outermost axis: each is a stretch of the ranks.
-    ranks, each = (max(1, setting.world // layout.pipeline) for layout in (setting.parallel, teacher_parallel))
-    for place in range(stage * ranks // each, ((stage + 1) * ranks - 1) // each + 1):
-        elements = sum(parameters(teacher, own, place))
-        if not (last and place == own.last and same):
-            freed = place == own.last and not (teacher.tied and place == 0)
-            elements -= freed * owned // teacher_parallel.tensor * teacher.hidden
-            elements += last * rows // setting.parallel.tensor * teacher.hidden
-        most = max(most, setting.dtype_bytes * elements + copy * matrices(teacher, own, place))
-    return most
-
-
-def states_workspace(teacher: Architecture, setting: Setting) -> float:
-    """Bytes that the loss between two blocks takes in its backward pass: about eight fp32 tensors as wide as the teacher."""
-    return 32 * teacher.hidden * setting.tokens / setting.sequence_shards
-
-
-def loss_workspace(student: Architecture, teacher: Architecture | None, setting: Setting, top_k: int = 0) -> float:
-    """Bytes that the loss takes beside the student's activations (see `distill.losses`)."""
-    b, tokens = setting.dtype_bytes, setting.tokens
-    rows = parameter_table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
-    width = student.hidden + (teacher.hidden if teacher else 0)
-    bytes_a_token = b * rows * (2 if teacher else 1)
-    chunk = tile_sizes.chunk_tokens(tokens, bytes_a_token, setting.device)
-    if budget := setting.performance.loss_chunk_mb:
-        chunk = tile_sizes.even(tokens, budget << 20, bytes_a_token)
-    head, several, tiles, block = rows * student.hidden, chunk < tokens, 0, 0
-    if setting.device == Device.cpu:  # elsewhere the Triton kernels, which have no buffers
-        tiles = 4 * tile_sizes.TILE_BUFFERS * tile_sizes.tile_tokens(tokens, rows, setting.device) * rows
-        # A block of the head's gradient, and an fp32 copy to add it to the fp32 sum.
-        block = (b + 4 * several) * min(2 * tile_sizes.TILE_ELEMENTS[setting.device], head)
-    whole = b * tokens * (width if setting.parallel.sequence else 0)  # gathered hidden states
-    # Of a token's k largest logits: their places and the numbers of them, 20 bytes for each rank's while they are sorted.
-    places = top_k * (12 + 20 * (setting.parallel.tensor if teacher else 1))
-    at_chunk = chunk * (bytes_a_token + b * width + places) + block + (4 if several else b) * head
-    at_end = (4 + b if several else b) * head
-    return whole + b * tokens * student.hidden + tiles + max(at_chunk, at_end)
-
-
-def block_workspace(arch: Architecture, setting: Setting) -> float:
-    """Bytes that one block's MLP takes in its backward pass: gradients of its channels, and of one matrix."""
-    tp = 1 if arch.experts else setting.parallel.tensor
-    share = arch.experts_per_token / setting.sequence_shards if arch.experts else 1 / tp
-    return setting.dtype_bytes * (
-        setting.tokens * (2 * arch.hidden + 3 * arch.ffn * share) + arch.hidden * arch.ffn / tp
-    )
+def _optimizer_share(setting: Setting, experts: int, others: int, distributed: bool) -> float:
+    """Of a rank's parameters, experts' and others, the number whose optimizer state it holds."""
+    if not distributed:
+        return experts + others
+    expert_ranks = max(1, setting.world // (setting.parallel.pipeline * setting.parallel.expert))
+    return experts / expert_ranks + others / (setting.replicas * setting.parallel.context)
 
 
 def training(
-    student: Architecture,
+    students: Sequence[Architecture],
     teacher: Architecture | None,
+    config: DistillConfig,
     setting: Setting,
-    micro_batches: int,
-    ahead: int = 1,
-    distributed: bool = True,
-    pairs: Sequence[tuple[int, int]] = (),
-    teacher_parallel: ParallelConfig | None = None,
-    remote_teacher: bool = False,
-    top_k: int = 0,
+    cached: CachedTeacher | None = None,
 ) -> list[dict[str, float]]:
-    """Bytes of a training step on a rank of each pipeline stage, by kind and in all (see the head of this file).
+    """Bytes on a rank of each pipeline stage: by kind (see the head of this file), "total", and "host memory of a save".
+
+    Several students keep their states at the same time and take their steps in turn.
 
     Args:
         teacher: None trains on the text alone.
-        micro_batches: of a step, on one data-parallel rank.
-        ahead: micro-batches that the teacher runs at a time.
-        distributed: the optimizer's state is shared out over data-parallel ranks.
-        pairs: blocks of student and teacher whose outputs are compared (`checks.state_pairs`).
-        other: the teacher's layout, where it is not the student's.
-        apart: it has ranks of its own, and the student's only rows of its head.
-        top_k: of the divergence; 0 is the whole vocabulary.
+        cached: of the teacher, if it is not live.
     """
-    rows, projection = [], 0
-    if pairs and student.hidden != teacher.hidden:
-        projection = student.hidden * teacher.hidden
-    routes = set(checks.state_routes(student, teacher, pairs, setting.parallel, teacher_parallel))
+    one, rows = len(students) == 1, []
+    micro_batches = _micro_batches(config, setting)
+    background = setting.device == Device.cuda if config.async_save is None else config.async_save
     for stage in range(setting.parallel.pipeline):
-        row = model_states(student, setting, stage, distributed, projection)
-        wanted = sum(target == stage for _, _, target in routes)
-        row |= {"teacher": 0, "hand-off": 0}
-        if teacher:
-            row["teacher"] = teacher_weights(
-                student, teacher, setting, None if remote_teacher else teacher_parallel or setting.parallel, stage
-            )
-            row["hand-off"] = hand_off(teacher, setting, stage, micro_batches, ahead, wanted)
-        aside = 0
-        if teacher and setting.performance.teacher_offload:
-            aside = row["teacher"]
-            row["teacher"] = teacher_weights(student, teacher, setting, None, stage)
-            aside -= row["teacher"]
-        if not (setting.performance.grad_reduce_in_fp32 or setting.performance.precision_aware_optimizer):
-            aside = max(aside, 4 * _owned(setting, parameters(student, setting, stage), distributed))
-        row["activations"] = activations(student, setting, stage, micro_batches)
-        rank_chunks = sharding.rank_chunks(student, setting.parallel, stage)
-        work = block_workspace(student, setting) + max(recomputation(student, setting, own)[1] for own in rank_chunks)
-        if wanted:
-            work = max(work, states_workspace(teacher, setting))
-        if stage == setting.last:
-            work = max(work, loss_workspace(student, teacher, setting, top_k))
-        if setting.device == Device.cpu and distributed:
-            # gloo adds up a copy of the gradients, when the activations are gone.
-            work = max(work, row["gradients"] - row["activations"] - row["hand-off"])
-        row["workspace"] = max(work, aside - row["activations"])
+        logits = teacher if not cached or cached[0] != CacheKind.topk else None
+        ahead = config.teacher_ahead if one else micro_batches
+        each = [_student(student, logits, config, setting, stage, ahead) for student in students]
+        row = {kind: max(student[kind] for student in each) for kind in each[0]}
+        row |= {kind: sum(student[kind] for student in each) for kind in ("weights", "gradients", "optimizer")}
+        if cached:
+            # For one student: a micro-batch in use and two that are read ahead.
+            row |= _cached_teacher(students[0], teacher, cached, setting, stage, 3 if one else micro_batches)
+        saves = [save(student, setting, stage, config.distributed_optimizer, background) for student in students]
+        host = sum(saves) if background else max(saves)
+        rows.append(row | {"total": sum(row.values()), "host memory of a save": host})
+    return rows
+
+
+def _micro_batches(config: DistillConfig, setting: Setting) -> int:
+    """Of a step, on one data-parallel rank."""
+    return max(1, config.global_batch // (setting.micro_batch * setting.replicas))
+
+
+def _student(
+    student: Architecture, teacher: Architecture | None, config: DistillConfig, setting: Setting, stage: int, ahead: int
+) -> dict[str, float]:
+    """Bytes by kind of one student and its teacher, which runs `ahead` micro-batches at a time."""
+    micro_batches, distributed = _micro_batches(config, setting), config.distributed_optimizer
+    pairs = checks.state_pairs(student, teacher, config.hidden_state_loss) if teacher else []
+    routes = set(checks.state_routes(student, teacher, pairs, setting.parallel, config.teacher_parallel))
+    compared = sum(target == stage for *_, target in routes)
+    projection = student.hidden * teacher.hidden if pairs and student.hidden != teacher.hidden else 0
+    row = model_states(student, setting, stage, distributed, projection) | {"teacher": 0, "hand-off": 0}
+    offloaded = 0
+    if teacher:
+        row["teacher"] = _teacher_weights(student, teacher, config, setting, stage)
+        if setting.performance.teacher_offload:
+            offloaded = row["teacher"] - _head_rows(student, teacher, setting, stage)
+            row["teacher"] -= offloaded
+        held = micro_batches if setting.parallel.pipeline > 1 else min(ahead, micro_batches)
+        row["hand-off"] = held * activations.border(teacher, setting) * (compared + (stage == setting.last))
+    row["activations"] = activations.stage(student, setting, stage, micro_batches)
+    # Alive only while activations are not.
+    between = offloaded
+    if not (setting.performance.grad_reduce_in_fp32 or setting.performance.precision_aware_optimizer):
+        between = max(between, 4 * _optimizer_share(setting, *parameters(student, setting, stage), distributed))
+    if setting.device == Device.cpu and distributed:
+        between = max(between, row["gradients"])
+    work = _workspace(student, teacher, setting, stage, compared)
+    return row | {"workspace": max(work, between - row["activations"])}
+
+
+def _head_rows(student: Architecture, teacher: Architecture, setting: Setting, stage: int) -> int:
+    """Bytes of the rows of the teacher's head that the student's loss needs, on the last stage."""
+    rows = parameter_table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
+    return setting.dtype_bytes * rows * teacher.hidden * (stage == setting.last)
+
+
+def _teacher_weights(
+    student: Architecture, teacher: Architecture, config: DistillConfig, setting: Setting, stage: int
+) -> int:
+    """Bytes of a live teacher on the rank of the student's `stage` that holds most of it (see `distill.teacher.cut_head`)."""
+    head = _head_rows(student, teacher, setting, stage)
+    if config.teacher_ranks:
+        return head
+    parallel = config.teacher_parallel or setting.parallel
+    own, most = dataclasses.replace(setting, parallel=parallel), 0
+    student_rows = parameter_table.padded_vocab(student, setting.parallel.tensor)
+    teacher_rows = parameter_table.padded_vocab(teacher, parallel.tensor)
+    same_rows = (student_rows, setting.parallel.tensor) == (teacher_rows, parallel.tensor)
+    # Pipeline stages are the outermost axis of the ranks: a stage is a range of `each` ranks.
+    student_ranks, each = (max(1, setting.world // layout.pipeline) for layout in (setting.parallel, parallel))
+    for own_stage in range(stage * student_ranks // each, ((stage + 1) * student_ranks - 1) // each + 1):
+        size = setting.dtype_bytes * sum(parameters(teacher, own, own_stage))
+        if not (stage == setting.last and own_stage == own.last and same_rows):
+            if own_stage == own.last and not (teacher.tied and own_stage == 0):  # its own head is freed
+                size -= setting.dtype_bytes * (teacher_rows // parallel.tensor) * teacher.hidden
+            size += head
+        copies = _matrix_elements(teacher, own, own_stage) if setting.performance.teacher_fp8 else 0
+        most = max(most, size + copies)
+    return most
+
+
+def _cached_teacher(
+    student: Architecture, teacher: Architecture, cached: CachedTeacher, setting: Setting, stage: int, held: int
+) -> dict[str, float]:
+    """Bytes of a cached teacher: its head, where the cache has hidden states, and `held` micro-batches."""
+    kind, k = cached
+    if kind == CacheKind.topk:  # an id of 8 bytes and a log-probability of 4 for each entry, and the tail's
+        return {"teacher": 0, "hand-off": held * setting.tokens * (12 * k + 4) * (stage == setting.last)}
+    states = held * activations.border(teacher, setting) * (stage == setting.last)
+    return {"teacher": _head_rows(student, teacher, setting, stage), "hand-off": states}
+
+
+def _workspace(
+    student: Architecture, teacher: Architecture | None, setting: Setting, stage: int, compared: int
+) -> float:
+    """Bytes of temporary tensors beside the activations; `compared`: blocks whose outputs are compared with the teacher's."""
+    chunks = sharding.rank_chunks(student, setting.parallel, stage)
+    work = _block_gradients(student, setting) + max(activations.chunk(student, setting, blocks)[1] for blocks in chunks)
+    if compared:  # about eight fp32 tensors as wide as the teacher
+        work = max(work, 32 * teacher.hidden * setting.rank_tokens)
+    return max(work, _loss(student, teacher, setting)) if stage == setting.last else work
+
+
+def _block_gradients(arch: Architecture, setting: Setting) -> float:
+    """Bytes of the gradients in the backward pass of one MLP: of its channels, its input and output, and one matrix."""
+    tp = 1 if arch.experts else setting.parallel.tensor
+    share = arch.experts_per_token / setting.sequence_shards if arch.experts else 1 / tp
+    channels = setting.tokens * (2 * arch.hidden + 3 * arch.ffn * share)
+    return setting.dtype_bytes * (channels + arch.hidden * arch.ffn / tp)
+
+
+def _loss(student: Architecture, teacher: Architecture | None, setting: Setting) -> float:
+    """Bytes of the loss (see `distill.losses`): the hidden states' gradient, the head's gradient, a chunk's logits and inputs."""
+    b, tokens = setting.dtype_bytes, setting.tokens
+    rows = parameter_table.padded_vocab(student, setting.parallel.tensor) // setting.parallel.tensor
+    width, row_bytes = student.hidden, b * rows
+    if teacher:
+        width, row_bytes = width + teacher.hidden, 2 * row_bytes
+    mib = setting.performance.loss_chunk_mb
+    chunk = tile_sizes.chunk_tokens(tokens, row_bytes, mib << 20 if mib else tile_sizes.CHUNK_BYTES[setting.device])
+    gathered = b * tokens * (width if setting.parallel.sequence else 0)
+    head, several = rows * student.hidden, chunk < tokens
+    in_chunk = chunk * (row_bytes + b * width) + (4 if several else b) * head
+    at_end = (4 + b if several else b) * head  # the fp32 sum over several chunks is cast
+    return gathered + b * tokens * student.hidden + max(in_chunk, at_end)
+
+
+def forward_passes(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
+    """Bytes on a rank of each pipeline stage where a model only makes forward passes: weights, and one block's tensors."""
+    token = activations.mlp(arch, setting) + 4 * setting.dtype_bytes * arch.hidden / setting.sequence_shards
+    rows = []
+    for stage in range(setting.parallel.pipeline):
+        row = {
+            "weights": setting.dtype_bytes * sum(parameters(arch, setting, stage)),
+            "workspace": setting.tokens * token,
+        }
         rows.append(row | {"total": sum(row.values())})
     return rows
+
+
+def depth_study(arch: Architecture, setting: Setting, windows: int) -> list[dict[str, float]]:
+    """`forward_passes`, and on the last stage the full model's hidden states of a depth study's `windows`."""
+    passes = math.ceil(windows / (setting.micro_batch * setting.replicas))
+    states = [
+        passes * activations.border(arch, setting) * (n == setting.last) for n in range(setting.parallel.pipeline)
+    ]
+    rows = zip(forward_passes(arch, setting), states, strict=True)
+    return [row | {"hidden states": size, "total": row["total"] + size} for row, size in rows]
+
+
+def remote_teacher(teacher: Architecture, config: DistillConfig, setting: Setting) -> list[dict[str, float]]:
+    """`forward_passes` of a teacher on ranks of its own, and on its last stage the final states that are not sent yet."""
+    parallel = config.teacher_parallel or setting.parallel
+    own = dataclasses.replace(setting, parallel=parallel, world=config.teacher_ranks)
+    requested = config.global_batch // setting.micro_batch
+    if setting.parallel.pipeline == 1:
+        requested = min(requested, config.teacher_ahead * setting.replicas)
+    rows = []
+    for stage, row in enumerate(forward_passes(teacher, own)):
+        size = math.ceil(requested / own.replicas) * activations.border(teacher, own) * (stage == own.last)
+        rows.append(row | {"hand-off": size, "total": row["total"] + size})
+    return rows
+
+
+def save(arch: Architecture, setting: Setting, stage: int, distributed: bool, background: bool = False) -> int:
+    """Bytes of host memory that a save takes on a rank beside what training holds.
+
+    In the background there is a copy of the rank's share of the weights and of the optimizer's state. Otherwise, on CUDA, each
+    thread copies the fp32 piece that it writes (`checkpoint.disk`); without the distributed optimizer a piece is a whole tensor.
+    """
+    if background:
+        states, copies = model_states(arch, setting, stage, distributed), setting.replicas * setting.parallel.context
+        return math.ceil(states["weights"] / copies + states["optimizer"] / (1 if distributed else copies))
+    if setting.device == Device.cpu:
+        return 0
+    elements = disk.PIECE_ELEMENTS
+    if not distributed:
+        elements = max(_local_elements(p, setting.parallel.tensor) for p in _rank_parameters(arch, setting, stage))
+    return disk.THREADS * 4 * elements

@@ -1,15 +1,15 @@
-"""Multiple-choice questions: read from JSONL, scored by the likelihood that a sharded model gives each option.
+"""Multiple-choice questions from JSONL, scored by the likelihood of each option under a sharded model.
 
-Two forms, a question a line:
+Two forms, one question per line:
 
     {"sentence": "... _ ...", "option1", "option2", "answer": "1" or "2"}
-        WinoGrande's. An option stands in the blank, and what is scored is the text after it, which all options share (partial
-        scoring, arXiv 1806.02847; so does lm-evaluation-harness).
+        WinoGrande. An option replaces the blank; the text after it, the same for all options, is scored (partial scoring,
+        arXiv 1806.02847, as in lm-evaluation-harness).
     {"query" or "question", "choices", "label", "gold", "answer" or "answerKey"}
-        A choice follows the text after a space, and is what is scored. The answer is a choice's index from 0, its letter, its
-        label where `choices` has {"text", "label"} (ARC's form), or its text.
+        A choice follows the text after a space and is scored. The answer is a choice's index from 0, its letter, its text or, if
+        `choices` has {"text", "label"} (ARC), its label.
 
-An option's score is the sum of log p over the tokens that end after the context; the highest is the model's answer.
+The score of an option is the sum of log p over the tokens that end after the context. The model's answer is the highest score.
 """
 
 import json
@@ -39,24 +39,24 @@ from megatron.core.tensor_parallel import (  # isort: skip
 
 _CHUNK_LOGITS = 2**25  # fp32 logits held at once: 128 MB
 _ANSWERS = ("label", "gold", "answer", "answerKey")
-_LENGTHS = 32  # sequences are padded to a multiple
+_LENGTH_MULTIPLE = 32  # of padded sequences
 
 
 class Question(NamedTuple):
     options: list[tuple[str, str]]
-    """(context, what follows it and is scored) of each option"""
+    """(context, scored continuation) of each option"""
     answer: int
-    """The right option, from 0."""
+    """Index of the correct option."""
 
 
 def read(path: str, limit: int | None = None, limits: Limits | None = None) -> list[Question]:
-    """The first `limit` questions of a .jsonl or .jsonl.gz file; None takes all.
+    """The first `limit` questions of a .jsonl or .jsonl.gz file; None for all.
 
     Args:
-        limits: of a line; None is the default ones.
+        limits: on lines; None for the default.
 
     Raises:
-        UserError: a file that is missing or cut short, a line above the limits, without questions, or a line of no known form.
+        UserError: the file is missing, truncated or empty, or a line is above the limits or not a question.
     """
     if not Path(path).is_file():
         raise UserError(f"no questions at {path}: check depth.choices.")
@@ -68,7 +68,7 @@ def read(path: str, limit: int | None = None, limits: Limits | None = None) -> l
             questions.append(_question(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise UserError(
-                f'{path}, line {number} is no question ({type(error).__name__}: {error}): write {{"sentence", "option1", '
+                f'{path}, line {number} is not a question ({type(error).__name__}: {error}): write {{"sentence", "option1", '
                 '"option2", "answer"} with a _ in the sentence and text after it, or {"query", "choices", "label"}.'
             ) from error
     if not questions:
@@ -109,60 +109,54 @@ def _index(answer: int | str, choices: list[str], labels: list[str]) -> int:
 class MultipleChoice:
     """Questions as batches for a sharded model.
 
-    Options are sequences of their own, sorted by length. Ranks of a model replica hold the same ones; data-parallel rank r takes
-    every dp-th micro-batch, and all ranks make equally many passes of the same shapes.
+    Each option is a sequence; sequences are sorted by length. Data-parallel rank r takes every dp-th micro-batch, and all ranks
+    make the same number of passes of the same shapes. The ranks of a model replica process the same sequences.
     """
 
     def __init__(
-        self,
-        model: Model,
-        arch: Architecture,
-        questions: Sequence[Question],
-        tokenizer: Tokenizer,
-        micro_batch: int,
+        self, model: Model, arch: Architecture, questions: Sequence[Question], tokenizer: Tokenizer, micro_batch: int
     ):
         self.model, self.arch, self.questions = model, arch, questions
         options = [option for question in questions for option in question.options]
         rows = []
-        for found, (context, _) in zip(tokenizer.spans([a + b for a, b in options]), options, strict=True):
-            scored = [
-                end > len(context) and not special for end, special in zip(found.ends, found.special, strict=True)
-            ]
-            # Nothing after the last scored token, such as an EOS, has a say.
-            length = 1 + max((n for n, it in enumerate(scored) if it), default=0)
-            rows.append((found.ids[:length], scored[:length]))
+        for spans, (context, _) in zip(tokenizer.spans([a + b for a, b in options]), options, strict=True):
+            ends = zip(spans.ends, spans.special, strict=True)
+            scored = [end > len(context) and not special for end, special in ends]
+            # Tokens after the last scored one, such as an EOS, do not affect the score.
+            length = 1 + max((n for n, is_scored in enumerate(scored) if is_scored), default=0)
+            rows.append((spans.ids[:length], scored[:length]))
         self.num_rows = len(rows)
         self.batches = list(self._batches(rows, micro_batch))
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing."""
+        """Expected accuracy of random answers."""
         return sum(1 / len(question.options) for question in self.questions) / len(self.questions)
 
     def _batches(self, rows: list[tuple[list[int], list[bool]]], micro_batch: int) -> Iterator[Batch]:
         config, dp = self.model.config, process_groups.dp_group()
-        multiple = math.lcm(_LENGTHS, 2 * config.context_parallel_size * config.tensor_model_parallel_size)
+        multiple = math.lcm(_LENGTH_MULTIPLE, 2 * config.context_parallel_size * config.tensor_model_parallel_size)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
-        together = micro_batch * dp.size()
-        for start in range(0, len(order), together):
-            taken = order[start : start + together]
-            length = -(-len(rows[taken[-1]][0]) // multiple) * multiple
-            tokens = torch.zeros(together, length, dtype=torch.int64)
-            scored = torch.zeros(together, length, dtype=torch.bool)
-            for n, row in enumerate(taken):
+        batch_size = micro_batch * dp.size()
+        for start in range(0, len(order), batch_size):
+            batch_rows = order[start : start + batch_size]
+            length = -(-len(rows[batch_rows[-1]][0]) // multiple) * multiple
+            tokens = torch.zeros(batch_size, length, dtype=torch.int64)
+            scored = torch.zeros(batch_size, length, dtype=torch.bool)
+            for n, row in enumerate(batch_rows):
                 ids, flags = (torch.tensor(column) for column in rows[row])
                 tokens[n, : len(ids)], scored[n, : len(ids)] = ids, flags
             batch = {
                 "tokens": tokens,
                 "labels": tokens.roll(-1, 1),
                 "predicted": F.pad(scored[:, 1:], (0, 1)),
-                "row": F.pad(torch.tensor(taken), (0, together - len(taken))),
+                "row": F.pad(torch.tensor(batch_rows), (0, batch_size - len(batch_rows))),
             }
-            mine = slice(dp.rank() * micro_batch, (dp.rank() + 1) * micro_batch)
-            yield {key: value[mine].to(process_groups.device()) for key, value in batch.items()}
+            own = slice(dp.rank() * micro_batch, (dp.rank() + 1) * micro_batch)
+            yield {key: value[own].to(process_groups.device()) for key, value in batch.items()}
 
     def scores(self) -> list[Tensor]:
-        """log p of each option of each question, nats, fp64 on the CPU (collective); the same on every rank."""
+        """log p of the options of each question, in nats, fp64 on the CPU (collective); the same on every rank."""
         total = torch.zeros(self.num_rows, dtype=torch.float64, device=process_groups.device())
 
         def on_output(hidden: Tensor, batch: Batch) -> None:
@@ -179,21 +173,18 @@ class MultipleChoice:
         return list(total.cpu().split([len(question.options) for question in self.questions]))
 
     def _log_p(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """log p [T] of `labels` [T] from hidden states [T, H], over this rank's rows of the head and the others'."""
+        """log p [T] of `labels` [T] from hidden states [T, H], over the sharded head (collective over tensor-parallel ranks)."""
         head, tp = self.model.head(), process_groups.tp_group()
         first_padding = self.arch.vocab - tp.rank() * len(head)
         padding = torch.arange(len(head), device=head.device) >= first_padding
-        found = [
-            -vocab_parallel_cross_entropy(
-                (states @ head.t()).float().masked_fill_(padding, -torch.inf), wanted, tp_group=tp
-            )
-            for states, wanted in zip(
-                *(x.split(max(1, _CHUNK_LOGITS // len(head))) for x in (hidden, labels)), strict=True
-            )
-        ]
-        return torch.cat(found)
+        rows = max(1, _CHUNK_LOGITS // len(head))
+        chunks = []
+        for states, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
+            logits = (states @ head.t()).float().masked_fill_(padding, -torch.inf)
+            chunks.append(-vocab_parallel_cross_entropy(logits, targets, tp_group=tp))
+        return torch.cat(chunks)
 
     def accuracy(self) -> float:
-        """Share of the questions whose right option has the highest score, of equals the first (collective)."""
+        """Fraction of questions whose correct option has the highest score; the first of equal scores wins (collective)."""
         answers = [int(scores.argmax()) for scores in self.scores()]
         return sum(a == q.answer for a, q in zip(answers, self.questions, strict=True)) / len(answers)

@@ -1,10 +1,10 @@
-"""Perplexity and bits per byte on text, for any model that gives tokens a likelihood; and one from transformers."""
+"""Perplexity and bits per byte on text, of sharded checkpoints and of Hugging Face folders."""
 
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import EvaluateRun
 from minitron_mcore.data.text_reader import Limits, documents, is_prefix
 from minitron_mcore.data.tokenizer import Spans, Tokenizer, open_tokenizer
-from minitron_mcore.distill.losses import distillation_loss
+from minitron_mcore.distill.losses import FactoredLogits, LossConfig, distillation_loss
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.export import serving_compat
+from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import DTYPES, Model
-from minitron_mcore.parallel import cpu_backend, process_groups
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from minitron_mcore.parallel.schedule import forward
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
@@ -35,20 +36,20 @@ _CHUNK_LOGITS = 2**25  # fp32 logits held at once: 128 MB
 
 
 class Windows(NamedTuple):
-    """A text cut into n windows of S tokens. `mask` names those predicted, each from what comes before it there."""
+    """A text as n windows of S tokens. Each token where `mask` is True is predicted from the tokens before it in its window."""
 
     tokens: Tensor
     """[n, S] int64"""
     mask: Tensor
-    """[n, S] bool; False on each window's first token, on EOS and BOS that the text doesn't hold, and on padding"""
+    """[n, S] bool; False on the first token of a window, on added EOS and BOS, and on padding"""
     num_bytes: Tensor
-    """[n] int64, UTF-8 bytes of exactly the predicted tokens"""
+    """[n] int64, UTF-8 bytes of the predicted tokens"""
 
 
 def _token_bytes(text: str, spans: Spans) -> np.ndarray:
-    """UTF-8 bytes [T] that each token stands for; their sum is the text's.
+    """UTF-8 bytes of each token [T]; the sum is that of the text.
 
-    Characters that no token covers count with the next one, or the last; a character split over tokens with one of them.
+    Characters without a token count for the next token, or for the last one. A character split over tokens counts for one of them.
     """
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     utf8_ends = np.cumsum(np.concatenate([[0], 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)]))
@@ -60,18 +61,20 @@ def _token_bytes(text: str, spans: Spans) -> np.ndarray:
 
 
 def windows(path: str, tokenizer: Tokenizer, sequence_length: int, limits: Limits | None = None) -> Windows:
-    """The windows of a text file: its documents, each followed by EOS, as one stream that is cut every S tokens.
+    """The windows of a text file: its documents, each followed by EOS, as one stream that is split every S tokens.
 
-    The last window is padded with EOS. Windows without a token to predict are left out.
+    The last window is padded with EOS. Windows without a predicted token are dropped.
 
     Args:
-        limits: of a document of text; None is the default ones.
+        limits: on documents; None for the default.
 
     Raises:
-        UserError: a file that is missing, not text, above the limits, or without a token to predict.
+        UserError: the file is missing, not text, above the limits, or has no token to predict.
     """
     if is_prefix(path):
-        raise UserError(f"{path} is a .bin/.idx pair, whose bytes of text are not known: evaluate on the text itself.")
+        raise UserError(
+            f"{path} is a .bin/.idx pair, which does not store the bytes of the text: evaluate on the text itself."
+        )
     ids, predicted, sizes = [], [], []
     for texts, _ in documents(path, limits):
         for text, spans in zip(texts, tokenizer.spans(texts), strict=True):
@@ -94,17 +97,13 @@ def windows(path: str, tokenizer: Tokenizer, sequence_length: int, limits: Limit
     return Windows(tokens[used], mask[used], (num_bytes * mask).sum(dim=1)[used])
 
 
-def evaluate_text(
-    files: Sequence[str],
-    tokenizer: Tokenizer,
-    nll: Nll,
-    *,
-    sequence_length: int,
-    limits: Limits | None = None,
-    **how: Any,
-) -> list[dict]:
-    """How well `nll` predicts each text file: `evaluate_windows` of its `windows`, which raise what is wrong with it."""
-    return evaluate_windows({path: windows(path, tokenizer, sequence_length, limits) for path in files}, nll, **how)
+def spread(windows: Windows, limit: int | None) -> Windows:
+    """At most `limit` of the windows, spread evenly over the text; None keeps all."""
+    count = len(windows.tokens)
+    if limit is None or count <= limit:
+        return windows
+    kept = torch.arange(limit) * count // limit
+    return Windows(*(column[kept] for column in windows))
 
 
 def evaluate_windows(
@@ -113,32 +112,27 @@ def evaluate_windows(
     *,
     micro_batch: int,
     max_windows: int | None = None,
-    dp_rank: int = 0,
-    dp_size: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> list[dict]:
-    """How well `nll` predicts each file's windows: one row a file, the same on every rank (collective over `group`).
+    """Loss, perplexity and bits per byte of each file's windows; the same on every rank (collective over `group`).
 
-    Data-parallel rank r is given microbatches r, r + dp_size, ... as [micro_batch, S], all ranks equally many: the last
-    are filled up with windows whose mask is all False. Ranks of one `dp_rank` work together in `nll` on the same ones.
+    Rank r of the group's n evaluates micro-batches r, r + n, ... as [micro_batch, S]. All ranks have the same number; the last are
+    padded with windows whose mask is False.
 
     Args:
-        max_windows: how many windows of each file to take, spread evenly over it; None takes all.
-        group: the data-parallel group, where dp_size > 1.
+        cuts: file -> its windows.
+        max_windows: per file, spread evenly over it; None for all.
+        group: the data-parallel group; None for one process.
 
     Returns:
-        rows {file, tokens, bytes, loss, perplexity, bits_per_byte, tokens_per_second}: predicted tokens and their
-        bytes, loss in nats a token, speed of all ranks together.
+        One row per file {file, tokens, bytes, loss, perplexity, bits_per_byte, tokens_per_second}: predicted tokens and their
+        bytes, loss in nats per token, speed of all ranks together.
     """
     rows = []
-    for path, (tokens, mask, num_bytes) in cuts.items():
-        if max_windows is not None and len(tokens) > max_windows:
-            kept = torch.arange(max_windows) * len(tokens) // max_windows
-            tokens, mask, num_bytes = tokens[kept], mask[kept], num_bytes[kept]
+    for path, file_windows in cuts.items():
+        tokens, mask, num_bytes = spread(file_windows, max_windows)
         start = time.monotonic()
-        total = _sum_nll(os.path.basename(path), tokens, mask, nll, micro_batch, dp_rank, dp_size)
-        if dp_size > 1:
-            dist.all_reduce(total, group=group)
+        total = _sum_nll(os.path.basename(path), tokens, mask, nll, micro_batch, group)
         count, size = int(mask.sum()), int(num_bytes.sum())
         loss = float(total) / count
         rows.append(
@@ -147,7 +141,7 @@ def evaluate_windows(
                 "tokens": count,
                 "bytes": size,
                 "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),  # beyond, a float overflows
+                "perplexity": math.exp(min(loss, 700.0)),  # avoids an overflow
                 "bits_per_byte": float(total) / math.log(2) / size,
                 "tokens_per_second": count / (time.monotonic() - start),
             }
@@ -155,32 +149,37 @@ def evaluate_windows(
     return rows
 
 
-def _sum_nll(name: str, tokens: Tensor, mask: Tensor, nll: Nll, micro_batch: int, dp_rank: int, dp_size: int) -> Tensor:
-    """This data-parallel rank's part of the sum, fp64."""
-    rows = -len(tokens) % (micro_batch * dp_size)
-    tokens, mask = F.pad(tokens, (0, 0, 0, rows)), F.pad(mask, (0, 0, 0, rows))
+def _sum_nll(
+    name: str, tokens: Tensor, mask: Tensor, nll: Nll, micro_batch: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Sum over all windows, fp64 (collective over `group`)."""
+    rank, size = (group.rank(), group.size()) if group else (0, 1)
+    padding = -len(tokens) % (micro_batch * size)
+    tokens, mask = F.pad(tokens, (0, 0, 0, padding)), F.pad(mask, (0, 0, 0, padding))
     total = torch.zeros((), dtype=torch.float64, device=process_groups.device())
     progress = process_groups.Progress(f"evaluate {name}", len(tokens), "windows")
-    for start in range(0, len(tokens), micro_batch * dp_size):
-        part = slice(start + dp_rank * micro_batch, start + (dp_rank + 1) * micro_batch)
+    for start in range(0, len(tokens), micro_batch * size):
+        part = slice(start + rank * micro_batch, start + (rank + 1) * micro_batch)
         total += nll(tokens[part].to(total.device), mask[part].to(total.device))
-        progress.update(start + micro_batch * dp_size)
+        progress.update(start + micro_batch * size)
+    if size > 1:
+        dist.all_reduce(total, group=group)
     return total
 
 
 class HFModel:
-    """A Hugging Face folder in plain transformers (no remote code, safetensors only), on this rank's device.
+    """A Hugging Face folder in transformers (no remote code, safetensors only), unsharded on this rank's device.
 
     Raises:
-        UserError: a folder without config or weights; weights that are cut short or lack a parameter; an architecture
-            that transformers doesn't know or that changes its logits after the head.
+        UserError: the folder has no config or no weights; weights are truncated or incomplete; transformers does not support the
+            architecture, or it transforms logits after the head.
     """
 
     def __init__(self, folder: str, dtype: torch.dtype = torch.float32):
         _check_folder(folder)
-        # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.
+        # On a CPU torch's grouped product over experts requires rows of a multiple of 16 bytes.
         experts = "eager" if cpu_backend.is_cpu() else None
-        model = serving_compat.load(folder, dtype=dtype, experts_implementation=experts)
+        model = transformers_check.load(folder, dtype=dtype, experts_implementation=experts)
         self.model = model.to(process_groups.device()).eval()
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self.parameters = model.num_parameters()
@@ -190,7 +189,7 @@ class HFModel:
             logits = self.model(probe, use_cache=False).logits
             if not torch.allclose(self._head(self._body(probe)), logits, rtol=0, atol=0, equal_nan=True):
                 raise UserError(
-                    f"{folder}: {model.config.model_type} changes its logits after the head; not supported here."
+                    f"{folder}: {model.config.model_type} changes its logits after the head, which is not supported."
                 )
 
     def _body(self, tokens: Tensor) -> Tensor:
@@ -201,7 +200,7 @@ class HFModel:
 
     @torch.inference_mode()
     def nll(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """See `Nll`. Logits exist for the predicted tokens only, a chunk at a time; log-softmax is fp32."""
+        """See `Nll`. Logits are computed for predicted tokens only, in chunks; log-softmax is fp32."""
         predicted = mask[:, 1:]
         hidden, targets = self._body(tokens)[:, :-1][predicted], tokens[:, 1:][predicted]
         rows = max(1, _CHUNK_LOGITS // self.vocab_size)
@@ -219,13 +218,13 @@ def _check_folder(folder: str) -> None:
 
 
 class ShardedModel:
-    """A model in the running layout; each rank holds its shards. `parameters` counts the whole model."""
+    """A sharded model; each rank holds its shards. `parameters` counts the whole model."""
 
     def __init__(self, model: Model, arch: Architecture):
         self.model, self.arch, self.parameters = model, arch, parameter_table.count(arch)
 
     def nll(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """See `Nll`; collective over the ranks of a model replica, the same on all of them. Logits are never held."""
+        """See `Nll`; collective over the ranks of a model replica, the same on all of them. Full logits are never in memory."""
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
         labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
         predicted = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
@@ -235,20 +234,17 @@ class ShardedModel:
             if self.model.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden, group=process_groups.tp_group())
             _, sums = distillation_loss(
-                hidden.flatten(0, 1),
-                self.model.head(),
-                None,
+                FactoredLogits(hidden.flatten(0, 1), self.model.head()),
                 None,
                 batch["labels"].t().reshape(-1),
                 batch["predicted"].t().reshape(-1).float(),
                 vocab_size=self.arch.vocab,
                 tp_group=process_groups.tp_group(),
-                kd_weight=0.0,
-                lm_weight=1.0,
+                config=LossConfig(kd_weight=0.0, lm_weight=1.0),
             )
             total.add_(sums[1])
 
-        # Cut into as many micro-batches as there are pipeline ranks, so that none of them waits for another.
+        # One micro-batch per pipeline rank fills the pipeline.
         parts = zip(*(x.chunk(process_groups.pp_group().size()) for x in whole.values()), strict=True)
         forward(self.model, [dict(zip(whole, part, strict=True)) for part in parts], on_output)
         dist.all_reduce(total, group=process_groups.cp_group())
@@ -256,27 +252,24 @@ class ShardedModel:
 
 
 def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
-    """What lies at `config.source`, with the tokenizer to read text with (collective).
+    """The model at `config.source` and its tokenizer (collective).
 
-    A checkpoint of ours is sharded over the layout, a Hugging Face folder whole on each rank.
+    A checkpoint of this package is sharded over the layout; a Hugging Face folder is loaded whole on each rank.
 
     Raises:
-        UserError: neither; a Hugging Face folder in a layout that shards models; see `open_tokenizer`.
+        UserError: the source is neither; a Hugging Face folder in a layout that shards models; see `open_tokenizer`.
     """
     source, parallel = config.source, config.parallel
     if os.path.isfile(os.path.join(source, "model.json")):
-        found = run_folder.open_checkpoint(source)
-        refuse(
-            ranges.positions(
-                "evaluate.sequence_length", config.evaluate.sequence_length, model=found.arch.max_positions
-            )
-        )
+        checkpoint = run_folder.open_checkpoint(source)
+        arch, length = checkpoint.arch, config.evaluate.sequence_length
+        refuse(ranges.positions("evaluate.sequence_length", length, model=arch.max_positions))
         with process_groups.raise_on_all_ranks():
-            tokenizer = open_tokenizer(config.data, found.hf, found.arch.vocab)
-        return ShardedModel(run_folder.build_model(found, parallel, config.dtype.value), found.arch), tokenizer
+            tokenizer = open_tokenizer(config.data, checkpoint.hf, arch.vocab)
+        return ShardedModel(run_folder.build_model(checkpoint, parallel, config.dtype.value), arch), tokenizer
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
         raise UserError(
-            f"{source} is no checkpoint of ours, and transformers shards nothing: convert it, or use parallel=single."
+            f"{source} is a Hugging Face folder, which cannot be sharded: convert it, or use parallel=single."
         )
     model = HFModel(source, DTYPES[config.dtype.value])
     most = getattr(model.model.config, "max_position_embeddings", None)
@@ -290,23 +283,18 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
 
 
 def evaluate_run(model: HFModel | ShardedModel, tokenizer: Tokenizer, config: EvaluateRun) -> list[dict]:
-    """The rows of `evaluate_text` for a run's held-out files (collective).
+    """`evaluate_windows` of a run's held-out files (collective).
 
     Raises:
-        UserError: no held-out files; see `evaluate_text`.
+        UserError: data.heldout is empty; see `windows`.
     """
     if not config.data.heldout:
         raise UserError("data.heldout is empty: give text files, data.heldout=[a.jsonl,b.txt].")
-    dp = process_groups.dp_group()
-    return evaluate_text(
-        config.data.heldout,
-        tokenizer,
+    settings, limits = config.evaluate, Limits.of(config.data)
+    return evaluate_windows(
+        {path: windows(path, tokenizer, settings.sequence_length, limits) for path in config.data.heldout},
         model.nll,
-        sequence_length=config.evaluate.sequence_length,
-        limits=Limits.of(config.data),
-        micro_batch=config.evaluate.micro_batch,
-        max_windows=config.evaluate.max_windows,
-        dp_rank=dp.rank(),
-        dp_size=dp.size(),
-        group=dp,
+        micro_batch=settings.micro_batch,
+        max_windows=settings.max_windows,
+        group=process_groups.dp_group(),
     )

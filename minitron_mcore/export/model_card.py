@@ -1,10 +1,11 @@
-"""What makes an exported folder a delivery: a model card, generation settings, licences, and loaders that take it.
+"""Model card, generation settings and lineage record of an exported Hugging Face folder.
 
-All that the card says is read from the checkpoint: its lineage (model.json), which holds its ancestors', and the metrics and
-evaluations beside it.
+The card's content comes from the checkpoint: its lineage (model.json), which contains the lineages of its ancestors, and the
+metrics and evaluations in the folders beside it.
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,167 +18,170 @@ from minitron_mcore.checkpoint import lineage
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
 from minitron_mcore.data.datasets import parse_blend
-from minitron_mcore.export import serving_compat
+from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning import apply
 from minitron_mcore.pruning.plan import Plan, compare
+from minitron_mcore.reading import FORMAT_VERSION
 from minitron_mcore.reporting import tables
 
 CARD = "README.md"
 RECORD = "minitron"
-SHOWN = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
-NOT_SHOWN = ("distributed_optimizer", "log_every", "save_every", "stop_after", "teacher_ahead")
-"""Settings that don't change what is learnt."""
+METRICS = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
+SETTINGS_NOT_SHOWN = ("distributed_optimizer", "log_every", "save_every", "stop_after", "teacher_ahead")
+"""Training settings that do not affect the result."""
 MINITRON = "[2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796)"
 
 
 class Origin(NamedTuple):
-    """The weights that a folder was written from."""
+    """Description of the weights in an exported folder."""
 
     arch: Architecture
     hf_folder: Path
-    """Where config, tokenizer, licence and card of the parent lie."""
+    """Folder with the parent's config, tokenizer, licence and model card."""
     identity: dict
+    """Path, fingerprint and, for checkpoints, training step."""
     lineage: dict
     plans: dict[str, str]
-    """Text of the plans that made it, by digest."""
+    """Digest -> text of each plan by which the weights were pruned."""
 
 
-def exported(source: Checkpoint) -> Origin:
+def checkpoint_origin(source: Checkpoint) -> Origin:
+    """Origin of the export of a checkpoint."""
     return Origin(source.arch, source.hf, identity(source), source.lineage, lineage.plans(source.path))
 
 
-def cut(source: str | Path, plan: Plan, folder: str | Path) -> Origin:
-    """Of what `prune.cut_folder` made of the folder `source`."""
-    found = {"path": str(folder), "fingerprint": apply.fingerprint(plan)}
+def cut_origin(source: str | Path, plan: Plan, folder: str | Path) -> Origin:
+    """Origin of `folder`, which `apply.cut_folder` made from the Hugging Face folder `source`."""
+    cut_identity = {"path": str(folder), "fingerprint": apply.fingerprint(plan)}
     plans = {plan.digest(): plan.to_json()}
-    return Origin(plan.target, Path(source), found, apply.cut_lineage(source, plan), plans)
+    return Origin(plan.target, Path(source), cut_identity, apply.cut_lineage(source, plan), plans)
 
 
-def deliver(origin: Origin, folder: str | Path) -> list[dict]:
-    """Complete a Hugging Face folder that `export_folder` or `cut_folder` wrote; returns the rows of `loaders.verdict`.
+def complete_folder(origin: Origin, folder: str | Path) -> str:
+    """Check and complete a Hugging Face folder that `export_folder` or `cut_folder` wrote.
 
-    `generation_config.json`, the tokenizer and the parent's licence files stay as shipped; a missing generation_config.json is
-    made from config.json. README.md becomes this model's card. minitron/ gets what a program can trace it by: lineage.json, and
-    every kept index in plan_DIGEST.json; loaders look at no folder within theirs.
+    Adds README.md (the model card), generation_config.json if it is missing, and minitron/ with lineage.json and the kept
+    indices of each plan as plan_DIGEST.json. Loaders ignore minitron/.
+
+    Returns:
+        What transformers loaded, in one line.
 
     Raises:
-        UserError: see `loaders.verdict`; no card is written then.
+        UserError: see `transformers_check.check_folder`; no card is written.
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text())
     if not (folder / "generation_config.json").is_file():
         tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**tokens).save_pretrained(folder)
-    taken = serving_compat.verdict(folder, origin.arch)
-    (folder / CARD).write_text(card(origin, config, taken))
+    loaded = transformers_check.check_folder(folder, origin.arch)
+    (folder / CARD).write_text(model_card(origin, config, loaded))
     (folder / RECORD).mkdir(exist_ok=True)
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
-    made = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
-    tables.write_json(folder / RECORD / "lineage.json", made)
-    return taken
+    record = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
+    tables.write_json(folder / RECORD / "lineage.json", {"format_version": FORMAT_VERSION, **record})
+    return loaded
 
 
 def _plan_file(digest: str) -> str:
     return f"plan_{digest}.json"
 
 
-def card(origin: Origin, config: dict, taken: list[dict]) -> str:
-    """The model card, with Hugging Face's front matter.
+def model_card(origin: Origin, config: dict, loaded: str) -> str:
+    """Text of the model card, with Hugging Face's front matter.
 
     Args:
-        origin: of its weights.
-        config: of the exported folder.
-        taken: rows of `loaders.verdict`.
+        config: content of the exported config.json.
+        loaded: see `complete_folder`.
     """
-    line, parent, total = lineage.line(origin.lineage), _parent(origin), parameter_table.count(origin.arch)
-    cuts = [Architecture(**record["before"]) for record in line if "before" in record]
-    made = " and ".join(dict.fromkeys(filter(None, map(lineage.deed, line)))) or "converted"
+    chain, parent, total = lineage.model_chain(origin.lineage), _parent_name(origin), parameter_table.count(origin.arch)
+    before = [Architecture(**record["before"]) for record in chain if "before" in record]
+    operations = " and ".join(dict.fromkeys(filter(None, map(lineage.operation, chain)))) or "converted"
     steps = lineage.history(origin.lineage, origin.identity)
     parts = [
         _front_matter(origin, parent),
-        f"# {parent}, {made}: {EngFormatter(places=1)(total)}",
-        f"{total:,} parameters in {config['dtype']}, {made} from {parent} with minitron_mcore on Megatron-Core, by the Minitron "
-        f"recipe ({MINITRON}).",
+        f"# {parent}, {operations}: {EngFormatter(places=1)(total)}",
+        f"{total:,} parameters in {config['dtype']}, {operations} from {parent} with minitron_mcore on Megatron-Core, by the "
+        f"Minitron recipe ({MINITRON}).",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```',
+        f"transformers {version('transformers')} loaded this folder: {loaded}. Other runtimes were not run; `docs/serving.md` of "
+        "minitron_mcore lists the sizes that vLLM and TensorRT-LLM accept.",
         "## Sizes",
-        tables.markdown(compare(cuts[0] if cuts else origin.arch, origin.arch)),
+        tables.markdown(compare(before[0] if before else origin.arch, origin.arch)),
         f"Every block has these sizes. head_dim is {origin.arch.head_dim}, the vocabulary {origin.arch.vocab:,} tokens.",
         "## How it was made",
-        *(_told(number, step, origin.plans) for number, step in enumerate(steps, 1)),
-        f"`{RECORD}/lineage.json` says the same to a program.",
+        *(_step_paragraph(number, step, origin.plans) for number, step in enumerate(steps, 1)),
+        f"`{RECORD}/lineage.json` holds the same in machine-readable form.",
         *_evaluations(Path(origin.identity["path"])),
-        "## Loaders",
-        tables.markdown(taken),
-        "transformers loaded the folder. The others were not run: their rows follow from their published rules, TensorRT-LLM's "
-        "with the sizes that it is fast at, multiples of 64 x TP.",
         "## Licence",
         _licence(origin, parent),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _parent(origin: Origin) -> str:
-    """The first ancestor's name: what its config says, or its folder's."""
-    first = next(iter(lineage.line(origin.lineage)[0]["parents"].values()), origin.identity)
+def _parent_name(origin: Origin) -> str:
+    """Name of the first ancestor: the one in its config.json, else its folder's."""
+    first = next(iter(lineage.model_chain(origin.lineage)[0]["parents"].values()), origin.identity)
     config = json.loads((origin.hf_folder / "config.json").read_text())
     return Path(config.get("_name_or_path") or first["path"]).name
 
 
-def _told(number: int, step: lineage.Step, plans: dict[str, str]) -> str:
-    """A numbered paragraph: what was done to what, with what, and which command did it."""
+def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> str:
+    """Numbered paragraph on one step: inputs, settings, command."""
     record, lines = step.lineage, [f"{number}. Weights `{step.identity['fingerprint']}`"]
-    parents, deed = record["parents"], lineage.deed(record)
-    if deed == "pruned":
+    parents, operation = record["parents"], lineage.operation(record)
+    if operation == "pruned":
         lines[0] += f": `{parents['source']['fingerprint']}`, pruned by plan `{record['plan']}`."
         statistic = ", ".join(
-            f"{k} {v}" for k, v in record["statistic"].items() if k not in ("fingerprint", "architecture")
+            f"{key} {value}" for key, value in record["statistic"].items() if key not in ("fingerprint", "architecture")
         )
-        lines += [f"Scores `{record['scores']}`: {statistic or 'nothing known of them'}."]
+        lines += [f"Scores `{record['scores']}`: {statistic or 'no metadata'}."]
         lines += [f"Blocks dropped, counted from 0: {', '.join(map(str, record['dropped_blocks'])) or 'none'}."]
         if record["plan"] in plans:
             lines[-1] += f" Every kept index: `{RECORD}/{_plan_file(record['plan'])}`."
         if merged := record.get("merged_heads"):
             lines += [f"Dropped query heads merged into kept ones: {merged}."]
-    elif deed:
-        taught = f" from teacher `{parents['teacher']['fingerprint']}`" if parents["teacher"] else " on cross-entropy"
-        lines[0] += f": `{parents['student']['fingerprint']}`, {deed}{taught}."
+    elif operation:
+        teacher = f" from teacher `{parents['teacher']['fingerprint']}`" if parents["teacher"] else " on cross-entropy"
+        lines[0] += f": `{parents['student']['fingerprint']}`, {operation}{teacher}."
         files, weights = parse_blend(record["data"]["files"])
         names = [Path(file).name for file in files]
         names = [f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True)] if weights else names
         lines += [f"Data `{record['data']['hash']}`: {', '.join(names)}."]
-        lines += [f"Settings: {', '.join(f'{k} {v}' for k, v in record['settings'].items() if k not in NOT_SHOWN)}."]
+        settings = {key: value for key, value in record["settings"].items() if key not in SETTINGS_NOT_SHOWN}
+        lines += [f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}."]
         lines += _losses(step.identity)
     else:
-        lines[0] += ": " + ", ".join(f"{Path(found['path']).name} ({kind})" for kind, found in parents.items()) + "."
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return "\n\n   ".join([*lines, f"`{record['command']}` ({versions})"])
+        lines[0] += ": " + ", ".join(f"{Path(source['path']).name} ({kind})" for kind, source in parents.items()) + "."
+    libraries = ", ".join(f"{name} {release}" for name, release in record["versions"].items())
+    return "\n\n   ".join([*lines, f"`{record['command']}` ({libraries})"])
 
 
 def _losses(identity: dict) -> list[str]:
-    """First and last figures of a training run up to its checkpoint, in nats a token; nothing where its folder is gone."""
+    """First and last metrics of a training run up to its checkpoint (losses in nats per token). Empty without metrics.jsonl."""
     path, last = Path(identity["path"]) / "metrics.jsonl", int(identity["step"].removeprefix("step_"))
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rows = [{key: row[key] for key in SHOWN} for row in rows if row["step"] <= last]
+    rows = [{key: row[key] for key in METRICS} for row in rows if row["step"] <= last]
     return [tables.markdown([rows[0], rows[-1]]).replace("\n", "\n   ")] if rows else []
 
 
 def _evaluations(source: Path) -> list[str]:
-    """Evaluations of a checkpoint, since it was finished, in the folders beside it."""
-    rows, mark = [], source / "latest"
-    for path in sorted(source.parent.glob("*/evaluation.json")) if mark.is_file() else []:
-        found = json.loads(path.read_text())
-        if Path(found["source"]).resolve() == source.resolve() and path.stat().st_mtime > mark.stat().st_mtime:
-            rows += found["files"]
+    """Results in sibling folders that were evaluated after the checkpoint's last step was written."""
+    rows, latest = [], source / "latest"
+    for path in sorted(source.parent.glob("*/evaluation.json")) if latest.is_file() else []:
+        evaluation = json.loads(path.read_text())
+        if Path(evaluation["source"]).resolve() == source.resolve() and path.stat().st_mtime > latest.stat().st_mtime:
+            rows += evaluation["files"]
     return ["## Evaluation", tables.markdown(rows)] if rows else []
 
 
-def _parents_card(origin: Origin) -> ModelCardData:
-    """The front matter of the parent's own card, empty where it has none that can be read."""
+def _parent_card_data(origin: Origin) -> ModelCardData:
+    """Front matter of the parent's card, empty if there is none or it cannot be parsed."""
     path = origin.hf_folder / CARD
     text = path.read_text(errors="replace") if path.is_file() else ""
     try:
@@ -191,15 +195,18 @@ def _licence_files(origin: Origin) -> list[str]:
 
 
 def _front_matter(origin: Origin, parent: str) -> str:
-    given, files = _parents_card(origin), _licence_files(origin)
-    licence = {"license": given.license or "other"}
+    card_data, files = _parent_card_data(origin), _licence_files(origin)
+    licence = {"license": card_data.license or "other"}
     if licence["license"] == "other":
-        licence |= {"license_name": given.license_name or "that-of-the-parent", "license_link": given.license_link}
+        licence |= {
+            "license_name": card_data.license_name or "that-of-the-parent",
+            "license_link": card_data.license_link,
+        }
     if files and not licence.get("license_link"):
         licence["license_link"] = files[0]
     data = ModelCardData(
         base_model=parent,
-        language=given.language,
+        language=card_data.language,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["minitron", "pruning", "distillation", "megatron-core"],
@@ -209,11 +216,11 @@ def _front_matter(origin: Origin, parent: str) -> str:
 
 
 def _licence(origin: Origin, parent: str) -> str:
-    named, files = _parents_card(origin).license, _licence_files(origin)
+    named, files = _parent_card_data(origin).license, _licence_files(origin)
     return (
-        f"These weights are made from those of {parent}, so its licence holds for them too"
+        f"These weights are derived from {parent}, so its licence applies to them"
         f"{f': {named}' if named else ''}. "
-        + (f"It came with {', '.join(files)}, which lie here. " if files else "It came without a licence file. ")
-        + "Check what it asks of models made from it: a notice or a name, for instance. Llama 3.1's wants "
-        '"Built with Llama" shown and a name that begins with "Llama".'
+        + (f"Its licence files are included: {', '.join(files)}. " if files else "It has no licence file. ")
+        + "Check its terms for derived models, such as a notice or a name. Llama 3.1's requires a displayed "
+        '"Built with Llama" and a name that begins with "Llama".'
     )

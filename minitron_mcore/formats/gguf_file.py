@@ -1,4 +1,4 @@
-"""llama.cpp's GGUF files as a source of weights: dequantised row by row, from the file's memory map."""
+"""llama.cpp's GGUF files as a source of weights, dequantised by rows from a memory map."""
 
 import functools
 import math
@@ -18,16 +18,16 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 
 HF_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-"""The file's name of an architecture -> transformers' class of it."""
+"""general.architecture -> class name in transformers."""
 ROPE_FACTORS = "rope_freqs.weight"
 CHUNK_BYTES = 1 << 25
 
 
-class File(Weights):
-    """A GGUF file of a supported architecture; its tensors are read as `dtype`.
+class GGUFFile(Weights):
+    """A GGUF file of a supported architecture. Tensors are dequantised to `dtype`.
 
     Raises:
-        UserError: not a whole GGUF file, an architecture or a layout that this package doesn't read.
+        UserError: not a complete GGUF file, or an unsupported architecture, or one part of a split file.
     """
 
     kind = "gguf"
@@ -40,7 +40,7 @@ class File(Weights):
             reader = gguf.GGUFReader(path)
         except FileNotFoundError as error:
             raise UserError(f"no GGUF file at {path}: give the right path (model.hf=/path/to/model.gguf).") from error
-        except Exception as error:  # a cut file runs out of anything
+        except Exception as error:  # a truncated file can raise nearly anything
             raise UserError(f"{path} is not a whole GGUF file ({error}): download it again.") from error
         self.fields, self.tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
         self.name = self.field("general.architecture")
@@ -50,18 +50,18 @@ class File(Weights):
             raise UserError(f"{path} is one of {parts} parts: join them first (llama-gguf-split --merge).")
 
     def field(self, name: str):
-        """A metadata value; `*` in the name stands for the architecture. None where the file has none."""
-        found = self.fields.get(name.replace("*", self.name if "*" in name else ""))
+        """A metadata value, or None if the file does not have it. `*` in `name` stands for the architecture's name."""
+        field = self.fields.get(name.replace("*", self.name if "*" in name else ""))
         try:
-            return None if found is None else found.contents()
+            return None if field is None else field.contents()
         except ValueError as error:  # text that is not UTF-8
             raise UserError(f"{name} in {self.path} cannot be read ({error}): download it again.") from error
 
     def config(self) -> dict:
-        """What Hugging Face's config.json says of this model.
+        """Content of an equivalent Hugging Face config.json.
 
         Raises:
-            UserError: sizes that are missing or differ between layers, a stretch of the rotary wavelengths but Llama 3's.
+            UserError: a size is missing or differs between layers, or the rope scaling is not Llama 3's.
         """
         sizes = {
             "num_hidden_layers": self.field("*.block_count"),
@@ -88,7 +88,7 @@ class File(Weights):
             "num_key_value_heads": self.field("*.attention.head_count_kv") or heads,
             "head_dim": head_dim,
             "vocab_size": int(self.tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in self.tensors else 0,
-            # A float32 of 1e-05 is 9.999999747378752e-06.
+            # Converts the float32 9.999999747378752e-06 to 1e-05.
             "rms_norm_eps": float(str(np.float32(sizes["rms_norm_eps"]))),
             "rope_parameters": {"rope_theta": float(self.field("*.rope.freq_base") or 1e4), **self._rope_scaling()},
             "hidden_act": "silu",
@@ -97,7 +97,7 @@ class File(Weights):
         }
 
     def _rope_scaling(self) -> dict:
-        """Llama 3's constants; the file holds only the factors that they make, which `check` holds against them."""
+        """Llama 3's constants. The file has only the resulting factors, which `check` compares with them."""
         if (kind := self.field("*.rope.scaling.type") or "none") != "none":
             raise UserError(f"{self.path} has rope scaling {kind!r}; supported in GGUF: none, Llama 3's.")
         if ROPE_FACTORS not in self.tensors:
@@ -111,21 +111,23 @@ class File(Weights):
         }
 
     def check(self, arch: Architecture) -> None:
-        known = {ROPE_FACTORS}
+        expected = {ROPE_FACTORS}
         for parameter in parameter_table.parameters(arch):
             for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
                 key = self._key(name, arch)
-                known.add(key)
+                expected.add(key)
                 if key not in self.tensors:
-                    raise UserError(f"tensor {key or name} is missing from {self.path}: its config asks for it.")
-                found = tuple(int(n) for n in reversed(self.tensors[key].shape))
-                if found != shape:
-                    raise UserError(f"tensor {key} in {self.path} has shape {found}, but its config asks for {shape}.")
+                    raise UserError(f"tensor {key or name} is missing from {self.path}: its config requires it.")
+                stored_shape = tuple(int(n) for n in reversed(self.tensors[key].shape))
+                if stored_shape != shape:
+                    raise UserError(
+                        f"tensor {key} in {self.path} has shape {stored_shape}, but its config requires {shape}."
+                    )
                 if len(shape) == 1 and self.tensors[key].data.shape != shape:
                     raise UserError(f"tensor {key} in {self.path} is a vector in blocks: expected F32 or F16.")
-        if extra := sorted(self.tensors.keys() - known):
+        if unexpected := sorted(self.tensors.keys() - expected):
             raise UserError(
-                f"{self.path} holds {extra[0]}, which a {arch.family} model does not have: it is another model's."
+                f"{self.path} holds {unexpected[0]}, which a {arch.family} model does not have: it is another model's."
             )
         if ROPE_FACTORS in self.tensors and not np.allclose(self.tensors[ROPE_FACTORS].data, _rope_factors(arch)):
             raise UserError(
@@ -145,40 +147,40 @@ class File(Weights):
         return self.target
 
     def read(self, parameter: parameter_table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Dequantised; beyond the box some 32 MiB are held."""
+        """See `Weights.read`. Needs about CHUNK_BYTES of memory besides the result."""
         rows = parameter_table.packing(parameter.row.axes[0], parameter.arch)[offset[0] : offset[0] + shape[0]]
         columns = tuple(slice(low, low + count) for low, count in zip(offset[1:], shape[1:], strict=True))
         out, start = torch.empty(shape, dtype=self.target), 0
         step = max(1, CHUNK_BYTES // (4 * math.prod(parameter.shape[1:])))
         for name, (count, *_) in zip(parameter.hf, parameter.hf_shapes(), strict=True):
-            where = np.flatnonzero((rows >= start) & (rows < start + count))
+            in_tensor = np.flatnonzero((rows >= start) & (rows < start + count))
             tensor = self._tensor(name, parameter.arch)
-            stored = self._stored_rows(name, rows[where] - start, parameter.arch)
-            for first in range(0, len(where), step):
-                part = gguf.dequantize(tensor.data[stored[first : first + step]], tensor.tensor_type)[:, *columns]
-                out[torch.from_numpy(where[first : first + step])] = torch.from_numpy(part).to(self.target)
+            stored_rows = self._stored_rows(name, rows[in_tensor] - start, parameter.arch)
+            for first in range(0, len(in_tensor), step):
+                part = gguf.dequantize(tensor.data[stored_rows[first : first + step]], tensor.tensor_type)[:, *columns]
+                out[torch.from_numpy(in_tensor[first : first + step])] = torch.from_numpy(part).to(self.target)
             start += count
         return out
 
-    def stored(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
-        for name in parameter.hf:  # the same blocks become other weights in another dtype
+    def stored_tensors(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+        for name in parameter.hf:  # the weights also depend on the dtype
             yield f"{name} {self.target}", [self._tensor(name, parameter.arch).data]
 
     def describe(self) -> str:
-        """One line: what was dequantised to what."""
+        """One line with the stored and the dequantised dtypes."""
         types = Counter(tensor.tensor_type.name for tensor in self.tensors.values())
         stored = ", ".join(f"{name} ({n} tensors)" for name, n in types.most_common())
         return f"{self.path.name}: dequantised to {str(self.target).removeprefix('torch.')} from {stored}"
 
     def _key(self, name: str, arch: Architecture) -> str:
-        """The file's name of a Hugging Face tensor."""
+        """Name in the file of a Hugging Face tensor."""
         return _names(self.name, arch.blocks).get_name(name, try_suffixes=(".weight", ".bias"))
 
     def _tensor(self, name: str, arch: Architecture) -> gguf.ReaderTensor:
         return self.tensors[self._key(name, arch)]
 
     def _stored_rows(self, name: str, rows: np.ndarray, arch: Architecture) -> np.ndarray:
-        """Where llama.cpp keeps these rows: for Llama it interleaves the two halves of each query and key head."""
+        """Positions of rows in the file. For Llama, llama.cpp interleaves the two halves of each query and key head."""
         if self.name != "llama" or name.split(".")[-2] not in ("q_proj", "k_proj"):
             return rows
         head, within = np.divmod(rows, arch.head_dim)
@@ -193,11 +195,11 @@ def _names(architecture: str, blocks: int) -> gguf.TensorNameMap:
 
 
 def _rope_factors(arch: Architecture) -> np.ndarray:
-    """What each of the head_dim / 2 rotary wavelengths is stretched by."""
+    """Factor by which each rotary wavelength is scaled, [head_dim / 2]; 1 without rope scaling."""
     rope = arch.rope_scaling
     wavelength = 2 * np.pi * arch.rope_theta ** (np.arange(0, arch.head_dim, 2) / arch.head_dim)
     if rope is None:
         return np.ones_like(wavelength)
     turns = rope.original_max_positions / wavelength
-    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return 1 / ((1 - kept) / rope.factor + kept)
+    smooth = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    return 1 / ((1 - smooth) / rope.factor + smooth)

@@ -1,26 +1,28 @@
-"""Hugging Face folders: safetensors read as slices and written from front to back, without a model in memory."""
+"""Reading and writing Hugging Face folders in slices, without a whole model in memory."""
 
+import contextlib
 import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files, tensor_bytes
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, hf_config, parameter_table
+from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.reading import read_json
 
 CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 MAX_FILE_BYTES = 5 * 10**9
@@ -28,9 +30,10 @@ HASH_ELEMENTS = 8 << 20
 
 
 class Weights(ABC):
-    """One model's weights where another tool left them, read box by box in the table's positions."""
+    """A source of one model's weights, read in slices of the parameter table's tensors."""
 
     kind: str
+    """Name of the format, which becomes the parent's role in the lineage."""
     path: Path
 
     def __init__(self):
@@ -38,22 +41,26 @@ class Weights(ABC):
 
     @abstractmethod
     def check(self, arch: Architecture) -> None:
-        """Refuse a tensor that is missing, too many, or of another shape or dtype, by name."""
+        """Check that the source holds exactly the tensors of `arch`.
+
+        Raises:
+            UserError: a tensor is missing or unexpected, or has another shape or an unsupported dtype.
+        """
 
     @abstractmethod
     def dtype(self, parameter: parameter_table.Parameter) -> torch.dtype: ...
 
     @abstractmethod
     def read(self, parameter: parameter_table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A box of a parameter."""
+        """The slice of a parameter at `offset` in its global tensor, in the packed row order of the parameter table."""
 
     @abstractmethod
-    def stored(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
-        """Name and bytes, in parts, of each stored tensor behind a parameter."""
+    def stored_tensors(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+        """Name and bytes (in parts) of each stored tensor that a parameter consists of."""
 
     def hash(self, parameter: parameter_table.Parameter) -> None:
-        """Hash a parameter's tensors, once; just before they are read, so that the disk is read once."""
-        for name, parts in self.stored(parameter):
+        """Hash a parameter's stored tensors if that was not done. Called just before they are read, which caches them."""
+        for name, parts in self.stored_tensors(parameter):
             if name not in self.hashes:
                 sha = hashlib.sha256()
                 for part in parts:
@@ -61,9 +68,9 @@ class Weights(ABC):
                 self.hashes[name] = sha.hexdigest()
 
     def fingerprint(self, arch: Architecture) -> str:
-        """Names the weights, however they are spread over files: sha256 over the hashes of the architecture's tensors.
+        """16 hex digits that identify the weights, however they are split into files: SHA-256 over the tensors' hashes.
 
-        Collective where there are groups: a rank gives what it has hashed; what none has, all hash now.
+        Collective if torch.distributed is initialised: ranks share their hashes. Tensors that no rank has hashed are hashed now.
         """
         every = [self.hashes]
         if dist.is_initialized():
@@ -75,16 +82,14 @@ class Weights(ABC):
         return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()[:16]
 
 
-class Folder(Weights):
-    """The weights of a Hugging Face folder.
+class HFFolder(Weights):
+    """Weights of a Hugging Face folder, from the files that transformers uses: model.safetensors, else those in the index.
 
-    A file is mapped only for as long as what was read from it lives, so memory shows what is in use and no more.
-
-    The files are those that transformers takes: model.safetensors, or where it isn't there what the index names.
+    A file is mapped for each read and unmapped with the last tensor that views it.
 
     Raises:
-        UserError: no safetensors, a file that is cut short, an index that is damaged, names a missing file, or names others than a
-            model.safetensors beside it, an adapter (transformers would add it to the weights).
+        UserError: no safetensors file; a truncated file; an index that is damaged, names a missing file, or does not name an
+            existing model.safetensors; an adapter, which transformers would apply to the weights.
     """
 
     kind = "huggingface"
@@ -92,52 +97,54 @@ class Folder(Weights):
     def __init__(self, path: Path):
         super().__init__()
         names = _files(path)
-        self.path, self.where = path, {}
+        self.path, self.file_of = path, {}
         for file in (path / name for name in names):
             try:
-                found = safe_open(file, "pt").keys()
+                keys = safe_open(file, "pt").keys()
             except Exception as error:  # safetensors raises its own type for a cut or foreign file
                 raise UserError(f"{file} is not a whole safetensors file ({error}): download it again.") from error
-            if twice := sorted(self.where.keys() & set(found)):
+            if duplicates := sorted(self.file_of.keys() & set(keys)):
                 raise UserError(
-                    f"{twice[0]} is in both {self.where[twice[0]].name} and {file.name} of {path}: remove one."
+                    f"{duplicates[0]} is in both {self.file_of[duplicates[0]].name} and {file.name} of {path}: remove one."
                 )
-            self.where |= dict.fromkeys(found, file)
+            self.file_of |= dict.fromkeys(keys, file)
 
     def slice(self, name: str):
-        """A tensor to take slices of."""
-        return safe_open(self.where[name], "pt").get_slice(name)
+        """The stored tensor as a lazily read safetensors slice."""
+        return safe_open(self.file_of[name], "pt").get_slice(name)
 
     def check(self, arch: Architecture) -> None:
         for parameter in parameter_table.parameters(arch):
             for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
-                if name not in self.where:
-                    raise UserError(f"tensor {name} is missing from {self.path}: its config.json asks for it.")
+                if name not in self.file_of:
+                    raise UserError(f"tensor {name} is missing from {self.path}: its config.json requires it.")
                 stored = self.slice(name)
-                if (found := tuple(stored.get_shape())) != shape:
-                    raise UserError(f"tensor {name} has shape {found}, but config.json asks for {shape}.")
+                if (stored_shape := tuple(stored.get_shape())) != shape:
+                    raise UserError(f"tensor {name} has shape {stored_shape}, but config.json requires {shape}.")
                 if stored.get_dtype() not in CODES.values():
                     raise UserError(
                         f"tensor {name} is stored as {stored.get_dtype()}: expected {', '.join(CODES.values())} (dequantise the "
                         "model first)."
                     )
-        known = {name for parameter in parameter_table.parameters(arch) for name in parameter.hf}
-        # Old Llama folders store the rotary frequencies, some tied ones the head: both follow from the rest.
-        spare = {"lm_head.weight"} if arch.tied else set()
-        if spare & self.where.keys() and not self._equal("lm_head.weight", "model.embed_tokens.weight"):
+        expected = {name for parameter in parameter_table.parameters(arch) for name in parameter.hf}
+        # Old Llama folders store the rotary frequencies, and some tied models the head. Both are redundant.
+        redundant = {"lm_head.weight"} if arch.tied else set()
+        if redundant & self.file_of.keys() and not self._equal("lm_head.weight", "model.embed_tokens.weight"):
             raise UserError(
                 f"lm_head.weight in {self.path} differs from model.embed_tokens.weight, but config.json says "
                 "tie_word_embeddings: true: set it to false to keep both, as transformers does, or remove lm_head.weight."
             )
-        extra = sorted(n for n in self.where.keys() - known - spare if not n.endswith("rotary_emb.inv_freq"))
-        if extra:
+        unexpected = sorted(
+            n for n in self.file_of.keys() - expected - redundant if not n.endswith("rotary_emb.inv_freq")
+        )
+        if unexpected:
             raise UserError(
-                f"{self.path} holds {len(extra)} tensors that a {arch.family} model of its config.json does not have, "
-                f"the first {extra[0]}: is the config another model's?"
+                f"{self.path} holds {len(unexpected)} tensors that a {arch.family} model of its config.json does not have, "
+                f"the first {unexpected[0]}: is the config another model's?"
             )
 
     def _equal(self, *names: str) -> bool:
-        """Whether two matrices hold the same values, compared some rows at a time."""
+        """Whether two stored matrices are equal. Compares blocks of rows."""
         one, two = (self.slice(name) for name in names)
         if one.get_shape() != two.get_shape():
             return False
@@ -149,24 +156,24 @@ class Folder(Weights):
         return self.slice(parameter.hf[0])[:1].dtype
 
     def read(self, parameter: parameter_table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A view of the mapped file where the box's rows lie there in order."""
+        """See `Weights.read`. A view of the mapped file if the rows are stored contiguously."""
         rows = parameter_table.packing(parameter.row.axes[0], parameter.arch)[offset[0] : offset[0] + shape[0]]
         columns = [slice(low, low + count) for low, count in zip(offset[1:], shape[1:], strict=True)]
         parts, start = [], 0
-        local = np.empty(len(rows), dtype=np.int64)  # where each wanted row lies in the concatenation of the parts
+        local = np.empty(len(rows), dtype=np.int64)  # position of each row in the concatenation of the parts
         filled = 0
         for name, (count, *_) in zip(parameter.hf, parameter.hf_shapes(), strict=True):
-            mine = (rows >= start) & (rows < start + count)
-            if mine.any():
-                first, last = int(rows[mine].min()) - start, int(rows[mine].max()) - start + 1
+            in_tensor = (rows >= start) & (rows < start + count)
+            if in_tensor.any():
+                first, last = int(rows[in_tensor].min()) - start, int(rows[in_tensor].max()) - start + 1
                 parts.append(self.slice(name)[slice(first, last), *columns])
-                local[mine] = rows[mine] - start - first + filled
+                local[in_tensor] = rows[in_tensor] - start - first + filled
                 filled += last - first
             start += count
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole if np.array_equal(local, np.arange(len(whole))) else whole[torch.from_numpy(local)]
+        rows_read = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return rows_read if np.array_equal(local, np.arange(len(rows_read))) else rows_read[torch.from_numpy(local)]
 
-    def stored(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    def stored_tensors(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
         for name in parameter.hf:
             length, *rest = self.slice(name).get_shape()
             step = max(1, HASH_ELEMENTS // int(np.prod(rest)))
@@ -174,7 +181,7 @@ class Folder(Weights):
 
 
 def _files(path: Path) -> list[str]:
-    """Names of the weights' files, as transformers chooses them; see `Folder`."""
+    """Names of the weights files (see `HFFolder`)."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if (adapter := path / "adapter_config.json").is_file():
         raise UserError(f"{adapter} is an adapter, which is not applied here: merge it into the weights and remove it.")
@@ -185,74 +192,98 @@ def _files(path: Path) -> list[str]:
                 "convert them."
             )
         return [single.name]
-    content = hf_config.read_json(index)
-    where = content.get("weight_map")
-    if not isinstance(where, dict) or not where or not isinstance(content.get("metadata"), dict):
+    weight_map = (content := read_json(index, "download it again")).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(content.get("metadata"), dict):
         raise UserError(f"{index} has no weight_map and metadata, as an index has: download it again.")
-    for name in where.values():
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} names the file {name!r}: expected *.safetensors files beside it.")
         if not (path / name).is_file():
             raise UserError(f"{index} names {name}, which is not in {path}: download the model again.")
-    if single.is_file() and single.name not in where.values():
+    if single.is_file() and single.name not in weight_map.values():
         raise UserError(
             f"{path} holds model.safetensors, which transformers reads, and another model's index beside it: remove "
             f"{single.name}, or {index.name} and its files."
         )
-    return sorted(set(where.values()))
+    return sorted(set(weight_map.values()))
 
 
 class Writer:
-    """Writes a Hugging Face folder from front to back: safetensors of at most MAX_FILE_BYTES, their index, the small files.
+    """Writes a Hugging Face folder in pieces: safetensors files of at most MAX_FILE_BYTES, their index, config and tokenizer.
 
     Args:
-        out_dir: claimed folder; until `finish` it holds nothing under a name that a reader looks for.
-        arch: sizes.
-        dtypes: of each parameter, in the table's order.
+        out_dir: run folder. Until `finish`, weights files have the suffix .part.
+        dtypes: parameter -> dtype of its tensors in the folder, in the parameter table's order.
     """
 
     def __init__(self, out_dir: Path, arch: Architecture, dtypes: dict[parameter_table.Parameter, torch.dtype]):
         self.out_dir, self.arch, self.dtypes = out_dir, arch, dtypes
-        files, held = [{}], 0
-        for parameter, dtype in dtypes.items():
-            for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True):
-                tensor = torch.empty(shape, dtype=dtype, device="meta")
-                if held and held + tensor.nbytes > MAX_FILE_BYTES:
-                    files.append({})
-                    held = 0
-                files[-1][name] = tensor
-                held += tensor.nbytes
-        n = len(files)
-        names = ["model.safetensors"] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-        self.files = dict(zip(names, files, strict=True))
+        self.tensors = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for parameter, dtype in dtypes.items()
+            for name, shape in zip(parameter.hf, parameter.hf_shapes(), strict=True)
+        }
+        self.shards = split_state_dict_into_shards_factory(
+            self.tensors,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=MAX_FILE_BYTES,
+        )
 
     def write(self, label: str, rows: Callable[[parameter_table.Parameter], Iterable[Callable[[], Tensor]]]) -> None:
-        """Write the weights; `rows` gives what makes all rows of a parameter in packed order, in one part or several. Parts are
-        made by threads that run ahead."""
+        """Write the weights.
+
+        Args:
+            label: of the progress.
+            rows: parameter -> functions whose results, concatenated, are all rows of the parameter in packed order. They are
+                called in threads, ahead of writing.
+        """
         jobs = list(self._jobs(rows))
         progress = process_groups.Progress(label, len(jobs), "pieces")
-        with _Parts([(self._part(name), tensors) for name, tensors in self.files.items()]) as parts:
-            for done, data in enumerate(process_groups.ahead(jobs), 1):
-                parts.write(data)
+        with contextlib.ExitStack() as stack:
+            regions = self._regions(stack)
+            file, free = None, 0
+            for done, data in enumerate(process_groups.prefetch(jobs), 1):
+                while len(data):
+                    if not free:
+                        file, start, free = next(regions)
+                        file.seek(start)
+                    file.write(data[:free])
+                    free, data = max(0, free - len(data)), data[free:]
                 progress.update(done)
 
+    def _regions(self, stack: contextlib.ExitStack) -> Iterator[tuple[disk.NewFile, int, int]]:
+        """(file, first byte, number of bytes) of each tensor, in order. Files are opened on `stack`, with their headers."""
+        places = {}
+        for name, tensors in self.shards.filename_to_tensors.items():
+            header, end = {"__metadata__": {"format": "pt"}}, 0
+            for key in tensors:
+                tensor, start = self.tensors[key], end
+                end += tensor.nbytes
+                header[key] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)  # tensors start aligned
+            file = stack.enter_context(disk.NewFile(self._part(name)))
+            file.write(len(text).to_bytes(8, "little") + text)
+            places |= {key: (file, 8 + len(text) + header[key]["data_offsets"][0]) for key in tensors}
+        return ((*places[key], tensor.nbytes) for key, tensor in self.tensors.items())
+
     def _jobs(self, rows) -> Iterator[Callable[[], np.ndarray]]:
-        """What makes the bytes of the files, piece by piece; of rows that are packed in another order, all at once."""
+        """Functions that return the bytes of the tensors in order: one per piece, or one per parameter if its packed rows are
+        not in the order of its Hugging Face tensors."""
         for parameter, dtype in self.dtypes.items():
-            back = np.argsort(parameter_table.packing(parameter.row.axes[0], self.arch))
-            if np.array_equal(back, np.arange(len(back))):
+            order = np.argsort(parameter_table.packing(parameter.row.axes[0], self.arch))
+            if np.array_equal(order, np.arange(len(order))):
                 yield from (partial(_bytes, [make], dtype) for make in rows(parameter))
             else:
-                yield partial(_bytes, rows(parameter), dtype, torch.from_numpy(back))
+                yield partial(_bytes, rows(parameter), dtype, torch.from_numpy(order))
 
     def finish(self, source: Path) -> None:
-        """Give the files their names and add what `source`, a Hugging Face folder, holds beside weights; config.json last."""
-        for name in self.files:
+        """Rename the weights files, and add their index and the other files of `source`, a Hugging Face folder. Config last."""
+        for name in self.shards.filename_to_tensors:
             self._part(name).rename(self.out_dir / name)
-        if len(self.files) > 1:
-            where = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
-            total = sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": where}
+        if self.shards.is_sharded:
+            index = {"metadata": self.shards.metadata, "weight_map": self.shards.tensor_to_filename}
             (self.out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         write_config(source, self.arch, self.out_dir, list(self.dtypes.values())[-1])
 
@@ -262,79 +293,38 @@ class Writer:
 
 def _bytes(makes: Iterable[Callable[[], Tensor]], dtype: torch.dtype, order: Tensor | None = None) -> np.ndarray:
     parts = [make() for make in makes]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return tensor_bytes((whole if order is None else whole[order]).to(dtype))
+    rows_read = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensor_bytes((rows_read if order is None else rows_read[order]).to(dtype))
 
 
 def write_config(source: Path, arch: Architecture, out_dir: Path, dtype: torch.dtype) -> None:
-    """What `source`, a Hugging Face folder, holds beside weights, config.json last and with the sizes of `arch`."""
+    """Copy the files other than weights of `source`, a Hugging Face folder. config.json is last and has the sizes of `arch`."""
     for file in hf_asset_files(source):
         target = copy_path(file, source, out_dir)
         if file.name == "tokenizer_config.json":
             write_tokenizer_config(file, target)
-        elif file.name not in ("config.json", "README.md"):  # the parent's card is not this model's
+        elif file.name not in ("config.json", "README.md"):  # the model card describes the parent
             shutil.copyfile(file, target)
-    config = architecture.to_hf(arch, hf_config.read_json(source / "config.json"), str(dtype).removeprefix("torch."))
+    config = architecture.to_hf(
+        arch, read_json(source / "config.json", "download it again"), str(dtype).removeprefix("torch.")
+    )
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_tokenizer_config(source: Path, target: Path) -> None:
-    """A tokenizer_config.json that transformers 4 and 5 read alike; a copy where the shipped one is.
+    """Write a tokenizer_config.json that transformers 4 and 5 read alike. An unaffected file is copied.
 
-    transformers 5 saves a class name and a list of special tokens that transformers 4 does not know, but reads the old ones. Code
-    named by `auto_map` is not exported, so the name goes.
+    transformers 5 writes a class name and a list of special tokens that transformers 4 cannot read, but reads the old forms.
+    `auto_map` is removed, because the code that it names is not exported.
     """
-    config = hf_config.read_json(source)
-    found = {key: value for key, value in config.items() if key != "auto_map"}
-    if found.get("tokenizer_class") == "TokenizersBackend":
-        found["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(found.get("extra_special_tokens"), list):
-        tokens = found.pop("extra_special_tokens")
-        found["additional_special_tokens"] = [*found.get("additional_special_tokens", []), *tokens]
-    if found == config:
+    config = read_json(source, "download it again")
+    portable = {key: value for key, value in config.items() if key != "auto_map"}
+    if portable.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(portable.get("extra_special_tokens"), list):
+        tokens = portable.pop("extra_special_tokens")
+        portable["additional_special_tokens"] = [*portable.get("additional_special_tokens", []), *tokens]
+    if portable == config:
         shutil.copyfile(source, target)
     else:
-        target.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class _Parts:
-    """Safetensors files with known tensors, filled with one stream of bytes."""
-
-    def __init__(self, files: list[tuple[Path, dict[str, Tensor]]]):
-        self.files, self.file, self.left = iter(files), None, 0
-        self.closer, self.closed = ThreadPoolExecutor(1), []
-
-    def __enter__(self) -> "_Parts":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._close()
-        with self.closer:
-            for closed in self.closed:
-                closed.result()
-
-    def write(self, data: np.ndarray) -> None:
-        while len(data):
-            if not self.left:
-                self._next()
-            here, data = data[: self.left], data[self.left :]
-            self.file.write(here)
-            self.left -= len(here)
-
-    def _next(self) -> None:
-        self._close()
-        path, tensors = next(self.files)
-        self.file = disk.Output(path)
-        header, self.left = {"__metadata__": {"format": "pt"}}, 0
-        for name, tensor in tensors.items():
-            span = [self.left, self.left + tensor.nbytes]
-            header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-            self.left = span[1]
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors start aligned
-        self.file.write(len(text).to_bytes(8, "little") + text)
-
-    def _close(self) -> None:
-        """Let a full file reach the disk while the next one fills."""
-        if self.file:
-            self.closed.append(self.closer.submit(self.file.close))
+        target.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,16 +1,16 @@
-"""Megatron-Core's GPTModel checkpoints, in and out: the parameter table under the names that Megatron-LM writes.
+"""Reading and writing checkpoints of Megatron-Core's GPTModel, with the tensor names of Megatron-LM.
 
-GPTModel keeps attention and MLP in one layer, so a block is a layer. Its checkpoints come in variants, all of which are read:
+A layer of GPTModel contains attention and MLP, so a block is a layer. All variants of its checkpoints are read:
 
     layers      one tensor of all layers, `decoder.layers.self_attention.linear_qkv.weight` [L, (N + 2G) D, H] (Megatron's
                 default), or one a layer, `decoder.layers.0.self_attention...`
     experts     one tensor of all experts, `mlp.experts.experts.linear_fc1.weight` [L, E, 2F, H], or one an expert
     gate, up    one tensor under the other [2F, H], or two, `..._w` and `..._v`
     norms       see `NAMES`
-    vocabulary  padded with rows that no token has
+    vocabulary  padded with unused rows
 
-Positions within a tensor are the table's own. megatron-core's gpt_checkpoint_interop maps the same names, but only whole models
-at load time, on regular grids and one of these variants; the tests hold this file against it.
+The order of elements within a tensor is that of the parameter table. megatron-core's gpt_checkpoint_interop maps the same names,
+but only when it loads whole models on regular grids, and only one variant. The tests compare this module with it.
 """
 
 import dataclasses
@@ -46,54 +46,53 @@ NAMES = {
     "local": lambda arch: tuple(_FUSED),
     "plain": lambda arch: (),
 }
-"""Layer specs, and which of a layer's norms each names after the linear layer behind it: Transformer Engine's fuses them into
-it (experts have none to fuse with), megatron-core's local spec borrows the names, a spec without such a map does not."""
+"""Layer spec -> norms that have the name of the linear layer after them. Transformer Engine fuses these norms into the linear layer
+(not into experts), megatron-core's local spec uses the same names, and "plain" is a spec that does not."""
 EMBEDDING = "embedding.word_embeddings.weight"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a parameter lies: the tensor's key, and index and size of each axis that stands before the parameter's own."""
+class Location:
+    """Location of a parameter: the tensor's key, and index and size of the leading axes (layer, expert) that precede its own."""
 
     key: str
     index: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
 
 
-def place(
-    parameter: parameter_table.Parameter, names: str = "te", one_tensor: bool = True, one_of_experts: bool = True
-) -> Place:
-    """A parameter's place in a GPTModel checkpoint.
+def locate(
+    parameter: parameter_table.Parameter, names: str = "te", stacked_layers: bool = True, stacked_experts: bool = True
+) -> Location:
+    """The location of a parameter in one variant of a GPTModel checkpoint.
 
     Args:
-        parameter: of the table.
         names: a key of `NAMES`.
-        one_tensor: of all layers; otherwise one a layer.
-        one_of_experts: one tensor of all experts; otherwise one an expert.
+        stacked_layers: one tensor for all layers; otherwise one per layer.
+        stacked_experts: one tensor for all experts; otherwise one per expert.
     """
     key, arch = parameter.row.name.replace("decoder.final_norm.", "decoder.final_layernorm."), parameter.arch
     for norm in NAMES[names](arch):
         key = key.replace(norm, _FUSED[norm])
-    key = re.sub(r"\{[am]\}\.", "" if one_tensor else f"{parameter.block}.", key)
-    key = key.replace("experts.{e}.", "experts.experts." + ("" if one_of_experts else f"{parameter.expert}."))
-    axes = [(parameter.block, arch.blocks)] if parameter.block is not None and one_tensor else []
-    axes += [(parameter.expert, arch.experts)] if parameter.expert is not None and one_of_experts else []
-    return Place(key, *(tuple(column) for column in zip(*axes, strict=True)))
+    key = re.sub(r"\{[am]\}\.", "" if stacked_layers else f"{parameter.block}.", key)
+    key = key.replace("experts.{e}.", "experts.experts." + ("" if stacked_experts else f"{parameter.expert}."))
+    axes = [(parameter.block, arch.blocks)] if parameter.block is not None and stacked_layers else []
+    axes += [(parameter.expert, arch.experts)] if parameter.expert is not None and stacked_experts else []
+    return Location(key, *(tuple(column) for column in zip(*axes, strict=True)))
 
 
-class Folder(Weights):
-    """Weights in a checkpoint that GPTModel's `sharded_state_dict` was saved to, or the Megatron-LM folder around it.
+class GPTModelFolder(Weights):
+    """Weights of a distributed checkpoint of GPTModel, or of the newest one in a Megatron-LM folder.
 
     Raises:
-        UserError: another format of Megatron's, an index that is damaged or not just an index, no GPTModel in it.
+        UserError: no distributed checkpoint, an unsafe or damaged index, or no single GPTModel in it.
     """
 
     kind = "gptmodel"
 
     def __init__(self, path: Path):
         super().__init__()
-        self.path = _newest(Path(path))
+        self.path = _newest_step(Path(path))
         self.reader = safe_metadata.Reader(self.path)
         prefixes = {key.removesuffix(EMBEDDING) for key in self.reader.tensors if key.endswith(EMBEDDING)}
         prefixes = sorted(prefix for prefix in prefixes if "optim" not in prefix)
@@ -113,12 +112,12 @@ class Folder(Weights):
             parts = self._parts(parameter)
             used |= {part.key for part, _, _ in parts}
             for part, low, high in parts:
-                asked = (*part.sizes, high - low, *parameter.shape[1:])
-                found, dtype = self.shapes[part.key], self.reader.tensors[self.prefix + part.key].properties.dtype
-                padded = parameter.row.axes[0] == "vocab" and len(found) == 2 and found[0] > asked[0]
-                if found != asked and not (padded and found[1:] == asked[1:]):
+                expected = (*part.sizes, high - low, *parameter.shape[1:])
+                stored, dtype = self.shapes[part.key], self.reader.tensors[self.prefix + part.key].properties.dtype
+                padded = parameter.row.axes[0] == "vocab" and len(stored) == 2 and stored[0] > expected[0]
+                if stored != expected and not (padded and stored[1:] == expected[1:]):
                     raise UserError(
-                        f"tensor {part.key} in {self.path} has shape {found}, but config.json asks for {asked}."
+                        f"tensor {part.key} in {self.path} has shape {stored}, but config.json requires {expected}."
                     )
                 if dtype not in CODES:
                     raise UserError(
@@ -126,7 +125,7 @@ class Folder(Weights):
                     )
         if unknown := sorted(self.shapes.keys() - used):
             raise UserError(
-                f"{self.path} holds {unknown[0]}, which the model of config.json has no place for: give the config.json of "
+                f"{self.path} holds {unknown[0]}, which the model of config.json does not have: give the config.json of "
                 "the model that was trained (model.hf=/path/to/folder)."
             )
 
@@ -135,47 +134,47 @@ class Folder(Weights):
         return self.reader.tensors[self.prefix + part.key].properties.dtype
 
     def read(self, parameter: parameter_table.Parameter, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        found = []
+        slices = []
         for part, start, end in self._parts(parameter):
             low, high = max(offset[0], start), min(offset[0] + shape[0], end)
             if low < high:
-                leading, here = (1,) * len(part.index), (high - low, *shape[1:])
+                leading, local = (1,) * len(part.index), (high - low, *shape[1:])
                 at = (*part.index, low - start, *offset[1:])
-                found.append(self.reader.box(self.prefix + part.key, at, leading + here).view(here))
-        return found[0] if len(found) == 1 else torch.cat(found)
+                slices.append(self.reader.read_slice(self.prefix + part.key, at, leading + local).view(local))
+        return slices[0] if len(slices) == 1 else torch.cat(slices)
 
-    def stored(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
-        """A whole parameter under the table's name, so that the same weights have the same fingerprint in any variant."""
+    def stored_tensors(self, parameter: parameter_table.Parameter) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+        """The whole parameter under the parameter table's name, so that the fingerprint is the same for all variants."""
         yield parameter.name, [tensor_bytes(self.read(parameter, (0,) * len(parameter.shape), parameter.shape))]
 
     def describe(self) -> str:
-        """One line: which checkpoint was chosen."""
+        """One line with the checkpoint's path."""
         return f"weights: GPTModel checkpoint {self.path}"
 
-    def _parts(self, parameter: parameter_table.Parameter) -> list[tuple[Place, int, int]]:
-        """The stored tensors that a parameter lies in, each with the parameter's rows (first, last + 1) in it."""
+    def _parts(self, parameter: parameter_table.Parameter) -> list[tuple[Location, int, int]]:
+        """(location, first row, last row + 1) of each stored tensor that holds rows of a parameter."""
         rows = parameter.shape[0]
         for variant in itertools.product(NAMES, (True, False), (True, False)):
-            found = place(parameter, *variant)
-            if found.key in self.shapes:
-                return [(found, 0, rows)]
-            halves = [dataclasses.replace(found, key=found.key + half) for half in ("_w", "_v")]
+            location = locate(parameter, *variant)
+            if location.key in self.shapes:
+                return [(location, 0, rows)]
+            halves = [dataclasses.replace(location, key=location.key + half) for half in ("_w", "_v")]
             if parameter.row.axes[0] == "glu" and all(half.key in self.shapes for half in halves):
                 return [(halves[0], 0, rows // 2), (halves[1], rows // 2, rows)]
-        raise UserError(f"tensor {place(parameter).key} is missing from {self.path}: config.json asks for it.")
+        raise UserError(f"tensor {locate(parameter).key} is missing from {self.path}: config.json requires it.")
 
 
-def _newest(path: Path) -> Path:
-    """The checkpoint itself, where `path` is a folder of Megatron-LM's with several."""
+def _newest_step(path: Path) -> Path:
+    """The newest checkpoint in a Megatron-LM folder; `path` itself if it is a checkpoint."""
     if not (path / TRACKER).is_file():
         return path
-    said = (path / TRACKER).read_text(errors="replace").strip()
-    if said != "release" and not (said.isdecimal() and len(said) < 20):  # Megatron-LM refuses it, too
+    step = (path / TRACKER).read_text(errors="replace").strip()
+    if step != "release" and not (step.isdecimal() and len(step) < 20):  # as in Megatron-LM
         raise UserError(
-            f"{path / TRACKER} says {said[:40]!r}, not a step's number or release: give the folder of a step "
+            f"{path / TRACKER} says {step[:40]!r}, not a step's number or release: give the folder of a step "
             "(model.weights=/path)."
         )
-    newest = path / (f"iter_{int(said):07d}" if said != "release" else said)
+    newest = path / (f"iter_{int(step):07d}" if step != "release" else step)
     if not newest.is_dir():
         raise UserError(
             f"{path / TRACKER} names {newest.name}, which is not there: give the folder of a step (model.weights=/path)."
@@ -191,72 +190,84 @@ def export_folder(
     names: str = "te",
     vocab_multiple: int = 1,
 ) -> int:
-    """Distributed checkpoint -> Megatron-LM folder that GPTModel loads strictly at any layout (collective); counts parameters.
+    """Convert a checkpoint of this package to a Megatron-LM folder that GPTModel loads strictly in any layout (collective).
 
-    A rank reads and writes its stage's blocks, its tensor-parallel ranges and its experts, a few pieces at a time. The folder holds
-    `release`, the weights in Megatron's default variant, and `hf`, a Hugging Face config and the tokenizer.
+    The folder has `release`, the weights in Megatron's default variant, and `hf`, a Hugging Face config and the tokenizer. Each
+    rank reads and writes the blocks of its pipeline stage, its tensor-parallel slices and its experts.
 
     Args:
-        source: checkpoint of ours.
-        out_dir: claimed folder.
-        parallel: the layout in which to read and write; it leaves no trace in the result.
+        out_dir: run folder.
+        parallel: the layout of this process group. The result does not depend on it.
         dtype: "bf16" or "fp32".
         names: a key of `NAMES`.
-        vocab_multiple: the vocabulary is padded with zeros to a multiple of this.
+        vocab_multiple: the vocabulary is padded with zero rows to a multiple of this.
+
+    Returns:
+        Number of parameters, without padding.
 
     Raises:
-        UserError: a block without attention or MLP, a layout that doesn't divide the model, a damaged checkpoint.
+        UserError: a block lacks attention or MLP, the layout does not divide the model, or the checkpoint is damaged.
     """
     out_dir, arch = Path(out_dir), source.arch
     with process_groups.raise_on_all_ranks():
-        refuse(architecture.missing_layers(arch, "megatron-core's GPTModel"))
+        refuse(architecture.missing_layer_problems(arch, "megatron-core's GPTModel"))
         build.check_shardable(arch, parallel)
         reader = streaming.Reader(source)
-    whole = -(-arch.vocab // vocab_multiple) * vocab_multiple
+    padded_vocab = -(-arch.vocab // vocab_multiple) * vocab_multiple
     tp, make = process_groups.tp_group(), {}
     state: dict = {"checkpoint_version": 3.0, "iteration": 0}
     for parameter in hf_convert.stage_parameters(arch, parallel):
-        where = place(parameter, names)
+        location = locate(parameter, names)
         for offset, shape in streaming.shard_slices(parameter, tp.rank(), tp.size()):
             last = parameter.row.axes[0] == "vocab" and offset[0] + shape[0] == arch.vocab
-            rows = shape[0] + (whole - arch.vocab if last else 0)
-            at, local = (*where.index, *offset), (*(1 for _ in where.index), rows, *shape[1:])
-            size = (*where.sizes, *((whole, arch.hidden) if parameter.row.axes[0] == "vocab" else parameter.shape))
-            stand_in = torch.empty(local, dtype=build.DTYPES[dtype], device="meta")
-            state[f"{where.key}@{at}"] = ShardedTensor(
-                where.key, stand_in, stand_in.dtype, local, size, at, None, replica_id=hf_convert.replica(parameter)
+            rows = shape[0] + (padded_vocab - arch.vocab if last else 0)
+            at, local = (*location.index, *offset), (*(1 for _ in location.index), rows, *shape[1:])
+            size = (
+                *location.sizes,
+                *((padded_vocab, arch.hidden) if parameter.row.axes[0] == "vocab" else parameter.shape),
             )
-            make[where.key, at] = partial(_read, reader, parameter, offset, shape, stand_in)
-        state |= _extra_state(parameter, where, names)
+            placeholder = torch.empty(local, dtype=build.DTYPES[dtype], device="meta")
+            state[f"{location.key}@{at}"] = ShardedTensor(
+                location.key,
+                placeholder,
+                placeholder.dtype,
+                local,
+                size,
+                at,
+                None,
+                replica_id=hf_convert.replica(parameter),
+            )
+            make[location.key, at] = partial(_read_padded, reader, parameter, offset, shape, placeholder)
+        state |= _extra_state(parameter, location, names)
     if process_groups.rank() == 0:
         (out_dir / "release").mkdir()
         write_config(source.hf, arch, out_dir / "hf", build.DTYPES[dtype])
     torch.distributed.barrier()
-    streamed = streaming.Streamed(make, "export")
-    with streaming.mistakes():
-        dist_checkpointing.save(state, str(out_dir / "release"), streamed, async_strategy="mcore")
-    streamed.seal(out_dir / "release")
+    strategy = streaming.StreamingStrategy(make, "export")
+    with streaming.unwrap_user_errors():
+        dist_checkpointing.save(state, str(out_dir / "release"), strategy, async_strategy="mcore")
+    strategy.write_manifest(out_dir / "release")
     if process_groups.rank() == 0:
         run_folder.replace_text(out_dir / TRACKER, "release")
     return parameter_table.count(arch)
 
 
-def _read(
+def _read_padded(
     reader: streaming.Reader, parameter: parameter_table.Parameter, offset: tuple, shape: tuple, like: Tensor
 ) -> Tensor:
-    """A box in the dtype and shape of `like`: with leading axes of 1, and rows of zeros at its end."""
+    """A slice with the dtype and shape of `like`, which may have leading axes of size 1 and more rows; these are zero."""
     data = reader.read(parameter, offset, shape).to(like.dtype)
     if padding := like.numel() - data.numel():
         data = torch.cat([data.flatten(), data.new_zeros(padding)])
     return data.view(like.shape)
 
 
-def _extra_state(parameter: parameter_table.Parameter, where: Place, names: str) -> dict:
-    """The empty state that a parameter's module keeps beside its weight, which a strict load asks for.
+def _extra_state(parameter: parameter_table.Parameter, location: Location, names: str) -> dict:
+    """The empty extra state of a parameter's module, which strict loading requires.
 
-    megatron-core's linear layers within a block have one, Transformer Engine's norms too where they stand alone.
+    megatron-core's linear layers within a block have one, and so do Transformer Engine's norms that are not fused.
     """
-    module, _, kind = where.key.rpartition(".")
+    module, _, kind = location.key.rpartition(".")
     norm = module.endswith("layernorm") and names == "te"
     if kind != "weight" or not (norm or ".linear_" in module):
         return {}
@@ -264,4 +275,6 @@ def _extra_state(parameter: parameter_table.Parameter, where: Place, names: str)
     replica = (
         hf_convert.replica(parameter) if parameter.expert is not None else (tp, process_groups.dp_cp_group().rank())
     )
-    return {f"{parameter.name}@extra": ShardedObject(key, None, where.sizes or (1,), where.index or (0,), replica)}
+    return {
+        f"{parameter.name}@extra": ShardedObject(key, None, location.sizes or (1,), location.index or (0,), replica)
+    }

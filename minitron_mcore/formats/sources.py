@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder, a GGUF file, or a checkpoint of Megatron-Core's GPTModel."""
+"""Sources of models: Hugging Face folders, GGUF files and checkpoints of Megatron-Core's GPTModel."""
 
 import json
 import tempfile
@@ -11,23 +11,26 @@ import torch
 
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats import gguf_file, gguf_tokenizer, megatron_gpt
-from minitron_mcore.formats.hf_folder import Folder, Weights
+from minitron_mcore.formats.hf_folder import HFFolder, Weights
 from minitron_mcore.models import architecture
 from minitron_mcore.parallel import process_groups
 
 
 @contextmanager
-def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterator[tuple[Path, Weights]]:
-    """A Hugging Face folder with the model's config and tokenizer, and its weights (collective).
+def open_source(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterator[tuple[Path, Weights]]:
+    """Open a model (collective).
 
     Args:
-        model: Hugging Face folder, or a GGUF file, whose config and tokenizer are then written to a folder that lives as long as
-            this block (the tokenizer on rank 0 only).
-        weights: Hugging Face folder, GGUF file, folder of a GPTModel checkpoint; told apart by what is there.
-        dtype: what GGUF's blocks become; other weights keep theirs.
+        model: Hugging Face folder or GGUF file. Config and tokenizer of a GGUF file are written to a temporary folder, which is
+            removed at the end of the block (the tokenizer on rank 0 only).
+        weights: Hugging Face folder, GGUF file or folder of a GPTModel checkpoint. The format is detected.
+        dtype: dtype of dequantised GGUF weights; other weights keep their dtype.
+
+    Yields:
+        (Hugging Face folder with config and tokenizer, weights)
 
     Raises:
-        UserError: weights or a tokenizer that can't be read.
+        UserError: weights or tokenizer cannot be read.
     """
     model, weights = Path(model), Path(weights)
     with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
@@ -36,10 +39,10 @@ def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterat
                 architecture.read_hf(model)
             source = _open(weights, dtype)
             if model.suffix == ".gguf":
-                file = source if model == weights else gguf_file.File(model, dtype)
-                model = Path(scratch) / model.name  # what mistakes in it are told by
+                file = source if model == weights else gguf_file.GGUFFile(model, dtype)
+                model = Path(scratch) / model.name  # the name appears in error messages
                 model.mkdir()
-                versions = {"transformers_version": version("transformers")}  # without it, it warns of the tokenizer
+                versions = {"transformers_version": version("transformers")}  # avoids a warning about the tokenizer
                 (model / "config.json").write_text(json.dumps(file.config() | versions, indent=2))
                 if process_groups.rank() == 0:
                     gguf_tokenizer.read(file).save_pretrained(model)
@@ -48,14 +51,14 @@ def opened(model: str | Path, weights: str | Path, dtype: torch.dtype) -> Iterat
 
 def _open(path: Path, dtype: torch.dtype) -> Weights:
     if path.suffix == ".gguf":
-        source = gguf_file.File(path, dtype)
+        source = gguf_file.GGUFFile(path, dtype)
     elif (path / megatron_gpt.TRACKER).is_file() or (path / ".metadata").is_file():
-        source = megatron_gpt.Folder(path)
+        source = megatron_gpt.GPTModelFolder(path)
     else:
         if not path.is_dir():
             raise UserError(
                 f"no weights at {path}: give a Hugging Face folder, a GPTModel checkpoint or a .gguf file (model.weights=/path)."
             )
-        return Folder(path)
+        return HFFolder(path)
     process_groups.log(source.describe())
     return source

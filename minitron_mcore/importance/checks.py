@@ -1,4 +1,4 @@
-"""What a scoring run must keep. No torch import."""
+"""Checks of the importance settings. No torch import."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,8 @@ from minitron_mcore.models.architecture import Architecture
 
 
 def problems(arch: Architecture, config: ImportanceConfig, dp_size: int) -> Iterator[str]:
-    """A size below 1, sequences longer than the model's positions, fewer samples than data-parallel ranks, a statistic that the
-    model doesn't have."""
+    """One sentence for each invalid setting: sizes below 1, sequences longer than the model's positions, fewer samples than
+    data-parallel ranks, a statistic that the model does not support."""
     sizes = {name: getattr(config, name) for name in ("samples", "sequence_length", "micro_batch")}
     yield from (f"importance.{name} is {size}; it must be at least 1." for name, size in sizes.items() if size < 1)
     yield from ranges.positions("importance.sequence_length", config.sequence_length, model=arch.max_positions)
@@ -19,9 +19,9 @@ def problems(arch: Architecture, config: ImportanceConfig, dp_size: int) -> Iter
 
 
 def statistic_problems(arch: Architecture, statistic: Statistic) -> Iterator[str]:
-    """Another than the default for experts: tokens of many samples reach one mixed."""
+    """Experts support the default statistic only: an expert receives tokens of many samples, mixed."""
     names = ("sequence", "batch", "ffn_site", "weighted")
-    wanted, only = ({name: getattr(s, name) for name in names} for s in (statistic, Statistic()))
-    if arch.experts and wanted != only:
-        given = ", ".join(f"importance.{name}={wanted[name]}" for name in names if wanted[name] != only[name])
-        yield f"{given} cannot be had of experts, which are scored by the mean over all tokens: leave it out."
+    changed = [name for name in names if getattr(statistic, name) != getattr(Statistic(), name)]
+    if arch.experts and changed:
+        options = ", ".join(f"importance.{name}={getattr(statistic, name)}" for name in changed)
+        yield f"{options} is not supported for experts, which are scored by the mean over all tokens: remove it."

@@ -1,1 +1,1 @@
-"""What a model is: its architecture, the parameter table, how it is built on Megatron-Core, Hugging Face weights both ways."""
+"""Architectures, model families, the parameter table, and building models on megatron-core."""

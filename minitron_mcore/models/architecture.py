@@ -1,4 +1,4 @@
-"""A model's shape and constants, and their translation from and to Hugging Face's `config.json`. No torch import."""
+"""A model's sizes and constants, and their translation from and to Hugging Face's `config.json`. Imports no torch."""
 
 import dataclasses
 import functools
@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import hf_config
 from minitron_mcore.models.families import FAMILIES, Family
+from minitron_mcore.reading import read_json
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretch of the rotary wavelengths (config key `rope_scaling`, type llama3)."""
+    """Llama 3.1's scaling of the rotary frequencies (config key `rope_scaling`, type llama3)."""
 
     factor: float
     low_freq_factor: float
@@ -26,15 +28,23 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that decides a model's tensors and its mathematics; sizes are global, blocks as papers count them."""
+    """Everything that determines a model's tensors and computation.
+
+    Sizes are global (not per rank). A block is an attention and an MLP layer.
+
+    Raises:
+        UserError: sizes that do not fit each other, blocks out of range.
+    """
 
     family: str
     blocks: int
     hidden: int
     ffn: int
-    """Channels between the two MLP projections; of one expert in a mixture of experts."""
+    """Intermediate size of the MLP; in a mixture of experts, of one expert."""
     heads: int
+    """Query heads."""
     groups: int
+    """Key/value heads; each serves heads / groups query heads."""
     head_dim: int
     vocab: int
     max_positions: int
@@ -42,28 +52,28 @@ class Architecture:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tied: bool
-    """The output head is the embedding table."""
+    """The output head shares the embedding table."""
     rotary_fraction: float = 1.0
-    """Share of head_dim that the rotary embedding turns."""
+    """Fraction of head_dim that the rotary embedding rotates."""
     window: int | None = None
-    """Positions that a token attends to, itself among them; None is all before it."""
+    """Sliding window: number of positions that a token attends to, including its own; None: all before it."""
     experts: int = 0
-    """Experts of a block; 0 is a plain MLP."""
+    """Experts per block; 0: a dense MLP."""
     experts_per_token: int = 0
     normalize_experts: bool = True
-    """The chosen experts' probabilities are scaled to sum to 1."""
+    """Scale the probabilities of the selected experts to sum to 1."""
     no_attention: tuple[int, ...] = ()
-    """Blocks without an attention layer (and without the norm before it), ascending."""
+    """Blocks without an attention layer and its norm, ascending."""
     no_mlp: tuple[int, ...] = ()
-    """Blocks without an MLP layer, or without experts; other blocks than those above."""
+    """Blocks without an MLP layer (or experts) and its norm, ascending; disjoint from `no_attention`."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("no_attention", "no_mlp"):
-            object.__setattr__(self, name, gone := tuple(sorted(set(getattr(self, name)))))
-            if gone and not 0 <= gone[0] <= gone[-1] < self.blocks:
-                raise UserError(f"{name} names blocks {list(gone)}, but the model has blocks 0 to {self.blocks - 1}.")
+            object.__setattr__(self, name, blocks := tuple(sorted(set(getattr(self, name)))))
+            if blocks and not 0 <= blocks[0] <= blocks[-1] < self.blocks:
+                raise UserError(f"{name} names blocks {list(blocks)}, but the model has blocks 0 to {self.blocks - 1}.")
         if empty := set(self.no_attention) & set(self.no_mlp):
             raise UserError(f"block {min(empty)} has neither attention nor MLP: such a block does not exist.")
         if self.heads % self.groups:
@@ -78,44 +88,51 @@ class Architecture:
 
     @property
     def traits(self) -> Family:
+        """The family's rows, config keys and layer variants."""
         return FAMILIES[self.family]
 
     @property
     def heads_per_group(self) -> int:
+        """Query heads per key/value head."""
         return self.heads // self.groups
 
     @property
     def layers(self) -> list[tuple[int, str]]:
-        """(block, "attention" or "mlp") of each layer that is there, in order; a layer's number is its position here."""
+        """(block, "attention" or "mlp") of each layer, by layer number."""
         return list(_layers(self.blocks, self.no_attention, self.no_mlp))
 
     def layer(self, block: int, part: str) -> int | None:
-        """The number of a block's "attention" or "mlp" layer; None where the block has none."""
+        """The number of a block's "attention" or "mlp" layer, from 0; None if the block has none."""
         return _layers(self.blocks, self.no_attention, self.no_mlp).get((block, part))
 
     def blocks_with(self, part: str) -> list[int]:
-        """The blocks that have an "attention" or "mlp" layer."""
-        return [block for block, found in self.layers if found == part]
+        """Blocks that have a layer `part`: "attention" or "mlp"."""
+        return [block for block, layer_part in self.layers if layer_part == part]
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; `Architecture(**fields)` reverses it."""
         return dataclasses.asdict(self)
 
     def digest(self) -> str:
+        """16 hexadecimal digits of a hash of all fields."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def _layers(blocks: int, no_attention: tuple[int, ...], no_mlp: tuple[int, ...]) -> dict[tuple[int, str], int]:
-    gone = {"attention": no_attention, "mlp": no_mlp}
-    there = [(block, part) for block in range(blocks) for part in gone if block not in gone[part]]
-    return {layer: number for number, layer in enumerate(there)}
+    missing = {"attention": no_attention, "mlp": no_mlp}
+    present = [(block, part) for block in range(blocks) for part in missing if block not in missing[part]]
+    return {layer: number for number, layer in enumerate(present)}
 
 
-def from_hf(config: dict, where: str | Path = "config.json") -> Architecture:
-    """The model that transformers builds from a config.json's content; `where` names the file in messages.
+def from_hf(config: dict[str, Any], where: str | Path = "config.json") -> Architecture:
+    """The architecture that transformers would build from the content of a config.json.
+
+    Args:
+        where: names the file in messages.
 
     Raises:
-        UserError: see `hf_config.fields`; sizes that don't fit each other.
+        UserError: see `hf_config.fields` and `Architecture`.
     """
     try:
         return Architecture(**hf_config.fields(config))
@@ -123,16 +140,20 @@ def from_hf(config: dict, where: str | Path = "config.json") -> Architecture:
         raise UserError(f"{where}: {error}") from error
 
 
-def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
-    """The config of an exported model: the shipped one with this architecture's sizes, all of them written.
+def to_hf(arch: Architecture, parent: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config.json of an exported model.
 
-    transformers 4 and 5 read the same model: rotary constants and dtype stand under the keys of both. Old keys keep their place
-    beside those that transformers reads today. `auto_map` goes, since the code that it names is not exported.
+    Rotary constants and dtype are written under the keys of both transformers 4 and 5, other values under all keys of the
+    parent's config. `auto_map` is removed, since the code that it names is not exported.
+
+    Args:
+        parent: content of the config.json of the model that this one was made from.
+        dtype: of the exported weights, as in "bfloat16".
     """
-    dropped = ("_name_or_path", "auto_map", "quantization_config", "block_configs")
-    config = {key: value for key, value in shipped.items() if key not in dropped}
+    removed = ("_name_or_path", "auto_map", "quantization_config", "block_configs")
+    config = {key: value for key, value in parent.items() if key not in removed}
     for name, keys in arch.traits.keys.items():
-        config |= {key: getattr(arch, name) for key in keys if key in shipped or key == keys[0]}
+        config |= {key: getattr(arch, name) for key in keys if key in parent or key == keys[0]}
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][: arch.blocks]
     config.setdefault("transformers_version", version("transformers"))
@@ -141,69 +162,70 @@ def to_hf(arch: Architecture, shipped: dict, dtype: str) -> dict:
 
 
 def export_problems(arch: Architecture) -> Iterator[str]:
-    """What the family's Hugging Face class cannot hold: a block without attention or MLP, and in LlamaConfig a hidden size that
-    the heads don't divide, whatever head_dim says."""
-    yield from missing_layers(arch, f"transformers' {arch.traits.hf_class}")
+    """Messages about what the family's Hugging Face class cannot represent: blocks without attention or MLP, and in LlamaConfig a
+    hidden size that is no multiple of the heads."""
+    yield from missing_layer_problems(arch, f"transformers' {arch.traits.hf_class}")
     if arch.traits.heads_divide_hidden and arch.hidden % arch.heads:
         below = arch.hidden - arch.hidden % arch.heads
         yield (
             f"hidden {arch.hidden} is not a multiple of {arch.heads} heads, which transformers' LlamaConfig demands: "
-            f"use {below} or {below + arch.heads}."
+            f"use {f'{below} or ' if below else ''}{below + arch.heads}, or prune.exportable=false."
         )
 
 
-def missing_layers(arch: Architecture, holder: str) -> Iterator[str]:
-    """What keeps a model from a class whose blocks all have attention and MLP; `holder` names the class."""
-    gone = {"attention": arch.no_attention, "MLP": arch.no_mlp}
-    if named := [f"no {part} in {', '.join(map(str, blocks))}" for part, blocks in gone.items() if blocks]:
+def missing_layer_problems(arch: Architecture, holder: str) -> Iterator[str]:
+    """A message if the model has blocks without attention or MLP; `holder` names the class that cannot represent them."""
+    missing = {"attention": arch.no_attention, "MLP": arch.no_mlp}
+    if parts := [f"no {part} in {', '.join(map(str, blocks))}" for part, blocks in missing.items() if blocks]:
         yield (
-            f"the model has blocks with {' and '.join(named)}, which {holder} cannot hold: keep it in sharded checkpoints "
+            f"the model has blocks with {' and '.join(parts)}, which {holder} cannot hold: keep it in sharded checkpoints "
             "(prune.exportable=false lets the plan pass), or drop whole blocks."
         )
 
 
 def check_exportable(arch: Architecture) -> None:
-    """Raises UserError with the `export_problems`."""
+    """Raise a UserError with all `export_problems`."""
     refuse(export_problems(arch))
 
 
-def given(fields: dict | None) -> Architecture | None:
-    """The architecture that a config spells out (`model.architecture`), None where it takes any.
+def from_config(fields: dict[str, Any] | None) -> Architecture | None:
+    """The architecture of the config key `model.architecture`; None (null) accepts any.
 
     Raises:
-        UserError: a field that is missing or unknown, a family that is not there.
+        UserError: a missing or unknown field, an unknown family; see `Architecture`.
     """
     if fields is None:
         return None
     try:
-        found = Architecture(**fields)
+        arch = Architecture(**fields)
     except TypeError as error:
         raise UserError(f"model.architecture is not one ({error}): see conf/model for the fields.") from error
-    if found.family not in FAMILIES:
-        raise UserError(f"model.architecture.family is {found.family!r}; supported: {', '.join(FAMILIES)}.")
-    return found
+    if arch.family not in FAMILIES:
+        raise UserError(f"model.architecture.family is {arch.family!r}; supported: {', '.join(FAMILIES)}.")
+    return arch
 
 
-def expect(found: Architecture, wanted: Architecture | None, where: str | Path) -> None:
-    """Refuse a model that is not the one asked for.
+def check_matches(arch: Architecture, expected: Architecture | None, where: str | Path) -> None:
+    """Compare the architecture of a model at `where` with the expected one; None accepts any.
 
     Raises:
-        UserError: names every field that differs, both values, and where `found` was found.
+        UserError: names all fields that differ, with both values.
     """
-    pairs = {} if wanted is None else {k: (v, getattr(wanted, k)) for k, v in vars(found).items()}
-    wrong = [f"{name} is {has}, not {should}" for name, (has, should) in pairs.items() if has != should]
-    if wrong:
+    if expected is None:
+        return
+    pairs = {name: (value, getattr(expected, name)) for name, value in vars(arch).items()}
+    if wrong := [f"{name} is {value}, not {wanted}" for name, (value, wanted) in pairs.items() if value != wanted]:
         raise UserError(
             f"{where} is not the model that the config names: {', '.join(wrong)}. Give the right folder, or the model that "
             "it is (+model=...; model.architecture=null takes any)."
         )
 
 
-def read_hf(folder: Path) -> tuple[Architecture, dict]:
-    """Architecture and raw config of a Hugging Face folder.
+def read_hf(folder: Path) -> tuple[Architecture, dict[str, Any]]:
+    """(architecture, content of config.json) of a Hugging Face folder.
 
     Raises:
-        UserError: no such folder, no readable config.json, an unsupported model.
+        UserError: no such folder, an unreadable config.json, an unsupported model.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -211,5 +233,5 @@ def read_hf(folder: Path) -> tuple[Architecture, dict]:
             f"no Hugging Face model at {folder}: expected config.json, *.safetensors and tokenizer files there "
             "(give the folder with model.hf=/path/to/folder)."
         )
-    config = hf_config.read_json(path)
+    config = read_json(path, "download it again")
     return from_hf(config, path), config

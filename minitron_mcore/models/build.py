@@ -1,10 +1,10 @@
-"""Builds an architecture on Megatron-Core: the one place where a model is made."""
+"""Builds models on megatron-core; no other module creates one."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import ParallelConfig
@@ -14,9 +14,9 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.parameter_table import padded_vocab
 from minitron_mcore.models.sharding import check_shardable, stage_blocks
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.megatron_patches.models import HeadlessModel, scale_rope
 
 from megatron.core.activations import squared_relu  # isort: skip
-from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip
 
@@ -24,69 +24,63 @@ ACTIVATIONS = {"silu": F.silu, "relu2": squared_relu}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class LanguageModel(HybridModel):
-    """HybridModel whose forward can stop before the output head.
+class LanguageModel(HeadlessModel):
+    """The part of a model on one pipeline stage; `forward` stops before the output head.
 
-    A pipeline stage holds its blocks' tensor-parallel shards; the first also the embedding table's rows, the last the final
-    norm and the head's rows.
+    A rank holds its tensor-parallel shards of the stage's blocks; on the first stage also its rows of the embedding table, on the
+    last stage the final norm and its rows of the output head.
     """
-
-    def forward(self, *args, headless: bool = False, **kwargs) -> Tensor:
-        """With `headless`, the last stage returns the final norm's output [S, B, H] ([S_r, B, H] under sequence parallelism)."""
-        had_head = self.post_process
-        self.post_process = had_head and not headless
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.post_process = had_head
 
     @property
     def chunks(self) -> list["LanguageModel"]:
+        """The model chunks of this pipeline rank."""
         return [self]
 
     def head(self) -> nn.Parameter:
-        """This rank's rows [V_r, H] of the output head, on the last stage; the embedding table's where they are tied."""
+        """This rank's rows [V_r, H] of the output head, on the last stage; if tied, of the embedding table."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 
 class InterleavedModel(nn.ModuleList):
-    """The chunks of a pipeline rank, each a `LanguageModel`: chunk v of rank r is stage v * PP + r.
+    """The model chunks of a pipeline rank under the interleaved schedule: chunk v of rank r is stage v * PP + r.
 
-    The first stage, of rank 0, also holds the embedding table's rows, the last one, of the last rank, the final norm and the
-    head's rows. Only megatron-core's interleaved schedule can call the chunks in their order (see `schedule`).
+    It has no forward pass of its own: the schedule calls the chunks (`parallel.schedule`).
     """
 
     @property
     def chunks(self) -> list[LanguageModel]:
+        """The model chunks of this pipeline rank."""
         return list(self)
 
     @property
     def config(self) -> TransformerConfig:
+        """megatron-core's config, the same for all chunks."""
         return self[0].config
 
     def head(self) -> nn.Parameter:
+        """As `LanguageModel.head`, of the last chunk."""
         return self[-1].head()
 
 
 Model = LanguageModel | InterleavedModel
-"""A rank's part of a model; `chunks` are what its pipeline schedule calls."""
+"""A rank's part of a model."""
 
 
 def transformer_config(
     arch: Architecture, parallel: ParallelConfig, dtype: str, performance: PerformanceConfig
 ) -> TransformerConfig:
-    """megatron-core's config of an architecture in a layout: no dropout, loss per token, fusions only where CUDA is."""
+    """megatron-core's config of an architecture in a layout: no dropout, loss per token, fusions only with CUDA."""
     gpu, family = process_groups.device().type == "cuda", arch.traits
     experts = {
         "num_moe_experts": arch.experts,
         "moe_router_topk": arch.experts_per_token,
         "moe_ffn_hidden_size": arch.ffn,
-        "moe_router_pre_softmax": not arch.normalize_experts,  # after the choice, the softmax normalizes it
+        "moe_router_pre_softmax": not arch.normalize_experts,  # softmax after top-k normalizes
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
-        "moe_token_dispatcher_type": "alltoall" if gpu else "allgather",  # the former wants its counts from a GPU
+        "moe_token_dispatcher_type": "alltoall" if gpu else "allgather",  # all-to-all needs CUDA
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": 1,
     }
@@ -112,7 +106,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
-        cp_comm_type="all_gather" if arch.window else "p2p",  # Transformer Engine's ring knows no window
+        cp_comm_type="all_gather" if arch.window else "p2p",  # Transformer Engine's ring attention has no window
         sequence_parallel=parallel.sequence,
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
@@ -121,8 +115,8 @@ def transformer_config(
         perform_initialization=False,  # every parameter is loaded
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
-        # Interleaved on two ranks both neighbours are one rank, and a batch of messages mixes up activations and gradients in
-        # silence (seen on gloo; Megatron-LM refuses it). One by one and apart, as it then wants them, they keep their order.
+        # With interleaving over two ranks both neighbours are one rank, and batched messages swap activations and gradients
+        # without an error (seen on gloo; Megatron-LM refuses it). Separate messages keep their order.
         overlap_p2p_comm=parallel.virtual > 1,
         batch_p2p_comm=gpu and parallel.virtual == 1,
         **(experts if arch.experts else {}),
@@ -133,16 +127,15 @@ def transformer_config(
 def build(
     arch: Architecture, parallel: ParallelConfig, dtype: str, performance: PerformanceConfig | None = None
 ) -> Model:
-    """This rank's part of a model; its parameters are not set yet (`checkpoint.load_weights` sets them).
+    """Build this rank's part of a model, with uninitialized parameters (`run_folder.load_weights` loads them).
 
     Args:
-        arch: sizes.
-        parallel: the layout that `runtime.distributed` was entered with.
+        parallel: the current layout (`process_groups.distributed_context`, `use_layout`).
         dtype: "bf16" or "fp32".
-        performance: of a model in training; None: the model makes forward passes only.
+        performance: options of a model in training; None: forward passes only.
 
     Raises:
-        UserError: a layout that doesn't divide the model, an unknown dtype.
+        UserError: the layout does not divide the model, or an unknown dtype.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}.")
@@ -174,22 +167,18 @@ def _chunk(arch: Architecture, parallel: ParallelConfig, config: TransformerConf
         vp_stage=number if parallel.virtual > 1 else None,
     )
     if arch.rope_scaling:
-        # HybridModel has no argument for it; its rotary embedding has the method.
         s = arch.rope_scaling
-        rope = model.rotary_pos_emb
-        rope.inv_freq = rope._apply_scaling(
-            rope.inv_freq, s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_positions
-        )
+        scale_rope(model, s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_positions)
     return model
 
 
 def layers(model: Model) -> list[nn.Module]:
-    """This rank's layers over all chunks, each with its `layer_number`, which counts from 1 over the whole model."""
+    """This rank's layers over all chunks. Their `layer_number` counts from 1 over the whole model."""
     return [layer for chunk in model.chunks for layer in chunk.decoder.layers]
 
 
 def global_name(chunk: LanguageModel, name: str) -> str:
-    """A local parameter's key in the distributed checkpoint: layers numbered over all stages, experts over all ranks."""
+    """Key in the distributed checkpoint of a chunk's parameter: layers count over all stages, experts over all ranks."""
     if not name.startswith("decoder.layers."):
         return name
     index, rest = name.removeprefix("decoder.layers.").split(".", 1)
@@ -201,7 +190,7 @@ def global_name(chunk: LanguageModel, name: str) -> str:
 
 
 def named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
-    """(checkpoint key, parameter) of this rank's part; a last stage's copy of a tied head goes by the embedding's key."""
+    """(checkpoint key, parameter) of this rank's part; the last stage's copy of a tied head has the embedding's key."""
     for chunk in model.chunks:
         for name, parameter in chunk.named_parameters():
             if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:

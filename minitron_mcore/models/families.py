@@ -1,8 +1,8 @@
-"""Model families: each is rows of the parameter table and a translation of its Hugging Face config. No torch import.
+"""Model families: rows of the parameter table and the keys of a Hugging Face config. Imports no torch.
 
-A row names a parameter in Megatron-Core and in Hugging Face, and gives each dimension a logical axis (see `table`). To add a
-family, write its rows from the parts below, say which config keys hold which size, which values this package can run
-(`demands`), and which of the layers' variants it has; then put it into `FAMILIES`. tests/test_families.py wants an entry too.
+A row names a parameter in Megatron-Core and in Hugging Face and gives each dimension a logical axis (see `parameter_table`). To add
+a family, add an entry to `FAMILIES`: its rows, made of the parts below; the config key of each size; the config values that this
+package supports (`demands`); its layer variants. Then add it to tests/helpers/families.py.
 """
 
 from dataclasses import dataclass, field
@@ -10,50 +10,56 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter. In `name`, `{a}` and `{m}` are a block's attention and MLP layer; in `hf`, `{i}` is the block; `{e}` is an
-    expert in both."""
+    """One parameter of a family."""
 
     name: str
+    """Name in Megatron-Core: {a} and {m} stand for the number of a block's attention and MLP layer, {e} for an expert."""
     axes: tuple[str, ...]
+    """Logical axis of each dimension."""
     hf: tuple[str, ...]
+    """Names of the Hugging Face tensors that are packed along dimension 0: {i} stands for the block, {e} for an expert."""
     tp_dim: int | None = None
-    """The dimension that tensor-parallel ranks share; experts are whole on the ranks that hold them."""
+    """The dimension that is sharded over tensor-parallel ranks; None: replicated."""
 
     @property
     def in_block(self) -> bool:
+        """Whether each block has such a parameter."""
         return "{i}" in self.hf[0]
 
     @property
     def in_expert(self) -> bool:
+        """Whether each expert has such a parameter."""
         return "{e}" in self.name
 
     @property
     def part(self) -> str | None:
-        """The layer of a block that has it: "attention" or "mlp"; None outside the blocks."""
+        """The layer of the block that has it: "attention" or "mlp"; None outside the blocks."""
         return "attention" if "{a}" in self.name else "mlp" if "{m}" in self.name else None
 
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family apart from the others; sizes are an `Architecture`'s."""
+    """A family's parameters, config keys and layer variants; sizes are in `Architecture`."""
 
     hf_class: str
     rows: tuple[Row, ...]
     keys: dict[str, tuple[str, ...]]
-    """Architecture field -> the attribute of transformers' config object that holds it, then other keys that folders of older
-    versions may carry beside it. `rotary_fraction` is an entry of the object's `rope_parameters`."""
+    """Architecture field -> its attribute in transformers' config object, then keys that older folders may have too.
+
+    `rotary_fraction` is an entry of the object's `rope_parameters`.
+    """
     demands: dict[str, object] = field(default_factory=dict)
-    """Attribute of the config object -> the only value that is supported; a class without the attribute has it."""
+    """Attribute of the config object -> the only supported value; not checked if the class lacks the attribute."""
     activation: str = "silu"
     gated: bool = True
-    """The MLP multiplies act(gate) by up; otherwise it is act(up)."""
+    """The MLP computes down(act(gate) * up); otherwise down(act(up))."""
     norm: str = "RMSNorm"
-    """Or LayerNorm1P: LayerNorm with a bias and a weight stored as gamma - 1."""
+    """"RMSNorm", or "LayerNorm1P": LayerNorm with a bias and a weight stored as gamma - 1."""
     qkv_bias: bool = False
     qk_norm: bool = False
     """A norm over head_dim on queries and keys, before the rotary embedding."""
     heads_divide_hidden: bool = False
-    """Its transformers config class refuses a hidden size that is no multiple of the heads, whatever head_dim says."""
+    """transformers' config class refuses a hidden size that is no multiple of the heads, even if head_dim is set."""
 
 
 _BLOCK = "model.layers.{i}."
@@ -62,7 +68,7 @@ _HEAD = Row("output_layer.weight", ("vocab", "hidden"), ("lm_head.weight",), 0)
 
 
 def _norms(kind: str) -> tuple[Row, ...]:
-    """The two norms of a block and the last one; `kind` is weight or bias."""
+    """The two norms of a block and the final norm; `kind`: "weight" or "bias"."""
     return (
         Row(f"decoder.layers.{{a}}.input_layernorm.{kind}", ("hidden",), (f"{_BLOCK}input_layernorm.{kind}",)),
         Row(
@@ -94,7 +100,7 @@ _UNGATED = (Row(_MLP + "linear_fc1.weight", ("ffn", "hidden"), (_BLOCK + "mlp.up
 
 
 def _experts(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """A router and gated experts, under Hugging Face's names."""
+    """A router and gated experts; arguments are Hugging Face's module names."""
     at = f"{_BLOCK}{module}."
     each = at + "experts.{e}."
     return (
@@ -130,7 +136,7 @@ _SILU = _PLAIN | {"hidden_act": "silu"}
 _QWEN = _SILU | {"use_sliding_window": False}
 
 FAMILIES = {
-    # Llama 2, 3, 3.1, 3.2 and what shares their class.
+    # Llama 2, 3, 3.1, 3.2, and other models of this class.
     "llama": Family("LlamaForCausalLM", _LLAMA, _KEYS, _SILU, heads_divide_hidden=True),
     # Mistral and Mistral-NeMo.
     "mistral": Family("MistralForCausalLM", _LLAMA, _KEYS | {"window": ("sliding_window",)}, _SILU),

@@ -1,7 +1,7 @@
-"""What a served model costs, from its architecture alone: bytes of weights, keys and values, and floating-point operations of
-reading a prompt and of writing on. No torch import. Parameters are counted in `models.table`, training in `plan.cost`.
+"""Floating-point operations and memory of serving a model, computed from its architecture. Imports no torch.
 
-An operation is a multiplication or an addition; norms, activations and the softmax are left out, as is usual.
+A multiplication and an addition are two operations; norms, activations and the softmax are not counted. `parameter_table` counts
+parameters, `estimate` the memory of training.
 """
 
 import functools
@@ -12,35 +12,35 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 
 BYTES = {Storage.fp32: 4.0, Storage.bf16: 2.0, Storage.fp8: 1.0, Storage.int4: 0.5}
-"""Of one number. Scales and zero points of quantized formats are not counted."""
+"""Bytes per number, without the scales and zero points of quantized formats."""
 
 
 def weight_bytes(arch: Architecture, storage: Storage = Storage.bf16) -> int:
+    """Bytes of all weights."""
     return round(parameter_table.count(arch) * BYTES[storage])
 
 
 def kv_cache_bytes(arch: Architecture, context: int = 1, batch: int = 1, storage: Storage = Storage.bf16) -> int:
-    """Keys and values of `batch` sequences of `context` tokens, one token of one sequence by default; a sliding window keeps no
-    more than its own positions."""
+    """Bytes of the keys and values of `batch` sequences of `context` tokens; a sliding window limits the tokens kept."""
     kept = min(context, arch.window or context)
     return round(2 * len(arch.blocks_with("attention")) * arch.groups * arch.head_dim * kept * batch * BYTES[storage])
 
 
 def prefill_flops(arch: Architecture, context: int, batch: int = 1) -> int:
-    """Of reading `batch` prompts of `context` tokens; only the last token of each goes through the output head."""
+    """Operations of a forward pass over `batch` prompts of `context` tokens, with the output head on each last token only."""
     body = context * forward_flops(arch, context, head=False)
     return round(batch * (body + 2 * arch.vocab * arch.hidden))
 
 
 def decode_flops(arch: Architecture, context: int, batch: int = 1) -> int:
-    """Of one more token for each of `batch` sequences, which attends to `context` positions, its own among them."""
+    """Operations of generating one token for each of `batch` sequences; it attends to `context` positions, including its own."""
     attended = min(context, arch.window or context)
     weights = matrix_parameters(arch) + arch.vocab * arch.hidden
     return batch * (2 * weights + 4 * len(arch.blocks_with("attention")) * arch.heads * arch.head_dim * attended)
 
 
 def figures(arch: Architecture, budget: BudgetConfig) -> dict[str, int]:
-    """All counts of an architecture at the context and batch of a budget, by name."""
+    """All counts by name, at the context, batch and storage formats of `budget`."""
     context, batch = budget.context, budget.batch
     return {
         "parameters": parameter_table.count(arch),
@@ -54,15 +54,17 @@ def figures(arch: Architecture, budget: BudgetConfig) -> dict[str, int]:
 
 @functools.cache
 def matrix_parameters(arch: Architecture) -> int:
-    """Weights of the matrices that one token is multiplied with in all blocks."""
+    """Number of matrix weights that one token uses in all blocks: of the experts, only those it is routed to."""
     share = arch.experts_per_token / arch.experts if arch.experts else 1
     inside = (p for p in parameter_table.parameters(arch) if p.block is not None and len(p.shape) == 2)
     return round(sum(math.prod(p.shape) * (1 if p.expert is None else share) for p in inside))
 
 
 def forward_flops(arch: Architecture, sequence_length: int, head: bool = True) -> float:
-    """Of one token, on average over a sequence: two a weight of every matrix that it meets, and attention's two products over
-    the positions that the causal mask (and the window) leaves. A training step is three times that."""
+    """Operations of a forward pass per token, averaged over a sequence; forward and backward are three times that.
+
+    Two per matrix weight, and attention's two products over the positions that the causal mask and the window allow.
+    """
     window = min(arch.window or sequence_length, sequence_length)
     attended = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
     weights = matrix_parameters(arch) + head * arch.vocab * arch.hidden

@@ -1,22 +1,19 @@
-"""What a Hugging Face config.json means: transformers' own config class reads it, this module maps its attributes.
+"""Reads a Hugging Face config.json with transformers' config class and maps its attributes to an `Architecture`'s fields.
 
-The class knows its defaults, the rope spellings of all versions and the types of its fields, so no second reader can disagree with
-it. What the class refuses, and what it accepts but this package cannot represent, is a UserError that names the key. transformers
-is imported when the first config is read, not with this module.
+The class supplies defaults, the rope spellings of all versions and type checks. What the class refuses, and what it accepts but
+this package cannot represent, is a UserError that names the key. transformers is imported when the first config is read.
 """
 
 import copy
-import json
-from pathlib import Path
+from typing import Any
 
 from minitron_mcore.errors import UserError
 from minitron_mcore.models.families import FAMILIES, Family
 
-MAX_JSON_BYTES = 64 << 20
 LIMITS = {"blocks": 2000, "experts": 2000}
-"""Largest accepted sizes, several times those of any published model: tables and lists of this length are built."""
+"""Largest accepted sizes, several times those of any published model; tables of this length are built."""
 MAX_SIZE = 10**8
-"""Limit of every other size."""
+"""Largest accepted value of all other sizes."""
 MAX_NUMBER = 1e18
 ELSEWHERE = {
     "configuration_files": "another config file",
@@ -25,63 +22,45 @@ ELSEWHERE = {
     "fusion_config": "fused modules",
     **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), "a model of several"),
 }
-"""Keys, refused unless null, by which transformers would load something other than config.json and the plain weights."""
+"""Keys, refused unless null, that make transformers load something other than config.json and the plain weights."""
 BOUNDED = {"num_hidden_layers": LIMITS["blocks"], "num_labels": 10**6}
-"""Integers of which transformers builds lists as soon as it reads them."""
+"""Integers from which transformers builds lists while it reads the config."""
 FLAGS = ("tied", "normalize_experts")
 _AUTO = "AutoModelForCausalLM"
 ROPE_TYPES = ("default", "llama3")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: too long, not JSON, not UTF-8, nested too deeply, not an object.
-    """
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise UserError(f"{path} has {size:,} bytes: expected JSON of at most {MAX_JSON_BYTES:,}.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are both ValueErrors
-        raise UserError(f"{path} is not readable JSON ({type(error).__name__}: {error}): download it again.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object: download it again.")
-    return found
-
-
-def fields(raw: dict) -> dict:
+def fields(raw: dict[str, Any]) -> dict[str, Any]:
     """The fields of an `Architecture`, from the content of a config.json.
 
     Raises:
-        UserError: what transformers refuses, or reads as a model that this package cannot represent.
+        UserError: transformers refuses the config, or this package cannot represent its model.
     """
     name = _family(raw)
     family, config = FAMILIES[name], _load(name, raw)
     _check_demands(family, config)
-    found = {"family": name} | _rope(config.rope_parameters, family)
+    values = {"family": name} | _rope(config.rope_parameters, family)
     for field, (key, *_) in family.keys.items():
         value = getattr(config, key, None)
         if field == "rotary_fraction":
-            found[field] = _number(f"rope_parameters.{key}", config.rope_parameters.get(key))
+            values[field] = _number(f"rope_parameters.{key}", config.rope_parameters.get(key))
         elif field == "norm_eps":
-            found[field] = _number(key, value)
+            values[field] = _number(key, value)
         elif field in FLAGS:
-            found[field] = value  # the class has checked that it is a bool
+            values[field] = value  # the class has checked that it is a bool
         elif field == "head_dim":
-            found[field] = _size(key, _head_dim(config), MAX_SIZE)
+            values[field] = _size(key, _head_dim(config), MAX_SIZE)
         elif field != "window" or value is not None:
-            found[field] = _size(key, value, LIMITS.get(field, MAX_SIZE))
-    _check_rotary(found)
-    _check_aliases(raw, family, found)
-    if config.pad_token_id is not None and not -found["vocab"] <= config.pad_token_id < found["vocab"]:
-        raise UserError(f"pad_token_id {config.pad_token_id} is outside the vocabulary of {found['vocab']} tokens.")
-    return found
+            values[field] = _size(key, value, LIMITS.get(field, MAX_SIZE))
+    _check_rotary(values)
+    _check_aliases(raw, family, values)
+    if config.pad_token_id is not None and not -values["vocab"] <= config.pad_token_id < values["vocab"]:
+        raise UserError(f"pad_token_id {config.pad_token_id} is outside the vocabulary of {values['vocab']} tokens.")
+    return values
 
 
-def rope_keys(arch) -> dict:
-    """The rotary constants of an Architecture as config keys: transformers 5's `rope_parameters`, and transformers 4's
-    `rope_theta` and `rope_scaling`, with the same values."""
+def rope_keys(arch: Any) -> dict[str, Any]:
+    """The rotary constants as config keys: `rope_parameters` of transformers 5; `rope_theta`, `rope_scaling` of transformers 4."""
     scaling = None
     if s := arch.rope_scaling:
         scaling = {
@@ -97,15 +76,15 @@ def rope_keys(arch) -> dict:
     return theta | {"rope_scaling": scaling, "rope_parameters": new}
 
 
-def _family(raw: dict) -> str:
-    """The family that transformers chooses, by `model_type`; `architectures` must agree where it is given."""
+def _family(raw: dict[str, Any]) -> str:
+    """The family that transformers selects by `model_type`; `architectures` must agree if present."""
     blocks = raw.get("block_configs") or []
     kind, named = raw.get("model_type"), raw.get("architectures")
     if named is not None and not (isinstance(named, list) and named and all(isinstance(x, str) for x in named)):
         raise UserError(f"architectures is {_short(named)}: expected a list with one class name.")
     supported = {family.hf_class: name for name, family in FAMILIES.items()}
     hf_class = named[0] if named else kind
-    # ModelOpt's Puzzletron writes either, for models whose blocks it chose one by one.
+    # ModelOpt's Puzzletron writes one of these for models whose blocks have different shapes.
     if not isinstance(blocks, list) or raw.get("per_layer_config") or any(block != blocks[0] for block in blocks):
         raise UserError(
             f"{hf_class} whose blocks differ (a Puzzletron model) is not supported: expected blocks of one shape."
@@ -125,14 +104,14 @@ def _family(raw: dict) -> str:
     return kind
 
 
-def _load(name: str, raw: dict):
+def _load(name: str, raw: dict[str, Any]) -> Any:
     """transformers' config object."""
     for key, what in ELSEWHERE.items():
         if raw.get(key) is not None:
             raise UserError(f"{key} is {_short(raw[key])}, which means {what} to transformers: it is not supported.")
     if name == "mistral" and "layer_types" in raw:
         raise UserError("layer_types turns a mistral model into a ministral in transformers, which is not supported.")
-    code = raw.get("auto_map", {})  # none of it is run
+    code = raw.get("auto_map", {})  # never run
     if not isinstance(code, dict) or not all(isinstance(code.get(key, ""), str) for key in ("AutoConfig", _AUTO)):
         raise UserError(f"auto_map is {_short(code)}: expected an object of names.")
     for key, limit in BOUNDED.items():
@@ -142,25 +121,25 @@ def _load(name: str, raw: dict):
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what matters of its warnings is refused here
+    logging.set_verbosity_error()  # this module refuses what its warnings are about
     try:
         config_class = getattr(transformers, FAMILIES[name].hf_class.removesuffix("ForCausalLM") + "Config")
         return config_class.from_dict(copy.deepcopy(raw))
-    except Exception as error:  # any value may be of any type, so validation can raise anything
+    except Exception as error:  # values of wrong types can raise anything in transformers' validation
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"transformers refuses it: {type(error).__name__}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
 
 
-def _check_demands(family: Family, config) -> None:
+def _check_demands(family: Family, config: Any) -> None:
     for key, wanted in family.demands.items():
         if (value := getattr(config, key, wanted)) not in (None, wanted):
             raise UserError(f"{family.hf_class} with {key}={_short(value)} is not supported: expected {wanted!r}.")
-    # transformers' key/value cache reads it whatever the class.
+    # transformers' key/value cache reads it in all classes.
     if "window" not in family.keys and getattr(config, "sliding_window", None) is not None:
         raise UserError(f"{family.hf_class} with sliding_window={_short(config.sliding_window)} is not supported.")
-    # Read by transformers' masks; null counts as false there.
+    # transformers' masks read it; null counts as false there.
     if getattr(config, "is_causal", True) is not True:
         raise UserError(f"is_causal is {_short(config.is_causal)}, which lets tokens see later ones: expected true.")
     kinds = getattr(config, "layer_types", None) or []
@@ -170,55 +149,55 @@ def _check_demands(family: Family, config) -> None:
         raise UserError(f"layer_types is {_short(kinds[0])} for every block: expected full_attention.")
 
 
-def _rope(rope: dict, family: Family) -> dict:
-    """`rope_theta` and `rope_scaling`, from the dictionary that transformers has standardised."""
+def _rope(rope: dict[str, Any], family: Family) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, from transformers' standardised `rope_parameters`."""
     fraction = rope.get("partial_rotary_factor")
-    if "rotary_fraction" not in family.keys and fraction not in (None, 1):  # some of its rope types read it, some don't
+    if "rotary_fraction" not in family.keys and fraction not in (None, 1):  # only some rope types read it
         raise UserError(
             f"{family.hf_class} with partial_rotary_factor={_short(fraction)} is not supported: expected 1.0."
         )
     kind = rope.get("rope_type")
     if kind not in ROPE_TYPES:
         raise UserError(f"rope type {_short(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}.")
-    found = {"rope_theta": _number("rope_theta", rope.get("rope_theta")), "rope_scaling": None}
+    constants: dict[str, Any] = {"rope_theta": _number("rope_theta", rope.get("rope_theta")), "rope_scaling": None}
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor")
-        scaling = {name: _number(f"rope_parameters.{name}", rope.get(name)) for name in names}
+        scaling: dict[str, float] = {name: _number(f"rope_parameters.{name}", rope.get(name)) for name in names}
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         if high <= low:
             raise UserError(f"rope_parameters.high_freq_factor {high:g} must be above low_freq_factor {low:g}.")
         key = "original_max_position_embeddings"
         scaling["original_max_positions"] = _size(f"rope_parameters.{key}", rope.get(key), MAX_SIZE)
-        found["rope_scaling"] = scaling
-    return found
+        constants["rope_scaling"] = scaling
+    return constants
 
 
-def _head_dim(config) -> object:
-    """A class with such a field takes null as hidden / heads; the others read an attribute of that name, null included."""
+def _head_dim(config: Any) -> object:
+    """head_dim as transformers reads it: hidden / heads if it is absent, or if null in a class that declares the field."""
     has_field = hasattr(type(config), "head_dim")
     if not hasattr(config, "head_dim") or (config.head_dim is None and has_field):
         return config.hidden_size // config.num_attention_heads
     return config.head_dim
 
 
-def _check_rotary(found: dict) -> None:
-    """The rotary embedding turns pairs of channels."""
-    fraction = found.get("rotary_fraction", 1.0)
-    turned = int(found["head_dim"] * fraction) if 0 < fraction <= 1 else 0
-    if turned < 2 or turned % 2:
+def _check_rotary(arch_fields: dict[str, Any]) -> None:
+    """The rotary embedding rotates pairs of channels."""
+    fraction = arch_fields.get("rotary_fraction", 1.0)
+    rotated = int(arch_fields["head_dim"] * fraction) if 0 < fraction <= 1 else 0
+    if rotated < 2 or rotated % 2:
         raise UserError(
-            f"head_dim {found['head_dim']} with partial_rotary_factor {fraction:g} is not supported: their product must be an "
-            "even number of channels, at most head_dim."
+            f"head_dim {arch_fields['head_dim']} with partial_rotary_factor {fraction:g} is not supported: their product must be "
+            "an even number of channels, at most head_dim."
         )
 
 
-def _check_aliases(raw: dict, family: Family, found: dict) -> None:
-    """Other spellings that older folders carry: transformers reads some and ignores some, so all must agree."""
+def _check_aliases(raw: dict[str, Any], family: Family, arch_fields: dict[str, Any]) -> None:
+    """All spellings of a key in an older folder must agree, since transformers reads only some of them."""
     for field, keys in family.keys.items():
         for key in keys:
-            if raw.get(key) is not None and raw[key] != found.get(field):
+            if raw.get(key) is not None and raw[key] != arch_fields.get(field):
                 raise UserError(
-                    f"{key} is {_short(raw[key])}, but transformers reads {found.get(field)} for {keys[0]}: make them agree."
+                    f"{key} is {_short(raw[key])}, but transformers reads {arch_fields.get(field)} for {keys[0]}: make them agree."
                 )
 
 

@@ -1,7 +1,7 @@
-"""Which layers a model is made of: Transformer Engine's where it can run, otherwise torch's own. One function decides.
+"""The layers of a model: Transformer Engine's if it can run, otherwise torch's.
 
-Both specs name their modules alike (norms stand apart from the linear layers), so one parameter table, one set of hooks and
-one checkpoint serve both.
+Both layer specs use the same module names and keep norms separate from linear layers, so the parameter table, hooks and
+checkpoints are the same for both.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +21,26 @@ from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import attention_band
-from minitron_mcore.parallel import cpu_backend, process_groups
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.megatron_patches import cpu_backend
+from minitron_mcore.parallel.megatron_patches.models import Stack
 
-cpu_backend.prepare()
-
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules  # noqa: E402
-from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
-from megatron.core.tensor_parallel import (  # noqa: E402
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules  # isort: skip
+from megatron.core.ssm.mlp_layer import MLPLayer  # isort: skip
+from megatron.core.tensor_parallel import (  # isort: skip
     ColumnParallelLinear,
     RowParallelLinear,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
-from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
-from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
-from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_layer import (  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # isort: skip
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
+from megatron.core.transformer.enums import AttnMaskType  # isort: skip
+from megatron.core.transformer.mlp import MLP, MLPSubmodules  # isort: skip
+from megatron.core.transformer.moe.experts import SequentialMLP  # isort: skip
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # isort: skip
+from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
+from megatron.core.transformer.transformer_layer import (  # isort: skip
     MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -47,11 +48,10 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 
 
 class TorchNorm(nn.Module):
-    """RMSNorm (by Apex's kernel or torch's) or LayerNorm1P over the last dimension; unlike megatron-core's it allows sequence
-    parallelism.
+    """RMSNorm (Apex's or torch's kernel) or LayerNorm1P over the last dimension.
 
-    Its weight [H] and bias [H] are replicated over tensor-parallel ranks. Under sequence parallelism they see different tokens,
-    so both are marked for the gradient sum that megatron-core makes over those ranks.
+    megatron-core's WrappedTorchNorm refuses sequence parallelism. Here weight [H] and bias [H], which are replicated over
+    tensor-parallel ranks, are marked so that megatron-core sums their gradients over these ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
@@ -72,22 +72,23 @@ class TorchNorm(nn.Module):
 
 
 class TorchAttention(nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention, for grouped queries, over a sliding window where config has one.
+    """Causal attention with grouped queries by scaled_dot_product_attention, over `config.window_size` if set.
 
-    Takes query [S_r, B, N_r, D], key and value [S_r, B, G_r, D] of this rank's heads; returns [S_r, B, N_r D]. Sequences are
-    padded at their end only, so the causal mask already keeps padding out of every real token's context.
+    `forward` takes query [S_r, B, N_r, D], key and value [S_r, B, G_r, D] of this rank's heads and returns [S_r, B, N_r D]. It
+    ignores the attention mask: padding is at the end of sequences, where the causal mask excludes it.
 
-    Context-parallel rank r of CP holds parts r and 2 CP - 1 - r of the sequence's 2 CP (S_r = S / CP; see `schedule`). Keys and
-    values are gathered over the group, whose backward pass sums and scatters their gradients; each part of the queries meets
-    the keys up to its end, so that all ranks compute equally much.
+    Context-parallel rank r of CP holds parts r and 2 CP - 1 - r of the sequence's 2 CP (S_r = S / CP). Keys and values are gathered
+    over the group (backward: reduce-scatter). Each query part uses the keys up to its own end, so ranks do equal work.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection, softmax_scale: float | None = None, **unused):
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
         super().__init__()
         self.scale, self.group = softmax_scale, pg_collection.cp
         self.window = config.window_size[0] + 1 if config.window_size else None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **unused) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **unused: Any) -> Tensor:
         rank, size = self.group.rank(), self.group.size()
         if size == 1:
             return self._attend(query, key, value)
@@ -99,35 +100,41 @@ class TorchAttention(nn.Module):
         )
 
     def _whole(self, x: Tensor) -> Tensor:
-        """[S_r, ...] -> [S, ...], its parts in the sequence's order."""
+        """Gather [S_r, ...] to [S, ...] in the order of the sequence."""
         size = self.group.size()
         gathered = gather_from_sequence_parallel_region(x, group=self.group).unflatten(0, (2 * size, -1))
         order = [*range(0, 2 * size, 2), *range(2 * size - 1, 0, -2)]
         return gathered[order].flatten(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries are the last of the keys' positions."""
+        """Attention of queries at the last of the keys' positions."""
         if self.window and self.window < len(key):
             return banded_attention(query, key, value, self.window, self.scale)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        options = dict(scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+        options: dict[str, Any] = {"scale": self.scale, "enable_gqa": q.shape[1] != k.shape[1]}
         if len(query) == len(key):
-            options |= dict(is_causal=True)
+            options["is_causal"] = True
         elif q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, options["enable_gqa"])):
-            options |= dict(attn_mask=causal_lower_right(len(query), len(key)))
+            options["attn_mask"] = causal_lower_right(len(query), len(key))
         else:
             return banded_attention(query, key, value, len(key), self.scale)
         return nn.functional.scaled_dot_product_attention(q, k, v, **options).permute(2, 0, 1, 3).flatten(2)
 
 
 def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None = None) -> Tensor:
-    """Causal attention of query [S_q, B, N, D] over key and value [S_k, B, G, D], of which the queries are the last positions: each
-    meets its own position and the window - 1 before it. Returns [S_q, B, N D].
+    """Causal sliding-window attention: a query attends to its own position and the window - 1 positions before it.
 
-    Blocks of queries meet only the keys of their windows: time and memory grow with S_q x window. The N / G query heads of a
-    group are rows of one product with its keys, which are neither copied nor repeated: torch's memory-efficient kernels take
-    masks, but not several query heads a key head. All blocks and layers use views of one mask, which autograd keeps once.
-    cuDNN's kernels are left out on CUDA: their backward pass fails on some of these masks (seen on an H100 with torch 2.11).
+    Time and memory grow with S_q x window: a block of queries uses only the keys of its windows. The N / G query heads of a group
+    become rows of one product with the group's keys, since torch's memory-efficient kernels take masks but no grouped queries.
+    All blocks and layers use views of one mask, so autograd saves it once. cuDNN's kernels are excluded on CUDA: their backward
+    pass fails on some of these masks (seen on an H100 with torch 2.11).
+
+    Args:
+        query: [S_q, B, N, D], at the last S_q of the keys' positions.
+        key, value: [S_k, B, G, D].
+
+    Returns:
+        [S_q, B, N D].
     """
     groups, before = key.shape[2], len(key) - len(query)
     heads = query.shape[2] // groups
@@ -153,31 +160,18 @@ MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 @functools.lru_cache(maxsize=2)
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used for training later
 def _band(rows: int, columns: int, window: int, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[heads, rows, columns], what to add to scores: 0 where a column is one of the `window` that end with the row's own, of which
-    the last row's is the last column; elsewhere -inf."""
+    """Additive mask [heads, rows, columns]: 0 in the `window` columns that end at the row's own position, -inf elsewhere.
+
+    The last row's own position is the last column.
+    """
     allowed = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
     allowed = allowed.triu(columns - rows + 1 - window)
     band = torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill(~allowed, -torch.inf)
     return band.expand(heads, -1, -1).contiguous()
 
 
-class Stack(HybridStack):
-    """HybridStack with the spec's own final norm: megatron-core's always takes Transformer Engine's."""
-
-    def __init__(self, *args, norm: type[nn.Module], **kwargs):
-        super().__init__(*args, **kwargs, post_layer_norm=False)
-        if self.post_process:
-            self.final_norm = norm(
-                config=self.config, hidden_size=self.config.hidden_size, eps=self.config.layernorm_epsilon
-            )
-
-    def forward(self, *args, **kwargs) -> Tensor:
-        hidden = super().forward(*args, **kwargs)
-        return self.final_norm(hidden) if self.post_process else hidden
-
-
 def _on_gpu(module: str) -> ModuleType | None:
-    """A library of CUDA kernels, where it is installed and there is a GPU for it."""
+    """A library of CUDA kernels; None if it is not installed or there is no GPU."""
     if cpu_backend.is_cpu():
         return None
     try:
@@ -187,12 +181,13 @@ def _on_gpu(module: str) -> ModuleType | None:
 
 
 def transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's. MINITRON_LAYERS=torch in the environment turns it off: fp32 comparisons need
-    that, since Transformer Engine computes fp32 products in TF32. A mixture of experts needs more: megatron-core's router takes
-    Transformer Engine's product wherever it can be imported.
+    """Whether models use Transformer Engine's layers.
+
+    The environment variable MINITRON_LAYERS=torch turns them off, for fp32 comparisons: Transformer Engine computes fp32 products
+    in TF32. It does not cover the router of a mixture of experts, where megatron-core uses Transformer Engine if installed.
 
     Raises:
-        UserError: another value of MINITRON_LAYERS.
+        UserError: MINITRON_LAYERS has another value.
     """
     wanted = os.environ.get("MINITRON_LAYERS", "")
     if wanted not in ("", "torch"):
@@ -200,15 +195,15 @@ def transformer_engine() -> bool:
     return not wanted and _on_gpu("transformer_engine.pytorch") is not None
 
 
-def _apex_rms_norm() -> Callable | None:
-    # The package alone is not enough: Apex can be installed without its kernels.
+def _apex_rms_norm() -> Callable[..., Tensor] | None:
+    # Apex can be installed without its kernels.
     if _on_gpu("fused_layer_norm_cuda") and (apex := _on_gpu("apex.normalization.fused_layer_norm")):
         return apex.fused_rms_norm_affine
     return None
 
 
 def stack_spec(qk_norm: bool) -> ModuleSpec:
-    """The layers for this machine; `qk_norm`: with norms on queries and keys."""
+    """The layer spec for this machine; `qk_norm`: with norms on queries and keys."""
     if transformer_engine():
         from megatron.core.extensions import transformer_engine as te
 
@@ -217,7 +212,7 @@ def stack_spec(qk_norm: bool) -> ModuleSpec:
 
 
 def describe() -> str:
-    """One line: which layers and which optimizer kernels run here. MINITRON_LAYERS=torch forces the torch layers."""
+    """One log line: the layers, optimizer and device in use."""
     from megatron.core.optimizer import Adam
 
     norm = "Apex's RMSNorm" if _apex_rms_norm() else "RMSNorm"
@@ -225,9 +220,9 @@ def describe() -> str:
     return f"layers: {layers}; optimizer: {Adam.__module__}.{Adam.__name__}; device: {process_groups.device().type}"
 
 
-def _stack(norm, column, row, attention, qk_norm: bool) -> ModuleSpec:
+def _stack(norm: Any, column: Any, row: Any, attention: Any, qk_norm: bool) -> ModuleSpec:
     linear = MLPSubmodules(linear_fc1=column, linear_fc2=row)
-    # One MLP an expert: grouped products exist for CUDA only, and take an expert's weights under other names.
+    # One MLP per expert: grouped GEMM exists for CUDA only and names the weights differently.
     experts = MoESubmodules(experts=partial(SequentialMLP, submodules=linear))
     return ModuleSpec(
         module=Stack,

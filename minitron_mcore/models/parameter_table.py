@@ -1,12 +1,11 @@
-"""The parameter table: one row a parameter (see `families`), read by loading, export, counting and pruning alike.
+"""The parameter table: one row per parameter (see `families`), used by loading, export, counting and pruning.
 
-A row gives each dimension of a parameter a logical axis. An axis knows its global size, how Hugging Face's tensors are packed
-into it, which ranges of it a tensor-parallel rank holds, and which of its positions a plan keeps. All positions are those of
-Megatron-Core's distributed checkpoint, which no parallel layout changes:
+A row gives each dimension of a parameter a logical axis. An axis has a global size, a packing of Hugging Face tensors, and ranges
+that a tensor-parallel rank holds. Positions are those of Megatron-Core's distributed checkpoint, the same in every layout:
 
     axis     size            packing                                             a TP rank holds
     hidden   H               -                                                   all of it
-    vocab    V               - (padding rows exist in memory, never on disk)     its share of the padded rows
+    vocab    V               - (padding rows exist in memory, not on disk)       its share of the padded rows
     ffn      F               -                                                   its share
     glu      2F              gate rows, then up rows                             its share of either
     qkv      (N + 2G) D      group by group: query heads, key, value             its groups
@@ -14,7 +13,7 @@ Megatron-Core's distributed checkpoint, which no parallel layout changes:
     head_dim D               -                                                   all of it
     experts  E               -                                                   all of it
 
-An expert's own tensors lie whole on the expert-parallel rank that holds the expert.
+An expert's tensors are not sharded: the expert-parallel rank that holds the expert has them whole.
 """
 
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from minitron_mcore.models.families import Row
 
 @dataclass(frozen=True)
 class Parameter:
-    """A row at one block (None outside the blocks) and one expert (None outside the experts) of one architecture."""
+    """A row of the table for one architecture, block (None outside the blocks) and expert (None outside the experts)."""
 
     row: Row
     arch: Architecture
@@ -37,7 +36,7 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """Key in the distributed checkpoint: layers count from 0 over all stages, two a block where none is gone."""
+        """Key in the distributed checkpoint. Layers count from 0 over all stages; a block has up to two."""
         if self.block is None:
             return self.row.name
         layer = self.arch.layer(self.block, self.row.part)
@@ -45,19 +44,21 @@ class Parameter:
 
     @property
     def hf(self) -> tuple[str, ...]:
+        """Names of the Hugging Face tensors that are packed into this parameter, in order."""
         return tuple(name.format(i=self.block, e=self.expert) for name in self.row.hf)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Global shape."""
         return tuple(size(axis, self.arch) for axis in self.row.axes)
 
     def hf_shapes(self) -> list[tuple[int, ...]]:
-        """Shape of each Hugging Face tensor behind this parameter, in packing order."""
+        """Shapes of the tensors named by `hf`."""
         return [(rows, *self.shape[1:]) for rows in hf_rows(self.row.axes[0], self.arch)]
 
 
 def parameters(arch: Architecture) -> Iterator[Parameter]:
-    """Every parameter of an architecture, outer ones and block by block, in Hugging Face's order."""
+    """All parameters: first those outside the blocks, then block by block. A tied output head is not listed."""
     rows = arch.traits.rows
     for row in rows:
         if not row.in_block and not (row.name == "output_layer.weight" and arch.tied):
@@ -72,7 +73,7 @@ def parameters(arch: Architecture) -> Iterator[Parameter]:
 
 
 def count(arch: Architecture, embeddings: bool = True) -> int:
-    """Number of parameters, tied ones once; without `embeddings`, neither the embedding table nor the output head."""
+    """Number of parameters, tied ones once; `embeddings=False` omits the embedding table and the output head."""
     return sum(int(np.prod(p.shape)) for p in parameters(arch) if embeddings or "vocab" not in p.row.axes)
 
 
@@ -91,14 +92,14 @@ def size(axis: str, arch: Architecture) -> int:
 
 
 def hf_rows(axis: str, arch: Architecture) -> tuple[int, ...]:
-    """Rows of each Hugging Face tensor that is packed into this axis."""
+    """Number of rows of each Hugging Face tensor that is packed into this axis."""
     if axis == "qkv":
         return arch.heads * arch.head_dim, arch.groups * arch.head_dim, arch.groups * arch.head_dim
     return (arch.ffn, arch.ffn) if axis == "glu" else (size(axis, arch),)
 
 
 def packing(axis: str, arch: Architecture) -> np.ndarray:
-    """For each position of the axis, its row in the concatenated Hugging Face tensors (int64, a permutation)."""
+    """For each position of the axis, its row in the concatenated Hugging Face tensors: a permutation, int64 [size]."""
     rows = np.arange(size(axis, arch))
     if axis != "qkv":
         return rows

@@ -1,6 +1,8 @@
-"""Which options of the config group `performance` fit a model, a layout and this machine. No torch import."""
+"""Checks of the config group `performance` against a model, a layout and the available kernels. Imports no torch."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from minitron_mcore.config.performance import (
     AttentionBackend,
@@ -13,8 +15,8 @@ from minitron_mcore.config.performance import (
 from minitron_mcore.config.settings import DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.models.architecture import Architecture
 
-# (option, value that needs nothing, kernel, its name)
-_NEEDS = (
+_NEEDS: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
+    # option, values that need nothing, field of Kernels, its name
     ("rope_fusion", (None, False), "rope", "Transformer Engine's rotary kernel"),
     ("moe_permute_fusion", (None, False), "permute", "Transformer Engine 2.1"),
     (
@@ -34,6 +36,19 @@ _NEEDS = (
 )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the options are checked against."""
+
+    config: PerformanceConfig
+    student: Architecture
+    teacher: Architecture | None
+    training: DistillConfig
+    parallel: ParallelConfig
+    dtype: Dtype
+    kernels: Kernels
+
+
 def problems(
     config: PerformanceConfig,
     student: Architecture,
@@ -43,48 +58,57 @@ def problems(
     dtype: Dtype,
     kernels: Kernels,
 ) -> Iterator[str]:
-    """Options that could not work, a sentence each: kernels that are not there, layouts and models that they do not fit."""
+    """Messages about options that this run cannot use: missing kernels, unsuitable layouts and models.
+
+    Args:
+        teacher: of live or remote teachers; None: a cached one or none.
+        kernels: what the machine of the run has (`tuning.available_kernels`).
+    """
+    run = _Run(config, student, teacher, training, parallel, dtype, kernels)
+    for check in (_kernels, _recompute, _communication, _optimizer, _fp8, _model, _sizes):
+        yield from check(run)
+
+
+def _kernels(run: _Run) -> Iterator[str]:
     for name, idle, kernel, needed in _NEEDS:
-        value, has = getattr(config, name), getattr(kernels, kernel)
-        if value not in idle and not (any(has) if kernel == "capability" else has):
+        value, available = getattr(run.config, name), getattr(run.kernels, kernel)
+        if value not in idle and not (any(available) if kernel == "capability" else available):
             off = "null" if idle[0] is None else idle[0]
-            yield f"performance.{name} is {value}, which needs {needed}, and that is not here: give {off}."
-    yield from _recompute(config, student, training, kernels)
-    yield from _communication(config, student, training, parallel, kernels)
-    yield from _optimizer(config, training, dtype)
-    yield from _fp8(config, student, teacher, training, parallel, dtype, kernels)
-    if config.bias_activation_fusion and not student.traits.gated:
-        yield f"performance.bias_activation_fusion is for gated MLPs, and a {student.family} has none: give null."
+            yield f"performance.{name} is {value}, which needs {needed}, and that is not available here: give {off}."
+
+
+def _model(run: _Run) -> Iterator[str]:
+    config = run.config
+    if config.bias_activation_fusion and not run.student.traits.gated:
+        yield f"performance.bias_activation_fusion is for gated MLPs, and a {run.student.family} has none: give null."
     if config.moe_grouped_gemm:
         yield (
-            "performance.moe_grouped_gemm is true, but grouped products name an expert's parameters differently, for which the "
+            "performance.moe_grouped_gemm is true, but grouped GEMM names an expert's parameters differently, for which the "
             "parameter table has no rows: give false."
         )
     if config.cuda_graphs != CudaGraphs.none:
         yield (
-            f"performance.cuda_graphs is {config.cuda_graphs}, but graphs of layers have not been run with this package's teacher, "
-            "hooks and random state: give none."
+            f"performance.cuda_graphs is {config.cuda_graphs}, but CUDA graphs are untested with this package's teacher, hooks and "
+            "random state: give none."
         )
-    if config.teacher_offload and (teacher is None or training.teacher_ranks or config.teacher_fp8):
+    if config.teacher_offload and (run.teacher is None or run.training.teacher_ranks or config.teacher_fp8):
         yield (
             "performance.teacher_offload moves a live teacher in bf16 or fp32 that shares the student's ranks, and there is none: "
             "give false."
         )
-    yield from _sizes(config, training)
 
 
-def _sizes(config: PerformanceConfig, training: DistillConfig) -> Iterator[str]:
-    least = {"bucket_size": 1, "loss_chunk_mb": 1, "recompute_layers": 1}
-    for name, limit in least.items():
-        if (value := getattr(config, name)) is not None and value < limit:
-            yield f"performance.{name} is {value}; it must be at least {limit}."
+def _sizes(run: _Run) -> Iterator[str]:
+    config, profile = run.config, run.config.profile
+    for name in ("bucket_size", "loss_chunk_mb", "recompute_layers"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            yield f"performance.{name} is {value}; it must be at least 1."
     minutes = config.nccl_timeout_minutes
-    if minutes is not None and minutes <= training.hang_minutes:
+    if minutes is not None and minutes <= run.training.hang_minutes:
         yield (
-            f"performance.nccl_timeout_minutes is {minutes:g}; it must be above hang_minutes {training.hang_minutes:g}, or "
+            f"performance.nccl_timeout_minutes is {minutes:g}; it must be above hang_minutes {run.training.hang_minutes:g}, or "
             "collectives fail before a hang is reported."
         )
-    profile = config.profile
     if profile.start is None and (profile.stop is not None or profile.memory):
         yield "performance.profile has no start: give the first step to record, counted from 1."
     elif profile.start is not None and not 1 <= profile.start <= (profile.stop or profile.start):
@@ -94,20 +118,21 @@ def _sizes(config: PerformanceConfig, training: DistillConfig) -> Iterator[str]:
         )
 
 
-def _recompute(
-    config: PerformanceConfig, student: Architecture, training: DistillConfig, kernels: Kernels
-) -> Iterator[str]:
+def _recompute(run: _Run) -> Iterator[str]:
+    config, student = run.config, run.student
     if config.recompute == Recompute.selective:
         known = ["core_attn", "layernorm", "moe" if student.experts else "mlp"]
-        wrong = [module for module in config.recompute_modules if module not in known]
-        if wrong or not config.recompute_modules:
+        if not config.recompute_modules or set(config.recompute_modules) - set(known):
             yield (
                 f"performance.recompute_modules is {config.recompute_modules}; of a {student.family} "
                 f"{', '.join(known)} can be recomputed: give one or more of these."
             )
-        if "layernorm" in config.recompute_modules and not kernels.transformer_engine:
-            yield "performance.recompute_modules has layernorm, which needs Transformer Engine, and that is not here: leave it out."
-    if config.recompute == Recompute.full and training.hidden_state_loss.weight:
+        if "layernorm" in config.recompute_modules and not run.kernels.transformer_engine:
+            yield (
+                "performance.recompute_modules has layernorm, which needs Transformer Engine, and that is not available here: "
+                "remove it."
+            )
+    if config.recompute == Recompute.full and run.training.hidden_state_loss.weight:
         yield (
             "performance.recompute is full, whose first pass makes blocks' outputs without a gradient, but "
             "distill.hidden_state_loss compares "
@@ -115,14 +140,9 @@ def _recompute(
         )
 
 
-def _communication(
-    config: PerformanceConfig,
-    student: Architecture,
-    training: DistillConfig,
-    parallel: ParallelConfig,
-    kernels: Kernels,
-) -> Iterator[str]:
-    overlap = any(kernels.capability) if config.overlap_grad_reduce is None else config.overlap_grad_reduce
+def _communication(run: _Run) -> Iterator[str]:
+    config, training, parallel = run.config, run.training, run.parallel
+    overlap = any(run.kernels.capability) if config.overlap_grad_reduce is None else config.overlap_grad_reduce
     if config.bucket_size is not None and not overlap:
         yield "performance.bucket_size is for overlap_grad_reduce, which is off: give overlap_grad_reduce true, or null."
     if config.overlap_param_gather and not (training.distributed_optimizer and overlap):
@@ -137,66 +157,64 @@ def _communication(
         )
     if config.align_param_gather and not (config.overlap_param_gather and parallel.virtual > 1):
         yield "performance.align_param_gather needs overlap_param_gather and parallel.virtual above 1: give false."
-    if config.tp_comm_overlap and not (parallel.sequence and parallel.tensor > 1 and not student.experts):
+    if config.tp_comm_overlap and not (parallel.sequence and parallel.tensor > 1 and not run.student.experts):
         yield (
-            "performance.tp_comm_overlap overlaps what sequence parallelism sends between a dense model's matrices: give "
+            "performance.tp_comm_overlap overlaps the communication of sequence parallelism in a dense model: give "
             "parallel.sequence true and parallel.tensor above 1, or tp_comm_overlap false."
         )
 
 
-def _optimizer(config: PerformanceConfig, training: DistillConfig, dtype: Dtype) -> Iterator[str]:
-    if config.precision_aware_optimizer and not (training.distributed_optimizer and dtype == Dtype.bf16):
+def _optimizer(run: _Run) -> Iterator[str]:
+    config = run.config
+    if config.precision_aware_optimizer and not (run.training.distributed_optimizer and run.dtype == Dtype.bf16):
         yield "performance.precision_aware_optimizer needs distill.distributed_optimizer and dtype bf16: give both, or false."
     if config.optimizer_offload:
         yield (
-            f"performance.optimizer_offload is {config.optimizer_offload:g}, but megatron-core keeps such states where this "
-            "package's checkpoints do not look: give 0; recomputation, or more data-parallel ranks, save memory too."
+            f"performance.optimizer_offload is {config.optimizer_offload:g}, but this package's checkpoints do not include "
+            "megatron-core's offloaded states: give 0; recomputation, or more data-parallel ranks, save memory too."
         )
     if config.exp_avg_dtype != Dtype.fp32 and not config.precision_aware_optimizer:
         yield (
             f"performance.exp_avg_dtype is {config.exp_avg_dtype}, which needs performance.precision_aware_optimizer: turn it "
             "on, or give fp32."
         )
-    if not config.grad_reduce_in_fp32 and dtype != Dtype.bf16:
-        yield f"performance.grad_reduce_in_fp32 is false, but gradients of dtype {dtype} are fp32 anyway: give true."
+    if not config.grad_reduce_in_fp32 and run.dtype != Dtype.bf16:
+        yield f"performance.grad_reduce_in_fp32 is false, but gradients of dtype {run.dtype} are fp32 anyway: give true."
 
 
-def _fp8(
-    config: PerformanceConfig,
-    student: Architecture,
-    teacher: Architecture | None,
-    training: DistillConfig,
-    parallel: ParallelConfig,
-    dtype: Dtype,
-    kernels: Kernels,
-) -> Iterator[str]:
-    theirs = training.teacher_parallel or parallel
-    models = [("fp8", student, parallel)] * (config.fp8 is not None)
-    if config.teacher_fp8 is not None and teacher is None:
+def _fp8(run: _Run) -> Iterator[str]:
+    config, training, capability = run.config, run.training, run.kernels.capability
+    models = [("fp8", run.student, run.parallel)] if config.fp8 is not None else []
+    if config.teacher_fp8 is not None and run.teacher is None:
         yield "performance.teacher_fp8 is for a teacher, and there is none: give null."
-    elif config.teacher_fp8 is not None:
-        models.append(("teacher_fp8", teacher, theirs))
+    elif config.teacher_fp8 is not None and run.teacher is not None:
+        models.append(("teacher_fp8", run.teacher, training.teacher_parallel or run.parallel))
     if not models:
         return
-    if dtype != Dtype.bf16:
-        yield f"performance.{models[0][0]} needs dtype bf16, and it is {dtype}: give dtype bf16, or null."
-    unit = 32 if config.fp8_recipe == Fp8Recipe.mxfp8 else 16
+    if run.dtype != Dtype.bf16:
+        yield f"performance.{models[0][0]} needs dtype bf16, and it is {run.dtype}: give dtype bf16, or null."
     for name, arch, layout in models:
-        tp = layout.tensor
-        widths = {"hidden": arch.hidden, "ffn / TP": arch.ffn // (1 if arch.experts else tp)}
-        widths |= {"heads x head_dim / TP": arch.heads * arch.head_dim // tp}
-        wrong = {key: width for key, width in widths.items() if width % unit}
-        tokens = training.micro_batch * training.sequence_length // (layout.context * (tp if layout.sequence else 1))
-        wrong |= {"tokens of a rank": tokens} if tokens % unit else {}
-        if wrong:
-            found = ", ".join(f"{key} {width}" for key, width in wrong.items())
-            yield f"performance.{name} needs multiples of {unit}, but there is {found}: give other sizes, or null."
-        if arch.experts:
-            yield f"performance.{name} is for dense models: experts see any number of tokens. Give null."
-    if config.fp8_recipe == Fp8Recipe.mxfp8 and kernels.capability < (10, 0):
+        yield from _fp8_sizes(name, arch, layout, run)
+    if config.fp8_recipe == Fp8Recipe.mxfp8 and capability < (10, 0):
         yield "performance.fp8_recipe mxfp8 needs a Blackwell GPU: give tensorwise, blockwise or delayed."
-    elif kernels.capability < (8, 9) and any(kernels.capability):
+    elif capability < (8, 9) and any(capability):
         yield f"performance.{models[0][0]} needs a GPU of compute capability 8.9: give null."
     selective = config.recompute == Recompute.selective and "layernorm" in config.recompute_modules
     if config.fp8 and selective and config.fp8_recipe == Fp8Recipe.delayed:
         yield "performance.recompute_modules has layernorm, which fp8_recipe delayed does not allow: give another of them."
+
+
+def _fp8_sizes(name: str, arch: Architecture, layout: ParallelConfig, run: _Run) -> Iterator[str]:
+    tp, unit = layout.tensor, 32 if run.config.fp8_recipe == Fp8Recipe.mxfp8 else 16
+    widths = {
+        "hidden": arch.hidden,
+        "ffn / TP": arch.ffn // (1 if arch.experts else tp),
+        "heads x head_dim / TP": arch.heads * arch.head_dim // tp,
+        "tokens of a rank": run.training.micro_batch
+        * run.training.sequence_length
+        // (layout.context * (tp if layout.sequence else 1)),
+    }
+    if wrong := [f"{key} {width}" for key, width in widths.items() if width % unit]:
+        yield f"performance.{name} needs multiples of {unit}, but there is {', '.join(wrong)}: give other sizes, or null."
+    if arch.experts:
+        yield f"performance.{name} is for dense models: experts see any number of tokens. Give null."

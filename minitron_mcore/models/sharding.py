@@ -1,5 +1,4 @@
-"""How a parallel layout divides a model: which sizes it must divide, and which blocks and parameters each rank holds. No torch
-import."""
+"""How a parallel layout divides a model: divisibility, and the blocks and parameters of each pipeline rank. Imports no torch."""
 
 import itertools
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from minitron_mcore.models.architecture import Architecture
 
 
 def model_problems(arch: Architecture, parallel: ParallelConfig) -> Iterator[str]:
-    """What of a model a layout does not divide, and the nearest that it does."""
+    """Messages about sizes that the layout does not divide, with the nearest sizes that it does."""
     tp = parallel.tensor
     ffn = {} if arch.experts else {"ffn": arch.ffn}
     shared = {"heads": arch.heads, "key/value groups": arch.groups, **ffn}
@@ -40,34 +39,36 @@ def model_problems(arch: Architecture, parallel: ParallelConfig) -> Iterator[str
 
 
 def check_shardable(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Refuse a layout that does not divide the model.
-
-    Raises:
-        UserError: names every size that the layout doesn't divide, and the nearest that it does.
-    """
+    """Raise a UserError with all `model_problems`."""
     refuse(model_problems(arch, parallel))
 
 
 def stage_blocks(arch: Architecture, parallel: ParallelConfig) -> list[list[int]]:
-    """Blocks of each pipeline stage: as even as can be, earlier stages take the rest. Stage v * PP + r is chunk v of pipeline rank
-    r, and without interleaving stage r is rank r."""
+    """Blocks of each pipeline stage, divided evenly; earlier stages take the remainder.
+
+    Stage v * PP + r is chunk v of pipeline rank r; without interleaving, stage r is rank r.
+    """
     return [part.tolist() for part in np.array_split(np.arange(arch.blocks), parallel.pipeline * parallel.virtual)]
 
 
 def rank_chunks(arch: Architecture, parallel: ParallelConfig, rank: int) -> list[list[int]]:
-    """Blocks of each chunk of a pipeline rank, which holds every PP-th stage."""
+    """Blocks of each model chunk of a pipeline rank: every PP-th stage."""
     return stage_blocks(arch, parallel)[rank :: parallel.pipeline]
 
 
 def block_rank(arch: Architecture, parallel: ParallelConfig, block: int) -> int:
-    """The pipeline rank that holds a block."""
+    """The pipeline rank of a block."""
     return next(n for n, own in enumerate(stage_blocks(arch, parallel)) if block in own) % parallel.pipeline
 
 
-def held(
+def parameters_on_rank(
     arch: Architecture, parallel: ParallelConfig, rank: int, experts: range
 ) -> Iterator[parameter_table.Parameter]:
-    """Parameters of which a pipeline rank has a part, of the experts only the given ones; a tied head goes by the embedding."""
+    """Parameters of which a pipeline rank holds a shard; a tied output head is not listed beside the embedding.
+
+    Args:
+        experts: indices of the experts that the rank holds.
+    """
     blocks, last = set(itertools.chain(*rank_chunks(arch, parallel, rank))), parallel.pipeline - 1
     for parameter in parameter_table.parameters(arch):
         first = parameter.name.startswith("embedding")

@@ -1,4 +1,4 @@
-"""`PerformanceConfig` as megatron-core's own options: of a model, of DistributedDataParallel and of the optimizer."""
+"""Translates `PerformanceConfig` into megatron-core's options of models, DistributedDataParallel and optimizers."""
 
 import functools
 import importlib
@@ -12,7 +12,8 @@ from minitron_mcore.config.performance import Kernels, PerformanceConfig, Recomp
 from minitron_mcore.config.settings import Dtype
 from minitron_mcore.models import layer_spec
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import cpu_backend
+from minitron_mcore.parallel.megatron_patches import cpu_backend
+from minitron_mcore.parallel.megatron_patches.models import HeadlessModel, fuse_weight_gradients
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
 from megatron.core.models.common.embeddings import rope_utils  # isort: skip
@@ -21,8 +22,8 @@ from megatron.core.transformer.moe import moe_utils  # isort: skip
 
 
 @functools.cache
-def installed() -> Kernels:
-    """What this process can use; nothing on a CPU."""
+def available_kernels() -> Kernels:
+    """The kernels that this process can use; none on a CPU."""
     if cpu_backend.is_cpu():
         return Kernels()
     engine = layer_spec.transformer_engine()
@@ -45,29 +46,29 @@ def _adam_has_precisions() -> bool:
     return {"exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad"} <= inspect.signature(adam).parameters.keys()
 
 
-def _on(option: bool | None, here: bool) -> bool:
-    return here if option is None else option
+def _enabled(option: bool | None, default: bool) -> bool:
+    return default if option is None else option
 
 
 def _fuses_gradients(config: PerformanceConfig, arch: Architecture) -> bool:
-    return _on(config.gradient_accumulation_fusion, installed().weight_gradient and not arch.experts)
+    return _enabled(config.gradient_accumulation_fusion, available_kernels().weight_gradient and not arch.experts)
 
 
 def model_options(config: PerformanceConfig, arch: Architecture) -> dict[str, Any]:
-    """Arguments of TransformerConfig."""
-    found = installed()
-    gpu = any(found.capability)
+    """Keyword arguments of TransformerConfig."""
+    kernels = available_kernels()
+    gpu = any(kernels.capability)
     options = {
-        # megatron-core's own linear layers, of which the output head is always one, take Apex's kernel only: see `fuse_gradients`.
+        # megatron-core's own linear layers, such as the output head, need Apex's kernel: see `fuse_gradients`.
         "gradient_accumulation_fusion": _fuses_gradients(config, arch) and _apex_weight_gradient(),
-        "apply_rope_fusion": _on(config.rope_fusion, found.rope),
-        "bias_activation_fusion": _on(config.bias_activation_fusion, gpu and arch.traits.gated),
-        "bias_dropout_fusion": _on(config.bias_dropout_fusion, gpu),
+        "apply_rope_fusion": _enabled(config.rope_fusion, kernels.rope),
+        "bias_activation_fusion": _enabled(config.bias_activation_fusion, gpu and arch.traits.gated),
+        "bias_dropout_fusion": _enabled(config.bias_dropout_fusion, gpu),
         "tp_comm_overlap": config.tp_comm_overlap,
         "attention_backend": AttnBackend[config.attention_backend.value],
     }
     if arch.experts:
-        options["moe_permute_fusion"] = _on(config.moe_permute_fusion, found.permute)
+        options["moe_permute_fusion"] = _enabled(config.moe_permute_fusion, kernels.permute)
     if config.fp8:
         options |= {"fp8": config.fp8.value, "fp8_recipe": config.fp8_recipe.value}
     if config.recompute != Recompute.none:
@@ -82,26 +83,21 @@ def model_options(config: PerformanceConfig, arch: Architecture) -> dict[str, An
     return options
 
 
-def fuse_gradients(model, config: PerformanceConfig, arch: Architecture) -> None:
-    """Let Transformer Engine's layers of a chunk add weight gradients to `main_grad`, where Apex is not there.
+def fuse_gradients(model: HeadlessModel, config: PerformanceConfig, arch: Architecture) -> None:
+    """Make a chunk's layers add weight gradients to `main_grad`, if the options say so and it was built without Apex.
 
-    megatron-core would refuse to make the output head, which has no kernel of Transformer Engine's. The loss adds that gradient
-    itself (see `distill.losses`).
+    The loss adds the output head's gradient itself (see `distill.losses`).
     """
-    if not _fuses_gradients(config, arch) or model.config.gradient_accumulation_fusion:
-        return
-    for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
-    model.config.gradient_accumulation_fusion = True
+    if _fuses_gradients(config, arch) and not model.config.gradient_accumulation_fusion:
+        fuse_weight_gradients(model)
 
 
 def ddp_config(config: PerformanceConfig, distributed: bool) -> DistributedDataParallelConfig:
-    """Of the student's chunks; `distributed`: the optimizer's state is shared out."""
+    """Options of the student's DistributedDataParallel; `distributed`: with the distributed optimizer."""
     return DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         grad_reduce_in_fp32=config.grad_reduce_in_fp32,
-        overlap_grad_reduce=_on(config.overlap_grad_reduce, any(installed().capability)),
+        overlap_grad_reduce=_enabled(config.overlap_grad_reduce, any(available_kernels().capability)),
         bucket_size=config.bucket_size,
         overlap_param_gather=config.overlap_param_gather,
         align_param_gather=config.align_param_gather,
@@ -109,13 +105,13 @@ def ddp_config(config: PerformanceConfig, distributed: bool) -> DistributedDataP
 
 
 def optimizer_options(config: PerformanceConfig) -> dict[str, Any]:
-    """Arguments of OptimizerConfig."""
+    """Keyword arguments of OptimizerConfig."""
     options: dict[str, Any] = {"overlap_param_gather": config.overlap_param_gather}
     if config.precision_aware_optimizer:
         moments = torch.float32 if config.exp_avg_dtype == Dtype.fp32 else torch.bfloat16
         options |= {
             "use_precision_aware_optimizer": True,
-            # The optimizer reads gradients where they were reduced.
+            # The optimizer reads the buffers in which gradients were reduced.
             "main_grads_dtype": torch.float32 if config.grad_reduce_in_fp32 else torch.bfloat16,
             "exp_avg_dtype": moments,
             "exp_avg_sq_dtype": moments,
@@ -124,6 +120,12 @@ def optimizer_options(config: PerformanceConfig) -> dict[str, Any]:
 
 
 def start_user_buffers(config: PerformanceConfig, tokens: int, hidden: int, tp: int) -> None:
-    """Make Transformer Engine's buffers for `tp_comm_overlap` (collective): as large as a context-parallel rank's hidden states."""
+    """Create Transformer Engine's buffers for `tp_comm_overlap` (collective).
+
+    Args:
+        tokens: S / CP x B, rows of a context-parallel rank's hidden states.
+        hidden: their width.
+        tp: tensor-parallel ranks.
+    """
     base = importlib.import_module("transformer_engine.pytorch.module.base")
     base.initialize_ub([tokens, hidden], tp, use_fp8=config.fp8 is not None, bootstrap_backend="nccl")

@@ -1,4 +1,4 @@
-"""How a model lies over processes: what a layout must keep, and what each rank of it holds. No torch import."""
+"""Checks of a parallel layout, and a rank's place in it. Imports no torch."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from minitron_mcore.config.settings import ParallelConfig
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's number along each axis of a layout."""
+    """A rank's index along each axis of a layout."""
 
     pipeline: int
     data: int
@@ -18,7 +18,7 @@ class Place:
 
 
 def teacher_ranks_problems(teacher_ranks: int, processes: int) -> list[str]:
-    """A number of the teacher's own ranks that leaves the student none."""
+    """Messages about a number of teacher ranks that leaves no process for the student."""
     if 0 <= teacher_ranks < processes:
         return []
     return [
@@ -27,19 +27,22 @@ def teacher_ranks_problems(teacher_ranks: int, processes: int) -> list[str]:
 
 
 def sizes(parallel: ParallelConfig) -> dict[str, int]:
-    """Ranks along each model-parallel axis, and the chunks of a pipeline rank."""
+    """Ranks along each model-parallel axis; "virtual": model chunks per pipeline rank."""
     return {axis: getattr(parallel, axis) for axis in ("tensor", "pipeline", "virtual", "context", "expert")}
 
 
 def sequence_unit(parallel: ParallelConfig) -> int:
-    """What divides the length of every sequence: a context-parallel rank takes one part from its start and one from its end, and
-    sequence parallelism shares these over tensor-parallel ranks."""
+    """Sequence lengths must be multiples of this.
+
+    A context-parallel rank holds one part of a sequence from its start and one from its end; sequence parallelism shards these
+    over tensor-parallel ranks.
+    """
     halves = 2 * parallel.context if parallel.context > 1 else 1
     return math.lcm(halves, parallel.context * parallel.tensor if parallel.sequence else 1)
 
 
 def problems(parallel: ParallelConfig, world_size: int, sequence_length: int | None = None) -> Iterator[str]:
-    """What keeps a layout from a world of that many processes, or from sharing sequences of that many tokens."""
+    """Messages about a layout that does not fit `world_size` processes or sequences of `sequence_length` tokens."""
     if small := {axis: size for axis, size in sizes(parallel).items() if size < 1}:
         yield from (f"parallel.{axis} is {size}; it must be at least 1." for axis, size in small.items())
         return

@@ -1,4 +1,4 @@
-"""Between two worlds of processes, of which torch.distributed knows but one each."""
+"""Requests and tensor transfers between student and teacher processes, which form separate torch.distributed worlds."""
 
 import contextlib
 import dataclasses
@@ -6,83 +6,95 @@ import datetime
 import itertools
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.parallel import cpu_backend
 from minitron_mcore.parallel.layout import Place
+from minitron_mcore.parallel.megatron_patches.groups import joint_group
 
-_EVER = datetime.timedelta(days=365)
+_NO_TIMEOUT = datetime.timedelta(days=365)
 
 
 class Bridge:
-    """Joins the two worlds of `runtime.distributed`. Its ranks are the first world's, then the second's, and its tensors travel
-    between all of them. Requests go from the first world to the second, whose ranks wait for them however long that takes."""
+    """Joins the student world and the teacher world of `process_groups.distributed_context`.
 
-    def __init__(self, store: dist.Store, rank: int, first: int, size: int, timeout: datetime.timedelta):
-        """`first`: ranks of the first world."""
-        self.store, self.rank, self.first, self.asked = store, rank, first, 0
-        # torch has groups within one world only; these are what they are made of.
-        if cpu_backend.is_cpu():
-            self.group = dist.ProcessGroupGloo(dist.PrefixStore("group", store), rank, size, timeout)
-        else:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self.group = dist.ProcessGroupNCCL(dist.PrefixStore("group", store), rank, size, options)
+    Bridge ranks number the student's processes first, then the teacher's. Requests go from student to teacher.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, students: int, size: int, timeout: datetime.timedelta):
+        """Collective over both worlds.
+
+        Args:
+            rank: this process's bridge rank.
+            students: number of processes in the student world.
+            size: number of processes in both.
+            timeout: of a transfer.
+        """
+        self.store, self.rank, self.students, self.sent_requests = store, rank, students, 0
+        self.group = joint_group(store, rank, size, timeout)
 
     @property
     def is_teacher(self) -> bool:
-        """This rank is of the second world."""
-        return self.rank >= self.first
+        """Whether this process is in the teacher world."""
+        return self.rank >= self.students
 
-    def ask(self, what: dict | None) -> None:
-        """Send a request to the second world; None is the last. Called on all ranks of the first, rank 0 sends."""
+    def send_request(self, request: dict[str, Any] | None) -> None:
+        """Send a request, or None to end the teacher's loop; call on all student ranks, of which rank 0 sends."""
         if self.rank == 0:
-            self.store.set(f"request {self.asked}", json.dumps(what))
-        self.asked += 1
+            self.store.set(f"request {self.sent_requests}", json.dumps(request))
+        self.sent_requests += 1
 
-    def requests(self) -> Iterator[dict]:
-        """In the second world, what the first asks for until it ends."""
+    def receive_requests(self) -> Iterator[dict[str, Any]]:
+        """On teacher ranks, the student's requests; waits for each without a timeout."""
         for number in itertools.count():
-            if (what := self._heard(f"request {number}")) is None:
+            if (request := self._receive(f"request {number}")) is None:
                 return
-            yield what
+            yield request
 
-    def meet(self, own: list[Place]) -> tuple[list[Place | None], list[Place | None]]:
-        """(places in the first world, in the second) of each rank of the bridge, None of those in the other (collective).
+    def exchange_places(self, own: list[Place]) -> tuple[list[Place | None], list[Place | None]]:
+        """Exchange where each rank is in its layout (collective over both worlds).
+
+        Args:
+            own: of each rank of this world.
+
+        Returns:
+            (place in the student's layout, place in the teacher's) by bridge rank; None for ranks of the other world.
 
         Raises:
-            UserError: what the second world could not be `prepared` for.
+            UserError: the error that the teacher world sent through `report_user_errors`.
         """
-        if self.rank in (0, self.first):
+        if self.rank in (0, self.students):
             self.store.set(f"places {self.is_teacher}", json.dumps([dataclasses.astuple(place) for place in own]))
-        found = [self._heard(f"places {side}") for side in (False, True)]
-        if isinstance(found[1], str):
-            raise UserError(found[1])
-        near, far = ([Place(*x) for x in each] for each in found)
-        return [*near, *[None] * len(far)], [*[None] * len(near), *far]
+        student, teacher = (self._receive(f"places {side}") for side in (False, True))
+        if isinstance(teacher, str):
+            raise UserError(teacher)
+        no_student, no_teacher = [None] * len(teacher), [None] * len(student)
+        return [*(Place(*x) for x in student), *no_student], [*no_teacher, *(Place(*x) for x in teacher)]
 
     @contextlib.contextmanager
-    def prepared(self) -> Iterator[None]:
-        """In the second world, what comes before `meet`; a UserError is also the first world's, which tells the user."""
+    def report_user_errors(self) -> Iterator[None]:
+        """On teacher ranks, for work before `exchange_places`: a UserError is also raised in the student world."""
         try:
             yield
         except UserError as error:
             self.store.set("places True", json.dumps(str(error)))
             raise
 
-    def _heard(self, key: str):
-        self.store.wait([key], _EVER)
+    def _receive(self, key: str) -> Any:
+        self.store.wait([key], _NO_TIMEOUT)
         return json.loads(self.store.get(key))
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """In place, from the first world's rank 0 (collective)."""
+        """Broadcast in place from bridge rank 0 (collective over both worlds)."""
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         self.group.broadcast([tensor], options).wait()
 
-    def all_to_all(self, into: torch.Tensor, out: torch.Tensor, taken: list[int], sent: list[int]) -> None:
-        """As torch.distributed's `all_to_all_single`."""
-        self.group.alltoall_base(into, out, taken, sent, dist.AllToAllOptions()).wait()
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> None:
+        """As torch.distributed's `all_to_all_single`, over both worlds."""
+        self.group.alltoall_base(output, input, output_splits, input_splits, dist.AllToAllOptions()).wait()

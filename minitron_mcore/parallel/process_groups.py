@@ -1,4 +1,7 @@
-"""Where a run lives: process groups, seed, one-sentence errors, clean ends. The only reader of megatron-core's parallel state."""
+"""Process groups of a run, collectives over them, and small helpers of multi-process code.
+
+This is the only module that reads megatron-core's parallel state. A "stage" here is a pipeline stage.
+"""
 
 import collections
 import contextlib
@@ -8,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +21,16 @@ import torch.distributed as dist
 
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.parallel import cpu_backend, layout, rendezvous
+from minitron_mcore.parallel import layout, rendezvous
+from minitron_mcore.parallel.megatron_patches import cpu_backend, groups
 from minitron_mcore.parallel.process_bridge import Bridge
 
-cpu_backend.prepare()
-
-from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core import parallel_state as mpu  # isort: skip
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # isort: skip
 
 
 def rank() -> int:
+    """This process's rank in its world; before there is one, its RANK variable."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -38,17 +41,17 @@ def log(message: str) -> None:
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live: its CUDA device, or the CPU where there is none."""
+    """The device of this rank's tensors: its CUDA device, or the CPU without CUDA."""
     return torch.device("cpu") if cpu_backend.is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
 def barrier() -> None:
-    """Wait for all ranks (collective); NCCL is told the device, which it would guess from the rank's number."""
+    """Wait for all ranks (collective). NCCL would guess the device from the rank, so pass it."""
     dist.barrier(**({} if cpu_backend.is_cpu() else {"device_ids": [torch.cuda.current_device()]}))
 
 
 def free_bytes() -> int:
-    """Of this rank's CUDA device; of a host's memory this rank's share."""
+    """Free memory of this rank's CUDA device; without CUDA, the host's free memory divided by its ranks."""
     if cpu_backend.is_cpu():
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return torch.cuda.mem_get_info()[0]
@@ -56,13 +59,13 @@ def free_bytes() -> int:
 
 @contextlib.contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Ranks pass this block together or fail together: a UserError on any becomes the same UserError on all (collective)."""
+    """A UserError that a rank raises inside the block is raised on all ranks at its end (collective)."""
     error = None
     try:
         yield
     except UserError as mistake:
         error = str(mistake)
-    errors = [error]
+    errors: list[str | None] = [error]
     if dist.is_initialized():
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
@@ -72,7 +75,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def distributed(
+def distributed_context(
     parallel: ParallelConfig,
     seed: int = 1234,
     sequence_length: int | None = None,
@@ -82,27 +85,27 @@ def distributed(
     teacher_parallel: ParallelConfig | None = None,
     timeout_minutes: float | None = None,
 ) -> Iterator[None]:
-    """Join the world that torchrun describes (or a world of one) and build megatron-core's groups in it.
+    """Initialize torch.distributed and megatron-core's groups inside the block.
 
-    An exception leaves the groups as they are: the process must end after it (see `launching.entry`).
+    The world is torchrun's, or one process without torchrun. After an exception the groups stay as they are, and the process must
+    end (see `cli.main.entry`).
 
-    With `apart` there are two worlds, each with its own ranks from 0: the last so many processes make the second, and `bridge`
-    joins both.
+    With `teacher_ranks` there are two worlds, each with ranks from 0: the last `teacher_ranks` processes form the teacher's, and
+    `bridge` connects both.
 
     Args:
-        parallel: sizes of the model-parallel axes; data parallelism takes the rest of the world.
-        seed: megatron-core's model-parallel random state starts from it.
-        sequence_length: tokens of the sequences that will go through a model, where the caller knows.
-        store: rendezvous for tests; otherwise the environment's, or a file's without torchrun.
-        patience: minutes that a rank may work while others wait for it, of training steps and saves the longer (see `watch`);
-            two more, and a collective that still waits fails by itself.
-        apart: processes of the second world; 0 makes none.
-        other: their layout; None is `parallel`.
-        timeout_minutes: after which a collective that still waits fails, instead of the two more.
+        parallel: sizes of the model-parallel axes; data parallelism takes the remaining ranks.
+        seed: of megatron-core's model-parallel random state.
+        sequence_length: tokens of the sequences that the model will see, to check the layout; None: not checked.
+        store: rendezvous store of a test; None: the environment's, or a file without torchrun.
+        hang_minutes: longest time between two beats of `hang_watchdog`; collectives fail two minutes later.
+        teacher_ranks: processes of the teacher's world; 0: none.
+        teacher_parallel: the teacher's layout; None: `parallel`.
+        timeout_minutes: timeout of collectives, instead of `hang_minutes` + 2.
 
     Raises:
-        UserError: a layout that doesn't fit the world or the sequences (see `layout.problems`), no process left for one world; an
-            environment that describes no world (see `rendezvous.problems`).
+        UserError: the layout does not fit the world or the sequences (`layout.problems`), a world has no process, or the
+            environment is incomplete (`rendezvous.problems`).
     """
     global _bridge
     if store is None:
@@ -127,8 +130,8 @@ def distributed(
         _bridge = Bridge(dist.PrefixStore("bridge", store), this_rank, world_size, processes, timeout)
         if _bridge.is_teacher:
             parallel, this_rank, world_size = teacher_parallel or parallel, this_rank - world_size, teacher_ranks
-        store = dist.PrefixStore(f"beyond {_bridge.is_teacher}", store)
-    # Without device_id: with it NCCL makes a communicator for each of megatron-core's groups at once, most of which stay unused.
+        store = dist.PrefixStore(f"world {_bridge.is_teacher}", store)
+    # No device_id: with it NCCL would create a communicator for each of megatron-core's groups at once; most stay unused.
     dist.init_process_group(
         "gloo" if cpu_backend.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
     )
@@ -139,8 +142,8 @@ def distributed(
         barrier()
     finally:
         if _bridge and not _bridge.is_teacher:
-            _bridge.ask(None)
-    # Not after an exception: NCCL's shutdown waits for collectives that the other ranks may never make.
+            _bridge.send_request(None)
+    # Not after an exception: NCCL's shutdown waits for collectives that other ranks may never make.
     _bridge = None
     _layouts.clear()
     mpu.destroy_model_parallel()
@@ -161,68 +164,45 @@ def _initialize(parallel: ParallelConfig, minutes: float = 62.0) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Another layout of the same ranks, for a second model beside that of `distributed`; `within` puts it in force."""
+    """A second layout of the same ranks, for another model; `use_layout` makes it current."""
 
     parallel: ParallelConfig
     state: dict[str, Any]
-    """megatron-core's global variables in it."""
+    """megatron-core's global variables in this layout (`groups.snapshot`)."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> "Layout":
-        """Make its groups, where this world doesn't have them yet (collective).
+        """The layout with its groups, which are created once per world (collective).
 
         Raises:
-            UserError: a layout that doesn't fit the world (see `layout.problems`).
+            UserError: the layout does not fit the world (`layout.problems`).
         """
         key = dataclasses.astuple(parallel)
         if key not in _layouts:
             refuse(layout.problems(parallel, dist.get_world_size()))
-            with _swapped(_BARE):
+            with groups.swapped(groups.UNINITIALIZED):
                 _initialize(parallel)
-                _layouts[key] = cls(parallel, _state())
+                _layouts[key] = cls(parallel, groups.snapshot())
         return _layouts[key]
 
 
-_layouts: dict[tuple, Layout] = {}
-"""Of this world."""
+_layouts: dict[tuple[Any, ...], Layout] = {}  # of the current world
 
 
 @contextlib.contextmanager
-def within(teacher_parallel: Layout | None) -> Iterator[None]:
-    """Everything inside the block happens in that layout; None is the one in force. What was in force is so again at the end.
-
-    megatron-core takes groups as arguments in many places, but its schedules, its experts and what reads its checkpoints ask its
-    global variables, and so does this file, for all others. To change these in one place is less than to hand groups to all.
-    """
-    with contextlib.nullcontext() if teacher_parallel is None else _swapped(teacher_parallel.state):
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """Make a layout current inside the block, for megatron-core and for this module's functions; None changes nothing."""
+    with contextlib.nullcontext() if layout is None else groups.swapped(layout.state):
         yield
-
-
-@contextlib.contextmanager
-def _swapped(state: dict[str, Any]) -> Iterator[None]:
-    before = _state()
-    try:
-        vars(mpu).update(state)
-        yield
-    finally:
-        vars(mpu).update(before)
-
-
-def _state() -> dict[str, Any]:
-    return {name: value for name, value in vars(mpu).items() if name.startswith("_") and name.isupper()}
-
-
-_BARE = _state()
-"""They are so before there are groups."""
 
 
 def place() -> layout.Place:
-    """This rank's, in the layout in force."""
+    """This rank's place in the current layout."""
     return layout.Place(*(group().rank() for group in (pp_group, dp_group, cp_group, tp_group)))
 
 
 def places() -> list[layout.Place]:
-    """Of each rank of the world, in the layout in force (collective)."""
+    """Place of each rank in the current layout (collective over the world)."""
     every = [place()] * dist.get_world_size()
     dist.all_gather_object(every, place())
     return every
@@ -232,7 +212,7 @@ _bridge: Bridge | None = None
 
 
 def bridge() -> Bridge | None:
-    """To the other world, where there is one."""
+    """The connection between student and teacher worlds; None if there is one world."""
     return _bridge
 
 
@@ -249,12 +229,12 @@ def cp_group() -> dist.ProcessGroup:
 
 
 def dp_group() -> dist.ProcessGroup:
-    """The ranks that see other samples; context-parallel ranks, which see other tokens of the same ones, are not among them."""
+    """Ranks with the same parameters and other samples; without context-parallel ranks."""
     return mpu.get_data_parallel_group()
 
 
 def dp_cp_group() -> dist.ProcessGroup:
-    """The ranks that hold the same parameters, experts aside, and see other tokens."""
+    """Ranks with the same parameters (except experts) and other tokens: data and context parallel."""
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -263,47 +243,47 @@ def ep_group() -> dist.ProcessGroup:
 
 
 def expert_dp_group() -> dist.ProcessGroup:
-    """The ranks of this stage that hold the same experts."""
+    """Ranks of this stage with the same experts."""
     return mpu.get_expert_data_parallel_group()
 
 
 def own_experts(experts: int) -> range:
-    """Those of a block's experts that this rank holds."""
+    """Indices of the experts that this rank holds, of the `experts` of each block."""
     rank, share = ep_group().rank(), experts // ep_group().size()
     return range(rank * share, (rank + 1) * share)
 
 
 def is_first_stage() -> bool:
-    """The first stage is on this rank, maybe among others."""
+    """Whether this rank holds the first pipeline stage."""
     return mpu.is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
-    """The last stage is on this rank, maybe among others."""
+    """Whether this rank holds the last pipeline stage."""
     return mpu.is_pipeline_last_stage()
 
 
 def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
-    """Broadcast `tensor` in place from the last pipeline stage to all stages; returns it."""
+    """Broadcast `tensor` in place from the last pipeline stage to all stages (collective); returns it."""
     if pp_group().size() > 1:
         dist.broadcast(tensor, mpu.get_pipeline_model_parallel_last_rank(), group=pp_group())
     return tensor
 
 
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The group's tensors [N, ...] of one shape, joined in rank order along the first dimension: [ranks * N, ...] (collective)."""
+    """Concatenate the ranks' tensors [N, ...] of one shape along dimension 0: [ranks * N, ...] (collective)."""
     every = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(every, tensor.contiguous(), group=group)
     return every
 
 
-def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
-    """The jobs' results in their order, while threads do those that follow; at most `threads` + 1 results exist.
+def prefetch[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
+    """Run jobs in threads, ahead of the consumer, and yield their results in order; at most `threads` + 1 results exist.
 
-    There are more threads than cores, since they wait for the disk as often as they work.
+    More threads than cores are useful, since jobs also wait for the disk.
     """
     with ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque()
+        waiting: collections.deque[Future[T]] = collections.deque()
         for job in jobs:
             waiting.append(pool.submit(job))
             if len(waiting) > threads:
@@ -313,7 +293,7 @@ def ahead[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
 
 
 class Progress:
-    """A line on rank 0 every few seconds: done / total, rate, time left. `unit` names what is counted."""
+    """Prints done / total, rate and remaining time on rank 0, at most once in `every` seconds; `unit` names what is counted."""
 
     def __init__(self, name: str, total: int, unit: str, every: float = 5.0):
         self.name, self.total, self.unit, self.every = name, total, unit, every
@@ -325,5 +305,5 @@ class Progress:
             return
         self.last = now
         rate = done / max(now - self.start, 1e-9)
-        left = datetime.timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
-        log(f"{self.name}: {done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left} left{extra}")
+        remaining = datetime.timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
+        log(f"{self.name}: {done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {remaining} left{extra}")

@@ -1,4 +1,4 @@
-"""The variables by which a launcher describes the world to a process, checked before anything waits. No torch import."""
+"""Checks of the environment variables that a launcher (torchrun, srun, mpirun) sets for each process. Imports no torch."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,16 +13,12 @@ _REMEDY = "start with torchrun, which sets them all, or unset them"
 
 
 def check(env: Mapping[str, str] = os.environ) -> None:
-    """Refuse what `problems` finds.
-
-    Raises:
-        UserError: all of it.
-    """
+    """Raise a UserError with the `problems` of the environment."""
     refuse(problems(env))
 
 
 def problems(env: Mapping[str, str]) -> Iterator[str]:
-    """Numbers that are none or out of range, some of the variables without the others, several processes without torchrun."""
+    """Messages about bad numbers, incomplete sets of variables, and several processes without torchrun."""
     numbers, wrong = {}, False
     for name, low in _LEAST.items():
         if name in env:
@@ -32,10 +28,10 @@ def problems(env: Mapping[str, str]) -> Iterator[str]:
                 yield f"{name} is {env[name]!r}; it must be a whole number of at least {low}: {_REMEDY}."
     if wrong:
         return
-    if given := [name for name in (*_WORLD, *_MASTER) if name in env]:
-        needed = _MASTER if set(given) <= set(_MASTER) else (*_WORLD, *_MASTER)
+    if present := [name for name in (*_WORLD, *_MASTER) if name in env]:
+        needed = _MASTER if set(present) <= set(_MASTER) else (*_WORLD, *_MASTER)
         if missing := [name for name in needed if name not in env]:
-            yield f"{' and '.join(given)} {_is(given)} set, but {' and '.join(missing)} {_is(missing)} not: {_REMEDY}."
+            yield f"{' and '.join(present)} {_is(present)} set, but {' and '.join(missing)} {_is(missing)} not: {_REMEDY}."
             return
     if "MASTER_ADDR" in env and not env["MASTER_ADDR"].strip():
         yield f"MASTER_ADDR is empty; it must name the host of rank 0: {_REMEDY}."
@@ -49,9 +45,9 @@ def problems(env: Mapping[str, str]) -> Iterator[str]:
 
 
 def _without_torchrun(env: Mapping[str, str]) -> Iterator[str]:
-    """Several processes that don't know of each other: each would be a world of one, in the same folder."""
+    """A message if a launcher started several processes without rank variables: each would be a world of one."""
     counts = {launcher: _number(env.get(name, "")) for launcher, name in _LAUNCHERS.items()}
-    # A batch script has the variables of its job, too, but is one process; what srun starts has those of a step.
+    # A batch script is one process, but also has SLURM_NTASKS; only srun's processes have the variables of a step.
     if "SLURM_PROCID" in env and counts["srun"] is None and env.get("ENVIRONMENT") != "BATCH":
         counts["srun"] = _number(env.get("SLURM_NTASKS", env.get("SLURM_NPROCS", "")))
     for launcher, count in counts.items():
@@ -72,5 +68,5 @@ def _is(names: list[str]) -> str:
 
 
 def is_rank_zero() -> bool:
-    """True on the one process that does a stage which needs no others; the rest of a torchrun world has nothing to do."""
+    """Whether this is the first process, by RANK; it alone runs the stages that need no torch.distributed."""
     return int(os.environ.get("RANK", 0)) == 0

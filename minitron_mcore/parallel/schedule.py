@@ -1,12 +1,12 @@
-"""Megatron-Core's pipeline schedules, called with batches in and a function on the last stage's output.
+"""Forward and backward passes through megatron-core's pipeline schedules.
 
-A batch holds whole sequences, [B, S] a tensor, the same on all ranks of a model replica. Here, and only here, each
-context-parallel rank r of CP takes its share of them, [B, S / CP]: parts r and 2 CP - 1 - r of 2 CP, as megatron-core's rotary
-embedding and Transformer Engine's attention have it. Models, losses and `on_output` see shares.
+A batch holds whole sequences [B, S], the same on all ranks of a model replica. This module, and no other, shards them: models,
+losses and `on_output` see the context-parallel rank's shard (see `cp_shard`).
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,19 @@ from megatron.core.utils import get_batch_on_this_cp_rank  # isort: skip
 Batch = dict[str, Tensor]
 
 
-def share(batch: Batch) -> Batch:
-    """This context-parallel rank's part of a batch's [B, S] tensors; others are shares already."""
+def cp_shard(batch: Batch) -> Batch:
+    """A batch whose [B, S] tensors are replaced by this context-parallel rank's shard [B, S / CP].
+
+    Rank r of CP holds parts r and 2 CP - 1 - r of the sequence's 2 CP, as in megatron-core's rotary embedding and Transformer
+    Engine's attention. Tensors that are not two-dimensional are sharded already.
+    """
     whole = {key: value for key, value in batch.items() if value is not None and value.dim() == 2}
     return batch | get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=process_groups.cp_group())
 
 
 def positions(length: int, parallel: ParallelConfig, place: Place) -> Tensor:
-    """Of each of the rows [S_r] of a rank's hidden states, its token's position in the sequence of `length`: S_r = S / CP or
-    S / CP / TP under sequence parallelism."""
+    """Position in the sequence of each row of a rank's hidden states: int64 [S_r], S_r = S / CP, or S / CP / TP under sequence
+    parallelism; `length` is S."""
     own, parts = torch.arange(length), 2 * parallel.context
     if parallel.context > 1:
         halves = own.view(parts, -1)
@@ -37,30 +41,27 @@ def positions(length: int, parallel: ParallelConfig, place: Place) -> Tensor:
     return own.view(parallel.tensor, -1)[place.tensor] if parallel.sequence else own
 
 
-def forward(
-    model: nn.Module, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None], headless: bool = True
-) -> None:
-    """Forward passes over micro-batches, through whatever pipeline the model is laid out in (collective).
+def forward(model: nn.Module, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None]) -> None:
+    """Forward passes without gradients over micro-batches, in evaluation mode (collective over the model's replica).
 
-    Micro-batches of one shape that follow each other fill the pipeline together. The interleaved schedule takes them in groups
-    of as many as there are pipeline ranks: what is missing to the last is filled up with padding, of which no output is given.
+    Consecutive micro-batches of one shape share a pipeline run. The interleaved schedule needs a multiple of the pipeline ranks,
+    so padding batches complete a run; their outputs are discarded.
 
     Args:
-        model: this rank's part; every stage takes part in every micro-batch.
-        batches: each with "tokens" [B, S] int64, and maybe "mask" [B, S] bool, False on padding.
-        on_output: called on last-stage ranks with each output and its share of the batch: the final norm's hidden states
-            [S_r, B, H], S_r = S / CP or S / CP / TP under sequence parallelism, or this rank's logits [B, S / CP, V_r] where
-            `headless` is false.
+        model: this rank's part of the model.
+        batches: each with "tokens" [B, S] int64 and optionally "mask" [B, S] bool, False on padding.
+        on_output: called on last-stage ranks with each output and its batch (`cp_shard`). The output is the final norm's hidden
+            states [S_r, B, H], S_r = S / CP, or S / CP / TP under sequence parallelism.
     """
 
-    def step(iterator, chunk):
+    def step(iterator: Iterator[Batch], chunk: nn.Module) -> Any:
         hang_watchdog.beat()
         whole = next(iterator)
-        batch = share(whole)
-        output = chunk(batch["tokens"], None, None, headless=headless, loss_mask=batch.get("mask"))
+        batch = cp_shard(whole)
+        output = chunk(batch["tokens"], None, None, loss_mask=batch.get("mask"))
 
         def collect(output: Tensor, non_loss_data: bool) -> None:
-            if whole is not idle:
+            if whole is not padding:
                 on_output(output, batch)
 
         return output, collect
@@ -68,11 +69,11 @@ def forward(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for _, run in itertools.groupby(batches, key=lambda batch: batch["tokens"].shape):
-            run = list(run)
-            idle = {"tokens": run[0]["tokens"], "mask": torch.zeros_like(run[0]["tokens"], dtype=torch.bool)}
+        for _, group in itertools.groupby(batches, key=lambda batch: batch["tokens"].shape):
+            run = list(group)
+            padding = {"tokens": run[0]["tokens"], "mask": torch.zeros_like(run[0]["tokens"], dtype=torch.bool)}
             if len(model.chunks) > 1:
-                run += [idle] * (-len(run) % process_groups.pp_group().size())
+                run += [padding] * (-len(run) % process_groups.pp_group().size())
             _run(step, model.chunks, run, run[0], len(run), forward_only=True, collect_non_loss_data=True)
     model.train(was_training)
 
@@ -81,35 +82,43 @@ def forward_backward(
     chunks: Sequence[nn.Module],
     batches: Iterable[Batch],
     loss: Callable[[Tensor, Batch], tuple[Tensor, Tensor, Tensor]],
-    like: Batch,
+    example: Batch,
     count: int,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> list[Tensor]:
-    """One training step's forward and backward passes, gradients finalized over all ranks (collective).
+    """One training step's forward and backward passes, and the reduction of gradients over all ranks (collective).
 
     Args:
-        chunks: of this rank's part, each under megatron-core's DDP.
-        batches: `count` micro-batches of this data-parallel rank, taken one by one as the schedule asks for them; of several
-            chunks each asks for all, and `count` is a multiple of the pipeline ranks.
-        loss: on last-stage ranks, (hidden states, share of the batch) -> (summed loss, number of tokens int32, statistics).
-        like: a micro-batch of their shape.
-        on_batch: called with the share of the batch that a chunk takes next.
+        chunks: this rank's model chunks, each wrapped in megatron-core's DistributedDataParallel.
+        batches: `count` micro-batches of this data-parallel rank, read one at a time by each chunk.
+        loss: called on last-stage ranks with (hidden states [S_r, B, H], batch (`cp_shard`)); returns (summed loss, number of
+            tokens int32, statistics).
+        example: a batch of the micro-batches' shape.
+        count: number of micro-batches; with several chunks a multiple of the pipeline ranks.
+        on_batch: called with each batch (`cp_shard`) before a chunk's forward pass.
 
     Returns:
-        The statistics of every micro-batch on last-stage ranks, an empty list elsewhere.
+        The statistics of each micro-batch on last-stage ranks, an empty list elsewhere.
     """
 
-    def step(iterator, chunk):
+    def step(iterator: Iterator[Batch], chunk: nn.Module) -> Any:
         hang_watchdog.beat()
-        batch = share(next(iterator))
+        batch = cp_shard(next(iterator))
         on_batch(batch)
-        return chunk(batch["tokens"], None, None, headless=True), lambda hidden: loss(hidden, batch)
+        return chunk(batch["tokens"], None, None), lambda hidden: loss(hidden, batch)
 
-    return _run(step, chunks, batches, like, count, forward_only=False)
+    return _run(step, chunks, batches, example, count, forward_only=False)
 
 
-def _run(step, chunks, batches, like: Batch, count: int, **kwargs) -> list:
-    micro_batch, length = like["tokens"].shape
+def _run(
+    step: Callable[..., Any],
+    chunks: Sequence[nn.Module],
+    batches: Iterable[Batch],
+    example: Batch,
+    count: int,
+    **options: bool,
+) -> list[Tensor]:
+    micro_batch, length = example["tokens"].shape
     results = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=list(itertools.tee(batches, len(chunks))),
@@ -117,6 +126,6 @@ def _run(step, chunks, batches, like: Batch, count: int, **kwargs) -> list:
         num_microbatches=count,
         seq_length=length,
         micro_batch_size=micro_batch,
-        **kwargs,
+        **options,
     )
     return results if process_groups.is_last_stage() else []

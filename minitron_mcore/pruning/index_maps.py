@@ -1,4 +1,4 @@
-"""What a plan keeps of each parameter: positions along each logical axis of the parameter table. No torch import."""
+"""Index maps of a plan: the kept positions along each logical axis of the parameter table. No torch import."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from minitron_mcore.pruning.plan import Plan
 
 
 def target_of(parameter: Parameter, plan: Plan) -> Parameter:
-    """The target's parameter that a plan makes of a parameter of its source, blocks and experts renumbered.
+    """The target's parameter that a parameter of the source becomes; blocks and experts are renumbered.
 
     Raises:
         ValueError: the plan drops the parameter's block or expert (see `keeps`).
@@ -17,15 +17,20 @@ def target_of(parameter: Parameter, plan: Plan) -> Parameter:
     return Parameter(parameter.row, plan.target, block, expert)
 
 
-def keeps(plan: Plan, parameter: Parameter) -> bool:
-    """True where anything of a parameter of the plan's source is kept."""
+def is_kept(plan: Plan, parameter: Parameter) -> bool:
+    """Whether the plan keeps any part of a parameter of its source."""
     if parameter.block is not None and parameter.block not in plan.blocks_with(parameter.row.part):
         return False
     return parameter.expert is None or parameter.expert in plan.experts[parameter.block]
 
 
-def kept(axis: str, plan: Plan, block: int | None = None, expert: int | None = None) -> np.ndarray:
-    """Positions of the source's axis that a plan keeps, ascending (int64)."""
+def kept_positions(axis: str, plan: Plan, block: int | None = None, expert: int | None = None) -> np.ndarray:
+    """Kept positions of an axis of the source, ascending, int64.
+
+    Args:
+        axis: of the parameter table ("hidden", "ffn", "qkv", ...).
+        block, expert: numbers in the source, for axes whose positions differ between them.
+    """
     arch = plan.source
     if axis == "hidden":
         return np.asarray(plan.hidden)
@@ -36,10 +41,10 @@ def kept(axis: str, plan: Plan, block: int | None = None, expert: int | None = N
     if axis in ("ffn", "glu"):
         ffn = np.asarray(plan.ffn[block] if expert is None else plan.experts[block][expert])
         return ffn if axis == "ffn" else np.concatenate([ffn, arch.ffn + ffn])
-    heads = _spread(np.asarray(plan.heads[block]), arch.head_dim)
+    heads = _expand_units(np.asarray(plan.heads[block]), arch.head_dim)
     if axis == "heads":
         return heads
-    keys = _spread(np.asarray(plan.groups[block]), arch.head_dim)
+    keys = _expand_units(np.asarray(plan.groups[block]), arch.head_dim)
     starts = np.cumsum((0, *hf_rows("qkv", arch)[:-1]))
     keep = np.zeros(size("qkv", arch), dtype=bool)
     for start, rows in zip(starts, (heads, keys, keys), strict=True):
@@ -47,17 +52,17 @@ def kept(axis: str, plan: Plan, block: int | None = None, expert: int | None = N
     return np.flatnonzero(keep[packing("qkv", arch)])
 
 
-def partners(plan: Plan, block: int) -> np.ndarray:
-    """For each position of the source's axis qkv, the position of the dropped query head that is merged into it (see
-    `Plan.merged`); its own where there is none (int64)."""
+def merge_partners(plan: Plan, block: int) -> np.ndarray:
+    """For each position of the source's axis qkv, the position that is merged into it (see `Plan.merged`), or itself; int64."""
     arch = plan.source
-    at = np.argsort(packing("qkv", arch))  # of each Hugging Face row
-    found = np.arange(size("qkv", arch))
+    position_of_row = np.argsort(packing("qkv", arch))  # of each Hugging Face row
+    partners = np.arange(size("qkv", arch))
     for pair in plan.merged.get(block, {}).items():
-        stays, goes = (at[_spread(np.asarray([head]), arch.head_dim)] for head in pair)
-        found[stays] = goes
-    return found
+        kept, dropped = (position_of_row[_expand_units(np.asarray([head]), arch.head_dim)] for head in pair)
+        partners[kept] = dropped
+    return partners
 
 
-def _spread(units: np.ndarray, width: int) -> np.ndarray:
+def _expand_units(units: np.ndarray, width: int) -> np.ndarray:
+    """Positions of the channels of units that are `width` channels wide."""
     return (units[:, None] * width + np.arange(width)).reshape(-1)

@@ -1,4 +1,4 @@
-"""What a plan cuts, read from the parameter table: the tensors along each axis, and their bytes before and after."""
+"""Tables about a plan, from the parameter table: the tensors along each axis, and their bytes before and after."""
 
 import dataclasses
 import math
@@ -10,18 +10,18 @@ from minitron_mcore.pruning import index_maps
 from minitron_mcore.pruning.plan import Plan
 
 COUNTED_BY = {"glu": ("ffn",), "qkv": ("heads", "groups")}
-"""The architecture's sizes behind an axis that packs several; any other axis is a size itself."""
+"""Axes that pack several of an architecture's sizes; any other axis has the name of its size."""
 FIXED = ("vocab", "head_dim")
-"""No plan cuts them."""
+"""Axes that no plan cuts."""
 LAYERS = {"attention layers": "{a}", "MLP layers": "{m}"}
 BYTES = {"bf16": 2, "fp32": 4}
 
 
 def axes(plan: Plan, dtype: str) -> list[dict]:
-    """Rows for a table: axis, kept and total of its units, the tensors along it, their bytes before and after.
+    """Rows for a table: axis, kept and total units, the tensors along it, their bytes before and after in "bf16" or "fp32".
 
-    A tensor stands in the row of each axis that it has, so the bytes of these rows overlap; the last row is the whole model.
-    Attention and MLP layers have rows of their own where a plan drops them apart from their blocks.
+    A tensor counts in the row of each of its axes, so the bytes of these rows overlap; the last row is the whole model.
+    Attention and MLP layers have rows where a plan drops them without their blocks.
     """
     pairs = _pairs(plan)
     names = [field.name for field in dataclasses.fields(Architecture) if field.name not in FIXED]
@@ -40,8 +40,8 @@ def axes(plan: Plan, dtype: str) -> list[dict]:
 
 
 def tensors(plan: Plan, dtype: str) -> list[dict]:
-    """Rows for a table, one a kind of parameter and so each tensor once: its name with * for numbers, its axes, how many there
-    are before and after, their shape and bytes."""
+    """Rows for a table, one per kind of parameter: its name with * for numbers, axes, shape, and the number of tensors and bytes
+    before and after. Each tensor counts once."""
     kinds: dict[str, list[tuple[Parameter, Parameter | None]]] = {}
     for pair in _pairs(plan):
         kinds.setdefault(pair[0].row.name, []).append(pair)
@@ -69,18 +69,18 @@ def counts(plan: Plan) -> str:
 
 
 def _pairs(plan: Plan) -> list[tuple[Parameter, Parameter | None]]:
-    """Each parameter of the source and what the plan makes of it; None is nothing."""
+    """Pairs of a parameter of the source and the target's parameter that it becomes; None if it is dropped."""
     return [
-        (p, index_maps.target_of(p, plan) if index_maps.keeps(plan, p) else None)
+        (p, index_maps.target_of(p, plan) if index_maps.is_kept(plan, p) else None)
         for p in parameter_table.parameters(plan.source)
     ]
 
 
 def _units(parameter: Parameter) -> set[str]:
-    """The sizes of an architecture that decide a parameter's shape, or whether it is there."""
-    found = {unit for axis in parameter.row.axes for unit in COUNTED_BY.get(axis, (axis,))}
-    found |= {"blocks"} if parameter.block is not None else set()
-    return found | ({"experts"} if parameter.expert is not None else set())
+    """The architecture's sizes that determine a parameter's shape or existence."""
+    units = {unit for axis in parameter.row.axes for unit in COUNTED_BY.get(axis, (axis,))}
+    units |= {"blocks"} if parameter.block is not None else set()
+    return units | ({"experts"} if parameter.expert is not None else set())
 
 
 def _row(axis: str, kept: int | None, total: int | None, pairs: list, dtype_bytes: int) -> dict:

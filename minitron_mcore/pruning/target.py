@@ -1,4 +1,4 @@
-"""The sizes and layers that a prune config asks for, held against the source and what a recipe published. No torch import."""
+"""The target architecture of a prune config, checked against the source and a recipe's published counts. No torch import."""
 
 import dataclasses
 import math
@@ -11,36 +11,36 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 
 
-def as_count(value: object, total: int, said: str) -> int:
-    """A size or share of `total` as a count: an int is itself, a float above 0 and up to 1.0 that share, rounded.
+def as_count(value: object, total: int, prefix: str) -> int:
+    """A size as a count: an int is a count, a float above 0 and up to 1.0 is a share of `total`, rounded.
 
     Args:
-        said: how a sentence about it begins ("prune.hidden is").
+        prefix: of error messages ("prune.hidden is").
 
     Raises:
-        UserError: anything else; a share that comes to none.
+        UserError: any other value, or a share that rounds to 0.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, float):
-        raise UserError(f"{said} {value!r}: give a whole number, or a share above 0 and up to 1.0.")
+        raise UserError(f"{prefix} {value!r}: give a whole number, or a share above 0 and up to 1.0.")
     if not 0 < value <= 1:
         size = f" ({value:.0f})" if value.is_integer() and value > 1 else ""
         raise UserError(
-            f"{said} {value}, but a number with a point is a share, above 0 and up to 1.0 (all {total}): write a size without a "
+            f"{prefix} {value}, but a number with a point is a share, above 0 and up to 1.0 (all {total}): write a size without a "
             f"point{size}."
         )
     count = round(value * total)
     if count < 1:
-        raise UserError(f"{said} {value}, a share of {total} that comes to 0: give a larger share, or the size 1.")
+        raise UserError(f"{prefix} {value}, a share of {total} that comes to 0: give a larger share, or the size 1.")
     return count
 
 
-def resolve(target: int | float | None, total: int, name: str) -> int:
-    """A target of prune.`name` as a count (see `as_count`); None is all.
+def kept_count(target: int | float | None, total: int, name: str) -> int:
+    """The value of prune.`name` as a count (see `as_count`); None keeps all.
 
     Raises:
-        UserError: a target below 1 unit or above the source; see `as_count`.
+        UserError: a count below 1 or above `total`; see `as_count`.
     """
     if target is None:
         return total
@@ -52,74 +52,79 @@ def resolve(target: int | float | None, total: int, name: str) -> int:
     return count
 
 
-class Depth(NamedTuple):
-    """What a target keeps of its source's depth: blocks, and those of them that keep attention and MLP; all source blocks."""
+class KeptLayers(NamedTuple):
+    """Numbers of the source's blocks that are kept, and of those that keep their attention and MLP layers."""
 
     blocks: list[int]
     attention: list[int]
     mlp: list[int]
 
 
-def depth(source: Architecture, prune: PruneConfig, distances: Mapping[str, SupportsFloat] | None = None) -> Depth:
-    """The layers that a prune config keeps: blocks are chosen first, then attention and MLP layers among those of kept blocks.
+def kept_layers(
+    source: Architecture, prune: PruneConfig, distances: Mapping[str, SupportsFloat] | None = None
+) -> KeptLayers:
+    """The layers that a prune config keeps: first blocks are chosen, then attention and MLP layers of the kept blocks.
 
     Args:
-        distances: `blocks.i.{block,attention,mlp}`; the lowest go first. Without them the counts are right, and the blocks stand
-            in for those that scores would choose.
+        distances: `blocks.i.{block,attention,mlp}`, 1 - cosine of input and output; the lowest are dropped. None gives the right
+            numbers of layers, but not the choice that scores would make.
 
     Raises:
-        UserError: all of: layers that are not there, more than there are, none, a block that would keep neither of the two.
+        UserError: all problems: layers that do not exist or too many of them, nothing kept, a block that keeps neither layer.
     """
-    wrong: list[str] = []
+    problems: list[str] = []
 
-    def choose(option: str, there: list[int], total: int, needed: Container[int]) -> list[int]:
+    def choose(option: str, candidates: list[int], total: int, preferred: Container[int]) -> list[int]:
         def score(block: int) -> float:
             kind = option.removesuffix("s")
-            return float(distances[f"blocks.{block}.{kind}"]) if distances else block in needed
+            return float(distances[f"blocks.{block}.{kind}"]) if distances else block in preferred
 
         try:
-            return _choose(prune, option, there, total, score)
-        except UserError as mistake:
-            wrong.append(str(mistake))
-            return there
+            return _choose(prune, option, candidates, total, score)
+        except UserError as error:
+            problems.append(str(error))
+            return candidates
 
     blocks = choose("blocks", list(range(source.blocks)), source.blocks, {*prune.drop_attention, *prune.drop_mlp})
     blocks_with = {part: [b for b in source.blocks_with(part) if b in blocks] for part in ("attention", "mlp")}
-    needed = {*prune.drop_mlp, *source.no_mlp}
-    attention = choose("attention", blocks_with["attention"], source.blocks - len(source.no_attention), needed)
+    preferred = {*prune.drop_mlp, *source.no_mlp}
+    attention = choose("attention", blocks_with["attention"], source.blocks - len(source.no_attention), preferred)
     mlp = choose("mlp", blocks_with["mlp"], source.blocks - len(source.no_mlp), set(blocks) - set(attention))
-    if not wrong and (empty := sorted(set(blocks) - {*attention, *mlp})):
-        gone = sorted({*range(source.blocks)} - {*blocks} | {*empty})
-        wrong.append(
-            f"nothing would be left of block{'s' * (len(empty) > 1)} {spans(empty)}, neither attention nor MLP: say "
-            f"prune.drop_blocks={gone} instead of prune.blocks, or keep more attention or MLP layers."
+    if not problems and (empty := sorted(set(blocks) - {*attention, *mlp})):
+        dropped = sorted({*range(source.blocks)} - {*blocks} | {*empty})
+        problems.append(
+            f"block{'s' * (len(empty) > 1)} {format_ranges(empty)} would keep neither attention nor MLP: give "
+            f"prune.drop_blocks={dropped} instead of prune.blocks, or keep more attention or MLP layers."
         )
-    refuse(wrong)
-    return Depth(blocks, attention, mlp)
+    refuse(problems)
+    return KeptLayers(blocks, attention, mlp)
 
 
-def _choose(prune: PruneConfig, option: str, there: list[int], total: int, score: Callable[[int], float]) -> list[int]:
-    """Those of the blocks `there` that prune.drop_<option> leaves or, of prune.<option>, the highest; of equals the first."""
-    dropped, wanted = getattr(prune, f"drop_{option}"), getattr(prune, option)
-    count = len(there) if wanted is None else resolve(wanted, total, option)
+def _choose(
+    prune: PruneConfig, option: str, candidates: list[int], total: int, score: Callable[[int], float]
+) -> list[int]:
+    """The candidates that prune.drop_<option> does not name or, for a count in prune.<option>, those with the highest scores."""
+    dropped, size = getattr(prune, f"drop_{option}"), getattr(prune, option)
+    count = len(candidates) if size is None else kept_count(size, total, option)
     if dropped:
-        if not set(dropped) < set(there) or len(set(dropped)) != len(dropped):
+        if not set(dropped) < set(candidates) or len(set(dropped)) != len(dropped):
             what = "the source has" if option == "blocks" else f"the kept ones with {option} are"
             raise UserError(
-                f"prune.drop_{option} {list(dropped)}: give different blocks, not all; {what} {spans(there)}."
+                f"prune.drop_{option} {list(dropped)}: give different blocks, not all; {what} {format_ranges(candidates)}."
             )
-        left = [block for block in there if block not in dropped]
-        if wanted is not None and count != len(left):
+        kept = [block for block in candidates if block not in dropped]
+        if size is not None and count != len(kept):
             raise UserError(
-                f"prune.{option} is {count}, but prune.drop_{option} leaves {len(left)}: give one of the two."
+                f"prune.{option} is {count}, but prune.drop_{option} leaves {len(kept)}: give one of the two."
             )
-        return left
-    if count > len(there):
-        raise UserError(f"prune.{option} is {count}, but the kept blocks have {len(there)}: give 1 to {len(there)}.")
-    return sorted(sorted(there, key=lambda block: -score(block))[:count])
+        return kept
+    if count > len(candidates):
+        limit = len(candidates)
+        raise UserError(f"prune.{option} is {count}, but the kept blocks have {limit}: give 1 to {limit}.")
+    return sorted(sorted(candidates, key=lambda block: -score(block))[:count])
 
 
-def spans(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 as "0-2, 5"."""
     starts = [number for number in numbers if number - 1 not in numbers]
     ends = [number for number in numbers if number + 1 not in numbers]
@@ -129,76 +134,76 @@ def spans(numbers: Sequence[int]) -> str:
 def target_architecture(
     source: Architecture, prune: PruneConfig, distances: Mapping[str, SupportsFloat] | None = None
 ) -> Architecture:
-    """The sizes that a prune config asks for, and the layers (see `depth`).
+    """The architecture with the sizes of a prune config and the layers of `kept_layers`.
 
     Raises:
-        UserError: all of: a size above the source's, heads that the kept groups don't divide or don't hold, too few of them for a
-            merge, layers that are not there, experts of a model that has none.
+        UserError: all problems: a size above the source's, heads that the kept groups do not divide or hold, too few heads for a
+            merge, layers that do not exist, experts of a model without experts.
     """
-    sizes, wrong = {}, []
+    sizes, problems = {}, []
     for axis in ("hidden", "ffn", "heads", "groups", "experts"):
         sizes[axis] = total = getattr(source, axis)
         if axis == "experts" and not source.experts:
             if prune.experts is not None:
-                wrong.append(f"prune.experts is {prune.experts}, but the source has no experts: leave it out.")
+                problems.append(f"prune.experts is {prune.experts}, but the source has no experts: remove it.")
             continue
         try:
-            sizes[axis] = resolve(getattr(prune, axis), total, axis)
-        except UserError as mistake:
-            wrong.append(str(mistake))
+            sizes[axis] = kept_count(getattr(prune, axis), total, axis)
+        except UserError as error:
+            problems.append(str(error))
     if prune.heads is None:
         sizes["heads"] = sizes["groups"] * source.heads_per_group
-    wrong += _head_problems(source, prune, sizes["heads"], sizes["groups"])
+    problems += _head_problems(source, prune, sizes["heads"], sizes["groups"])
     try:
-        kept = depth(source, prune, distances)
-    except UserError as mistake:
-        wrong.append(str(mistake))
-    refuse(wrong)
-    gone = {
+        kept = kept_layers(source, prune, distances)
+    except UserError as error:
+        problems.append(str(error))
+    refuse(problems)
+    dropped = {
         f"no_{part}": tuple(n for n, block in enumerate(kept.blocks) if block not in getattr(kept, part))
         for part in ("attention", "mlp")
     }
-    return dataclasses.replace(source, **sizes, blocks=len(kept.blocks), **gone)
+    return dataclasses.replace(source, **sizes, blocks=len(kept.blocks), **dropped)
 
 
 def _head_problems(source: Architecture, prune: PruneConfig, heads: int, groups: int) -> Iterator[str]:
-    """What keeps so many query heads from being shared out over the kept groups, or dropped ones from being merged."""
-    held = source.heads_per_group
-    near = min(max(1, round(heads / groups)), held) * groups
+    """Query heads that the kept groups do not divide or hold, or that cannot be merged."""
+    size = source.heads_per_group
+    near = min(max(1, round(heads / groups)), size) * groups
     if prune.merge_heads and source.traits.qk_norm:
         yield (
-            f"prune.merge_heads adds up the queries of heads, which does not hold for {source.traits.hf_class}: it puts a norm on "
-            "them afterwards; give prune.merge_heads=false."
+            f"prune.merge_heads adds up the queries of heads, but {source.traits.hf_class} normalises queries: give "
+            "prune.merge_heads=false."
         )
     if heads % groups:
         yield f"prune.heads {heads} is not a multiple of the {groups} key/value groups: give {near}."
-    elif heads > groups * held:
-        yield f"prune.heads {heads} is more than the {groups * held} query heads of {groups} key/value groups: give {near}."
-    elif prune.merge_heads and 2 * heads < groups * held:
+    elif heads > groups * size:
+        yield f"prune.heads {heads} is more than the {groups * size} query heads of {groups} key/value groups: give {near}."
+    elif prune.merge_heads and 2 * heads < groups * size:
         yield (
-            f"prune.merge_heads needs half of a group's {held} query heads, but prune.heads {heads} keeps {heads // groups}: "
-            f"give {math.ceil(held / 2) * groups} heads or more, or prune.merge_heads=false."
+            f"prune.merge_heads needs half of a group's {size} query heads, but prune.heads {heads} keeps {heads // groups}: "
+            f"give {math.ceil(size / 2) * groups} heads or more, or prune.merge_heads=false."
         )
 
 
 def check_counts(target: Architecture, parameters: int | None, without_embeddings: int | None) -> None:
-    """Hold a target against a recipe's published counts; None asks nothing.
+    """Check a target against a recipe's published parameter counts; None is not checked.
 
     Raises:
-        UserError: names what was found and what was published.
+        UserError: a count differs.
     """
-    found = {
+    counts = {
         "parameters": parameter_table.count(target),
         "without_embeddings": parameter_table.count(target, embeddings=False),
     }
     published = {"parameters": parameters, "without_embeddings": without_embeddings}
-    wrong = [
+    different = [
         f"{name} {count:,} where the recipe's model has {published[name]:,}"
-        for name, count in found.items()
+        for name, count in counts.items()
         if published[name] not in (None, count)
     ]
-    if wrong:
+    if different:
         raise UserError(
-            f"the plan's target has {' and '.join(wrong)}: leave prune.* as the recipe has it, or say "
+            f"the plan's target has {' and '.join(different)}: keep the recipe's prune.*, or give "
             "recipe.parameters=null recipe.without_embeddings=null for a model of your own."
         )

@@ -1,4 +1,4 @@
-"""Pictures of a depth study."""
+"""Plots of a depth study."""
 
 import os
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from minitron_mcore.reporting.plots import DPI
 
 
 def plot_depth(study: Mapping, png: str | os.PathLike) -> None:
-    """Loss and, where it was measured, accuracy without each run of neighbouring blocks, against the last block that is dropped
-    (arXiv 2408.11796, figures 8 and 9); one curve a size, a ring on what the study chose.
+    """Plot loss and, if measured, accuracy without each contiguous run of blocks against the last dropped block (arXiv 2408.11796,
+    figures 8 and 9); one curve per length. A ring marks the study's choice.
 
     Args:
-        study: as in depth.json.
+        study: the content of depth.json.
     """
     figures = {"loss": "loss (nats / token)", "accuracy": "accuracy"}
     if study["baseline"]["accuracy"] is None:
@@ -24,7 +24,7 @@ def plot_depth(study: Mapping, png: str | os.PathLike) -> None:
     figure = Figure(figsize=(6.5 * len(figures), 5), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
         _curves(axes, study, name)
-        axes.axhline(study["baseline"][name], color="black", linestyle="--", linewidth=1, label="the whole model")
+        axes.axhline(study["baseline"][name], color="black", linestyle="--", linewidth=1, label="full model")
         if name == "accuracy":
             axes.axhline(study["chance"], color="grey", linestyle=":", linewidth=1, label="chance")
         axes.set(title=f"{label.split(' (')[0].capitalize()} without a run of blocks", ylabel=label)

@@ -1,4 +1,4 @@
-"""The sections as one HTML file: styles and pictures within, no script, nothing fetched, every value escaped."""
+"""The report as one self-contained HTML file: inline styles and images, no script, no external resource, all values escaped."""
 
 import datetime
 from pathlib import Path
@@ -15,43 +15,41 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def collect(work_dir: str | Path) -> list[Section]:
-    """What `work_dir` has to say.
+    """The sections of the report on `work_dir`.
 
     Raises:
         UserError: see `read.folders` and `sections`.
     """
-    found = sections(read.folders(work_dir))
-    if not found:
+    report = sections(read.folders(work_dir))
+    if not report:
         raise UserError(f"{work_dir} has nothing to report yet: every file that a stage wrote there is empty.")
-    return found
+    return report
 
 
 def write(work_dir: str | Path, html: str | Path) -> list[dict]:
-    """Write the report on `work_dir` to the file `html`, over an older report; returns rows of what is in it.
+    """Write the report on `work_dir` to the file `html`; returns the rows of `contents`.
 
     Raises:
-        UserError: see `collect`; `html` is a file that is no report.
+        UserError: see `collect` and `check`.
     """
     work_dir, html = Path(work_dir), Path(html)
     check(html)
-    found = collect(work_dir)
+    report = collect(work_dir)
     html.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.replace_text(html, render(work_dir, found))
-    return contents(found)
+    run_folder.replace_text(html, render(work_dir, report))
+    return contents(report)
 
 
 def check(html: Path) -> None:
-    """Refuse to write where something else lies.
-
-    Raises:
-        UserError: `html` is a folder, or a file that is no report.
-    """
+    """Raise UserError if `html` is a folder, or a file that is not an older report."""
     if html.is_dir() or (html.is_file() and GENERATOR not in html.read_text(errors="replace")[:2000]):
-        raise UserError(f"{html} is there and is no report of ours: give another file (html=/path/report.html).")
+        raise UserError(
+            f"{html} exists and is not a report of this package: give another file (html=/path/report.html)."
+        )
 
 
-def contents(found: list[Section]) -> list[dict]:
-    """Rows for a table: the parts of each section."""
+def contents(report: list[Section]) -> list[dict]:
+    """Rows for a table: tables and pictures of each part."""
     return [
         {
             "section": section.title,
@@ -59,25 +57,27 @@ def contents(found: list[Section]) -> list[dict]:
             "tables": sum(bool(t.rows) for t in part.tables),
             "pictures": len(part.pictures),
         }
-        for section in found
+        for section in report
         for part in section.parts
     ]
 
 
-def render(work_dir: Path, found: list[Section]) -> str:
+def render(work_dir: Path, report: list[Section]) -> str:
+    """The page as HTML."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"cell": tables.cell, "label": tables.label, "columns": tables.columns, "css": _css}
+    environment.filters |= {"cell": tables.format_value, "label": tables.label, "columns": tables.columns, "css": _css}
     return environment.from_string(_TEMPLATE.read_text()).render(
         title=work_dir.resolve().name,
         folder=str(work_dir),
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        sections=found,
+        sections=report,
         generator=GENERATOR,
         versions=", ".join(f"{name} {version}" for name, version in run_folder.versions().items()),
     )
 
 
 def _css(rows: list[dict], column: str) -> str:
+    """CSS class of a column: code, number or neither."""
     if column in CODE:
         return "c"
-    return "n" if tables.numbers(rows, column) else ""
+    return "n" if tables.is_numeric(rows, column) else ""

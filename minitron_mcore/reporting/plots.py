@@ -1,4 +1,4 @@
-"""Pictures of what the stages found, drawn without a display."""
+"""Plots of scores, plans and losses, drawn without a display."""
 
 import json
 import os
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from minitron_mcore.pruning.plan import Plan
 
-# Okabe and Ito's palette: colour-blind readers tell its members apart.
+# Okabe and Ito's palette, for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DPI = 130
 _READABLE_COLUMNS = 48
 
 
 def _by_block(scores: Mapping[str, np.ndarray], kind: str) -> dict[int, np.ndarray]:
-    """The vectors named blocks.{i}.{kind}, by block."""
-    found = {m[1]: name for name in scores if (m := re.fullmatch(rf"blocks\.(\d+)\.{kind}", name))}
-    return {int(i): scores[found[i]] for i in sorted(found, key=int)}
+    """Block -> its vector blocks.{i}.{kind}."""
+    names = {int(m[1]): name for name in scores if (m := re.fullmatch(rf"blocks\.(\d+)\.{kind}", name))}
+    return {block: scores[names[block]] for block in sorted(names)}
 
 
 def _heat(axes: Axes, rows: dict[int, np.ndarray], extent_x: tuple[float, float], **labels: str) -> None:
-    """A heat map on a log scale, one row a block, empty where it has no scores; the outermost hundredths share the end colours."""
+    """A heat map on a log scale, one row per block; the lowest and highest hundredth are clipped."""
     scored = np.stack(list(rows.values()))
     grid = np.full((max(rows) + 1 - min(rows), scored.shape[1]), np.nan)
     grid[[block - min(rows) for block in rows]] = scored
@@ -90,18 +90,15 @@ def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
 
 
 def statistic(scores_file: str | os.PathLike) -> str:
-    """How scores were made, in a line; empty where they don't say."""
+    """How scores were computed, in one line, from their metadata."""
     with safe_open(scores_file, "np") as file:
-        found = file.metadata() or {}
+        metadata = file.metadata() or {}
     shown = ("metric", "aggregation", "ffn_site", "samples", "tokens")
-    return "; ".join(f"{key.replace('_', ' ')}: {found[key]}" for key in shown if key in found)
+    return "; ".join(f"{key.replace('_', ' ')}: {metadata[key]}" for key in shown if key in metadata)
 
 
 def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> None:
-    """One picture of a scores.safetensors: hidden (sorted), FFN (quantiles by block), heads and depth, where scored.
-
-    Its title is what the scores say of how they were made.
-    """
+    """Plot a scores.safetensors: sorted hidden scores, ffn quantiles per block, heads and depth; absent scores are left empty."""
     scores = load_file(scores_file)
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     figure.suptitle(statistic(scores_file), fontsize="small")
@@ -112,11 +109,10 @@ def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> N
 
 
 def plot_plan(plan: Plan, scores: Mapping[str, Tensor], png: str | os.PathLike) -> None:
-    """What a plan keeps of each axis in each block of its source: the share of the units, and the share of the summed score that
-    they hold. A dropped block's column is hatched.
+    """Plot the kept share of each axis in each block of the source, and its share of the summed score; dropped blocks are hatched.
 
     Args:
-        scores: vectors of the scores that the plan was made from (see `importance.scores`).
+        scores: the vectors from which the plan was made (see `importance.scores`).
     """
     rows = _kept_shares(plan, {name: vector.numpy() for name, vector in scores.items()})
     grid = np.array(list(rows.values()))
@@ -139,11 +135,11 @@ def plot_plan(plan: Plan, scores: Mapping[str, Tensor], png: str | os.PathLike) 
 
 
 def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows of `plot_plan`, a value a block of the source; NaN where the axis is gone with its block."""
+    """Rows of `plot_plan`: one value per block of the source, NaN where the axis is dropped."""
     chosen = {"hidden": dict.fromkeys(plan.blocks, plan.hidden), "heads": plan.heads}
     if plan.source.experts:
         chosen |= {"experts": {block: list(experts) for block, experts in plan.experts.items()}}
-        total = plan.source.ffn  # the channels of all experts in one row
+        total = plan.source.ffn  # the channels of all experts form one row
         ffn = {b: [e * total + i for e, kept in chosen.items() for i in kept] for b, chosen in plan.experts.items()}
         chosen |= {"ffn": ffn}
     else:
@@ -156,7 +152,7 @@ def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.n
             units[block] = len(kept[block]) / len(vector)
             held[block] = vector[kept[block]].sum() / vector.sum()
         rows |= {axis: units, f"{axis}, by score": held}
-    if plan.target.groups < plan.source.groups:  # their score is that of their heads
+    if plan.target.groups < plan.source.groups:  # groups have the score of their heads
         units = np.full(plan.source.blocks, np.nan)
         units[list(plan.groups)] = plan.target.groups / plan.source.groups
         rows["key/value groups"] = units
@@ -164,9 +160,9 @@ def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.n
 
 
 def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -> None:
-    """KD and LM loss and learning rate of labelled runs (label -> metrics.jsonl) against tokens.
+    """Plot KD loss, LM loss and learning rate of runs (label -> metrics.jsonl) against tokens.
 
-    Pale lines are single steps, full ones a running mean over a twentieth of the run.
+    Pale lines are single steps, solid lines a running mean over a twentieth of the run.
     """
     figure = Figure(figsize=(9, 8), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
@@ -183,7 +179,7 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
             axes.plot(tokens, values, color=colour, label=run)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    if any(line.get_ydata().max(initial=0) > 0 for line in panels[0].lines):  # all 0 without a teacher
+    if any(line.get_ydata().max(initial=0) > 0 for line in panels[0].lines):  # without a teacher all are 0
         panels[0].set_yscale("log")
         panels[0].yaxis.set_major_formatter("{x:g}")
         panels[0].yaxis.set_minor_formatter("{x:g}")

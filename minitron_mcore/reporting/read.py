@@ -1,4 +1,4 @@
-"""What the stages left in a work_dir: folders told apart by what they hold. What cannot be read is refused by name."""
+"""Read the files that stages wrote to a work_dir. Folders are classified by the files in them."""
 
 import base64
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitron_mcore.errors import UserError
+from minitron_mcore.reading import check_format_version
 
 KINDS = {
     "importance": "scores.safetensors",
@@ -20,14 +21,14 @@ KINDS = {
     "checkpoint": "model.json",
     "export": "minitron/lineage.json",
 }
-"""What a folder is, by the file that makes it so; a folder may be several things."""
+"""Kind of folder -> the file that identifies it; a folder may be of several kinds."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Picture(NamedTuple):
     caption: str
     alt: str
-    """What it shows, for who cannot see it."""
+    """Alternative text for screen readers."""
     data: str
     """The PNG in base64."""
 
@@ -36,7 +37,7 @@ def folders(work_dir: str | Path) -> dict[str, list[Path]]:
     """The folders below `work_dir` of each of `KINDS`, the oldest first.
 
     Raises:
-        UserError: no such folder, or none in it that a stage wrote.
+        UserError: the folder does not exist, or no stage wrote to it.
     """
     work_dir = Path(work_dir)
     if not work_dir.is_dir():
@@ -45,65 +46,67 @@ def folders(work_dir: str | Path) -> dict[str, list[Path]]:
             "(+recipe=NAME, +model=NAME)."
         )
     below = sorted((path for path in work_dir.iterdir() if path.is_dir()), key=lambda path: (_time(path), path.name))
-    found = {kind: [path for path in below if (path / file).is_file()] for kind, file in KINDS.items()}
-    if not any(found.values()):
+    by_kind = {kind: [path for path in below if (path / file).is_file()] for kind, file in KINDS.items()}
+    if not any(by_kind.values()):
         raise UserError(
             f"{work_dir} has nothing to report: no folder in it holds one of {', '.join(KINDS.values())}. Run a stage first, "
             "or give another work_dir."
         )
-    return found
+    return by_kind
 
 
 def _time(folder: Path) -> float:
-    """When a stage began to fill a folder."""
+    """Time at which a stage claimed a folder."""
     claim = folder / "config.yaml"
     return (claim if claim.is_file() else folder).stat().st_mtime
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes of its reader into one sentence.
-
-    Raises:
-        UserError: instead of any of it.
-    """
+def damage_as_user_error(path: Path) -> Iterator[None]:
+    """Turn any error of reading a damaged file into a UserError of one sentence."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # safetensors has its own type; JSON of another form fails wherever it is used
+    except Exception as error:  # safetensors has its own types; JSON of another form fails where it is used
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(
-            f"{path} is damaged, or of another form than its stage writes ({why}): make it again, or move it out of the work_dir."
+            f"{path} is damaged or has an unknown format ({why}): make it again, or move it out of the work_dir."
         ) from error
 
 
 def read_json(path: Path) -> dict:
-    with readable(path):
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise TypeError(f"a {type(found).__name__} where an object belongs")
-        return found
+    """A JSON object of a file; UserError for anything else."""
+    with damage_as_user_error(path):
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__} instead of an object")
+        check_format_version(value, path, "make it again")
+        return value
 
 
 def read_lines(path: Path) -> list[dict]:
-    """A .jsonl file. A line that is being written is left out."""
-    with readable(path):
+    """The rows of a .jsonl file; an incomplete last line is ignored."""
+    with damage_as_user_error(path):
         text = path.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def pictures(folder: Path, known: dict[str, tuple[str, str]]) -> list[Picture]:
-    """Every PNG of a folder, by name; `known` has (caption, alt) of some, the others are captioned by their file's name."""
-    found = []
+    """All PNG files of a folder, by name.
+
+    Args:
+        known: file name -> (caption, alternative text); other files are captioned by their name.
+    """
+    images = []
     for path in sorted(folder.glob("*.png")):
         words = re.sub(r"[_-]+", " ", path.stem)
         caption, alt = known.get(
-            path.name, (f"{words[:1].upper()}{words[1:]}.", f"{words}: its figures are in the tables here")
+            path.name, (f"{words[:1].upper()}{words[1:]}.", f"{words}: its figures are in the tables of this section")
         )
-        with readable(path):
+        with damage_as_user_error(path):
             data = path.read_bytes()
             if not data.startswith(PNG):
                 raise ValueError("not a PNG")
-        found.append(Picture(caption, alt, base64.b64encode(data).decode()))
-    return found
+        images.append(Picture(caption, alt, base64.b64encode(data).decode()))
+    return images

@@ -1,4 +1,4 @@
-"""Pictures of an architecture search, from its search.json: ranks against steps, loss against parameters and against speed."""
+"""Plots of an architecture search: ranks against steps, loss against parameters and against speed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,20 +10,24 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from minitron_mcore.reporting.plots import COLOURS, DPI
 
 Row = Mapping
-"""A candidate of search.json."""
+"""A candidate in search.json."""
 
 
-def draw(results: Mapping, folder: Path) -> list[str]:
-    """Write every picture that the results have figures for; returns their paths."""
+def plot_search(results: Mapping, folder: Path) -> list[str]:
+    """Write the plots for which there are results; returns their paths.
+
+    Args:
+        results: the content of search.json.
+    """
     rows = results["candidates"]
-    pictures = {"parameters.png": lambda png: plot_sizes(rows, png)}
+    plots = {"parameters.png": lambda png: plot_sizes(rows, png)}
     if any(row["steps"] for row in rows):
-        pictures["ranks.png"] = lambda png: plot_ranks(rows, png)
+        plots["ranks.png"] = lambda png: plot_ranks(rows, png)
     if any(row["decode_tokens_per_second"] for row in rows):
-        pictures["speed.png"] = lambda png: plot_speed(rows, png)
-    for name, plot in pictures.items():
+        plots["speed.png"] = lambda png: plot_speed(rows, png)
+    for name, plot in plots.items():
         plot(folder / name)
-    return [str(folder / name) for name in pictures]
+    return [str(folder / name) for name in plots]
 
 
 def _label(row: Row) -> str:
@@ -31,7 +35,7 @@ def _label(row: Row) -> str:
 
 
 def plot_ranks(rows: Sequence[Row], png: Path) -> None:
-    """Held-out loss of the trained candidates, and their rank by it, against steps; step 0 is zero-shot (figure 9 of the paper)."""
+    """Plot held-out loss and rank of the trained candidates against steps; step 0 is zero-shot (arXiv 2407.14679, figure 9)."""
     trained = [row for row in rows if row["steps"]]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, ranks = figure.subplots(1, 2, sharex=True)
@@ -56,7 +60,7 @@ def plot_ranks(rows: Sequence[Row], png: Path) -> None:
 
 
 def plot_sizes(rows: Sequence[Row], png: Path) -> None:
-    """Loss against parameters: hollow just pruned, full after training."""
+    """Plot loss against parameters: hollow is just pruned, filled is after training."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     _scatter(axes, rows, "parameters")
@@ -67,14 +71,14 @@ def plot_sizes(rows: Sequence[Row], png: Path) -> None:
 
 
 def plot_speed(rows: Sequence[Row], png: Path) -> None:
-    """Loss against measured speed; a line joins those that no other candidate beats in both (of the trained, where there are)."""
+    """Plot loss against measured speed; a line joins the Pareto front, of the trained candidates if there are any."""
     measured = [row for row in rows if row["decode_tokens_per_second"]]
     compared = [row for row in measured if row["loss"] is not None] or measured
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
         key = f"{kind}_tokens_per_second"
         _scatter(axes, measured, key)
-        best = front([(row[key], _loss(row)) for row in compared])
+        best = pareto_front([(row[key], _loss(row)) for row in compared])
         axes.plot(
             *zip(*best, strict=True), color="black", linewidth=0.8, zorder=0, label="no other is both faster and better"
         )
@@ -84,8 +88,8 @@ def plot_speed(rows: Sequence[Row], png: Path) -> None:
     figure.savefig(png, dpi=DPI)
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (speed, loss) points those that no other beats in both, fastest first."""
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (speed, loss) points that no other point beats in both, fastest first."""
     best: list[tuple[float, float]] = []
     for speed, loss in sorted(points, key=lambda point: (-point[0], point[1])):
         if not best or loss < best[-1][1]:

@@ -1,4 +1,4 @@
-"""The page's sections, each from the files of one kind of stage; a stage that was not run has none."""
+"""The sections of the page, each from the files of one kind of stage; stages that did not run have no section."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -6,29 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
-from minitron_mcore.importance.scores import Scores
+from minitron_mcore.importance.scores import Scores, read_scores
 from minitron_mcore.importance.scores import summary as score_summary
 from minitron_mcore.pruning import summary
 from minitron_mcore.pruning.plan import Plan, load_plan
-from minitron_mcore.reporting import family_tree
-from minitron_mcore.reporting.read import KINDS, Picture, pictures, read_json, read_lines, readable
+from minitron_mcore.reporting import family_tree, overview, roles
+from minitron_mcore.reporting.overview import Tile
+from minitron_mcore.reporting.read import KINDS, Picture, damage_as_user_error, pictures, read_json, read_lines
+from minitron_mcore.reporting.roles import Model
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
-"""Columns of what is copied rather than read."""
+"""Columns in a monospaced font: hashes, paths and commands."""
 LOWER_IS_BETTER = ("loss", "kl", "mse")
 SIZES = ("blocks", "hidden", "ffn", "heads", "groups")
 TRAINED = (
-    "step",
-    "tokens",
-    "kd_loss",
-    "lm_loss",
-    "states_loss",
-    "teacher_entropy",
-    "grad_norm",
-    "lr",
-    "tokens_per_second",
+    *("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr", "tokens_per_second"),
 )
 
 
@@ -37,12 +30,12 @@ class Table:
     caption: str
     rows: list[dict]
     folded: bool = False
-    """Long: shown on demand."""
+    """Collapsed; for long tables."""
 
 
 @dataclasses.dataclass
 class Part:
-    """What one folder has to say."""
+    """The content of one folder."""
 
     name: str
     text: str = ""
@@ -56,76 +49,83 @@ class Section:
     title: str
     text: str
     parts: list[Part]
+    tiles: list[Tile] = dataclasses.field(default_factory=list)
+    """Figures in large print, above the parts."""
 
 
-def sections(found: dict[str, list[Path]]) -> list[Section]:
-    """All that the folders (see `read.folders`) have to say.
+def sections(folders: dict[str, list[Path]]) -> list[Section]:
+    """The sections of the folders of a work_dir (see `read.folders`).
 
     Raises:
-        UserError: a file that cannot be read, by name.
+        UserError: a file cannot be read.
     """
-    scores = {folder: _scores(folder) for folder in found["importance"]}
-    plans = _plans(found)
+    scores = {folder: _scores(folder) for folder in folders["importance"]}
+    plans = _plans(folders)
+    depth, search = ([(f, read_json(f / KINDS[kind])) for f in folders[kind]] for kind in ("depth", "search"))
+    training = ((folder, None) for folder in folders["training"])
+    models = roles.models(folders)
     built = [
-        _evaluations(found),
+        _summary(folders, models),
+        _evaluations(folders, models),
         _section(
-            "Importance", "What calibration text says of every channel, head and block.", scores.items(), _importance
+            "Importance", "Scores of channels, heads and blocks on calibration text.", scores.items(), _importance
         ),
-        _section("Plan", "What is kept, and the bytes that it costs before and after.", plans.items(), _plan),
-        _section("Depth", "What the model loses without some of its blocks.", _read(found, "depth"), _depth),
-        _section(
-            "Search", "Architectures that fit a budget, held against each other.", _read(found, "search"), _search
-        ),
-        _section("Training", "What each training run's loss did.", ((f, None) for f in found["training"]), _training),
-        _lineage(found, scores, plans),
+        _section("Plan", "What is kept, and its bytes before and after.", plans.items(), _plan),
+        _section("Depth", "The model without some of its blocks.", depth, _depth),
+        _section("Search", "Architectures within a budget.", search, _search),
+        _section("Training", "Losses of each training run.", training, _training),
+        _lineage(folders, scores, plans),
     ]
     return [section for section in built if section.parts]
 
 
+def _summary(folders: dict[str, list[Path]], models: list[Model]) -> Section:
+    commands = Table("Next steps, from the folder in which the stages ran.", list(overview.commands(models, folders)))
+    parts = [Part("", tables=[Table("Models by role.", overview.rows(models)), commands])] if models else []
+    return Section("Summary", overview.headline(models), parts, list(overview.tiles(models, folders)))
+
+
 def _section(title: str, text: str, sources: Iterable[tuple[Path, Any]], part: Callable[[Path, Any], Part]) -> Section:
-    """A part for each folder with its content already read; `title` is one of `KINDS`."""
+    """A section with a part for each (folder, parsed content); `title` is one of `KINDS`."""
     parts = []
     for folder, content in sources:
-        with readable(folder / KINDS[title.lower()]):
+        with damage_as_user_error(folder / KINDS[title.lower()]):
             parts.append(part(folder, content))
     return Section(title, text, parts)
 
 
-def _read(found: dict[str, list[Path]], kind: str) -> list[tuple[Path, dict]]:
-    return [(folder, read_json(folder / KINDS[kind])) for folder in found[kind]]
-
-
 def _scores(folder: Path) -> Scores:
     path = folder / KINDS["importance"]
-    with readable(path), safe_open(path, "pt") as file:
-        return Scores({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+    with damage_as_user_error(path):
+        return read_scores(path)
 
 
-def _plans(found: dict[str, list[Path]]) -> dict[Path, Plan]:
-    """Each plan once: the plan stage's, and those of pruned checkpoints whose plan stage was somewhere else."""
+def _plans(folders: dict[str, list[Path]]) -> dict[Path, Plan]:
+    """Each different plan: of plan stages, and of pruned checkpoints whose plan stage is not in the work_dir."""
     plans = {}
-    for folder in sorted(found["plan"], key=lambda folder: folder in found["checkpoint"]):
+    for folder in sorted(folders["plan"], key=lambda folder: folder in folders["checkpoint"]):
         plan = load_plan(folder)
-        if plan.digest() not in [other.digest() for other in plans.values()]:
+        if plan.digest() not in [known.digest() for known in plans.values()]:
             plans[folder] = plan
     return plans
 
 
-def _evaluations(found: dict[str, list[Path]]) -> Section:
-    known = family_tree.weights_of(found)
+def _evaluations(folders: dict[str, list[Path]], models: list[Model]) -> Section:
+    known, role_of = family_tree.weights_of(folders), {path: model.role for model in models for path in model.paths}
     rows = []
-    for folder in found["evaluation"]:
+    for folder in folders["evaluation"]:
         path = folder / KINDS["evaluation"]
         record = read_json(path)
-        with readable(path):
+        with damage_as_user_error(path):
             model = Path(record["source"]).resolve()
             inside = model.is_relative_to(folder.parent.resolve())
             name = str(model.relative_to(folder.parent.resolve())) if inside else record["source"]
-            about = {"model": name, "weights": known.get(model), "parameters": record.get("parameters")}
+            about = {"model": role_of.get(model), "folder": name, "weights": known.get(model)}
+            about["parameters"] = record.get("parameters")
             rows += [about | figures | {"file": Path(figures["file"]).name} for figures in record["files"]]
             rows.sort(key=lambda row: (row["file"], row["loss"]))
-    table = Table("The best first on each file. Loss in nats a token; perplexity is its exponential.", rows)
-    return Section("Evaluation", "How well each model predicts text.", [Part("", tables=[table])] if rows else [])
+    table = Table("Best first for each file. Loss in nats per token; perplexity is its exponential.", rows)
+    return Section("Evaluation", "Prediction of held-out text.", [Part("", tables=[table])] if rows else [])
 
 
 def _importance(folder: Path, scores: Scores) -> Part:
@@ -134,15 +134,15 @@ def _importance(folder: Path, scores: Scores) -> Part:
     if hidden is not None:
         alt += f"Hidden scores run from {hidden.min():.3g} to {hidden.max():.3g}; the table has their quantiles."
     caption = (
-        "Scores of hidden channels from the most to the least important; of ffn channels, a row a block, as quantiles within it; "
-        "of heads, a row a block; and of each block, how far its output turns away from its input. Bright is important."
+        "Scores of hidden channels, most important first; of ffn channels as quantiles within each block; of heads per block; and "
+        "of blocks, 1 - cosine of input and output. Bright is important."
     )
     return Part(
         folder.name,
         facts={"scores": scores.digest(), **dict(sorted(scores.metadata.items()))},
         tables=[
             Table(
-                "Scores: quantiles over channels, and by block one minus the cosine of input and output.",
+                "Scores: quantiles over channels and, per block, 1 - cosine of input and output.",
                 score_summary(scores),
                 True,
             )
@@ -157,8 +157,8 @@ def _plan(folder: Path, plan: Plan) -> Part:
     axes = summary.axes(plan, dtype)
     kept = "; ".join(f"{row['axis']} {row['kept']} of {row['of']}" for row in axes[:-1])
     caption = (
-        "Kept share of each axis in each block of the source, and the share of the summed score that it holds: where the second "
-        "is far above the first, the cut takes what matters little. Hatched blocks are dropped."
+        "Kept share of each axis in each block of the source, and its share of the summed score. A score share far above the kept "
+        "share means that unimportant units are dropped. Hatched blocks are dropped."
     )
     dropped = ", ".join(map(str, plan.dropped_blocks())) or "none"
     return Part(
@@ -172,9 +172,10 @@ def _plan(folder: Path, plan: Plan) -> Part:
         },
         [
             Table(
-                f"Axes, and the tensors along each; bytes in {dtype}. A tensor is in the row of each of its axes.", axes
+                f"Axes and the tensors along each; bytes in {dtype}. A tensor counts in the row of each of its axes.",
+                axes,
             ),
-            Table("Tensors, each kind once.", summary.tensors(plan, dtype), True),
+            Table("Tensors by kind.", summary.tensors(plan, dtype), True),
         ],
         pictures(folder, {"plan.png": (caption, f"Kept: {kept}.")}),
     )
@@ -195,18 +196,37 @@ def _depth(folder: Path, study: dict) -> Part:
             sign = 1 if metric in LOWER_IS_BETTER else -1
             best[row["blocks dropped"]] = min(best.get(row["blocks dropped"], row), row, key=lambda r: sign * r[metric])
     chosen = [
-        {"drop": n, "blocks (from 0)": ", ".join(map(str, blocks))} for n, blocks in study.get("drop", {}).items()
+        {"drop": int(n), "blocks (from 0)": ", ".join(map(str, blocks))} for n, blocks in study.get("drop", {}).items()
     ]
     baseline = {
-        f"{key} of the whole model": value for key, value in study.get("baseline", {}).items() if value is not None
+        f"{key} of the full model": value for key, value in study.get("baseline", {}).items() if value is not None
     }
     tables = [
-        Table(f"Where a run of so many blocks is missed least, by {metric}.", [best[size] for size in sorted(best)]),
-        Table("The study's choice: what to drop.", chosen),
+        Table(
+            f"The run of each length whose removal does the least damage, by {metric}.",
+            [best[size] for size in sorted(best)],
+        ),
+        Table("Blocks that the study chooses to drop.", chosen),
         Table("Every point of the sweep.", rows, True),
     ]
     facts = {"model": study.get("model"), "metric": metric, "kind": study.get("kind"), **baseline}
-    return Part(folder.name, facts=facts, tables=tables, pictures=pictures(folder, {}))
+    caption = "Loss and accuracy without a run of blocks, against its last block. A ring marks the choice."
+    alt = "Curves of loss and accuracy by last dropped block; their figures are in the table of the sweep."
+    return Part(folder.name, facts=facts, tables=tables, pictures=pictures(folder, {"depth.png": (caption, alt)}))
+
+
+SEARCH_PLOTS = {
+    "parameters.png": (
+        "Held-out loss against parameters: hollow is just pruned, filled is after training.",
+        "Loss by size.",
+    ),
+    "ranks.png": (
+        "Held-out loss and rank of the trained candidates during training.",
+        "Curves of loss and rank by step.",
+    ),
+    "speed.png": ("Held-out loss against measured speed; the line joins the best trade-offs.", "Loss by speed."),
+}
+"""File -> caption and alternative text."""
 
 
 def _search(folder: Path, study: dict) -> Part:
@@ -226,12 +246,13 @@ def _search(folder: Path, study: dict) -> Part:
         rows.append(row)
     shown = [key for key in (rows[0] if rows else []) if any(row.get(key) is not None for row in rows)]
     rows = [{key: row.get(key) for key in shown} for row in rows]
-    table = Table("Candidates. Zero-shot: just pruned. Loss in nats a token.", rows)
-    return Part(folder.name, facts={"model": study.get("model")}, tables=[table], pictures=pictures(folder, {}))
+    table = Table("Candidates; zero-shot is just pruned. Loss in nats per token.", rows)
+    facts = {"model": study.get("model")}
+    return Part(folder.name, facts=facts, tables=[table], pictures=pictures(folder, SEARCH_PLOTS))
 
 
 def _ranks(values: list[float | None]) -> list[int | None]:
-    """1 for the lowest; None stays None."""
+    """Ranks from 1, the lowest first; None stays None."""
     order = sorted(value for value in values if value is not None)
     return [None if value is None else order.index(value) + 1 for value in values]
 
@@ -241,30 +262,29 @@ def _training(folder: Path, _: None) -> Part:
     described = folder / KINDS["checkpoint"]
     record = read_json(described).get("lineage", {}) if described.is_file() else {}
     if not steps:
-        return Part(folder.name, "No step is finished yet.")
+        return Part(folder.name, "No step has finished yet.")
     first, last = steps[0], steps[-1]
     spread = sorted({round(i * (len(steps) - 1) / 9) for i in range(10)})
     rows = [{key: steps[i].get(key) for key in TRAINED if key in first} for i in spread]
-    said = " and ".join(
-        f"{name} from {first[key]:.3g} to {last[key]:.3g}"
-        for key, name in (("kd_loss", "the KD loss"), ("lm_loss", "the LM loss"))
-        if first.get(key)
+    names = {"kd_loss": "KD loss", "lm_loss": "LM loss"}
+    changes = ", ".join(
+        f"{name} from {first[key]:.3g} to {last[key]:.3g}" for key, name in names.items() if first.get(key)
     )
-    caption = "Losses in nats a token and learning rate. Pale: single steps; full: a running mean over a twentieth of the run."
+    caption = "Losses in nats per token and learning rate. Pale: single steps; solid: running mean over a twentieth of the run."
     return Part(
         folder.name,
-        f"{last['tokens']:,} tokens in {last['step']:,} steps" + (f" took {said}." if said else "."),
+        f"{last['tokens']:,} tokens in {last['step']:,} steps" + (f": {changes}." if changes else "."),
         {key: value for key, value in record.get("settings", {}).items() if value is not None},
-        [Table("Steps, spread evenly over the run.", rows)],
-        pictures(folder, {"losses.png": (caption, f"Loss curves: {said}.")}),
+        [Table("Steps, evenly spaced over the run.", rows)],
+        pictures(folder, {"losses.png": (caption, f"Loss curves: {changes}.")}),
     )
 
 
-def _lineage(found: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]) -> Section:
-    lines, commands = family_tree.rows(found, scores, plans)
+def _lineage(folders: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]) -> Section:
+    lines, commands = family_tree.rows(folders, scores, plans)
     tables = [
-        Table("Who was made from whom. One hash is one set of weights, scores or kept indices.", lines),
+        Table("What was made from what. A hash identifies weights, scores or a plan.", lines),
         Table("Commands.", commands, True),
     ]
     parts = [Part("", tables=tables)] if lines else []
-    return Section("Lineage", "Every hash leads back to the model at the top.", parts)
+    return Section("Lineage", "Ancestors of all artefacts, back to the converted model.", parts)

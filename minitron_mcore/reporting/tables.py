@@ -1,4 +1,4 @@
-"""What every stage ends with: a table and a JSON file. Pictures are in `pictures`, the page over all stages in `page`."""
+"""Printed tables and JSON files of stages. Plots are in `plots`, the HTML report in `page`."""
 
 import io
 import json
@@ -16,8 +16,8 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 _PIPED_WIDTH = 160
 
 
-def cell(value: object) -> str:
-    """A value as tables show it: whole numbers in full, others with four digits, None as nothing."""
+def format_value(value: object) -> str:
+    """A value as text: integers in full with separators, floats with four significant digits, None as ""."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     if isinstance(value, int):
@@ -26,7 +26,7 @@ def cell(value: object) -> str:
 
 
 def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> None:
-    """Print rows under the union of their keys, then the notes, on rank 0; plain text of fixed width where piped."""
+    """Print a table and notes below it (rank 0). Columns are the union of the rows' keys; piped output has a fixed width."""
     if not is_rank_zero():
         return
     console = Console(highlight=False)
@@ -48,28 +48,30 @@ def markdown(rows: Sequence[Mapping]) -> str:
 def _grid(rows: Sequence[Mapping], style: box.Box) -> Table:
     shown = Table(box=style)
     for column in columns(rows):
-        shown.add_column(label(column), justify="right" if numbers(rows, column) else "left", overflow="fold")
+        shown.add_column(label(column), justify="right" if is_numeric(rows, column) else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(cell(row.get(column))) for column in columns(rows)))
+        shown.add_row(*(Text(format_value(row.get(column))) for column in columns(rows)))
     return shown
 
 
 def columns(rows: Sequence[Mapping]) -> list[str]:
-    """The union of the rows' keys, in their order."""
+    """The union of the rows' keys, in order of appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def label(column: str) -> str:
+    """Heading of a column."""
     return column.replace("_", " ")
 
 
-def numbers(rows: Sequence[Mapping], column: str) -> bool:
-    """True of a column that stands to the right."""
-    return all(isinstance(row.get(column), int | float | None) for row in rows)
+def is_numeric(rows: Sequence[Mapping], column: str) -> bool:
+    """Whether a column is right-aligned: numbers and percentages."""
+    values = [row.get(column) for row in rows]
+    return all(isinstance(value, int | float | None) or str(value).endswith("%") for value in values)
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:
-    """Write `value` so that a reader sees the old file or the whole new one."""
-    from minitron_mcore.checkpoint import run_folder  # imports torch: a table needs none
+    """Replace a file atomically by `value` as JSON."""
+    from minitron_mcore.checkpoint import run_folder  # imports torch, which tables do not need
 
     run_folder.replace_text(Path(path), json.dumps(value, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""How fast an architecture answers: transformers' own model with its key/value cache and random weights, on one process.
+"""Inference speed of an architecture: the transformers model with its key/value cache and random weights, in one process.
 
-The time of a matrix product does not depend on the numbers in it, so a candidate is measured before it is pruned or trained.
+The time of a matrix product does not depend on its values, so a candidate is measured before it is pruned or trained.
 """
 
 import json
@@ -22,37 +22,37 @@ from minitron_mcore.parallel import process_groups
 
 
 def check(arch: Architecture, speed: SpeedConfig) -> None:
-    """Raises UserError where a model has no room for the prompt and what follows it."""
+    """Raise UserError if the prompt and the generated tokens exceed the model's positions."""
     if speed.prompt + speed.generated > arch.max_positions:
         raise UserError(
             f"search.speed.prompt {speed.prompt} + search.speed.generated {speed.generated} is more than the model's "
-            f"{arch.max_positions} positions: give less."
+            f"{arch.max_positions} positions: give smaller numbers."
         )
 
 
 def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str) -> dict:
-    """Speed of an architecture on this rank's device, in tokens of the whole batch per second, medians over the repetitions.
+    """Median speed of an architecture on this rank's device, in tokens of the whole batch per second.
 
     Args:
-        shipped: folder with the source's config.json.
+        hf_folder: with the source's config.json.
         dtype: "bf16" or "fp32".
 
     Returns:
-        prefill_tokens_per_second: reading the prompts, up to the logits of their last tokens;
-        decode_tokens_per_second: writing on greedily, a token at a time;
-        measured_on: the device, its threads, the dtype.
+        prefill_tokens_per_second: of the prompts, up to the logits of their last tokens;
+        decode_tokens_per_second: greedy, one token at a time;
+        measured_on: device, threads, dtype.
     """
-    given, threads = process_groups.device(), torch.get_num_threads()
+    device, threads = process_groups.device(), torch.get_num_threads()
     torch.set_num_threads(speed.threads or threads)
     try:
         model = _random_model(arch, hf_folder, dtype)
-        prompt = torch.randint(0, arch.vocab, (speed.batch, speed.prompt), device=given)
+        prompt = torch.randint(0, arch.vocab, (speed.batch, speed.prompt), device=device)
         prefill, decode = [], []
-        for _ in range(speed.repetitions + 1):  # the first warms up
-            read, output = _timed(lambda: model(prompt, use_cache=True, logits_to_keep=1))
-            written, _ = _timed(lambda output=output: _decode(model, output, speed.generated))
-            prefill.append(read)
-            decode.append(written)
+        for _ in range(speed.repetitions + 1):  # the first is a warm-up
+            seconds, output = _timed(lambda: model(prompt, use_cache=True, logits_to_keep=1))
+            prefill.append(seconds)
+            seconds, _ = _timed(lambda output=output: _decode(model, output, speed.generated))
+            decode.append(seconds)
         return {
             "prefill_tokens_per_second": speed.batch * speed.prompt / statistics.median(prefill[1:]),
             "decode_tokens_per_second": speed.batch * speed.generated / statistics.median(decode[1:]),
@@ -65,31 +65,30 @@ def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str)
 def _random_model(arch: Architecture, hf_folder: Path, dtype: str) -> torch.nn.Module:
     config = architecture.to_hf(arch, json.loads((hf_folder / "config.json").read_text()), dtype)
     del config["dtype"], config["torch_dtype"]
-    found = AutoConfig.for_model(**config)
-    # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.
+    # On a CPU torch's grouped product over experts requires rows of a multiple of 16 bytes.
     experts = {"experts_implementation": "eager"} if arch.experts and process_groups.device().type == "cpu" else {}
     with process_groups.device():
-        model = AutoModelForCausalLM.from_config(found, dtype=build.DTYPES[dtype], **experts)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=build.DTYPES[dtype], **experts)
     return model.eval()
 
 
 @torch.inference_mode()
 def _timed[T](call: Callable[[], T]) -> tuple[float, T]:
-    """Seconds, and what the call returned."""
-    _wait()
+    """Seconds of a call, and its result."""
+    _synchronize()
     start = time.perf_counter()
     result = call()
-    _wait()
+    _synchronize()
     return time.perf_counter() - start, result
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if process_groups.device().type == "cuda":
         torch.cuda.synchronize()
 
 
 def _decode(model: torch.nn.Module, output, count: int) -> Tensor:
-    """`count` more tokens after a forward pass, greedily; no end of text stops it."""
+    """Generate `count` tokens greedily after a forward pass, without a stop token; returns the last [B, 1]."""
     for _ in range(count):
         token = output.logits[:, -1:].argmax(-1)
         output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)

@@ -1,15 +1,15 @@
-"""An architecture search under way: candidates are pruned and measured one after another; the best are trained, one or some
-at a time, and ranked again.
+"""The search stage: candidates are pruned and measured one after another; the best are distilled briefly, one or several at a time,
+and ranked again.
 
     out_dir/
-      search.json                     all that was found, in order of rank
-      candidates/NAME/measured.json   zero-shot loss and, where asked for, speed
-      candidates/NAME/prune/          the pruned checkpoint, of those that are trained
+      search.json                     all results, in order of rank
+      candidates/NAME/measured.json   zero-shot loss and, if requested, speed
+      candidates/NAME/prune/          the pruned checkpoint, of trained candidates
       candidates/NAME/distill/        its short training
-      candidates/NAME/trained.json    held-out loss at the steps where it was looked at
+      candidates/NAME/trained.json    held-out loss at the evaluated steps
 
-A file is written when its result is whole, so a run that was killed goes on after it. Runs that share the candidates out
-(`search.shard`) write different files in the same folder: first all of them measure, and the next time the same sweep trains.
+Files are written when their result is complete, so an interrupted run resumes after the last one. Shards (`search.shard`) of one
+search write different files in the same folder: the first pass measures all candidates, the next pass trains the best.
 """
 
 import gc
@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from minitron_mcore.checkpoint import run_folder, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config import ranges
@@ -29,7 +27,6 @@ from minitron_mcore.config.settings import DistillConfig, PruneConfig
 from minitron_mcore.config.stages import DistillRun, Run, SearchRun
 from minitron_mcore.data.text_reader import Limits
 from minitron_mcore.data.tokenizer import open_tokenizer
-from minitron_mcore.depth import study
 from minitron_mcore.distill import cache
 from minitron_mcore.distill.run import check_run, train
 from minitron_mcore.distill.trainer import Trainer, check
@@ -37,304 +34,192 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.estimate import announce
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.importance.scores import Scores, load_scores
-from minitron_mcore.models import flops
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning import apply
-from minitron_mcore.pruning.plan import Plan, make_plan
-from minitron_mcore.reading import read_json
-from minitron_mcore.reporting import search_plots, tables
 from minitron_mcore.search import latency
-from minitron_mcore.search.space import GRID, Candidate, Space
+from minitron_mcore.search.results import collect, write
+from minitron_mcore.search.space import MAX_GRID, Candidate, Space
+from minitron_mcore.search.store import CandidateStore
 
-FILE = "search.json"
+MEASURED, TRAINED = "measured.json", "trained.json"
 
 
-def distillation(config: SearchRun) -> DistillConfig:
-    """How a candidate is trained: the run's own settings for as many steps as the search says."""
+def distill_settings(config: SearchRun) -> DistillConfig:
+    """The settings with which candidates are trained: the run's, with search.steps steps."""
     return replace(config.distill, steps=config.search.steps, stop_after=None)
 
 
 def run(config: SearchRun) -> None:
-    """The search of a config, from its beginning or from where a stopped run left it (collective).
+    """Run a search or resume an interrupted one (collective).
 
     Raises:
-        UserError: see `open_checkpoint`, `load_scores`, `Ranking` and `claimed`.
+        UserError: see `SearchRunner`, `run_folder.open_checkpoint`, `scores.load_scores` and `run_folder.claim_run_folder`.
     """
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
-    teaches = config.search.best and config.distill.needs_teacher
-    teacher = cache.open_teacher(config.teacher) if teaches else None
-    ranking = SearchRunner(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
+    has_teacher = config.search.best and config.distill.needs_teacher
+    teacher = cache.open_teacher(config.teacher) if has_teacher else None
+    runner = SearchRunner(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
     with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
-        ranking.run()
+        runner.run()
 
 
 class SearchRunner:
-    """One search in the running layout. Rank 0 writes the results, and what it wrote is what all ranks know."""
+    """One search in the running layout."""
 
     def __init__(self, config: SearchRun, source: Checkpoint, teacher: Checkpoint | None, scores: Scores):
-        """Check everything that can be checked and cut the held-out text (collective).
+        """Check all settings and tokenize the held-out text (collective).
+
+        Args:
+            teacher: None if no candidate is trained or the training needs none.
 
         Raises:
-            UserError: see `Space` and `Space.candidates`, `train.check`, `latency.check`, `study.apply`, `evaluate.windows`; no
-                held-out text; optuna's search in shards.
+            UserError: see `Space`, `Space.candidates`, `trainer.check`, `latency.check`, `study.apply_study` and
+                `perplexity.windows`; no held-out text; shards of a search by optuna.
         """
         self.config, self.search, self.out_dir = config, config.search, Path(config.out_dir)
-        self.source, self.teacher, self.scores = source, teacher, scores
+        self.source, self.teacher = source, teacher
         self.space = Space.of(source.arch, config)
-        if self.space.combinations > GRID and self.search.shards > 1:
+        is_grid = self.space.combinations <= MAX_GRID
+        if not is_grid and self.search.shards > 1:
             raise UserError(
                 f"{self.space.combinations:,} combinations are searched one after another by optuna, which search.shards "
-                f"{self.search.shards} cannot share out: use search.shards=1, or fewer sizes for up to {GRID:,} combinations."
+                f"{self.search.shards} cannot share: use search.shards=1, or fewer sizes for up to {MAX_GRID:,} combinations."
             )
-        for blocks in self.space.axes.get("blocks", []):
-            self._studied(PruneConfig(blocks=None if blocks >= source.arch.blocks else blocks))
-        self.total = len(self.space.candidates) if self.space.combinations <= GRID else self.search.trials
+        self.total = len(self.space.candidates) if is_grid else self.search.trials
         if self.search.best:
-            check(source, teacher, distillation(config), config.parallel, config.dtype.value, config.performance)
-        refuse(
-            ranges.positions(
-                "evaluate.sequence_length", config.evaluate.sequence_length, source=source.arch.max_positions
-            )
-        )
+            check(source, teacher, distill_settings(config), config.parallel, config.dtype.value, config.performance)
+        length = config.evaluate.sequence_length
+        refuse(ranges.positions("evaluate.sequence_length", length, source=source.arch.max_positions))
         if self.search.latency:
             latency.check(source.arch, self.search.speed)
         if not config.data.heldout:
             raise UserError("data.heldout is empty: give text to rank candidates on, data.heldout=[a.jsonl,b.txt].")
         with process_groups.raise_on_all_ranks():
             tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
-            how = config.evaluate.sequence_length, Limits.of(config.data)
-            self.text = {path: perplexity.windows(path, tokenizer, *how) for path in config.data.heldout}
+            limits = Limits.of(config.data)
+            self.text = {path: perplexity.windows(path, tokenizer, length, limits) for path in config.data.heldout}
             self.reader = streaming.Reader(source)
-        self.text_hash = hashlib.sha256(b"".join(w.tokens.numpy().tobytes() for w in self.text.values())).hexdigest()[
-            :16
-        ]
-        self.left = self.search.stop_after or float("inf")
-        self.digests: dict[Candidate, str] = {}
+        tokens = b"".join(windows.tokens.numpy().tobytes() for windows in self.text.values())
+        self.store = CandidateStore(config, source, scores, hashlib.sha256(tokens).hexdigest()[:16])
+        for blocks in self.space.axes.get("blocks", []):
+            self.store.apply_study(PruneConfig(blocks=None if blocks >= source.arch.blocks else blocks))
+        self.remaining = self.search.stop_after or float(
+            "inf"
+        )  # candidates to measure or train before a requested stop
 
     def run(self) -> None:
-        """Measure, train, and write search.json and its pictures (collective); returns early where told to stop."""
-        self._mark()
-        found = self._measure()
-        if len(found) == self.total and self.left > 0:
-            self._train(found)
-        results = self._collect(list(found))
-        complete = len(found) == self.total and sum(r["loss"] is not None for r in results["candidates"]) == min(
-            self.search.best, self.total
-        )
+        """Measure, train, and write the results (collective); returns early at search.stop_after."""
+        self._prepare_folder()
+        measured = self._measure()
+        if len(measured) == self.total and self.remaining > 0:
+            self._train(measured)
+        collected = collect(self.store, self.space, list(measured))
+        trained = sum(row["loss"] is not None for row in collected["candidates"])
+        complete = len(measured) == self.total and trained == min(self.search.best, self.total)
         if complete:
             run_folder.finish(self.out_dir)
         if process_groups.rank() == 0:
-            tables.write_json(self.out_dir / FILE, results)
-            self._show(results, complete)
+            write(self.out_dir, collected, self.search, self.total, complete)
 
-    def _mark(self) -> None:
-        """From here on a failure leaves the folder as it is: other shards may be at work in it."""
+    def _prepare_folder(self) -> None:
+        """From here on a failure keeps the folder: other shards may be writing to it."""
         if process_groups.rank() == 0:
             run_folder.replace_text(self.out_dir / "latest", "candidates")
             (self.out_dir / "candidates").mkdir(exist_ok=True)
         process_groups.barrier()
 
-    def _mine(self, number: int) -> bool:
+    def _in_shard(self, number: int) -> bool:
         return number % self.search.shards == self.search.shard
 
-    def _folder(self, candidate: Candidate) -> Path:
-        return self.out_dir / "candidates" / candidate.name
-
     def _measure(self) -> dict[Candidate, dict]:
-        """Zero-shot loss and speed of this shard's candidates, and of the others' where they are known (collective)."""
-        found, proposals, number = {}, self.space.proposals(self.config.seed), 0
+        """Measure this shard's candidates; returns the results of all that are measured (collective)."""
+        results, proposals, number = {}, self.space.proposals(self.config.seed), 0
         progress = process_groups.Progress("candidates", self.total, "candidates")
         candidate = next(proposals, None)
-        while candidate and self.left > 0:
-            measured = self._known(candidate, "measured.json")
-            if not measured and self._mine(number):
-                measured = self._measured(candidate)
+        while candidate and self.remaining > 0:
+            measured = self.store.read(candidate, MEASURED)
+            if not measured and self._in_shard(number):
+                measured = self._measure_candidate(candidate)
             if measured:
-                found[candidate] = measured
-                progress.update(len(found), f", {candidate.name}: {measured['zero_shot_loss']:.3f}")
+                results[candidate] = measured
+                progress.update(len(results), f", {candidate.name}: {measured['zero_shot_loss']:.3f}")
             number += 1
             try:
                 candidate = proposals.send(measured.get("zero_shot_loss"))
             except StopIteration:
-                self.total = number  # optuna may find fewer than it was asked for
+                self.total = number  # optuna may find fewer than search.trials
                 break
-        return found
+        return results
 
-    def _known(self, candidate: Candidate, name: str) -> dict:
-        """What a file of a candidate says, the same on all ranks; empty where it isn't there.
-
-        Raises:
-            UserError: it is of other scores or another text.
-        """
-        box, path = [None], self._folder(candidate) / name
-        with process_groups.raise_on_all_ranks():
-            if process_groups.rank() == 0 and path.is_file():
-                box = [read_json(path, "remove the file, and run the search again")]
-        dist.broadcast_object_list(box, src=0)
-        marks = self._marks(candidate)
-        if box[0] and {key: box[0].get(key) for key in marks} != marks:
-            raise UserError(
-                f"{path} was measured with other scores or another held-out text than these: give another out_dir, or remove it."
-            )
-        return box[0] or {}
-
-    def _write(self, candidate: Candidate, name: str, found: dict) -> dict:
-        if process_groups.rank() == 0:
-            self._folder(candidate).mkdir(exist_ok=True)
-            tables.write_json(self._folder(candidate) / name, self._marks(candidate) | found)
-        process_groups.barrier()
-        return self._known(candidate, name)  # rank 0's numbers: others may differ in the last bit
-
-    def _plan(self, candidate: Candidate) -> Plan:
-        prune, said = self._studied(candidate.prune)
-        plan = make_plan(self.source.arch, self.source.fingerprint, self.scores, prune)
-        plan.statistic.update(said)
-        return plan
-
-    def _studied(self, prune: PruneConfig) -> tuple[PruneConfig, dict[str, str]]:
-        """See `study.apply`; a candidate that keeps all blocks asks it nothing."""
-        path = None if prune.blocks is None else self.config.study
-        return study.apply(path, self.source.arch.blocks, self.source.fingerprint, prune)
-
-    def _marks(self, candidate: Candidate) -> dict:
-        """What a result depends on beside the run's config."""
-        if candidate not in self.digests:
-            self.digests[candidate] = self._plan(candidate).digest()
-        return {"plan": self.digests[candidate], "text": self.text_hash}
-
-    def _measured(self, candidate: Candidate) -> dict:
-        """Cut a candidate in memory and measure it; one model at a time."""
-        plan, dtype = self._plan(candidate), self.config.dtype.value
+    def _measure_candidate(self, candidate: Candidate) -> dict:
+        """Prune a candidate in memory and measure it; one model at a time."""
+        plan, dtype = self.store.plan(candidate), self.config.dtype.value
         model = apply.build_pruned(self.source, plan, self.config.parallel, dtype, self.reader)
-        found = {"zero_shot_loss": self._loss(model, plan.target)}
+        result = {"zero_shot_loss": self._loss(model, plan.target)}
         del model
         if self.search.latency and process_groups.rank() == 0:
-            found |= latency.measure(plan.target, self.source.hf, self.search.speed, dtype)
-        self.left -= 1
-        return self._write(candidate, "measured.json", found)
+            result |= latency.measure(plan.target, self.source.hf, self.search.speed, dtype)
+        self.remaining -= 1
+        return self.store.write(candidate, MEASURED, result)
 
     def _loss(self, model: Model, arch: Architecture) -> float:
-        """Nats a token over all held-out files (collective)."""
-        dp, settings = process_groups.dp_group(), self.config.evaluate
+        """Nats per token over all held-out files (collective)."""
+        settings = self.config.evaluate
         rows = perplexity.evaluate_windows(
             self.text,
             perplexity.ShardedModel(model, arch).nll,
             micro_batch=settings.micro_batch,
             max_windows=settings.max_windows,
-            dp_rank=dp.rank(),
-            dp_size=dp.size(),
-            group=dp,
+            group=process_groups.dp_group(),
         )
         return sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
 
-    def _train(self, found: dict[Candidate, dict]) -> None:
-        """Train this shard's share of the best, some at a time (collective)."""
-        best = sorted(found, key=lambda c: (found[c]["zero_shot_loss"], c.name))[: self.search.best]
-        mine = [candidate for number, candidate in enumerate(best) if self._mine(number)]
-        left = [c for c in mine if not (self._folder(c) / "distill" / run_folder.COMPLETE).is_file()]
-        for some in itertools.batched(left, self.search.students_per_pass):
-            some = some[: int(min(self.left, len(some)))]
-            if not some:
+    def _train(self, measured: dict[Candidate, dict]) -> None:
+        """Train this shard's part of the best candidates, search.students_per_pass at a time (collective)."""
+        best = sorted(measured, key=lambda c: (measured[c]["zero_shot_loss"], c.name))[: self.search.best]
+        own = [candidate for number, candidate in enumerate(best) if self._in_shard(number)]
+        own = [c for c in own if not (self.store.folder(c) / "distill" / run_folder.COMPLETE).is_file()]
+        for students in itertools.batched(own, self.search.students_per_pass):
+            students = students[: int(min(self.remaining, len(students)))]
+            if not students:
                 break
-            process_groups.log(
-                f"training {', '.join(candidate.name for candidate in some)}; {len(left)} of the best are not yet"
-            )
-            self._trained(some)
-            self.left -= len(some)
+            names = ", ".join(candidate.name for candidate in students)
+            process_groups.log(f"training {names}; {len(own)} of this shard's candidates are not trained yet")
+            self._train_candidates(students)
+            self.remaining -= len(students)
 
-    def _trained(self, candidates: Sequence[Candidate]) -> None:
-        """Prune candidates on disk and train them, or go on with that; their held-out losses are written at every look."""
-        config, runs = self.config, []
-        given = {field.name: getattr(config, field.name) for field in fields(Run)}
-        for candidate in candidates:
-            plan, folder = self._plan(candidate), self._folder(candidate)
-            pruned = folder / "prune"
-            if not (pruned / run_folder.COMPLETE).is_file():
-                with run_folder.claim_run_folder(
-                    pruned, {"stage": "prune", "source": config.source, "plan": plan.digest()}
-                ):
-                    apply.prune(self.source, plan, pruned, config.parallel)
-            run = DistillRun(**given, student=str(pruned), teacher=config.teacher, out_dir=str(folder / "distill"))
-            run.distill = distillation(config)
-            runs.append(run)
+    def _train_candidates(self, candidates: Sequence[Candidate]) -> None:
+        """Prune candidates on disk and train them together, or resume that; evaluates every search.eval_every steps."""
+        runs = [self._prune(candidate) for candidate in candidates]
         eval_steps = [*range(self.search.eval_every, self.search.steps, self.search.eval_every), self.search.steps]
 
         def on_eval(number: int, trainer: Trainer) -> None:
             candidate = candidates[number]
-            before = self._known(candidate, "trained.json")
-            losses = dict(zip(before.get("steps", []), before.get("losses", []), strict=True))
+            earlier = self.store.read(candidate, TRAINED)
+            losses = dict(zip(earlier.get("steps", []), earlier.get("losses", []), strict=True))
             losses[trainer.step] = self._loss(trainer.model, trainer.arch)
             process_groups.log(f"{candidate.name}: held-out loss {losses[trainer.step]:.4f} after {trainer.step} steps")
-            self._write(candidate, "trained.json", {"steps": list(losses), "losses": list(losses.values())})
+            self.store.write(candidate, TRAINED, {"steps": list(losses), "losses": list(losses.values())})
 
-        gc.collect()  # see `prune.build_pruned`: the candidates before, their teacher and their optimizers
+        gc.collect()  # frees the previous candidates, their teacher and optimizers, which refer to each other
         students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
-        settings = distillation(config)
+        settings = distill_settings(self.config)
         check_run(runs[0], settings, students, self.teacher)
         announce.print_memory(runs[0], settings, students, self.teacher)
         train(runs, settings, students, self.teacher, eval_steps, on_eval)
 
-    def _collect(self, candidates: list[Candidate]) -> dict:
-        """The search's results as they go into search.json, best first: by loss, then by zero-shot loss."""
-        rows = []
-        for candidate in candidates:
-            measured, trained = (self._known(candidate, f"{name}.json") for name in ("measured", "trained"))
-            losses = dict(zip(trained.get("steps", []), trained.get("losses", []), strict=True))
-            row = {
-                "name": candidate.name,
-                "sizes": {a: getattr(candidate.target, a) for a in ("blocks", "hidden", "ffn", "heads", "groups")},
-                **flops.figures(candidate.target, self.search.budget),
-                "zero_shot_loss": measured["zero_shot_loss"],
-                "steps": list(losses),
-                "losses": list(losses.values()),
-                "loss": losses.get(self.search.steps),
-                "overrides": " ".join([candidate.overrides, *self._study_override(candidate)]),
-            }
-            speeds = ("prefill_tokens_per_second", "decode_tokens_per_second", "measured_on")
-            rows.append(row | {key: measured.get(key) for key in speeds})
-        rows.sort(key=lambda r: (r["loss"] is None, r["loss"] or r["zero_shot_loss"], r["name"]))
-        return {
-            "model": self.source.fingerprint,
-            "scores": self.scores.digest(),
-            "combinations": self.space.combinations,
-            "left_out": dict(self.space.left_out),
-            "candidates": rows,
-        }
-
-    def _study_override(self, candidate: Candidate) -> list[str]:
-        return [f"study={self.config.study}"] if self.config.study and candidate.prune.blocks is not None else []
-
-    def _show(self, results: dict, complete: bool) -> None:
-        """The table, the pictures, and what to do next (rank 0)."""
-        rows, notes = results["candidates"], []
-        if not rows:
-            return
-        by_zero_shot = sorted(row["zero_shot_loss"] for row in rows)
-        shown = [
-            {
-                "candidate": row["name"],
-                "parameters": row["parameters"],
-                "without_embeddings": row["without_embeddings"],
-                "zero-shot rank": by_zero_shot.index(row["zero_shot_loss"]) + 1,
-                "zero-shot loss": row["zero_shot_loss"],
-                f"loss after {self.search.steps} steps": row["loss"],
-            }
-            | ({"prefill tokens/s": row["prefill_tokens_per_second"]} if self.search.latency else {})
-            | ({"decode tokens/s": row["decode_tokens_per_second"]} if self.search.latency else {})
-            for row in rows
-        ]
-        reasons = "".join(f"; {reason}: {n}" for reason, n in results["left_out"].items())
-        notes.append(f"{len(rows)} of {self.total} candidates, from {results['combinations']:,} combinations{reasons}")
-        machines = sorted({row["measured_on"] for row in rows if row["measured_on"]})
-        notes += [f"speed on {'; '.join(machines)}: random weights, {_words(self.search.speed)}"] if machines else []
-        if not complete:
-            notes.append("not finished: the same command (of every shard) goes on from here")
-        notes.append(f"plan of the first: {rows[0]['overrides']}")
-        pictures = search_plots.draw(results, self.out_dir)
-        tables.table("search", shown, [*notes, f"figures: {self.out_dir}/{FILE}", f"pictures: {', '.join(pictures)}"])
-
-
-def _words(speed) -> str:
-    return f"batch {speed.batch}, prompt {speed.prompt}, {speed.generated} tokens, median of {speed.repetitions}"
+    def _prune(self, candidate: Candidate) -> DistillRun:
+        """Write a candidate's pruned checkpoint unless it exists; returns its training run (collective)."""
+        config, folder = self.config, self.store.folder(candidate)
+        pruned = folder / "prune"
+        if not (pruned / run_folder.COMPLETE).is_file():
+            plan = self.store.plan(candidate)
+            identity = {"stage": "prune", "source": config.source, "plan": plan.digest()}
+            with run_folder.claim_run_folder(pruned, identity):
+                apply.prune(self.source, plan, pruned, config.parallel)
+        common = {field.name: getattr(config, field.name) for field in fields(Run)}
+        run = DistillRun(**common, student=str(pruned), teacher=config.teacher, out_dir=str(folder / "distill"))
+        run.distill = distill_settings(config)
+        return run

@@ -1,16 +1,17 @@
-"""Candidates of an architecture search: all combinations of the axes' sizes that fit, or of very many those that optuna asks for.
-No torch import.
+"""Candidates of an architecture search: all combinations of the axes' sizes that fit or, in large spaces, those that optuna
+proposes. No torch import.
 
-A combination fits when the source has that much of every axis, when groups divide its heads and the layout the model, when it
-keeps to `search.multiple`, when its Hugging Face class holds it, and when it costs what the budget says.
+A combination fits if no size is above the source's, groups divide heads, the layout divides the model, hidden and ffn are multiples
+of `search.multiple`, the Hugging Face class can hold it, and its cost is within the budget.
 """
 
 import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from minitron_mcore.config.search import BudgetConfig, SearchConfig
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
@@ -18,47 +19,52 @@ from minitron_mcore.config.stages import SearchRun
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import architecture, flops, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.pruning.target import as_count, target_architecture
+from minitron_mcore.pruning.target import target_architecture
+from minitron_mcore.search import axes
+from minitron_mcore.search.axes import AXES
 
-AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "groups": "G", "experts": "E"}
-"""Axis -> its letter in a candidate's name; groups and experts are named where they are not the source's."""
-GRID = 10_000
-"""Combinations up to which all are looked at."""
-LONGEST = 10_000
-"""Sizes of an axis."""
-PATIENCE = 500
-"""Combinations in a row that bring no new candidate, after which optuna's search ends."""
-
-
-BESIDE_SIZES = ("merge_heads", "drop_attention", "drop_mlp", "attention", "mlp")
-"""Of a prune config."""
+MAX_GRID = 10_000
+"""Up to so many combinations, all are tried; above, optuna proposes."""
+MAX_IDLE_TRIALS = 500
+"""Proposals in a row without a new candidate after which the search ends."""
+UNSUPPORTED_PRUNE_SETTINGS = ("merge_heads", "drop_attention", "drop_mlp", "attention", "mlp")
+"""Settings of `prune` that a search does not use."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A target that fits, and the sizes that a prune config is given for it."""
+    """A target architecture that fits, and the prune settings that make it."""
 
     target: Architecture
     sizes: tuple[tuple[str, int], ...]
-    """(axis, size) where the size is not the source's."""
+    """(axis, size) where the size differs from the source's"""
 
     @property
     def name(self) -> str:
+        """Sizes of blocks, hidden, ffn and heads; of groups and experts where they differ from the source's."""
         named = {"blocks", "hidden", "ffn", "heads", *dict(self.sizes)}
         return "_".join(f"{letter}{getattr(self.target, axis)}" for axis, letter in AXES.items() if axis in named)
 
     @property
     def prune(self) -> PruneConfig:
+        """The prune settings of this candidate."""
         return PruneConfig(**dict(self.sizes))
 
     @property
     def overrides(self) -> str:
-        """What launch/plan.py is told to make this candidate's plan."""
+        """Command-line overrides with which launch/plan.py plans this candidate."""
         return " ".join(["prune=keep", *(f"prune.{axis}={size}" for axis, size in self.sizes)])
 
 
+class NearMiss(NamedTuple):
+    """The combination that misses only the budget, and by the least."""
+
+    excess: float
+    candidate: Candidate
+
+
 def cost_of(arch: Architecture, budget: BudgetConfig) -> float | None:
-    """An architecture's figure in the unit of a budget; None where the budget asks nothing."""
+    """Cost of an architecture in the budget's unit; None without a budget."""
     if budget.parameters is not None:
         return parameter_table.count(arch)
     if budget.bytes is not None:
@@ -68,94 +74,110 @@ def cost_of(arch: Architecture, budget: BudgetConfig) -> float | None:
 
 
 class Space:
-    """The combinations of a search's axes, each an architecture cut from `source`."""
+    """The combinations of a search's axes, each an architecture that is cut from `source`."""
 
     def __init__(self, source: Architecture, search: SearchConfig, parallel: ParallelConfig):
-        """`parallel`: the layout that candidates are ranked and trained in.
+        """
+        Args:
+            parallel: the layout in which candidates are ranked and trained.
 
         Raises:
-            UserError: all of: no axis, an axis that is no list of sizes, two ways of giving ffn or the budget, a count below 1.
+            UserError: all invalid settings; see `axes.problems` and `axes.sizes_by_axis`.
         """
         self.source, self.search, self.parallel = source, search, parallel
-        refuse(self._problems())
-        wanted = {axis: getattr(search, axis) for axis in (*AXES, "expansion")}
-        self.axes = {axis: _sizes(axis, given, source) for axis, given in wanted.items() if given is not None}
+        refuse(axes.problems(search))
+        self.axes = axes.sizes_by_axis(source, search)
         self.left_out: Counter[str] = Counter()
-        """Reason -> combinations that do not fit; filled by `candidates`."""
+        """Reason -> number of combinations that do not fit; filled by `candidates` and `proposals`."""
+        self._near_miss: NearMiss | None = None
 
     @classmethod
     def of(cls, source: Architecture, config: SearchRun) -> "Space":
-        """The space of a run, whose candidates are cut by their sizes alone.
+        """The space of a search run.
 
         Raises:
-            UserError: settings of `prune` beside sizes; see above.
+            UserError: a setting of `prune` that a search does not use; see above.
         """
-        if ignored := [name for name in BESIDE_SIZES if getattr(config.prune, name)]:
+        if ignored := [name for name in UNSUPPORTED_PRUNE_SETTINGS if getattr(config.prune, name)]:
             raise UserError(
-                f"prune.{' and prune.'.join(ignored)} has no part in a search: leave it out, and give it to launch/plan.py for the "
+                f"prune.{' and prune.'.join(ignored)} has no effect in a search: remove it, and give it to launch/plan.py for the "
                 "candidate that you choose."
             )
         return cls(source, config.search, config.parallel)
 
-    def _problems(self) -> Iterator[str]:
-        search, budget = self.search, self.search.budget
-        if all(getattr(search, axis) is None for axis in (*AXES, "expansion")):
-            yield (
-                "the search has no axis: give sizes to choose from, as in search.ffn=[1024,1152] search.blocks=[28,30], or a "
-                "window (search=smollm2_100m)."
-            )
-        if search.ffn is not None and search.expansion is not None:
-            yield "search.ffn and search.expansion both say the ffn: give one of them."
-        given = [name for name in ("parameters", "bytes", "flops") if getattr(budget, name) is not None]
-        if len(given) > 1:
-            yield f"search.budget has {' and '.join(given)}: give one of them."
-        wrong = [name for name in given if not 0 < getattr(budget, name) < float("inf")]
-        yield from (f"search.budget.{name} is {getattr(budget, name):g}; it must be above 0." for name in wrong)
-        if not 0 <= budget.tolerance < 1:
-            yield f"search.budget.tolerance is {budget.tolerance:g}; it is a share, from 0 to below 1."
-        least = {
-            "multiple": 1,
-            "trials": 1,
-            "best": 0,
-            "steps": 1,
-            "eval_every": 1,
-            "students_per_pass": 1,
-            "shards": 1,
-        }
-        sizes = {f"search.{name}": (getattr(search, name), low) for name, low in least.items()}
-        sizes |= {f"search.budget.{name}": (getattr(budget, name), 1) for name in ("context", "batch")}
-        speed = ("batch", "prompt", "generated", "repetitions")
-        sizes |= {f"search.speed.{name}": (getattr(search.speed, name), 1) for name in speed}
-        yield from (f"{name} is {n}; it must be at least {low}." for name, (n, low) in sizes.items() if n < low)
-        if search.shards >= 1 and not 0 <= search.shard < search.shards:
-            yield f"search.shard is {search.shard}, but search.shards is {search.shards}: give 0 to {search.shards - 1}."
-
     @property
     def combinations(self) -> int:
+        """Number of combinations, fitting or not."""
         return math.prod(map(len, self.axes.values()))
 
     @functools.cached_property
     def candidates(self) -> list[Candidate]:
-        """All that fit, in order of their parameters.
+        """All candidates, by ascending number of parameters.
 
         Raises:
-            UserError: none fits; of those that only the budget keeps out, the nearest is named.
+            UserError: none fits; names the combination nearest to the budget.
         """
-        found, near = {}, None
+        fitting = {}
         for chosen in itertools.product(*self.axes.values()):
-            candidate, misfit = self._try(dict(zip(self.axes, chosen, strict=True)))
-            missed = 0 if misfit else self._misses(candidate.target)
-            if misfit or missed:
-                self.left_out[misfit or "outside the budget"] += 1
-                near = near if misfit else _nearer(near, (missed, candidate))
-            else:
-                found[candidate.target] = candidate
-        if not found:
-            raise UserError(self._nothing(near))
-        return sorted(found.values(), key=lambda c: (parameter_table.count(c.target), c.name))
+            candidate, excess = self._try(dict(zip(self.axes, chosen, strict=True)))
+            if not excess:
+                fitting[candidate.target] = candidate
+        if not fitting:
+            raise UserError(self._no_candidate())
+        return sorted(fitting.values(), key=lambda c: (parameter_table.count(c.target), c.name))
 
-    def _try(self, chosen: dict[str, float]) -> tuple[Candidate | None, str | None]:
-        """A combination as a candidate, or why it is none; its budget is not looked at."""
+    def proposals(self, seed: int) -> Generator[Candidate, float, None]:
+        """Candidates to measure one after another; `send` takes the loss of the previous candidate.
+
+        Raises:
+            UserError: see `candidates`.
+        """
+        if self.combinations <= MAX_GRID:
+            yield from (candidate for candidate in self.candidates)  # a list's iterator has no `send`
+        else:
+            yield from self._tpe_proposals(seed)
+
+    def _tpe_proposals(self, seed: int) -> Generator[Candidate, float, None]:
+        """`search.trials` different candidates from optuna's tree-structured Parzen estimator; deterministic in seed and losses.
+
+        A combination that does not fit is a violated constraint of its trial and is not yielded.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+        losses, idle = {}, 0
+        while len(losses) < self.search.trials and idle < MAX_IDLE_TRIALS:
+            idle += 1
+            trial = study.ask()
+            chosen = {axis: sizes[trial.suggest_int(axis, 0, len(sizes) - 1)] for axis, sizes in self.axes.items()}
+            candidate, excess = self._try(chosen)
+            trial.set_constraint("fits", excess)
+            if excess > 0:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                continue
+            if candidate not in losses:
+                losses[candidate], idle = (yield candidate), 0
+            study.tell(trial, losses[candidate])
+        if not losses:
+            raise UserError(self._no_candidate())
+
+    def _try(self, chosen: dict[str, float]) -> tuple[Candidate | None, float]:
+        """The candidate of a combination and the relative excess over the budget's tolerance: 0 if it fits, (None, 1) if it fails
+        for another reason. Records the reason and the near miss."""
+        candidate, reason = self._candidate(chosen)
+        if not candidate:
+            self.left_out[reason] += 1
+            return None, 1.0
+        excess = self._excess(candidate.target)
+        if excess:
+            self.left_out["outside the budget"] += 1
+            if self._near_miss is None or excess < self._near_miss.excess:
+                self._near_miss = NearMiss(excess, candidate)
+        return candidate, excess
+
+    def _candidate(self, chosen: dict[str, float]) -> tuple[Candidate | None, str | None]:
+        """A combination as a candidate, or the reason against it; the budget is not checked."""
         source, search = self.source, self.search
         sizes = {axis: int(size) for axis, size in chosen.items() if axis != "expansion"}
         if "expansion" in chosen:
@@ -179,126 +201,37 @@ class Space:
             return None, "not divided by parallel.*"
         return Candidate(target, changed), None
 
-    def _misses(self, target: Architecture) -> float:
-        """By what share of it a target misses the budget, beyond the tolerance."""
-        budget, cost = self.search.budget, cost_of(target, self.search.budget)
+    def _excess(self, target: Architecture) -> float:
+        """Relative distance from the budget beyond the tolerance; 0 within it or without a budget."""
+        cost = cost_of(target, self.search.budget)
         if cost is None:
             return 0
-        return max(0, abs(cost / self._budget()[1] - 1) - budget.tolerance)
+        return max(0, abs(cost / self._budget()[1] - 1) - self.search.budget.tolerance)
 
     def _budget(self) -> tuple[str, float]:
         budget = self.search.budget
         return next((name, n) for name in ("parameters", "bytes", "flops") if (n := getattr(budget, name)) is not None)
 
-    def _nothing(self, near: tuple[float, Candidate] | None) -> str:
+    def _no_candidate(self) -> str:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.left_out.items())
-        if not near:
+        if not self._near_miss:
             return f"none of the search's combinations fits ({reasons}): give other sizes in search.*."
-        name, wanted = self._budget()
-        nearest = near[1]
-        found = cost_of(nearest.target, self.search.budget)
+        name, limit = self._budget()
+        nearest = self._near_miss.candidate
+        cost = cost_of(nearest.target, self.search.budget)
         return (
-            f"no combination has {wanted:,.0f} {name} within {self.search.budget.tolerance:g} of it; the nearest is "
-            f"{nearest.name} with {found:,.0f} ({found / wanted - 1:+.1%}). Give other sizes in search.*, another "
+            f"no combination has {limit:,.0f} {name} within {self.search.budget.tolerance:g} of it; the nearest is "
+            f"{nearest.name} with {cost:,.0f} ({cost / limit - 1:+.1%}). Give other sizes in search.*, another "
             f"search.budget.{name} or a larger search.budget.tolerance (left out: {reasons})."
         )
 
-    def proposals(self, seed: int) -> Generator[Candidate, float, None]:
-        """Candidates to measure one after another; each `send` takes the loss of the one before.
-
-        Raises:
-            UserError: see `candidates`; optuna found none that fits.
-        """
-        if self.combinations <= GRID:
-            yield from (candidate for candidate in self.candidates)  # a list's iterator would take no losses
-        else:
-            yield from self._asked(seed)
-
-    def _asked(self, seed: int) -> Generator[Candidate, float, None]:
-        """What optuna's tree-structured Parzen estimator asks for: `search.trials` candidates that fit and differ. What misses the
-        budget is told as a broken constraint, and costs nothing. The same losses lead to the same candidates. It ends early where
-        PATIENCE proposals in a row bring nothing new."""
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-        losses, near, idle = {}, None, 0
-        while len(losses) < self.search.trials and idle < PATIENCE:
-            idle += 1
-            trial = study.ask()
-            chosen = {axis: sizes[trial.suggest_int(axis, 0, len(sizes) - 1)] for axis, sizes in self.axes.items()}
-            candidate, misfit = self._try(chosen)
-            missed = 1.0 if misfit else self._misses(candidate.target)
-            trial.set_constraint("fits", missed)
-            if missed > 0:
-                self.left_out[misfit or "outside the budget"] += 1
-                near = near if misfit else _nearer(near, (missed, candidate))
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                continue
-            if candidate not in losses:
-                losses[candidate], idle = (yield candidate), 0
-            study.tell(trial, losses[candidate])
-        if not losses:
-            raise UserError(self._nothing(near))
-
-
-def _nearer(one: tuple[float, Candidate] | None, other: tuple[float, Candidate]) -> tuple[float, Candidate]:
-    """Of two (miss, candidate) the one that misses by less; of equals the first."""
-    return other if one is None or other[0] < one[0] else one
-
-
-def _sizes(axis: str, given: object, source: Architecture) -> list[float]:
-    """The different sizes of an axis, ascending.
-
-    Raises:
-        UserError: not a list of sizes, nor {start, stop, step}; see `target.as_count`.
-    """
-    if isinstance(given, dict):
-        given = _range(axis, given)
-    if not isinstance(given, list) or not given:
-        raise UserError(f"search.{axis} is {given}: give a list of sizes, or {{start:..,stop:..,step:..}}.")
-    if axis == "expansion":
-        if wrong := [x for x in given if not _is_number(x) or not 0 < x < math.inf]:
-            raise UserError(f"search.{axis} has {wrong[0]!r}: give numbers above 0, multiples of hidden.")
-        return sorted(set(given))
-    counts = {as_count(x, getattr(source, axis), f"search.{axis} has") for x in given}
-    if min(counts) < 1:
-        raise UserError(
-            f"search.{axis} has {min(counts)}: give whole sizes from 1, or shares of the source's up to 1.0."
-        )
-    return sorted(counts)
-
-
-def _range(axis: str, given: dict) -> list[float]:
-    """The sizes of {start, stop, step}: all whole numbers, or all shares (multiples of hidden, for expansion).
-
-    Raises:
-        UserError: other keys, values or kinds of numbers; more than `LONGEST` sizes.
-    """
-    numbers = [given.get(key) for key in ("start", "stop", "step")]
-    whole = len({type(x) for x in numbers}) == 1 or axis == "expansion"
-    if len(given) != 3 or not all(map(_is_number, numbers)) or not whole or not all(map(math.isfinite, numbers)):
-        raise UserError(
-            f"search.{axis} is {given}: give a list of sizes, or {{start:..,stop:..,step:..}}, of whole numbers only or "
-            "of shares only."
-        )
-    start, stop, step = numbers
-    count = math.floor((stop - start) / step + 1e-9) + 1 if step > 0 else 0
-    if not 1 <= count <= LONGEST:
-        raise UserError(f"search.{axis} is {given}, which makes {max(0, count):,} sizes: give 1 to {LONGEST:,}.")
-    return [round(start + n * step, 12) for n in range(count)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
 
 def rows(candidates: list[Candidate], budget: BudgetConfig) -> list[dict]:
-    """Rows for a table: a candidate's counts, in units that a person reads."""
-    found = []
+    """Rows for a table: parameters, memory and operations of each candidate."""
+    table = []
     for candidate in candidates:
         f = flops.figures(candidate.target, budget)
-        found.append(
+        table.append(
             {
                 "candidate": candidate.name,
                 "parameters": f["parameters"],
@@ -309,4 +242,4 @@ def rows(candidates: list[Candidate], budget: BudgetConfig) -> list[dict]:
                 "decode GFLOP": f["decode_flops"] / 1e9,
             }
         )
-    return found
+    return table

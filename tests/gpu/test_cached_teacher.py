@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from minitron_mcore.config.settings import Dtype, PruneConfig
-from tests import models, test_teacher_cache
-from tests.gpu.test_training import FIGURES
+from tests.gpu.training import FIGURES
 from tests.gpu.world import here
-from tests.test_prune import _family, export
-from tests.test_teacher_cache import World, write_text
+from tests.helpers import cached_teacher, models
+from tests.helpers.cached_teacher import World, write_text
+from tests.helpers.cutting import export, family_on_rank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_cached")]  # one worker, so that its caches are made once
 
 KINDS = {
-    "fp32": {name: test_teacher_cache.KINDS[name] for name in ("hidden", "hidden_int8", "top")},
-    "bf16": {name: test_teacher_cache.KINDS[name] for name in ("hidden", "top")},
+    "fp32": {name: cached_teacher.KINDS[name] for name in ("hidden", "hidden_int8", "top")},
+    "bf16": {name: cached_teacher.KINDS[name] for name in ("hidden", "top")},
 }
 RESUMED = {"fp32": "top", "bf16": "hidden"}
 
@@ -24,20 +24,20 @@ def cached(request, tmp_path_factory):
     """Caches of a teacher written on the device, and runs from them, whole and in parts, and from the live teacher."""
     at = tmp_path_factory.mktemp("cached")
     models.tiny_llama(at / "hf")
-    here(_family, at, {"student": PruneConfig(hidden=24, ffn=18)})
+    here(family_on_rank, at, {"student": PruneConfig(hidden=24, ffn=18)})
     world = World(at, write_text(at), Dtype(request.param))
-    here(test_teacher_cache.record, *(world.writer(name, **kind) for name, kind in KINDS[request.param].items()))
-    top = {"top_k": test_teacher_cache.K}
+    here(cached_teacher.record, *(world.writer(name, **kind) for name, kind in KINDS[request.param].items()))
+    top = {"top_k": cached_teacher.K}
     runs = [world.run("live", "teacher"), world.run("live_top", "teacher", changes=top)]
     runs += [world.run(f"from_{name}", name) for name in KINDS[request.param]]
     runs += [world.run("parts", RESUMED[request.param], changes={"stop_after": stop}) for stop in (2, None)]
-    assert here(test_teacher_cache.distill, *runs) == [None] * len(runs)
+    assert here(cached_teacher.distill, *runs) == [None] * len(runs)
     return world
 
 
 def test_cached_runs_are_live_ones(cached):
     fp32 = cached.dtype == Dtype.fp32
-    same = test_teacher_cache.assert_same
+    same = cached_teacher.assert_same
     same(cached.history("from_hidden"), cached.history("live"), 1e-4 if fp32 else 1e-2, FIGURES)
     if fp32:
         same(cached.history("from_hidden_int8"), cached.history("live"), 3e-2)

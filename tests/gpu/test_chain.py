@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from minitron_mcore.parallel import process_groups
-from tests import models
 from tests.gpu.world import ROOT, on_cpu, shared
-from tests.test_launch import config_of, word_tokenizer
+from tests.helpers import models
+from tests.helpers.launching import config_of, word_tokenizer
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,10 @@ from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.importance.collector import score
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning.plan import load_plan, make_plan
-from tests import families, models, test_experts, test_importance
 from tests.gpu.world import here, on_cpu
-from tests.test_importance import LENGTHS, STATISTICS
-from tests.test_prune import ONE, export, run_prune
+from tests.helpers import expert_scoring, families, models, scoring
+from tests.helpers.cutting import ONE, export, run_prune
+from tests.helpers.scoring import LENGTHS, STATISTICS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,13 +29,13 @@ CUTS = {
     "qwen3_moe": PruneConfig(hidden=27, ffn=9, heads=6, blocks=2, experts=4),
 }
 EXPERTS = ("mixtral", "qwen3_moe")
-MORE = len(test_experts.LENGTHS)
+MORE = len(expert_scoring.LENGTHS)
 
 
 def score_and_cut(source, cut, out_dir, dtype="fp32"):
     """Scores of padded samples by the stage's own function; what is kept by them goes to `out_dir`."""
     opened, ids = open_checkpoint(source), models.tokens(MORE)
-    mask = torch.arange(ids.shape[1])[None] < torch.tensor(test_experts.LENGTHS)[:, None]
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor(expert_scoring.LENGTHS)[:, None]
     found = score(build_model(opened, ONE, dtype), opened, ids, mask, micro_batch=2)
     run_prune(source, make_plan(opened.arch, opened.fingerprint, found, cut), out_dir, ONE)
     return found.vectors
@@ -82,10 +82,10 @@ def test_bf16_scores_are_close(tmp_path, folders, which):
 def test_every_statistic_equals_the_formula(folders, which):
     """Nine pairs of aggregations, both sites of ffn, weighted or not; padded samples in micro-batches of different sizes."""
     at, ids = folders[0], models.tokens(len(LENGTHS))
-    seen = test_importance.activations(at / f"{which}_hf", ids, LENGTHS)
-    found = here(test_importance.collect, at / which, ONE, ids, LENGTHS, STATISTICS)
+    seen = scoring.activations(at / f"{which}_hf", ids, LENGTHS)
+    found = here(scoring.collect, at / which, ONE, ids, LENGTHS, STATISTICS)
     for statistic, scores in zip(STATISTICS, found, strict=True):
-        expected = test_importance.scores_of(*seen, statistic)
+        expected = scoring.scores_of(*seen, statistic)
         assert scores.keys() == expected.keys()
         rtol = 2e-4 if statistic.sequence == statistic.batch == "variance" else 5e-5
         for name, vector in expected.items():
@@ -98,9 +98,9 @@ def test_every_statistic_equals_the_formula(folders, which):
 def test_experts_equal_the_formula(folders):
     """With padding, which a mixture of experts on CUDA passes through its all-to-all dispatcher."""
     at, ids = folders[0], models.tokens(MORE)
-    vectors, metadata = here(test_experts.collect, at / "qwen3_moe", ONE, ids)
-    assert (metadata["samples"], metadata["tokens"]) == (str(MORE), str(sum(test_experts.LENGTHS)))
-    for name, vector in test_experts.oracle(at / "qwen3_moe_hf", ids).items():
+    vectors, metadata = here(expert_scoring.collect, at / "qwen3_moe", ONE, ids)
+    assert (metadata["samples"], metadata["tokens"]) == (str(MORE), str(sum(expert_scoring.LENGTHS)))
+    for name, vector in expert_scoring.oracle(at / "qwen3_moe_hf", ids).items():
         torch.testing.assert_close(vectors[name].double(), vector, rtol=5e-5, atol=1e-7, msg=name)
 
 

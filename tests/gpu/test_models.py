@@ -5,10 +5,10 @@ import torch
 
 from minitron_mcore.models import layer_spec
 from minitron_mcore.parallel import process_groups
-from tests import families, models
 from tests.gpu.world import alone, here
-from tests.test_families import ONE, round_trip
-from tests.test_prune import export
+from tests.helpers import families, models
+from tests.helpers.cutting import ONE, export
+from tests.helpers.families import round_trip
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip

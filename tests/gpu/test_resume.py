@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.gpu.test_training import FIGURES, RUNS, make_folders, train
+from tests.gpu.training import FIGURES, RUNS, make_folders, train
 from tests.gpu.world import here
-from tests.test_prune import export
+from tests.helpers.cutting import export
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_resume")]  # one worker, so that its models are made once
 

@@ -3,34 +3,20 @@
 A failure means that a GPU, or a stop and a resume on one, changes what the student learns.
 """
 
-import dataclasses
 import math
 
 import pytest
 
-from minitron_mcore.config.settings import HiddenStateLossConfig, PruneConfig
-from tests import families, models, test_distill, test_states
+from minitron_mcore.config.settings import PruneConfig
+from tests.gpu.training import CONFIG, FIGURES, RUNS, make_folders, train
 from tests.gpu.world import here, on_cpu
-from tests.test_prune import ONE, _family, export
+from tests.helpers import hidden_states, models
+from tests.helpers.cutting import ONE, export, family_on_rank
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.xdist_group("gpu_training"),
 ]  # one worker, so that its references are made once
-
-CONFIG = test_distill.CONFIG
-FIGURES = ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr")
-STATES = dataclasses.replace(
-    CONFIG, lm_weight=0.5, hidden_state_loss=HiddenStateLossConfig(0.7, pairs=[[2, 4], [1, 1]])
-)
-RUNS = {
-    # folders of student and teacher, config
-    "tied": ("width", "teacher", CONFIG),
-    "untied, label loss": ("plain_width", "plain_teacher", dataclasses.replace(CONFIG, kd_weight=0.7, lm_weight=0.3)),
-    "experts": ("mixtral1", "mixtral0", CONFIG),
-    "reverse_kl": ("width", "teacher", dataclasses.replace(CONFIG, divergence="reverse_kl")),
-    "states": ("width", "teacher", STATES),
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +24,11 @@ def folders(tmp_path_factory):
     return make_folders(tmp_path_factory.mktemp("training"))
 
 
-def make_folders(at):
-    """Students and teachers: a tied Llama, an untied one, two mixtures of experts."""
-    cut = PruneConfig(hidden=24, ffn=18)
-    for prefix, tied in (("", True), ("plain_", False)):
-        family = at / f"{prefix}family"
-        models.tiny_llama(family / "hf", tied=tied)
-        here(_family, family, {"width": cut})
-        for name in ("teacher", "width"):
-            (at / f"{prefix}{name}").symlink_to(family / name)
-    for seed in (0, 1):
-        families.tiny("mixtral", at / f"mixtral{seed}_hf", seed)
-        here(models.import_hf, at / f"mixtral{seed}_hf", at / f"mixtral{seed}", ONE)
-    return at
-
-
 @pytest.fixture(scope="module")
 def on_the_cpu(folders):
     """The figures of each run's steps on the CPU; its checkpoint is folders / "cpu" / name."""
     jobs = [(here, train, folders, name, folders / "cpu" / name) for name in RUNS]
     return dict(zip(RUNS, on_cpu(folders / "reference", *jobs), strict=True))
-
-
-def train(folders, name, out_dir, dtype="fp32", stop_after=None, resume=False):
-    student, teacher, config = RUNS[name]
-    config = dataclasses.replace(config, stop_after=stop_after)
-    return test_distill.distill(folders / student, folders / teacher, config, ONE, out_dir, resume, dtype)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -89,19 +54,19 @@ def test_bf16_steps_are_close(tmp_path, folders, on_the_cpu, name):
 
 
 def first_states(folders, out_dir):
-    return test_states.first_step(folders, ONE, out_dir)
+    return hidden_states.first_step(folders, ONE, out_dir)
 
 
 def test_intermediate_states_are_the_dense_ones(tmp_path):
     """Losses and gradients of the first step against transformers' modules in fp64."""
     models.tiny_llama(tmp_path / "hf", tied=True, num_hidden_layers=7)
     cuts = {"width": PruneConfig(hidden=24, ffn=18, blocks=5), "depth": PruneConfig(blocks=5)}
-    here(_family, tmp_path, cuts)
+    here(family_on_rank, tmp_path, cuts)
     for name in ("teacher", *cuts):
         export(tmp_path / name, tmp_path / f"{name}_hf")
     found = here(first_states, tmp_path, tmp_path / "steps")
     for case, (figures, projection, gradient) in found.items():
-        losses, gradients, lifted = test_states.oracle(tmp_path, case, projection)
+        losses, gradients, lifted = hidden_states.oracle(tmp_path, case, projection)
         for key, loss in losses.items():
             assert math.isclose(figures[key], loss, rel_tol=5e-5), (case, key)
         if lifted is not None:

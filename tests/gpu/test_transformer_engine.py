@@ -13,10 +13,10 @@ import torch
 from minitron_mcore.checkpoint.run_folder import build_model, open_checkpoint
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.models import build, layer_spec
-from minitron_mcore.parallel import cpu_backend
-from tests import families, models, test_distill
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 from tests.gpu.world import here
-from tests.test_prune import ONE, export
+from tests.helpers import families, models, training
+from tests.helpers.cutting import ONE, export
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu_te")]  # one worker, so that its models are made once
 
@@ -25,7 +25,7 @@ SIZES = dict(
     hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4, head_dim=16, vocab_size=128
 )
 KINDS = ("llama31", "mistral", "nemotron", "qwen2", "qwen3", "mixtral")
-CONFIG = dataclasses.replace(test_distill.CONFIG, kd_weight=0.5, lm_weight=0.5, clip_grad=1e9)
+CONFIG = dataclasses.replace(training.CONFIG, kd_weight=0.5, lm_weight=0.5, clip_grad=1e9)
 ENGINES = ("te", "torch")
 
 
@@ -59,7 +59,7 @@ def logits_and_gradients(checkpoint, dtype: str) -> tuple[torch.Tensor, dict[str
     logits = models.model_logits(build_model(opened, ONE, dtype), opened.arch, ids).float()
     config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0, global_batch=2, sequence_length=16)
     trainer = Trainer(opened, None, config, ONE, dtype)
-    batches = list(models.placed(test_distill.micro_batches(config, 0, 0, 1)))[:2]
+    batches = list(models.placed(training.micro_batches(config, 0, 0, 1)))[:2]
     trainer.train_step(batches)
     return logits, {name: p.main_grad.float().clone() for name, p in build.named_parameters(trainer.model)}
 
@@ -94,7 +94,7 @@ def test_logits_and_gradients_are_torch_s(folders, layers, which):
 
 def train(folders, out_dir, config=CONFIG, resume=False):
     pair = folders / "llama310", folders / "llama311"
-    return test_distill.distill(*pair, config, ONE, out_dir, resume, "bf16")
+    return training.distill(*pair, config, ONE, out_dir, resume, "bf16")
 
 
 def close(ours, theirs, rel_tol: float) -> None:

@@ -26,13 +26,13 @@ def here(fn: Callable, *args: Any) -> Any:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     _world()
-    model_parallel_cuda_manual_seed(1234, force_reset_rng=True)  # as runtime.distributed begins
+    model_parallel_cuda_manual_seed(1234, force_reset_rng=True)  # as process_groups.distributed_context begins
     return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), fn(*args))
 
 
 @contextlib.contextmanager
 def shared(*args: Any, **kwargs: Any):
-    """In place of `runtime.distributed`, for launch files of one rank: the world that is there."""
+    """In place of `process_groups.distributed_context`, for launch files of one rank: the world that is there."""
     _world()
     yield
 
@@ -51,7 +51,7 @@ def _world() -> contextlib.ExitStack:
 
     _prepare()
     stack = contextlib.ExitStack()
-    stack.enter_context(process_groups.distributed(ParallelConfig()))
+    stack.enter_context(process_groups.distributed_context(ParallelConfig()))
     return stack
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
-from tests import families, models, test_distill, test_parallel
+from tests.helpers import cutting, families, models, training
+from tests.helpers.cutting import ONE, export
 from tests.multigpu.ranks import launch, need
-from tests.test_prune import ONE, export
 
 pytestmark = pytest.mark.multigpu
 
@@ -44,17 +44,17 @@ LAYOUTS = {
 }
 QUICK = ("llama-tp2_sp", "llama-pp2_virtual2", "llama-cp2", "llama-dp2", "qwen3_moe-ep2", "llama-tp2_sp_pp2")
 """Of each kind one, for a machine that has all ranks on few cores."""
-CONFIG = dataclasses.replace(test_distill.CONFIG, steps=3, lm_weight=0.5)
+CONFIG = dataclasses.replace(training.CONFIG, steps=3, lm_weight=0.5)
 
 
 def whole_way(at, which, parallel, ids, out_dir):
     """What test_parallel compares, the figures of a run and of one in parts."""
-    found = test_parallel.score_cut_say(at / which, parallel, ids, out_dir / "pruned", CUTS[which])
+    found = cutting.score_cut_say(at / which, parallel, ids, out_dir / "pruned", CUTS[which])
     pair = out_dir / "pruned", at / which
     half = dataclasses.replace(CONFIG, stop_after=2)
-    whole = test_distill.distill(*pair, CONFIG, parallel, out_dir / "whole")
-    parts = test_distill.distill(*pair, half, parallel, out_dir / "parts")
-    return found, whole, parts + test_distill.distill(*pair, CONFIG, parallel, out_dir / "parts", True)
+    whole = training.distill(*pair, CONFIG, parallel, out_dir / "whole")
+    parts = training.distill(*pair, half, parallel, out_dir / "parts")
+    return found, whole, parts + training.distill(*pair, CONFIG, parallel, out_dir / "parts", True)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def parent(tmp_path_factory):
     at, alone = tmp_path_factory.mktemp("layouts"), {}
     models.tiny_llama(at / "llama_hf", tied=True, **SIZES)
     families.tiny("qwen3_moe", at / "qwen3_moe_hf", num_hidden_layers=4, num_experts=8)
-    ids = models.tokens(len(test_parallel.LENGTHS), 16)
+    ids = models.tokens(len(cutting.LENGTHS), 16)
     for which in CUTS:
         launch(models.import_hf, 1, ONE, at / f"{which}_hf", at / which, ONE)
         (alone[which],) = launch(whole_way, 1, ONE, at, which, ONE, ids, at / f"{which}_alone")
@@ -75,7 +75,7 @@ def test_everything_is_that_of_one_device(tmp_path, request, name):
     (world, parallel), which = LAYOUTS[name], name.split("-")[0]
     need(world)
     if not torch.cuda.is_available() and name not in QUICK:
-        pytest.skip("on the CPU tests/test_parallel.py has layouts of this kind")
+        pytest.skip("on the CPU tests/parallel has layouts of this kind")
     at, ids, alone = request.getfixturevalue("parent")
     ((vectors, metadata, plan, said, _), history, _) = alone[which]
     logits, spoken = said[0][1], set()
@@ -101,7 +101,7 @@ def test_everything_is_that_of_one_device(tmp_path, request, name):
     }
     found = {folder: export(tmp_path / folder, tmp_path / f"{folder}_hf") for folder in ("pruned", "whole", "parts")}
     assert all(torch.equal(found["pruned"][key], weight) for key, weight in expected["pruned"].items())
-    for key, weight in expected["whole"].items():  # see test_distill: what a step can move
+    for key, weight in expected["whole"].items():  # see test_trainer: what a step can move
         assert (found["whole"][key] - weight).abs().max() <= 0.05 * CONFIG.peak_lr * CONFIG.steps, key
         assert same(found["parts"][key], found["whole"][key], parallel), key
 

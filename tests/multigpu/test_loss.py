@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minitron_mcore.config.settings import ParallelConfig
-from tests import test_losses, test_teacher_cache
-from tests.gpu.test_loss import BF16_GRADIENT, BF16_VALUE, GIVEN, limits
+from tests.gpu.loss_limits import BF16_GRADIENT, BF16_VALUE, GIVEN, limits
+from tests.helpers import cached_teacher, loss_cases
 from tests.multigpu.ranks import launch
 
 pytestmark = pytest.mark.multigpu
@@ -21,11 +21,11 @@ def padded(cases: dict, tp: int) -> dict:
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_value_and_gradients_equal_dense_fp64(tp):
     """All divergences, both forms, in fp32 and bf16; then given entries."""
-    cases, given = padded(test_losses.ALL | bf16(), tp), padded(GIVEN, tp)
+    cases, given = padded(loss_cases.ALL | bf16(), tp), padded(GIVEN, tp)
     ranks = launch(on_rank, tp, ParallelConfig(tensor=tp), list(cases.values()), list(given.values()))
     failed = {}
     for (name, case), *results in zip(cases.items(), *(rank[0] for rank in ranks), strict=True):
-        errors, (value, gradient) = test_losses.relative_errors(case, results), limits(name, case)
+        errors, (value, gradient) = loss_cases.relative_errors(case, results), limits(name, case)
         if not (max(errors[:4]) <= value and max(errors[4:]) <= gradient):
             failed[name] = errors
     for (name, case), *results in zip(given.items(), *(rank[1] for rank in ranks), strict=True):
@@ -39,8 +39,8 @@ def test_value_and_gradients_equal_dense_fp64(tp):
 
 
 def bf16() -> dict:
-    return {f"{name}, bf16": case for name, case in test_losses.BF16.items()}
+    return {f"{name}, bf16": case for name, case in loss_cases.BF16.items()}
 
 
 def on_rank(cases: list, given: list) -> tuple[list, list]:
-    return test_losses.on_rank(cases), test_teacher_cache.loss_on_rank(given)
+    return loss_cases.on_rank(cases), cached_teacher.loss_on_rank(given)

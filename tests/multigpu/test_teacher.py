@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from minitron_mcore.config.settings import Dtype, ParallelConfig, PruneConfig
-from tests import test_teacher_cache, test_teacher_layout
+from tests.helpers import cached_teacher, teacher_layouts
+from tests.helpers.cached_teacher import World, assert_same, write_text
+from tests.helpers.cutting import ONE, export, family_on_rank
+from tests.helpers.teacher_layouts import APART, CONFIG, hold, serve_or_learn, two_steps
 from tests.multigpu.ranks import launch, need
-from tests.test_prune import ONE, _family, export
-from tests.test_teacher_cache import World, assert_same, write_text
-from tests.test_teacher_layout import APART, CONFIG, hold, serve_or_learn, two_steps
 
 pytestmark = pytest.mark.multigpu
 
 SP = ParallelConfig(tensor=2, sequence=True)
-PAIRS = {name: test_teacher_layout.PAIRS[name] for name in ("pp2_of_tp2_sp", "dp4_of_tp2_pp2")} | {
-    "cp2_tp2_sp_of_pp2_virtual2_dp2": test_teacher_layout.PAIRS["cp2_tp2_sp_of_pp2_virtual2_dp2"],
+PAIRS = {name: teacher_layouts.PAIRS[name] for name in ("pp2_of_tp2_sp", "dp4_of_tp2_pp2")} | {
+    "cp2_tp2_sp_of_pp2_virtual2_dp2": teacher_layouts.PAIRS["cp2_tp2_sp_of_pp2_virtual2_dp2"],
     "tp2_sp_dp4_of_tp2_pp2_cp2": (8, SP, ParallelConfig(tensor=2, pipeline=2, context=2)),
 }
 TOLERANCE = 1e-4
@@ -25,11 +25,11 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A teacher, its narrower student, and what the student learns on one device."""
-    from tests import models
+    from tests.helpers import models
 
     at = tmp_path_factory.mktemp("teacher")
     models.tiny_llama(at / "hf", tied=True)
-    launch(_family, 1, ONE, at, {"student": PruneConfig(hidden=24, ffn=18)})
+    launch(family_on_rank, 1, ONE, at, {"student": PruneConfig(hidden=24, ffn=18)})
     (alone,) = launch(two_steps, 1, ONE, at, CONFIG, ONE, at / "one")
     return at, alone, export(at / "one", at / "one_hf")
 
@@ -75,8 +75,8 @@ KINDS = ("hidden", "top")
 
 
 def record_and_learn(writers, runs):
-    test_teacher_cache.record(*writers)
-    return test_teacher_cache.distill(*runs)
+    cached_teacher.record(*writers)
+    return cached_teacher.distill(*runs)
 
 
 @pytest.mark.parametrize("layout", CACHES)
@@ -90,7 +90,7 @@ def test_a_cache(tmp_path, request, layout):
     for name in ("teacher", "student"):
         (tmp_path / name).symlink_to(at / name)
     world = World(tmp_path, write_text(tmp_path), Dtype.fp32)
-    writers = [world.writer(name, parallel, **test_teacher_cache.KINDS[name]) for name in KINDS]
+    writers = [world.writer(name, parallel, **cached_teacher.KINDS[name]) for name in KINDS]
     runs = [world.run(name, "teacher", parallel, changes) for name, changes in LIVE.items()]
     runs += [world.run(f"from_{name}", name, parallel) for name in KINDS]
     for refused in launch(record_and_learn, size, parallel, writers, runs):
@@ -100,4 +100,4 @@ def test_a_cache(tmp_path, request, layout):
     assert_same(world.history("from_top"), world.history("live_top"), 1e-3)
 
 
-LIVE = {"live": {}, "live_top": {"top_k": test_teacher_cache.K}}
+LIVE = {"live": {}, "live_top": {"top_k": cached_teacher.K}}

@@ -1,0 +1,80 @@
+"""The measured points of a depth study, one line each, so that an interrupted study resumes."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.depth.study import Measure
+from minitron_mcore.errors import UserError
+from minitron_mcore.parallel import process_groups
+
+FILE = "points.jsonl"
+
+
+class PointLog:
+    """A cache of points in FILE (collective). Its first line identifies what is measured; each other line is a point."""
+
+    def __init__(self, out_dir: str | Path, measure: Measure, total: int, **subject: str):
+        """
+        Args:
+            out_dir: claimed folder.
+            measure: computes a point that is not in the file.
+            total: upper bound of the number of points, for the progress.
+            subject: identifies model, text and questions.
+
+        Raises:
+            UserError: the file is damaged, or holds points of another subject.
+        """
+        self.path, self._measure = Path(out_dir) / FILE, measure
+        with process_groups.raise_on_all_ranks():
+            box = [self._read(subject) if process_groups.rank() == 0 else {}]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box, src=0)
+        self.points: dict[tuple[int, ...], dict] = box[0]
+        if self.points:
+            process_groups.log(f"depth: resuming after {len(self.points)} points")
+        self.measured = 0
+        self.progress = process_groups.Progress("depth", max(0, total - len(self.points)), "points")
+
+    def _read(self, subject: dict) -> dict[tuple[int, ...], dict]:
+        if not self.path.is_file():
+            run_folder.replace_text(self.path, json.dumps(subject) + "\n")
+            run_folder.replace_text(self.path.with_name("latest"), FILE)  # keeps the folder of an interrupted run
+            return {}
+        whole, _, partial_line = self.path.read_text().rpartition("\n")
+        try:
+            first, *lines = [json.loads(line) for line in whole.splitlines()]
+            points = {tuple(point["dropped"]): point for point in lines}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({type(error).__name__}: {error}): remove its folder and study again."
+            ) from error
+        if first != subject:
+            raise UserError(
+                f"{self.path} has points of another model, text or questions: choose another out_dir, or remove it."
+            )
+        if partial_line:
+            run_folder.replace_text(self.path, whole + "\n")
+        return points
+
+    def __call__(self, dropped: Sequence[int]) -> dict:
+        """The point without these blocks, from the file or measured (collective); the same on every rank."""
+        if tuple(dropped) not in self.points:
+            point = [self._measure(dropped)]
+            if dist.is_initialized():
+                dist.broadcast_object_list(
+                    point, src=0
+                )  # ranks differ in the last bit, and must choose the same blocks
+            if process_groups.rank() == 0:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(point[0]) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            self.points[tuple(dropped)] = point[0]
+            self.measured += 1
+            self.progress.update(self.measured)
+        return self.points[tuple(dropped)]

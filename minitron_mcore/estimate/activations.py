@@ -1,0 +1,114 @@
+"""Bytes that autograd keeps of forward passes, layer by layer. Pure formulas, no torch import.
+
+On "cuda" norms and activations are the fused ones of megatron-core and Transformer Engine; on "cpu" torch keeps their intermediate
+results too.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+from minitron_mcore.config.performance import Recompute, RecomputeMethod
+from minitron_mcore.config.settings import Device
+from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.models import sharding
+from minitron_mcore.models.architecture import Architecture
+
+
+def _norm(width: float, arch: Architecture, setting: Setting) -> float:
+    """Of a norm over `width` channels, for one token: its input and statistics."""
+    if setting.device == Device.cpu and arch.traits.norm == "RMSNorm":
+        return 8 * width + 4  # the input in fp32, and the same divided by its length
+    return setting.dtype_bytes * width + 8
+
+
+def mlp(arch: Architecture, setting: Setting) -> float:
+    """Of an MLP or its experts, for one token: the gate's and up projection's outputs and the activation's result."""
+    fused = setting.device == Device.cuda
+    channels = (3 if fused else 5) if arch.traits.gated else 2
+    if not arch.experts:
+        return setting.dtype_bytes * channels * arch.ffn / setting.parallel.tensor
+    # Balanced routing: a rank's experts receive as many tokens as the rank sends. Each copy of a token has an input and 24 bytes of
+    # routing indices; the router keeps five numbers an expert.
+    routed = setting.dtype_bytes * (arch.hidden + (channels + (not fused)) * arch.ffn) + 24
+    return (arch.experts_per_token * routed + 5 * arch.experts) / setting.sequence_shards
+
+
+def _attention(arch: Architecture, setting: Setting, core_recomputed: bool) -> float:
+    """Of attention between its two matrices, for one token: queries, keys and values, rotated queries and keys, the output.
+
+    `core_recomputed`: everything after the rotary embedding but the output is recomputed.
+    """
+    tp, context = setting.parallel.tensor, setting.parallel.context
+    heads, groups, cpu = arch.heads / tp, arch.groups / tp, setting.device == Device.cpu and not core_recomputed
+    kept = 3 * heads + 3 * groups
+    if cpu and context > 1:
+        # Rotated queries, the output in parts and as a whole; keys and values of the whole sequence.
+        kept = 3 * heads + 2 * context * groups
+    elif cpu and arch.window and arch.window < setting.sequence_length:
+        kept += heads  # the output in parts as well
+    norms = (heads + groups) * _norm(arch.head_dim, arch, setting) if arch.traits.qk_norm else 0
+    log_sum_exps = 0 if core_recomputed else 4 * heads
+    return setting.dtype_bytes * arch.head_dim * kept + norms + log_sum_exps
+
+
+def layer(arch: Architecture, setting: Setting, part: str, recomputed: Sequence[str] = ()) -> float:
+    """Of one "attention" or "mlp" layer, for a micro-batch on one rank.
+
+    Args:
+        recomputed: modules that are recomputed (see `performance.PerformanceConfig`).
+    """
+    b = setting.dtype_bytes
+    # The norm's input, and its output, which is the input of the matrices.
+    norm = _norm(arch.hidden, arch, setting) + (0 if "layernorm" in recomputed else b * arch.hidden)
+    token = norm / setting.sequence_shards
+    if part == "mlp":
+        return setting.tokens * (token + (0 if {"mlp", "moe"} & set(recomputed) else mlp(arch, setting)))
+    if "mlp" in recomputed and setting.device == Device.cpu:
+        # megatron-core keeps the input of a recomputed MLP, in an attention layer of an absent one. Fused norms keep it anyway.
+        token += b * arch.hidden / setting.sequence_shards
+    token += _attention(arch, setting, "core_attn" in recomputed)
+    rotary = 4 * b * arch.head_dim * arch.rotary_fraction  # cosine and sine of a position, for queries and for keys
+    return setting.tokens * token + rotary * (setting.sequence_length // setting.parallel.context)
+
+
+def border(arch: Architecture, setting: Setting) -> float:
+    """Of the hidden states of a micro-batch between two layers."""
+    return setting.dtype_bytes * arch.hidden * setting.rank_tokens
+
+
+def chunk(arch: Architecture, setting: Setting, blocks: Sequence[int]) -> tuple[float, float]:
+    """Of a micro-batch in a model chunk with these blocks: bytes kept until the backward pass, and bytes recomputed at a time."""
+    config, parts = setting.performance, [part for block, part in arch.layers if block in blocks]
+    whole = [layer(arch, setting, part) for part in parts]
+    if config.recompute == Recompute.none:
+        return sum(whole), 0
+    if config.recompute == Recompute.selective:
+        kept = [layer(arch, setting, part, config.recompute_modules) for part in parts]
+        return sum(kept), max((a - b for a, b in zip(whole, kept, strict=True)), default=0)
+    size, each = config.recompute_layers, border(arch, setting)
+    if config.recompute_method == RecomputeMethod.block:
+        return each * len(whole[:size]) + sum(whole[size:]), max(whole[:size], default=0)
+    groups = [sum(group) for group in itertools.batched(whole, size)]
+    return each * len(groups), max(groups, default=0)
+
+
+def stage(arch: Architecture, setting: Setting, number: int, micro_batches: int) -> float:
+    """Of a pipeline stage's rank: the most that all micro-batches in flight keep for their backward passes."""
+    pipeline, chunks = setting.parallel.pipeline, setting.parallel.virtual
+    full = setting.performance.recompute == Recompute.full  # the input of a chunk is that of its first group
+    kept = [
+        chunk(arch, setting, blocks)[0]
+        + border(arch, setting) * ((number + v > 0 and not full) + (number < setting.last or v < chunks - 1))
+        for v, blocks in enumerate(sharding.rank_chunks(arch, setting.parallel, number))
+    ]
+    if number == setting.last:
+        kept[-1] += _norm(arch.hidden, arch, setting) * setting.rank_tokens
+    # megatron-core's schedules process a group of micro-batches chunk by chunk, and run `ahead` forward passes before the first
+    # backward pass: 1F1B as many as there are later stages, the interleaved schedule more.
+    passes = micro_batches * chunks
+    order = [n // pipeline % chunks for n in range(passes)]
+    ahead = 2 * (pipeline - number - 1) + (chunks - 1) * pipeline if chunks > 1 else pipeline - number - 1
+    ahead = min(ahead + 1, passes)
+    allocated = [0, *itertools.accumulate(kept[v] for v in order)]
+    freed = [0, *itertools.accumulate(kept[-1 - v] for v in order)]
+    return max(allocated[n + ahead] - freed[n] for n in range(passes - ahead + 1))

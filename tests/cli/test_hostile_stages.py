@@ -1,0 +1,230 @@
+"""Hostile files as a user meets them, at every launch file: a failure means that a command ran code or ended in a traceback."""
+
+import json
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_mcore import testing
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from tests.helpers import hostile, models
+from tests.helpers.launching import ROOT, word_tokenizer, words
+
+pytestmark = pytest.mark.xdist_group("hostile_stages")  # one worker, so that its models are made once
+
+OURS, GPT = "decoder.final_norm.weight", "decoder.final_layernorm.weight"
+SMALL = dict(steps=2, global_batch=2, micro_batch=2, sequence_length=16, warmup_steps=0, log_every=1, save_every=1)
+COMMON = [
+    *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"),
+    *("data.train=[text.txt]", "data.heldout=[text.txt]", "prune.ffn=18", "tokens=2"),
+    *("importance.samples=4", "importance.sequence_length=16", "evaluate.sequence_length=32", "evaluate.max_windows=2"),
+    *(
+        "depth.sequence_length=32",
+        "depth.windows=1",
+        "depth.sizes=[1]",
+        "search.ffn=[18,24]",
+        "search.budget.parameters=70000",
+    ),
+    *("search.budget.tolerance=0.9", "search.best=1", "search.steps=1", "search.eval_every=1"),
+    *(f"{section}.{key}={value}" for section in ("correct", "distill") for key, value in SMALL.items()),
+]
+
+
+def _typed(folder: Path, stage: str, overrides: list[str]) -> None:
+    """Become `python launch/STAGE.py overrides...` in a folder."""
+    os.chdir(folder)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    torch.set_num_threads(1)
+    sys.argv = [str(ROOT / "launch" / f"{stage}.py"), *overrides]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def typed(folder: Path, stage: str, *overrides: str) -> tuple[int, list[str]]:
+    """Exit status and printed lines of a launch file, run in a process of its own that has all imports already."""
+    given = [option for option in COMMON if stage == "generate" or not option.startswith("tokens=")]
+    process = testing._processes().Process(target=_typed, args=(folder, stage, [*given, *overrides]))
+    process.start()
+    process.join(120)
+    status = process.exitcode
+    process.kill()
+    return status, (folder / "log").read_text().splitlines()
+
+
+WHOLE = [
+    *(("convert",), ("importance",), ("plan",), ("prune",), ("correct", "correct.stop_after=1")),
+    *(("distill", "distill.stop_after=1"), ("teacher_cache", "kind=hidden"), ("export", "source=runs/tiny/prune")),
+    ("export", "format=gpt", "source=runs/tiny/convert"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """What every stage makes of a tiny model, by its own command; two trainings are stopped after their first step."""
+    root = tmp_path_factory.mktemp("made")
+    models.tiny_llama(root / "hf")
+    word_tokenizer(root / "hf")
+    (root / "text.txt").write_text(words(400, 0))
+    for stage, *overrides in WHOLE:
+        status, told = typed(root, stage, *overrides)
+        assert status == 0 or "told to stop" in " ".join(told), told
+    return root
+
+
+NEW = "out_dir=new"
+DOORS = {
+    "importance": ("convert", ["importance", NEW]),
+    "depth": ("convert", ["depth", NEW]),
+    "evaluate": ("convert", ["evaluate", "source=runs/tiny/convert"]),
+    "generate": ("convert", ["generate", "source=runs/tiny/convert"]),
+    "correct": ("convert", ["correct", NEW]),
+    "correct, resumed": ("correct", ["correct"]),
+    "distill, student": ("prune", ["distill", NEW]),
+    "distill, teacher": ("convert", ["distill", NEW]),
+    "distill, resumed": ("distill", ["distill"]),
+    "teacher_cache": ("convert", ["teacher_cache", NEW]),
+    "search": ("convert", ["search", NEW]),  # source and teacher
+    "search, teacher": ("correct", ["search", NEW, "teacher=runs/tiny/correct"]),
+    "prune": ("convert", ["prune", NEW]),
+    "export": ("prune", ["export", NEW, "source=runs/tiny/prune"]),
+    "export, gpt": ("prune", ["export", NEW, "format=gpt", "source=runs/tiny/prune"]),
+    "convert, gpt": ("gpt", ["convert", NEW, "model.weights=runs/tiny/gpt"]),
+}
+"""Way in -> the folder that is attacked, and the command that reads it."""
+TENSORS_ALONE = {"prune", "export", "export, gpt", "convert, gpt"}
+"""They never open a byte item or common.pt."""
+SLOW = pytest.mark.slow
+
+
+def cases() -> list:
+    """(door, place) of every way in and every place; slow but for one that each way in reads."""
+    usual = {door: "tensor as byte item" if door in TENSORS_ALONE else "byte items, torch.save" for door in DOORS}
+    every = [(door, place) for door in DOORS for place in hostile.places(OURS)]
+    return [pytest.param(d, p, marks=[] if p == usual[d] else SLOW, id=f"{d}-{p}") for d, p in every]
+
+
+@SLOW
+@pytest.mark.parametrize("door", DOORS)
+def test_every_command_works_where_nothing_is_wrong(tmp_path, made, door):
+    """Else the refusals below could have other reasons."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    _, (stage, *overrides) = DOORS[door]
+    status, told = typed(folder, stage, *overrides)
+    assert status == 0, told
+
+
+def refused(folder: Path, command: list[str], *names: str) -> None:
+    """The command ends with status 2 and one sentence that has these names; nothing has run."""
+    status, told = typed(folder, *command)
+    assert not (folder / "flag").exists()
+    errors = [line for line in told if line.startswith("error:")]
+    assert status == 2 and len(errors) == 1 and all(name in errors[0] for name in names), (status, told)
+    assert "Traceback" not in "\n".join(told)
+
+
+@pytest.mark.parametrize(("door", "place"), cases())
+def test_no_command_runs_what_a_checkpoint_holds(tmp_path, made, door, place):
+    folder = shutil.copytree(made, tmp_path / "copy")
+    attacked, command = DOORS[door]
+    at = folder / "runs/tiny" / attacked
+    step = at / "release" if attacked == "gpt" else open_checkpoint(at).step_dir
+    hostile.places(GPT if attacked == "gpt" else OURS)[place](step, hostile.Attack(folder / "flag"))
+    hostile.reseal(step)
+    if door in TENSORS_ALONE and place.startswith(("byte items", "common.pt")):
+        status, told = typed(folder, *command)
+        assert status == 0 and not (folder / "flag").exists(), told
+    else:
+        refused(folder, command, f"runs/tiny/{attacked}")
+
+
+FOLDER_DOORS = {
+    "convert": ["convert", NEW],
+    "evaluate": ["evaluate", "source=hf"],
+    "cut": ["cut", NEW],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "payload"),
+    [
+        pytest.param(name, payload, marks=[] if (name, payload) == ("pytorch_model.bin", "torch.save") else SLOW)
+        for name in ("model.safetensors", "pytorch_model.bin")
+        for payload in hostile.PAYLOADS
+    ],
+)
+@pytest.mark.parametrize("door", FOLDER_DOORS)
+def test_no_command_runs_weights(tmp_path, made, door, name, payload):
+    folder = shutil.copytree(made, tmp_path / "copy")
+    (folder / "hf/model.safetensors").unlink()
+    (folder / "hf" / name).write_bytes(hostile.PAYLOADS[payload](hostile.Attack(folder / "flag")))
+    refused(folder, FOLDER_DOORS[door], "hf")
+
+
+@pytest.mark.parametrize(
+    "door",
+    [pytest.param(d, marks=SLOW) for d in ("cut", "generate", "distill, teacher", "export")] + ["convert", "evaluate"],
+)
+def test_no_command_runs_code_of_a_folder(tmp_path, made, door):
+    """auto_map of config and tokenizer beside a Python file, a template: in the model's folder and in all made of it."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    command = FOLDER_DOORS[door] if door in FOLDER_DOORS else DOORS[door][1]
+    code = {"AutoConfig": "custom.X", "AutoModelForCausalLM": "custom.X", "AutoTokenizer": ["custom.X", None]}
+    for hf in (folder / "hf", *folder.glob("runs/tiny/*/hf")):
+        (hf / "custom.py").write_text(hostile.REMOTE.replace("FLAG", str(folder / "flag")))
+        models.edit_config(hf, auto_map=code)
+        settings = json.loads((hf / "tokenizer_config.json").read_text()) | {"auto_map": code}
+        settings["chat_template"] = hostile.TEMPLATE.replace("FLAG", str(folder / "flag"))
+        (hf / "tokenizer_config.json").write_text(json.dumps(settings))
+    status, told = typed(folder, *command)
+    assert not (folder / "flag").exists() and "Traceback" not in "\n".join(told), told
+    assert status == 0, told
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "command"),
+    [
+        ("runs/tiny/importance/scores.safetensors", ["plan", NEW]),
+        ("runs/tiny/teacher_cache/*.safetensors", ["distill", NEW, "teacher=runs/tiny/teacher_cache"]),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (
+                ("runs/tiny/importance/scores.safetensors", ["search", NEW]),
+                ("runs/tiny/plan/plan.json", ["prune", NEW]),
+                ("runs/tiny/plan/plan.json", ["cut", NEW]),
+                ("runs/tiny/convert/model.json", ["importance", NEW]),
+                ("runs/tiny/teacher_cache/index.json", ["distill", NEW, "teacher=runs/tiny/teacher_cache"]),
+                ("text.txt", ["importance", NEW]),
+            )
+        ),
+    ],
+)
+def test_no_command_runs_other_files(tmp_path, made, spoiled, command):
+    folder = shutil.copytree(made, tmp_path / "copy")
+    file = sorted(folder.glob(spoiled))[0]
+    file.write_bytes(hostile.PAYLOADS["pickle"](hostile.Attack(folder / "flag")))
+    refused(folder, command, file.name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        ("importance", "apply"),
+        *(
+            pytest.param(stage, "target", marks=SLOW)
+            for stage in ("convert", "importance", "distill", "search", "export")
+        ),
+    ],
+)
+def test_no_command_runs_a_config(tmp_path, made, stage, kind):
+    """config.yaml of the folder that it is to write to."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    (folder / "new").mkdir()
+    (folder / "new/config.yaml").write_text(hostile.YAML[kind].replace("FLAG", str(folder / "flag")))
+    source = ["source=runs/tiny/prune"] if stage == "export" else []
+    refused(folder, [stage, NEW, *source], "out_dir")

@@ -1,0 +1,65 @@
+"""Commands in README.md, docs/ and the launch files' docstrings: a failure means that a copied command would not start."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+
+from minitron_mcore.cli import compose
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "tests/README.md"]
+PAGES += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "launch").glob("*.py"))]
+START = re.compile(r"^(?:[A-Z_]+=\S+ )*(python|python3|torchrun|minitron|make|pytest|sbatch)\b .*")
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def commands() -> dict[str, str]:
+    """Lines of code that are commands, continuation lines joined, by page and number."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text().replace("\\\\\n", "").replace("\\\n", "")
+        lines = [line.strip() for line in text.splitlines() if page.suffix == ".py" or line.startswith("    ")]
+        spans = re.findall(r"`([^`\n]+)`", text) if page.suffix == ".md" else []
+        for line in [*lines, *spans]:
+            if (
+                START.match(line)
+                and "..." not in line
+                and not re.search(r"\b[A-Z]{3,}[A-Z_]*\b(?!=)", line.split(" #")[0])
+            ):
+                found[f"{page.relative_to(ROOT)}: {line}"] = line.split(" #")[0]
+    return found
+
+
+COMMANDS = commands()
+
+
+def test_pages_have_commands():
+    assert len(COMMANDS) > 60
+
+
+@pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS)
+def test_command(line):
+    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+    script = next((word for word in words if re.match(r"(launch|benchmarks|docs|tests)/.*\.(py|sbatch)$", word)), None)
+    if words[0] == "make":
+        assert set(words[1:]) <= TARGETS
+    elif words[0] == "pytest":
+        assert all((ROOT / word.split("::")[0]).exists() for word in words[1:] if word.startswith("tests"))
+    elif script and script.startswith("launch/"):
+        assert (ROOT / script).exists()
+        if script.endswith(".py") and not script.endswith("demo.py"):
+            composed(Path(script).stem, words[words.index(script) + 1 :])
+    elif script:
+        assert (ROOT / script).exists()
+
+
+def composed(stage: str, overrides: list[str]) -> None:
+    sweep = "--multirun" in overrides
+    overrides = [word for word in overrides if not word.startswith(("--", "hydra/"))]
+    if sweep:  # the first job
+        overrides = [re.sub(r"^([^=\[{]+=[^,\[{]+),.*", r"\1", word) for word in overrides]
+    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        compose.compose(stage, overrides)

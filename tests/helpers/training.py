@@ -1,0 +1,49 @@
+"""A distillation run of a few steps, for tests of training on one or several ranks."""
+
+from pathlib import Path
+
+import torch
+
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.settings import DistillConfig
+from tests.helpers import models
+
+CONFIG = DistillConfig(
+    steps=4,
+    global_batch=4,
+    micro_batch=1,
+    sequence_length=12,
+    peak_lr=1e-2,
+    min_lr=1e-3,
+    warmup_steps=1,
+    save_every=100,
+)
+
+
+def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int):
+    """Samples in one global order, shared out as Megatron's sampler does; some labels masked."""
+    g = torch.Generator().manual_seed(7)
+    ids = torch.randint(
+        0, models.SIZES["vocab_size"], (config.steps * config.global_batch, config.sequence_length + 1), generator=g
+    )
+    mask = (torch.rand(ids.shape, generator=g) > 0.2).float()[:, 1:]
+    for first in range(start + dp_rank * config.micro_batch, len(ids), config.micro_batch * dp_size):
+        rows = slice(first, first + config.micro_batch)
+        yield {"tokens": ids[rows, :-1], "labels": ids[rows, 1:], "loss_mask": mask[rows]}
+
+
+def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp32"):
+    """Train and save; the history, on every rank."""
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill.loop import train
+    from minitron_mcore.distill.trainer import Trainer
+    from minitron_mcore.parallel import process_groups
+
+    opened, teacher = open_checkpoint(student), open_checkpoint(teacher) if teacher else None
+    trainer = Trainer(opened, teacher, config, parallel, dtype)
+    if resume:
+        trainer.resume(open_checkpoint(out_dir))
+    run_folder.describe(out_dir, opened.arch, "test", {}, opened.hf)
+    dp = process_groups.dp_group()
+    batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
+    return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir))[0]
