@@ -43,7 +43,7 @@ for _name, _schema in LAUNCH_FILES.items():
     ConfigStore.instance().store(group="stage", name=f"{_name}_schema", node=_schema, package="_global_")
 
 
-def canonical(overrides: Iterable[str]) -> list[str]:
+def normalize_overrides(overrides: Iterable[str]) -> list[str]:
     """A command line with `model=x` and `recipe=x` for `+model=x` and `+recipe=x`.
 
     conf/base.yaml lists both groups, so Hydra refuses the plus sign, which this package's users may type.
@@ -74,7 +74,7 @@ def compose(stage: str, overrides: list[str]) -> Any:
         UserError: see `composition_error` and `resolve`.
     """
     try:
-        raw = hydra.compose(f"stage/{stage}", canonical([*search_path(), *overrides]))
+        raw = hydra.compose(f"stage/{stage}", normalize_overrides([*search_path(), *overrides]))
     except HydraException as error:
         raise composition_error(error) from error
     return resolve(raw)
@@ -86,7 +86,7 @@ def search_path() -> list[str]:
     return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
-def options(group: str) -> list[str]:
+def group_options(group: str) -> list[str]:
     """The names of a config group's files, in conf/ and on the launch file's `hydra.searchpath`."""
     return GlobalHydra.instance().config_loader().get_group_options(group, overrides=search_path())
 
@@ -124,5 +124,5 @@ def resolve(raw: DictConfig) -> Any:
         key = error.full_key or "model"
         raise UserError(
             f"{key} is not set: give {key}=..., model.hf=/path/to/folder, a recipe (recipe=NAME) or a model (model=NAME, one of "
-            f"{', '.join(options('model'))})."
+            f"{', '.join(group_options('model'))})."
         ) from error

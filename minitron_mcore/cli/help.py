@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
-from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES, options
+from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES, group_options
 from minitron_mcore.config.stages import Run
 
 GROUPS = [field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)]
@@ -69,7 +69,7 @@ def help_text(config_name: str, config: DictConfig) -> str:
     sections = {*COMMON, *schema.reads} if hasattr(schema, "reads") else None
     values: Any = OmegaConf.to_container(config)
     lines = [*_lines(schema, values, "", sections)]
-    groups = [f"  {group}: {', '.join(options(group))}" for group in GROUPS if options(group)]
+    groups = [f"  {group}: {', '.join(names)}" for group in GROUPS if (names := group_options(group))]
     parts = [
         launch_docstring(stage),
         "Config groups (GROUP=OPTION), from conf/ and hydra.searchpath:",

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from minitron_mcore.cli import help
-from minitron_mcore.cli.compose import CONF, canonical, composition_error, resolve
+from minitron_mcore.cli.compose import CONF, composition_error, normalize_overrides, resolve
 from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import PipelineRun, ReportRun
 from minitron_mcore.errors import UserError, refuse
@@ -36,7 +36,7 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         @hydra.main(version_base="1.3", config_path=str(CONF), config_name=f"stage/{stage}")
         @functools.wraps(fn)
         def run(raw: DictConfig) -> None:
-            with _reported():  # here too, as Hydra prints a line of its own for what leaves this function
+            with _exit_on_error():  # here too, as Hydra prints a line of its own for what leaves this function
                 config = resolve(raw)
                 if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # these two plan themselves
                     from minitron_mcore.cli import dry_run
@@ -53,8 +53,8 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
             help.register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it otherwise prints
             _check_world()
-            with _reported():
-                sys.argv[1:] = canonical(sys.argv[1:])
+            with _exit_on_error():
+                sys.argv[1:] = normalize_overrides(sys.argv[1:])
                 run()
 
         return main
@@ -63,7 +63,7 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _reported() -> Iterator[None]:
+def _exit_on_error() -> Iterator[None]:
     """End the process on an exception, as `entry` describes."""
     try:
         yield

@@ -117,7 +117,7 @@ def test_renamed_keys_are_refused_with_the_new_name(tmp_path, old):
 
 def test_a_part_of_a_renamed_section_too():
     with pytest.raises(UserError, match="distill.states.weight is called distill.hidden_state_loss.weight now"):
-        compose.canonical(["distill.states.weight=1"])
+        compose.normalize_overrides(["distill.states.weight=1"])
 
 
 def test_an_unknown_option_lists_the_options():
