@@ -65,10 +65,8 @@ def planned() -> tuple[Scores, Plan]:
     return scores, make_plan(ARCH, "f" * 16, scores, PruneConfig(hidden=24, ffn=17, drop_blocks=[1, 3]))
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def write_work_dir(root: Path) -> Path:
     """A work_dir with something of every stage."""
-    root = tmp_path_factory.mktemp("run") / "a & <b>"
     for name in WRITTEN:
         (root / name).mkdir(parents=True)
     scores, plan = planned()
@@ -111,6 +109,11 @@ def whole(tmp_path_factory) -> Path:
     }
     (root / "out" / "minitron" / "lineage.json").write_text(json.dumps(record | {"lineage": distilled}))
     return root
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return write_work_dir(tmp_path_factory.mktemp("run") / "a & <b>")
 
 
 class Page(html.parser.HTMLParser):
