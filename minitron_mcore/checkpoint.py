@@ -37,6 +37,7 @@ from minitron_mcore.errors import NotFinite, UserError
 from minitron_mcore.models import architecture, build, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import place, shipped
+from minitron_mcore.reading import read_yaml, readable
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
@@ -81,11 +82,11 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
             f"no checkpoint at {path}: run launch/convert.py on the model's Hugging Face folder (model.hf=/path), then the "
             f"stages up to this one, or give the folder of another with {key}=/path."
         )
-    try:
-        model = json.loads((path / "model.json").read_text())
+    with readable(path / "model.json", "make the checkpoint again"):
+        model = json.loads((path / "model.json").read_text(encoding="utf-8"))
         found = Checkpoint(path, Architecture(**model["architecture"]), model["fingerprint"], model["lineage"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path / 'model.json'} is damaged ({error}): make the checkpoint again.") from error
+        if not isinstance(found.fingerprint, str) or not isinstance(found.lineage, dict):
+            raise TypeError("fingerprint is not text, or lineage is no object")
     latest = (path / "latest").read_bytes().strip() if (path / "latest").is_file() else b""
     if latest and not re.fullmatch(rb"step_\d+", latest):
         raise UserError(
@@ -139,13 +140,7 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     if not held.is_file() and any(others):
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if held.is_file():
-        try:
-            same = yaml.safe_load(held.read_text()) == config
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{held} cannot be read ({reason}): choose another out_dir, or remove {out_dir}."
-            ) from error
+        same = read_yaml(held, f"choose another out_dir, or remove {out_dir}") == config
         if not same or (not resume and (out_dir / COMPLETE).is_file()):
             raise UserError(
                 f"out_dir {out_dir} already holds {'this finished' if same else 'another'} run ({held}): "

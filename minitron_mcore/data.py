@@ -24,6 +24,7 @@ from torch import Tensor
 from minitron_mcore import runtime
 from minitron_mcore.config import DataConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.reading import readable
 from minitron_mcore.schedule import Batch
 from minitron_mcore.textfiles import Limits, check_readable, check_size, documents, is_prefix
 from minitron_mcore.tokenfiles import BLOCK, block_starts, check_ids, check_index, check_range, open_tokens
@@ -34,6 +35,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # i
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # isort: skip
 from megatron.core.datasets.utils import Split  # isort: skip
 
+REMEDY = "remove that folder, which is made again"
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -299,7 +301,8 @@ def ordered(
     folder = os.path.join(cache, f"order-{name}")
     build = functools.partial(_dataset, streams, _counts(weights, num_samples), sequence_length, seed)
     _on_rank_0(lambda: _make_folder(folder, build))
-    return build(folder)
+    with runtime.agreed(), readable(folder, REMEDY):
+        return build(folder)
 
 
 def train_batches(
@@ -347,7 +350,8 @@ def train_batches(
 
 def batch_of(dataset, rows: Sequence[int]) -> Batch:
     """These samples of a dataset of `ordered` as one microbatch (see `train_batches`)."""
-    samples = [dataset[row] for row in rows]
+    with readable(dataset.config.path_to_cache, REMEDY):
+        samples = [dataset[row] for row in rows]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS} | {"samples": torch.tensor(rows)}
     return {key: tensor.to(runtime.device()) for key, tensor in batch.items()}
 

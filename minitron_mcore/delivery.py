@@ -4,7 +4,6 @@ All that the card says is read from the checkpoint: its lineage (model.json), wh
 evaluations beside it.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +15,11 @@ from transformers import GenerationConfig
 from minitron_mcore import ancestry, loaders, prune, report
 from minitron_mcore.checkpoint import Checkpoint, command, identity, versions
 from minitron_mcore.data import parse_blend
-from minitron_mcore.models import table
+from minitron_mcore.models import hf_config, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import LICENCES
 from minitron_mcore.plan.plan import Plan, compare
+from minitron_mcore.reading import read_json, read_json_lines, readable
 
 CARD = "README.md"
 RECORD = "minitron"
@@ -63,12 +63,14 @@ def deliver(origin: Origin, folder: str | Path) -> list[dict]:
         UserError: see `loaders.verdict`; no card is written then.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = hf_config.read_json(folder / "config.json")
     if not (folder / "generation_config.json").is_file():
         tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**tokens).save_pretrained(folder)
     taken = loaders.verdict(folder, origin.arch)
-    (folder / CARD).write_text(card(origin, config, taken))
+    with readable(f"the lineage in {origin.identity['path']}", "make the checkpoint again"):
+        text = card(origin, config, taken).encode("utf-8", "replace")  # JSON can hold half a character
+    (folder / CARD).write_bytes(text)
     (folder / RECORD).mkdir(exist_ok=True)
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
@@ -121,7 +123,7 @@ def card(origin: Origin, config: dict, taken: list[dict]) -> str:
 def _parent(origin: Origin) -> str:
     """The first ancestor's name: what its config says, or its folder's."""
     first = next(iter(ancestry.line(origin.lineage)[0]["parents"].values()), origin.identity)
-    config = json.loads((origin.shipped / "config.json").read_text())
+    config = hf_config.read_json(origin.shipped / "config.json")
     return Path(config.get("_name_or_path") or first["path"]).name
 
 
@@ -158,8 +160,9 @@ def _told(number: int, step: ancestry.Step, plans: dict[str, str]) -> str:
 def _losses(identity: dict) -> list[str]:
     """First and last figures of a training run up to its checkpoint, in nats a token; nothing where its folder is gone."""
     path, last = Path(identity["path"]) / "metrics.jsonl", int(identity["step"].removeprefix("step_"))
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rows = [{key: row[key] for key in SHOWN} for row in rows if row["step"] <= last]
+    rows = read_json_lines(path, "move it away") if path.is_file() else []
+    with readable(path, "move it away"):
+        rows = [{key: row[key] for key in SHOWN} for row in rows if row["step"] <= last]
     return [report.markdown([rows[0], rows[-1]]).replace("\n", "\n   ")] if rows else []
 
 
@@ -167,9 +170,11 @@ def _evaluations(source: Path) -> list[str]:
     """Evaluations of a checkpoint, since it was finished, in the folders beside it."""
     rows, mark = [], source / "latest"
     for path in sorted(source.parent.glob("*/evaluation.json")) if mark.is_file() else []:
-        found = json.loads(path.read_text())
-        if Path(found["source"]).resolve() == source.resolve() and path.stat().st_mtime > mark.stat().st_mtime:
-            rows += found["files"]
+        found = read_json(path, "evaluate again, or move it away")
+        with readable(path, "evaluate again, or move it away"):
+            if Path(found["source"]).resolve() == source.resolve() and path.stat().st_mtime > mark.stat().st_mtime:
+                rows += found["files"]
+                report.markdown(rows)
     return ["## Evaluation", report.markdown(rows)] if rows else []
 
 

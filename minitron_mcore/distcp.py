@@ -65,10 +65,22 @@ _ADMITTED = {
 _ADMITTED["pathlib._local", "PosixPath"] = pathlib.PosixPath  # Python 3.13's name of it
 
 
-class _Unpickler(pickle._Unpickler):
-    """The pure Python unpickler: unlike the C one it allocates nothing for a memo index or a length that a pickle only claims."""
+_UNUSED = (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET)
+_SCALARS = (str, int, float, bytes, type(None), torch.dtype, torch.layout, enum.Enum)
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+
+def _flat(value: object) -> bool:
+    """A scalar, or a tuple of such."""
+    return isinstance(value, _SCALARS) or (isinstance(value, tuple) and all(isinstance(x, _SCALARS) for x in value))
+
+
+class _Unpickler(pickle._Unpickler):
+    """The pure Python unpickler: unlike the C one it allocates nothing for a memo index or a length that a pickle only claims.
+
+    What is hashed while it reads is flat: of tuples or objects that share their parts, n of them take 2^n steps to hash.
+    """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _UNUSED}
 
     def find_class(self, module: str, name: str):
         if (module, name) in _ADMITTED:
@@ -83,10 +95,42 @@ class _Unpickler(pickle._Unpickler):
         """Set the state of an object, but not of a class, a function or an enum's member, which live on in this process."""
         target = self.stack[-2]
         if type(target) not in _ADMITTED.values() or isinstance(target, enum.Enum):
-            raise UserError(f"changes {target}, which is not its own: don't trust this checkpoint")
+            name = getattr(target, "__name__", type(target).__name__)
+            raise UserError(f"changes {name}, which is not its own: don't trust this checkpoint")
         super().load_build()
 
-    dispatch[pickle.BUILD[0]] = load_build
+    def load_call(self) -> None:
+        if not isinstance(self.stack[-1], tuple) or not all(map(_flat, self.stack[-1])):
+            raise ValueError("nested arguments")
+        pickle._Unpickler.load_reduce(self)
+
+    def load_new(self) -> None:
+        if not isinstance(self.stack[-1], tuple) or not all(map(_flat, self.stack[-1])):
+            raise ValueError("nested arguments")
+        pickle._Unpickler.load_newobj(self)
+
+    def load_item(self) -> None:
+        _check_key(self.stack[-2])
+        pickle._Unpickler.load_setitem(self)
+
+    def load_items(self) -> None:
+        for key in self.stack[::2]:  # those since the mark
+            _check_key(key)
+        pickle._Unpickler.load_setitems(self)
+
+    dispatch |= {
+        pickle.BUILD[0]: load_build,
+        pickle.REDUCE[0]: load_call,
+        pickle.NEWOBJ[0]: load_new,
+        pickle.SETITEM[0]: load_item,
+        pickle.SETITEMS[0]: load_items,
+    }
+
+
+def _check_key(key: object) -> None:
+    parts = [getattr(key, name, None) for name in vars(key)] if isinstance(key, metadata.MetadataIndex) else [key]
+    if not all(map(_flat, parts)):
+        raise ValueError(f"a {type(key).__name__} of nested parts as a key")
 
 
 def read_metadata(folder: Path) -> metadata.Metadata:
@@ -114,6 +158,11 @@ def read_metadata(folder: Path) -> metadata.Metadata:
 
 def _problem(index: metadata.Metadata, folder: Path) -> str:
     """What is wrong with an index, or nothing: it has tensors, and its files are in the folder and as long as it says."""
+    if not isinstance(index, metadata.Metadata):
+        return f"a {type(index).__name__} in place of an index"
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, metadata.TensorStorageMetadata) and not _well_formed(entry):
+            return f"sizes or dtype of {key} are damaged"
     sizes = {}
     for info in index.storage_data.values():
         name, end = info.relative_path, info.offset + info.length
@@ -124,6 +173,14 @@ def _problem(index: metadata.Metadata, folder: Path) -> str:
         if not 0 <= info.offset <= end <= sizes[name]:
             return f"{name} has {sizes[name]} bytes, but .metadata asks for bytes {info.offset} to {end} of it"
     return "" if index.state_dict_metadata else "no tensors in it"
+
+
+def _well_formed(entry: metadata.TensorStorageMetadata) -> bool:
+    """Sizes are whole numbers, as many in each chunk as in the tensor."""
+    spans = [entry.size, *(span for chunk in entry.chunks for span in (chunk.offsets, chunk.sizes))]
+    whole = all(isinstance(span, tuple | list) and all(type(n) is int and n >= 0 for n in span) for span in spans)
+    alike = whole and len({len(span) for span in spans}) == 1
+    return alike and isinstance(entry.properties.dtype, torch.dtype)
 
 
 class Files(FileSystemReader):
@@ -278,7 +335,9 @@ def undamaged(step_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointingException, CheckpointException, KeyError, RuntimeError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged item or metadata.json makes its readers raise nearly anything
         if isinstance(error, CheckpointException):  # says no more than which ranks failed
             error, _ = next(iter(error.failures.values()))
         raise UserError(

@@ -14,7 +14,6 @@ TensorRT-LLM: head_dim with a decoding kernel (cpp/tensorrt_llm/kernels/decoderM
 
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +21,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import Folder
+from minitron_mcore.reading import first_line
 
 SIZES = (1, 2, 4, 8)
 """Tensor-parallel sizes that a verdict is given for."""
@@ -52,8 +52,8 @@ def load(folder: str | Path, **placement) -> PreTrainedModel:
             output_loading_info=True,
             **placement,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # any value may be of any type, so that it raises anything
+        reason = first_line(error)
         raise UserError(f"{folder} cannot be loaded by transformers: {reason}") from error
     finally:
         transformers_logging.set_verbosity(before)

@@ -7,12 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from minitron_mcore.checkpoint import COMPLETE
 from minitron_mcore.config import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.launching import CONF, compose, plain
+from minitron_mcore.reading import read_yaml
 from minitron_mcore.runs import STAGES, PipelineRun, StageRun
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -103,7 +102,8 @@ def _inputs(run: StageRun) -> set[Path]:
 def finished(run: StageRun) -> bool:
     """Whether a stage's folder holds this very run, and whole."""
     folder = Path(run.out_dir)
-    return (folder / COMPLETE).is_file() and yaml.safe_load((folder / "config.yaml").read_text()) == plain(run)
+    remedy = f"remove {folder} and run again"
+    return (folder / COMPLETE).is_file() and read_yaml(folder / "config.yaml", remedy) == plain(run)
 
 
 def _check_there(path: Path, reader: str) -> None:

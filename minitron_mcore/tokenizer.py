@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from minitron_mcore.config import DataConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import read_json, readable
 
 _CONTEXT = 4  # tokens before one that decide what text it adds: a character of UTF-8 may be spread over four
 
@@ -187,9 +187,11 @@ def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
     config = _read_json(path.parent / "config.json") or _read_json(model / "config.json")
     kind = settings.get("tokenizer_class") or config.get("model_type") or ""
     bos = settings.get("add_bos_token")
-    found = _SentencePiece(path, "llama" in kind.lower() if bos is None else bool(bos))
-    listed = [*beside.get("added_tokens_decoder", {}), *_read_json(path.parent / "added_tokens.json").values()]
-    if added := [int(token) for token in listed if int(token) >= found.vocab_size]:
+    found = _SentencePiece(path, "llama" in str(kind).lower() if bos is None else bool(bos))
+    with readable(f"tokenizer_config.json or added_tokens.json beside {path}", "copy the tokenizer's files again"):
+        listed = [*beside.get("added_tokens_decoder", {}), *_read_json(path.parent / "added_tokens.json").values()]
+        listed = [int(token) for token in listed]
+    if added := [token for token in listed if token >= found.vocab_size]:
         raise UserError(
             f"{path} has {found.vocab_size} tokens, and the files beside it add token {added[0]}, which sentencepiece "
             "doesn't know: give a tokenizer folder with tokenizer.json."

@@ -86,7 +86,8 @@ def cases(pipe, name: str, seed: int, first: int, count: int, until: float, base
     """Cases in a process of their own, until one ends it."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
-    if count > 1: os.dup2(quiet, 2)
+    if count > 1:
+        os.dup2(quiet, 2)
     signal.signal(signal.SIGALRM, late)
     with tempfile.TemporaryDirectory() as scratch, runtime.distributed(readers.ONE):
         resource.setrlimit(resource.RLIMIT_AS, (held("VmSize") + ADDRESSES, resource.RLIM_INFINITY))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 
 from minitron_mcore import checkpoint, data, evaluate, pictures, pipeline, prune, stream, tokenizer
 from minitron_mcore.checkpoint import open_checkpoint
@@ -21,11 +22,22 @@ from minitron_mcore.importance.sweep import Points
 from minitron_mcore.models import gpt, hf, table
 from minitron_mcore.page import write
 from minitron_mcore.plan.plan import load_plan, make_plan
-from tests import gguf_files, models, test_data, test_page, test_prune, test_teacher_cache, test_tokenizer
+from tests import (
+    families,
+    gguf_files,
+    models,
+    test_data,
+    test_gguf,
+    test_page,
+    test_prune,
+    test_teacher_cache,
+    test_tokenizer,
+)
 from tests.test_distill import CONFIG, micro_batches
 
 ONE, DEPTH, S = ParallelConfig(), DepthConfig(sizes=[1, 2]), 12
 SIZES = dict(num_hidden_layers=3, hidden_size=32, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2)
+RUN = {"stage": "distill", "seed": 1, "dtype": "fp32", "data": {"train": ["a", "b"]}}
 POINT = {"loss": 3.5, "kl": 0.5, "mse": 0.25, "accuracy": None}
 
 
@@ -37,18 +49,18 @@ def write_models(base: Path) -> None:
     checkpoint.finish(base / "convert")
     shutil.copytree(folder, base / "shards")
     (base / "shards" / "model.safetensors").unlink()
-    writer = {"weight_map": {}}
+    index = {"metadata": {"total_size": 1}, "weight_map": {}}
     from safetensors.torch import save_file
 
     for n, half in enumerate(np.array_split(sorted(models.weights(folder)), 2)):
         save_file({k: models.weights(folder)[k] for k in half}, base / "shards" / f"{n}.safetensors", {"format": "pt"})
-        writer["weight_map"] |= dict.fromkeys(half.tolist(), f"{n}.safetensors")
-    (base / "shards" / "model.safetensors.index.json").write_text(json.dumps(writer))
+        index["weight_map"] |= dict.fromkeys(half.tolist(), f"{n}.safetensors")
+    (base / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def write_gguf(base: Path) -> None:
     for name, size, more in (("plain", test_data.VOCAB, {}), ("words", 500, {"vocabulary": pieces(base)})):
-        folder = models.tiny_llama(base / name / "hf", vocab_size=size, **(SIZES | {"intermediate_size": 32}))
+        folder = families.tiny("llama2", base / name / "hf", **(test_gguf.GGUF_SIZES | {"vocab_size": size}))
         gguf_files.write(base / name / "model.gguf", folder, "llama", gguf_files.Q.Q8_0, **more)
 
 
@@ -74,7 +86,7 @@ def write_run(base: Path) -> None:
         {"step": n, "tokens": 9 * n, "kd_loss": 1.5, "lm_loss": 2.5, "teacher_entropy": 1.0, "lr": 1e-3} for n in (0, 1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    (run / "config.yaml").write_text("stage: distill\nseed: 1\ndtype: fp32\ndata:\n  train: [a, b]\n")
+    (run / "config.yaml").write_text(yaml.safe_dump(RUN))
     (base / "delivery" / "evaluate").mkdir()
     figures = {"source": "run", "files": [{"file": "a", "loss": 2.5, "perplexity": 12.2}]}
     (base / "delivery" / "evaluate" / "evaluation.json").write_text(json.dumps(figures))
@@ -155,7 +167,7 @@ def sharded(folder: Path) -> None:
 def resumed(folder: Path) -> None:
     from minitron_mcore.distill.loop import _Record
 
-    with checkpoint.claimed(folder, {"stage": "distill", "seed": 1}, resume=True):
+    with checkpoint.claimed(folder, RUN, resume=True):
         made, found = trainer(BASE / "convert"), open_checkpoint(folder)
         made.resume(found)
         _Record(folder, made.step).close()

@@ -16,6 +16,7 @@ out_dir/
 What is read of topk is scaled to a sum of 1. Nothing here depends on the layout that wrote it.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +32,10 @@ from minitron_mcore.checkpoint import Checkpoint
 from minitron_mcore.config import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import table
+from minitron_mcore.models import build, table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.reading import read_json
+from minitron_mcore.models.folder import CODES
+from minitron_mcore.reading import open_tensors, read_json, readable
 from minitron_mcore.runs import CacheKind
 from minitron_mcore.schedule import Batch
 
@@ -49,12 +51,16 @@ def pack_top(ids: Tensor, log_probs: Tensor, vocab: int) -> dict[str, Tensor]:
     return packed | {"log_probs": (log_probs / -STEP).round().clamp(0, 0xFFFF).to(torch.int32).to(torch.uint16)}
 
 
-def unpack_top(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(ids int64, log-probabilities fp32) of `pack_top`, the latter of a sum of 1."""
+def unpack_ids(packed: dict[str, Tensor]) -> Tensor:
     ids = packed["ids"].long()
     if "ids_high" in packed:
         ids += packed["ids_high"].long() << 16
-    return ids, (packed["log_probs"].int().float() * -STEP).log_softmax(-1)
+    return ids
+
+
+def unpack_top(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(ids int64, log-probabilities fp32) of `pack_top`, the latter of a sum of 1."""
+    return unpack_ids(packed), (packed["log_probs"].int().float() * -STEP).log_softmax(-1)
 
 
 def pack_hidden(hidden: Tensor, kind: CacheKind) -> dict[str, Tensor]:
@@ -155,8 +161,27 @@ class Cache(Checkpoint):
         path, remedy = self.folder / name, "run the same launch/teacher_cache.py command again, which writes it anew."
         if not path.is_file():
             raise UserError(f"{path} of the teacher cache is missing: {remedy}")
-        if disk.sha256(path) != self.index["files"][name]:
+        if disk.sha256(path) != self.index["files"].get(name):
             raise UserError(f"{path} of the teacher cache is not what was written: {remedy}")
+        with open_tensors(path, "pt", f"remove it and {remedy[:-1]}") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+        if found != self._tensors(name):
+            raise UserError(f"{path} has {found} where {self._tensors(name)} is expected: remove it and {remedy}")
+
+    def _tensors(self, name: str) -> dict[str, tuple[str, list[int]]]:
+        """safetensors' type and the shape of each tensor of a file."""
+        index, arch, dtype = self.index, self.arch, CODES[build.DTYPES[self.index["dtype"]]]
+        if name == HEAD:
+            return {"head": (dtype, [arch.vocab, arch.hidden])}
+        first = int(name.removeprefix("samples_").removesuffix(".safetensors")) * index["file_samples"]
+        each = [min(index["file_samples"], index["samples"] - first), index["sequence_length"]]
+        if self.kind == CacheKind.topk:
+            high = {"ids_high": ("U8", [*each, index["top_k"]])} if arch.vocab > 1 << 16 else {}
+            return {"ids": ("U16", [*each, index["top_k"]]), "log_probs": ("U16", [*each, index["top_k"] + 1])} | high
+        if self.kind == CacheKind.hidden:
+            return {"hidden": (dtype, [*each, arch.hidden])}
+        return {"hidden": ("I8", [*each, arch.hidden]), "scale": ("F32", each)}
 
 
 def open_teacher(path: str | Path) -> Checkpoint:
@@ -168,18 +193,22 @@ def open_teacher(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not (path / INDEX).is_file():
         return checkpoint.open_checkpoint(path, "teacher")
-    try:
+    with readable(path / INDEX, "write the teacher cache again"):
         index = read_json(path / INDEX, "write the teacher cache again")
         teacher, wanted = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = Architecture(**index["architecture"])
         found = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
         written = sum(name != HEAD for name in index["files"])
-        if not min(index["samples"], index["file_samples"], index["sequence_length"]) > 0:
-            raise ValueError("its counts are not positive")
-    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-        raise UserError(
-            f"{path / INDEX} is damaged ({type(error).__name__}: {error}): write the teacher cache again."
-        ) from error
+        counts = [index[name] for name in ("samples", "file_samples", "sequence_length")]
+        counts += [index["top_k"]] if found.kind == CacheKind.topk else []
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError(f"its counts are {counts}")
+        if index["dtype"] not in build.DTYPES or (found.kind == CacheKind.topk and not index["top_k"] < arch.vocab):
+            raise ValueError(f"its dtype is {index['dtype']}, its top_k {index['top_k']}")
+        if not re.fullmatch(r"step_\d+", teacher["step"]) or not isinstance(teacher["fingerprint"], str):
+            raise ValueError("its teacher is no checkpoint")
+        if not isinstance(index["seed"], int) or not all(isinstance(file, str) for file in index["data"]):
+            raise ValueError("its text has no names or seed")
     if written < wanted:
         raise UserError(
             f"the teacher cache {path} is not whole: run the same launch/teacher_cache.py command again, which goes on."
@@ -223,6 +252,11 @@ class CachedTeacher:
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         samples = [self._sample(row) for row in rows]
         packed = {name: torch.stack([s[name] for s in samples], 1) for name in samples[0]}
+        if self.cache.kind == CacheKind.topk and unpack_ids(packed).max() >= self.cache.arch.vocab:
+            raise UserError(
+                f"{self.cache.folder} has ids beyond the teacher's vocabulary of {self.cache.arch.vocab} for samples {list(rows)}: "
+                "write the teacher cache again."
+            )
         if self.device.type == "cuda":
             packed = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in packed.items()}
         if self.cache.kind == CacheKind.topk:

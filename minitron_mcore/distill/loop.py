@@ -15,6 +15,7 @@ from minitron_mcore.distill import failure
 from minitron_mcore.distill.profile import StepProfiler
 from minitron_mcore.distill.train import Trainer
 from minitron_mcore.errors import NotFinite
+from minitron_mcore.reading import read_json_lines, readable
 from minitron_mcore.schedule import Batch
 
 
@@ -136,8 +137,9 @@ class _Record:
     def __init__(self, out_dir: Path, step: int):
         path = out_dir / "metrics.jsonl"
         # A killed run may leave half a line, which is of a step after its checkpoint.
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        lines = read_json_lines(path, "move it away") if path.is_file() else []
+        with readable(path, "move it away"):
+            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
         checkpoint.replace_text(path, "".join(kept))
         self.file = path.open("a")
         self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1 if step else None)

@@ -24,6 +24,7 @@ from minitron_mcore.importance.depth import Meter
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.launching import plain
 from minitron_mcore.plan.target import spans
+from minitron_mcore.reading import read_json_lines, readable
 from minitron_mcore.runs import DepthRun
 from minitron_mcore.textfiles import Limits
 from minitron_mcore.tokenizer import Tokenizer, open_tokenizer
@@ -65,14 +66,15 @@ class Points:
                 self.path.with_name("latest"), self.FILE
             )  # the folder stays when the run ends early
             return {}
-        whole, _, cut = self.path.read_text().rpartition("\n")
-        try:
-            first, *lines = [json.loads(line) for line in whole.splitlines()]
-            found = {tuple(point["dropped"]): point for point in lines}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path} is damaged ({type(error).__name__}: {error}): remove its folder and study again."
-            ) from error
+        remedy = "remove its folder and study again"
+        first, *lines = read_json_lines(self.path, remedy) or [{}]
+        with readable(self.path, remedy):
+            whole, _, cut = self.path.read_text().rpartition("\n")
+            found = {tuple(map(int, point["dropped"])): point for point in lines}
+            for point in lines:
+                figures = [point[name] for name in study.FIGURES if name != "accuracy" or point[name] is not None]
+                if not all(type(figure) in (int, float) for figure in figures):
+                    raise TypeError(f"figures {figures} are no numbers")
         if first != subject:
             raise UserError(
                 f"{self.path} has points of another model, text or questions: choose another out_dir, or remove it."

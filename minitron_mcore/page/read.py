@@ -1,13 +1,12 @@
 """What the stages left in a work_dir: folders told apart by what they hold. What cannot be read is refused by name."""
 
 import base64
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
+from minitron_mcore import reading
 from minitron_mcore.errors import UserError
 
 KINDS = {
@@ -60,37 +59,21 @@ def _time(folder: Path) -> float:
     return (claim if claim.is_file() else folder).stat().st_mtime
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes of its reader into one sentence.
+REMEDY = "make it again, or move it out of the work_dir"
 
-    Raises:
-        UserError: instead of any of it.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # safetensors has its own type; JSON of another form fails wherever it is used
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(
-            f"{path} is damaged, or of another form than its stage writes ({why}): make it again, or move it out of the work_dir."
-        ) from error
+
+def readable(path: Path) -> AbstractContextManager[None]:
+    """See `reading.readable`."""
+    return reading.readable(path, REMEDY)
 
 
 def read_json(path: Path) -> dict:
-    with readable(path):
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise TypeError(f"a {type(found).__name__} where an object belongs")
-        return found
+    return reading.read_json(path, REMEDY)
 
 
 def read_lines(path: Path) -> list[dict]:
     """A .jsonl file. A line that is being written is left out."""
-    with readable(path):
-        text = path.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return reading.read_json_lines(path, REMEDY)
 
 
 def pictures(folder: Path, known: dict[str, tuple[str, str]]) -> list[Picture]:

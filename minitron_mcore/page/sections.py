@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors import safe_open
-
 from minitron_mcore.importance.scores import Scores, summary
 from minitron_mcore.page import lineage
-from minitron_mcore.page.read import KINDS, Picture, pictures, read_json, read_lines, readable
+from minitron_mcore.page.read import KINDS, REMEDY, Picture, pictures, read_json, read_lines, readable
 from minitron_mcore.plan import groups
 from minitron_mcore.plan.plan import Plan, load_plan
+from minitron_mcore.reading import open_tensors, read_yaml
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
 """Columns of what is copied rather than read."""
@@ -96,7 +94,7 @@ def _read(found: dict[str, list[Path]], kind: str) -> list[tuple[Path, dict]]:
 
 def _scores(folder: Path) -> Scores:
     path = folder / KINDS["importance"]
-    with readable(path), safe_open(path, "pt") as file:
+    with open_tensors(path, "pt", REMEDY) as file:
         return Scores({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
 
 
@@ -152,7 +150,7 @@ def _importance(folder: Path, scores: Scores) -> Part:
 
 def _plan(folder: Path, plan: Plan) -> Part:
     config = folder / "config.yaml"
-    dtype = (yaml.safe_load(config.read_text()) if config.is_file() else {}).get("dtype", "bf16")
+    dtype = (read_yaml(config, REMEDY) if config.is_file() else {}).get("dtype", "bf16")
     axes = groups.axes(plan, dtype)
     kept = "; ".join(f"{row['axis']} {row['kept']} of {row['of']}" for row in axes[:-1])
     caption = (

@@ -36,7 +36,8 @@ def write(work_dir: str | Path, html: str | Path) -> list[dict]:
     check(html)
     found = collect(work_dir)
     html.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_text(html, render(work_dir, found))
+    page = render(work_dir, found).encode("utf-8", "replace").decode()  # JSON can hold half a character
+    checkpoint.replace_text(html, page)
     return contents(found)
 
 

@@ -3,7 +3,6 @@
 The time of a matrix product does not depend on the numbers in it, so a candidate is measured before it is pruned or trained.
 """
 
-import json
 import platform
 import statistics
 import time
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minitron_mcore import runtime
 from minitron_mcore.config import SpeedConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, build
+from minitron_mcore.models import architecture, build, hf_config
 from minitron_mcore.models.architecture import Architecture
 
 
@@ -63,7 +62,7 @@ def measure(arch: Architecture, shipped: Path, speed: SpeedConfig, dtype: str) -
 
 
 def _random_model(arch: Architecture, shipped: Path, dtype: str) -> torch.nn.Module:
-    config = architecture.to_hf(arch, json.loads((shipped / "config.json").read_text()), dtype)
+    config = architecture.to_hf(arch, hf_config.read_json(shipped / "config.json"), dtype)
     del config["dtype"], config["torch_dtype"]
     found = AutoConfig.for_model(**config)
     # On a CPU torch's product over all experts refuses rows that are no multiple of 16 bytes.
