@@ -4,10 +4,10 @@ SHELLS := .ci/run $(wildcard launch/slurm/*.sbatch)
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help .venv demo test lint clean
+.PHONY: help .venv demo test fuzz lint clean
 
 help:
-	@echo "make demo | test | lint | .venv | clean"
+	@echo "make demo | test | fuzz | lint | .venv | clean"
 
 .venv: .venv/installed
 
@@ -27,6 +27,11 @@ demo: .venv/installed
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed
 	.venv/bin/python -m pytest -q -n 2 --dist loadgroup tests
+
+# Damaged files of every kind that is read: exceptions other than UserError, hangs and memory are printed, and end it with status 1.
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: .venv/installed
+	.venv/bin/python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -9,6 +9,9 @@ import pickle
 import random
 import re
 import struct
+from pathlib import Path
+
+from tests import readers
 
 NUMBERS = [0, 1, -1, 2**31, 2**63, 10**9, 0.5, -1e-3, 1e308, float("nan"), float("inf")]
 VALUES = [*NUMBERS, None, True, "", "x" * 10**5, "../../x", "\ud800", "1.0", [], {}, [[1, [2]]], {"a": {}}, "@deep"]
@@ -95,3 +98,13 @@ def of(rng: random.Random, name: str, data: bytes) -> bytes:
         if name.endswith((".json", ".jsonl", ".yaml", ".txt", "latest")) and rng.random() < 0.6:
             return text_of(rng, data)
     return bytes_of(rng, data)
+
+
+def spoil(kind: readers.Kind, folder: Path, rng: random.Random) -> None:
+    """Damage one of a kind's files."""
+    files = {path for pattern in kind.files.split() for path in folder.glob(pattern) if path.is_file()}
+    path = rng.choice(sorted(files))
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        path.write_bytes(of(rng, path.name, path.read_bytes()))
+    if kind.sealed and rng.random() < 0.9:
+        readers.reseal(folder)

@@ -4,8 +4,7 @@
     python -m tests.fuzz --kinds "plan.json" --case 123        # one case again, with its traceback
 
 A finding is an exception other than UserError, a case of more than SECONDS, one that takes more than MEMORY beyond what its process
-held before, or one that ends the process. Kind, seed and case number determine the damage. Processes are forked, and addresses
-beyond what they had are limited to ADDRESSES.
+held before, or one that ends the process. Kind, seed and case number determine the damage. ADDRESSES limits what is allocated.
 """
 
 import argparse
@@ -29,16 +28,16 @@ from minitron_mcore.testing import on_ranks
 from tests import damage, readers
 
 SECONDS, MEMORY, ADDRESSES = 5, 512 << 20, 4 << 30
-SLICE = 3.0  # seconds of a kind in a row
+SLICE = 3.0  # seconds of one kind before the next
 OUTCOMES = ("refused", "read", "exception", "hang", "memory", "died")
 
 
 class Late(BaseException):
     """Not an Exception, so that no reader catches it."""
 
-
-def late(*_) -> None:
-    raise Late
+    @classmethod
+    def signalled(cls, *_) -> None:
+        raise cls
 
 
 def held(field: str) -> int:
@@ -46,23 +45,12 @@ def held(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
 
-def spoil(kind: readers.Kind, folder: Path, rng: random.Random) -> None:
-    """Damage one of a kind's files."""
-    path = rng.choice(
-        sorted({path for pattern in kind.files.split() for path in folder.glob(pattern) if path.is_file()})
-    )
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        path.write_bytes(damage.of(rng, path.name, path.read_bytes()))
-    if kind.sealed and rng.random() < 0.9:
-        readers.reseal(folder)
-
-
 def attempt(name: str, seed: int, number: int, base: Path, folder: Path) -> tuple[str, int, str]:
     """One case in this process: outcome, bytes at the peak beyond those before, traceback."""
     kind = readers.KINDS[name]
     shutil.copytree(base / kind.folder, folder)
     if number >= 0:  # those below 0 stay valid
-        spoil(kind, folder, random.Random(f"{seed} {name} {number}"))
+        damage.spoil(kind, folder, random.Random(f"{seed} {name} {number}"))
     os.chdir(folder)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before, outcome, why = held("VmRSS"), "read", ""
@@ -71,10 +59,8 @@ def attempt(name: str, seed: int, number: int, base: Path, folder: Path) -> tupl
         kind.read(folder)
     except UserError as error:
         outcome, why = "refused", str(error)
-    except Late:
-        outcome, why = "hang", traceback.format_exc()
-    except BaseException:
-        outcome, why = "exception", traceback.format_exc()
+    except BaseException as error:
+        outcome, why = "hang" if isinstance(error, Late) else "exception", traceback.format_exc()
     signal.setitimer(signal.ITIMER_REAL, 0)
     peak = held("VmHWM") - before
     os.chdir(base)
@@ -82,21 +68,18 @@ def attempt(name: str, seed: int, number: int, base: Path, folder: Path) -> tupl
     return ("memory" if peak > MEMORY and outcome in ("refused", "read") else outcome), peak, why
 
 
-def cases(pipe, name: str, seed: int, first: int, count: int, until: float, base: Path) -> None:
+def cases(pipe, name: str, seed: int, numbers: range, until: float, base: Path) -> None:
     """Cases in a process of their own, until one ends it."""
     quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    if count > 1:
-        os.dup2(quiet, 2)
-    signal.signal(signal.SIGALRM, late)
-    with tempfile.TemporaryDirectory() as scratch, runtime.distributed(readers.ONE):
+    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    signal.signal(signal.SIGALRM, Late.signalled)
+    with tempfile.TemporaryDirectory(dir=base.parent) as scratch, runtime.distributed(readers.ONE):
         resource.setrlimit(resource.RLIMIT_AS, (held("VmSize") + ADDRESSES, resource.RLIM_INFINITY))
         pipe.send(None)
-        for number in range(first, first + count):
+        for number in numbers:
             pipe.send(found := (number, *attempt(name, seed, number, base, Path(scratch) / "case")))
             if found[1] not in ("refused", "read") or time.monotonic() > until:
                 break
-    os._exit(0)
 
 
 def run(name: str, seed: int, first: int, count: int, base: Path, seconds: float) -> list[tuple]:
@@ -104,19 +87,17 @@ def run(name: str, seed: int, first: int, count: int, base: Path, seconds: float
     found, fork, until = [], multiprocessing.get_context("fork"), time.monotonic() + seconds
     while len(found) < count and time.monotonic() < until:
         ours, theirs = fork.Pipe()
-        left = (theirs, name, seed, first + len(found), count - len(found), until, base)
-        process = fork.Process(target=cases, args=left)
+        numbers = range(first + len(found), first + count)
+        process = fork.Process(target=cases, args=(theirs, name, seed, numbers, until, base))
         process.start()
         theirs.close()
         try:
-            ready = ours.poll(60) and ours.recv() is None
-            while ready:
-                if not ours.poll(SECONDS + 3):
-                    found.append((first + len(found), "hang", 0, "no answer"))
-                    break
-                found.append(ours.recv())
+            wait = 60
+            while ours.poll(wait):
+                found, wait = [*found, *filter(None, [ours.recv()])], SECONDS + 3
+            found.append((first + len(found), "hang", 0, "no answer"))
         except EOFError:
-            process.join()
+            process.join(60)
             if process.exitcode:
                 found.append((first + len(found), "died", 0, f"exit code {process.exitcode}"))
         process.kill()
@@ -124,14 +105,8 @@ def run(name: str, seed: int, first: int, count: int, base: Path, seconds: float
     return found
 
 
-def place(why: str) -> str:
-    """The innermost line of ours and the error, for telling findings apart."""
-    frames = re.findall(r'File ".*?(minitron_mcore/\S+)", line (\d+)', why)
-    return f"{':'.join(frames[-1]) if frames else '?'} {why.strip().splitlines()[-1][:150] if why else ''}"
-
-
 def table(rows: dict[str, list[tuple]], seed: int) -> int:
-    """Print each finding once and all counts; returns the number of findings."""
+    """Print findings of one kind and place once, and all counts; returns the number of findings."""
     found, shown = defaultdict(list), []
     for name, tried in rows.items():
         counts = Counter(outcome for _, outcome, _, _ in tried)
@@ -139,10 +114,10 @@ def table(rows: dict[str, list[tuple]], seed: int) -> int:
         shown.append({"kind": name, "cases": len(tried)} | {o: counts[o] for o in OUTCOMES} | {"peak MiB": peak >> 20})
         for number, outcome, size, why in tried:
             if outcome not in ("refused", "read"):
-                found[name, outcome, re.sub(r"\d+", "N", place(why))].append((number, size, why))
-    for (name, outcome, _), same in found.items():
-        number, size, why = same[0]
-        print(f'{outcome} x {len(same)}: --kinds "{name}" --seed {seed} --case {number}: {place(why)} {size >> 20} MiB')
+                frames = re.findall(r'File ".*?(minitron_mcore/\S+)", line (\d+)', why)
+                found[name, outcome, *frames[-1:]].append(f"{number}: {why.strip()[-200:]!r} {size >> 20} MiB")
+    for (name, outcome, *place), same in found.items():
+        print(f'{outcome} x {len(same)}: {place} --kinds "{name}" --seed {seed} --case {same[0]}')
     total = {key: sum(row[key] for row in shown) for key in ("cases", *OUTCOMES)}
     shown.append({"kind": "all"} | total | {"peak MiB": max(row["peak MiB"] for row in shown)})
     report.table(f"seed {seed}: at most {SECONDS} s and {MEMORY >> 20} MiB a case", shown)
@@ -153,7 +128,6 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, help="of each kind, instead of minutes")
     parser.add_argument("--kinds", nargs="+", default=list(readers.KINDS), choices=readers.KINDS)
     parser.add_argument("--case", type=int)
     args = parser.parse_args(given)
@@ -167,10 +141,7 @@ def main(given: list[str] | None = None) -> int:
             print(*(why for ((*_, why),) in rows.values()))
         while args.case is None and time.monotonic() - start < 60 * args.minutes:
             for name, tried in rows.items():
-                count, seconds = (args.cases, 1e9) if args.cases else (10**9, SLICE)
-                tried += run(name, args.seed, len(tried), count, base, seconds)
-            if args.cases:
-                break
+                tried += run(name, args.seed, len(tried), 10**9, base, SLICE)
         return int(table(rows, args.seed) > 0)
 
 

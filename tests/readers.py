@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import yaml
 
-from minitron_mcore import checkpoint, data, evaluate, pictures, pipeline, prune, stream, tokenizer
+from minitron_mcore import checkpoint, data, evaluate, pictures, pictures_search, pipeline, prune, stream, tokenizer
 from minitron_mcore.checkpoint import open_checkpoint
-from minitron_mcore.config import DataConfig, DepthConfig, ParallelConfig, PruneConfig
+from minitron_mcore.config import DataConfig, DepthConfig, EvaluateConfig, ParallelConfig, PruneConfig, SearchConfig
 from minitron_mcore.distill import cache
 from minitron_mcore.errors import refuse
 from minitron_mcore.importance import choices, study
@@ -22,6 +22,8 @@ from minitron_mcore.importance.sweep import Points
 from minitron_mcore.models import gpt, hf, table
 from minitron_mcore.page import write
 from minitron_mcore.plan.plan import load_plan, make_plan
+from minitron_mcore.plan.ranking import Ranking
+from minitron_mcore.runs import PlanRun, SearchRun
 from tests import (
     families,
     gguf_files,
@@ -106,6 +108,12 @@ def write_run(base: Path) -> None:
     save_scores(base / "plan", scores)
     made = make_plan(source.arch, source.fingerprint, scores, PruneConfig(hidden=24, ffn=16, blocks=2))
     (base / "plan" / "plan.json").write_text(made.to_json())
+    (base / "search").mkdir()
+    made = ranking(base / "search")
+    made._mark()
+    for candidate in made.space.candidates:
+        made._write(candidate, "measured.json", {"zero_shot_loss": 5.0, "decode_tokens_per_second": 9.0})
+        made._write(candidate, "trained.json", {"steps": [2, 4], "losses": [4.5, 4.0]})
 
 
 def write_texts(base: Path) -> None:
@@ -255,6 +263,23 @@ def taught(folder: Path) -> None:
     list(reader.feed([{"samples": torch.tensor([n, n + 1])} for n in range(0, 16, 2)]))
 
 
+def ranking(folder: Path) -> Ranking:
+    settings = SearchConfig(hidden=[24, 32], best=0, steps=4)
+    where = dict(
+        source=str(BASE / "convert"), scores=str(BASE / "plan"), out_dir=str(folder), work_dir="w", teacher="t"
+    )
+    text = DataConfig(heldout=[str(BASE / "texts" / "a.jsonl")])
+    config = SearchRun(**where, data=text, search=settings, evaluate=EvaluateConfig(sequence_length=S))
+    source = open_checkpoint(BASE / "convert")
+    return Ranking(config, source, None, load_scores(config.scores, source.arch, source.fingerprint))
+
+
+def searched(folder: Path) -> None:
+    """As a search ends: from its candidates' results to its own and the pictures."""
+    made = ranking(folder)
+    pictures_search.draw(made._collect(list(made._measure())), folder)
+
+
 def reported(folder: Path) -> None:
     write.write(folder, folder / "report.html")
 
@@ -264,8 +289,6 @@ def losses_drawn(folder: Path) -> None:
 
 
 def piped(folder: Path) -> None:
-    from minitron_mcore.runs import PlanRun
-
     pipeline.finished(PlanRun(out_dir=str(folder), work_dir="w", source="s", scores="s"))
 
 
@@ -318,6 +341,7 @@ KINDS = {
     "depth.json": Kind("study", "depth.json", studied),
     "teacher cache": Kind("topk", "index.json samples*", taught, True),
     "teacher cache, hidden": Kind("hidden_int8", "index.json samples* head*", taught, True),
+    "search's candidates": Kind("search", "candidates/*/*.json", searched),
     "report": Kind("page", "*/*.json* */*.yaml */*.safetensors */*.png */*/*.json", reported),
     "metrics.jsonl, drawn": Kind("delivery", "run/metrics.jsonl", losses_drawn),
     "pipeline": Kind("piped", "config.yaml", piped),

@@ -34,12 +34,13 @@ from minitron_mcore.models.build import Model
 from minitron_mcore.plan import counts, latency
 from minitron_mcore.plan.plan import Plan, make_plan
 from minitron_mcore.plan.search import GRID, Candidate, Space
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import read_json, readable
 from minitron_mcore.runs import DistillRun, Run, SearchRun
 from minitron_mcore.textfiles import Limits
 from minitron_mcore.tokenizer import open_tokenizer
 
 FILE = "search.json"
+SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
 def distillation(config: SearchRun) -> DistillConfig:
@@ -59,6 +60,19 @@ def run(config: SearchRun) -> None:
     ranking = Ranking(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
     with checkpoint.claimed(config.out_dir, plain(config), resume=True):
         ranking.run()
+
+
+def _results(path: Path) -> dict:
+    """What a file of a candidate says; its figures are numbers."""
+    remedy = "remove the file, and run the search again"
+    found = read_json(path, remedy)
+    with readable(path, remedy):
+        losses = dict(zip(found.get("steps", []), found.get("losses", []), strict=True))
+        single = [found["zero_shot_loss"]] if path.name == "measured.json" else []
+        single += [found[key] for key in SPEEDS if found.get(key) is not None]
+        if not all(type(figure) in (int, float) for figure in (*losses, *losses.values(), *single)):
+            raise TypeError("a figure that is no number")
+    return found
 
 
 class Ranking:
@@ -158,7 +172,7 @@ class Ranking:
         box, path = [None], self._folder(candidate) / name
         with runtime.agreed():
             if runtime.rank() == 0 and path.is_file():
-                box = [read_json(path, "remove the file, and run the search again")]
+                box = [_results(path)]
         dist.broadcast_object_list(box, src=0)
         marks = self._marks(candidate)
         if box[0] and {key: box[0].get(key) for key in marks} != marks:
@@ -274,8 +288,7 @@ class Ranking:
                 "loss": losses.get(self.search.steps),
                 "overrides": " ".join([candidate.overrides, *self._study_override(candidate)]),
             }
-            speeds = ("prefill_tokens_per_second", "decode_tokens_per_second", "measured_on")
-            rows.append(row | {key: measured.get(key) for key in speeds})
+            rows.append(row | {key: measured.get(key) for key in (*SPEEDS, "measured_on")})
         rows.sort(key=lambda r: (r["loss"] is None, r["loss"] or r["zero_shot_loss"], r["name"]))
         return {
             "model": self.source.fingerprint,
