@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from minitron_mcore.reading import readable
+
 
 class Step(NamedTuple):
     """One checkpoint on the way from the parent to the delivered one; its folder may be gone."""
@@ -38,8 +40,9 @@ def deed(lineage: dict) -> str | None:
 
 def plans(folder: str | Path) -> dict[str, str]:
     """Text of each plan that a checkpoint's own line was cut by, under the digest that its lineage has of it."""
-    folder = Path(folder)
-    texts = [
-        file.read_text() for file in (folder / "plan.json", *sorted(folder.glob("plans/*.json"))) if file.is_file()
-    ]
+    folder, texts = Path(folder), []
+    for file in (folder / "plan.json", *sorted(folder.glob("plans/*.json"))):
+        if file.is_file():
+            with readable(file, "make the checkpoint again"):
+                texts.append(file.read_text(encoding="utf-8"))
     return {hashlib.sha256(text.encode()).hexdigest()[:16]: text for text in texts}

@@ -3,8 +3,8 @@
     python -m tests.fuzz --minutes 10 --seed 0                 # `make fuzz`
     python -m tests.fuzz --kinds "plan.json" --case 123        # one case again, with its traceback
 
-A finding is an exception other than UserError, a case of more than SECONDS, one that takes more than MEMORY beyond what its process
-held before, or one that ends the process. Kind, seed and case number determine the damage. ADDRESSES limits what is allocated.
+A finding is an exception other than UserError, a case of more than SECONDS of processor time or eight times as long, one that takes
+MEMORY beyond what its process held, or one that ends the process. Kind, seed and number determine a case. ADDRESSES limits memory.
 """
 
 import argparse
@@ -55,13 +55,13 @@ def attempt(name: str, seed: int, number: int, base: Path, folder: Path) -> tupl
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before, outcome, why = held("VmRSS"), "read", ""
     try:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         kind.read(folder)
     except UserError as error:
         outcome, why = "refused", str(error)
     except BaseException as error:
         outcome, why = "hang" if isinstance(error, Late) else "exception", traceback.format_exc()
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     peak = held("VmHWM") - before
     os.chdir(base)
     shutil.rmtree(folder)
@@ -72,7 +72,7 @@ def cases(pipe, name: str, seed: int, numbers: range, until: float, base: Path) 
     """Cases in a process of their own, until one ends it."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
-    signal.signal(signal.SIGALRM, Late.signalled)
+    signal.signal(signal.SIGPROF, Late.signalled)
     with tempfile.TemporaryDirectory(dir=base.parent) as scratch, runtime.distributed(readers.ONE):
         resource.setrlimit(resource.RLIMIT_AS, (held("VmSize") + ADDRESSES, resource.RLIM_INFINITY))
         pipe.send(None)
@@ -94,7 +94,7 @@ def run(name: str, seed: int, first: int, count: int, base: Path, seconds: float
         try:
             wait = 60
             while ours.poll(wait):
-                found, wait = [*found, *filter(None, [ours.recv()])], SECONDS + 3
+                found, wait = [*found, *filter(None, [ours.recv()])], 8 * SECONDS
             found.append((first + len(found), "hang", 0, "no answer"))
         except EOFError:
             process.join(60)

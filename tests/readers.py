@@ -202,7 +202,7 @@ def token_files(folder: Path) -> None:
 def texts(folder: Path) -> None:
     names = [str(folder / name) for name in ("a.jsonl", "b.jsonl.gz", "c.txt")]
     found = tokenizer.load(BASE / "hf")
-    data.tokenize(names, found, str(folder / "cache"), vocab_size=test_data.VOCAB)
+    data.tokenize(names, found, str(folder / "cache"))
     for name in names:
         evaluate.windows(name, found, S)
     for name in ("q.jsonl", "r.jsonl.gz"):

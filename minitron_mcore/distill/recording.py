@@ -92,6 +92,8 @@ class Recording:
             checkpoint.replace_text(self.out_dir / "latest", cache.INDEX)  # the folder stays when the run ends early
         held = read_json(path, "remove the folder, and write the teacher cache again")
         known = held.pop("files", {})
+        if not isinstance(known, dict):
+            raise UserError(f"{path} has {str(known)[:40]!r} for files: remove the folder, and write the cache again.")
         if held != {key: value for key, value in begun.items() if key != "files"}:
             raise UserError(
                 f"{self.out_dir} has a cache of another teacher or of other text, begun by the same command: choose another "
