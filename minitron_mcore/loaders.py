@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import architecture, table
+from minitron_mcore.models import architecture, hf_config, table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.folder import Folder
 from minitron_mcore.reading import first_line
@@ -39,6 +39,12 @@ def load(folder: str | Path, **placement) -> PreTrainedModel:
     Raises:
         UserError: what transformers doesn't load; weights that are cut short, misshapen or lack a parameter.
     """
+    config = Path(folder) / "config.json"
+    if config.is_file():
+        hf_config.check_counts(hf_config.read_json(config))
+    if placement.get("device_map") != "meta":
+        # A parameter that the files have in another size would be allocated in the size that config.json claims.
+        load(folder, **placement | {"device_map": "meta"})
     transformers_logging.disable_progress_bar()
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would warn of is refused below

@@ -58,7 +58,8 @@ def attempt(name: str, seed: int, number: int, base: Path, folder: Path) -> tupl
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         kind.read(folder)
     except UserError as error:
-        outcome, why = "refused", str(error)
+        why = str(error)
+        outcome = "memory" if re.search("MemoryError|allocate", why) else "refused"
     except BaseException as error:
         outcome, why = "hang" if isinstance(error, Late) else "exception", traceback.format_exc()
     signal.setitimer(signal.ITIMER_PROF, 0)

@@ -135,9 +135,7 @@ def _load(name: str, raw: dict):
     code = raw.get("auto_map", {})  # none of it is run
     if not isinstance(code, dict) or not all(isinstance(code.get(key, ""), str) for key in ("AutoConfig", _AUTO)):
         raise UserError(f"auto_map is {_short(code)}: expected an object of names.")
-    for key, limit in BOUNDED.items():
-        if isinstance(raw.get(key), int):
-            _size(key, raw[key], limit)
+    check_counts(raw)
     import transformers
     from transformers.utils import logging
 
@@ -151,6 +149,16 @@ def _load(name: str, raw: dict):
         raise UserError(f"transformers refuses it: {type(error).__name__}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def check_counts(raw: dict) -> None:
+    """
+    Raises:
+        UserError: a number of parts above what any model has, of which transformers would build lists.
+    """
+    for key, limit in BOUNDED.items():
+        if isinstance(raw.get(key), int):
+            _size(key, raw[key], limit)
 
 
 def _check_demands(family: Family, config) -> None:
