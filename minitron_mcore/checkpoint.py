@@ -389,11 +389,9 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
 def build_model(checkpoint: Checkpoint, parallel, dtype: str, performance=None) -> build.Model:
     """Build a checkpoint's model in a layout and set its weights (collective); `performance`: see `build.build`."""
     with runtime.agreed():
-        claimed, held = table.count(checkpoint.arch), sum(x.stat().st_size for x in checkpoint.step_dir.iterdir())
-        if claimed > held:  # of a byte or more each
-            raise UserError(
-                f"{checkpoint.path}/model.json claims {claimed:,} parameters, but {held:,} bytes are there."
-            )
+        count, held = table.count(checkpoint.arch), sum(x.stat().st_size for x in checkpoint.step_dir.iterdir())
+        if count > held:  # of a byte or more each
+            raise UserError(f"{checkpoint.path}/model.json claims {count:,} parameters, but {held:,} bytes are there.")
     model = build.build(checkpoint.arch, parallel, dtype, performance)
     load_weights(model, checkpoint)
     return model
