@@ -10,7 +10,8 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests import fuzz, readers
 
-CASES = 6
+pytestmark = pytest.mark.xdist_group("fuzz")  # one worker, so that the files are made once
+CASES = 4
 
 
 @pytest.fixture(scope="module")
