@@ -5,10 +5,10 @@ SHELLS := .ci/run $(wildcard launch/slurm/*.sbatch)
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help .venv docs demo test test-slow coverage lint clean
+.PHONY: help .venv docs demo test test-slow fuzz coverage lint clean
 
 help:
-	@echo "make demo | test | test-slow | coverage | lint | docs | fuzz | .venv | clean"
+	@echo "make demo | test | test-slow | fuzz | coverage | lint | docs | .venv | clean"
 
 .venv: .venv/dev
 
@@ -41,6 +41,11 @@ test: .venv/dev
 test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: .venv/dev
 	$(PYTEST) -q -n 2 --dist loadgroup -m slow tests
+
+# Reads damaged files of every kind for MINUTES. Prints exceptions other than UserError, hangs and excess memory; any of them exits with status 1.
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: .venv/dev
+	.venv/bin/python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 # `make test`, and the share of each file's lines that it runs.
 coverage: export COVERAGE_CORE = sysmon

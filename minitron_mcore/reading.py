@@ -1,8 +1,13 @@
-"""JSON files and format versions of artefacts: every reading error becomes one UserError."""
+"""Files in JSON, YAML and safetensors, and format versions of artefacts: every error of reading becomes one UserError."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
+from safetensors import safe_open
 
 from minitron_mcore.errors import UserError
 
@@ -10,6 +15,36 @@ MAX_JSON_BYTES = 64 << 20
 FORMAT_VERSION = 1
 """Written as `format_version` into each artefact: model.json, scores.safetensors, plan.json, depth.json, search.json, index.json
 of a teacher cache and lineage.json of an export."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's message, or its type's name if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _type_and_message(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextmanager
+def damage_as_user_error(
+    path: str | Path, remedy: str, describe: Callable[[BaseException], str] = _type_and_message
+) -> Iterator[None]:
+    """Convert every exception of the block, which reads a file or uses its content, to a UserError of one sentence.
+
+    Args:
+        path: names the file in the message.
+        remedy: ends the message.
+        describe: the reason in the message, from the exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # libraries have their own types, and an unexpected form of the content fails where it is used
+        raise UserError(f"{path} is damaged or incomplete ({describe(error)[:300]}): {remedy}.") from error
 
 
 def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
@@ -24,9 +59,7 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
             raise UserError(f"{path} has {size:,} bytes: expected JSON of at most {MAX_JSON_BYTES:,}.")
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({type(error).__name__}: {first_line(error)}): {remedy}."
-        ) from error
+        raise UserError(f"{path} cannot be read as JSON ({_type_and_message(error)}): {remedy}.") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} holds {type(content).__name__} {str(content)[:40]!r} where a JSON object is expected: {remedy}."
@@ -55,6 +88,50 @@ def check_format_version(content: dict[str, Any], path: str | Path, remedy: str)
         )
 
 
-def first_line(error: BaseException) -> str:
-    """First line of an exception's message, or its type's name if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def read_json_lines(path: str | Path, remedy: str) -> list[dict[str, Any]]:
+    """The objects in a JSONL file, one per line; an incomplete last line is ignored.
+
+    Raises:
+        UserError: see `read_json`; the message has the line's number.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        for line in text[: text.rfind("\n") + 1].split("\n")[:-1]:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"{type(row).__name__} where a JSON object is expected")
+            rows.append(row)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}, line {len(rows) + 1}, cannot be read as JSON ({_type_and_message(error)}): {remedy}."
+        ) from error
+    return rows
+
+
+def read_yaml(path: str | Path, remedy: str) -> dict[str, Any]:
+    """The mapping in a YAML file of plain values.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, contains tags of objects, is nested too deeply, or holds something else
+            than a mapping.
+    """
+    with damage_as_user_error(path, remedy):
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"{type(content).__name__} where a mapping is expected")
+        return content
+
+
+@contextmanager
+def open_tensors(path: str | Path, framework: str, remedy: str) -> Iterator[safe_open]:
+    """An opened safetensors file.
+
+    Args:
+        framework: of its tensors, "pt" or "np".
+
+    Raises:
+        UserError: the file is truncated or has another format, or the block raises an exception.
+    """
+    with damage_as_user_error(path, remedy), safe_open(path, framework) as file:
+        yield file

@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from minitron_mcore.reading import damage_as_user_error
+
 
 class Step(NamedTuple):
     """One checkpoint in a model's history. Its folder may no longer exist."""
@@ -42,8 +44,9 @@ def operation(lineage: dict) -> str | None:
 
 def plans(folder: str | Path) -> dict[str, str]:
     """Digest -> text of the plans by which a checkpoint and its ancestors were pruned."""
-    folder = Path(folder)
-    texts = [
-        file.read_text() for file in (folder / "plan.json", *sorted(folder.glob("plans/*.json"))) if file.is_file()
-    ]
+    folder, texts = Path(folder), []
+    for file in (folder / "plan.json", *sorted(folder.glob("plans/*.json"))):
+        if file.is_file():
+            with damage_as_user_error(file, "make the checkpoint again"):
+                texts.append(file.read_text(encoding="utf-8"))
     return {hashlib.sha256(text.encode()).hexdigest()[:16]: text for text in texts}

@@ -34,10 +34,10 @@ import yaml
 from minitron_mcore.checkpoint import disk, safe_metadata, sharded
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
 from minitron_mcore.errors import NotFinite, UserError
-from minitron_mcore.models import architecture, build
+from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
-from minitron_mcore.reading import FORMAT_VERSION, check_format_version
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json, read_yaml
 
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
 
@@ -80,12 +80,13 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
             f"no checkpoint at {path}: run launch/convert.py on the model's Hugging Face folder (model.hf=/path), then the "
             f"stages up to this one, or give the folder of another with {key}=/path."
         )
-    try:
-        model = json.loads((path / "model.json").read_text())
-        check_format_version(model, path / "model.json", "make the checkpoint again")
+    remedy = "make the checkpoint again"
+    with damage_as_user_error(path / "model.json", remedy):
+        model = read_json(path / "model.json", remedy)
+        check_format_version(model, path / "model.json", remedy)
         checkpoint = Checkpoint(path, Architecture(**model["architecture"]), model["fingerprint"], model["lineage"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path / 'model.json'} is damaged ({error}): make the checkpoint again.") from error
+        if not isinstance(checkpoint.fingerprint, str) or not isinstance(checkpoint.lineage, dict):
+            raise TypeError("fingerprint is no text, or lineage is no object")
     latest = (path / "latest").read_bytes().strip() if (path / "latest").is_file() else b""
     if latest and not re.fullmatch(rb"step_\d+", latest):
         raise UserError(
@@ -143,13 +144,7 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     if not config_file.is_file() and any(files):
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if config_file.is_file():
-        try:
-            same = yaml.safe_load(config_file.read_text()) == config
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{config_file} cannot be read ({reason}): choose another out_dir, or remove {out_dir}."
-            ) from error
+        same = read_yaml(config_file, f"choose another out_dir, or remove {out_dir}") == config
         if not same or (not resume and (out_dir / COMPLETE).is_file()):
             raise UserError(
                 f"out_dir {out_dir} already holds {'this finished' if same else 'another'} run ({config_file}): "
@@ -288,7 +283,21 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
 
 
 def build_model(checkpoint: Checkpoint, parallel, dtype: str, performance=None) -> build.Model:
-    """Build a checkpoint's model in a parallel layout and load its weights (collective). See `build.build` for `performance`."""
+    """Build a checkpoint's model in a parallel layout and load its weights (collective). See `build.build` for `performance`.
+
+    Raises:
+        UserError: see `load_weights`; model.json describes more parameters than the files have bytes. Checked before allocation.
+    """
+    with process_groups.raise_on_all_ranks():
+        count, size = (
+            parameter_table.count(checkpoint.arch),
+            sum(file.stat().st_size for file in checkpoint.step_dir.iterdir()),
+        )
+        if count > size:
+            raise UserError(
+                f"{checkpoint.path}/model.json describes {count:,} parameters, but {checkpoint.step_dir} has {size:,} bytes: make "
+                "the checkpoint again."
+            )
     model = build.build(checkpoint.arch, parallel, dtype, performance)
     load_weights(model, checkpoint)
     return model

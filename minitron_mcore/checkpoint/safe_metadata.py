@@ -31,6 +31,7 @@ from torch.distributed.checkpoint import (
     planner,
 )
 
+from minitron_mcore import reading
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel.megatron_patches.checkpoint import reading_through
 
@@ -63,13 +64,25 @@ _ALLOWED = {
 _ALLOWED["pathlib._local", "PosixPath"] = pathlib.PosixPath  # its module in Python 3.13
 
 
+_UNUSED = (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET)
+_SCALARS = (str, int, float, bytes, type(None), torch.dtype, torch.layout, enum.Enum)
+
+
+def _is_flat(value: object) -> bool:
+    """Whether a value is a scalar or a tuple of scalars."""
+    return isinstance(value, _SCALARS) or (isinstance(value, tuple) and all(isinstance(x, _SCALARS) for x in value))
+
+
 class _Unpickler(pickle._Unpickler):
     """Unpickler for the types in `_ALLOWED`.
 
     Based on the pure Python unpickler: the C one allocates memory for whatever memo index or length a pickle claims.
+
+    Dictionary keys and arguments of calls must be flat. A tuple that contains another one twice, n levels deep, takes 2^n steps to
+    hash, although its pickle is short.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _UNUSED}
 
     def find_class(self, module: str, name: str):
         if (module, name) in _ALLOWED:
@@ -82,10 +95,45 @@ class _Unpickler(pickle._Unpickler):
         """Set the state of an object. Classes, functions and enum members are refused, because they are shared in this process."""
         target = self.stack[-2]
         if type(target) not in _ALLOWED.values() or isinstance(target, enum.Enum):
-            raise UserError(f"changes {target}, which is not part of the index: don't trust this checkpoint")
+            name = getattr(target, "__name__", type(target).__name__)
+            raise UserError(f"changes {name}, which is not part of the index: don't trust this checkpoint")
         super().load_build()
 
-    dispatch[pickle.BUILD[0]] = load_build
+    def load_reduce(self) -> None:
+        _check_arguments(self.stack[-1])
+        super().load_reduce()
+
+    def load_newobj(self) -> None:
+        _check_arguments(self.stack[-1])
+        super().load_newobj()
+
+    def load_setitem(self) -> None:
+        _check_key(self.stack[-2])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:  # keys and values since the last mark
+            _check_key(key)
+        super().load_setitems()
+
+    dispatch |= {
+        pickle.BUILD[0]: load_build,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
+
+
+def _check_arguments(arguments: object) -> None:
+    if not isinstance(arguments, tuple) or not all(map(_is_flat, arguments)):
+        raise ValueError("nested arguments")
+
+
+def _check_key(key: object) -> None:
+    parts = [getattr(key, name, None) for name in vars(key)] if isinstance(key, metadata.MetadataIndex) else [key]
+    if not all(map(_is_flat, parts)):
+        raise ValueError(f"nested values in a key of type {type(key).__name__}")
 
 
 def read_metadata(folder: Path) -> metadata.Metadata:
@@ -114,6 +162,11 @@ def read_metadata(folder: Path) -> metadata.Metadata:
 
 def _problem(index: metadata.Metadata, folder: Path) -> str:
     """Why an index does not fit the files in its folder, or "" if it does."""
+    if not isinstance(index, metadata.Metadata):
+        return f"{type(index).__name__} instead of an index"
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, metadata.TensorStorageMetadata) and not _well_formed(entry):
+            return f"sizes or dtype of {key} are damaged"
     sizes = {}
     for info in index.storage_data.values():
         name, end = info.relative_path, info.offset + info.length
@@ -124,6 +177,14 @@ def _problem(index: metadata.Metadata, folder: Path) -> str:
         if not 0 <= info.offset <= end <= sizes[name]:
             return f"{name} has {sizes[name]} bytes, but .metadata asks for bytes {info.offset} to {end} of it"
     return "" if index.state_dict_metadata else "no tensors in it"
+
+
+def _well_formed(entry: metadata.TensorStorageMetadata) -> bool:
+    """Whether sizes and offsets are whole numbers, and each chunk has as many dimensions as the tensor."""
+    spans = [entry.size, *(span for chunk in entry.chunks for span in (chunk.offsets, chunk.sizes))]
+    whole = all(isinstance(span, tuple | list) and all(type(n) is int and n >= 0 for n in span) for span in spans)
+    alike = whole and len({len(span) for span in spans}) == 1
+    return alike and isinstance(entry.properties.dtype, torch.dtype)
 
 
 class Files(FileSystemReader):
@@ -272,15 +333,13 @@ def manifest(step_dir: Path) -> dict[str, str]:
 
 @contextmanager
 def damage_as_user_error(step_dir: Path) -> Iterator[None]:
-    """Convert the exceptions of checkpoint readers to a UserError with one sentence."""
-    try:
-        yield
-    except (CheckpointingException, CheckpointException, KeyError, RuntimeError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointException):  # its message lists ranks only
-            error, _ = next(iter(error.failures.values()))
-        raise UserError(
-            f"the checkpoint {step_dir} is damaged or incomplete ({_reason(error)}): make it again."
-        ) from error
+    """`reading.damage_as_user_error` for the readers of a checkpoint."""
+    with reading.damage_as_user_error(f"the checkpoint {step_dir}", "make it again", _reason):
+        try:
+            yield
+        except CheckpointException as error:  # its message lists ranks only
+            first, _ = next(iter(error.failures.values()))
+            raise first from error
 
 
 def _reason(error: BaseException) -> str:
@@ -288,7 +347,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
         name = next((part for part in str(error).split() if part.startswith("GLOBAL")), "")
         return f"it holds a pickle that asks for more than tensors and plain values {name}".strip()
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    text = reading.first_line(error)[:300]
     return text if isinstance(error, CheckpointingException) else f"{type(error).__name__} {text}"
 
 

@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from minitron_mcore.checkpoint.run_folder import COMPLETE
 from minitron_mcore.cli.compose import LAUNCH, compose, group_options, search_path
 from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, PipelineRun, StageRun
 from minitron_mcore.errors import UserError
+from minitron_mcore.reading import read_yaml
 
 INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
 """Settings that name the folder of an earlier stage."""
@@ -108,7 +107,8 @@ def _inputs(run: StageRun) -> set[Path]:
 def is_finished(run: StageRun) -> bool:
     """Whether a stage's folder holds the complete result of this run."""
     folder = Path(run.out_dir)
-    return (folder / COMPLETE).is_file() and yaml.safe_load((folder / "config.yaml").read_text()) == run_identity(run)
+    remedy = f"remove {folder} and run again"
+    return (folder / COMPLETE).is_file() and read_yaml(folder / "config.yaml", remedy) == run_identity(run)
 
 
 def _check_input(path: Path, reader: str) -> None:

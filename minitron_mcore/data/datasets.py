@@ -29,12 +29,14 @@ from minitron_mcore.data.tokenizer import Tokenizer, open_tokenizer
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.schedule import Batch
+from minitron_mcore.reading import damage_as_user_error
 
 from megatron.core.datasets.blended_dataset import BlendedDataset  # isort: skip
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # isort: skip
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # isort: skip
 from megatron.core.datasets.utils import Split  # isort: skip
 
+CACHE_REMEDY = "remove that folder, which is made again"
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -272,7 +274,7 @@ class SampleOrder:
 
 
 class Samples:
-    """The training samples of a SampleOrder.
+    """The training samples of a SampleOrder. The constructor is collective.
 
     Args:
         order: number and sequence of the samples.
@@ -284,7 +286,6 @@ class Samples:
     """
 
     def __init__(self, order: SampleOrder, cache: str, vocab_size: int):
-        """Collective."""
         self.order = order
         groups = [order.prefixes] if order.weights is None else [[prefix] for prefix in order.prefixes]
         self._streams = [TokenStream(group, vocab_size) for group in groups]
@@ -294,7 +295,8 @@ class Samples:
                 raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
         folder = os.path.join(cache, f"order-{order.digest()}")
         _on_rank_0(lambda: _create_folder(folder, self._build))
-        self._dataset = self._build(folder)
+        with process_groups.raise_on_all_ranks(), damage_as_user_error(folder, CACHE_REMEDY):
+            self._dataset = self._build(folder)
 
     def _build(self, cache: str):
         """megatron-core's dataset of the order's samples."""
@@ -325,9 +327,11 @@ class Samples:
         Returns:
             tokens, labels (the next tokens) and position_ids [B, S] int64, loss_mask [B, S] float32, samples [B] int64 (`rows`).
         """
-        samples = [self._dataset[row] for row in rows]
-        batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS}
-        batch["samples"] = torch.tensor(rows)
+        with damage_as_user_error(self._dataset.config.path_to_cache, CACHE_REMEDY):
+            samples = [self._dataset[row] for row in rows]
+        batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS} | {
+            "samples": torch.tensor(rows)
+        }
         return {key: tensor.to(process_groups.device()) for key, tensor in batch.items()}
 
 

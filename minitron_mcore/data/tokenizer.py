@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.errors import UserError
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import damage_as_user_error, read_json
 
 MAX_ID = 1 << 24
 """Largest id of a vocabulary: the tokenizers package allocates a list of that length. Published ids are below 2^19."""
@@ -168,9 +168,12 @@ def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
     config = _read_json(path.parent / "config.json") or _read_json(model / "config.json")
     kind = settings.get("tokenizer_class") or config.get("model_type") or ""
     bos = settings.get("add_bos_token")
-    tokenizer = _SentencePiece(path, "llama" in kind.lower() if bos is None else bool(bos))
-    listed = [*beside.get("added_tokens_decoder", {}), *_read_json(path.parent / "added_tokens.json").values()]
-    if added := [int(token) for token in listed if int(token) >= tokenizer.vocab_size]:
+    tokenizer = _SentencePiece(path, "llama" in str(kind).lower() if bos is None else bool(bos))
+    remedy = "copy the tokenizer's files again"
+    with damage_as_user_error(f"tokenizer_config.json or added_tokens.json next to {path}", remedy):
+        listed = [*beside.get("added_tokens_decoder", {}), *_read_json(path.parent / "added_tokens.json").values()]
+        ids = [int(token) for token in listed]
+    if added := [token for token in ids if token >= tokenizer.vocab_size]:
         raise UserError(
             f"{path} has {tokenizer.vocab_size} tokens, and the files beside it add token {added[0]}, which sentencepiece "
             "does not have: give a tokenizer folder with tokenizer.json."

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from minitron_mcore.checkpoint import run_folder
-from minitron_mcore.depth.study import Measure
+from minitron_mcore.depth.study import FIGURES, Measure
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.reading import damage_as_user_error, read_json_lines
 
 FILE = "points.jsonl"
 
@@ -45,14 +46,15 @@ class PointLog:
             run_folder.replace_text(self.path, json.dumps(subject) + "\n")
             run_folder.replace_text(self.path.with_name("latest"), FILE)  # keeps the folder of an interrupted run
             return {}
-        whole, _, partial_line = self.path.read_text().rpartition("\n")
-        try:
-            first, *lines = [json.loads(line) for line in whole.splitlines()]
-            points = {tuple(point["dropped"]): point for point in lines}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path} is damaged ({type(error).__name__}: {error}): remove its folder and study again."
-            ) from error
+        remedy = "remove its folder and study again"
+        first, *lines = read_json_lines(self.path, remedy) or [{}]
+        with damage_as_user_error(self.path, remedy):
+            whole, _, partial_line = self.path.read_text().rpartition("\n")
+            points = {tuple(map(int, point["dropped"])): point for point in lines}
+            for point in lines:
+                figures = [point[name] for name in FIGURES if name != "accuracy" or point[name] is not None]
+                if not all(type(figure) in (int, float) for figure in figures):
+                    raise TypeError(f"figures {figures} are no numbers")
         if first != subject:
             raise UserError(
                 f"{self.path} has points of another model, text or questions: choose another out_dir, or remove it."

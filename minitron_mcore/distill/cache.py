@@ -16,6 +16,7 @@ out_dir/
 Probabilities of topk are normalized to a sum of 1 when read. The files do not depend on the layout that wrote them.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,11 +34,12 @@ from minitron_mcore.config.stages import CacheKind
 from minitron_mcore.data import datasets
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError
-from minitron_mcore.models import parameter_table
+from minitron_mcore.formats.hf_folder import CODES
+from minitron_mcore.models import build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import check_format_version, read_json
+from minitron_mcore.reading import check_format_version, damage_as_user_error, open_tensors, read_json
 
 INDEX, HEAD = "index.json", "head.safetensors"
 STEP = 2.0**-11  # nats
@@ -51,12 +53,16 @@ def pack_top(ids: Tensor, log_probs: Tensor, vocab: int) -> dict[str, Tensor]:
     return packed | {"log_probs": (log_probs / -STEP).round().clamp(0, 0xFFFF).to(torch.int32).to(torch.uint16)}
 
 
-def unpack_top(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(ids int64, normalized log-probabilities fp32) of `pack_top`."""
+def _unpack_ids(packed: dict[str, Tensor]) -> Tensor:
     ids = packed["ids"].long()
     if "ids_high" in packed:
         ids += packed["ids_high"].long() << 16
-    return ids, (packed["log_probs"].int().float() * -STEP).log_softmax(-1)
+    return ids
+
+
+def unpack_top(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(ids int64, normalized log-probabilities fp32) of `pack_top`."""
+    return _unpack_ids(packed), (packed["log_probs"].int().float() * -STEP).log_softmax(-1)
 
 
 def pack_hidden(hidden: Tensor, kind: CacheKind) -> dict[str, Tensor]:
@@ -155,8 +161,30 @@ class Cache(Checkpoint):
         path, remedy = self.folder / name, "run the same launch/teacher_cache.py command again, which rewrites it."
         if not path.is_file():
             raise UserError(f"{path} of the teacher cache is missing: {remedy}")
-        if disk.sha256(path) != self.index["files"][name]:
+        if disk.sha256(path) != self.index["files"].get(name):
             raise UserError(f"{path} of the teacher cache was changed after it was written: {remedy}")
+        with open_tensors(path, "pt", f"remove it and {remedy[:-1]}") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+        if tensors != self._expected_tensors(name):
+            raise UserError(
+                f"{path} has {tensors} where {self._expected_tensors(name)} is expected: remove it and {remedy}"
+            )
+
+    def _expected_tensors(self, name: str) -> dict[str, tuple[str, list[int]]]:
+        """(safetensors' dtype, shape) of each tensor of a file."""
+        index, arch, dtype = self.index, self.arch, CODES[build.DTYPES[self.index["dtype"]]]
+        if name == HEAD:
+            return {"head": (dtype, [arch.vocab, arch.hidden])}
+        first = int(name.removeprefix("samples_").removesuffix(".safetensors")) * index["file_samples"]
+        tokens = [min(index["file_samples"], index["samples"] - first), index["sequence_length"]]
+        if self.kind == CacheKind.topk:
+            top_k = index["top_k"]
+            high = {"ids_high": ("U8", [*tokens, top_k])} if arch.vocab > 1 << 16 else {}
+            return {"ids": ("U16", [*tokens, top_k]), "log_probs": ("U16", [*tokens, top_k + 1])} | high
+        if self.kind == CacheKind.hidden:
+            return {"hidden": (dtype, [*tokens, arch.hidden])}
+        return {"hidden": ("I8", [*tokens, arch.hidden]), "scale": ("F32", tokens)}
 
 
 def open_teacher(path: str | Path) -> Checkpoint:
@@ -168,24 +196,33 @@ def open_teacher(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not (path / INDEX).is_file():
         return run_folder.open_checkpoint(path, "teacher")
-    try:
+    with damage_as_user_error(path / INDEX, "write the teacher cache again"):
         index = read_json(path / INDEX, "write the teacher cache again")
         check_format_version(index, path / INDEX, "write the teacher cache again")
         teacher, num_files = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = Architecture(**index["architecture"])
         cache = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
         written = sum(name != HEAD for name in index["files"])
-        if not min(index["samples"], index["file_samples"], index["sequence_length"]) > 0:
-            raise ValueError("its counts are not positive")
-    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-        raise UserError(
-            f"{path / INDEX} is damaged ({type(error).__name__}: {error}): write the teacher cache again."
-        ) from error
+        _check_index(index, cache.kind, arch)
     if written < num_files:
         raise UserError(
             f"the teacher cache {path} is incomplete: run the same launch/teacher_cache.py command again to resume it."
         )
     return cache
+
+
+def _check_index(index: dict, kind: CacheKind, arch: Architecture) -> None:
+    """Raise ValueError, KeyError or TypeError for an index with values that no cache has."""
+    counts = [index[name] for name in ("samples", "file_samples", "sequence_length")]
+    counts += [index["top_k"]] if kind == CacheKind.topk else []
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"counts {counts}")
+    if index["dtype"] not in build.DTYPES or (kind == CacheKind.topk and not index["top_k"] < arch.vocab):
+        raise ValueError(f"dtype {index['dtype']}, top_k {index['top_k']}")
+    if not re.fullmatch(r"step_\d+", index["teacher"]["step"]) or not isinstance(index["teacher"]["fingerprint"], str):
+        raise ValueError("the teacher is no checkpoint")
+    if not isinstance(index["seed"], int) or not all(isinstance(file, str) for file in index["data"]):
+        raise ValueError("data or seed is missing")
 
 
 class CachedTeacher:
@@ -227,6 +264,11 @@ class CachedTeacher:
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         samples = [self._sample(row) for row in rows]
         packed = {name: torch.stack([s[name] for s in samples], 1) for name in samples[0]}
+        if self.cache.kind == CacheKind.topk and _unpack_ids(packed).max() >= self.cache.arch.vocab:
+            raise UserError(
+                f"the teacher cache {self.cache.folder} has ids above the teacher's vocabulary of {self.cache.arch.vocab} for "
+                f"samples {list(rows)}: write the teacher cache again."
+            )
         if self.device.type == "cuda":
             packed = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in packed.items()}
         if self.cache.kind == CacheKind.topk:

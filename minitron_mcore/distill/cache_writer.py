@@ -99,6 +99,8 @@ class CacheWriter:
         check_format_version(existing, path, remedy)
         existing["format_version"] = FORMAT_VERSION
         hashes = existing.pop("files", {})
+        if not isinstance(hashes, dict):
+            raise UserError(f"{path} has {str(hashes)[:40]!r} for files, expected an object: {remedy}.")
         if existing != {key: value for key, value in index.items() if key != "files"}:
             raise UserError(
                 f"{self.out_dir} has a cache of another teacher or of other text, from the same command: choose another "

@@ -18,6 +18,7 @@ from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import NotFinite
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.schedule import Batch
+from minitron_mcore.reading import damage_as_user_error, read_json_lines
 
 
 def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: Path) -> list[list[dict[str, float]]]:
@@ -147,8 +148,9 @@ class MetricsWriter:
     def __init__(self, out_dir: Path, step: int):
         path = out_dir / "metrics.jsonl"
         # A killed run may leave an incomplete line, of a step after its checkpoint.
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        lines = read_json_lines(path, "move it away") if path.is_file() else []
+        with damage_as_user_error(path, "move it away"):
+            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
         run_folder.replace_text(path, "".join(kept))
         self.file = path.open("a")
         self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1 if step else None)

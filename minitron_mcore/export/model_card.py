@@ -4,7 +4,6 @@ The card's content comes from the checkpoint: its lineage (model.json), which co
 metrics and evaluations in the folders beside it.
 """
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning import apply
 from minitron_mcore.pruning.plan import Plan, compare
-from minitron_mcore.reading import FORMAT_VERSION
+from minitron_mcore.reading import FORMAT_VERSION, damage_as_user_error, read_json, read_json_lines
 from minitron_mcore.reporting import tables
 
 CARD = "README.md"
@@ -72,12 +71,14 @@ def complete_folder(origin: Origin, folder: str | Path) -> str:
         UserError: see `transformers_check.check_folder`; no card is written.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", "export again")
     if not (folder / "generation_config.json").is_file():
         tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**tokens).save_pretrained(folder)
     loaded = transformers_check.check_folder(folder, origin.arch)
-    (folder / CARD).write_text(model_card(origin, config, loaded))
+    with damage_as_user_error(f"the lineage in {origin.identity['path']}", "make the checkpoint again"):
+        text = model_card(origin, config, loaded).encode("utf-8", "replace")  # JSON may contain unpaired surrogates
+    (folder / CARD).write_bytes(text)
     (folder / RECORD).mkdir(exist_ok=True)
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
@@ -127,7 +128,7 @@ def model_card(origin: Origin, config: dict, loaded: str) -> str:
 def _parent_name(origin: Origin) -> str:
     """Name of the first ancestor: the one in its config.json, else its folder's."""
     first = next(iter(lineage.model_chain(origin.lineage)[0]["parents"].values()), origin.identity)
-    config = json.loads((origin.hf_folder / "config.json").read_text())
+    config = read_json(origin.hf_folder / "config.json", "make the checkpoint again")
     return Path(config.get("_name_or_path") or first["path"]).name
 
 
@@ -165,8 +166,9 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
 def _losses(identity: dict) -> list[str]:
     """First and last metrics of a training run up to its checkpoint (losses in nats per token). Empty without metrics.jsonl."""
     path, last = Path(identity["path"]) / "metrics.jsonl", int(identity["step"].removeprefix("step_"))
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rows = [{key: row[key] for key in METRICS} for row in rows if row["step"] <= last]
+    rows = read_json_lines(path, "move it away") if path.is_file() else []
+    with damage_as_user_error(path, "move it away"):
+        rows = [{key: row[key] for key in METRICS} for row in rows if row["step"] <= last]
     return [tables.markdown([rows[0], rows[-1]]).replace("\n", "\n   ")] if rows else []
 
 
@@ -174,9 +176,15 @@ def _evaluations(source: Path) -> list[str]:
     """Results in sibling folders that were evaluated after the checkpoint's last step was written."""
     rows, latest = [], source / "latest"
     for path in sorted(source.parent.glob("*/evaluation.json")) if latest.is_file() else []:
-        evaluation = json.loads(path.read_text())
-        if Path(evaluation["source"]).resolve() == source.resolve() and path.stat().st_mtime > latest.stat().st_mtime:
-            rows += evaluation["files"]
+        remedy = "evaluate again, or move it away"
+        evaluation = read_json(path, remedy)
+        with damage_as_user_error(path, remedy):
+            if (
+                Path(evaluation["source"]).resolve() == source.resolve()
+                and path.stat().st_mtime > latest.stat().st_mtime
+            ):
+                rows += evaluation["files"]
+                tables.markdown(rows)
     return ["## Evaluation", tables.markdown(rows)] if rows else []
 
 

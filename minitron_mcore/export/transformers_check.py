@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats.hf_folder import HFFolder
-from minitron_mcore.models import architecture, parameter_table
+from minitron_mcore.models import architecture, hf_config, parameter_table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.reading import first_line
+from minitron_mcore.reading import first_line, read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -24,6 +23,12 @@ def load(folder: str | Path, **placement) -> PreTrainedModel:
     Raises:
         UserError: transformers cannot load the folder, or the files have missing or misshapen tensors.
     """
+    config = Path(folder) / "config.json"
+    if config.is_file():
+        hf_config.check_counts(read_json(config, "download it again"))
+    if placement.get("device_map") != "meta":
+        # transformers allocates a parameter in config.json's size if the files have it in another size.
+        load(folder, **placement | {"device_map": "meta"})
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the problems that it would warn of are errors below
@@ -37,7 +42,7 @@ def load(folder: str | Path, **placement) -> PreTrainedModel:
             output_loading_info=True,
             **placement,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # values of any type in config.json make transformers raise nearly anything
         raise UserError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -70,6 +70,7 @@ class Architecture:
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        _check_types(self)
         for name in ("no_attention", "no_mlp"):
             object.__setattr__(self, name, blocks := tuple(sorted(set(getattr(self, name)))))
             if blocks and not 0 <= blocks[0] <= blocks[-1] < self.blocks:
@@ -116,6 +117,30 @@ class Architecture:
     def digest(self) -> str:
         """16 hexadecimal digits of a hash of all fields."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_types(arch: Architecture) -> None:
+    """Of values that a file says; sizes have limits, since tables of so many blocks and experts are built."""
+    for name, value in vars(arch).items():
+        kind = Architecture.__annotations__[name]
+        if name in ("no_attention", "no_mlp"):
+            right = isinstance(value, tuple | list) and all(type(block) is int for block in value)
+        elif name == "rope_scaling":
+            right = value is None or (isinstance(value, RopeScaling) and all(map(_is_number, vars(value).values())))
+        elif kind is float:
+            right = _is_number(value)
+        elif kind in (bool, str):
+            right = type(value) is kind
+        else:
+            least = 0 if name in ("experts", "experts_per_token") else 1
+            limit = hf_config.LIMITS.get(name, hf_config.MAX_SIZE)
+            right = (value is None and name == "window") or (type(value) is int and least <= value <= limit)
+        if not right:
+            raise UserError(f"{name} is {str(value)[:40]!r}, which no model has: expected {kind} as in conf/model.")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value <= hf_config.MAX_NUMBER
 
 
 @functools.cache

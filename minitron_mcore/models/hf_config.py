@@ -114,9 +114,7 @@ def _load(name: str, raw: dict[str, Any]) -> Any:
     code = raw.get("auto_map", {})  # never run
     if not isinstance(code, dict) or not all(isinstance(code.get(key, ""), str) for key in ("AutoConfig", _AUTO)):
         raise UserError(f"auto_map is {_short(code)}: expected an object of names.")
-    for key, limit in BOUNDED.items():
-        if isinstance(raw.get(key), int):
-            _size(key, raw[key], limit)
+    check_counts(raw)
     import transformers
     from transformers.utils import logging
 
@@ -130,6 +128,13 @@ def _load(name: str, raw: dict[str, Any]) -> Any:
         raise UserError(f"transformers refuses it: {type(error).__name__}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def check_counts(raw: dict[str, Any]) -> None:
+    """Raise UserError if a count exceeds its limit in `BOUNDED`: transformers would build lists of that length."""
+    for key, limit in BOUNDED.items():
+        if isinstance(raw.get(key), int):
+            _size(key, raw[key], limit)
 
 
 def _check_demands(family: Family, config: Any) -> None:

@@ -36,7 +36,8 @@ def write(work_dir: str | Path, html: str | Path) -> list[dict]:
     check(html)
     report = collect(work_dir)
     html.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.replace_text(html, render(work_dir, report))
+    text = render(work_dir, report).encode("utf-8", "replace").decode()  # JSON may contain unpaired surrogates
+    run_folder.replace_text(html, text)
     return contents(report)
 
 

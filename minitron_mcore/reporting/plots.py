@@ -1,21 +1,19 @@
 """Plots of scores, plans and losses, drawn without a display."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
-from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor
 
 from minitron_mcore.pruning.plan import Plan
+from minitron_mcore.reading import damage_as_user_error, open_tensors, read_json_lines
 
 # Okabe and Ito's palette, for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -91,7 +89,7 @@ def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
 
 def statistic(scores_file: str | os.PathLike) -> str:
     """How scores were computed, in one line, from their metadata."""
-    with safe_open(scores_file, "np") as file:
+    with open_tensors(scores_file, "np", "score again") as file:
         metadata = file.metadata() or {}
     shown = ("metric", "aggregation", "ffn_site", "samples", "tokens")
     return "; ".join(f"{key.replace('_', ' ')}: {metadata[key]}" for key in shown if key in metadata)
@@ -99,13 +97,14 @@ def statistic(scores_file: str | os.PathLike) -> str:
 
 def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> None:
     """Plot a scores.safetensors: sorted hidden scores, ffn quantiles per block, heads and depth; absent scores are left empty."""
-    scores = load_file(scores_file)
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     figure.suptitle(statistic(scores_file), fontsize="small")
-    for axes, draw in zip(figure.subplots(2, 2).flat, (_hidden, _ffn, _heads, _depth), strict=True):
-        if not draw(axes, scores):
-            axes.set_axis_off()
-    figure.savefig(png, dpi=DPI)
+    with damage_as_user_error(scores_file, "score again"):
+        scores = load_file(scores_file)
+        for axes, draw in zip(figure.subplots(2, 2).flat, (_hidden, _ffn, _heads, _depth), strict=True):
+            if not draw(axes, scores):
+                axes.set_axis_off()
+        figure.savefig(png, dpi=DPI)
 
 
 def plot_plan(plan: Plan, scores: Mapping[str, Tensor], png: str | os.PathLike) -> None:
@@ -169,8 +168,10 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
     names = (("kd_loss", "KD loss (nats / token)"), ("lm_loss", "LM loss (nats / token)"), ("lr", "learning rate"))
     for axes, (key, label) in zip(panels, names, strict=True):
         for i, (run, path) in enumerate(runs.items()):
-            rows = [row for row in map(json.loads, Path(path).read_text().splitlines()) if row.get(key) is not None]
-            tokens, values = np.array([row["tokens"] for row in rows]), np.array([row[key] for row in rows])
+            rows = [row for row in read_json_lines(path, "move it away") if row.get(key) is not None]
+            with damage_as_user_error(path, "move it away"):
+                points = [(float(row["tokens"]), float(row[key])) for row in rows]
+            tokens, values = np.array(points).reshape(-1, 2).T
             colour, width = COLOURS[i % len(COLOURS)], max(1, len(rows) // 20)
             if key != "lr" and width > 1:
                 axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)

@@ -1,13 +1,12 @@
 """Read the files that stages wrote to a work_dir. Folders are classified by the files in them."""
 
 import base64
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from minitron_mcore import reading
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import check_format_version
 
@@ -61,35 +60,16 @@ def _time(folder: Path) -> float:
     return (claim if claim.is_file() else folder).stat().st_mtime
 
 
-@contextmanager
-def damage_as_user_error(path: Path) -> Iterator[None]:
-    """Turn any error of reading a damaged file into a UserError of one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # safetensors has its own types; JSON of another form fails where it is used
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(
-            f"{path} is damaged or has an unknown format ({why}): make it again, or move it out of the work_dir."
-        ) from error
+REMEDY = "make it again, or move it out of the work_dir"
+damage_as_user_error = partial(reading.damage_as_user_error, remedy=REMEDY)
+read_lines = partial(reading.read_json_lines, remedy=REMEDY)
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object of a file; UserError for anything else."""
-    with damage_as_user_error(path):
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise TypeError(f"a {type(value).__name__} instead of an object")
-        check_format_version(value, path, "make it again")
-        return value
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a .jsonl file; an incomplete last line is ignored."""
-    with damage_as_user_error(path):
-        text = path.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """The object in a JSON file of this format version; UserError for anything else."""
+    content = reading.read_json(path, REMEDY)
+    check_format_version(content, path, "make it again")
+    return content
 
 
 def pictures(folder: Path, known: dict[str, tuple[str, str]]) -> list[Picture]:

@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from minitron_mcore.importance.scores import Scores, read_scores
 from minitron_mcore.importance.scores import summary as score_summary
 from minitron_mcore.pruning import summary
 from minitron_mcore.pruning.plan import Plan, load_plan
+from minitron_mcore.reading import read_yaml
 from minitron_mcore.reporting import family_tree, overview, roles
 from minitron_mcore.reporting.overview import Tile
-from minitron_mcore.reporting.read import KINDS, Picture, damage_as_user_error, pictures, read_json, read_lines
+from minitron_mcore.reporting.read import KINDS, REMEDY, Picture, damage_as_user_error, pictures, read_json, read_lines
 from minitron_mcore.reporting.roles import Model
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
@@ -153,7 +152,7 @@ def _importance(folder: Path, scores: Scores) -> Part:
 
 def _plan(folder: Path, plan: Plan) -> Part:
     config = folder / "config.yaml"
-    dtype = (yaml.safe_load(config.read_text()) if config.is_file() else {}).get("dtype", "bf16")
+    dtype = (read_yaml(config, REMEDY) if config.is_file() else {}).get("dtype", "bf16")
     axes = summary.axes(plan, dtype)
     kept = "; ".join(f"{row['axis']} {row['kept']} of {row['of']}" for row in axes[:-1])
     caption = (

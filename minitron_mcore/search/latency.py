@@ -3,7 +3,6 @@
 The time of a matrix product does not depend on its values, so a candidate is measured before it is pruned or trained.
 """
 
-import json
 import platform
 import statistics
 import time
@@ -19,6 +18,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.reading import read_json
 
 
 def check(arch: Architecture, speed: SpeedConfig) -> None:
@@ -63,7 +63,7 @@ def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str)
 
 
 def _random_model(arch: Architecture, hf_folder: Path, dtype: str) -> torch.nn.Module:
-    config = architecture.to_hf(arch, json.loads((hf_folder / "config.json").read_text()), dtype)
+    config = architecture.to_hf(arch, read_json(hf_folder / "config.json", "make the checkpoint again"), dtype)
     del config["dtype"], config["torch_dtype"]
     # On a CPU torch's grouped product over experts requires rows of a multiple of 16 bytes.
     experts = {"experts_implementation": "eager"} if arch.experts and process_groups.device().type == "cpu" else {}

@@ -7,10 +7,9 @@ from minitron_mcore.models import flops
 from minitron_mcore.reading import FORMAT_VERSION
 from minitron_mcore.reporting import search_plots, tables
 from minitron_mcore.search.space import Candidate, Space
-from minitron_mcore.search.store import CandidateStore
+from minitron_mcore.search.store import SPEEDS, CandidateStore
 
 FILE = "search.json"
-SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "measured_on")
 
 
 def collect(store: CandidateStore, space: Space, candidates: list[Candidate]) -> dict:
@@ -29,7 +28,7 @@ def collect(store: CandidateStore, space: Space, candidates: list[Candidate]) ->
             "loss": losses.get(search.steps),
             "overrides": store.overrides(candidate),
         }
-        rows.append(row | {key: measured.get(key) for key in SPEEDS})
+        rows.append(row | {key: measured.get(key) for key in (*SPEEDS, "measured_on")})
     rows.sort(key=lambda r: (r["loss"] is None, r["loss"] or r["zero_shot_loss"], r["name"]))
     return {
         "format_version": FORMAT_VERSION,
@@ -54,7 +53,7 @@ def write(out_dir: Path, results: dict, search: SearchConfig, total: int, comple
     if not rows:
         return
     by_zero_shot = sorted(row["zero_shot_loss"] for row in rows)
-    speeds = {key.replace("_tokens_per_second", " tokens/s"): key for key in SPEEDS[:2]} if search.latency else {}
+    speeds = {key.replace("_tokens_per_second", " tokens/s"): key for key in SPEEDS} if search.latency else {}
     shown = [
         {
             "candidate": row["name"],

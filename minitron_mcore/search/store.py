@@ -12,9 +12,24 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning.plan import Plan, make_plan
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import damage_as_user_error, read_json
 from minitron_mcore.reporting import tables
 from minitron_mcore.search.space import Candidate
+
+SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+
+
+def _read_result(path: Path) -> dict:
+    """The content of a result file, checked to have numbers as its figures."""
+    remedy = "remove the file, and run the search again"
+    result = read_json(path, remedy)
+    with damage_as_user_error(path, remedy):
+        losses = dict(zip(result.get("steps", []), result.get("losses", []), strict=True))
+        figures = [result["zero_shot_loss"]] if path.name == "measured.json" else []
+        figures += [result[key] for key in SPEEDS if result.get(key) is not None]
+        if not all(type(figure) in (int, float) for figure in (*losses, *losses.values(), *figures)):
+            raise TypeError("a figure that is no number")
+    return result
 
 
 class CandidateStore:
@@ -54,12 +69,12 @@ class CandidateStore:
         """A result file, the same on all ranks (collective); {} if it does not exist.
 
         Raises:
-            UserError: the file was made with other scores or another text.
+            UserError: the file is damaged, or was made with other scores or another text.
         """
         box, path = [None], self.folder(candidate) / name
         with process_groups.raise_on_all_ranks():
             if process_groups.rank() == 0 and path.is_file():
-                box = [read_json(path, "remove the file, and run the search again")]
+                box = [_read_result(path)]
         dist.broadcast_object_list(box, src=0)
         inputs = self._inputs(candidate)
         if box[0] and {key: box[0].get(key) for key in inputs} != inputs:

@@ -237,6 +237,15 @@ def test_claimed_sizes_of_a_checkpoint(tmp_path, base, claim):
         read_pieces(folder)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", hostile.LONG_TO_HASH)
+def test_an_index_that_takes_long_to_hash(tmp_path, name):
+    (tmp_path / ".metadata").write_bytes(hostile.LONG_TO_HASH[name])
+    with pytest.raises(UserError, match=r"\.metadata") as error:
+        safe_metadata.read_metadata(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("claim", hostile.GGUF_CLAIMS)
 def test_claimed_sizes_of_a_gguf(tmp_path, claim):
     (tmp_path / "model.gguf").write_bytes(hostile.GGUF_CLAIMS[claim])

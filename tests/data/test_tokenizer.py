@@ -1,14 +1,12 @@
 """Tokenizers of every kind give the model's own ids. A failure means a model is trained or judged on tokens it never saw."""
 
 import json
-import pydoc_data.topics
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer
 from transformers.tokenization_utils_base import generate_merges
@@ -22,15 +20,13 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.testing import on_ranks
 from tests.helpers import models as tiny
+from tests.helpers.sentencepieces import DOCS, LLAMA, PLAIN, proto, train
 from tests.helpers.text_files import write_jsonl, write_tokenizer
 
-DOCS = [part for topic in pydoc_data.topics.topics.values() for part in topic.split("\n\n")]
-TRAINED_ON, UNSEEN = DOCS[:400], [part for part in DOCS[400:700] if "**" not in part and "--" not in part]  # ties aside
+UNSEEN = [part for part in DOCS[400:700] if "**" not in part and "--" not in part]  # ties aside
 VARIED = [" ", "x", "  lead", "   if x:\n\treturn  y\n\n\n", "a\r\nb ", "naïve 😀 日本語", "▁under ▁x", "ﬁ ① Å", "12345 6,7",
           "\x01 a\u200bb\u3000c"]  # fmt: skip
 MARKED = ["</s>", "<s> a </s>", "<unk>", "<0x0A>"]  # text that spells control tokens stays text
-PLAIN = dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True)
-LLAMA = dict(model_type="bpe", split_digits=True, allow_whitespace_only_pieces=True, **PLAIN)
 NEMOTRON = LLAMA | dict(pad_id=1, bos_id=2, eos_id=3, user_defined_symbols=["<extra_id_0>", "<extra_id_1>"])
 KINDS = {"llama": LLAMA, "nemotron": NEMOTRON, "unigram": dict(model_type="unigram"), "bytes": PLAIN}
 
@@ -39,17 +35,6 @@ KINDS = {"llama": LLAMA, "nemotron": NEMOTRON, "unigram": dict(model_type="unigr
 def spms(tmp_path_factory) -> dict[str, Path]:
     """A sentencepiece .model of each kind, trained on the standard library's docs."""
     return {kind: train(tmp_path_factory.mktemp(kind), **options) for kind, options in KINDS.items()}
-
-
-def train(folder: Path, **kind) -> Path:
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(TRAINED_ON), model_prefix=f"{folder}/tokenizer", vocab_size=500, minloglevel=2, **kind
-    )
-    return folder / "tokenizer.model"
-
-
-def proto(spm: Path):
-    return sentencepiece_model_pb2.ModelProto.FromString(spm.read_bytes())
 
 
 def rebuilt(spm: Path) -> Tokenizer:
@@ -190,8 +175,8 @@ def test_a_run_reads_text_with_the_models_sentencepiece_model(spms, tmp_path):
 def _refusals(spm, folder, file, prefix):
     """What a rank is told by each reader of text whose model is too small."""
     found = []
-    for tokenizer, train in ((str(spm), [file]), (None, [file]), (None, [prefix])):
-        config = DataConfig(train=train, tokenizer=tokenizer, cache=str(folder / "cache"))
+    for tokenizer, files in ((str(spm), [file]), (None, [file]), (None, [prefix])):
+        config = DataConfig(train=files, tokenizer=tokenizer, cache=str(folder / "cache"))
         with pytest.raises(UserError) as error:
             datasets.prepare(config, folder, ROWS)
         found.append(str(error.value))

@@ -335,7 +335,7 @@ def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch
     assert (folder / "points.jsonl").read_text().splitlines() == lines
 
     (folder / "points.jsonl").write_text("\n".join([lines[0], lines[1][:9], *lines[2:], ""]))
-    with pytest.raises(RankError, match="points.jsonl is damaged .*: remove its folder"):
+    with pytest.raises(RankError, match="points.jsonl, line 2, cannot be read as JSON .*: remove its folder"):
         on_ranks(studied, 1, ParallelConfig(), config_of("depth", *command))
 
     opened = open_checkpoint(made / "ckpt")

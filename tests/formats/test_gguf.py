@@ -23,9 +23,6 @@ from tests.helpers.models import convert_and_run, read_all
 
 TP2 = ParallelConfig(tensor=2)
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-GGUF_SIZES = dict(
-    vocab_size=288, hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4, head_dim=16
-)
 MIXED = {"q_proj": Q.F16, "k_proj": Q.BF16, "v_proj": Q.Q4_1, "up_proj": Q.F32, "embed_tokens": Q.Q4_0}
 GGUF = {
     "llama31": ("llama", "llama-bpe", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192}}),
@@ -43,7 +40,7 @@ def stored_as(name: str):
 def test_gguf_is_read(tmp_path, which):
     """Weights are the blocks' values, in the rows that transformers reads them to; config and logits the original's."""
     name, pre, sizes = GGUF[which]
-    folder = families.tiny(which, tmp_path / "hf", **(GGUF_SIZES | sizes))
+    folder = families.tiny(which, tmp_path / "hf", **(gguf_files.SIZES | sizes))
     file, ids = gguf_files.write(tmp_path / "model.gguf", folder, name, stored_as, pre), models.tokens()
     [found, _] = on_ranks(convert_and_run, 2, TP2, file, file, tmp_path / "ckpt", TP2, ids)
     weights = models.weights(folder)
@@ -78,9 +75,9 @@ TEXTS = [
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "smollm", "gpt-2"])
 def test_byte_level_tokenizer(tmp_path, pre):
-    folder = families.tiny("llama32", tmp_path / "hf", **GGUF_SIZES)
+    folder = families.tiny("llama32", tmp_path / "hf", **gguf_files.SIZES)
     tokenizer = read_tokenizer(gguf_files.write(tmp_path / "model.gguf", folder, "llama", Q.F16, pre), tmp_path / "out")
-    tokens, merges = gguf_files.byte_tokens(GGUF_SIZES["vocab_size"])
+    tokens, merges = gguf_files.byte_tokens(gguf_files.SIZES["vocab_size"])
     begin = [tokens[1]] if pre == "llama-bpe" else []
     digits = {"llama-bpe": ["123", "4", "5"], "qwen2": [*"12345"], "smollm": [*"12345"], "gpt-2": ["1234", "5"]}[pre]
     assert tokenizer.convert_ids_to_tokens(tokenizer("a12345").input_ids) == [*begin, "a", *digits]
@@ -109,7 +106,7 @@ def test_sentencepiece_tokenizer(tmp_path):
     ids = range(oracle.get_piece_size())
     types = [2 if oracle.is_unknown(i) else 3 if oracle.is_control(i) else 6 if oracle.is_byte(i) else 1 for i in ids]
     vocabulary = [oracle.id_to_piece(i) for i in ids], [oracle.get_score(i) for i in ids], types
-    folder = families.tiny("llama2", tmp_path / "hf", **(GGUF_SIZES | {"vocab_size": len(types)}))
+    folder = families.tiny("llama2", tmp_path / "hf", **(gguf_files.SIZES | {"vocab_size": len(types)}))
     file = gguf_files.write(tmp_path / "model.gguf", folder, "llama", Q.F16, vocabulary=vocabulary)
     tokenizer = read_tokenizer(file, tmp_path / "out")
     for line in [*TEXTS[:2], *TEXTS[3:5], "def load(path):\n    return json.loads(path)  # " + "x" * 30]:
@@ -124,9 +121,15 @@ def read_tokenizer(file, folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-PLAIN = GGUF_SIZES | {"rope_parameters": families.PLAIN}
+PLAIN = gguf_files.SIZES | {"rope_parameters": families.PLAIN}
 GGUF_MISTAKES = {  # 64 original positions and a factor of 4 are not Llama 3's
-    "rope": ("llama", "llama31", GGUF_SIZES, "qwen2", "rope_freqs.weight in .* is not what RopeScaling.*8192.* makes"),
+    "rope": (
+        "llama",
+        "llama31",
+        gguf_files.SIZES,
+        "qwen2",
+        "rope_freqs.weight in .* is not what RopeScaling.*8192.* makes",
+    ),
     "architecture": ("gemma2", "llama32", PLAIN, "qwen2", "holds a gemma2 model; supported in GGUF: llama, qwen2"),
     "biases": ("llama", "qwen2", PLAIN, "qwen2", "holds blk.0.attn_k.bias, which a llama model does not have"),
     "no biases": ("qwen2", "llama32", PLAIN | {"head_dim": 8}, "qwen2", "blk.0.attn_q.bias is missing"),

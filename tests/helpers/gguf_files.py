@@ -9,6 +9,9 @@ import numpy as np
 from tests.helpers import models
 
 Q = gguf.GGMLQuantizationType
+SIZES = dict(
+    vocab_size=288, hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4, head_dim=16
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
