@@ -75,7 +75,7 @@ def cases(pipe, name: str, seed: int, numbers: range, until: float, base: Path) 
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     signal.signal(signal.SIGPROF, Late.signalled)
-    with tempfile.TemporaryDirectory(dir=base.parent) as scratch, process_groups.distributed(readers.ONE):
+    with tempfile.TemporaryDirectory(dir=base.parent) as scratch, process_groups.distributed_context(readers.ONE):
         resource.setrlimit(resource.RLIMIT_AS, (held("VmSize") + ADDRESSES, resource.RLIM_INFINITY))
         pipe.send(None)
         for number in numbers:
