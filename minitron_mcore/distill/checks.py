@@ -158,7 +158,7 @@ def top_k_teacher(k: int, config: DistillConfig | LossConfig) -> Iterator[str]:
             "largest log-probabilities: give forward_kl and temperature 1."
         )
     if config.top_k not in (None, k):
-        yield f"top_k is {config.top_k}, but there are the teacher's {k} largest log-probabilities: give top_k {k} or null."
+        yield f"top_k is {config.top_k}, but the teacher's {k} largest log-probabilities are cached: give top_k {k} or null."
 
 
 def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
