@@ -193,7 +193,9 @@ def test_impossible_pairs_are_refused(student, given, sentence):
 def test_a_ratio_to_nothing_is_refused():
     config = dataclasses.replace(CONFIG, kd_weight=0.0, hidden_state_loss=HiddenStateLossConfig(1.0, dynamic=True))
     (problem,) = checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1)
-    assert problem.startswith("distill.hidden_state_loss.dynamic scales by the ratio to the divergence, but kd_weight is 0")
+    assert problem.startswith(
+        "distill.hidden_state_loss.dynamic scales by the ratio to the divergence, but kd_weight is 0"
+    )
 
 
 def test_states_alone_are_something_to_train_on():
