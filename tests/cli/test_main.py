@@ -111,8 +111,7 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     ]
     stopped = pipeline(tmp_path, *command, "processes=2", "distill.stop_after=2", fails=True)
     assert "error: minitron distill stopped before its end: the same command resumes" in stopped
-    if starts == "torchrun":
-        assert "stage 4 of 8: prune\n$ minitron prune --nproc 2 model=smollm2_135m" in stopped
+    assert "stage 4 of 8: prune\n$ minitron prune --nproc 2 model=smollm2_135m" in stopped
     output = pipeline(tmp_path, *command, "processes=2")
     assert "resuming after step 2" in output and "bits per byte" in output and "minitron correct" not in output
 

@@ -296,6 +296,7 @@ def studied(config) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch):
     command = [
         *("+model=smollm2_135m", "model.name=tiny", f"model.hf={made}/hf", "model.architecture=null", "dtype=fp32"),

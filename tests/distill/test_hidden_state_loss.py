@@ -92,6 +92,7 @@ def learn(folders, config, parallel, out_dir, resume=False):
     ], trainer.hidden_loss.projection.detach().clone()
 
 
+@pytest.mark.slow
 def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, folders):
     """Two stages of two data-parallel ranks, which share out the optimizer's state of the projection too."""
     parallel, states = ParallelConfig(pipeline=2), HiddenStateLossConfig(1.0)
