@@ -1,10 +1,10 @@
-"""Damages valid files of every kind that the product reads (`tests.helpers.readers`) and calls the product's own readers on them.
+"""Damages valid files of every kind that the package reads (`tests.helpers.readers`), and reads them as the stages do.
 
     python -m tests.fuzz --minutes 10 --seed 0                 # `make fuzz`
     python -m tests.fuzz --kinds "plan.json" --case 123        # one case again, with its traceback
 
-A finding is an exception other than UserError, a case of more than SECONDS of processor time or eight times as long, one that takes
-MEMORY beyond what its process held, or one that ends the process. Kind, seed and number determine a case. ADDRESSES limits memory.
+A finding is an exception other than UserError, more than SECONDS of processor time (or 8 times as long by the clock), more than MEMORY
+bytes beyond those before the case, or the end of the process. Kind, seed and number determine a case. A case may map ADDRESSES bytes.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import damage, readers
 
 SECONDS, MEMORY, ADDRESSES = 5, 512 << 20, 4 << 30
-SLICE = 3.0  # seconds of one kind before the next
+TURN = 3.0  # seconds for one kind, then the next
 OUTCOMES = ("refused", "read", "exception", "hang", "memory", "died")
 
 
 class Late(BaseException):
-    """Not an Exception, so that no reader catches it."""
+    """Raised after SECONDS. Not an Exception, so that no reader catches it."""
 
     @classmethod
     def signalled(cls, *_) -> None:
@@ -42,15 +42,15 @@ class Late(BaseException):
 
 
 def held(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
+    """Bytes in a field of /proc/self/status."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
 
 def attempt(name: str, seed: int, number: int, base: Path, folder: Path) -> tuple[str, int, str]:
-    """One case in this process: outcome, bytes at the peak beyond those before, traceback."""
+    """Run one case in this process: outcome, peak of memory in bytes beyond that before, message or traceback."""
     kind = readers.KINDS[name]
     shutil.copytree(base / kind.folder, folder)
-    if number >= 0:  # those below 0 stay valid
+    if number >= 0:  # files of negative numbers stay valid
         damage.spoil(kind, folder, random.Random(f"{seed} {name} {number}"))
     os.chdir(folder)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -71,7 +71,7 @@ def attempt(name: str, seed: int, number: int, base: Path, folder: Path) -> tupl
 
 
 def cases(pipe, name: str, seed: int, numbers: range, until: float, base: Path) -> None:
-    """Cases in a process of their own, until one ends it."""
+    """Run cases and send their rows; the body of a process, which ends after a finding."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     signal.signal(signal.SIGPROF, Late.signalled)
@@ -85,7 +85,7 @@ def cases(pipe, name: str, seed: int, numbers: range, until: float, base: Path) 
 
 
 def run(name: str, seed: int, first: int, count: int, base: Path, seconds: float) -> list[tuple]:
-    """Cases first .. first + count of a kind, or those of `seconds`: rows of (number, outcome, bytes, traceback)."""
+    """Run `count` cases of a kind from `first`, for at most `seconds`: rows of (number, outcome, bytes, message or traceback)."""
     found, fork, until = [], multiprocessing.get_context("fork"), time.monotonic() + seconds
     while len(found) < count and time.monotonic() < until:
         ours, theirs = fork.Pipe()
@@ -102,13 +102,12 @@ def run(name: str, seed: int, first: int, count: int, base: Path, seconds: float
             process.join(60)
             if process.exitcode:
                 found.append((first + len(found), "died", 0, f"exit code {process.exitcode}"))
-        process.kill()
-        process.join()
+        process.kill(), process.join()
     return found
 
 
 def table(rows: dict[str, list[tuple]], seed: int) -> int:
-    """Print findings of one kind and place once, and all counts; returns the number of findings."""
+    """Print one example of the findings at each place, and the counts; returns the number of findings."""
     found, shown = defaultdict(list), []
     for name, tried in rows.items():
         counts = Counter(outcome for _, outcome, _, _ in tried)
@@ -143,7 +142,7 @@ def main(given: list[str] | None = None) -> int:
             print(*(why for ((*_, why),) in rows.values()))
         while args.case is None and time.monotonic() - start < 60 * args.minutes:
             for name, tried in rows.items():
-                tried += run(name, args.seed, len(tried), 10**9, base, SLICE)
+                tried += run(name, args.seed, len(tried), 10**9, base, TURN)
         return int(table(rows, args.seed) > 0)
 
 

@@ -26,7 +26,7 @@ def _read_result(path: Path) -> dict:
     with damage_as_user_error(path, remedy):
         losses = dict(zip(result.get("steps", []), result.get("losses", []), strict=True))
         figures = [result["zero_shot_loss"]] if path.name == "measured.json" else []
-        figures += [result[key] for key in SPEEDS if result.get(key) is not None]
+        figures += [result[key] for key in SPEEDS] if any(key in result for key in SPEEDS) else []
         if not all(type(figure) in (int, float) for figure in (*losses, *losses.values(), *figures)):
             raise TypeError("a figure that is no number")
     return result

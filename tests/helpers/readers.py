@@ -36,6 +36,7 @@ from minitron_mcore.pruning.plan import load_plan, make_plan
 from minitron_mcore.reporting import depth_plots, page, plots, search_plots
 from minitron_mcore.search.results import collect
 from minitron_mcore.search.runner import SearchRunner
+from minitron_mcore.search.store import SPEEDS
 from tests.helpers import cached_teacher, families, gguf_files, models, sentencepieces, text_files, work_dir
 from tests.helpers.cutting import random_scores
 from tests.helpers.training import CONFIG, micro_batches
@@ -113,7 +114,7 @@ def write_run(base: Path) -> None:
     runner = search_runner(base / "search")
     runner._prepare_folder()
     for candidate in runner.space.candidates:
-        runner.store.write(candidate, "measured.json", {"zero_shot_loss": 5.0, "decode_tokens_per_second": 9.0})
+        runner.store.write(candidate, "measured.json", {"zero_shot_loss": 5.0} | dict.fromkeys(SPEEDS, 9.0))
         runner.store.write(candidate, "trained.json", {"steps": [2, 4], "losses": [4.5, 4.0]})
 
 
