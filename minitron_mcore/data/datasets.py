@@ -1,8 +1,7 @@
 """Training batches and calibration samples from text files or Megatron .bin/.idx pairs.
 
-Documents are encoded by the model's tokenizer, with any BOS that it adds, and end with EOS. Training uses megatron-core's GPTDataset
-and BlendedDataset. Files without weights form one dataset whose documents are shuffled together. Files with weights ("0.3 path")
-are shuffled separately and blended in exact proportions.
+Documents are encoded with any BOS that the tokenizer adds, and end with EOS. Training uses megatron-core's GPTDataset and
+BlendedDataset. Files without weights form one dataset. Files with weights ("0.3 path") are blended in exact proportions.
 """
 
 import dataclasses
