@@ -140,7 +140,7 @@ def _check_types(arch: Architecture) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and 0 < value <= hf_config.MAX_NUMBER
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= hf_config.MAX_NUMBER
 
 
 @functools.cache
