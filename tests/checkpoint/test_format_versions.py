@@ -34,9 +34,12 @@ def model_json(folder: Path) -> str:
 
 
 def cache_index() -> str:
-    teacher = {"path": "/teacher", "fingerprint": FINGERPRINT}
-    counts = {"samples": 2, "file_samples": 2, "sequence_length": 8}
+    teacher = {"path": "/teacher", "step": "step_0000000", "fingerprint": FINGERPRINT}
+    counts = {"samples": 2, "file_samples": 2, "sequence_length": 8, "seed": 1, "data": []}
     content = {
+        "kind": "hidden",
+        "top_k": None,
+        "dtype": "fp32",
         "teacher": teacher,
         "architecture": ARCH.to_json(),
         "lineage": {},
