@@ -1,4 +1,4 @@
-"""A short run of `tests.fuzz`: a failure means that a damaged file ends in a traceback, a hang or more memory than stated."""
+"""A short run of `tests.fuzz`: a failure means that a damaged file causes a traceback, a hang, or too much memory."""
 
 import os
 import signal
@@ -30,8 +30,8 @@ def test_damaged_files_end_in_a_sentence(base, kind):
     assert len(damaged) == CASES and not [case for case in damaged if case[1] not in ("refused", "read")], damaged
 
 
-def test_findings_are_told(base, monkeypatch, capsys):
-    """An exception, a case that takes too long, one that takes too much memory, one that ends its process."""
+def test_findings_are_reported(base, monkeypatch, capsys):
+    """An exception, a case over the time limit, one over the memory limit, and one that ends its process."""
     acts = {
         "exception": lambda folder: folder / 1,
         "hang": lambda folder: [None for _ in iter(int, 1)],

@@ -223,7 +223,9 @@ def scores_drawn(folder: Path) -> None:
 
 def points(folder: Path, meter: study.Measure | None = None) -> None:
     """As a depth study goes on from its points; `meter` measures those that are missing."""
-    measure = PointLog(folder, meter or (lambda dropped: POINT | {"dropped": list(dropped)}), 9, model="m", data="d")
+    measure = PointLog(
+        folder, meter or (lambda dropped: POINT | {"dropped": list(dropped)}), 9, False, model="m", data="d"
+    )
     baseline = measure([])
     sweep = [
         {"size": n, "first": d[0]} | measure(d)
