@@ -41,7 +41,7 @@ def damage_as_user_error(
         yield
     except UserError:
         raise
-    except Exception as error:  # libraries have their own types; content of another form fails where it is used
+    except Exception as error:  # libraries have their own types, and content of another form fails where it is used
         raise UserError(
             f"{path} is damaged or incomplete, or has another format ({describe(error)[:300]}): {remedy}."
         ) from error

@@ -12,7 +12,7 @@ from tests import fuzz
 from tests.helpers import readers
 
 pytestmark = pytest.mark.xdist_group("fuzz")  # one worker, so that the files are made once
-CASES = 4
+CASES = 3
 
 
 @pytest.fixture(scope="module")

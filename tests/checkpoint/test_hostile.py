@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_bad_descriptions_are_named(tmp_path, base, text):
     folder = shutil.copytree(base / "convert", tmp_path / "copy")
     (folder / "model.json").write_text(text)
     sentence = tried(lambda: open_checkpoint(folder))
-    assert f"{folder}/model.json is damaged" in sentence and "\n" not in sentence
+    assert re.match(f"{folder}/model.json (is damaged|cannot be read as JSON|holds)", sentence) and "\n" not in sentence
 
 
 def index_claims(index) -> None:
