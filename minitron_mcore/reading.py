@@ -67,7 +67,7 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def check_format_version(content: dict, path: str | Path, remedy: str) -> None:
+def check_format_version(content: dict[str, Any], path: str | Path, remedy: str) -> None:
     """Refuse an artefact whose format this version of the package does not read.
 
     An artefact without `format_version` (version 0) was written before artefacts had one. Its keys and their meanings are

@@ -3,7 +3,7 @@
     python -m tests.fuzz --minutes 10 --seed 0                 # `make fuzz`
     python -m tests.fuzz --kinds "plan.json" --case 123        # one case again, with its traceback
 
-A finding is an exception other than UserError, more than SECONDS of processor time (8 times as long by the clock), more than
+A finding is an exception other than UserError, more than SECONDS of processor time (or 8 times as long by the clock), more than
 MEMORY bytes beyond those before the case, or the end of the process. Kind, seed and number determine a case.
 """
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,7 +21,6 @@ from minitron_mcore.config.stages import (
     PipelineRun,
     ReportRun,
     SearchRun,
-    StageRun,
 )
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.reading import first_line
@@ -43,7 +43,7 @@ for _name, _schema in LAUNCH_FILES.items():
     ConfigStore.instance().store(group="stage", name=f"{_name}_schema", node=_schema, package="_global_")
 
 
-def canonical(overrides: Iterable[str]) -> list[str]:
+def normalize_overrides(overrides: Iterable[str]) -> list[str]:
     """A command line with `model=x` and `recipe=x` for `+model=x` and `+recipe=x`.
 
     conf/base.yaml lists both groups, so Hydra refuses the plus sign, which this package's users may type.
@@ -65,15 +65,16 @@ def _renamed(key: str) -> str | None:
     return None
 
 
-def compose(stage: str, overrides: list[str]) -> StageRun:
-    """The config of launch/`stage`.py for a command line. Hydra must be initialised, as it is inside a launch file, whose
-    `hydra.searchpath` also holds here.
+def compose(stage: str, overrides: list[str]) -> Any:
+    """The config of launch/`stage`.py for a command line, as its dataclass in `LAUNCH_FILES`.
+
+    Hydra must be initialised, as it is inside a launch file, whose `hydra.searchpath` also holds here.
 
     Raises:
         UserError: see `composition_error` and `resolve`.
     """
     try:
-        raw = hydra.compose(f"stage/{stage}", canonical([*search_path(), *overrides]))
+        raw = hydra.compose(f"stage/{stage}", normalize_overrides([*search_path(), *overrides]))
     except HydraException as error:
         raise composition_error(error) from error
     return resolve(raw)
@@ -85,7 +86,7 @@ def search_path() -> list[str]:
     return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
-def options(group: str) -> list[str]:
+def group_options(group: str) -> list[str]:
     """The names of a config group's files, in conf/ and on the launch file's `hydra.searchpath`."""
     return GlobalHydra.instance().config_loader().get_group_options(group, overrides=search_path())
 
@@ -100,7 +101,7 @@ def composition_error(error: HydraException) -> UserError:
     return UserError(" ".join(" ".join([text, *causes]).split()))
 
 
-def resolve(raw: DictConfig):
+def resolve(raw: DictConfig) -> Any:
     """The composed config as its dataclass, with every interpolation resolved.
 
     `model.name` defaults to the last part of `model.hf`, or of `work_dir` where `model.hf` is missing too.
@@ -123,5 +124,5 @@ def resolve(raw: DictConfig):
         key = error.full_key or "model"
         raise UserError(
             f"{key} is not set: give {key}=..., model.hf=/path/to/folder, a recipe (recipe=NAME) or a model (model=NAME, one of "
-            f"{', '.join(options('model'))})."
+            f"{', '.join(group_options('model'))})."
         ) from error

@@ -74,9 +74,9 @@ def plan(config: Run) -> dict:
     problems: list[str] = []
     models = resolve.models(config, problems)
     archs = {role: arch for role, (arch, _) in models.items()}
-    training, name = _training(config), type(config).__name__.removesuffix("Run").lower()
+    training, name = _training_settings(config), type(config).__name__.removesuffix("Run").lower()
     settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
-    world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _fewest(config, training)
+    world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _min_processes(config, training)
     teacher_ranks = training.teacher_ranks if training else 0
     setting = Setting(
         config.parallel,
@@ -132,19 +132,19 @@ def plan(config: Run) -> dict:
     return figures
 
 
-def _on_one_process(config: Run) -> bool:
+def _is_one_process(config: Run) -> bool:
     """Whether a stage streams files on one process."""
     return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format == ExportFormat.hf)
 
 
-def _fewest(config: Run, training: DistillConfig | None) -> int:
+def _min_processes(config: Run, training: DistillConfig | None) -> int:
     """The least number of processes for the layouts of the stage's models."""
     teacher_ranks = training.teacher_ranks if training else 0
     layouts = [config.parallel, *filter(None, [training and not teacher_ranks and training.teacher_parallel])]
     return math.lcm(*(p.pipeline * math.lcm(p.tensor * p.context, p.expert) for p in layouts)) + teacher_ranks
 
 
-def _training(config: Run) -> DistillConfig | None:
+def _training_settings(config: Run) -> DistillConfig | None:
     """The training settings of a stage; None if it does not train."""
     if isinstance(config, CorrectRun):
         return DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
@@ -159,7 +159,7 @@ def _problems(
     """Every rule that the stage violates."""
     yield from ranges.problems(config)
     archs = {role: arch for role, (arch, _) in models.items()}
-    if not _on_one_process(config):
+    if not _is_one_process(config):
         length = setting.sequence_length if setting.sequence_length > 1 else None
         teacher_ranks = training.teacher_ranks if training else 0
         yield from layout.teacher_ranks_problems(teacher_ranks, setting.world + teacher_ranks)
@@ -174,7 +174,7 @@ def _problems(
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
         each = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
         yield from dict.fromkeys(itertools.chain(*each))
-        live, kernels = None if resolve.cached(config) else teacher, options.Kernels()
+        live, kernels = None if resolve.cache_content(config) else teacher, options.Kernels()
         if setting.device == Device.cuda:
             kernels = options.EVERYTHING
         each = (
@@ -183,10 +183,10 @@ def _problems(
         )
         yield from dict.fromkeys(itertools.chain(*each))
     for role, student in students.items() if teacher else ():
-        folders = (resolve.hf(models[each][1]) for each in (role, "teacher"))
+        folders = (resolve.tokenizer_folder(models[each][1]) for each in (role, "teacher"))
         yield from vocabulary.problems(student, teacher, *folders)
         if (Path(config.teacher) / "index.json").is_file():
-            yield from resolve.cache(config.teacher).problems(student, training)
+            yield from resolve.open_cache(config.teacher).problems(student, training)
     if isinstance(config, TeacherCacheRun) and "model" in archs:
         yield from checks.cache_problems(config, archs["model"])
     if isinstance(config, SearchRun) and training.teacher_ranks:
@@ -209,7 +209,7 @@ def _problems(
         yield from ranges.positions(
             "evaluate.sequence_length",
             config.evaluate.sequence_length,
-            **{role: arch.max_positions for role, arch in _first(archs).items()},
+            **{role: arch.max_positions for role, arch in _first_model(archs).items()},
         )
     if isinstance(config, PlanRun) and "target" in archs:
         try:
@@ -218,36 +218,36 @@ def _problems(
             yield str(error)
 
 
-def _first(archs: dict[str, Architecture]) -> dict[str, Architecture]:
+def _first_model(archs: dict[str, Architecture]) -> dict[str, Architecture]:
     """The first model of a stage, with its role. Pruned models have as many positions as their source."""
     return dict(itertools.islice(archs.items(), 1))
 
 
-def _students(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:
+def _trained_models(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:
     """The models that a stage trains at the same time."""
     students = [arch for role, arch in archs.items() if resolve.kind(role) == "student"] or [next(iter(archs.values()))]
     return students * (min(config.search.students_per_pass, config.search.best) if isinstance(config, SearchRun) else 1)
 
 
 def _layouts(config: Run, archs: dict[str, Architecture], training: DistillConfig, setting: Setting) -> list[dict]:
-    cached = resolve.cached(config) if "teacher" in archs else None
+    cached = resolve.cache_content(config) if "teacher" in archs else None
     own = dataclasses.replace(training, teacher_parallel=None)
-    return step_time.layouts(_students(config, archs), archs.get("teacher"), own, setting, config.dry, cached)
+    return step_time.layouts(_trained_models(config, archs), archs.get("teacher"), own, setting, config.dry, cached)
 
 
 def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting) -> list[dict]:
     """Bytes on a rank of each pipeline stage; empty for a stage on one process."""
-    if _on_one_process(config):
+    if _is_one_process(config):
         return []
     students = [arch for role, arch in archs.items() if resolve.kind(role) == "student"]
     main = students[0] if students else next(iter(archs.values()))
     if training:
-        teacher, students = archs.get("teacher"), _students(config, archs)
+        teacher, students = archs.get("teacher"), _trained_models(config, archs)
         if any(
             list(checks.state_problems(s, teacher, training.hidden_state_loss, training.kd_weight)) for s in students
         ):
             return []  # pairs name blocks that do not exist
-        rows = memory.training(students, teacher, training, setting, teacher and resolve.cached(config))
+        rows = memory.training(students, teacher, training, setting, teacher and resolve.cache_content(config))
     elif isinstance(config, DepthRun):
         rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
@@ -276,7 +276,7 @@ def _operations(config: Run, archs: dict[str, Architecture], training: DistillCo
         steps, tokens = training.steps, training.global_batch * length
         steps *= config.search.best if isinstance(config, SearchRun) else 1
         times = {"teacher": 1, "student": 3, "model": 3}
-        times |= {"teacher": 0} if resolve.cached(config) else {}
+        times |= {"teacher": 0} if resolve.cache_content(config) else {}
         operations = {
             role: times[resolve.kind(role)] * tokens * flops.forward_flops(arch, length) for role, arch in archs.items()
         }
@@ -319,7 +319,7 @@ def _axes(p: ParallelConfig, world: int) -> str:
 
 
 def _show(config: Run, figures: dict) -> None:
-    dry, world, training = config.dry, figures["gpus"], _training(config)
+    dry, world, training = config.dry, figures["gpus"], _training_settings(config)
     teacher_ranks = training.teacher_ranks if training else 0
     notes = [f"processes: {world}; {_axes(config.parallel, world - teacher_ranks)}; {config.dtype} on {dry.device}"]
     if training and (teacher_layout := training.teacher_parallel or (teacher_ranks and config.parallel)):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
-from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES, options
+from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES, group_options
 from minitron_mcore.config.stages import Run
 
 GROUPS = [field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)]
@@ -33,30 +33,26 @@ def launch_docstring(stage: str) -> str:
 
 def descriptions(cls: type) -> dict[str, str]:
     """The docstring below each field of a dataclass or member of an enum, in one line; inherited ones too."""
-    found = {}
+    texts: dict[str, str] = {}
     for base in reversed([base for base in cls.__mro__ if base.__module__ == cls.__module__]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for statement, text in zip(body, body[1:], strict=False):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, text in zip(definition.body, definition.body[1:], strict=False):
             if isinstance(text, ast.Expr) and isinstance(statement, ast.AnnAssign | ast.Assign):
                 target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-                found[target.id] = " ".join(text.value.value.split())
-    return found
+                texts[ast.unparse(target)] = " ".join(ast.literal_eval(text.value).split())
+    return texts
 
 
 def settings(schema: type) -> list[Setting]:
     """The fields of a dataclass; those that are dataclasses themselves are sections, with the text of their class."""
     texts = descriptions(schema)
-    return [
-        Setting(
-            field.name,
-            field.type,
-            field.default_factory() if field.default is dataclasses.MISSING else field.default,
-            " ".join(inspect.getdoc(field.type).split())
-            if dataclasses.is_dataclass(field.type)
-            else texts.get(field.name, ""),
-        )
-        for field in dataclasses.fields(schema)
-    ]
+    rows = []
+    for field in dataclasses.fields(schema):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        section = " ".join((inspect.getdoc(field.type) or "").split()) if dataclasses.is_dataclass(field.type) else ""
+        rows.append(Setting(field.name, field.type, default, section or texts.get(field.name, "")))
+    return rows
 
 
 def choices(type_: Any) -> dict[str, str]:
@@ -71,8 +67,9 @@ def help_text(config_name: str, config: DictConfig) -> str:
     stage = config_name.rpartition("/")[2]
     schema = LAUNCH_FILES[stage]
     sections = {*COMMON, *schema.reads} if hasattr(schema, "reads") else None
-    lines = [*_lines(schema, OmegaConf.to_container(config), "", sections)]
-    groups = [f"  {group}: {', '.join(options(group))}" for group in GROUPS if options(group)]
+    values: Any = OmegaConf.to_container(config)
+    lines = [*_lines(schema, values, "", sections)]
+    groups = [f"  {group}: {', '.join(names)}" for group in GROUPS if (names := group_options(group))]
     parts = [
         launch_docstring(stage),
         "Config groups (GROUP=OPTION), from conf/ and hydra.searchpath:",
@@ -82,7 +79,7 @@ def help_text(config_name: str, config: DictConfig) -> str:
     return "\n\n".join(parts).replace("$", "$$")  # Hydra fills in a template
 
 
-def _lines(schema: type, values: dict, prefix: str, sections: set[str] | None) -> Iterator[str]:
+def _lines(schema: Any, values: dict[str, Any], prefix: str, sections: set[str] | None) -> Iterator[str]:
     """Settings first, then sections; of these only `sections`, where that is a set."""
     rows = settings(schema)
     for setting in sorted(rows, key=lambda row: dataclasses.is_dataclass(row.type)):

@@ -10,21 +10,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from minitron_mcore.cli import help
-from minitron_mcore.cli.compose import CONF, canonical, composition_error, resolve
+from minitron_mcore.cli.compose import CONF, composition_error, normalize_overrides, resolve
 from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import PipelineRun, ReportRun
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.parallel import rendezvous
 
 
-def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
+def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make `fn(config)` the main function of launch/`stage`.py; `config` is its dataclass in `compose.LAUNCH_FILES`.
 
     On a UserError, one rank prints the message, and the process ends with the error's exit status (see `errors`). Any other
@@ -32,11 +32,11 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
     the other ranks. With `dry_run=true`, `dry_run.run` replaces the stage.
     """
 
-    def decorate(fn: Callable) -> Callable[[], None]:
+    def decorate(fn: Callable[[Any], None]) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONF), config_name=f"stage/{stage}")
         @functools.wraps(fn)
         def run(raw: DictConfig) -> None:
-            with _reported():  # here too, as Hydra prints a line of its own for what leaves this function
+            with _exit_on_error():  # here too, as Hydra prints a line of its own for what leaves this function
                 config = resolve(raw)
                 if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # these two plan themselves
                     from minitron_mcore.cli import dry_run
@@ -53,8 +53,8 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
             help.register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it otherwise prints
             _check_world()
-            with _reported():
-                sys.argv[1:] = canonical(sys.argv[1:])
+            with _exit_on_error():
+                sys.argv[1:] = normalize_overrides(sys.argv[1:])
                 run()
 
         return main
@@ -63,7 +63,7 @@ def entry(stage: str) -> Callable[[Callable], Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _reported() -> Iterator[None]:
+def _exit_on_error() -> Iterator[None]:
     """End the process on an exception, as `entry` describes."""
     try:
         yield
@@ -87,7 +87,7 @@ def _check_world() -> None:
         sys.exit(error.exit_status)
 
 
-def _store():
+def _store() -> Any:
     """The store of the default process group, or None. Does not import torch."""
     dist = sys.modules.get("torch.distributed")
     if not dist or not dist.is_initialized():

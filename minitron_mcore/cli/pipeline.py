@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.checkpoint.run_folder import COMPLETE
-from minitron_mcore.cli.compose import LAUNCH, compose, options, search_path
+from minitron_mcore.cli.compose import LAUNCH, compose, group_options, search_path
 from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, PipelineRun, StageRun
@@ -44,7 +45,7 @@ def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, t
     return time.monotonic() - start
 
 
-def run(config: PipelineRun, overrides: list[str]) -> list[dict]:
+def run(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
     """Run the stages of a recipe that are not finished.
 
     Args:
@@ -65,11 +66,11 @@ def run(config: PipelineRun, overrides: list[str]) -> list[dict]:
     for number, (name, run) in enumerate(runs.items(), 1):
         seconds = None
         _check_order(run)
-        if not finished(run):
+        if not is_finished(run):
             processes = 1 if name in ONE_PROCESS_STAGES else config.processes
             command = [*search_path(), *lines[name]]
             seconds = run_stage(name, *command, processes=processes, number=number, total=len(runs))
-        if not finished(run):
+        if not is_finished(run):
             raise UserError(f"minitron {name} stopped before its end: the same command resumes.")
         rows.append({"stage": name, "seconds": seconds, "folder": run.out_dir})
     return rows
@@ -90,7 +91,8 @@ def _needed(config: PipelineRun, runs: dict[str, StageRun]) -> list[str]:
     if config.stages:
         return [name for name in STAGES if name in config.stages]
     final = FINAL_STAGES if config.data.heldout else FINAL_STAGES[:1]
-    needed, read = [], set()
+    needed: list[str] = []
+    read: set[Path] = set()
     for name in reversed(STAGES):
         if name in final or Path(runs[name].out_dir) in read:
             needed.insert(0, name)
@@ -102,7 +104,7 @@ def _inputs(run: StageRun) -> set[Path]:
     return {Path(path) for name in INPUTS if (path := getattr(run, name, None))}
 
 
-def finished(run: StageRun) -> bool:
+def is_finished(run: StageRun) -> bool:
     """Whether a stage's folder holds the complete result of this run."""
     folder = Path(run.out_dir)
     remedy = f"remove {folder} and run again"
@@ -114,7 +116,7 @@ def _check_input(path: Path, reader: str) -> None:
     if (path / COMPLETE).is_file():
         return
     recipe = path.parent.name
-    maker = f"+recipe={recipe}" if recipe in options("recipe") else "with the previous stages"
+    maker = f"+recipe={recipe}" if recipe in group_options("recipe") else "with the previous stages"
     raise UserError(
         f"{path}, which minitron {reader} reads, does not exist or is not finished: run minitron pipeline {maker} first, or name "
         "other folders (recipe.source=/path recipe.teacher=/path)."

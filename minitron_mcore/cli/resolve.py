@@ -4,7 +4,7 @@ stages that will write them. Imports torch only to open an existing checkpoint, 
 from functools import partial
 from pathlib import Path
 
-from minitron_mcore.cli.compose import compose, options
+from minitron_mcore.cli.compose import compose, group_options
 from minitron_mcore.config.stages import (
     CacheKind,
     ConvertRun,
@@ -30,19 +30,24 @@ def models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, st
     Args:
         problems: receives a message for each model that cannot be resolved.
     """
-    makers = {"model": lambda: _at(config.source, config)}
+    makers = {"model": lambda: _architecture_at(config.source, config)}
     if isinstance(config, ConvertRun):
         makers = {"model": lambda: _source(config)}
     elif isinstance(config, PlanRun | PruneRun | CutRun):
         makers = {"source": lambda: _start(config), "target": lambda: _target(config)}
     elif isinstance(config, TeacherCacheRun):
-        makers = {"model": lambda: _at(config.teacher, config)}
+        makers = {"model": lambda: _architecture_at(config.teacher, config)}
     elif isinstance(config, DistillRun):
-        makers = {"teacher": lambda: _at(config.teacher, config)} if config.distill.needs_teacher else {}
-        several = {f"student {name}": partial(_at, path, config) for name, path in (config.students or {}).items()}
-        makers |= several or {"student": lambda: _at(config.student, config)}
+        makers = {"teacher": lambda: _architecture_at(config.teacher, config)} if config.distill.needs_teacher else {}
+        several = {
+            f"student {name}": partial(_architecture_at, path, config) for name, path in (config.students or {}).items()
+        }
+        makers |= several or {"student": lambda: _architecture_at(config.student, config)}
     elif isinstance(config, SearchRun):
-        makers = {"teacher": lambda: _at(config.teacher, config), "student": lambda: _largest(config)}
+        makers = {
+            "teacher": lambda: _architecture_at(config.teacher, config),
+            "student": lambda: _largest_candidate(config),
+        }
     resolved = {}
     for role, make in makers.items():
         try:
@@ -71,7 +76,7 @@ def _source(config: Run) -> tuple[Architecture, str]:
 
 def _start(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
     """The architecture to prune: of a checkpoint, or of the Hugging Face folder for `cut`."""
-    return _source(config) if isinstance(config, CutRun) else _at(config.source, config)
+    return _source(config) if isinstance(config, CutRun) else _architecture_at(config.source, config)
 
 
 def _target(config: PlanRun | PruneRun | CutRun) -> tuple[Architecture, str]:
@@ -89,7 +94,7 @@ def candidates(config: SearchRun) -> list[space.Candidate]:
     Raises:
         UserError: more combinations than a search enumerates.
     """
-    candidate_space = space.Space.of(_at(config.source, config)[0], config)
+    candidate_space = space.Space.of(_architecture_at(config.source, config)[0], config)
     if candidate_space.combinations > space.MAX_GRID:
         raise UserError(
             f"{candidate_space.combinations:,} combinations are more than the {space.MAX_GRID:,} that it lists: give fewer sizes."
@@ -97,13 +102,13 @@ def candidates(config: SearchRun) -> list[space.Candidate]:
     return candidate_space.candidates
 
 
-def _largest(config: SearchRun) -> tuple[Architecture, str]:
+def _largest_candidate(config: SearchRun) -> tuple[Architecture, str]:
     """The candidate with the most parameters."""
     largest = candidates(config)[-1]
     return largest.target, f"search.*, {largest.name}"
 
 
-def _at(folder: str, config: Run) -> tuple[Architecture, str]:
+def _architecture_at(folder: str, config: Run) -> tuple[Architecture, str]:
     """The architecture in a folder or, if that does not exist yet, the one that a stage will write there.
 
     Raises:
@@ -115,7 +120,7 @@ def _at(folder: str, config: Run) -> tuple[Architecture, str]:
 
         return run_folder.open_checkpoint(path).arch, folder
     if (path / "index.json").is_file():
-        return cache(folder).arch, folder
+        return open_cache(folder).arch, folder
     if (path / "config.json").is_file():
         return architecture.read_hf(path)[0], folder
     if path.parent != Path(config.work_dir):
@@ -123,14 +128,14 @@ def _at(folder: str, config: Run) -> tuple[Architecture, str]:
     if path.name == "convert":
         return _source(config)
     if path.name == "teacher_cache":
-        return _at(config.recipe.teacher, config)
+        return _architecture_at(config.recipe.teacher, config)
     if path.name not in ("correct", "prune", "cut", "distill", *ExportFormat):
         raise UserError(f"no model at {folder}: give the folder of a checkpoint or of a Hugging Face model.")
-    arch, where = _at(config.recipe.source, config)
+    arch, where = _architecture_at(config.recipe.source, config)
     return (arch, where) if path.name == "correct" else (target_architecture(arch, config.prune), f"{where}, prune.*")
 
 
-def cache(folder: str):
+def open_cache(folder: str):
     """The `cache.Cache` in a folder.
 
     Raises:
@@ -141,11 +146,11 @@ def cache(folder: str):
     return cache.open_teacher(folder)
 
 
-def cached(config: Run) -> tuple[CacheKind, int | None] | None:
+def cache_content(config: Run) -> tuple[CacheKind, int | None] | None:
     """Kind and top_k of the teacher's cache, the default ones if it does not exist yet; None for a teacher without cache."""
     path = Path(getattr(config, "teacher", ""))
     if (path / "index.json").is_file():
-        opened = cache(path)
+        opened = open_cache(path)
         return opened.kind, opened.index["top_k"]
     return (TeacherCacheRun.kind, TeacherCacheRun.top_k) if path.name == "teacher_cache" else None
 
@@ -154,12 +159,12 @@ def _maker(path: Path, config: Run) -> Run:
     """The config of the recipe or model whose work folder contains `path`."""
     name = path.parent.name
     for group in ("recipe", "model"):
-        if name in options(group):
+        if name in group_options(group):
             return compose("distill", [f"+{group}={name}", f"runs={config.runs}"])
     raise UserError(f"no model at {path}, and {name} is no recipe or model that would write it: give another folder.")
 
 
-def hf(where: str) -> Path | None:
+def tokenizer_folder(where: str) -> Path | None:
     """The folder of a model's tokenizer, for an origin of `models`; None if it does not exist yet."""
     folder = Path(where)
     return next((path for path in (folder / "hf", folder) if (path / "config.json").is_file()), None)

@@ -20,7 +20,7 @@ class DryConfig:
     mfu: float = 0.4
     """Expected model FLOPs utilisation: the share of the peak that the model's own operations reach."""
     advise: bool = False
-    """Compare all layouts of `gpus` GPUs too, for a stage that trains (see `estimate.advise`)."""
+    """Compare all layouts of `gpus` GPUs too, for a stage that trains (see `estimate.step_time`)."""
     gpus_per_node: int = 8
     """GPUs of a node; tensor- and context-parallel ranks stay within one."""
     nvlink_gbs: float = 350.0

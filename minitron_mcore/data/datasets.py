@@ -1,8 +1,7 @@
 """Training batches and calibration samples from text files or Megatron .bin/.idx pairs.
 
-Documents are encoded by the model's tokenizer, including any BOS that it adds, and always end with EOS. Training uses
-megatron-core's GPTDataset and BlendedDataset. Files without weights form one dataset whose documents are shuffled together.
-Files with weights ("0.3 path") are shuffled separately and blended in exact proportions.
+Documents are encoded with any BOS that the tokenizer adds, and end with EOS. Training uses megatron-core's GPTDataset and
+BlendedDataset. Files without weights form one dataset. Files with weights ("0.3 path") are blended in exact proportions.
 """
 
 import dataclasses
@@ -329,9 +328,8 @@ class Samples:
         """
         with damage_as_user_error(self._dataset.config.path_to_cache, CACHE_REMEDY):
             samples = [self._dataset[row] for row in rows]
-        batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS} | {
-            "samples": torch.tensor(rows)
-        }
+        batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS}
+        batch["samples"] = torch.tensor(rows)
         return {key: tensor.to(process_groups.device()) for key, tensor in batch.items()}
 
 

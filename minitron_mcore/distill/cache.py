@@ -75,6 +75,7 @@ def pack_hidden(hidden: Tensor, kind: CacheKind) -> dict[str, Tensor]:
 
 
 def unpack_hidden(packed: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Hidden states [..., H] of `pack_hidden`, in `dtype`."""
     hidden = packed["hidden"].to(dtype)
     return (hidden * packed["scale"][..., None]).to(dtype) if "scale" in packed else hidden
 

@@ -88,9 +88,11 @@ def teacher_problems(
     if teacher is None:
         yield "distill.teacher_parallel and .teacher_ranks lay out a teacher, but there is none: give null and 0."
         return
-    own = config.teacher_parallel or parallel
+    teacher_parallel = config.teacher_parallel or parallel
     world = config.teacher_ranks or dp_size * parallel.tensor * parallel.pipeline * parallel.context
-    problems = list(layout.problems(own, world, config.sequence_length)) or sharding.model_problems(teacher, own)
+    problems = list(layout.problems(teacher_parallel, world, config.sequence_length)) or sharding.model_problems(
+        teacher, teacher_parallel
+    )
     yield from (f"distill.teacher_parallel: {problem}" for problem in problems)
 
 
@@ -156,7 +158,7 @@ def top_k_teacher(k: int, config: DistillConfig | LossConfig) -> Iterator[str]:
             "largest log-probabilities: give forward_kl and temperature 1."
         )
     if config.top_k not in (None, k):
-        yield f"top_k is {config.top_k}, but there are the teacher's {k} largest log-probabilities: give top_k {k} or null."
+        yield f"top_k is {config.top_k}, but the teacher's {k} largest log-probabilities are cached: give top_k {k} or null."
 
 
 def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:

@@ -17,15 +17,13 @@ exchange five fp64 numbers whatever the divergence (three log-sum-exps, the teac
 
 Both KLs follow the same chain rule over ranks (see `losses`). JSD needs a second collective: its mixture m is of whole softmaxes,
 so a rank's part depends on the global log-sum-exps. The collective of top-k determines which of the teacher's k largest entries
-are on this rank. The tail is summed directly, not computed as 1 minus the top entries. jsd is the generalised Jensen-Shannon
-divergence of Agarwal et al. (arXiv 2306.13649). mse and cosine do not use the temperature.
+are on this rank. The tail is summed directly. jsd is that of Agarwal et al. (arXiv 2306.13649). mse and cosine use no temperature.
 
 Against dense fp64, value and gradients are within 1e-5 of their largest element in fp32, for logits with a standard deviation of 3
 and of 30. The exception is jsd's gradients: where teacher and student do not overlap they vanish, and lose as much to rounding
 as a dense computation in fp32 does, 8e-5 at 10 and everything at 30. In bf16 most of the error is in the logits' rounding (2^-9
 of their size): measured at a standard deviation of 3, as value / gradients, 1e-4 / 7e-3 forward KL, 4e-4 / 1.1e-2 reverse KL,
-5e-5 / 8e-3 jsd, 3e-5 / 4e-3 mse, 2e-5 / 3e-3 cosine, 6e-4 / 1.5e-2 top-k, where rounding changes which entries are in the top
-k.
+5e-5 / 8e-3 jsd, 3e-5 / 4e-3 mse, 2e-5 / 3e-3 cosine, 6e-4 / 1.5e-2 top-k (rounding changes the top k).
 """
 
 import math
@@ -50,10 +48,6 @@ class FactoredLogits:
 
     hidden: Tensor
     head: Tensor
-
-    def row_bytes(self) -> int:
-        """Bytes of a token's logits on this rank."""
-        return len(self.head) * self.head.element_size()
 
 
 @dataclass(frozen=True)
@@ -177,6 +171,8 @@ class ForwardKL:
 
 
 class ReverseKL(ForwardKL):
+    """KL(p_s || p_t)."""
+
     def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
         sums = chunk.sums[:, tokens]
         return (torch.sub(x_s, x_t, out=x_s).mul_(e_s).sum(-1) / sums[0] + (sums[1] / sums[0]).log())[None]
@@ -193,6 +189,8 @@ class ReverseKL(ForwardKL):
 
 
 class Jsd(ForwardKL):
+    """The generalised Jensen-Shannon divergence."""
+
     empty_sums, num_second_sums = (), 2
 
     def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
@@ -223,6 +221,8 @@ def _log_mixture(log_ratio: Tensor, weight: float, out: Tensor) -> Tensor:
 
 
 class Mse(ForwardKL):
+    """Mean squared difference of the logits."""
+
     uses_softmax = False
 
     def local_sums(self, chunk, tokens, x_s, e_s, x_t, e_t):
@@ -241,7 +241,7 @@ class Mse(ForwardKL):
 
 
 class Cosine(ForwardKL):
-    """The value has the rounding error of 1 - cos, about 1e-7 in fp32; the gradient does not."""
+    """1 - cosine of the logits. The value has the rounding error of 1 - cos, about 1e-7 in fp32; the gradient does not."""
 
     empty_sums = 0.0, 0.0, 0.0
     uses_softmax = False
@@ -395,5 +395,6 @@ KINDS = {
 
 
 def make(config: LossConfig, vocab_size: int) -> ForwardKL:
+    """The divergence of `config` between a student and a teacher with logits."""
     kind = TopK if config.top_k else KINDS[config.divergence]
     return kind(vocab_size, config.jsd_beta, config.top_k, adds_lm=kind.uses_softmax and config.temperature == 1)

@@ -93,8 +93,8 @@ class Guard:
         files = {rank: file for rank, (file, _) in enumerate(by_rank) if file}
         names = {rank: name for rank, (_, name) in enumerate(by_rank) if name}
         ranks = list(names or files)
-        some = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
-        where = f"rank{'s' if len(ranks) > 1 else ''} {some}{f' (first in {names[ranks[0]]})' if names else ''}"
+        listed = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+        where = f"rank{'s' if len(ranks) > 1 else ''} {listed}{f' (first in {names[ranks[0]]})' if names else ''}"
         first, *others = files.values()
         written = f"{first} (and {len(others)} beside it)" if others else first
         message = (

@@ -252,10 +252,10 @@ def write_gradient(chunk: Chunk, label_ids: Tensor, label_weights: Tensor, diver
 def _write_top_k_gradient(chunk: Chunk, label_ids: Tensor, label_weights: Tensor, divergence: TopK) -> None:
     """`write_gradient` for top-k. A tail entry's gradient is a multiple of the student's exponential: the kernel, in its form
     without a teacher, writes it to all entries, and the gradients of the top entries then overwrite it."""
-    student, every = chunk.logits[0], slice(None)
+    student, tokens = chunk.logits[0], slice(None)
     z = chunk.like(student.gather(1, divergence.indices))
     chosen = (z / chunk.temperature).sub_(chunk.maxima[0, :, None]).exp_().mul_(chunk.scale[0, :, None])
-    chosen.sub_(divergence.teacher_probs(chunk, every, z.dtype))
+    chosen.sub_(divergence.teacher_probs(chunk, tokens, z.dtype))
     chosen.addcmul_(z.sub_(chunk.maxima[2, :, None]).exp_(), chunk.scale[2, :, None])
     chosen.sub_(torch.where(divergence.indices == label_ids[:, None], label_weights[:, None], 0))
     # Exponentials relative to the tail's maximum: relative to a top entry they might all be 0. Those that overflow are
@@ -266,7 +266,7 @@ def _write_top_k_gradient(chunk: Chunk, label_ids: Tensor, label_weights: Tensor
     of_tail = (top - chunk.lse[0]).exp() - divergence.mass_t * (top - divergence.tail_s).exp()
     rest.scale = chunk.like(chunk.weights * torch.stack((of_tail, of_tail, (top_1 - chunk.lse[2]).exp())))
     write_gradient(rest, label_ids, label_weights, divergence)
-    divergence.put(every, student, chosen.to(student.dtype))
+    divergence.put(tokens, student, chosen.to(student.dtype))
 
 
 def _factors(chunk: Chunk, divergence: ForwardKL) -> Tensor:

@@ -119,7 +119,7 @@ def _progress(figures: dict[str, float]) -> str:
 
 
 def summary(history: list[dict[str, float]]) -> list[dict]:
-    """Rows for a table: the first and the last step of a run, and the median speed."""
+    """Two rows for a table: the figures of the first and of the last step in `history`, each with the median tokens/s."""
     rows = [history[0], history[-1]]
     speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
     keys = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
@@ -136,7 +136,7 @@ class _Stop:
                 signal.signal(number, lambda *_: self.requested.fill_(1))
 
     def stop_on_all_ranks(self) -> bool:
-        """Collective."""
+        """Whether any rank received a signal (collective)."""
         requested = self.requested.clone()
         dist.all_reduce(requested, op=dist.ReduceOp.MAX)
         return bool(requested.item())

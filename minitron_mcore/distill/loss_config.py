@@ -17,7 +17,7 @@ class LossConfig:
     """The teacher's weight in jsd's mixture, above 0 and below 1."""
     top_k: int | None = None
     """Use the forward KL over the teacher's k largest logits of the whole vocabulary and the tail's mass."""
-    chunk_tokens: int | None = None
-    """Tokens whose logits exist at a time; None: as many as fit into `tile_sizes.CHUNK_BYTES`."""
+    chunk_bytes: int | None = None
+    """Budget for the logits of both models that exist at a time; None: `tile_sizes.CHUNK_BYTES`."""
     gradient_accumulation_fusion: bool = False
     """Add the head's gradient to its `main_grad` in backward, in the latter's precision, as megatron-core's linear layers do."""

@@ -1,12 +1,11 @@
 """The distillation loss of one micro-batch from the student's hidden states, on the last pipeline stage."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minitron_mcore.config.settings import DistillConfig
-from minitron_mcore.distill import tile_sizes
 from minitron_mcore.distill.cache import CachedTeacher
 from minitron_mcore.distill.losses import FactoredLogits, LossConfig, TopKLogProbs, distillation_loss
 from minitron_mcore.distill.teacher import Teacher
@@ -25,6 +24,8 @@ LM_LOSS = LossConfig(kd_weight=0.0, lm_weight=1.0)
 
 @dataclass(frozen=True)
 class LossFunction:
+    """Called by megatron-core's schedule with the student's final hidden states of each micro-batch."""
+
     student: Model
     teacher: Teacher | CachedTeacher | None
     vocab: int
@@ -49,34 +50,25 @@ class LossFunction:
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         mask = batch["loss_mask"].t().reshape(-1)
-        student, teacher = FactoredLogits(hidden.flatten(0, 1), self.student.head()), self._teacher_logits(batch)
+        student, labels = FactoredLogits(hidden.flatten(0, 1), self.student.head()), batch["labels"].t().reshape(-1)
+        sizes = {"vocab_size": self.vocab, "tp_group": group}
         loss, sums = distillation_loss(
-            student,
-            teacher,
-            batch["labels"].t().reshape(-1),
-            mask,
-            vocab_size=self.vocab,
-            tp_group=group,
-            config=self._loss_config(student, teacher),
+            student, self._teacher_logits(batch), labels, mask, **sizes, config=self._loss_config()
         )
         tokens = mask.sum()
         return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])
 
-    def _loss_config(self, student: FactoredLogits, teacher: FactoredLogits | TopKLogProbs | None) -> LossConfig:
-        config = LossConfig(
+    def _loss_config(self) -> LossConfig:
+        return LossConfig(
             kd_weight=self.config.kd_weight,
             lm_weight=self.config.lm_weight,
             temperature=self.config.temperature,
             divergence=self.config.divergence,
             jsd_beta=self.config.jsd_beta,
             top_k=self.config.top_k,
+            chunk_bytes=self.chunk_mb and self.chunk_mb << 20,
             gradient_accumulation_fusion=self.student.config.gradient_accumulation_fusion,
         )
-        if self.chunk_mb is None:
-            return config
-        row_bytes = student.row_bytes() + (teacher.row_bytes() if isinstance(teacher, FactoredLogits) else 0)
-        tokens = tile_sizes.chunk_tokens(len(student.hidden), row_bytes, self.chunk_mb << 20)
-        return replace(config, chunk_tokens=tokens)
 
     def _teacher_logits(self, batch: Batch) -> FactoredLogits | TopKLogProbs | None:
         """The teacher's outputs in a batch of `add_teacher_outputs`, of the tokens [T] that the tensor-parallel ranks share."""

@@ -92,12 +92,8 @@ def distillation_loss(
             "wrap the student in megatron-core's DistributedDataParallel, or turn it off."
         )
     with_gradient = torch.is_grad_enabled() and (student.hidden.requires_grad or student.head.requires_grad)
-    config = dataclasses.replace(
-        config,
-        temperature=1.0 if teacher is None else config.temperature,
-        gradient_accumulation_fusion=fused,
-        chunk_tokens=config.chunk_tokens or _chunk_tokens(student, teacher),
-    )
+    temperature = 1.0 if teacher is None else config.temperature
+    config = dataclasses.replace(config, temperature=temperature, gradient_accumulation_fusion=fused)
     tiles = Tiles(config, vocab_size, tp_group if tp > 1 else None, student, teacher, with_gradient)
     return _DistillationLoss.apply(student.hidden, student.head, teacher, labels, mask, tiles)
 
@@ -107,7 +103,7 @@ class _DistillationLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, teacher: FactoredLogits | TopKLogProbs | None, labels, mask, tiles: Tiles):
         config, num_tokens = tiles.config, len(hidden)
         hidden_grad, head_grad = (tiles.with_gradient and needed for needed in ctx.needs_input_grad[:2])
-        chunk = config.chunk_tokens
+        chunk = tiles.chunk_tokens
         mask, ignored = mask.to(tiles.dtype), (mask == 0)[:, None]
         per_token = mask.new_zeros(3, num_tokens)
         d_hidden = torch.zeros_like(hidden) if hidden_grad else None
@@ -177,12 +173,6 @@ def _add_to_main_grad(head: Tensor, gradient: Tensor, scale: Tensor) -> Tensor |
     head.grad_added_to_main_grad = True
     # Autograd adds a tied head's dummy to the embedding's gradient, which goes into main_grad: the dummy must be zero.
     return torch.zeros_like(head) if getattr(head, "zero_out_wgrad", False) else torch.empty_like(head)
-
-
-def _chunk_tokens(student: FactoredLogits, teacher: FactoredLogits | TopKLogProbs | None) -> int:
-    row_bytes = student.row_bytes() + (teacher.row_bytes() if isinstance(teacher, FactoredLogits) else 0)
-    budget = tile_sizes.CHUNK_BYTES[student.head.device.type]
-    return tile_sizes.chunk_tokens(len(student.hidden), row_bytes, budget)
 
 
 def _accumulate_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, elements: int, first: bool) -> None:

@@ -71,6 +71,7 @@ class _Range:
 
 
 def local_ranges(optimizer: DistributedOptimizer) -> Iterator[_Range]:
+    """The ranges of parameters whose state this data-parallel rank holds."""
     for ranges in optimizer.gbuf_ranges:
         for buckets in ranges.values():
             for bucket in buckets:
@@ -79,7 +80,10 @@ def local_ranges(optimizer: DistributedOptimizer) -> Iterator[_Range]:
 
 
 def sharded_state(optimizers: Iterable[DistributedOptimizer], shards: dict[nn.Parameter, Shard]) -> dict:
-    """This rank's state for `streaming.save_state`: views of the optimizers' memory."""
+    """This rank's optimizer state for `streaming.save_state`: the step, and views of its moments and fp32 weights.
+
+    `shards`: the slices in the checkpoint of every parameter that the optimizers train.
+    """
     optimizers = list(optimizers)
     states = [(part, part.state()) for optimizer in optimizers for part in local_ranges(optimizer)]
     # The step is the same for all parameters. Learning rate and weight decay are in the scheduler's state; the parameter groups
@@ -114,10 +118,10 @@ class StateLoader:
     def finish(self, loaded: dict) -> None:
         """Set the step and the state; the pieces are already in the tensors of `request`."""
         for part in self.optimizers:
-            own = part.state_dict()
-            for group in own["optimizer"]["param_groups"]:
+            state_dict = part.state_dict()
+            for group in state_dict["optimizer"]["param_groups"]:
                 group["step"] = loaded["step"]
-            part.load_state_dict(own)
+            part.load_state_dict(state_dict)
         for part, state in self.states:
             patches.set_parameter_state(part.optimizer, part.parameter, state)
         for optimizer in self.optimizers:

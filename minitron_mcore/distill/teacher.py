@@ -65,17 +65,19 @@ class Teacher:
         Raises:
             UserError: a layout that does not divide it; a damaged checkpoint.
         """
-        own = config.teacher_parallel or parallel
-        layout = process_groups.Layout.of(own) if own != parallel else None
+        teacher_parallel = config.teacher_parallel or parallel
+        layout = process_groups.Layout.of(teacher_parallel) if teacher_parallel != parallel else None
         with process_groups.use_layout(layout):
-            model = run_folder.build_model(source, own, dtype, performance.frozen())
+            model = run_folder.build_model(source, teacher_parallel, dtype, performance.frozen())
         head, transfer = cut_head(model, source, student, layout), None
         if layout:
             student_places = process_groups.places()
             with process_groups.use_layout(layout):
                 places = student_places, process_groups.places()
             empty = next(model.parameters()).new_empty(0, source.arch.hidden)
-            transfer = TwoLayouts((parallel, own), places, process_groups.rank(), dist.all_to_all_single, empty)
+            transfer = TwoLayouts(
+                (parallel, teacher_parallel), places, process_groups.rank(), dist.all_to_all_single, empty
+            )
         teacher = cls(model, source.arch, config.teacher_ahead, head, layout, transfer)
         if performance.teacher_offload:
             teacher.offload()
@@ -103,9 +105,9 @@ class Teacher:
         )
 
     def _run(self, batches: Sequence[Batch]) -> list[Batch]:
-        own, last = self.transfer.teacher_batches(batches), process_groups.pp_group().size() - 1
+        teacher_batches, last = self.transfer.teacher_batches(batches), process_groups.pp_group().size() - 1
         with process_groups.use_layout(self.layout), self.offloaded or contextlib.nullcontext():
-            outputs = forward(self.model, self.arch, own, self.routes, last)
+            outputs = forward(self.model, self.arch, teacher_batches, self.routes, last)
         return attach(batches, outputs, self.transfer)
 
 
@@ -188,13 +190,13 @@ def cut_head(
     tp, arch, last = process_groups.tp_group(), source.arch, process_groups.is_last_stage()
     padded = parameter_table.padded_vocab(student, tp.size())
     with process_groups.use_layout(layout):
-        teacher_tp, own = process_groups.tp_group(), model.head() if process_groups.is_last_stage() else None
+        teacher_tp, own_head = process_groups.tp_group(), model.head() if process_groups.is_last_stage() else None
         embedding = arch.tied and process_groups.is_first_stage()
     teacher_padded = parameter_table.padded_vocab(arch, teacher_tp.size())
-    if last and own is not None and (padded, tp.size()) == (teacher_padded, teacher_tp.size()):
+    if last and own_head is not None and (padded, tp.size()) == (teacher_padded, teacher_tp.size()):
         return None
-    if own is not None and not embedding:
-        own.data = own.new_empty(0)
+    if own_head is not None and not embedding:
+        own_head.data = own_head.new_empty(0)
     return head_rows(source, student, next(model.parameters())) if last else None
 
 

@@ -44,6 +44,9 @@ class Tiles:
         self.start = self.rank * num_rows
         self.width = min(max(vocab_size - self.start, 0), num_rows)
         """Rows that are not padding."""
+        row_bytes = sum(x.head.element_size() * num_rows for x in (student, teacher) if isinstance(x, FactoredLogits))
+        budget = config.chunk_bytes or tile_sizes.CHUNK_BYTES[device.type]
+        self.chunk_tokens = tile_sizes.chunk_tokens(num_tokens, row_bytes, budget)
         self.dtype = torch.promote_types(student.hidden.dtype, torch.float32)
         self.elements = tile_sizes.TILE_ELEMENTS[device.type]
         top_entries = isinstance(teacher, TopKLogProbs)

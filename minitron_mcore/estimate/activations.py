@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 
 from minitron_mcore.config.performance import Recompute, RecomputeMethod
-from minitron_mcore.config.settings import Device
+from minitron_mcore.config.settings import Device, Dtype
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models import sharding
 from minitron_mcore.models.architecture import Architecture
@@ -47,6 +47,8 @@ def _attention(arch: Architecture, setting: Setting, core_recomputed: bool) -> f
     elif cpu and arch.window and arch.window < setting.sequence_length:
         kept += heads  # the output in parts as well
     norms = (heads + groups) * _norm(arch.head_dim, arch, setting) if arch.traits.qk_norm else 0
+    if norms and cpu and context > 1 and setting.dtype == Dtype.fp32:
+        kept += heads + groups  # the first matrix's output too: fp32 norms keep it, bf16 norms a copy in fp32
     log_sum_exps = 0 if core_recomputed else 4 * heads
     return setting.dtype_bytes * arch.head_dim * kept + norms + log_sum_exps
 

@@ -252,7 +252,7 @@ def forward_passes(arch: Architecture, setting: Setting) -> list[dict[str, float
 
 
 def depth_study(arch: Architecture, setting: Setting, windows: int) -> list[dict[str, float]]:
-    """`forward_passes`, and on the last stage the full model's hidden states of a depth study's `windows`."""
+    """`forward_passes`, and "hidden states": on the last stage, the final states that a depth study keeps of all `windows`."""
     passes = math.ceil(windows / (setting.micro_batch * setting.replicas))
     states = [
         passes * activations.border(arch, setting) * (n == setting.last) for n in range(setting.parallel.pipeline)

@@ -8,6 +8,8 @@ from minitron_mcore.config.settings import Device, Dtype, ParallelConfig
 
 @dataclass(frozen=True)
 class Setting:
+    """Layout, number of student ranks (`world`), dtype, batch sizes, device and memory options of a run."""
+
     parallel: ParallelConfig
     world: int
     dtype: Dtype

@@ -102,9 +102,9 @@ class Architecture:
         """(block, "attention" or "mlp") of each layer, by layer number."""
         return list(_layers(self.blocks, self.no_attention, self.no_mlp))
 
-    def layer(self, block: int, part: str) -> int | None:
+    def layer(self, block: int, part: str | None) -> int | None:
         """The number of a block's "attention" or "mlp" layer, from 0; None if the block has none."""
-        return _layers(self.blocks, self.no_attention, self.no_mlp).get((block, part))
+        return _layers(self.blocks, self.no_attention, self.no_mlp).get((block, part or ""))
 
     def blocks_with(self, part: str) -> list[int]:
         """Blocks that have a layer `part`: "attention" or "mlp"."""
@@ -142,7 +142,7 @@ def _check_types(arch: Architecture) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value <= hf_config.MAX_NUMBER
+    return isinstance(value, int | float) and type(value) is not bool and 0 < value <= hf_config.MAX_NUMBER
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Builds models on megatron-core; no other module creates one."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,16 +53,16 @@ class InterleavedModel(nn.ModuleList):
     @property
     def chunks(self) -> list[LanguageModel]:
         """The model chunks of this pipeline rank."""
-        return list(self)
+        return cast(list[LanguageModel], list(self))
 
     @property
     def config(self) -> TransformerConfig:
         """megatron-core's config, the same for all chunks."""
-        return self[0].config
+        return self.chunks[0].config
 
     def head(self) -> nn.Parameter:
         """As `LanguageModel.head`, of the last chunk."""
-        return self[-1].head()
+        return self.chunks[-1].head()
 
 
 Model = LanguageModel | InterleavedModel

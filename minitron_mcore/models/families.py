@@ -113,7 +113,7 @@ def _experts(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
 _OUTSIDE = (_EMBEDDING, *_norms("weight"), _HEAD)
 _LLAMA = (*_OUTSIDE, *_ATTENTION, *_GATED)
 
-_KEYS = {
+_KEYS: dict[str, tuple[str, ...]] = {
     "blocks": ("num_hidden_layers",),
     "hidden": ("hidden_size",),
     "ffn": ("intermediate_size",),
@@ -125,13 +125,13 @@ _KEYS = {
     "norm_eps": ("rms_norm_eps",),
     "tied": ("tie_word_embeddings",),
 }
-_NEMOTRON_KEYS = {
+_NEMOTRON_KEYS: dict[str, tuple[str, ...]] = {
     "norm_eps": ("norm_eps",),
     "head_dim": ("head_dim", "kv_channels"),
     "rotary_fraction": ("partial_rotary_factor", "rope_percent"),
 }
 _MOE_KEYS = {"experts_per_token": ("num_experts_per_tok",)}
-_PLAIN = {"norm_type": None, "normalization": None, "attention_bias": False, "mlp_bias": False}
+_PLAIN: dict[str, object] = {"norm_type": None, "normalization": None, "attention_bias": False, "mlp_bias": False}
 _SILU = _PLAIN | {"hidden_act": "silu"}
 _QWEN = _SILU | {"use_sliding_window": False}
 

@@ -96,7 +96,7 @@ def _family(raw: dict[str, Any]) -> str:
             f"model_type {_short(kind)} is not supported; supported: {', '.join(FAMILIES)}. transformers chooses the model's "
             "class by it."
         )
-    if named and supported[hf_class] != kind:
+    if named and supported[named[0]] != kind:
         raise UserError(
             f"architectures is {hf_class}, but model_type {kind} makes transformers build a {FAMILIES[kind].hf_class}: make "
             "them agree."
@@ -213,7 +213,7 @@ def _size(key: str, value: object, limit: int) -> int:
 
 
 def _number(key: str, value: object) -> float:
-    if type(value) not in (int, float) or not 0 < value <= MAX_NUMBER:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_NUMBER:
         raise UserError(f"{key} is {_short(value)}: expected a number above 0 and at most {MAX_NUMBER:g}.")
     return float(value)
 

@@ -61,7 +61,7 @@ class TorchNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=process_groups.device()))
         self.bias = nn.Parameter(torch.zeros_like(self.weight)) if self.centred else None
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.centred:

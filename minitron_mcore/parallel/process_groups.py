@@ -47,7 +47,7 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Wait for all ranks (collective). NCCL would guess the device from the rank, so pass it."""
-    dist.barrier(**({} if cpu_backend.is_cpu() else {"device_ids": [torch.cuda.current_device()]}))
+    dist.barrier(device_ids=None if cpu_backend.is_cpu() else [torch.cuda.current_device()])
 
 
 def free_bytes() -> int:

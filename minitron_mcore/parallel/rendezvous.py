@@ -19,14 +19,15 @@ def check(env: Mapping[str, str] = os.environ) -> None:
 
 def problems(env: Mapping[str, str]) -> Iterator[str]:
     """Messages about bad numbers, incomplete sets of variables, and several processes without torchrun."""
-    numbers, wrong = {}, False
+    numbers: dict[str, int] = {}
     for name, low in _LEAST.items():
         if name in env:
-            numbers[name] = _number(env[name])
-            if numbers[name] is None or numbers[name] < low:
-                wrong = True
+            number = _number(env[name])
+            if number is None or number < low:
                 yield f"{name} is {env[name]!r}; it must be a whole number of at least {low}: {_REMEDY}."
-    if wrong:
+            else:
+                numbers[name] = number
+    if any(name in env and name not in numbers for name in _LEAST):
         return
     if present := [name for name in (*_WORLD, *_MASTER) if name in env]:
         needed = _MASTER if set(present) <= set(_MASTER) else (*_WORLD, *_MASTER)

@@ -41,14 +41,14 @@ def positions(length: int, parallel: ParallelConfig, place: Place) -> Tensor:
     return own.view(parallel.tensor, -1)[place.tensor] if parallel.sequence else own
 
 
-def forward(model: nn.Module, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None]) -> None:
+def forward(model: Any, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None]) -> None:
     """Forward passes without gradients over micro-batches, in evaluation mode (collective over the model's replica).
 
     Consecutive micro-batches of one shape share a pipeline run. The interleaved schedule needs a multiple of the pipeline ranks,
     so padding batches complete a run; their outputs are discarded.
 
     Args:
-        model: this rank's part of the model.
+        model: this rank's part, a `models.build.Model`.
         batches: each with "tokens" [B, S] int64 and optionally "mask" [B, S] bool, False on padding.
         on_output: called on last-stage ranks with each output and its batch (`cp_shard`). The output is the final norm's hidden
             states [S_r, B, H], S_r = S / CP, or S / CP / TP under sequence parallelism.

@@ -1,6 +1,8 @@
 """What people type and keep in YAML files: a failure means that an accepted spelling is refused, or an old key misread."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 from hydra import initialize_config_dir
@@ -48,6 +50,23 @@ def test_a_recipe_in_a_folder_of_its_own(tmp_path):
     run = compose.compose("distill", [searched, "recipe=mine", "runs=/r"])
     assert (run.out_dir, run.distill.steps, run.prune.ffn, run.prune.hidden) == ("/r/mine/distill", 7, 1200, 504)
     assert run.teacher == "/r/mine/convert" and run.model.name == "smollm2_135m"
+
+
+def test_a_pipeline_searches_the_folder_in_its_stages_too(tmp_path):
+    searched = write(tmp_path, recipe__mine=MINE, distill__half="steps: 7\nglobal_batch: 4\n")
+    command = [
+        sys.executable,
+        str(compose.LAUNCH / "pipeline.py"),
+        searched,
+        "+recipe=mine",
+        "model.hf=no",
+        "stages=[convert]",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        f"$ minitron convert '{searched}' recipe=mine model.hf=no\nerror: no Hugging Face model at no:" in done.stdout
+    )
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -98,7 +117,7 @@ def test_renamed_keys_are_refused_with_the_new_name(tmp_path, old):
 
 def test_a_part_of_a_renamed_section_too():
     with pytest.raises(UserError, match="distill.states.weight is called distill.hidden_state_loss.weight now"):
-        compose.canonical(["distill.states.weight=1"])
+        compose.normalize_overrides(["distill.states.weight=1"])
 
 
 def test_an_unknown_option_lists_the_options():

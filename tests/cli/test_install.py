@@ -79,6 +79,7 @@ def run(command, cwd, *arguments, **environment) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_stage_runs_from_another_folder(tmp_path, minitron):
     """Files come from the wheel; --nproc runs ranks."""
     models.tiny_llama(tmp_path / "models/tiny")

@@ -235,7 +235,7 @@ def test_a_converted_model_without_anything(tmp_path):
     on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "ckpt", ONE)
     loaded = deliver(tmp_path / "ckpt", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "# hf, converted: 47.9 k" in text and "license: other" in text and "without a licence file" in text
+    assert "# hf, converted: 47.9 k" in text and "license: other" in text and "It has no licence file" in text
     assert "no tokenizer" in loaded and "NemotronForCausalLM, 47,880 parameters" in loaded
 
 

@@ -23,6 +23,7 @@ from minitron_mcore.distill.losses import FactoredLogits, LossConfig, TopKLogPro
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
 from tests.helpers import models
+from tests.helpers.loss_cases import chunk_bytes
 
 ONE = ParallelConfig()
 
@@ -88,7 +89,8 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
         hidden, head, labels, mask, *top = (x.to(process_groups.device()) for x in case.tensors())
         head = (head.chunk(group.size())[group.rank()].clone() if group else head).requires_grad_()
         hidden.requires_grad_()
-        config = LossConfig(kd_weight=0.7, lm_weight=case.lm_weight, chunk_tokens=case.chunk_tokens)
+        budget = chunk_bytes(case.chunk_tokens, head)
+        config = LossConfig(kd_weight=0.7, lm_weight=case.lm_weight, chunk_bytes=budget)
         student, teacher = FactoredLogits(hidden, head), TopKLogProbs(*top)
         sizes = {"vocab_size": case.vocab, "tp_group": group}
         loss, stats = distillation_loss(student, teacher, labels, mask, **sizes, config=config)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import torch
@@ -20,7 +21,6 @@ from minitron_mcore import testing
 from minitron_mcore.cli import compose, pipeline
 from minitron_mcore.config import identity
 from minitron_mcore.config.stages import Run
-from minitron_mcore.errors import UserError
 from tests.helpers import models
 
 ROOT = Path(__file__).parents[2]
@@ -54,15 +54,15 @@ def fork(cwd, stage, *overrides, processes=1, fails=False) -> str:
 
 
 def _in_fork(cwd, output: str, stage: str, overrides, processes: int) -> None:
-    def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, total: int = 1) -> float:
-        if status := _status(name, overrides, processes):
-            raise UserError(f"launch/{name}.py failed with status {status}")
-        return 0.0
+    def run(command: list[str], env: dict) -> SimpleNamespace:
+        script = next(n for n, word in enumerate(command) if word.endswith(".py"))
+        processes = int(command[script - 1]) if script > 1 else 1  # after torchrun's --nproc-per-node
+        return SimpleNamespace(returncode=_status(Path(command[script]).stem, command[script + 1 :], processes))
 
     os.chdir(cwd)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
-    pipeline.run_stage = run_stage
+    pipeline.subprocess = SimpleNamespace(run=run)
     sys.exit(_status(stage, overrides, processes))
 
 

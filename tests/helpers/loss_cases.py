@@ -14,6 +14,11 @@ from minitron_mcore.distill.losses import FactoredLogits, LossConfig, distillati
 from minitron_mcore.parallel import process_groups
 
 
+def chunk_bytes(tokens: int | None, *heads: Tensor) -> int | None:
+    """Budget for the logits of so many tokens."""
+    return tokens and tokens * sum(len(head) * head.element_size() for head in heads)
+
+
 @dataclass(frozen=True)
 class Case:
     """Sizes and options of one problem: every rank makes the same whole tensors and cuts its rows from them."""
@@ -60,8 +65,9 @@ class Case:
 
     def run(self, tensors: list[Tensor], group=None) -> tuple[Tensor, Tensor]:
         names = [field.name for field in fields(LossConfig)]
-        config = LossConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})
         models = [None if hidden is None else FactoredLogits(hidden, head) for hidden, head in batched(tensors[:4], 2)]
+        options = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        config = LossConfig(**options, chunk_bytes=chunk_bytes(self.chunk_tokens, *(x.head for x in models if x)))
         return distillation_loss(*models, *tensors[4:], vocab_size=self.vocab, tp_group=group, config=config)
 
 
@@ -247,8 +253,9 @@ class Head(torch.nn.Module):
     def forward(self, ids: Tensor, fused: bool) -> Tensor:
         _, _, *rest = self.case.placed()
         hidden = torch.nn.functional.embedding(ids, self.embedding).tanh()
-        config = LossConfig(chunk_tokens=self.case.chunk_tokens, gradient_accumulation_fusion=fused)
         student, teacher = FactoredLogits(hidden, self.weight), FactoredLogits(*rest[:2])
+        budget = chunk_bytes(self.case.chunk_tokens, student.head, teacher.head)
+        config = LossConfig(chunk_bytes=budget, gradient_accumulation_fusion=fused)
         return distillation_loss(student, teacher, *rest[2:], vocab_size=self.case.vocab, config=config)[0]
 
 

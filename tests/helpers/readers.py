@@ -285,7 +285,7 @@ def losses_drawn(folder: Path) -> None:
 
 
 def piped(folder: Path) -> None:
-    pipeline.finished(PlanRun(out_dir=str(folder), work_dir="w", source="s", scores="s"))
+    pipeline.is_finished(PlanRun(out_dir=str(folder), work_dir="w", source="s", scores="s"))
 
 
 def reseal(folder: Path) -> None:

@@ -392,9 +392,8 @@ def test_what_a_class_cannot_hold_is_said_at_planning(tmp_path, parent):
     told = problems("plan", "prune.hidden=1")
     assert "hidden 1 is not a multiple of 32 heads" in told and "use 32, or prune.exportable=false" in told
     assert "hidden" not in problems("plan", "prune.hidden=1.0")
-    assert "parallel.tensor 8 does not divide heads 12 (next: 16), key/value groups 3 (next: 8)" in problems(
-        "plan", "prune.groups=3"
-    )
+    told = problems("plan", "prune.groups=3")
+    assert "parallel.tensor 8 does not divide heads 12 (next: 16), key/value groups 3 (next: 8)" in told
     architecture.check_exportable(TINY)
     student = dataclasses.replace(open_checkpoint(parent), arch=dataclasses.replace(TINY, no_mlp=(2,)))
     with pytest.raises(UserError, match="no MLP in 2, which megatron-core's GPTModel cannot hold"):

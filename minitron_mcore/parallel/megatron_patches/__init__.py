@@ -8,7 +8,8 @@
     optimizer_state the distributed optimizer's state by parameter
     checkpoint      safe readers in `dist_checkpointing.load`, private functions of the save path
 
-Each docstring says why its patch is needed; tests/test_megatron_patches.py fails when the library stops needing one. Importing
+Each docstring says why its patch is needed; tests/parallel/test_megatron_patches.py
+fails when the library stops needing one. Importing
 this package prepares the CPU backend, so a patch may import megatron.core.
 
 These private names are used elsewhere, because they are part of what is written or read there, not of a patch:
@@ -31,7 +32,7 @@ except PackageNotFoundError:  # a source tree on PYTHONPATH
 if _installed and _installed.rsplit(".", 1)[0] != MEGATRON_CORE.rsplit(".", 1)[0]:
     warnings.warn(
         f"megatron-core is {_installed}, but this package's patches are for {MEGATRON_CORE}: install that version, or run "
-        "tests/test_megatron_patches.py to see which patches still fit.",
+        "tests/parallel/test_megatron_patches.py to see which patches still fit.",
         stacklevel=2,
     )
 cpu_backend.prepare()

@@ -61,11 +61,6 @@ def _cuda_type_name(self: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) 
     return f"torch.cuda.{_tensor_type(self).rsplit('.', 1)[-1]}"
 
 
-def _nothing() -> Callable[..., None]:
-    """A new function each time: torch's compiler keys its rules by function and refuses one under two names."""
-    return lambda *args, **kwargs: None
-
-
 def _stand_ins() -> dict[tuple[Any, str], Any]:
     """(owner, attribute) -> its CPU equivalent."""
     from megatron.core.tensor_parallel import random
@@ -73,19 +68,14 @@ def _stand_ins() -> dict[tuple[Any, str], Any]:
     cpu, cuda = torch.device("cpu"), torch.cuda
     return {
         (cuda, "current_device"): lambda: cpu,
-        (cuda, "synchronize"): _nothing(),
-        (cuda, "set_device"): _nothing(),
-        (cuda, "empty_cache"): _nothing(),
+        (cuda, "synchronize"): lambda *args, **kwargs: None,
         (cuda, "manual_seed"): lambda seed: torch.manual_seed(seed),
-        (cuda, "initial_seed"): torch.initial_seed,
         (cuda, "get_rng_state"): lambda *args, **kwargs: torch.get_rng_state(),
-        (cuda, "set_rng_state"): lambda state, *args, **kwargs: torch.set_rng_state(state),
         (cuda, "Stream"): _Stream,
         (cuda, "Event"): _Stream,
         (cuda, "current_stream"): lambda *args, **kwargs: _Stream(),
         (cuda, "stream"): lambda stream: contextlib.nullcontext(),
         (torch.Tensor, "cuda"): lambda self, *args, **kwargs: self,
-        (torch.nn.Module, "cuda"): lambda self, *args, **kwargs: self,
         (torch.Tensor, "type"): _cuda_type_name,
         (random, "_get_cuda_rng_state"): lambda *args, **kwargs: torch.get_rng_state(),
         (random, "_set_cuda_rng_state"): lambda state, *args, **kwargs: torch.set_rng_state(state),
@@ -114,7 +104,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
     warnings.filterwarnings("ignore", message=".*CUDA.*", category=UserWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    _CudaDeviceToCpu().__enter__()
+    _CudaDeviceToCpu().__enter__()  # type: ignore[no-untyped-call]
     _keep_freed_memory()
     for (owner, name), stand_in in _stand_ins().items():
         replaced[owner, name] = getattr(owner, name)

@@ -35,12 +35,12 @@ UNINITIALIZED = snapshot()
 """The state of a process that has no groups yet."""
 
 
-def default_store() -> dist.Store:
-    """The store of the default process group, which torch gives no public access to."""
+def default_store() -> Any:
+    """The store of the default process group (`dist.Store`), which torch gives no public access to."""
     return dist.distributed_c10d._get_default_store()
 
 
-def joint_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+def joint_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     """A process group over ranks of several torch.distributed worlds (collective); `dist.new_group` takes ranks of one only.
 
     The result has the backend's methods (`broadcast`, `alltoall_base`), which take lists and option objects.

@@ -25,6 +25,8 @@ class Stack(HybridStack):
 class HeadlessModel(HybridModel):
     """HybridModel that returns the final hidden states; megatron-core's last stage always applies the output head."""
 
+    post_process: bool
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The last stage returns the final norm's output [S, B, H] ([S_r, B, H] under sequence parallelism)."""
         has_head = self.post_process
