@@ -46,7 +46,8 @@ def test_findings_are_reported(base, monkeypatch, capsys):
             act(folder)
         raise UserError("it is damaged")
 
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
+    monkeypatch.setattr(fuzz, "MEMORY", 64 << 20)
     for outcome, act in acts.items():
         monkeypatch.setitem(readers.KINDS, "x", readers.Kind("piped", "config.yaml", partial(read, act=act)))
         found = fuzz.run("x", 0, 0, 3, base, 60)

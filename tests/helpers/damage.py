@@ -45,9 +45,9 @@ def bytes_of(rng: random.Random, data: bytes) -> bytes:
 
 def text_of(rng: random.Random, data: bytes) -> bytes:
     """Replace a number or a word of a text file, also by what is special in YAML or JSON."""
-    found = list(re.finditer(rb"-?\d[\d.e+-]*" if rng.random() < 0.5 else rb"[\w.]+", data)) or [re.match(b"", data)]
+    matches = list(re.finditer(rb"-?\d[\d.e+-]*" if rng.random() < 0.5 else rb"[\w.]+", data)) or [re.match(b"", data)]
     spot, new = (
-        rng.choice(found),
+        rng.choice(matches),
         rng.choice([*map(str, NUMBERS), "9" * 5000, "null", "[", "{", "\x00", "&a [*a, *a]", DEEP, "é"]),
     )
     return data[: spot.start()] + new.encode() + data[spot.end() :]
@@ -68,9 +68,9 @@ def tree_of(rng: random.Random, node, values: list = VALUES):
     if isinstance(node, dict):
         kept = {k: changed if k == key else v for k, v in node.items() if how > 0.1 or k != key}
         return kept | {rng.choice(["x", "0", "-1", "a/b"]): value} if 0.1 < how < 0.2 else kept
-    made = copy.copy(node)
-    object.__setattr__(made, key, changed)
-    return made
+    copied = copy.copy(node)
+    object.__setattr__(copied, key, changed)
+    return copied
 
 
 def json_of(rng: random.Random, text: str) -> str:
