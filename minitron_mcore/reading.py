@@ -41,10 +41,10 @@ def damage_as_user_error(
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # libraries have their own types, and an unexpected form of the content fails where it is used
-        raise UserError(f"{path} is damaged or incomplete ({describe(error)[:300]}): {remedy}.") from error
+    except Exception as error:  # libraries have their own types, and content of another form fails where it is used
+        raise UserError(
+            f"{path} is damaged or incomplete, or has another format ({describe(error)[:300]}): {remedy}."
+        ) from error
 
 
 def read_json(path: str | Path, remedy: str) -> dict[str, Any]:

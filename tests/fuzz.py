@@ -79,36 +79,36 @@ def cases(pipe, name: str, seed: int, numbers: range, until: float, base: Path) 
         resource.setrlimit(resource.RLIMIT_AS, (held("VmSize") + ADDRESSES, resource.RLIM_INFINITY))
         pipe.send(None)
         for number in numbers:
-            pipe.send(found := (number, *attempt(name, seed, number, base, Path(scratch) / "case")))
-            if found[1] not in ("refused", "read") or time.monotonic() > until:
+            pipe.send(row := (number, *attempt(name, seed, number, base, Path(scratch) / "case")))
+            if row[1] not in ("refused", "read") or time.monotonic() > until:
                 break
 
 
 def run(name: str, seed: int, first: int, count: int, base: Path, seconds: float) -> list[tuple]:
     """Run `count` cases of a kind from `first`, for at most `seconds`: rows of (number, outcome, bytes, message or traceback)."""
-    found, fork, until = [], multiprocessing.get_context("fork"), time.monotonic() + seconds
-    while len(found) < count and time.monotonic() < until:
+    rows, fork, until = [], multiprocessing.get_context("fork"), time.monotonic() + seconds
+    while len(rows) < count and time.monotonic() < until:
         ours, theirs = fork.Pipe()
-        numbers = range(first + len(found), first + count)
+        numbers = range(first + len(rows), first + count)
         process = fork.Process(target=cases, args=(theirs, name, seed, numbers, until, base))
         process.start()
         theirs.close()
         try:
             wait = 60
             while ours.poll(wait):
-                found, wait = [*found, *filter(None, [ours.recv()])], 8 * SECONDS
-            found.append((first + len(found), "hang", 0, "no answer"))
+                rows, wait = [*rows, *filter(None, [ours.recv()])], 8 * SECONDS
+            rows.append((first + len(rows), "hang", 0, "no answer"))
         except EOFError:
             process.join(60)
             if process.exitcode:
-                found.append((first + len(found), "died", 0, f"exit code {process.exitcode}"))
+                rows.append((first + len(rows), "died", 0, f"exit code {process.exitcode}"))
         process.kill(), process.join()
-    return found
+    return rows
 
 
 def table(rows: dict[str, list[tuple]], seed: int) -> int:
     """Print one example of the findings at each place, and the counts; returns the number of findings."""
-    found, shown = defaultdict(list), []
+    findings, shown = defaultdict(list), []
     for name, tried in rows.items():
         counts = Counter(outcome for _, outcome, _, _ in tried)
         peak = max((size for _, _, size, _ in tried), default=0)
@@ -116,13 +116,13 @@ def table(rows: dict[str, list[tuple]], seed: int) -> int:
         for number, outcome, size, why in tried:
             if outcome not in ("refused", "read"):
                 frames = re.findall(r'File ".*?(minitron_mcore/\S+)", line (\d+)', why)
-                found[name, outcome, *frames[-1:]].append(f"{number}: {why.strip()[-200:]!r} {size >> 20} MiB")
-    for (name, outcome, *place), same in found.items():
+                findings[name, outcome, *frames[-1:]].append(f"{number}: {why.strip()[-200:]!r} {size >> 20} MiB")
+    for (name, outcome, *place), same in findings.items():
         print(f'{outcome} x {len(same)}: {place} --kinds "{name}" --seed {seed} --case {same[0]}')
     total = {key: sum(row[key] for row in shown) for key in ("cases", *OUTCOMES)}
     shown.append({"kind": "all"} | total | {"peak MiB": max(row["peak MiB"] for row in shown)})
     tables.table(f"seed {seed}: at most {SECONDS} s and {MEMORY >> 20} MiB a case", shown)
-    return sum(map(len, found.values()))
+    return sum(map(len, findings.values()))
 
 
 def main(given: list[str] | None = None) -> int:

@@ -84,7 +84,8 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
     with damage_as_user_error(path / "model.json", remedy):
         model = read_json(path / "model.json", remedy)
         check_format_version(model, path / "model.json", remedy)
-        checkpoint = Checkpoint(path, Architecture(**model["architecture"]), model["fingerprint"], model["lineage"])
+        arch = architecture.from_json(model["architecture"], path / "model.json")
+        checkpoint = Checkpoint(path, arch, model["fingerprint"], model["lineage"])
         if not isinstance(checkpoint.fingerprint, str) or not isinstance(checkpoint.lineage, dict):
             raise TypeError("fingerprint is no text, or lineage is no object")
     latest = (path / "latest").read_bytes().strip() if (path / "latest").is_file() else b""

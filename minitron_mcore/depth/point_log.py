@@ -19,12 +19,13 @@ FILE = "points.jsonl"
 class PointLog:
     """A cache of points in FILE (collective). Its first line identifies what is measured; each other line is a point."""
 
-    def __init__(self, out_dir: str | Path, measure: Measure, total: int, **subject: str):
+    def __init__(self, out_dir: str | Path, measure: Measure, total: int, has_accuracy: bool, **subject: str):
         """
         Args:
             out_dir: claimed folder.
             measure: computes a point that is not in the file.
             total: upper bound of the number of points, for the progress.
+            has_accuracy: whether points have an accuracy; otherwise it is None.
             subject: identifies model, text and questions.
 
         Raises:
@@ -32,7 +33,7 @@ class PointLog:
         """
         self.path, self._measure = Path(out_dir) / FILE, measure
         with process_groups.raise_on_all_ranks():
-            box = [self._read(subject) if process_groups.rank() == 0 else {}]
+            box = [self._read(subject, has_accuracy) if process_groups.rank() == 0 else {}]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         self.points: dict[tuple[int, ...], dict] = box[0]
@@ -41,24 +42,26 @@ class PointLog:
         self.measured = 0
         self.progress = process_groups.Progress("depth", max(0, total - len(self.points)), "points")
 
-    def _read(self, subject: dict) -> dict[tuple[int, ...], dict]:
+    def _read(self, subject: dict, has_accuracy: bool) -> dict[tuple[int, ...], dict]:
         if not self.path.is_file():
             run_folder.replace_text(self.path, json.dumps(subject) + "\n")
             run_folder.replace_text(self.path.with_name("latest"), FILE)  # keeps the folder of an interrupted run
             return {}
         remedy = "remove its folder and study again"
         first, *lines = read_json_lines(self.path, remedy) or [{}]
-        with damage_as_user_error(self.path, remedy):
-            whole, _, partial_line = self.path.read_text().rpartition("\n")
-            points = {tuple(map(int, point["dropped"])): point for point in lines}
-            for point in lines:
-                figures = [point[name] for name in FIGURES if name != "accuracy" or point[name] is not None]
-                if not all(type(figure) in (int, float) for figure in figures):
-                    raise TypeError(f"figures {figures} are no numbers")
         if first != subject:
             raise UserError(
                 f"{self.path} has points of another model, text or questions: choose another out_dir, or remove it."
             )
+        names = FIGURES if has_accuracy else [name for name in FIGURES if name != "accuracy"]
+        with damage_as_user_error(self.path, remedy):
+            whole, _, partial_line = self.path.read_text().rpartition("\n")
+            points = {tuple(map(int, point["dropped"])): point for point in lines}
+            for point in lines:
+                if not all(type(point[name]) in (int, float) for name in names):
+                    raise TypeError(f"one of {', '.join(names)} is no number in {str(point)[:80]}")
+                if not has_accuracy and point["accuracy"] is not None:
+                    raise TypeError(f"accuracy {point['accuracy']} without questions")
         if partial_line:
             run_folder.replace_text(self.path, whole + "\n")
         return points

@@ -18,7 +18,7 @@ from minitron_mcore.config.settings import DepthConfig, DepthKind, DepthMetric, 
 from minitron_mcore.config.stages import DepthRun
 from minitron_mcore.errors import UserError, result_file
 from minitron_mcore.pruning.target import as_count, format_ranges, kept_count
-from minitron_mcore.reading import check_format_version, read_json
+from minitron_mcore.reading import check_format_version, damage_as_user_error, read_json
 
 FILE = "depth.json"
 FIGURES = ("loss", "kl", "mse", "accuracy")
@@ -202,15 +202,12 @@ def load_study(path: str | Path, fingerprint: str) -> dict:
         UserError: the file is missing, is not a study, or is a study of another model.
     """
     path = result_file(path, FILE, "depth study", "run launch/depth.py to its end, or give study=")
-    study = read_json(path, "run launch/depth.py again")
-    check_format_version(study, path, "run launch/depth.py again")
-    try:
+    remedy = "run launch/depth.py again"
+    study = read_json(path, remedy)
+    check_format_version(study, path, remedy)
+    with damage_as_user_error(path, remedy):
         study["drop"] = {int(size): [int(block) for block in blocks] for size, blocks in study["drop"].items()}
         model, _, _ = study["model"], study["metric"], study["kind"]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a depth study ({type(error).__name__}: {error}): run launch/depth.py again."
-        ) from error
     if model != fingerprint:
         raise UserError(
             f"the depth study in {path} is of model {model}, but the source is {fingerprint}: run launch/depth.py on it."

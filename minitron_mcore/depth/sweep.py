@@ -56,6 +56,7 @@ def run(config: DepthRun) -> None:
             config.out_dir,
             RemovalEvaluator(model, arch, windows, settings.micro_batch, scorer),
             study.max_points(settings, blocks),
+            has_accuracy=bool(questions),
             model=source.fingerprint,
             data=_digest(windows, questions),
         )

@@ -35,7 +35,7 @@ from minitron_mcore.data import datasets
 from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats.hf_folder import CODES
-from minitron_mcore.models import build, parameter_table
+from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.schedule import Batch
@@ -200,7 +200,7 @@ def open_teacher(path: str | Path) -> Checkpoint:
         index = read_json(path / INDEX, "write the teacher cache again")
         check_format_version(index, path / INDEX, "write the teacher cache again")
         teacher, num_files = index["teacher"], -(-index["samples"] // index["file_samples"])
-        arch = Architecture(**index["architecture"])
+        arch = architecture.from_json(index["architecture"], path / INDEX)
         cache = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
         written = sum(name != HEAD for name in index["files"])
         _check_index(index, cache.kind, arch)

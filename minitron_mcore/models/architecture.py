@@ -120,7 +120,7 @@ class Architecture:
 
 
 def _check_types(arch: Architecture) -> None:
-    """Of values that a file says; sizes have limits, since tables of so many blocks and experts are built."""
+    """Raise UserError for a value of the wrong type or size. Sizes are limited because tables of that length are built."""
     for name, value in vars(arch).items():
         kind = Architecture.__annotations__[name]
         if name in ("no_attention", "no_mlp"):
@@ -136,7 +136,9 @@ def _check_types(arch: Architecture) -> None:
             limit = hf_config.LIMITS.get(name, hf_config.MAX_SIZE)
             right = (value is None and name == "window") or (type(value) is int and least <= value <= limit)
         if not right:
-            raise UserError(f"{name} is {str(value)[:40]!r}, which no model has: expected {kind} as in conf/model.")
+            raise UserError(
+                f"{name} is {str(value)[:40]!r}, expected {kind} in the range of published models, as in conf/model."
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -148,6 +150,14 @@ def _layers(blocks: int, no_attention: tuple[int, ...], no_mlp: tuple[int, ...])
     missing = {"attention": no_attention, "mlp": no_mlp}
     present = [(block, part) for block in range(blocks) for part in missing if block not in missing[part]]
     return {layer: number for number, layer in enumerate(present)}
+
+
+def from_json(fields: dict[str, Any], where: str | Path) -> Architecture:
+    """Reverse `Architecture.to_json`. UserErrors begin with `where`; missing and unknown fields raise TypeError."""
+    try:
+        return Architecture(**fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def from_hf(config: dict[str, Any], where: str | Path = "config.json") -> Architecture:

@@ -15,7 +15,7 @@ from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.target import kept_layers, target_architecture
-from minitron_mcore.reading import FORMAT_VERSION, check_format_version, read_json
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
 
 FILE = "plan.json"
 
@@ -176,23 +176,23 @@ def load_plan(path: str | Path) -> Plan:
         UserError: the file is missing or is not a plan.
     """
     path = result_file(path, FILE, "plan", "run launch/plan.py first, or give plan=")
-    data = read_json(path, "run launch/plan.py again")
-    check_format_version(data, path, "run launch/plan.py again")
+    remedy = "run launch/plan.py again"
+    data = read_json(path, remedy)
+    check_format_version(data, path, remedy)
     data.setdefault("format_version", 0)
     try:
-        data.pop("parameters")
-        for key in ("source", "target"):
-            data[key] = Architecture(**data[key])
-        for key in ("ffn", "heads", "groups"):
-            data[key] = {int(block): kept for block, kept in data.get(key, {}).items()}
-        for key in ("experts", "merged"):
-            blocks = data.get(key, {}).items()
-            data[key] = {int(block): {int(n): kept for n, kept in inner.items()} for block, inner in blocks}
-        return Plan(**data)
+        with damage_as_user_error(path, remedy):
+            data.pop("parameters")
+            for key in ("source", "target"):
+                data[key] = Architecture(**data[key])
+            for key in ("ffn", "heads", "groups"):
+                data[key] = {int(block): kept for block, kept in data.get(key, {}).items()}
+            for key in ("experts", "merged"):
+                blocks = data.get(key, {}).items()
+                data[key] = {int(block): {int(n): kept for n, kept in inner.items()} for block, inner in blocks}
+            return Plan(**data)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{path} is not a plan ({type(error).__name__}: {error}): run launch/plan.py again.") from error
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
 
 
 def top_indices(scores: Tensor, count: int) -> list[int]:

@@ -315,7 +315,7 @@ def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch
         ),
         (["prune.hidden=24"], "prune.blocks is 5, but the study"),
         (["prune.drop_blocks=[1]"], "both choose blocks: remove one of them"),
-        (["prune.blocks=3", "study=runs/tiny/plan/plan.json"], "plan.json is not a depth study"),
+        (["prune.blocks=3", "study=runs/tiny/plan/plan.json"], "plan.json is damaged .*drop"),
         (["prune.blocks=3", "study=nowhere"], "no depth study at nowhere: run launch/depth.py"),
     ):
         with pytest.raises(UserError, match=sentence):

@@ -221,7 +221,7 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
             "divergence reverse_kl at temperature 1 cannot be computed from",
         ),
         ({"changes": {"temperature": 2.0}}, "divergence forward_kl at temperature 2 cannot be computed from"),
-        ({"changes": {"top_k": 4}}, "top_k is 4, but there are the teacher's 8 largest .* give top_k 8 or null"),
+        ({"changes": {"top_k": 4}}, "top_k is 4, but the teacher's 8 largest .* give top_k 8 or null"),
         (
             {"changes": {"hidden_state_loss": states}, "teacher": "hidden"},
             "the teacher cache .*hidden has no intermediate states",

@@ -1,4 +1,4 @@
-"""Damage to files, by their format or to their bytes, that a random generator decides alone."""
+"""Random damage to files: to their bytes, or to values of their format. Deterministic for a random generator."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ DEEP = "[" * 10**5
 
 
 def bytes_of(rng: random.Random, data: bytes) -> bytes:
-    """Damage that knows nothing of the format; half of it in the first 256 bytes, where headers are."""
+    """Damage to bytes, whatever the format; half of it to the first 256, which hold headers."""
     size = len(data)
     at = rng.randrange(min(size, 256) if rng.random() < 0.5 else size) if size else 0
     span = rng.choice([1, 2, 4, 8, 64, size // 4])
@@ -44,17 +44,17 @@ def bytes_of(rng: random.Random, data: bytes) -> bytes:
 
 
 def text_of(rng: random.Random, data: bytes) -> bytes:
-    """A number or word replaced, or what YAML and JSON readers stumble over put in."""
-    found = list(re.finditer(rb"-?\d[\d.e+-]*" if rng.random() < 0.5 else rb"[\w.]+", data)) or [re.match(b"", data)]
+    """Replace a number or a word of a text file, also by what is special in YAML or JSON."""
+    matches = list(re.finditer(rb"-?\d[\d.e+-]*" if rng.random() < 0.5 else rb"[\w.]+", data)) or [re.match(b"", data)]
     spot, new = (
-        rng.choice(found),
+        rng.choice(matches),
         rng.choice([*map(str, NUMBERS), "9" * 5000, "null", "[", "{", "\x00", "&a [*a, *a]", DEEP, "é"]),
     )
     return data[: spot.start()] + new.encode() + data[spot.end() :]
 
 
 def tree_of(rng: random.Random, node, values: list = VALUES):
-    """A copy of nested dicts, lists, tuples and objects with one node replaced, dropped or doubled."""
+    """Copy nested dicts, lists, tuples and dataclasses, with one node replaced, dropped or doubled."""
     inner = list(node.items() if isinstance(node, dict) else vars(node).items() if dataclasses.is_dataclass(node) else
                  enumerate(node) if type(node) in (list, tuple) else [])  # fmt: skip
     if not inner or rng.random() < 0.1:
@@ -68,9 +68,9 @@ def tree_of(rng: random.Random, node, values: list = VALUES):
     if isinstance(node, dict):
         kept = {k: changed if k == key else v for k, v in node.items() if how > 0.1 or k != key}
         return kept | {rng.choice(["x", "0", "-1", "a/b"]): value} if 0.1 < how < 0.2 else kept
-    made = copy.copy(node)
-    object.__setattr__(made, key, changed)
-    return made
+    copied = copy.copy(node)
+    object.__setattr__(copied, key, changed)
+    return copied
 
 
 def json_of(rng: random.Random, text: str) -> str:
@@ -83,8 +83,8 @@ def json_of(rng: random.Random, text: str) -> str:
 
 
 def of(rng: random.Random, name: str, data: bytes) -> bytes:
-    """Damage by the file's format in two cases of three, or to its bytes."""
-    with contextlib.suppress(Exception):  # damaged before: no longer of its format
+    """Damage values of the file's format in two cases of three, else bytes."""
+    with contextlib.suppress(Exception):  # already damaged, so that it cannot be parsed
         if name.endswith(".gz") and rng.random() < 0.7:
             return gzip.compress(of(rng, name[:-3], gzip.decompress(data)))
         if name.endswith(".metadata") and rng.random() < 0.7:
@@ -101,7 +101,7 @@ def of(rng: random.Random, name: str, data: bytes) -> bytes:
 
 
 def spoil(kind: readers.Kind, folder: Path, rng: random.Random) -> None:
-    """Damage one of a kind's files."""
+    """Damage one of the files of a kind, one to three times."""
     files = {path for pattern in kind.files.split() for path in folder.glob(pattern) if path.is_file()}
     path = rng.choice(sorted(files))
     for _ in range(rng.choice([1, 1, 1, 2, 3])):

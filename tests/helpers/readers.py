@@ -1,4 +1,4 @@
-"""Valid files of every kind that the product reads, and what its stages do with them; `tests.fuzz` damages the files."""
+"""Valid files of every kind that the package reads, and functions that read them as the stages do. For `tests.fuzz`."""
 
 import gzip
 import json
@@ -70,22 +70,22 @@ def write_gguf(base: Path) -> None:
 
 def pieces(base: Path) -> tuple[list, list, list]:
     (base / "spm").mkdir()
-    found = sentencepieces.proto(sentencepieces.train(base / "spm", **sentencepieces.LLAMA)).pieces
+    pieces_of_model = sentencepieces.proto(sentencepieces.train(base / "spm", **sentencepieces.LLAMA)).pieces
     (base / "spm" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (base / "spm" / "added_tokens.json").write_text(json.dumps({"<s>": 1}))
     (base / "spm" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return [p.piece for p in found], [p.score for p in found], [p.type for p in found]
+    return [p.piece for p in pieces_of_model], [p.score for p in pieces_of_model], [p.type for p in pieces_of_model]
 
 
 def write_run(base: Path) -> None:
-    """A training run, its evaluation, what a depth study and a search leave, a teacher's cache, and a work_dir of all stages."""
+    """Write a training run, its evaluation, a depth study, a search, teacher caches, a plan, and a work_dir of all stages."""
     source, run = open_checkpoint(base / "convert"), base / "delivery" / "run"
     parents = {"student": run_folder.identity(source), "teacher": None}
     details = {"settings": {"steps": 4}, "data": {"files": ["0.5 a", "0.5 b"], "hash": "x"}}
     run_folder.describe(run, source.arch, "f" * 16, parents, source.hf, **details, ancestry=source.lineage)
-    made, batches = trainer(base / "convert"), micro_batches(CONFIG, 0, 0, 1)
-    made.train_step([next(batches) for _ in range(CONFIG.global_batch)])
-    made.save(run)
+    training, batches = trainer(base / "convert"), micro_batches(CONFIG, 0, 0, 1)
+    training.train_step([next(batches) for _ in range(CONFIG.global_batch)])
+    training.save(run)
     steps = [
         {"step": n, "tokens": 9 * n, "kd_loss": 1.5, "lm_loss": 2.5, "teacher_entropy": 1.0, "lr": 1e-3} for n in (0, 1)
     ]
@@ -108,8 +108,8 @@ def write_run(base: Path) -> None:
     scores.metadata["fingerprint"] = source.fingerprint
     (base / "plan").mkdir()
     save_scores(base / "plan", scores)
-    made = make_plan(source.arch, source.fingerprint, scores, PruneConfig(hidden=24, ffn=16, blocks=2))
-    (base / "plan" / "plan.json").write_text(made.to_json())
+    plan = make_plan(source.arch, source.fingerprint, scores, PruneConfig(hidden=24, ffn=16, blocks=2))
+    (base / "plan" / "plan.json").write_text(plan.to_json())
     (base / "search").mkdir()
     runner = search_runner(base / "search")
     runner._prepare_folder()
@@ -139,7 +139,7 @@ def trainer(folder: Path) -> Trainer:
 
 
 def weights(folder: Path, model: Path | None = None, source: Path | None = None) -> None:
-    """As convert reads a source: all weights, their hash, and the tokenizer."""
+    """Read a source as convert does: all weights, their hash, and a GGUF file's tokenizer."""
     with sources.open_source(model or folder, source or folder, torch.float32) as (hf, opened):
         arch, _ = architecture.read_hf(hf)
         opened.check(arch)
@@ -150,19 +150,19 @@ def weights(folder: Path, model: Path | None = None, source: Path | None = None)
 
 
 def tokens(folder: Path) -> None:
-    found, rows = tokenizer.load(folder), ["the cat", "naïve 😀 <s>", ""]
-    found.decode(found.documents(rows)[1]), found.spans(rows), found.pieces()
+    loaded, rows = tokenizer.load(folder), ["the cat", "naïve 😀 <s>", ""]
+    loaded.decode(loaded.documents(rows)[1]), loaded.spans(rows), loaded.pieces()
 
 
 def evaluated(folder: Path) -> None:
-    """As evaluate reads a Hugging Face folder, through transformers."""
+    """Read a Hugging Face folder as evaluate does, with transformers."""
     model = perplexity.HFModel(str(folder))
     tokenizer.open_tokenizer(DataConfig(), folder, model.vocab_size)
     model.nll(torch.arange(S)[None], torch.ones(1, S, dtype=torch.bool))
 
 
 def sharded(folder: Path) -> None:
-    """As every stage reads a checkpoint: whole, and piece by piece."""
+    """Read a checkpoint into a model, and tensor by tensor."""
     source = open_checkpoint(folder)
     run_folder.build_model(source, ONE, "fp32")
     models.whole(streaming.Reader(source), parameter_table.parameters(source.arch))
@@ -193,26 +193,26 @@ def token_files(folder: Path) -> None:
 
 def texts(folder: Path) -> None:
     names = [str(folder / name) for name in ("a.jsonl", "b.jsonl.gz", "c.txt")]
-    found = tokenizer.load(BASE / "hf")
-    datasets.tokenize(names, found, str(folder / "cache"))
+    loaded = tokenizer.load(BASE / "hf")
+    datasets.tokenize(names, loaded, str(folder / "cache"))
     for name in names:
-        perplexity.windows(name, found, S)
+        perplexity.windows(name, loaded, S)
     for name in ("q.jsonl", "r.jsonl.gz"):
         multiple_choice.read(str(folder / name))
 
 
 def planned(folder: Path) -> None:
     source = open_checkpoint(BASE / "convert")
-    made = load_plan(folder)
-    made.notes(), made.summary(), made.digest()
-    apply.build_pruned(source, made, ONE, "fp32")
+    plan = load_plan(folder)
+    plan.notes(), plan.summary(), plan.digest()
+    apply.build_pruned(source, plan, ONE, "fp32")
 
 
 def scored(folder: Path) -> None:
     source = open_checkpoint(BASE / "convert")
     scores = load_scores(folder, source.arch, source.fingerprint)
-    made = make_plan(source.arch, source.fingerprint, scores, PruneConfig(hidden=24, ffn=16, blocks=2))
-    summary(scores), made.digest()
+    plan = make_plan(source.arch, source.fingerprint, scores, PruneConfig(hidden=24, ffn=16, blocks=2))
+    summary(scores), plan.digest()
 
 
 def scores_drawn(folder: Path) -> None:
@@ -222,8 +222,10 @@ def scores_drawn(folder: Path) -> None:
 
 
 def points(folder: Path, meter: study.Measure | None = None) -> None:
-    """As a depth study goes on from its points; `meter` measures those that are missing."""
-    measure = PointLog(folder, meter or (lambda dropped: POINT | {"dropped": list(dropped)}), 9, model="m", data="d")
+    """Resume a depth study from its points; `meter` measures missing ones."""
+    measure = PointLog(
+        folder, meter or (lambda dropped: POINT | {"dropped": list(dropped)}), 9, False, model="m", data="d"
+    )
     baseline = measure([])
     sweep = [
         {"size": n, "first": d[0]} | measure(d)
@@ -233,9 +235,9 @@ def points(folder: Path, meter: study.Measure | None = None) -> None:
     rank = study.make_ranking(DEPTH.metric)
     chosen = study.choose(DEPTH, 3, measure, rank)
     list(study.warnings(chosen, DEPTH.metric, rank, None, 0))
-    found = {"baseline": baseline, "sweep": sweep, "drop": {str(row["size"]): row["dropped"] for row in chosen}}
+    results = {"baseline": baseline, "sweep": sweep, "drop": {str(row["size"]): row["dropped"] for row in chosen}}
     if meter is None:
-        depth_plots.plot_depth(found, folder / "depth.png")
+        depth_plots.plot_depth(results, folder / "depth.png")
 
 
 def studied(folder: Path) -> None:
@@ -247,7 +249,7 @@ def studied(folder: Path) -> None:
 
 
 def taught(folder: Path) -> None:
-    """As distillation reads a teacher's cache."""
+    """Read a teacher cache as distillation does."""
     world = cached_teacher.World(BASE, [f"0.3{BASE}/text/a", f"0.7{BASE}/text/b"])
     student, teacher = open_checkpoint(BASE / "convert"), cache.open_teacher(folder)
     refuse(teacher.problems(student.arch, CONFIG) if isinstance(teacher, cache.Cache) else ["another folder"])
@@ -269,7 +271,7 @@ def search_runner(folder: Path) -> SearchRunner:
 
 
 def searched(folder: Path) -> None:
-    """As a search ends: from its candidates' results to its own and the pictures."""
+    """Collect the results of a search's candidates, and plot them."""
     runner = search_runner(folder)
     search_plots.plot_search(collect(runner.store, runner.space, list(runner._measure())), folder)
 
@@ -287,24 +289,24 @@ def piped(folder: Path) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Rewrite the hashes of the files beside the manifests, as whoever changed a file can."""
+    """Update the hashes in the manifests, as the author of a malicious file would."""
     for manifest in [*folder.rglob("integrity.json"), *folder.rglob("index.json")]:
         try:
-            found = json.loads(manifest.read_text())
-            kept = {n: disk.sha256(manifest.parent / n) for n in found["files"] if (manifest.parent / n).is_file()}
-            manifest.write_text(json.dumps(found | {"files": kept}))
+            content = json.loads(manifest.read_text())
+            kept = {n: disk.sha256(manifest.parent / n) for n in content["files"] if (manifest.parent / n).is_file()}
+            manifest.write_text(json.dumps(content | {"files": kept}))
         except (ValueError, TypeError, KeyError, RecursionError, AttributeError, OSError):
             pass
 
 
 class Kind(NamedTuple):
     folder: str
-    """Below the folder of `make`."""
+    """In the folder of `make`."""
     files: str
-    """Patterns of those that are damaged."""
+    """Patterns of the files to damage."""
     read: Callable[[Path], object]
     sealed: bool = False
-    """Manifests are rewritten after the damage."""
+    """Whether manifests are updated after the damage."""
 
 
 KINDS = {
@@ -342,7 +344,7 @@ BASE = Path()
 
 
 def make(base: Path) -> None:
-    """Write the files, in a world of one rank."""
+    """Write all files (one rank)."""
     globals()["BASE"] = base
     base.mkdir()
     write_models(base)
