@@ -89,7 +89,7 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
         if not isinstance(checkpoint.fingerprint, str) or not isinstance(checkpoint.lineage, dict):
             raise TypeError("fingerprint is no text, or lineage is no object")
     latest = (path / "latest").read_bytes().strip() if (path / "latest").is_file() else b""
-    if latest and not re.fullmatch(rb"step_\d+", latest):
+    if latest and not re.fullmatch(rb"step_\d{1,18}", latest):
         raise UserError(
             f"{path / 'latest'} names {latest[:80]!r}, which is no step: write the name of a folder step_N in it."
         )

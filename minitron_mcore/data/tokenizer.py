@@ -119,7 +119,7 @@ class _SentencePiece(Tokenizer):
     def __init__(self, path: Path, starts_with_bos: bool):
         try:
             self.processor = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read by sentencepiece ({error}): give a sentencepiece .model or a folder with "
                 "tokenizer.json."

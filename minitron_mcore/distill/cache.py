@@ -221,6 +221,8 @@ def _check_index(index: dict, kind: CacheKind, arch: Architecture) -> None:
         raise ValueError(f"dtype {index['dtype']}, top_k {index['top_k']}")
     if not re.fullmatch(r"step_\d+", index["teacher"]["step"]) or not isinstance(index["teacher"]["fingerprint"], str):
         raise ValueError("the teacher is no checkpoint")
+    if not isinstance(index["order"], str):
+        raise ValueError("order is no text")
     if not isinstance(index["seed"], int) or not all(isinstance(file, str) for file in index["data"]):
         raise ValueError("data or seed is missing")
 

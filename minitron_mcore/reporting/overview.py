@@ -127,7 +127,7 @@ def _options(lineage: dict) -> list[str]:
     """The overrides of the command that wrote a checkpoint."""
     try:
         return shlex.split(lineage.get("command", ""))[1:]
-    except ValueError:  # not a command line
+    except (ValueError, AttributeError):  # not a command line, or not text
         return []
 
 

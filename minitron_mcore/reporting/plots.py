@@ -188,4 +188,5 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
     panels[-1].set_xlabel("tokens trained on")
     panels[-1].xaxis.set_major_formatter(EngFormatter())
     panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    figure.savefig(png, dpi=DPI)
+    with damage_as_user_error(", ".join(map(str, runs.values())), "move them away"):  # figures too large to draw
+        figure.savefig(png, dpi=DPI)

@@ -27,8 +27,10 @@ def _read_result(path: Path) -> dict:
         losses = dict(zip(result.get("steps", []), result.get("losses", []), strict=True))
         figures = [result["zero_shot_loss"]] if path.name == "measured.json" else []
         figures += [result[key] for key in SPEEDS] if any(key in result for key in SPEEDS) else []
-        if not all(type(figure) in (int, float) for figure in (*losses, *losses.values(), *figures)):
-            raise TypeError("a figure that is no number")
+        if not all(
+            type(figure) in (int, float) and abs(figure) < 1e18 for figure in (*losses, *losses.values(), *figures)
+        ):
+            raise TypeError("a figure that is no number below 1e18")
     return result
 
 
