@@ -181,10 +181,18 @@ def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
     return tokenizer
 
 
+def check_vocabulary(folder: Path) -> None:
+    """Refuse ids above MAX_ID in a folder's tokenizer.json and vocab.json, for which the tokenizers package would allocate memory.
+
+    Raises:
+        UserError: such an id, or a negative one.
+    """
+    for path in (folder / "tokenizer.json", folder / "vocab.json"):
+        if path.is_file():
+            _check_ids(path)
+
+
 def _check_ids(path: Path) -> None:
-    """Refuse ids above MAX_ID in tokenizer.json or vocab.json before memory is allocated for them."""
-    if not path.is_file():
-        return
     vocab = _read_json(path)
     if path.name == "tokenizer.json":
         vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
@@ -212,8 +220,7 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
         return _sentencepiece(path, Path(model or path.parent))
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return _sentencepiece(path / "tokenizer.model", Path(model or path))
-    for name in ("tokenizer.json", "vocab.json"):
-        _check_ids(path / name)
+    check_vocabulary(path)
     tokenizer_class = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
         if not path.is_dir():

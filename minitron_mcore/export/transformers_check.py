@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from minitron_mcore.data.tokenizer import check_vocabulary
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, hf_config, parameter_table
@@ -82,6 +83,7 @@ def check_folder(folder: str | Path, arch: Architecture) -> str:
 def _check_tokenizer(folder: Path) -> str:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return "no tokenizer: the source came with none"
+    check_vocabulary(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises nothing narrower
