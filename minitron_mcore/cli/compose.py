@@ -86,9 +86,10 @@ def search_path() -> list[str]:
     return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
-def group_options(group: str) -> list[str]:
-    """The names of a config group's files, in conf/ and on the launch file's `hydra.searchpath`."""
-    return GlobalHydra.instance().config_loader().get_group_options(group, overrides=search_path())
+def group_options(group: str, searched: list[str] | None = None) -> list[str]:
+    """The names of a config group's files, in conf/ and on `hydra.searchpath`: the launch file's, or `searched`, an override."""
+    overrides = search_path() if searched is None else searched
+    return GlobalHydra.instance().config_loader().get_group_options(group, overrides=overrides)
 
 
 def composition_error(error: HydraException) -> UserError:

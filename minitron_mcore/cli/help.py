@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any, NamedTuple, get_args
 
-from omegaconf import DictConfig, OmegaConf
+import hydra
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
-from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES, group_options
+from minitron_mcore.cli.compose import CONF, LAUNCH, LAUNCH_FILES, group_options
 from minitron_mcore.config.stages import Run
 
 GROUPS = [field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)]
@@ -62,21 +64,29 @@ def choices(type_: Any) -> dict[str, str]:
     return {member.value: texts.get(member.name, "") for kind in enums for member in kind}
 
 
-def help_text(config_name: str, config: DictConfig) -> str:
-    """Hydra's help template of a stage: its purpose, config groups, and settings with their composed values."""
-    stage = config_name.rpartition("/")[2]
+def help_text(stage: str, overrides: list[str]) -> str:
+    """A stage's purpose, config groups, and settings with their values on a command line.
+
+    Hydra could print this text as its own help, but first lists all config groups, which takes 9 s.
+
+    Raises:
+        HydraException: the command line cannot be composed.
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose(f"stage/{stage}", overrides)
+        searched = [override for override in overrides if override.startswith("hydra.searchpath=")]
+        options = {group: ", ".join(group_options(group, searched)) for group in GROUPS}
     schema = LAUNCH_FILES[stage]
     sections = {*COMMON, *schema.reads} if hasattr(schema, "reads") else None
     values: Any = OmegaConf.to_container(config)
-    lines = [*_lines(schema, values, "", sections)]
-    groups = [f"  {group}: {', '.join(names)}" for group in GROUPS if (names := group_options(group))]
     parts = [
         launch_docstring(stage),
         "Config groups (GROUP=OPTION), from conf/ and hydra.searchpath:",
-        "\n".join(groups),
+        "\n".join(f"  {group}: {names}" for group, names in options.items() if names),
+        "Settings (SETTING=VALUE), with the values of this command line:",
+        "\n".join(_lines(schema, values, "", sections)),
     ]
-    parts += ["Settings (SETTING=VALUE), with the values of this command line:", "\n".join(lines)]
-    return "\n\n".join(parts).replace("$", "$$")  # Hydra fills in a template
+    return "\n\n".join(parts)
 
 
 def _lines(schema: Any, values: dict[str, Any], prefix: str, sections: set[str] | None) -> Iterator[str]:
@@ -100,10 +110,3 @@ def _lines(schema: Any, values: dict[str, Any], prefix: str, sections: set[str] 
 
 def _filled(text: str, indent: str) -> str:
     return textwrap.fill(text, 118, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def register() -> None:
-    """Define the resolver of conf/base.yaml's `hydra.help.template`."""
-    OmegaConf.register_new_resolver(
-        "stage_help", lambda config_name, *, _root_: help_text(config_name, _root_), replace=True
-    )

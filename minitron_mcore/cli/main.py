@@ -50,11 +50,12 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         def main() -> None:
             # Imports create several hundred thousand objects that are never freed: scanning them takes a sixth of the start.
             gc.set_threshold(50_000)
-            help.register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it otherwise prints
             _check_world()
             with _exit_on_error():
                 sys.argv[1:] = normalize_overrides(sys.argv[1:])
+                if {"--help", "-h"} & {*sys.argv}:
+                    return print(help.help_text(stage, [word for word in sys.argv[1:] if not word.startswith("-")]))
                 run()
 
         return main
