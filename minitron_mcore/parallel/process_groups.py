@@ -112,20 +112,13 @@ def distributed_context(
         rendezvous.check()
     processes, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     world_size = processes - teacher_ranks
-    refuse(
-        layout.teacher_ranks_problems(teacher_ranks, processes)
-        or layout.problems(parallel, world_size, sequence_length)
-    )
+    refuse(_world_problems((parallel, teacher_parallel or parallel), processes, teacher_ranks, sequence_length))
     if not cpu_backend.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if store is None and "RANK" not in os.environ:
         store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
     timeout = datetime.timedelta(minutes=timeout_minutes or hang_minutes + 2)
     if teacher_ranks:
-        refuse(
-            f"distill.teacher_parallel: {x}"
-            for x in layout.problems(teacher_parallel or parallel, teacher_ranks, sequence_length)
-        )
         store = store or next(dist.rendezvous("env://"))[0]
         _bridge = Bridge(dist.PrefixStore("bridge", store), this_rank, world_size, processes, timeout)
         if _bridge.is_teacher:
@@ -148,6 +141,19 @@ def distributed_context(
     _layouts.clear()
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _world_problems(
+    layouts: tuple[ParallelConfig, ParallelConfig], processes: int, teacher_ranks: int, sequence_length: int | None
+) -> Iterator[str]:
+    """Why the layouts of student and teacher do not fit their worlds."""
+    if wrong := layout.teacher_ranks_problems(teacher_ranks, processes):
+        yield from wrong
+        return
+    yield from layout.problems(layouts[0], processes - teacher_ranks, sequence_length)
+    if teacher_ranks:
+        wrong = [*layout.problems(layouts[1], teacher_ranks, sequence_length)]
+        yield from (f"distill.teacher_parallel: {problem}" for problem in wrong)
 
 
 def _initialize(parallel: ParallelConfig, minutes: float = 62.0) -> None:
