@@ -119,7 +119,7 @@ def commands(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[di
             )
     if last.folder and "pruned" in roles:
         yield row("Continue a prompt", "generate", f"source={last.folder}", "prompt=Hello")
-    for folder in folders["export"][-1:]:
+    for folder in [folder for folder in folders["export"] if folder.resolve() in last.paths][-1:]:
         yield {"next": "Serve the exported model", "command": shlex.join(["vllm", "serve", str(folder)])}
 
 
