@@ -175,6 +175,14 @@ def test_the_summary_compares_roles(whole, tmp_path):
         f"python launch/evaluate.py +model=tiny work_dir=w 'data.heldout=[a b.txt]' source={run}/prune "
         f"out_dir={run}/evaluate_pruned"
     )
+    for folder, made in (("a", "distill"), ("z", "prune")):  # the last by name is not the last that was made
+        shutil.copytree(whole / "out", run / folder)
+        identity = json.loads((run / folder / "minitron" / "lineage.json").read_text())
+        identity["fingerprint"] = json.loads((run / made / "model.json").read_text())["fingerprint"]
+        (run / folder / "minitron" / "lineage.json").write_text(json.dumps(identity))
+    folders = read.folders(run)
+    commands = {row["next"]: row["command"] for row in overview.commands(roles.models(folders), folders)}
+    assert commands["Serve the exported model"] == f"vllm serve {run}/a"
 
 
 def test_the_lineage_leads_from_the_parent_to_the_delivery(whole, page):
