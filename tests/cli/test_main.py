@@ -160,7 +160,7 @@ from minitron_mcore.cli.main import entry
 @entry("convert")
 def main(config):
     from minitron_mcore.parallel import process_groups
-    with process_groups.distributed(config.parallel):
+    with process_groups.distributed_context(config.parallel):
         if process_groups.rank() == 1:
             open("raised", "w").close()
             raise {error}("no such thing")

@@ -32,7 +32,7 @@ COMMAND = [
 
 def stage(name: str, *overrides: str) -> None:
     """A launch file's own function, in this process and the world that it has."""
-    with mock.patch.object(process_groups, "distributed", shared):
+    with shared(), mock.patch.object(process_groups, "distributed_context", shared):
         inspect.unwrap(runpy.run_path(str(ROOT / "launch" / f"{name}.py"))["main"])(
             config_of(name, *COMMAND, *overrides)
         )
