@@ -35,7 +35,7 @@ def model_json(folder: Path) -> str:
 
 def cache_index() -> str:
     teacher = {"path": "/teacher", "step": "step_0000000", "fingerprint": FINGERPRINT}
-    counts = {"samples": 2, "file_samples": 2, "sequence_length": 8, "seed": 1, "data": []}
+    counts = {"samples": 2, "file_samples": 2, "sequence_length": 8, "seed": 1, "data": [], "order": "x"}
     content = {
         "kind": "hidden",
         "top_k": None,
