@@ -127,6 +127,8 @@ def _check_types(arch: Architecture) -> None:
             right = isinstance(value, tuple | list) and all(type(block) is int for block in value)
         elif name == "rope_scaling":
             right = value is None or (isinstance(value, RopeScaling) and all(map(_is_number, vars(value).values())))
+        elif name == "family":
+            right = isinstance(value, str) and value in FAMILIES
         elif kind is float:
             right = _is_number(value)
         elif kind in (bool, str):
