@@ -19,13 +19,27 @@ def history(lineage: dict, identity: dict) -> list[Step]:
     """All ancestors of a checkpoint, including its teachers and their ancestors, then the checkpoint itself.
 
     Each step comes after those that it was made from.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: a lineage has another form than `run_folder.make_lineage` gives it.
     """
+    _check_form(lineage)
     steps = {}
     for role, key in (("source", "ancestry"), ("student", "ancestry"), ("teacher", "teacher")):
         if lineage["parents"].get(role) and lineage.get(key):
             ancestors = history(lineage[key], lineage["parents"][role])
             steps |= {step.identity["fingerprint"]: step for step in ancestors}
     return [*steps.values(), Step(lineage, identity)]
+
+
+def _check_form(lineage: dict) -> None:
+    for role, parent in lineage["parents"].items():
+        key = "fingerprint" if role in ("source", "student", "teacher") else "sha256"
+        if parent and not all(isinstance(parent[name], str) for name in ("path", key)):
+            raise ValueError(f"parent {role} {str(parent)[:40]}")
+    if "data" in lineage and not isinstance(lineage["data"]["hash"], str):
+        raise ValueError(f"data {str(lineage['data'])[:40]}")
+    lineage.get("versions", {}).items()
 
 
 def model_chain(lineage: dict) -> list[dict]:

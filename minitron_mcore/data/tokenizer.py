@@ -116,6 +116,8 @@ class _HuggingFace(Tokenizer):
 
 
 class _SentencePiece(Tokenizer):
+    REMEDY = "give another sentencepiece .model, or a folder with tokenizer.json"
+
     def __init__(self, path: Path, starts_with_bos: bool):
         try:
             self.processor = SentencePieceProcessor(model_file=str(path))
@@ -124,7 +126,7 @@ class _SentencePiece(Tokenizer):
                 f"{path} cannot be read by sentencepiece ({error}): give a sentencepiece .model or a folder with "
                 "tokenizer.json."
             ) from error
-        self.eos, self.vocab_size = self.processor.eos_id(), self.processor.get_piece_size()
+        self.path, self.eos, self.vocab_size = path, self.processor.eos_id(), self.processor.get_piece_size()
         self.start = [self.processor.bos_id()] if starts_with_bos else []
         if self.eos < 0 or -1 in self.start:
             missing = "EOS to end" if self.eos < 0 else "BOS to begin"
@@ -132,10 +134,12 @@ class _SentencePiece(Tokenizer):
         self.fingerprint = hashlib.sha256(path.read_bytes() + bytes([starts_with_bos])).digest()
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+        with damage_as_user_error(self.path, self.REMEDY):  # pieces need not be UTF-8
+            return self.processor.decode(ids)
 
     def pieces(self) -> dict[int, str]:
-        return {number: self.processor.id_to_piece(number) for number in range(self.vocab_size)}
+        with damage_as_user_error(self.path, self.REMEDY):
+            return {number: self.processor.id_to_piece(number) for number in range(self.vocab_size)}
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [[*self.start, *ids] for ids in self.processor.encode(texts)]
