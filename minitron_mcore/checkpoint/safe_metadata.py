@@ -169,6 +169,8 @@ def _problem(index: metadata.Metadata, folder: Path) -> str:
             return f"sizes or dtype of {key} are damaged"
     sizes = {}
     for info in index.storage_data.values():
+        if (type(info.relative_path), type(info.offset), type(info.length)) != (str, int, int):  # others may never end
+            return "places of other types in .metadata"
         name, end = info.relative_path, info.offset + info.length
         if name not in sizes:
             if Path(name).name != name or not (folder / name).is_file():

@@ -23,8 +23,8 @@ ELSEWHERE = {
     **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), "a model of several"),
 }
 """Keys, refused unless null, that make transformers load something other than config.json and the plain weights."""
-BOUNDED = {"num_hidden_layers": LIMITS["blocks"], "num_labels": 10**6}
-"""Integers from which transformers builds lists while it reads the config."""
+BOUNDED = {"num_hidden_layers": LIMITS["blocks"], "num_labels": 10**6, "head_dim": 10**6, "hidden_size": 10**6}
+"""Integers from which transformers builds lists or tables while it reads the config or builds the model."""
 FLAGS = ("tied", "normalize_experts")
 _AUTO = "AutoModelForCausalLM"
 ROPE_TYPES = ("default", "llama3")
@@ -131,7 +131,7 @@ def _load(name: str, raw: dict[str, Any]) -> Any:
 
 
 def check_counts(raw: dict[str, Any]) -> None:
-    """Raise UserError if a count exceeds its limit in `BOUNDED`: transformers would build lists of that length."""
+    """Raise UserError if a count exceeds its limit in `BOUNDED`: transformers would build lists or tables of that length."""
     for key, limit in BOUNDED.items():
         if isinstance(raw.get(key), int):
             _size(key, raw[key], limit)
