@@ -30,7 +30,9 @@ def _type_and_message(error: BaseException) -> str:
 def damage_as_user_error(
     path: str | Path, remedy: str, describe: Callable[[BaseException], str] = _type_and_message
 ) -> Iterator[None]:
-    """Convert every exception of the block, which reads a file or uses its content, to a UserError of one sentence.
+    """Convert an exception of the block, which reads a file or uses its content, to a UserError of one sentence.
+
+    Errors that no content of a file causes keep their traceback: missing memory, names and assertions in code.
 
     Args:
         path: names the file in the message.
@@ -39,9 +41,11 @@ def damage_as_user_error(
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, NameError, AssertionError):
         raise
     except Exception as error:  # libraries have their own types, and content of another form fails where it is used
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import torch
+            raise
         raise UserError(
             f"{path} is damaged or incomplete, or has another format ({describe(error)[:300]}): {remedy}."
         ) from error

@@ -152,7 +152,7 @@ class PerformanceConfig:
     """CUDA graphs. Refused except none (docs/performance.md)."""
 
     loss_chunk_mb: int | None = None
-    """MiB of both models' logits that the loss holds at a time; null is the default of `distill.tiling`."""
+    """MiB of both models' logits that the loss holds at a time; null is 1 GiB on CUDA and 64 MiB on a CPU."""
     nccl_timeout_minutes: float | None = None
     """Time after which a waiting collective fails; null is the longer of distill.hang_minutes and distill.save_minutes, plus two.
     Must exceed hang_minutes, so that the hang is reported first."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from minitron_mcore.config.settings import EvaluateConfig, TrainConfig
 from minitron_mcore.config.stages import EvaluateRun, ExportRun, GenerateRun, Run, SearchRun
@@ -65,6 +65,12 @@ def training(config: TrainConfig) -> Iterator[str]:
     for name in ("hang_minutes", "save_minutes"):
         if not 0 < (minutes := getattr(config, name)) < math.inf:
             yield f"{name} is {minutes:g}; it must be above 0 and finite."
+
+
+def text_files(name: str, files: Sequence[str]) -> Iterator[str]:
+    """An empty list of text files; `name` is its setting."""
+    if not files:
+        yield f"{name} is empty: give text files, {name}=[a.jsonl,b.txt]."
 
 
 def not_negative(values: Mapping[str, float]) -> Iterator[str]:

@@ -47,7 +47,7 @@ def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
     """
     matches = [re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\s+)?(\S.*)", entry.strip()) for entry in entries]
     if not matches or not all(matches):
-        raise UserError(f"The list of data files, {list(entries)}, is empty or has an empty entry: name text files.")
+        raise UserError(f"The list of text files, {list(entries)}, has no or empty entries: give [a.jsonl,b.txt].")
     paths, weights = [match[2] for match in matches], [match[1] for match in matches]
     if not any(weights):
         return paths, None

@@ -180,8 +180,8 @@ def warnings(
             names = dict.fromkeys((compared.value, "loss"))  # the loss decides between equal accuracies
             figures = ", ".join(f"{name} {best[name]:.4g} against {chosen[name]:.4g}" for name in names)
             yield (
-                f"warning: of {chosen['size']} blocks the {best['kind']} choice, {format_ranges(best['dropped'])}, costs less: "
-                f"{figures} (depth.kind={best['kind']})."
+                f"warning: for {chosen['size']} dropped blocks the {best['kind']} choice, {format_ranges(best['dropped'])}, does "
+                f"less damage: {figures} (depth.kind={best['kind']})."
             )
         if chosen["accuracy"] is not None:
             error = standard_error(chance, questions)

@@ -22,7 +22,7 @@ from minitron_mcore.data.tokenizer import Tokenizer, open_tokenizer
 from minitron_mcore.depth import study
 from minitron_mcore.depth.point_log import PointLog
 from minitron_mcore.depth.removal import RemovalEvaluator
-from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.errors import refuse
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.evaluation.multiple_choice import MultipleChoice, Question, read
 from minitron_mcore.importance.scores import load_scores
@@ -90,8 +90,7 @@ def run(config: DepthRun) -> None:
 
 def _windows(config: DepthRun, tokenizer: Tokenizer) -> perplexity.Windows:
     """depth.windows windows of each held-out file, spread evenly over it."""
-    if not config.data.heldout:
-        raise UserError("data.heldout is empty: give text files, data.heldout=[a.jsonl,b.txt].")
+    refuse(ranges.text_files("data.heldout", config.data.heldout))
     parts = []
     for path in config.data.heldout:
         windows = perplexity.windows(path, tokenizer, config.depth.sequence_length, Limits.of(config.data))

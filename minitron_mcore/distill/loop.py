@@ -127,13 +127,21 @@ def summary(history: list[dict[str, float]]) -> list[dict]:
 
 
 class _Stop:
-    """SIGUSR1 (SLURM's warning, see launch/slurm) or SIGTERM on any rank: all ranks save after the step and end normally."""
+    """SIGUSR1 (SLURM's warning, see launch/slurm), SIGTERM or SIGINT on any rank: all ranks save after the step and end normally.
+
+    A second SIGINT interrupts at once.
+    """
 
     def __init__(self):
         self.requested = torch.zeros(1, device=process_groups.device())
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGUSR1, signal.SIGTERM):
-                signal.signal(number, lambda *_: self.requested.fill_(1))
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._request)
+
+    def _request(self, number: int, _) -> None:
+        self.requested.fill_(1)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def stop_on_all_ranks(self) -> bool:
         """Whether any rank received a signal (collective)."""

@@ -113,8 +113,8 @@ def _check_teacher_loss(trainer: Trainer, batches: Iterator[Batch], vocab: int) 
     message = f"the teacher's own loss on the first micro-batch is {loss:.3f} nats a token"
     if not loss < TEACHER_LOSS_WARN_RATIO * uniform:
         message = (
-            f"warning: {message}, near the {uniform:.2f} of uniform predictions: is it the right checkpoint, and text of its "
-            "tokenizer?"
+            f"warning: {message}, close to ln(vocab_size) = {uniform:.2f}, the loss of uniform predictions: check the teacher's "
+            "checkpoint and tokenizer."
         )
     process_groups.log(message)
     return itertools.chain([first], batches)

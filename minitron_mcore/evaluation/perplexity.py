@@ -272,12 +272,8 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
             f"{source} is a Hugging Face folder, which cannot be sharded: convert it, or use parallel=single."
         )
     model = HFModel(source, DTYPES[config.dtype.value])
-    most = getattr(model.model.config, "max_position_embeddings", None)
-    if most is not None and config.evaluate.sequence_length > most:
-        raise UserError(
-            f"evaluate.sequence_length is {config.evaluate.sequence_length}, but the model in {source} has {most} positions "
-            f"(max_position_embeddings): give at most {most}."
-        )
+    limit = getattr(model.model.config, "max_position_embeddings", None)
+    refuse(ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, model=limit))
     with process_groups.raise_on_all_ranks():
         return model, open_tokenizer(config.data, source, model.vocab_size)
 
@@ -288,8 +284,7 @@ def evaluate_run(model: HFModel | ShardedModel, tokenizer: Tokenizer, config: Ev
     Raises:
         UserError: data.heldout is empty; see `windows`.
     """
-    if not config.data.heldout:
-        raise UserError("data.heldout is empty: give text files, data.heldout=[a.jsonl,b.txt].")
+    refuse(ranges.text_files("data.heldout", config.data.heldout))
     settings, limits = config.evaluate, Limits.of(config.data)
     return evaluate_windows(
         {path: windows(path, tokenizer, settings.sequence_length, limits) for path in config.data.heldout},

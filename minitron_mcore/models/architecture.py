@@ -236,7 +236,7 @@ def from_config(fields: dict[str, Any] | None) -> Architecture | None:
     try:
         arch = Architecture(**fields)
     except TypeError as error:
-        raise UserError(f"model.architecture is not one ({error}): see conf/model for the fields.") from error
+        raise UserError(f"model.architecture is invalid ({error}): see conf/model for the fields.") from error
     if arch.family not in FAMILIES:
         raise UserError(f"model.architecture.family is {arch.family!r}; supported: {', '.join(FAMILIES)}.")
     return arch

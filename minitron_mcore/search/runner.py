@@ -94,8 +94,9 @@ class SearchRunner:
         refuse(ranges.positions("evaluate.sequence_length", length, source=source.arch.max_positions))
         if self.search.latency:
             latency.check(source.arch, self.search.speed)
-        if not config.data.heldout:
-            raise UserError("data.heldout is empty: give text to rank candidates on, data.heldout=[a.jsonl,b.txt].")
+        refuse(ranges.text_files("data.heldout", config.data.heldout))
+        if self.search.best:
+            refuse(ranges.text_files("data.train", config.data.train))
         with process_groups.raise_on_all_ranks():
             tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
             limits = Limits.of(config.data)

@@ -89,7 +89,7 @@ def test_parameters_and_activations_are_those_of_built_models(layout, dtype):
             measured[name] += kept / world
     for name, arch in archs.items() if parallel.pipeline == 1 else ():
         # Ranks that share experts are given different numbers of tokens: on average they keep what is estimated.
-        assert activations.stage(arch, sizes, 0, 1) == pytest.approx(measured[name], rel=0.1), name
+        assert activations.stage(arch, sizes, 0, 1) == pytest.approx(measured[name], rel=0.06), name
 
 
 CONFIG = DistillConfig(
@@ -165,7 +165,7 @@ def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, dis
         assert max(rank["teacher"] for rank in ranks) == row["teacher"], stage
         # megatron-core cuts its buffer evenly, wherever that falls: shares differ by a parameter's padding.
         assert sum(rank["optimizer"] for rank in ranks) / len(ranks) == pytest.approx(row["optimizer"], rel=1e-6)
-        assert max(rank["activations"] for rank in ranks) == pytest.approx(row["activations"], rel=0.1)
+        assert max(rank["activations"] for rank in ranks) == pytest.approx(row["activations"], rel=0.06)
         assert row["total"] == sum(row[kind] for kind in (*ranks[0].keys() - {"stage"}, "workspace"))
 
 

@@ -148,7 +148,7 @@ def kept(arch, parallel, every):
     return found
 
 
-@pytest.mark.default_cases("cp2")
+@pytest.mark.default_cases("tp2_sp", "cp2")
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2"])
 def test_kept_activations_are_as_estimated(layout):
     (world, parallel), every = LAYOUTS[layout], [NONE, FULL, BLOCK, DENSE]
@@ -156,7 +156,7 @@ def test_kept_activations_are_as_estimated(layout):
     for found in on_ranks(kept, world, parallel, arch, parallel, every):
         for performance, measured in zip(every, found, strict=True):
             setting = Setting(parallel, world, Dtype.bf16, 2, 32, Device.cpu, performance)
-            assert activations.stage(arch, setting, 0, 1) == pytest.approx(measured, rel=0.1), performance.recompute
+            assert activations.stage(arch, setting, 0, 1) == pytest.approx(measured, rel=0.06), performance.recompute
 
 
 def train(student, teacher, parallel, performance, out_dir, stop=None, hosted=False):
@@ -276,7 +276,6 @@ def test_the_loss_holds_as_many_logits_as_asked_for(pair):
     assert 4 * 2 * rows * tokens <= 1 << 20 < 4 * 2 * rows * 5000 / (chunks - 1)
 
 
-@pytest.mark.slow
 def test_steps_are_profiled(pair, tmp_path):
     profile = ProfileConfig(start=2, stop=3, ranks=[1])
     on_ranks(train, 2, ParallelConfig(), *pair, ParallelConfig(), PerformanceConfig(profile=profile), tmp_path / "run")

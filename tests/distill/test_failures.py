@@ -85,7 +85,6 @@ def test_bad_loss_stops_all_and_costs_nothing(tmp_path, pair):
     assert not (run / "failure.json").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pair", [True], indirect=True, ids=["tied"])
 def test_bad_losses_are_skipped_up_to_a_limit(tmp_path, pair):
     two, parallel = 2, ParallelConfig(tensor=2)

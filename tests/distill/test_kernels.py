@@ -59,8 +59,9 @@ def on_rank(cases: list[Case], given: list[cached_teacher.Case]) -> tuple[list, 
 
 
 def chosen(some: bool) -> tuple[dict[str, Case], dict[str, cached_teacher.Case]]:
-    """All cases, or one of each divergence, all of which have a label loss or a mask."""
+    """All cases, or one of each divergence and three of forward KL."""
     names = [name for name in CASES if name.endswith("mixed, masked") and "temperature" not in name]
+    names += ["lm only", "bf16", "a rank of padding only"]
     return ({name: CASES[name] for name in names}, {"20": GIVEN["20"]}) if some else (CASES, GIVEN)
 
 

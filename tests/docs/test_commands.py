@@ -46,6 +46,12 @@ def test_command(line):
     script = next((word for word in words if re.match(r"(launch|benchmarks|docs|tests)/.*\.(py|sbatch)$", word)), None)
     if words[0] == "make":
         assert set(words[1:]) <= TARGETS
+    elif words[0] == "minitron":
+        rest = [word for at, word in enumerate(words[1:], 1) if word != "--nproc" and words[at - 1] != "--nproc"]
+        if rest and rest[0] in compose.LAUNCH_FILES:
+            composed(rest[0], rest[1:])
+        else:  # minitron alone, its own options, the demo
+            assert not rest or rest[0] == "demo" or rest[0].startswith("--")
     elif words[0] == "pytest":
         assert all((ROOT / word.split("::")[0]).exists() for word in words[1:] if word.startswith("tests"))
     elif script and script.startswith("launch/"):
@@ -54,11 +60,16 @@ def test_command(line):
             composed(Path(script).stem, words[words.index(script) + 1 :])
     elif script:
         assert (ROOT / script).exists()
+    else:
+        assert words[:2] in (["torchrun", "--nproc-per-node"], ["python", "-m"]), line
 
 
 def composed(stage: str, overrides: list[str]) -> None:
     sweep = "--multirun" in overrides
     overrides = [word for word in overrides if not word.startswith(("--", "hydra/"))]
+    if any(word.startswith("hydra.searchpath=") for word in overrides):  # a reader's own recipe in their own folder
+        overrides = [word.replace("recipe=mine", "recipe=smollm2_115m") for word in overrides]
+        overrides = [word for word in overrides if not word.startswith("hydra.searchpath=")]
     if sweep:  # the first job
         overrides = [re.sub(r"^([^=\[{]+=[^,\[{]+),.*", r"\1", word) for word in overrides]
     with initialize_config_dir(str(compose.CONF), version_base="1.3"):

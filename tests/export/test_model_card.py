@@ -170,7 +170,7 @@ def test_a_chain_carries_every_plan(made, tmp_path):
 
 def test_a_corrected_teacher_is_told_too():
     """Its own way from the same parent, before the student that it taught."""
-    parent, corrected, pruned, student = ({"fingerprint": name} for name in "abcd")
+    parent, corrected, pruned, student = ({"path": f"/{name}", "fingerprint": name} for name in "abcd")
     convert = {"parents": {"huggingface": {}}}
     correct = {"parents": {"student": parent, "teacher": None}, "ancestry": convert, "teacher": None}
     prune = {"parents": {"source": parent}, "ancestry": convert}

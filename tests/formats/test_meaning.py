@@ -22,7 +22,7 @@ from tests.helpers.cutting import export
 from tests.helpers.launching import word_tokenizer
 
 ONE = ParallelConfig()
-FAST = ["llama31", "qwen3_moe_raw"]
+FAST = ["llama31", "nemotron", "qwen3_moe_raw"]
 GENERATED = 200  # cases a family
 
 

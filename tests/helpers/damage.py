@@ -84,7 +84,8 @@ def json_of(rng: random.Random, text: str) -> str:
 
 def of(rng: random.Random, name: str, data: bytes) -> bytes:
     """Damage values of the file's format in two cases of three, else bytes."""
-    with contextlib.suppress(Exception):  # already damaged, so that it cannot be parsed
+    # Already damaged, so that it cannot be parsed.
+    with contextlib.suppress(ValueError, EOFError, OSError, IndexError, pickle.UnpicklingError, struct.error):
         if name.endswith(".gz") and rng.random() < 0.7:
             return gzip.compress(of(rng, name[:-3], gzip.decompress(data)))
         if name.endswith(".metadata") and rng.random() < 0.7:

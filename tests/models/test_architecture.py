@@ -172,5 +172,5 @@ def test_another_model_than_the_config_names_is_refused(tmp_path):
         UserError, match="x is not the model that the config names: blocks is 5, not 9, vocab is 101, not 77"
     ):
         architecture.check_matches(arch, wanted, "x")
-    with pytest.raises(UserError, match="model.architecture is not one"):
+    with pytest.raises(UserError, match="model.architecture is invalid"):
         architecture.from_config({"family": "llama"})
