@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from minitron_mcore.cli import help
 from minitron_mcore.cli.compose import CONF, composition_error, normalize_overrides, resolve
 from minitron_mcore.config import ranges
-from minitron_mcore.config.stages import PipelineRun, ReportRun
+from minitron_mcore.config.stages import PipelineRun, ReportRun, TokenizeTextRun
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.parallel import rendezvous
 
@@ -38,7 +38,8 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         def run(raw: DictConfig) -> None:
             with _exit_on_error():  # here too, as Hydra prints a line of its own for what leaves this function
                 config = resolve(raw)
-                if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # these two plan themselves
+                if config.dry_run and not isinstance(config, PipelineRun | ReportRun | TokenizeTextRun):
+                    # The others plan themselves.
                     from minitron_mcore.cli import dry_run
 
                     dry_run.run(config)

@@ -16,7 +16,7 @@ from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
-from minitron_mcore.data import datasets
+from minitron_mcore.data import blend, datasets, token_cache
 from minitron_mcore.distill import cache, checks, tile_sizes
 from minitron_mcore.distill.teacher import read_head
 from minitron_mcore.errors import UserError, refuse
@@ -33,14 +33,14 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
     """Write the cache of `teacher` into `config.out_dir`, or resume a stopped run (collective).
 
     Raises:
-        UserError: see `checks.cache_problems`, `datasets.prepare` and `run_folder.claim_run_folder`; a folder with a cache of
+        UserError: see `checks.cache_problems`, `token_cache.prepare` and `run_folder.claim_run_folder`; a folder with a cache of
         another
             teacher or text.
     """
     refuse(checks.cache_problems(config, teacher.arch))
     with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
-        prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
-        order = datasets.SampleOrder(prefixes, weights, config.data.seed, config.sequence_length, config.samples)
+        prefixes, weights = token_cache.prepare(config.data, teacher.hf, teacher.arch.vocab)
+        order = datasets.SampleOrder.of(config.data, prefixes, weights, config.sequence_length, config.samples)
         writer = CacheWriter(config, teacher, order.digest())
         rows = writer.run(datasets.Samples(order, config.data.cache, teacher.arch.vocab))
     run_folder.finish(config.out_dir)
@@ -69,7 +69,7 @@ class CacheWriter:
             "file_samples": config.file_samples,
             "sequence_length": config.sequence_length,
             "order": order,
-            "data": config.data.train,
+            "data": blend.train_entries(config.data),
             "seed": config.data.seed,
             "teacher": run_folder.identity(teacher),
             "architecture": arch.to_json(),
@@ -172,7 +172,7 @@ class CacheWriter:
     def _outputs(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """Tensors [F, S, ...] of a file with these samples, on the rank that writes it; empty elsewhere (collective)."""
         size = self.config.micro_batch
-        batches = [dataset.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+        batches = [datasets.to_device(dataset.batch(rows[at : at + size])) for at in range(0, len(rows), size)]
         parts: list[dict[str, Tensor]] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:

@@ -13,7 +13,7 @@ from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
-from minitron_mcore.data import datasets
+from minitron_mcore.data import blend, datasets, token_cache
 from minitron_mcore.distill import loop, vocabulary
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.trainer import Trainer, check, fingerprint
@@ -46,7 +46,7 @@ def train(
             trainer; also when a run resumes right after one of them.
 
     Raises:
-        UserError: see `check_run`, `datasets.prepare`, `Cache.check` and `run_folder.claim_run_folder`.
+        UserError: see `check_run`, `token_cache.prepare`, `Cache.check` and `run_folder.claim_run_folder`.
     """
     config, first = configs[0], students[0]
     check_run(config, settings, students, teacher)
@@ -55,10 +55,10 @@ def train(
         resumed = [claims.enter_context(folder) for folder in folders]
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
-        prefixes, weights = datasets.prepare(config.data, first.hf, vocab)
-        text = {"files": config.data.train, "hash": datasets.data_hash(prefixes)}
+        prefixes, weights = token_cache.prepare(config.data, first.hf, vocab)
+        text = {"files": blend.train_entries(config.data), "hash": datasets.data_hash(prefixes)}
         if isinstance(teacher, Cache):
-            teacher.check(prefixes, weights, config.data.seed, settings.steps * settings.global_batch)
+            teacher.check(prefixes, weights, config.data, settings.steps * settings.global_batch)
         trainers: dict[Path, Trainer] = {}
         for each, student, is_resumed in zip(configs, students, resumed, strict=True):
             source = next((trainer.teacher for trainer in trainers.values()), None)

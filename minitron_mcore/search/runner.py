@@ -96,7 +96,7 @@ class SearchRunner:
             latency.check(source.arch, self.search.speed)
         refuse(ranges.text_files("data.heldout", config.data.heldout))
         if self.search.best:
-            refuse(ranges.text_files("data.train", config.data.train))
+            refuse(ranges.text_files("data.train", config.data.splits_file or config.data.train))
         with process_groups.raise_on_all_ranks():
             tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
             limits = Limits.of(config.data)
