@@ -104,7 +104,7 @@ class CacheWriter:
         if existing != {key: value for key, value in index.items() if key != "files"}:
             raise UserError(
                 f"{self.out_dir} has a cache of another teacher or of other text, from the same command: choose another "
-                "out_dir, or remove it."
+                "out_dir, or remove that folder."
             )
         return sorted(file.name for file in self.out_dir.glob("*.safetensors")), hashes
 
