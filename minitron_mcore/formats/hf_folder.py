@@ -325,4 +325,4 @@ def write_tokenizer_config(source: Path, target: Path) -> None:
     if portable == config:
         shutil.copyfile(source, target)
     else:
-        target.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(portable, indent=2) + "\n")

@@ -222,6 +222,7 @@ CLAIMS = {
     "a length": (lambda step: hostile.edit_index(step, index_claims), "bytes, but .metadata asks for bytes"),
     "a part twice": (lambda step: hostile.edit_index(step, overlap), "has holes"),
     "a memo index": (lambda step: (step / ".metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\xff."), "no|damaged"),
+    "a bytearray": (lambda step: (step / ".metadata").write_bytes(b"\x80\x05\x96" + bytes(5) + b"\xff\0\0."), "KeyError"),
     "a compressed tensor": (lambda step: hostile.put_item(step, KEY, hostile.bomb(1 << 22)), "__9_0.distcp: .*claims to hold"),
     "not a torch file": (lambda step: hostile.put_item(step, KEY, b"x" * 999), "__9_0.distcp: BadZipFile"),
 }  # fmt: skip
