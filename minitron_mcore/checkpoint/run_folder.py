@@ -15,7 +15,6 @@ an interrupted run leaves its last complete step.
 """
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -32,6 +31,7 @@ import torch.distributed as dist
 import yaml
 
 from minitron_mcore.checkpoint import disk, safe_metadata, sharded
+from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
 from minitron_mcore.config.identity import differences
 from minitron_mcore.errors import NotFinite, UserError
@@ -159,16 +159,6 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     out_dir.mkdir(parents=True, exist_ok=True)
     replace_text(config_file, yaml.safe_dump(config, sort_keys=False))
     return (out_dir / "latest").is_file()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically. With several writers, the last one wins."""
-    part = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def describe(
