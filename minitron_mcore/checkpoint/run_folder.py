@@ -15,7 +15,6 @@ an interrupted run leaves its last complete step.
 """
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -32,7 +31,9 @@ import torch.distributed as dist
 import yaml
 
 from minitron_mcore.checkpoint import disk, safe_metadata, sharded
+from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
+from minitron_mcore.config.identity import differences
 from minitron_mcore.errors import NotFinite, UserError
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -145,27 +146,19 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     if not config_file.is_file() and any(files):
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if config_file.is_file():
-        same = read_yaml(config_file, f"choose another out_dir, or remove {out_dir}") == config
-        if not same or (not resume and (out_dir / COMPLETE).is_file()):
+        changes = differences(read_yaml(config_file, f"choose another out_dir, or remove {out_dir}"), config)
+        if changes:
             raise UserError(
-                f"out_dir {out_dir} already holds {'this finished' if same else 'another'} run ({config_file}): "
-                "choose another out_dir, or remove it."
+                f"out_dir {out_dir} already holds another run ({'; '.join(changes)}): give the old values, choose another "
+                "out_dir, or remove it."
             )
+        if not resume and (out_dir / COMPLETE).is_file():
+            raise UserError(f"out_dir {out_dir} already holds this finished run: choose another out_dir, or remove it.")
         if not resume:
             shutil.rmtree(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     replace_text(config_file, yaml.safe_dump(config, sort_keys=False))
     return (out_dir / "latest").is_file()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically. With several writers, the last one wins."""
-    part = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def describe(

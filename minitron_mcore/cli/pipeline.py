@@ -10,7 +10,7 @@ from typing import Any
 
 from minitron_mcore.checkpoint.run_folder import COMPLETE
 from minitron_mcore.cli.compose import LAUNCH, compose, group_options, search_path
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, PipelineRun, StageRun
 from minitron_mcore.errors import UserError
@@ -108,7 +108,7 @@ def is_finished(run: StageRun) -> bool:
     """Whether a stage's folder holds the complete result of this run."""
     folder = Path(run.out_dir)
     remedy = f"remove {folder} and run again"
-    return (folder / COMPLETE).is_file() and read_yaml(folder / "config.yaml", remedy) == run_identity(run)
+    return (folder / COMPLETE).is_file() and not differences(read_yaml(folder / "config.yaml", remedy), resolved(run))
 
 
 def _check_input(path: Path, reader: str) -> None:
