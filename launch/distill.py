@@ -23,12 +23,9 @@ def main(config: DistillRun) -> None:
         dataclasses.replace(config, student=student, students=None, out_dir=f"{config.out_dir}/{name}")
         for name, student in (config.students or {}).items()
     ]
-    with process_groups.distributed_context(
-        config.parallel,
-        config.seed,
+    with process_groups.stage_context(
+        config,
         settings.sequence_length,
-        hang_minutes=max(settings.hang_minutes, settings.save_minutes),
-        timeout_minutes=config.performance.nccl_timeout_minutes,
         teacher_ranks=settings.teacher_ranks,
         teacher_parallel=settings.teacher_parallel,
     ):

@@ -251,10 +251,6 @@ class TrainConfig:
     """Reaction to a loss or gradient that is not finite."""
     bad_loss_limit: int = changeable(10)
     """Most consecutive steps that on_bad_loss=skip skips."""
-    hang_minutes: float = changeable(10.0)
-    """Time without progress after which the run ends and names the ranks that the others waited for."""
-    save_minutes: float = changeable(60.0)
-    """The same limit while a checkpoint is written, if longer."""
     async_save: bool | None = changeable(None)
     """Copy a checkpoint to host memory and write it while training continues; null does so on CUDA."""
 

@@ -19,7 +19,7 @@ from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.trainer import Trainer, check, fingerprint
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import layer_spec
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reporting import plots, tables
 
@@ -47,6 +47,7 @@ def train(
 
     Raises:
         UserError: see `check_run`, `datasets.prepare`, `Cache.check` and `run_folder.claim_run_folder`.
+        Stopped: on all ranks, after a signal; all students are saved.
     """
     config, first = configs[0], students[0]
     check_run(config, settings, students, teacher)
@@ -84,12 +85,14 @@ def train(
             for number, trainer in enumerate(trainers.values()):
                 if on_eval and trainer.step == stop:
                     on_eval(number, trainer)
-            if on_eval and behind.step < stop:  # stopped by a signal
+            if is_stopped := behind.step < min(settings.steps, stop or settings.steps):
                 break
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
             if trainer.step == settings.steps:
                 run_folder.finish(folder)
             _show(folder, student, rows)
+        if is_stopped:
+            raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
 
 
 def check_run(

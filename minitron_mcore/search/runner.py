@@ -36,7 +36,7 @@ from minitron_mcore.evaluation import perplexity
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.pruning import apply
 from minitron_mcore.search import latency
 from minitron_mcore.search.results import collect, write
@@ -113,6 +113,10 @@ class SearchRunner:
     def run(self) -> None:
         """Measure, train, and write the results (collective); returns early at search.stop_after."""
         self._prepare_folder()
+        with stop_signal.at_stop_points():
+            self._run()
+
+    def _run(self) -> None:
         measured = self._measure()
         if len(measured) == self.total and self.remaining > 0:
             self._train(measured)
@@ -140,6 +144,7 @@ class SearchRunner:
         progress = process_groups.Progress("candidates", self.total, "candidates")
         candidate = next(proposals, None)
         while candidate and self.remaining > 0:
+            stop_signal.stop_point(f"after {len(results)} of {self.total} candidates are measured")
             measured = self.store.read(candidate, MEASURED)
             if not measured and self._in_shard(number):
                 measured = self._measure_candidate(candidate)
@@ -186,6 +191,7 @@ class SearchRunner:
             students = students[: int(min(self.remaining, len(students)))]
             if not students:
                 break
+            stop_signal.stop_point(f"before the training of {students[0].name}")
             names = ", ".join(candidate.name for candidate in students)
             process_groups.log(f"training {names}; {len(own)} of this shard's candidates are not trained yet")
             self._train_candidates(students)
