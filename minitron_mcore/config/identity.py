@@ -29,6 +29,8 @@ def run_identity(config: StageRun) -> dict[str, Any]:
     for section in ("correct", "distill", "search", "data"):
         for key in _UNIDENTIFYING:
             data.get(section, {}).pop(key, None)
+    for section in ("correct", "distill"):  # search.eval_every decides which losses a search records
+        data.get(section, {}).pop("eval_every", None)
 
     def simple(value: Any) -> Any:
         if isinstance(value, dict):

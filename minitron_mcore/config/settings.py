@@ -243,6 +243,9 @@ class TrainConfig:
     """Steps between two lines of the log."""
     save_every: int = 500
     """Steps between two checkpoints."""
+    eval_every: int | None = None
+    """Steps between two measurements of the loss on `data.heldout` (windows as in `evaluate`), also after the last step; null
+    measures none. The checkpoint with the lowest loss is kept."""
     stop_after: int | None = None
     """Save and stop after this step; the same command without this setting resumes."""
     on_bad_loss: BadLoss = BadLoss.stop
