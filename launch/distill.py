@@ -16,6 +16,7 @@ def main(config: DistillRun) -> None:
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import cache, remote_teacher, run
     from minitron_mcore.estimate import announce
+    from minitron_mcore.evaluation import heldout
     from minitron_mcore.parallel import process_groups
 
     settings = config.distill
@@ -37,7 +38,8 @@ def main(config: DistillRun) -> None:
         teacher = cache.open_teacher(config.teacher) if settings.needs_teacher else None
         run.check_run(runs[0], settings, students, teacher)
         announce.print_memory(runs[0], settings, students, teacher)
-        run.train(runs, settings, students, teacher)
+        text = heldout.HeldOut(config, students[0]) if settings.eval_every else None
+        run.train(runs, settings, students, teacher, text)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,9 @@ class TrainConfig:
     """Steps between two lines of the log."""
     save_every: int = changeable(500)
     """Steps between two checkpoints."""
+    eval_every: int | None = changeable(None)
+    """Steps between two measurements of the loss on `data.heldout` (windows as in `evaluate`), also after the last step; null
+    measures none. The checkpoint with the lowest loss is kept."""
     stop_after: int | None = changeable(None)
     """Save and stop after this step; the same command without this setting resumes."""
     on_bad_loss: BadLoss = changeable(BadLoss.stop)

@@ -3,8 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from minitron_mcore.config import ranges
-from minitron_mcore.config.settings import DistillConfig, Divergence, HiddenStateLossConfig, ParallelConfig
-from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
+from minitron_mcore.config.settings import (
+    DistillConfig,
+    Divergence,
+    HiddenStateLossConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from minitron_mcore.config.stages import CacheKind, Run, TeacherCacheRun
 from minitron_mcore.distill import vocabulary
 from minitron_mcore.distill.loss_config import LossConfig
 from minitron_mcore.models import sharding
@@ -128,6 +134,27 @@ def problems(
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
     yield from divergence(config, vocabulary.shared(student, teacher))
+
+
+def heldout_problems(config: Run, training: TrainConfig, student: Architecture) -> Iterator[str]:
+    """Problems of measuring the student on the held-out text every `training.eval_every` steps."""
+    if training.eval_every is None:
+        return
+    length, unit = config.evaluate.sequence_length, layout.sequence_unit(config.parallel)
+    yield from ranges.at_least(1, {"eval_every": training.eval_every})
+    yield from ranges.text_files("data.heldout", config.data.heldout)
+    yield from ranges.evaluation(config.evaluate)
+    yield from ranges.positions("evaluate.sequence_length", length, student=student.max_positions)
+    if length % unit:
+        yield (
+            f"evaluate.sequence_length is {length}, but the layout shards sequences of a multiple of {unit} tokens: give "
+            f"{-(-length // unit) * unit}."
+        )
+    if config.performance.tp_comm_overlap:
+        yield (
+            "performance.tp_comm_overlap has buffers for the shape of the training's micro-batches, which held-out windows do not "
+            "have: give eval_every null, or turn it off."
+        )
 
 
 def divergence(config: DistillConfig | LossConfig, vocab: int) -> Iterator[str]:
