@@ -14,7 +14,7 @@ SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_da
 
 _UNIDENTIFYING = (
     *("stop_after", "shard", "shards", "students_per_pass"),
-    *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes", "async_save"),
+    *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes", "async_save", "keep_last", "keep_every"),
     *("line_mb", "file_mb"),
 )
 """Settings that change neither the result nor the numbers on the way: pauses, shares of the work, reactions to failures, limits."""

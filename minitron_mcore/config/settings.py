@@ -243,6 +243,10 @@ class TrainConfig:
     """Steps between two lines of the log."""
     save_every: int = 500
     """Steps between two checkpoints."""
+    keep_last: int = 2
+    """Number of the newest checkpoints that are kept. An older one is removed after a newer one is complete on disk."""
+    keep_every: int | None = None
+    """Also keep the checkpoints of the steps that this number divides; null keeps none of them."""
     stop_after: int | None = None
     """Save and stop after this step; the same command without this setting resumes."""
     on_bad_loss: BadLoss = BadLoss.stop
