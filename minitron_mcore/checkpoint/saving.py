@@ -217,14 +217,16 @@ class _Writer(FileSystemWriter):
         while first and copied + (size := sum(map(_item_bytes, files[first - 1][1]))) <= self.strategy.copy_bytes:
             first, copied = first - 1, copied + size
         try:
-            self._results = self._write_all(files[:first], planner.resolve_data)
+            progress = process_groups.Progress(self.strategy.name, first, "files")
+            self._results = self._write_all(files[:first], planner.resolve_data, progress.update)
             copies = {item.index: _copied(planner.resolve_data(item)) for _, items in files[first:] for item in items}
         except Exception as error:
             self._error = error
             return
         if copies:
             pool = ThreadPoolExecutor(1)
-            self._thread = pool.submit(self._write_all, files[first:], lambda item: copies.pop(item.index))
+            # Without progress, which would count as the main thread's (see `hang_watchdog.beat`).
+            self._thread = pool.submit(self._write_all, files[first:], lambda item: copies.pop(item.index), int)
             pool.shutdown(wait=False)
 
     def is_done(self) -> bool:
@@ -236,12 +238,13 @@ class _Writer(FileSystemWriter):
             raise self._error
         return self._results + (self._thread.result() if self._thread else []), self._files
 
-    def _write_all(self, files: list[tuple[str, list]], resolve: Callable) -> list:
-        progress, results = process_groups.Progress(self.strategy.name, len(files), "files"), []
+    def _write_all(self, files: list[tuple[str, list]], resolve: Callable, update: Callable[[int], object]) -> list:
+        """Results of the files' items; `update` is called with the number of written files."""
+        results = []
         with ThreadPoolExecutor(disk.THREADS) as pool:
             for done, written in enumerate(pool.map(partial(self._write, resolve), files), 1):
                 results += written
-                progress.update(done)
+                update(done)
         return results
 
     def _write(self, resolve: Callable, file: tuple[str, list]) -> list:

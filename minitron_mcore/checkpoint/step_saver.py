@@ -9,6 +9,7 @@ from minitron_mcore.checkpoint import disk, saving, steps
 from minitron_mcore.config.settings import TrainConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import hang_watchdog, process_groups
+from minitron_mcore.parallel.hang_watchdog import Phase
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
@@ -35,7 +36,7 @@ class StepSaver:
         """
         self.finish()
         copied = _copy_bytes(state, gradient_bytes) if self.background else 0
-        with self._waiting():
+        with self._waiting(step):
             self._save = saving.StepSave(out_dir, step, state, f"save step {step}", copy_bytes=copied)
         if not self.background:
             self.finish()
@@ -51,7 +52,7 @@ class StepSaver:
         if not self._save or not (wait or self._save.is_written()):
             return
         save, self._save = self._save, None
-        with self._waiting():
+        with self._waiting(save.step.number):
             save.finish()
             if process_groups.rank() == 0:
                 self._remove_old(save.step)
@@ -69,9 +70,9 @@ class StepSaver:
         return figures
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self, step: int) -> Iterator[None]:
         start = time.monotonic()
-        with hang_watchdog.extended_timeout(self.config.save_minutes):
+        with hang_watchdog.phase(Phase.save, lambda: f"the save of step {step}"):
             yield
         self._waited += time.monotonic() - start
 
@@ -86,7 +87,8 @@ class StepSaver:
 def _copy_bytes(state: dict, gradient_bytes: int) -> int:
     """Host memory on this rank for the copies of a background save.
 
-    On a CPU a quarter of weights, gradients and optimizer, or `disk.MIN_COPY_BYTES`; on CUDA half of what the host's ranks have free.
+    On a CPU a quarter of weights, gradients and optimizer, or `disk.MIN_COPY_BYTES`; on CUDA half of the rank's part of what the
+    host has free.
     """
     if process_groups.device().type == "cuda":
         return process_groups.free_host_bytes() // 2

@@ -57,6 +57,6 @@ def _print_checkpoints(config: StageRun, figures: dict[str, float]) -> None:
     tables.table("checkpoints", [checkpoints.table_row(figures)], notes)
     if figures["disk"] > free:
         process_groups.log(
-            f"warning: checkpoints will take {figures['disk'] / 1e9:.3g} GB, but {free / 1e9:.3g} are free: free space, or keep fewer "
-            "(keep_last, keep_every)."
+            f"warning: checkpoints will take {figures['disk'] / 1e9:.3g} GB, but {free / 1e9:.3g} are free: make room, or keep "
+            "fewer (keep_last, keep_every)."
         )
