@@ -245,6 +245,10 @@ class TrainConfig:
     """Steps between two lines of the log."""
     save_every: int = changeable(500)
     """Steps between two checkpoints."""
+    keep_last: int = changeable(2)
+    """Number of the newest checkpoints that are kept. An older one is removed after a newer one is complete on disk."""
+    keep_every: int | None = changeable(None)
+    """Also keep the checkpoints of the steps that this number divides; null keeps none of them."""
     eval_every: int | None = changeable(None)
     """Steps between two measurements of the loss on `data.heldout` (windows as in `evaluate`), also after the last step; null
     measures none. The checkpoint with the lowest loss is kept."""

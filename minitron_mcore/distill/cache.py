@@ -92,10 +92,6 @@ class Cache(Checkpoint):
     index: dict
 
     @property
-    def step_dir(self) -> Path:
-        return self.path / self.index["teacher"]["step"]
-
-    @property
     def hf(self) -> Path:
         return self.folder / "hf"
 
@@ -201,7 +197,9 @@ def open_teacher(path: str | Path) -> Checkpoint:
         check_format_version(index, path / INDEX, "write the teacher cache again")
         teacher, num_files = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = architecture.from_json(index["architecture"], path / INDEX)
-        cache = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
+        cache = Cache(
+            Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], teacher["step"], path, index
+        )
         written = sum(name != HEAD for name in index["files"])
         _check_index(index, cache.kind, arch)
     if written < num_files:

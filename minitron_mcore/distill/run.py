@@ -66,7 +66,7 @@ def train(
             )
             trainers[Path(each.out_dir)] = trainer
             if is_resumed:
-                trainer.resume(run_folder.open_checkpoint(each.out_dir))
+                trainer.resume(Path(each.out_dir))
                 process_groups.log(f"resuming after step {trainer.step} of {each.out_dir}")
             _describe(each, settings, student, teacher, text)
         behind = min(trainers.values(), key=lambda trainer: trainer.step)

@@ -171,7 +171,7 @@ def sharded(folder: Path) -> None:
 def resumed(folder: Path) -> None:
     with run_folder.claim_run_folder(folder, RUN, resume=True):
         resumed_trainer = trainer(BASE / "convert")
-        resumed_trainer.resume(open_checkpoint(folder))
+        resumed_trainer.resume(folder)
         MetricsWriter(folder, resumed_trainer.step).close()
 
 
@@ -296,6 +296,7 @@ def reseal(folder: Path) -> None:
         try:
             content = json.loads(manifest.read_text())
             kept = {n: disk.sha256(manifest.parent / n) for n in content["files"] if (manifest.parent / n).is_file()}
+            content.pop("sizes", None)
             manifest.write_text(json.dumps(content | {"files": kept}))
         except (ValueError, TypeError, KeyError, RecursionError, AttributeError, OSError):
             pass
@@ -321,11 +322,9 @@ KINDS = {
     "GGUF": Kind("plain", "*.gguf", lambda f: weights(f, f / "model.gguf", f / "model.gguf")),
     "GGUF, sentencepiece": Kind("words", "*.gguf", lambda f: weights(f, f / "model.gguf", f / "model.gguf")),
     "GPTModel checkpoint": Kind("gpt", "*.txt release/.metadata release/*", lambda f: weights(f, BASE / "hf", f)),
-    "checkpoint": Kind("convert", "model.json latest step*/.metadata step*/*", sharded),
+    "checkpoint": Kind("convert", "model.json step*/.metadata step*/*", sharded),
     "checkpoint, sealed": Kind("convert", "step*/.metadata step*/*.distcp", sharded, True),
-    "resume": Kind(
-        "delivery/run", "config.yaml latest model.json metrics.jsonl step*/.metadata step*/*", resumed, True
-    ),
+    "resume": Kind("delivery/run", "config.yaml model.json metrics.jsonl step*/.metadata step*/*", resumed, True),
     "export": Kind("delivery", "*/*.json* run/hf/*.json run/hf/*.md", delivered),
     ".bin and .idx": Kind("text", "*.bin *.idx", token_files),
     "order of samples": Kind("ordered", "cache/*/*", token_files),
