@@ -13,6 +13,7 @@ def main(config: CorrectRun) -> None:
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import run
     from minitron_mcore.estimate import announce
+    from minitron_mcore.evaluation import heldout
     from minitron_mcore.parallel import process_groups
 
     settings = DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
@@ -20,7 +21,8 @@ def main(config: CorrectRun) -> None:
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         run.check_run(config, settings, [source], teacher=None)
         announce.print_memory(config, settings, [source], teacher=None)
-        run.train([config], settings, [source], teacher=None)
+        text = heldout.HeldOut(config, source) if settings.eval_every else None
+        run.train([config], settings, [source], None, text)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class PointLog:
         first, *lines = read_json_lines(self.path, remedy) or [{}]
         if first != subject:
             raise UserError(
-                f"{self.path} has points of another model, text or questions: choose another out_dir, or remove it."
+                f"{self.path} has points of another model, text or questions: choose another out_dir, or remove that file."
             )
         names = FIGURES if has_accuracy else [name for name in FIGURES if name != "accuracy"]
         with damage_as_user_error(self.path, remedy):

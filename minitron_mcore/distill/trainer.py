@@ -283,15 +283,19 @@ class Trainer:
         parameters = [*(chunk.sharded_state_dict() for chunk in self.model.chunks), states]
         return self.optimizer.sharded_state_dict(parameters, is_loading=loading)
 
+    def gather_weights(self) -> None:
+        """Complete the gathers of updated weights that overlap_param_gather leaves to the next forward pass (collective)."""
+        if self.performance.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def save(self, out_dir: Path) -> None:
         """Write a checkpoint of this step (collective).
 
         Pieces are written directly from the tensors; or the tensors are copied, and written in the background until `finish_save`.
         """
         self.finish_save()
-        if self.performance.overlap_param_gather:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
+        self.gather_weights()
         if self.config.distributed_optimizer:
             optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, self._shards())
         else:

@@ -148,6 +148,9 @@ def test_routers_and_norms_that_megatron_core_would_refuse():
         dataclasses.replace(ARCH, experts_per_token=1, **experts)
     for fine in ({"experts_per_token": 2}, {"experts_per_token": 1, "normalize_experts": False}):
         assert dataclasses.replace(ARCH, **experts, **fine).experts == 4
+    for family, count in (("llama", 4), ("mixtral", 0)):
+        with pytest.raises(UserError, match=f"experts is {count}, but {family} is "):
+            dataclasses.replace(ARCH, family=family, experts=count)
     merged = PruneConfig(heads=4, merge_heads=True)
     assert target_architecture(ARCH, merged).heads == 4
     with pytest.raises(UserError, match=r"prune\.merge_heads .* Qwen3ForCausalLM"):
