@@ -57,9 +57,10 @@ class HeldOutLosses:
         """
         self.text, self.path, self.losses = text, out_dir / BEST, {}
         with process_groups.raise_on_all_ranks():
-            if process_groups.rank() == 0:
-                earlier = losses(out_dir, text.identity)
-                self.losses = {n: loss for n, loss in earlier.items() if n <= step}
+            earlier = losses(out_dir, text.identity) if process_groups.rank() == 0 else {}
+        measured = [{n: loss for n, loss in earlier.items() if n <= step}]
+        dist.broadcast_object_list(measured, src=0)
+        self.losses = measured[0]
 
     def measure(self, trainer: Trainer) -> tuple[float, bool]:
         """Loss of the student after this step in nats a token, and whether it is the lowest so far; from rank 0 (collective)."""
@@ -67,6 +68,7 @@ class HeldOutLosses:
         loss = self.text.loss(trainer.model, trainer.arch)
         outcome = [(loss, process_groups.rank() == 0 and self._record(trainer.step, loss))]
         dist.broadcast_object_list(outcome, src=0)
+        self.losses[trainer.step] = outcome[0][0]
         return outcome[0]
 
     def _record(self, step: int, loss: float) -> bool:
