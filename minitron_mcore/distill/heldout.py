@@ -1,6 +1,7 @@
 """Measures students in training on held-out text, and records the step with the lowest loss.
 
-out_dir/best.json   step and heldout_loss of the lowest; text: what was measured; measured: loss by step
+out_dir/best.json   step and heldout_loss of the lowest; previous: the step that was the lowest before it, or null, which stays on
+                    disk until `step` is saved; text: what was measured; measured: loss by step
 """
 
 import json
@@ -33,6 +34,11 @@ def losses(out_dir: Path, text: dict[str, Any] | None = None) -> dict[int, float
     with damage_as_user_error(path, "remove it"):
         same = text is None or record["text"] == text
         return {int(n): float(loss) for n, loss in record["measured"].items()} if same else {}
+
+
+def lowest_step(losses: dict[int, float]) -> int:
+    """The earliest step with the lowest loss."""
+    return min(losses, key=lambda step: (losses[step], step))
 
 
 class HeldOutText(Protocol):
@@ -75,7 +81,9 @@ class HeldOutLosses:
         process_groups.log(f"held-out loss after step {step}: {loss:.4f}{' (the lowest)' if is_lowest else ''}")
         if math.isfinite(loss):
             self.losses[step] = loss
-            lowest = min(self.losses, key=self.losses.__getitem__)
-            record = {"step": lowest, "heldout_loss": self.losses[lowest], "text": self.text.identity}
+            lowest = lowest_step(self.losses)
+            before = {n: loss for n, loss in self.losses.items() if n < lowest}
+            record = {"step": lowest, "heldout_loss": self.losses[lowest]}
+            record |= {"previous": lowest_step(before) if before else None, "text": self.text.identity}
             run_folder.replace_text(self.path, json.dumps(record | {"measured": self.losses}))
         return is_lowest
