@@ -17,13 +17,7 @@ def main(config: CorrectRun) -> None:
     from minitron_mcore.parallel import process_groups
 
     settings = DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
-    with process_groups.distributed_context(
-        config.parallel,
-        config.seed,
-        settings.sequence_length,
-        hang_minutes=max(settings.hang_minutes, settings.save_minutes),
-        timeout_minutes=config.performance.nccl_timeout_minutes,
-    ):
+    with process_groups.stage_context(config, settings.sequence_length):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         run.check_run(config, settings, [source], teacher=None)
         announce.print_memory(config, settings, [source], teacher=None)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import platform
 from pathlib import Path
 
 # Of a checkpoint's tensors. Small enough for the C library to reuse the memory: fresh pages cost four times as much as copying
@@ -33,3 +34,21 @@ class NewFile(io.BufferedWriter):
                 os.fsync(self.fileno())
             finally:
                 super().close()
+
+
+def sync_folder(path: Path) -> None:
+    """Return when the names in a folder are on disk: after a crash its new and renamed files are there."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file's content atomically; it is on disk when this returns. With several writers, the last one wins."""
+    part = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+    with NewFile(part) as file:
+        file.write(text.encode())
+    os.replace(part, path)
+    sync_folder(path.parent)

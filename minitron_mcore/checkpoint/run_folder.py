@@ -8,14 +8,14 @@
       plans/           plans of the ancestors, named by digest
       step_0000000/    Megatron distributed checkpoint; tensors have the parameter table's keys and unpadded global shapes
       latest           name of the newest complete step, replaced atomically
-      .complete        the run has finished
+      inputs.json      path and fingerprint of each input (see `stage_record`)
+      .complete        the run has finished; manifest of its files
 
 The content is independent of the parallel layout that wrote it. `latest` changes only after a step is on disk and hashed, so
 an interrupted run leaves its last complete step.
 """
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -31,17 +31,18 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from minitron_mcore.checkpoint import disk, safe_metadata, sharded
+from minitron_mcore.checkpoint import disk, safe_metadata, sharded, stage_record
+from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
-from minitron_mcore.errors import NotFinite, UserError
+from minitron_mcore.checkpoint.stage_record import COMPLETE
+from minitron_mcore.config.identity import differences
+from minitron_mcore.errors import NotFinite, UserError, refuse
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json, read_yaml
 
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
-
-COMPLETE = ".complete"
 
 
 @dataclass(frozen=True)
@@ -133,39 +134,33 @@ def claim_run_folder(out_dir: str | Path, config: dict, resume: bool = False) ->
 
 def finish(out_dir: str | Path) -> None:
     """Mark a run as finished (rank 0). Resumable runs call this themselves after their last step."""
-    mark = Path(out_dir) / COMPLETE
-    if process_groups.rank() == 0 and not mark.is_file():  # its modification time orders stages
-        mark.touch()
+    if process_groups.rank() == 0:
+        stage_record.finish(out_dir)
 
 
 def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     """Returns True if a run in the folder is to be resumed."""
-    config_file = out_dir / "config.yaml"
+    config_file, present = out_dir / "config.yaml", stage_record.inputs(config)
     files = (path for path in out_dir.glob("*") if path.suffix != ".part")  # another process may be claiming it too
     if not config_file.is_file() and any(files):
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if config_file.is_file():
-        same = read_yaml(config_file, f"choose another out_dir, or remove {out_dir}") == config
-        if not same or (not resume and (out_dir / COMPLETE).is_file()):
+        changes = differences(read_yaml(config_file, f"choose another out_dir, or remove {out_dir}"), config)
+        if changes:
             raise UserError(
-                f"out_dir {out_dir} already holds {'this finished' if same else 'another'} run ({config_file}): "
-                "choose another out_dir, or remove it."
+                f"out_dir {out_dir} already holds another run ({'; '.join(changes)}): give the old values, choose another "
+                "out_dir, or remove it."
             )
-        if not resume:
+        if not resume and (out_dir / COMPLETE).is_file():
+            raise UserError(f"out_dir {out_dir} already holds this finished run: choose another out_dir, or remove it.")
+        if resume:
+            refuse(stage_record.changed_inputs(out_dir, present))
+        else:
             shutil.rmtree(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     replace_text(config_file, yaml.safe_dump(config, sort_keys=False))
+    stage_record.record_inputs(out_dir, present)
     return (out_dir / "latest").is_file()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically. With several writers, the last one wins."""
-    part = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def describe(

@@ -112,8 +112,7 @@ def problems(
     `teacher_problems` and `state_problems`."""
     names = ("steps", "global_batch", "micro_batch", "sequence_length", "teacher_ahead")
     sizes = {name: getattr(config, name) for name in names}
-    small = {name: size for name, size in sizes.items() if size < 1}
-    yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
+    yield from (small := list(ranges.at_least(1, sizes | {"bad_loss_limit": config.bad_loss_limit})))
     # The interleaved schedule needs a multiple of the pipeline ranks.
     group = parallel.pipeline if parallel.virtual > 1 else 1
     unit = config.micro_batch * dp_size * group
@@ -125,8 +124,6 @@ def problems(
         )
     if not 0 <= config.warmup_steps < config.steps:
         yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."
-    if config.bad_loss_limit < 1:
-        yield f"bad_loss_limit is {config.bad_loss_limit}; it must be at least 1."
     yield from ranges.training(config)
     yield from ranges.not_negative({"kd_weight": config.kd_weight, "lm_weight": config.lm_weight})
     yield from ranges.positions(
@@ -202,9 +199,8 @@ def top_k_teacher(k: int, config: DistillConfig | LossConfig) -> Iterator[str]:
 
 def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
     """Problems of the config of a teacher's cache."""
-    for name in ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples"):
-        if getattr(config, name) < 1:
-            yield f"{name} is {getattr(config, name)}; it must be at least 1."
+    names = ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples")
+    yield from ranges.at_least(1, {name: getattr(config, name) for name in names})
     yield from ranges.positions("sequence_length", config.sequence_length, teacher=teacher.max_positions)
     if config.kind == CacheKind.topk and not 1 <= config.top_k < teacher.vocab:
         yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."

@@ -67,6 +67,12 @@ class HeldOutLosses:
                 earlier = losses(out_dir, text.identity)
                 self.losses = {n: loss for n, loss in earlier.items() if n <= step}
 
+    def has_measured(self, step: int) -> bool:
+        """Whether the loss after this step is known; from rank 0 (collective)."""
+        known = [step in self.losses]
+        dist.broadcast_object_list(known, src=0)
+        return known[0]
+
     def measure(self, trainer: Trainer) -> tuple[float, bool]:
         """Loss of the student after this step in nats a token, and whether it is the lowest so far; from rank 0 (collective)."""
         trainer.gather_weights()

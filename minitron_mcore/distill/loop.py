@@ -1,14 +1,10 @@
 """The distillation loop, for one student or several that share the teacher's hidden states."""
 
 import json
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from minitron_mcore.checkpoint import run_folder
@@ -16,8 +12,8 @@ from minitron_mcore.distill import failures
 from minitron_mcore.distill.heldout import HeldOutLosses, HeldOutText
 from minitron_mcore.distill.profile import StepProfiler
 from minitron_mcore.distill.trainer import Trainer
-from minitron_mcore.errors import NotFinite
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.errors import NotFinite, Stopped
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import damage_as_user_error, read_json_lines
 
@@ -38,7 +34,8 @@ def train(
         heldout_text: measured every `config.eval_every` steps and after the last, in the figures as "heldout_loss".
 
     Returns:
-        For each trainer, the figures of the steps that this call ran, without skipped ones.
+        For each trainer, the figures of the steps that this call ran, without skipped ones. After a signal on any rank the call
+        ends with the running step, saved: the trainers then have fewer steps than asked for.
 
     Raises:
         NotFinite: see `failures.Guard`; all students are saved after their last good step.
@@ -48,11 +45,13 @@ def train(
     config, teacher, first = behind.config, behind.teacher, behind.step
     last = min(config.steps, config.stop_after or config.steps)
     per_step = config.global_batch // (config.micro_batch * process_groups.dp_group().size())
-    progress, stop = process_groups.Progress("train", last - first, "steps"), _Stop()
+    progress = process_groups.Progress("train", last - first, "steps")
     profiler = StepProfiler(behind.performance.profile, out_dir)
-    with failures.hang_watchdog(config.hang_minutes, lambda: behind.step + 1, out_dir):
+    with stop_signal.at_stop_points(), failures.watched_steps(lambda: behind.step + 1, out_dir):
+        for student_run in student_runs:
+            student_run.measure()  # if a signal stopped the measurement of the step that this run resumes after
         for step in range(first, last):
-            if stop.stop_on_all_ranks():
+            if stop_signal.requested_on_any_rank():
                 break
             profiler.before(step + 1)
             micro_batches = [next(batches) for _ in range(per_step)]
@@ -65,7 +64,7 @@ def train(
                     for student_run in student_runs
                     if student_run.trainer.step == step
                 ]
-            except NotFinite:
+            except (NotFinite, Stopped):
                 for student_run in student_runs:
                     student_run.save()
                     student_run.trainer.finish_save()
@@ -76,8 +75,6 @@ def train(
             student_run.save()
             student_run.trainer.finish_save()
             student_run.close()
-        if behind.step < last:
-            process_groups.log(f"stopped by a signal: saved step {behind.step}; the same command continues from there")
     return [student_run.history for student_run in student_runs]
 
 
@@ -100,24 +97,33 @@ class StudentRun:
             trainer.skip_step()
         trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
-        heldout, is_lowest = self.measure()
         if figures:
-            figures |= heldout
             self.history.append(figures)
-            if self.metrics and (trainer.step % config.log_every == 0 or last or heldout):
+        try:
+            is_lowest = self.measure(figures)
+        finally:  # a signal may stop the measurement
+            if figures and self.metrics and (trainer.step % config.log_every == 0 or last or "heldout_loss" in figures):
                 self.metrics.write(figures)
         if trainer.step % config.save_every == 0 or last or is_lowest:
             self.save()
         return _progress(figures) + self.heldout_message if figures else ""
 
-    def measure(self) -> tuple[dict[str, float], bool]:
-        """The held-out loss where this step is due, and whether it is the lowest so far (collective)."""
+    def measure(self, figures: dict[str, float] | None = None) -> bool:
+        """Add the held-out loss to `figures` if it is due after this step and not measured yet (collective).
+
+        Returns:
+            Whether it is the lowest so far.
+        """
         step, config = self.trainer.step, self.trainer.config
-        if not self.heldout or (step % config.eval_every and step < config.steps):
-            return {}, False
+        if not self.heldout or step == 0 or (step % config.eval_every and step < config.steps):
+            return False
+        if self.heldout.has_measured(step):
+            return False
         loss, is_lowest = self.heldout.measure(self.trainer)
         self.heldout_message = f", held-out {loss:.3f}"
-        return {"heldout_loss": loss}, is_lowest
+        if figures:
+            figures["heldout_loss"] = loss
+        return is_lowest
 
     def save(self) -> None:
         """Save unless this step is saved already (collective)."""
@@ -141,30 +147,6 @@ def summary(history: list[dict[str, float]]) -> list[dict]:
     speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
     keys = ("step", "tokens", "kd_loss", "lm_loss", "heldout_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
     return [{k: row[k] for k in keys if k in row} | {"median tokens/s": speed} for row in rows]
-
-
-class _Stop:
-    """SIGUSR1 (SLURM's warning, see launch/slurm), SIGTERM or SIGINT on any rank: all ranks save after the step and end normally.
-
-    A second SIGINT interrupts at once.
-    """
-
-    def __init__(self):
-        self.requested = torch.zeros(1, device=process_groups.device())
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._request)
-
-    def _request(self, number: int, _) -> None:
-        self.requested.fill_(1)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-    def stop_on_all_ranks(self) -> bool:
-        """Whether any rank received a signal (collective)."""
-        requested = self.requested.clone()
-        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
-        return bool(requested.item())
 
 
 class MetricsWriter:

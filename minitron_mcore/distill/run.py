@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minitron_mcore.checkpoint import lineage, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved, run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import datasets
@@ -20,7 +20,7 @@ from minitron_mcore.distill.heldout import HeldOutText
 from minitron_mcore.distill.trainer import Trainer, check, fingerprint
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import layer_spec, tuning
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reporting import plots, tables
 
@@ -45,11 +45,12 @@ def train(
 
     Raises:
         UserError: see `check_run`, `datasets.prepare`, `Cache.check` and `run_folder.claim_run_folder`.
+        Stopped: on all ranks, after a signal; all students are saved.
     """
     config, first = configs[0], students[0]
     check_run(config, settings, students, teacher)
     with contextlib.ExitStack() as claims:
-        folders = [run_folder.claim_run_folder(each.out_dir, run_identity(each), resume=True) for each in configs]
+        folders = [run_folder.claim_run_folder(each.out_dir, resolved(each), resume=True) for each in configs]
         resumed = [claims.enter_context(folder) for folder in folders]
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
@@ -74,10 +75,13 @@ def train(
             batches = _check_teacher_loss(behind, batches, vocab)
         common_folder = Path(os.path.commonpath([each.out_dir for each in configs]))
         figures = loop.train(trainers, batches, common_folder, heldout_text)
+        is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
             if trainer.step == settings.steps:
                 run_folder.finish(folder)
             _show(folder, student, rows)
+        if is_stopped:
+            raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
 
 
 def check_run(

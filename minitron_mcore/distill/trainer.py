@@ -28,6 +28,7 @@ from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import build, flops, performance_checks, tuning
 from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
@@ -302,7 +303,7 @@ class Trainer:
         # There is no dropout: the data position, which follows from the step, is the only random state.
         counted = {"step": self.step} | ({"states_ratio": self.hidden_loss.ratio} if self.hidden_loss else {})
         state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
-        with hang_watchdog.extended_timeout(self.config.save_minutes):
+        with hang_watchdog.phase(Phase.save, lambda: f"the save of step {self.step}"):
             if self.background:
                 self.saving = streaming.BackgroundSave(out_dir, self.step, state, f"save step {self.step}")
             else:
@@ -316,7 +317,7 @@ class Trainer:
         """
         if self.saving and (wait or self.saving.is_written()):
             saving, self.saving = self.saving, None
-            with hang_watchdog.extended_timeout(self.config.save_minutes):
+            with hang_watchdog.phase(Phase.save, lambda: f"the save before step {self.step + 1}"):
                 saving.finish()
 
     def resume(self, checkpoint: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from minitron_mcore.checkpoint import run_folder, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config import ranges
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.settings import DistillConfig, PruneConfig
 from minitron_mcore.config.stages import DistillRun, Run, SearchRun
 from minitron_mcore.distill import cache, heldout
@@ -31,7 +31,7 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.estimate import announce
 from minitron_mcore.evaluation.heldout import HeldOut
 from minitron_mcore.importance.scores import Scores, load_scores
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.pruning import apply
 from minitron_mcore.search import latency
 from minitron_mcore.search.results import collect, write
@@ -56,7 +56,7 @@ def run(config: SearchRun) -> None:
     has_teacher = config.search.best and config.distill.needs_teacher
     teacher = cache.open_teacher(config.teacher) if has_teacher else None
     runner = SearchRunner(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
-    with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
+    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
         runner.run()
 
 
@@ -105,6 +105,10 @@ class SearchRunner:
     def run(self) -> None:
         """Measure, train, and write the results (collective); returns early at search.stop_after."""
         self._prepare_folder()
+        with stop_signal.at_stop_points():
+            self._run()
+
+    def _run(self) -> None:
         measured = self._measure()
         if len(measured) == self.total and self.remaining > 0:
             self._train(measured)
@@ -132,6 +136,7 @@ class SearchRunner:
         progress = process_groups.Progress("candidates", self.total, "candidates")
         candidate = next(proposals, None)
         while candidate and self.remaining > 0:
+            stop_signal.stop_point(f"after {len(results)} of {self.total} candidates are measured")
             measured = self.store.read(candidate, MEASURED)
             if not measured and self._in_shard(number):
                 measured = self._measure_candidate(candidate)
@@ -166,6 +171,7 @@ class SearchRunner:
             students = students[: int(min(self.remaining, len(students)))]
             if not students:
                 break
+            stop_signal.stop_point(f"before the training of {students[0].name}")
             names = ", ".join(candidate.name for candidate in students)
             process_groups.log(f"training {names}; {len(own)} of this shard's candidates are not trained yet")
             self._train_candidates(students)
