@@ -65,6 +65,9 @@ class DataConfig:
     """Folder of tokenised files and sample indices, which runs reuse."""
     seed: int = 1234
     """Seed of the order of the samples."""
+    document_mask: bool = False
+    """Training samples hold several documents: each token attends to its own document only, at positions relative to its start
+    (Megatron's reset_attention_mask and reset_position_ids)."""
     line_mb: int = changeable(16)
     """Longest line of a .jsonl or .jsonl.gz file, in MiB; reading it takes some tens of times as much memory."""
     file_mb: int = changeable(1024)

@@ -162,7 +162,7 @@ class Trainer:
         num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
         count = self.teacher.cache.index["samples"] if cached else num_samples
-        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count)
+        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count, data.document_mask)
         return datasets.train_batches(
             datasets.Samples(order, data.cache, self.vocab),
             micro_batch_size=config.micro_batch,

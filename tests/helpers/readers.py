@@ -254,7 +254,7 @@ def taught(folder: Path) -> None:
     student, teacher = open_checkpoint(BASE / "convert"), cache.open_teacher(folder)
     refuse(teacher.problems(student.arch, CONFIG) if isinstance(teacher, cache.Cache) else ["another folder"])
     prefixes, parts = datasets.parse_blend([f"0.3 {BASE}/text/a", f"0.7 {BASE}/text/b"])
-    teacher.check(prefixes, parts, world.data().seed, 16)
+    teacher.check(prefixes, parts, world.data(), 16)
     reader = cache.CachedTeacher(teacher, student.arch, ONE)
     list(reader.add_teacher_outputs([{"samples": torch.tensor([n, n + 1])} for n in range(0, 16, 2)]))
 
