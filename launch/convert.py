@@ -5,7 +5,7 @@ minitron convert --nproc 8 +model=llama31_8b model.weights=/path/to/megatron/che
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import ConvertRun
 
 
@@ -18,10 +18,10 @@ def main(config: ConvertRun) -> None:
     from minitron_mcore.reporting import tables
 
     wanted = architecture.from_config(config.model.architecture)
-    with process_groups.distributed_context(config.parallel, config.seed):
+    with process_groups.stage_context(config):
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
-            run_folder.claim_run_folder(config.out_dir, run_identity(config)),
+            run_folder.claim_run_folder(config.out_dir, resolved(config)),
             sources.open_source(model.hf, model.weights or model.hf, dtype) as (folder, weights),
         ):
             arch = hf_convert.import_folder(folder, config.out_dir, config.parallel, wanted, weights)

@@ -4,14 +4,14 @@ minitron importance --nproc 3 +model=smollm2_135m parallel=tp3 data.train=[text.
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import ImportanceRun
 
 
 @entry("importance")
 def main(config: ImportanceRun) -> None:
     from minitron_mcore.checkpoint import run_folder
-    from minitron_mcore.data import blend, datasets, token_cache
+    from minitron_mcore.data import datasets, token_cache, token_files
     from minitron_mcore.errors import refuse
     from minitron_mcore.importance import checks, scores
     from minitron_mcore.importance.collector import score
@@ -19,10 +19,10 @@ def main(config: ImportanceRun) -> None:
     from minitron_mcore.reporting import plots, tables
 
     settings = config.importance
-    with process_groups.distributed_context(config.parallel, config.seed, settings.sequence_length):
+    with process_groups.stage_context(config, settings.sequence_length):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         refuse(checks.problems(source.arch, settings, process_groups.dp_group().size()))
-        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, resolved(config)):
             prefixes, _ = token_cache.prepare(config.data, source.hf, source.arch.vocab)
             tokens, mask = datasets.calibration(
                 prefixes,
@@ -30,7 +30,7 @@ def main(config: ImportanceRun) -> None:
                 sequence_length=settings.sequence_length,
                 num_samples=settings.samples,
                 seed=config.data.seed,
-                share=blend.split_share(config.data.split, "train"),
+                share=token_files.split_share(config.data.split, "train"),
                 whole_documents=settings.whole_documents,
             )
             model = run_folder.build_model(source, config.parallel, config.dtype.value)

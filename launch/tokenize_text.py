@@ -6,7 +6,7 @@ minitron distill --nproc 8 +model=llama31_8b data.train=[/data/tokens]
 
 # The file is not named tokenize.py, which would hide Python's module of that name from `python launch/STAGE.py`.
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import TokenizeTextRun
 from minitron_mcore.parallel.rendezvous import is_rank_zero
 
@@ -22,7 +22,7 @@ def main(config: TokenizeTextRun) -> None:
     corpus = Corpus(config)
     if config.dry_run:
         return tables.table("files to tokenise", corpus.rows(), [f"{corpus.processes} processes"])
-    with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
+    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
         rows = corpus.tokenize()
         tables.write_json(
             f"{config.out_dir}/tokens.json", {"tokenizer": corpus.tokenizer.fingerprint.hex(), "files": rows}

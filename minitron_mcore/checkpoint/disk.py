@@ -3,12 +3,15 @@
 import hashlib
 import io
 import os
+import platform
 from pathlib import Path
 
 # Of a checkpoint's tensors. Small enough for the C library to reuse the memory: fresh pages cost four times as much as copying
 # into them.
 PIECE_ELEMENTS = 8 << 20
 FILE_ELEMENTS = 4 * PIECE_ELEMENTS
+MIN_COPY_BYTES = 64 << 20
+"""Tensors that a background save copies on a CPU, however small the model is."""
 THREADS = 3  # on two cores: they wait for the disk as often as they work
 
 
@@ -33,3 +36,21 @@ class NewFile(io.BufferedWriter):
                 os.fsync(self.fileno())
             finally:
                 super().close()
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content is on disk, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file's content atomically; it is on disk when this returns. With several writers, the last one wins."""
+    part = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+    with NewFile(part) as file:
+        file.write(text.encode())
+    os.replace(part, path)
+    sync(path.parent)

@@ -1,13 +1,14 @@
 """One dataclass for the config of each stage, and the order of the stages. No torch import."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
+from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.hardware import DryConfig
-from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
     DataConfig,
@@ -44,9 +45,10 @@ class RecipeConfig:
 class Run:
     """Settings of every stage, so that all stages accept the same recipe and command line."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = changeable(default_factory=ModelConfig)
+    parallel: ParallelConfig = changeable(default_factory=ParallelConfig)
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    hang: HangConfig = field(default_factory=HangConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
@@ -56,12 +58,12 @@ class Run:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    dry_run: bool = False
+    dry_run: bool = changeable(False)
     """Print sizes, memory of a rank, operations, days and every problem instead of running. Needs no weights."""
-    dry: DryConfig = field(default_factory=DryConfig)
-    runs: str = "runs"
+    dry: DryConfig = changeable(default_factory=DryConfig)
+    runs: str = changeable("runs")
     """Folder of all work folders; the recipes of a chain read each other's."""
-    work_dir: str = MISSING
+    work_dir: str = changeable(MISSING)
     """Folder of one model's stages; their default paths lie in it."""
     dtype: Dtype = Dtype.bf16
     """Precision of weights and activations."""
@@ -74,7 +76,7 @@ class StageRun(Run):
     """A stage that writes a folder. Its config.yaml holds the stage's settings and the sections in `reads`."""
 
     reads: ClassVar[tuple[str, ...]] = ()
-    out_dir: str = MISSING
+    out_dir: str = changeable(MISSING)
     """Folder to write; it must not exist, or hold the same run, which is then resumed."""
 
 
@@ -88,7 +90,7 @@ class ImportanceRun(StageRun):
     """Importance scores."""
 
     reads = ("data", "importance")
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to score."""
 
 
@@ -97,9 +99,9 @@ class DepthRun(StageRun):
     """Depth study."""
 
     reads = ("data", "depth")
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to study."""
-    scores: str | None = None
+    scores: str | None = changeable(None)
     """Folder of the importance stage, which depth.metric=cosine needs."""
 
 
@@ -107,11 +109,11 @@ class DepthRun(StageRun):
 class ScoredRun(StageRun):
     """A stage that chooses by importance scores."""
 
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to prune."""
-    scores: str = MISSING
+    scores: str = changeable(MISSING)
     """Folder of the importance stage."""
-    study: str | None = None
+    study: str | None = changeable(None)
     """Folder or file of a depth study that chooses the blocks to drop; null drops those of least cosine distance."""
 
 
@@ -130,9 +132,9 @@ class PlanRun(ScoredRun):
 class PruneRun(StageRun):
     """Pruning of a sharded checkpoint."""
 
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to prune."""
-    plan: str = MISSING
+    plan: str = changeable(MISSING)
     """Folder or file of the plan."""
 
 
@@ -140,7 +142,7 @@ class PruneRun(StageRun):
 class CutRun(StageRun):
     """Pruning of a Hugging Face folder, `model.hf`."""
 
-    plan: str = MISSING
+    plan: str = changeable(MISSING)
     """Folder or file of the plan."""
 
 
@@ -149,7 +151,7 @@ class CorrectRun(StageRun):
     """Teacher correction."""
 
     reads = ("data", "correct", "performance")
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to train."""
 
 
@@ -169,7 +171,7 @@ class TeacherCacheRun(StageRun):
     """Teacher cache for the samples of a distillation, in its order."""
 
     reads = ("data", "performance")
-    teacher: str = MISSING
+    teacher: str = changeable(MISSING)
     """Checkpoint of the teacher."""
     kind: CacheKind = CacheKind.topk
     """Content of the cache."""
@@ -181,7 +183,7 @@ class TeacherCacheRun(StageRun):
     """Optimizer steps of the distillation."""
     global_batch: int = MISSING
     """Sequences of a step of the distillation."""
-    micro_batch: int = MISSING
+    micro_batch: int = changeable(MISSING)
     """Sequences of a forward pass."""
     sequence_length: int = MISSING
     """Tokens of a sequence."""
@@ -202,12 +204,12 @@ class DistillRun(StageRun):
     """Distillation."""
 
     reads = ("data", "distill", "performance")
-    student: str = MISSING
+    student: str = changeable(MISSING)
     """Checkpoint to train."""
-    students: Any = None
+    students: Any = changeable(None)
     """Several checkpoints instead of `student`, as {name: folder}. One forward pass of the teacher trains all; each writes
     out_dir/name."""
-    teacher: str = MISSING
+    teacher: str = changeable(MISSING)
     """Checkpoint of the teacher, or folder of its cache."""
 
     def __post_init__(self) -> None:
@@ -217,6 +219,14 @@ class DistillRun(StageRun):
             raise UserError(
                 f"students is {folders}: name the folders, students={{wide: runs/a/prune, deep: runs/b/prune}}."
             )
+
+    def each(self) -> "list[DistillRun]":
+        """The runs of `students`, each with out_dir/name; without them this run alone."""
+        runs = [
+            replace(self, student=student, students=None, out_dir=f"{self.out_dir}/{name}")
+            for name, student in (self.students or {}).items()
+        ]
+        return runs or [self]
 
 
 class ExportFormat(StrEnum):
@@ -243,7 +253,7 @@ class GptNames(StrEnum):
 class ExportRun(StageRun):
     """Export of a checkpoint."""
 
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to export."""
     format: ExportFormat = ExportFormat.hf
     """Format to write."""
@@ -258,7 +268,7 @@ class EvaluateRun(StageRun):
     """Evaluation on held-out text."""
 
     reads = ("data", "evaluate")
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Hugging Face folder, which transformers evaluates on one process, or sharded checkpoint."""
 
 
@@ -267,7 +277,7 @@ class SearchRun(ScoredRun):
     """Architecture search."""
 
     reads = ("data", "distill", "evaluate", "search", "performance")
-    teacher: str = MISSING
+    teacher: str = changeable(MISSING)
     """Checkpoint of the teacher."""
 
 
@@ -280,7 +290,7 @@ class TokenizeTextRun(StageRun):
     """Text files, folders of them, and patterns (/data/*.jsonl.gz)."""
     column: str = "text"
     """Key of a .jsonl line, or column of a parquet file, that holds the text."""
-    processes: int | None = None
+    processes: int | None = changeable(None)
     """Processes that tokenise; null starts one for each core. The result does not depend on it."""
 
 
@@ -292,6 +302,11 @@ class PipelineRun(Run):
     """Processes of each sharded stage, a multiple of the parallel layout's."""
     stages: list[str] = field(default_factory=list)
     """Stages to run; empty runs export, with data.heldout also evaluate, and all stages that these depend on."""
+    students: Any = None
+    """Several checkpoints to distil instead of the pruned one, as in the stage distill; each is exported and evaluated."""
+    submit: str | None = None
+    """Command that queues one SLURM job for each unfinished stage, which waits for the one before ("sbatch --nodes 2
+    launch/slurm/distill.sbatch"); null runs the stages here."""
 
 
 @dataclass

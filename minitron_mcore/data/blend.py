@@ -1,4 +1,4 @@
-"""The lists of text files and .bin/.idx pairs in `data`, in this package's form and in Megatron-LM's."""
+"""The lists of text files and .bin/.idx pairs in `data`, in this package's form and in Megatron-LM's. No torch import."""
 
 import glob
 import os
@@ -6,13 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.data.text_reader import has_documents, is_prefix, is_text
-from minitron_mcore.data.token_files import WHOLE_PAIR, Share
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import read_json
-
-from megatron.core.datasets import blended_megatron_dataset_config as splits  # isort: skip
 
 UNFINISHED = "unfinished"
 """Folder of a tokenisation that has not reached its end, in its output folder."""
@@ -78,16 +74,16 @@ def expand(path: str) -> list[str]:
     return pairs or texts
 
 
-def train_entries(data: DataConfig) -> list[str]:
-    """The entries of the training text: `data.train`, or "train" of `data.splits_file`.
+def train_entries(train: list[str], splits_file: str | None) -> list[str]:
+    """The entries of the training text: `data.train`, or those of "train" in `data.splits_file`.
 
     Raises:
-        UserError: see `_split_entries`.
+        UserError: see `split_entries`.
     """
-    return _split_entries(data.splits_file, "train") if data.splits_file else data.train
+    return split_entries(splits_file, "train") if splits_file else train
 
 
-def _split_entries(path: str, split: str) -> list[str]:
+def split_entries(path: str, split: str) -> list[str]:
     """The entries of one split in a file as Megatron-LM's --per-split-data-args-path.
 
     Raises:
@@ -98,21 +94,3 @@ def _split_entries(path: str, split: str) -> list[str]:
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
         raise UserError(f'{path} has no list of paths under "{split}": write {{"{split}": ["0.3", "a", "0.7", "b"]}}.')
     return entries
-
-
-def split_share(split: str | None, name: str) -> Share:
-    """Share of each pair's documents that belong to a split, as megatron-core computes it.
-
-    Args:
-        split: `data.split`, such as "98,2,0"; None gives all documents to every split.
-        name: "train" or "valid".
-
-    Raises:
-        UserError: the split has no documents.
-    """
-    if split is None:
-        return WHOLE_PAIR
-    matrix = splits.convert_split_vector_to_split_matrix(splits.parse_and_normalize_split(split))
-    if (share := matrix[splits.Split[name].value]) is None:
-        raise UserError(f'data.split is "{split}", which leaves no documents to {name}: give shares, as "98,2,0".')
-    return share

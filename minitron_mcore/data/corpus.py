@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -34,7 +33,7 @@ from minitron_mcore.data.text_reader import Limits, Part, check_readable, check_
 from minitron_mcore.data.token_files import BLOCK, DType, block_starts, check_index
 from minitron_mcore.data.tokenizer import open_tokenizer
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, process_tree
 from minitron_mcore.reading import read_json
 
 PART_BYTES = 64 << 20
@@ -235,12 +234,7 @@ def _begin_worker(corpus: Corpus, counters: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells the others to stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     corpus.tokenizer.use_one_thread()
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    process_tree.end_with_parent()
 
 
 def _encode_part(number: int, part: int, slot: int) -> None:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.config.settings import DataConfig
-from minitron_mcore.data.blend import split_share
 from minitron_mcore.data.pair_writer import create_folder
-from minitron_mcore.data.token_files import BLOCK, WHOLE_PAIR, Share, TokenStream, block_starts
+from minitron_mcore.data.token_files import BLOCK, WHOLE_PAIR, Share, TokenStream, block_starts, split_share
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.schedule import Batch
@@ -69,6 +68,8 @@ class SampleOrder:
     seed: int
     sequence_length: int
     num_samples: int
+    document_mask: bool = False
+    """Samples have "document_starts" (see `Samples.batch`)."""
     share: Share = WHOLE_PAIR
     """Documents of each pair that are read."""
 
@@ -81,9 +82,9 @@ class SampleOrder:
         sequence_length: int,
         num_samples: int,
     ) -> "SampleOrder":
-        """The order of a run on the training documents of `data.split`, from what `token_cache.prepare` returns."""
+        """The order of a run's samples, from what `token_cache.prepare` returns."""
         share = split_share(data.split, "train")
-        return cls(list(prefixes), weights and list(weights), data.seed, sequence_length, num_samples, share)
+        return cls(prefixes, weights, data.seed, sequence_length, num_samples, data.document_mask, share)
 
     def counts(self) -> list[int]:
         """Number of samples from each prefix; without weights, one number for all prefixes together."""
@@ -92,6 +93,7 @@ class SampleOrder:
     def digest(self) -> str:
         """16 hex digits that identify the order, independent of the paths."""
         order = [data_hash(self.prefixes), self.weights, self.counts(), self.seed, self.sequence_length]
+        order += ["document_mask"] if self.document_mask else []
         order += [] if self.share == WHOLE_PAIR else [self.share]
         return hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
 
@@ -105,7 +107,8 @@ class Samples:
         vocab_size: rows of the model's embedding.
 
     Raises:
-        UserError: a dataset has fewer tokens than one sample (S + 1); a token id is not below `vocab_size`, when it is read.
+        UserError: a dataset has fewer tokens than one sample (S + 1); documents of several sequences under `document_mask`; a
+            token id is not below `vocab_size`, when it is read.
     """
 
     def __init__(self, order: SampleOrder, cache: str, vocab_size: int):
@@ -113,6 +116,8 @@ class Samples:
         groups = [order.prefixes] if order.weights is None else [[prefix] for prefix in order.prefixes]
         self._streams = [TokenStream(group, vocab_size, order.share) for group in groups]
         for group, stream in zip(groups, self._streams, strict=True):
+            if order.document_mask:
+                stream.check_documents()
             if stream.num_tokens <= order.sequence_length:
                 size = f"{stream.num_tokens} tokens are fewer than one sample of {order.sequence_length} + 1"
                 raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
@@ -133,6 +138,7 @@ class Samples:
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
+            inter_document_masking=self.order.document_mask,
             # The dataset requires a tokenizer but does not use it: the data are token ids, and EOS is not masked.
             tokenizer=SimpleNamespace(eod=None, vocab_size=None, unique_identifiers={}),
         )
@@ -150,11 +156,15 @@ class Samples:
 
         Returns:
             tokens, labels (the next tokens) and position_ids [B, S] int64, loss_mask [B, S] float32, samples [B] int64 (`rows`).
+            With the order's `document_mask` also document_starts [B, S] int64, the position in the sample at which each token's
+            document begins; position_ids then count from it.
         """
         with damage_as_user_error(self._dataset.config.path_to_cache, CACHE_REMEDY):
             samples = [self._dataset[row] for row in rows]
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS}
         batch["samples"] = torch.tensor(rows)
+        if self.order.document_mask:
+            batch["document_starts"] = torch.arange(self.order.sequence_length) - batch["position_ids"]
         return {key: tensor.pin_memory() for key, tensor in batch.items()} if torch.cuda.is_available() else batch
 
 

@@ -105,7 +105,7 @@ def prepare(config: DataConfig, hf: str | os.PathLike, vocab_size: int) -> tuple
         UserError: see `parse_blend`, `expand`, `open_tokenizer`, `tokenize`.
     """
     with process_groups.raise_on_all_ranks():
-        paths, weights = parse_blend(train_entries(config))
+        paths, weights = parse_blend(train_entries(config.train, config.splits_file))
     files = process_groups.on_rank_0(lambda: [expand(path) for path in paths])
     with process_groups.raise_on_all_ranks():
         every = [file for group in files for file in group]

@@ -17,6 +17,7 @@ from minitron_mcore.reading import first_line
 
 cpu_backend.prepare()
 
+from megatron.core.datasets import blended_megatron_dataset_config as splits  # noqa: E402  # isort: skip
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset  # noqa: E402  # isort: skip
 
 _HEADER = struct.Struct("<9sQBQQ")
@@ -170,6 +171,24 @@ Share = tuple[float, float]
 WHOLE_PAIR: Share = (0.0, 1.0)
 
 
+def split_share(split: str | None, name: str) -> Share:
+    """Share of each pair's documents that belong to a split, as megatron-core computes it.
+
+    Args:
+        split: `data.split`, such as "98,2,0"; None gives all documents to every split.
+        name: "train" or "valid".
+
+    Raises:
+        UserError: the split has no documents.
+    """
+    if split is None:
+        return WHOLE_PAIR
+    matrix = splits.convert_split_vector_to_split_matrix(splits.parse_and_normalize_split(split))
+    if (share := matrix[splits.Split[name].value]) is None:
+        raise UserError(f'data.split is "{split}", which leaves no documents to {name}: give shares, as "98,2,0".')
+    return share
+
+
 class TokenStream:
     """Concatenation of .bin/.idx pairs, or of a share of each, with the interface of megatron-core's low-level datasets.
 
@@ -203,6 +222,18 @@ class TokenStream:
         ids = self.parts[part].get(stored, offset, length)
         check_range(ids, self.vocab_size, self.prefixes[part])
         return ids
+
+    def check_documents(self) -> None:
+        """
+        Raises:
+            UserError: documents that consist of several sequences, whose boundaries samples do not show.
+        """
+        for prefix, part in zip(self.prefixes, self.parts, strict=True):
+            if (documents := len(part.document_indices) - 1) != len(part):
+                raise UserError(
+                    f"{prefix}.idx has {documents} documents of {len(part)} sequences, but data.document_mask needs one sequence a "
+                    "document: tokenise the text again without splitting sentences, or set it to false."
+                )
 
     @functools.cached_property
     def document_starts(self) -> np.ndarray:

@@ -92,10 +92,6 @@ class Cache(Checkpoint):
     index: dict
 
     @property
-    def step_dir(self) -> Path:
-        return self.path / self.index["teacher"]["step"]
-
-    @property
     def hf(self) -> Path:
         return self.folder / "hf"
 
@@ -143,8 +139,8 @@ class Cache(Checkpoint):
         if order != index["order"]:
             raise UserError(
                 f"the teacher cache {self.folder} is of the samples {index['order']} of {', '.join(index['data'])} with data.seed "
-                f"{index['seed']}, but this run's data.train and data.seed {data.seed} give {order}: give the same, or write "
-                "another cache."
+                f"{index['seed']}, but this run's data.train, data.seed {data.seed} and data.document_mask "
+                f"{str(data.document_mask).lower()} give {order}: give the same, or write another cache."
             )
         files = [file_name(n) for n in range(-(-min(num_samples, index["samples"]) // index["file_samples"]))]
         files += [HEAD] if self.kind != CacheKind.topk else []
@@ -203,7 +199,9 @@ def open_teacher(path: str | Path) -> Checkpoint:
         check_format_version(index, path / INDEX, "write the teacher cache again")
         teacher, num_files = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = architecture.from_json(index["architecture"], path / INDEX)
-        cache = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
+        cache = Cache(
+            Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], teacher["step"], path, index
+        )
         written = sum(name != HEAD for name in index["files"])
         _check_index(index, cache.kind, arch)
     if written < num_files:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from minitron_mcore.checkpoint import disk, run_folder, streaming
+from minitron_mcore.checkpoint import disk, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import pipeline
 from minitron_mcore.config.search import SearchConfig
@@ -171,7 +171,7 @@ def sharded(folder: Path) -> None:
 def resumed(folder: Path) -> None:
     with run_folder.claim_run_folder(folder, RUN, resume=True):
         resumed_trainer = trainer(BASE / "convert")
-        resumed_trainer.resume(open_checkpoint(folder))
+        resumed_trainer.resume(folder)
         MetricsWriter(folder, resumed_trainer.step).close()
 
 
@@ -285,7 +285,9 @@ def losses_drawn(folder: Path) -> None:
 
 
 def piped(folder: Path) -> None:
-    pipeline.is_finished(PlanRun(out_dir=str(folder), work_dir="w", source="s", scores="s"))
+    step = pipeline.Step("plan", [], PlanRun(out_dir=str(folder), work_dir="w", source="s", scores="s"))
+    pipeline.is_finished(step)
+    refuse(pipeline._problems(step))
 
 
 def reseal(folder: Path) -> None:
@@ -294,6 +296,7 @@ def reseal(folder: Path) -> None:
         try:
             content = json.loads(manifest.read_text())
             kept = {n: disk.sha256(manifest.parent / n) for n in content["files"] if (manifest.parent / n).is_file()}
+            content.pop("sizes", None)
             manifest.write_text(json.dumps(content | {"files": kept}))
         except (ValueError, TypeError, KeyError, RecursionError, AttributeError, OSError):
             pass
@@ -319,11 +322,9 @@ KINDS = {
     "GGUF": Kind("plain", "*.gguf", lambda f: weights(f, f / "model.gguf", f / "model.gguf")),
     "GGUF, sentencepiece": Kind("words", "*.gguf", lambda f: weights(f, f / "model.gguf", f / "model.gguf")),
     "GPTModel checkpoint": Kind("gpt", "*.txt release/.metadata release/*", lambda f: weights(f, BASE / "hf", f)),
-    "checkpoint": Kind("convert", "model.json latest step*/.metadata step*/*", sharded),
+    "checkpoint": Kind("convert", "model.json step*/.metadata step*/*", sharded),
     "checkpoint, sealed": Kind("convert", "step*/.metadata step*/*.distcp", sharded, True),
-    "resume": Kind(
-        "delivery/run", "config.yaml latest model.json metrics.jsonl step*/.metadata step*/*", resumed, True
-    ),
+    "resume": Kind("delivery/run", "config.yaml model.json metrics.jsonl step*/.metadata step*/*", resumed, True),
     "export": Kind("delivery", "*/*.json* run/hf/*.json run/hf/*.md", delivered),
     ".bin and .idx": Kind("text", "*.bin *.idx", token_files),
     "order of samples": Kind("ordered", "cache/*/*", token_files),
@@ -338,7 +339,7 @@ KINDS = {
     "search's candidates": Kind("search", "candidates/*/*.json", searched),
     "report": Kind("page", "*/*.json* */*.yaml */*.safetensors */*.png */*/*.json", reported),
     "metrics.jsonl, drawn": Kind("delivery", "run/metrics.jsonl", losses_drawn),
-    "pipeline": Kind("piped", "config.yaml", piped),
+    "pipeline": Kind("piped", "config.yaml inputs.json .complete", piped),
 }
 BASE = Path()
 
@@ -357,4 +358,5 @@ def make(base: Path) -> None:
     token_files(base / "ordered")
     (base / "piped").mkdir()
     shutil.copy(base / "delivery" / "run" / "config.yaml", base / "piped" / "config.yaml")
+    stage_record.record_inputs(base / "piped", stage_record.inputs({"source": "s", "scores": "s"}))
     run_folder.finish(base / "piped")
