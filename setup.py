@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "eval": ["lm-eval"],
+        "data": ["pyarrow"],  # parquet files and .jsonl.zst
         "slurm": ["hydra-submitit-launcher"],
         # Never `apex`: on PyPI that is another project. NVIDIA's Apex comes with NGC's PyTorch image (Dockerfile).
         "gpu": ["transformer-engine[pytorch]"],
@@ -49,6 +50,7 @@ setup(
             "mkdocs-material",
             "mypy",
             "nvidia-modelopt",
+            "pyarrow",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",  # two workers use two cores well, as tests wait for their ranks

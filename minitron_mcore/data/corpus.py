@@ -2,6 +2,7 @@
 
     out_dir/
       NAME_text_document.bin, .idx   the pair of NAME.jsonl, named as Megatron-LM names it
+      tokens.json                    what was made: written last
       unfinished/KEY/N/              pair and figures of part N of a file; KEY identifies content, tokenizer and part size
       unfinished/KEY/whole/          figures of a file whose pair is in its place
 
@@ -37,6 +38,7 @@ from minitron_mcore.parallel import process_groups, process_tree
 from minitron_mcore.reading import read_json
 
 PART_BYTES = 64 << 20
+TOKENS = "tokens.json"
 _WHOLE, _FIGURES = "whole", "figures.json"
 
 
@@ -112,11 +114,14 @@ class Corpus:
         ]
 
     def tokenize(self) -> list[dict[str, Any]]:
-        """Write the pairs that are missing; rows for a table, in the order of the files.
+        """Write the pairs that are missing; rows for a table, in the order of the files, which are also written to TOKENS.
 
         Raises:
-            UserError: a file is damaged or holds no text (see `documents`); a process was killed. The same command goes on.
+            UserError: a file is damaged or holds no text (see `documents`); a process was killed. The same command goes on. A
+                finished folder is of other files or of another tokenizer.
         """
+        if (self.out_dir / TOKENS).is_file():
+            return self._finished_rows()
         unfinished = self.out_dir / UNFINISHED
         for folder in unfinished.glob("*/*.unfinished-*"):  # of a killed run
             shutil.rmtree(folder)
@@ -132,8 +137,18 @@ class Corpus:
             {"file": source.path} | read_json(self._folder(source, _WHOLE) / _FIGURES, f"remove {unfinished}")
             for source in self.sources
         ]
+        record = unfinished / TOKENS
+        record.write_text(json.dumps({"keys": [source.key for source in self.sources], "files": rows}, indent=1) + "\n")
+        os.replace(record, self.out_dir / TOKENS)
         shutil.rmtree(unfinished)
         return rows
+
+    def _finished_rows(self) -> list[dict[str, Any]]:
+        path, remedy = self.out_dir / TOKENS, f"choose another out_dir, or remove {self.out_dir}"
+        record = read_json(path, remedy)
+        if record.get("keys") != [source.key for source in self.sources]:
+            raise UserError(f"{path} is of text files or a tokenizer that have changed: {remedy}.")
+        return record["files"]
 
     def _folder(self, source: Source, name: object) -> Path:
         return self.out_dir / UNFINISHED / source.key / str(name)

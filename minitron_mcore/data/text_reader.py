@@ -81,7 +81,7 @@ def check_readable(path: str) -> None:
         known = ", ".join((*_LINES, *_WHOLE, parquet.SUFFIX))
         raise UserError(f"{path} is of no known kind: text files end in {known}.")
     if path.endswith(".zst"):
-        optional_import("zstandard", path)
+        optional_import("pyarrow", path)
 
 
 def check_size(path: str, limits: Limits) -> None:
@@ -136,12 +136,7 @@ def _decompressed(path: str, file: IO[bytes]) -> Iterator[IO[bytes]]:
         with gzip.open(file) as content:
             yield content
     elif path.endswith(".zst"):
-        zstandard = optional_import("zstandard", path)
-        try:
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            yield io.BufferedReader(reader)
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
+        yield io.BufferedReader(optional_import("pyarrow", path).CompressedInputStream(file, "zstd"))
     else:
         yield file
 
