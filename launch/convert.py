@@ -5,7 +5,7 @@ minitron convert --nproc 8 +model=llama31_8b model.weights=/path/to/megatron/che
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import ConvertRun
 
 
@@ -21,7 +21,7 @@ def main(config: ConvertRun) -> None:
     with process_groups.distributed_context(config.parallel, config.seed):
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
-            run_folder.claim_run_folder(config.out_dir, run_identity(config)),
+            run_folder.claim_run_folder(config.out_dir, resolved(config)),
             sources.open_source(model.hf, model.weights or model.hf, dtype) as (folder, weights),
         ):
             arch = hf_convert.import_folder(folder, config.out_dir, config.parallel, wanted, weights)

@@ -4,7 +4,7 @@ minitron cut +model=smollm2_135m plan=/path/to/plan.json
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import CutRun
 from minitron_mcore.parallel.rendezvous import is_rank_zero
 
@@ -20,7 +20,7 @@ def main(config: CutRun) -> None:
     if not is_rank_zero():
         return
     plan, folder = load_plan(config.plan), config.model.hf
-    with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
+    with run_folder.claim_run_folder(config.out_dir, resolved(config)):
         apply.cut_folder(folder, plan, config.out_dir, config.dtype.value)
         loaded = model_card.complete_folder(model_card.cut_origin(folder, plan, config.out_dir), config.out_dir)
     tables.table(

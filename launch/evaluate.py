@@ -5,7 +5,7 @@ minitron evaluate --nproc 3 +model=smollm2_135m parallel=tp3 source=runs/smollm2
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import EvaluateRun
 
 
@@ -20,7 +20,7 @@ def main(config: EvaluateRun) -> None:
 
     with process_groups.distributed_context(config.parallel, config.seed, config.evaluate.sequence_length):
         model, tokenizer = perplexity.open_model(config)
-        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, resolved(config)):
             rows = perplexity.evaluate_run(model, tokenizer, config)
             if process_groups.rank() == 0:
                 tables.write_json(

@@ -8,7 +8,7 @@ minitron export --nproc 8 +model=llama31_8b format=gpt parallel=tp8
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import ExportRun
 from minitron_mcore.parallel.rendezvous import is_rank_zero
 
@@ -27,14 +27,14 @@ def main(config: ExportRun) -> None:
         options = config.parallel, dtype, config.names.value, config.vocab_multiple
         with (
             process_groups.distributed_context(config.parallel, config.seed),
-            run_folder.claim_run_folder(config.out_dir, run_identity(config)),
+            run_folder.claim_run_folder(config.out_dir, resolved(config)),
         ):
             parameters = megatron_gpt.export_folder(source, config.out_dir, *options)
     elif not is_rank_zero():
         return
     else:
         architecture.check_exportable(source.arch)
-        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, resolved(config)):
             parameters = hf_convert.export_folder(source, config.out_dir, dtype)
             loaded = model_card.complete_folder(model_card.checkpoint_origin(source), config.out_dir)
         process_groups.log(f"transformers loads {config.out_dir}: {loaded}")

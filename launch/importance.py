@@ -4,7 +4,7 @@ minitron importance --nproc 3 +model=smollm2_135m parallel=tp3 data.train=[text.
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import ImportanceRun
 
 
@@ -22,7 +22,7 @@ def main(config: ImportanceRun) -> None:
     with process_groups.distributed_context(config.parallel, config.seed, settings.sequence_length):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         refuse(checks.problems(source.arch, settings, process_groups.dp_group().size()))
-        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, resolved(config)):
             prefixes, _ = datasets.prepare(config.data, source.hf, source.arch.vocab)
             tokens, mask = datasets.calibration(
                 prefixes,

@@ -24,7 +24,9 @@ def main(config: PipelineRun) -> None:
         return dry_run.run(*(step.run for step in pipeline.plan(config, [*overrides, *processes])))
     if config.submit:
         rows = pipeline.submit(config, overrides)
-        return tables.table(f"jobs of {config.work_dir}", rows, [f"minitron status {config.work_dir} shows how far they are"])
+        return tables.table(
+            f"jobs of {config.work_dir}", rows, [f"minitron status {config.work_dir} shows how far they are"]
+        )
     rows, path = pipeline.run(config, overrides), f"{config.work_dir}/report.html"
 
     from minitron_mcore.reporting import page  # imports torch, which the stages' processes have left by now

@@ -6,7 +6,7 @@ minitron plan +model=smollm2_135m prune=smollm2_100m parallel=tp3
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import PlanRun
 from minitron_mcore.parallel.rendezvous import is_rank_zero
 
@@ -34,7 +34,7 @@ def main(config: PlanRun) -> None:
     build.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:
         architecture.check_exportable(plan.target)
-    with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
+    with run_folder.claim_run_folder(config.out_dir, resolved(config)):
         run_folder.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
         plots.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
     tables.table("tensors of the plan", summary.tensors(plan, config.dtype.value))

@@ -4,7 +4,7 @@ minitron prune --nproc 3 +model=smollm2_135m parallel=tp3
 """
 
 from minitron_mcore.cli.main import entry
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import PruneRun
 
 
@@ -18,7 +18,7 @@ def main(config: PruneRun) -> None:
 
     with process_groups.distributed_context(config.parallel, config.seed):
         source, plan = run_folder.open_checkpoint(config.source), load_plan(config.plan)
-        with run_folder.claim_run_folder(config.out_dir, run_identity(config)):
+        with run_folder.claim_run_folder(config.out_dir, resolved(config)):
             prune(source, plan, config.out_dir, config.parallel)
         tables.table("pruned", plan.summary(), [f"checkpoint: {config.out_dir}"])
 

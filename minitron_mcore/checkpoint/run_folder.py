@@ -35,6 +35,7 @@ from minitron_mcore.checkpoint import disk, safe_metadata, sharded, stage_record
 from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
 from minitron_mcore.checkpoint.stage_record import COMPLETE
+from minitron_mcore.config.identity import differences
 from minitron_mcore.errors import NotFinite, UserError, refuse
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -144,12 +145,14 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     if not config_file.is_file() and any(files):
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
     if config_file.is_file():
-        same = read_yaml(config_file, f"choose another out_dir, or remove {out_dir}") == config
-        if not same or (not resume and (out_dir / COMPLETE).is_file()):
+        changes = differences(read_yaml(config_file, f"choose another out_dir, or remove {out_dir}"), config)
+        if changes:
             raise UserError(
-                f"out_dir {out_dir} already holds {'this finished' if same else 'another'} run ({config_file}): "
-                "choose another out_dir, or remove it."
+                f"out_dir {out_dir} already holds another run ({'; '.join(changes)}): give the old values, choose another "
+                "out_dir, or remove it."
             )
+        if not resume and (out_dir / COMPLETE).is_file():
+            raise UserError(f"out_dir {out_dir} already holds this finished run: choose another out_dir, or remove it.")
         if resume:
             refuse(stage_record.changed_inputs(out_dir, present))
         else:

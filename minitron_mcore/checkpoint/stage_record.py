@@ -1,7 +1,7 @@
 """What a stage's folder was made from and what it holds, by content. No torch import, no time stamps.
 
-    inputs.json   written when the folder is claimed: path and fingerprint of each input
-    .complete     written when the stage has finished: size of each file, and SHA-256 of small ones
+inputs.json   written when the folder is claimed: path and fingerprint of each input
+.complete     written when the stage has finished: size of each file, and SHA-256 of small ones
 """
 
 import hashlib
@@ -71,7 +71,9 @@ def _fingerprint(role: str, path: Path) -> str | None:
         remedy = "make the checkpoint again"
         with damage_as_user_error(path / "model.json", remedy):
             newest = next(iter(steps.published(path)), None)
-            return f"{read_json(path / 'model.json', remedy)['fingerprint']} {newest.path.name if newest else 'no step'}"
+            return (
+                f"{read_json(path / 'model.json', remedy)['fingerprint']} {newest.path.name if newest else 'no step'}"
+            )
     if path.is_dir():
         only = path / _FILE_OF.get(role, "index.json")
         files = [only] if role in _FILE_OF or only.is_file() else _model_files(path)

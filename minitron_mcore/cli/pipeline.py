@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from minitron_mcore.checkpoint import stage_record
 from minitron_mcore.cli.compose import LAUNCH, compose, group_options, search_path
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, DistillRun, PipelineRun, StageRun
 from minitron_mcore.errors import UserError, refuse
@@ -91,7 +91,9 @@ def run(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
         refuse(_problems(step))  # again: earlier stages may have changed the inputs
         if not is_finished(step):
             processes = 1 if step.name in ONE_PROCESS_STAGES else config.processes
-            seconds = run_stage(step.name, *search_path(), *step.line, processes=processes, number=number, total=len(steps))
+            seconds = run_stage(
+                step.name, *search_path(), *step.line, processes=processes, number=number, total=len(steps)
+            )
         if not is_finished(step):
             raise UserError(f"minitron {step.name} stopped before its end: the same command resumes.")
         rows.append({"stage": step.name, "seconds": seconds, "folder": step.run.out_dir})
@@ -182,17 +184,21 @@ def is_finished(step: Step) -> bool:
 
 
 def _is_finished(run: StageRun) -> bool:
+    return stage_record.is_complete(run.out_dir) and not _changed_settings(run)
+
+
+def _changed_settings(run: StageRun) -> list[str]:
+    """Settings of a run that differ from those in its folder."""
     folder = Path(run.out_dir)
-    remedy = f"remove {folder} and run again"
-    return stage_record.is_complete(folder) and read_yaml(folder / "config.yaml", remedy) == run_identity(run)
+    return differences(read_yaml(folder / "config.yaml", f"remove {folder} and run again"), resolved(run))
 
 
 def check(steps: list[Step]) -> None:
     """Check all stages before the first one starts.
 
     Raises:
-        UserError: an input that no stage here writes and that is not finished; a folder that was made from other inputs than the
-            present ones; a finished folder with damaged files.
+        UserError: an input that no stage here writes and that is not finished; a folder that was made with other settings or from
+            other inputs than the present ones; a finished folder with damaged files.
     """
     written = {folder for step in steps for folder in step.folders}
     for step in steps:
@@ -214,11 +220,15 @@ def _check_input(path: Path, reader: str) -> None:
 
 
 def _problems(step: Step) -> Iterator[str]:
-    """Changed inputs of a stage whose folder will be kept, and damaged outputs of one that has finished."""
+    """Changed settings and inputs of a stage whose folder will be kept, and damaged outputs of one that has finished."""
     for folder, run in step.folders.items():
         complete, sentences = stage_record.is_complete(folder), []
-        if (complete or step.name in RESUMED_STAGES) and (folder / stage_record.INPUTS).is_file():
-            sentences += stage_record.changed_inputs(folder, stage_record.inputs(run_identity(run)))
+        if complete or (step.name in RESUMED_STAGES and (folder / "config.yaml").is_file()):
+            if settings := _changed_settings(run):
+                remedy = f"give the old values, another work_dir, or remove {folder} and run again"
+                sentences.append(f"{folder} holds another run ({'; '.join(settings)}): {remedy}.")
+            if (folder / stage_record.INPUTS).is_file():
+                sentences += stage_record.changed_inputs(folder, stage_record.inputs(resolved(run)))
         if complete:
             sentences += stage_record.damaged_outputs(folder)
         yield from (f"minitron {step.name}: {sentence}" for sentence in sentences)

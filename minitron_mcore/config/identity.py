@@ -1,38 +1,100 @@
-"""The part of a stage's config that identifies a run; a resumed run must have the same."""
+"""What identifies a run: all settings except those declared `changeable`. A resumed run must have the same."""
 
 import dataclasses
+import json
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
-from minitron_mcore.config import performance
-from minitron_mcore.config.stages import Run, StageRun
+from minitron_mcore.config.fields import is_changeable
+from minitron_mcore.config.stages import STAGES, Run, SearchRun, StageRun
 
 SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
     "model",
     "parallel",
 }
+_REMOVED = object()
+"""The new value of a setting that this version does not have."""
 
-_UNIDENTIFYING = (
-    *("stop_after", "shard", "shards", "students_per_pass"),
-    *("on_bad_loss", "bad_loss_limit", "hang_minutes", "save_minutes", "async_save"),
-    *("line_mb", "file_mb"),
-)
-"""Settings that change neither the result nor the numbers on the way: pauses, shares of the work, reactions to failures, limits."""
+
+def _stage_name(schema: type[StageRun]) -> str:
+    return schema.__name__.removesuffix("Run").lower()
+
+
+_SCHEMAS = {_stage_name(schema): schema for schema in (*STAGES.values(), SearchRun)}
+
+
+def resolved(config: StageRun) -> dict[str, Any]:
+    """A stage's settings for config.yaml: its own, the sections in `reads`, and `changed`, the names of the identifying settings
+    that differ from this version's defaults."""
+    every = dataclasses.asdict(config).items()
+    data = {key: _plain(v) for key, v in every if key in config.reads or key not in SECTIONS | {"dry_run"}}
+    changed = [name for name, *_ in _changes({}, data, type(config))]
+    return {"stage": _stage_name(type(config)), **data, "changed": changed}
 
 
 def run_identity(config: StageRun) -> dict[str, Any]:
-    """A stage's config as YAML-ready values, for config.yaml: its own settings and the sections in `reads`, without
-    `_UNIDENTIFYING` settings, `dry_run`, and options of `performance` that change no numbers (see `performance.numerics`)."""
-    data = {k: v for k, v in dataclasses.asdict(config).items() if k in config.reads or k not in SECTIONS | {"dry_run"}}
-    if changes := performance.numerics(data.pop("performance", {})):
-        data["performance"] = changes
-    for section in ("correct", "distill", "search", "data"):
-        for key in _UNIDENTIFYING:
-            data.get(section, {}).pop(key, None)
+    """The settings in `resolved` that identify the run."""
+    return {"stage": _stage_name(type(config)), **_identifying(resolved(config), type(config))}
 
-    def simple(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: simple(v) for k, v in value.items()}
-        return value.value if isinstance(value, Enum) else value
 
-    return {"stage": type(config).__name__.removesuffix("Run").lower(), **simple(data)}
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Texts like "distill.peak_lr was 0.0001, is 0.0002", one for each identifying setting that differs; [] for the same run.
+
+    A setting that `stored` lacks, since a later version added it, has its default. A setting that this version does not have
+    counts only if `stored` names it in `changed`.
+
+    Args:
+        stored: the content of a run's config.yaml.
+        current: `resolved` of a config; or values of a stage without a config, which identify it as they are.
+    """
+    schema = _SCHEMAS.get(current.get("stage", ""))
+    if stored.get("stage") != current.get("stage"):
+        return [f"stage was {_shown(stored.get('stage'))}, is {_shown(current.get('stage'))}"]
+    changed = stored.get("changed")
+    return [
+        f"{name} was {_shown(old)}, {'which this version does not have' if new is _REMOVED else f'is {_shown(new)}'}"
+        for name, old, new in _changes(stored, current, schema)
+        if new is not _REMOVED or not isinstance(changed, list) or name in changed
+    ]
+
+
+def _changes(stored: Any, current: dict[str, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of each identifying setting that differs; nested sections too."""
+    fields = {field.name: field for field in dataclasses.fields(schema)} if schema else {}
+    for key in [*current, *(key for key in stored if key not in current)]:
+        field, name, new = fields.get(key), f"{prefix}{key}", current.get(key, _REMOVED)
+        is_section = field is not None and dataclasses.is_dataclass(field.type)
+        old = stored.get(key, {} if is_section else _default(field))
+        if name == "changed" or (field is not None and (is_changeable(field) or new is _REMOVED)):
+            continue
+        if isinstance(old, dict) and (is_section or (field is None and new is _REMOVED)):
+            yield from _changes(old, {} if new is _REMOVED else new, field and field.type, f"{name}.")
+        elif old != new:
+            yield name, old, new
+
+
+def _identifying(data: dict[str, Any], schema: Any) -> dict[str, Any]:
+    kept = {field.name: field.type for field in dataclasses.fields(schema) if not is_changeable(field)}
+    return {
+        key: _identifying(value, kept[key]) if dataclasses.is_dataclass(kept[key]) else value
+        for key, value in data.items()
+        if key in kept
+    }
+
+
+def _default(field: dataclasses.Field[Any] | None) -> Any:
+    if field is None:
+        return None
+    return _plain(field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+
+
+def _plain(value: Any) -> Any:
+    """Values that YAML can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return value.value if isinstance(value, Enum) else value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -6,8 +6,8 @@ docs/performance.md says when to use which.
 import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
+from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.settings import Dtype
 
 
@@ -88,40 +88,40 @@ class PerformanceConfig:
     """Options for memory and speed of the stages that train, and of teacher_cache. A fusion of null is on where its kernel and
     CUDA are available."""
 
-    recompute: Recompute = Recompute.none
+    recompute: Recompute = changeable(Recompute.none)
     """Activations of the trained model that the backward pass recomputes; a teacher keeps none."""
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    recompute_modules: list[str] = changeable(default_factory=lambda: ["core_attn"])
     """recompute=selective: core_attn (attention between its projections), layernorm (outputs of the norms before attention and
     MLP), mlp (a dense MLP), moe (a layer of experts with its communication)."""
-    recompute_method: RecomputeMethod = RecomputeMethod.uniform
+    recompute_method: RecomputeMethod = changeable(RecomputeMethod.uniform)
     """recompute=full: layers to recompute."""
-    recompute_layers: int = 2
+    recompute_layers: int = changeable(2)
     """recompute=full: layers of a group (uniform), or number of recomputed layers (block). A block has two: attention and MLP."""
 
-    rope_fusion: bool | None = None
+    rope_fusion: bool | None = changeable(None)
     """Rotary embedding in one kernel (Transformer Engine 1.4)."""
-    bias_activation_fusion: bool | None = None
+    bias_activation_fusion: bool | None = changeable(None)
     """SwiGLU in one kernel by torch.compile; gated MLPs only."""
-    bias_dropout_fusion: bool | None = None
+    bias_dropout_fusion: bool | None = changeable(None)
     """The residual addition in one kernel by torch.compile."""
-    gradient_accumulation_fusion: bool | None = None
+    gradient_accumulation_fusion: bool | None = changeable(None)
     """Weight-gradient products accumulate into the fp32 buffer: Transformer Engine, or Apex's fused_weight_gradient_mlp_cuda. null
     is off for a mixture of experts, in which an expert may receive no token."""
-    moe_permute_fusion: bool | None = None
+    moe_permute_fusion: bool | None = changeable(None)
     """Permutation of tokens by expert in one kernel (Transformer Engine 2.1)."""
-    moe_grouped_gemm: bool = False
+    moe_grouped_gemm: bool = changeable(False)
     """All experts' products in one call. Refused: the parameter table has no rows for its parameter names."""
 
-    overlap_grad_reduce: bool | None = None
+    overlap_grad_reduce: bool | None = changeable(None)
     """Reduce gradients bucket by bucket during the backward pass; null does so on CUDA."""
-    bucket_size: int | None = None
+    bucket_size: int | None = changeable(None)
     """Parameters of a bucket, with overlap_grad_reduce; null is megatron-core's max(40 M, 1 M x data-parallel ranks)."""
     grad_reduce_in_fp32: bool = True
     """Keep and reduce gradients in fp32; false uses bf16, with half the memory and traffic."""
-    overlap_param_gather: bool = False
+    overlap_param_gather: bool = changeable(False)
     """Gather updated weights bucket by bucket during the next forward pass. Needs the distributed optimizer and
     overlap_grad_reduce."""
-    align_param_gather: bool = False
+    align_param_gather: bool = changeable(False)
     """Start these gathers on all pipeline ranks at the same time. Needs an interleaved pipeline."""
 
     precision_aware_optimizer: bool = False
@@ -129,7 +129,7 @@ class PerformanceConfig:
     (together fp32). Needs the distributed optimizer and bf16."""
     exp_avg_dtype: Dtype = Dtype.fp32
     """Precision of Adam's moments, with precision_aware_optimizer."""
-    optimizer_offload: float = 0.0
+    optimizer_offload: float = changeable(0.0)
     """Share of the optimizer's states in host memory. Refused above 0 (docs/performance.md)."""
 
     fp8: Fp8 | None = None
@@ -139,24 +139,24 @@ class PerformanceConfig:
     """Scaling for `fp8` and `teacher_fp8`. A resumed run collects the delayed recipe's statistics anew."""
     teacher_fp8: Fp8 | None = None
     """8-bit matrix products in the teacher's layers."""
-    teacher_offload: bool = False
+    teacher_offload: bool = changeable(False)
     """Keep the teacher's weights, except its head, in pinned host memory between its forward passes. Set distill.teacher_ahead to
     a whole step's micro-batches, so that they are copied once a step."""
 
-    attention_backend: AttentionBackend = AttentionBackend.auto
+    attention_backend: AttentionBackend = changeable(AttentionBackend.auto)
     """Transformer Engine's kernels for attention, of all models of the process."""
-    tp_comm_overlap: bool = False
+    tp_comm_overlap: bool = changeable(False)
     """Overlap the student's tensor-parallel communication with matrix products by Transformer Engine's user buffers. Needs
     sequence parallelism and CUDA_DEVICE_MAX_CONNECTIONS=1."""
-    cuda_graphs: CudaGraphs = CudaGraphs.none
+    cuda_graphs: CudaGraphs = changeable(CudaGraphs.none)
     """CUDA graphs. Refused except none (docs/performance.md)."""
 
-    loss_chunk_mb: int | None = None
+    loss_chunk_mb: int | None = changeable(None)
     """MiB of both models' logits that the loss holds at a time; null is 1 GiB on CUDA and 64 MiB on a CPU."""
-    nccl_timeout_minutes: float | None = None
+    nccl_timeout_minutes: float | None = changeable(None)
     """Time after which a waiting collective fails; null is the longer of distill.hang_minutes and distill.save_minutes, plus two.
     Must exceed hang_minutes, so that the hang is reported first."""
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    profile: ProfileConfig = changeable(default_factory=ProfileConfig)
 
     def frozen(self) -> "PerformanceConfig":
         """The options of a model that is not trained: the teacher."""
@@ -167,23 +167,6 @@ class PerformanceConfig:
             tp_comm_overlap=False,
             fp8=self.teacher_fp8,
         )
-
-
-NUMERIC = (
-    "grad_reduce_in_fp32",
-    "precision_aware_optimizer",
-    "exp_avg_dtype",
-    "fp8",
-    "fp8_recipe",
-    "teacher_fp8",
-)
-"""Options that change a run's numbers by more than the order of summation."""
-
-
-def numerics(config: dict[str, Any]) -> dict[str, Any]:
-    """The `NUMERIC` options of an `asdict` of PerformanceConfig that differ from the defaults."""
-    defaults = PerformanceConfig()
-    return {key: config[key] for key in NUMERIC if key in config and config[key] != getattr(defaults, key)}
 
 
 @dataclass(frozen=True)

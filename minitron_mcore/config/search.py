@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from minitron_mcore.config.fields import changeable
+
 Axis = Any
 """A list of numbers, {start, stop, step} or null: OmegaConf has no union of containers. `search.space` checks the values."""
 
@@ -85,14 +87,14 @@ class SearchConfig:
     """Training steps of each, with the other settings of `distill` (arXiv 2407.14679, section 2.3)."""
     eval_every: int = 100
     """Steps between two evaluations on the held-out text."""
-    students_per_pass: int = 1
+    students_per_pass: int = changeable(1)
     """Candidates trained with one forward pass of the teacher; a rank holds the weights and optimizer states of all of them."""
     latency: bool = False
     """Measure the speed of every candidate."""
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    shards: int = 1
+    shards: int = changeable(1)
     """Number of runs that share the candidates, one for each value of `shard`."""
-    shard: int = 0
+    shard: int = changeable(0)
     """Number of this run, from 0."""
-    stop_after: int | None = None
+    stop_after: int | None = changeable(None)
     """Stop after this many new results; the same command without this setting resumes."""

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from minitron_mcore.config.fields import changeable
 from minitron_mcore.errors import UserError
 
 
@@ -54,19 +55,19 @@ class ModelConfig:
 class DataConfig:
     """Text files: .jsonl or .jsonl.gz (documents under "text"), plain text, or the prefix of a Megatron .bin/.idx pair."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[str] = changeable(default_factory=list)
     """Files for calibration and training; "0.3 path" sets a file's weight in the blend."""
-    heldout: list[str] = field(default_factory=list)
+    heldout: list[str] = changeable(default_factory=list)
     """Files for evaluation."""
-    tokenizer: str | None = None
+    tokenizer: str | None = changeable(None)
     """Hugging Face tokenizer folder or sentencepiece .model; null is the checkpoint's own tokenizer."""
-    cache: str = "runs/cache"
+    cache: str = changeable("runs/cache")
     """Folder of tokenised files and sample indices, which runs reuse."""
     seed: int = 1234
     """Seed of the order of the samples."""
-    line_mb: int = 16
+    line_mb: int = changeable(16)
     """Longest line of a .jsonl or .jsonl.gz file, in MiB; reading it takes some tens of times as much memory."""
-    file_mb: int = 1024
+    file_mb: int = changeable(1024)
     """Largest plain-text file, which is one document, in MiB; reading it takes some tens of times as much memory."""
 
 
@@ -113,7 +114,7 @@ class ImportanceConfig(Statistic):
     """Sequences of the calibration text."""
     sequence_length: int = 8192
     """Tokens of a sequence."""
-    micro_batch: int = 1
+    micro_batch: int = changeable(1)
     """Sequences of a forward pass."""
     whole_documents: bool = False
     """Make each document one sample, padded at its end, instead of cutting the text into runs of `sequence_length`."""
@@ -161,9 +162,9 @@ class DepthConfig:
     """Sequences of each held-out file, evenly spaced."""
     sequence_length: int = 2048
     """Tokens of a sequence."""
-    micro_batch: int = 1
+    micro_batch: int = changeable(1)
     """Sequences of a forward pass."""
-    choices: str | None = None
+    choices: str | None = changeable(None)
     """File of multiple-choice questions: .jsonl or .jsonl.gz in WinoGrande's form, or with "query", "choices" and "label"."""
     limit: int | None = None
     """Use only the first questions of `choices`; null uses all."""
@@ -219,8 +220,8 @@ class TrainConfig:
     """Optimizer steps; the default is 94 B tokens at the default batch."""
     global_batch: int = 1152
     """Sequences of an optimizer step, over all ranks."""
-    micro_batch: int = 1
-    """Sequences of a forward and backward pass of one rank."""
+    micro_batch: int = changeable(1)
+    """Sequences of a forward and backward pass of one rank. It changes losses by rounding only."""
     sequence_length: int = 8192
     """Tokens of a sequence."""
     peak_lr: float = 1e-4
@@ -238,23 +239,38 @@ class TrainConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     distributed_optimizer: bool = True
-    """Shard the optimizer's states over the data-parallel ranks."""
-    log_every: int = 1
+    """Shard the optimizer's states over the data-parallel ranks. It identifies a run, since checkpoints then hold the states in
+    another form."""
+    log_every: int = changeable(1)
     """Steps between two lines of the log."""
-    save_every: int = 500
+    save_every: int = changeable(500)
     """Steps between two checkpoints."""
-    stop_after: int | None = None
+    stop_after: int | None = changeable(None)
     """Save and stop after this step; the same command without this setting resumes."""
-    on_bad_loss: BadLoss = BadLoss.stop
+    on_bad_loss: BadLoss = changeable(BadLoss.stop)
     """Reaction to a loss or gradient that is not finite."""
-    bad_loss_limit: int = 10
+    bad_loss_limit: int = changeable(10)
     """Most consecutive steps that on_bad_loss=skip skips."""
-    hang_minutes: float = 10.0
+    hang_minutes: float = changeable(10.0)
     """Time without progress after which the run ends and names the ranks that the others waited for."""
-    save_minutes: float = 60.0
+    save_minutes: float = changeable(60.0)
     """The same limit while a checkpoint is written, if longer."""
-    async_save: bool | None = None
+    async_save: bool | None = changeable(None)
     """Copy a checkpoint to host memory and write it while training continues; null does so on CUDA."""
+
+
+@dataclass
+class LogConfig:
+    """Programs that receive the figures of training steps besides metrics.jsonl (see `distill.metrics`)."""
+
+    tensorboard: bool = changeable(True)
+    """Write tensorboard events to out_dir/tensorboard."""
+    wandb: str | None = changeable(None)
+    """Project of Weights & Biases (pip install minitron_mcore[wandb]). With WANDB_MODE=offline the run is written to
+    out_dir/wandb, for `wandb sync`."""
+    mlflow: str | None = changeable(None)
+    """Experiment of MLflow (pip install minitron_mcore[mlflow]), on the server in MLFLOW_TRACKING_URI, or without that variable in
+    the file store out_dir/mlruns."""
 
 
 class HiddenStateMetric(StrEnum):
@@ -314,12 +330,12 @@ class DistillConfig(TrainConfig):
     """divergence=forward_kl: keep the teacher's k largest logits and merge all others into one entry; null keeps all."""
     temperature: float = 1.0
     """Temperature of both softmaxes; the divergence is multiplied by its square (Hinton et al. 2015)."""
-    teacher_ahead: int = 1
+    teacher_ahead: int = changeable(1)
     """Micro-batches that the teacher computes ahead of the student; with pipeline parallelism, a whole step's in any case."""
-    teacher_parallel: Any = None
+    teacher_parallel: Any = changeable(None)
     """A layout for the teacher on the same ranks, as {tensor: 2, pipeline: 2} (see `parallel`); null is the student's. Best with
     `teacher_ahead` a multiple of its number of replicas."""
-    teacher_ranks: int = 0
+    teacher_ranks: int = changeable(0)
     """Number of processes, the last ones, that hold only the teacher, in `teacher_parallel`, and compute while the student trains;
     0 keeps both models on all ranks."""
     hidden_state_loss: HiddenStateLossConfig = field(default_factory=HiddenStateLossConfig)
@@ -346,7 +362,7 @@ class EvaluateConfig:
 
     sequence_length: int = 1024
     """Tokens of a window."""
-    micro_batch: int = 4
+    micro_batch: int = changeable(4)
     """Windows of a forward pass."""
     max_windows: int | None = None
     """Windows of each file, evenly spaced; null evaluates all."""

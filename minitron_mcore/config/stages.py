@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
+from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.hardware import DryConfig
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
@@ -16,6 +17,7 @@ from minitron_mcore.config.settings import (
     Dtype,
     EvaluateConfig,
     ImportanceConfig,
+    LogConfig,
     ModelConfig,
     ParallelConfig,
     PruneConfig,
@@ -44,8 +46,8 @@ class RecipeConfig:
 class Run:
     """Settings of every stage, so that all stages accept the same recipe and command line."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = changeable(default_factory=ModelConfig)
+    parallel: ParallelConfig = changeable(default_factory=ParallelConfig)
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
@@ -55,13 +57,14 @@ class Run:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    log: LogConfig = changeable(default_factory=LogConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    dry_run: bool = False
+    dry_run: bool = changeable(False)
     """Print sizes, memory of a rank, operations, days and every problem instead of running. Needs no weights."""
-    dry: DryConfig = field(default_factory=DryConfig)
-    runs: str = "runs"
+    dry: DryConfig = changeable(default_factory=DryConfig)
+    runs: str = changeable("runs")
     """Folder of all work folders; the recipes of a chain read each other's."""
-    work_dir: str = MISSING
+    work_dir: str = changeable(MISSING)
     """Folder of one model's stages; their default paths lie in it."""
     dtype: Dtype = Dtype.bf16
     """Precision of weights and activations."""
@@ -74,7 +77,7 @@ class StageRun(Run):
     """A stage that writes a folder. Its config.yaml holds the stage's settings and the sections in `reads`."""
 
     reads: ClassVar[tuple[str, ...]] = ()
-    out_dir: str = MISSING
+    out_dir: str = changeable(MISSING)
     """Folder to write; it must not exist, or hold the same run, which is then resumed."""
 
 
@@ -88,7 +91,7 @@ class ImportanceRun(StageRun):
     """Importance scores."""
 
     reads = ("data", "importance")
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to score."""
 
 
@@ -97,9 +100,9 @@ class DepthRun(StageRun):
     """Depth study."""
 
     reads = ("data", "depth")
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to study."""
-    scores: str | None = None
+    scores: str | None = changeable(None)
     """Folder of the importance stage, which depth.metric=cosine needs."""
 
 
@@ -107,11 +110,11 @@ class DepthRun(StageRun):
 class ScoredRun(StageRun):
     """A stage that chooses by importance scores."""
 
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to prune."""
-    scores: str = MISSING
+    scores: str = changeable(MISSING)
     """Folder of the importance stage."""
-    study: str | None = None
+    study: str | None = changeable(None)
     """Folder or file of a depth study that chooses the blocks to drop; null drops those of least cosine distance."""
 
 
@@ -130,9 +133,9 @@ class PlanRun(ScoredRun):
 class PruneRun(StageRun):
     """Pruning of a sharded checkpoint."""
 
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to prune."""
-    plan: str = MISSING
+    plan: str = changeable(MISSING)
     """Folder or file of the plan."""
 
 
@@ -140,7 +143,7 @@ class PruneRun(StageRun):
 class CutRun(StageRun):
     """Pruning of a Hugging Face folder, `model.hf`."""
 
-    plan: str = MISSING
+    plan: str = changeable(MISSING)
     """Folder or file of the plan."""
 
 
@@ -148,8 +151,8 @@ class CutRun(StageRun):
 class CorrectRun(StageRun):
     """Teacher correction."""
 
-    reads = ("data", "correct", "performance")
-    source: str = MISSING
+    reads = ("data", "correct", "performance", "log")
+    source: str = changeable(MISSING)
     """Checkpoint to train."""
 
 
@@ -169,7 +172,7 @@ class TeacherCacheRun(StageRun):
     """Teacher cache for the samples of a distillation, in its order."""
 
     reads = ("data", "performance")
-    teacher: str = MISSING
+    teacher: str = changeable(MISSING)
     """Checkpoint of the teacher."""
     kind: CacheKind = CacheKind.topk
     """Content of the cache."""
@@ -181,7 +184,7 @@ class TeacherCacheRun(StageRun):
     """Optimizer steps of the distillation."""
     global_batch: int = MISSING
     """Sequences of a step of the distillation."""
-    micro_batch: int = MISSING
+    micro_batch: int = changeable(MISSING)
     """Sequences of a forward pass."""
     sequence_length: int = MISSING
     """Tokens of a sequence."""
@@ -201,13 +204,13 @@ def _is_name(key: object) -> bool:
 class DistillRun(StageRun):
     """Distillation."""
 
-    reads = ("data", "distill", "performance")
-    student: str = MISSING
+    reads = ("data", "distill", "performance", "log")
+    student: str = changeable(MISSING)
     """Checkpoint to train."""
-    students: Any = None
+    students: Any = changeable(None)
     """Several checkpoints instead of `student`, as {name: folder}. One forward pass of the teacher trains all; each writes
     out_dir/name."""
-    teacher: str = MISSING
+    teacher: str = changeable(MISSING)
     """Checkpoint of the teacher, or folder of its cache."""
 
     def __post_init__(self) -> None:
@@ -251,7 +254,7 @@ class GptNames(StrEnum):
 class ExportRun(StageRun):
     """Export of a checkpoint."""
 
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to export."""
     format: ExportFormat = ExportFormat.hf
     """Format to write."""
@@ -266,7 +269,7 @@ class EvaluateRun(StageRun):
     """Evaluation on held-out text."""
 
     reads = ("data", "evaluate")
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Hugging Face folder, which transformers evaluates on one process, or sharded checkpoint."""
 
 
@@ -274,8 +277,8 @@ class EvaluateRun(StageRun):
 class SearchRun(ScoredRun):
     """Architecture search."""
 
-    reads = ("data", "distill", "evaluate", "search", "performance")
-    teacher: str = MISSING
+    reads = ("data", "distill", "evaluate", "search", "performance", "log")
+    teacher: str = changeable(MISSING)
     """Checkpoint of the teacher."""
 
 

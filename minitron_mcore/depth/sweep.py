@@ -14,7 +14,7 @@ import torch
 
 from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.config import ranges
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.settings import DepthMetric
 from minitron_mcore.config.stages import DepthRun
 from minitron_mcore.data.text_reader import Limits
@@ -49,7 +49,7 @@ def run(config: DepthRun) -> None:
         windows = _windows(config, tokenizer)
         questions = read(settings.choices, settings.limit, Limits.of(config.data)) if settings.choices else []
         cosines = _cosines(config, source)
-    with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
+    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
         scorer = MultipleChoice(model, arch, questions, tokenizer, settings.micro_batch) if questions else None
         points = PointLog(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minitron_mcore.checkpoint import disk, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
 from minitron_mcore.data import datasets
@@ -38,7 +38,7 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
             teacher or text.
     """
     refuse(checks.cache_problems(config, teacher.arch))
-    with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
+    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
         order = datasets.SampleOrder(prefixes, weights, config.data.seed, config.sequence_length, config.samples)
         writer = CacheWriter(config, teacher, order.digest())

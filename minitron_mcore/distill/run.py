@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minitron_mcore.checkpoint import lineage, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved, run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import datasets
@@ -51,7 +51,7 @@ def train(
     config, first = configs[0], students[0]
     check_run(config, settings, students, teacher)
     with contextlib.ExitStack() as claims:
-        folders = [run_folder.claim_run_folder(each.out_dir, run_identity(each), resume=True) for each in configs]
+        folders = [run_folder.claim_run_folder(each.out_dir, resolved(each), resume=True) for each in configs]
         resumed = [claims.enter_context(folder) for folder in folders]
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
@@ -79,7 +79,7 @@ def train(
         for stop in eval_steps or (settings.stop_after,):
             for trainer in trainers.values():
                 trainer.config = dataclasses.replace(settings, stop_after=stop)
-            for before, new in zip(figures, loop.train(trainers, batches, common_folder), strict=True):
+            for before, new in zip(figures, loop.train(trainers, batches, common_folder, config.log), strict=True):
                 before += new
             for number, trainer in enumerate(trainers.values()):
                 if on_eval and trainer.step == stop:

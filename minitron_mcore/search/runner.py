@@ -22,7 +22,7 @@ from pathlib import Path
 from minitron_mcore.checkpoint import run_folder, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config import ranges
-from minitron_mcore.config.identity import run_identity
+from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.settings import DistillConfig, PruneConfig
 from minitron_mcore.config.stages import DistillRun, Run, SearchRun
 from minitron_mcore.data.text_reader import Limits
@@ -61,7 +61,7 @@ def run(config: SearchRun) -> None:
     has_teacher = config.search.best and config.distill.needs_teacher
     teacher = cache.open_teacher(config.teacher) if has_teacher else None
     runner = SearchRunner(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
-    with run_folder.claim_run_folder(config.out_dir, run_identity(config), resume=True):
+    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
         runner.run()
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from minitron_mcore.cli import compose, dry_run
-from minitron_mcore.config import identity
 from minitron_mcore.config.performance import (
     EVERYTHING,
     Fp8,
@@ -343,10 +342,3 @@ def test_with_all_kernels_there(fits, change, sentence):
     training = DistillConfig(sequence_length=64)
     found = list(problems(PerformanceConfig(**change), fits, fits, training, ParallelConfig(), Dtype.bf16, EVERYTHING))
     assert sentence in found[0] if sentence else not found, found
-
-
-def test_what_names_a_run_is_what_changes_its_numbers():
-    plain = identity.run_identity(composed())
-    assert "performance" not in plain
-    assert identity.run_identity(composed("performance.recompute=full", "performance.profile.start=3")) == plain
-    assert identity.run_identity(composed("performance.fp8=hybrid"))["performance"] == {"fp8": "hybrid"}

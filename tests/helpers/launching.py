@@ -109,7 +109,7 @@ def config_of(stage, *overrides):
 
 
 def identity_of(stage, *overrides) -> dict:
-    return identity.run_identity(config_of(stage, *overrides))
+    return identity.resolved(config_of(stage, *overrides))
 
 
 def plan(*overrides) -> None:
