@@ -14,15 +14,13 @@ def main(config: DistillRun) -> None:
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import cache, remote_teacher, run
     from minitron_mcore.estimate import announce
+    from minitron_mcore.evaluation import heldout
     from minitron_mcore.parallel import process_groups
 
     settings = config.distill
-    with process_groups.distributed_context(
-        config.parallel,
-        config.seed,
+    with process_groups.stage_context(
+        config,
         settings.sequence_length,
-        hang_minutes=max(settings.hang_minutes, settings.save_minutes),
-        timeout_minutes=config.performance.nccl_timeout_minutes,
         teacher_ranks=settings.teacher_ranks,
         teacher_parallel=settings.teacher_parallel,
     ):
@@ -34,7 +32,8 @@ def main(config: DistillRun) -> None:
         teacher = cache.open_teacher(config.teacher) if settings.needs_teacher else None
         run.check_run(runs[0], settings, students, teacher)
         announce.print_memory(runs[0], settings, students, teacher)
-        run.train(runs, settings, students, teacher)
+        text = heldout.HeldOut(config, students[0]) if settings.eval_every else None
+        run.train(runs, settings, students, teacher, text)
 
 
 if __name__ == "__main__":

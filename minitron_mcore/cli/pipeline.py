@@ -3,18 +3,18 @@
 import os
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitron_mcore.checkpoint import stage_record
-from minitron_mcore.cli.compose import LAUNCH, compose, group_options, search_path
+from minitron_mcore.cli import stage_process
+from minitron_mcore.cli.compose import compose, group_options, search_path
 from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, DistillRun, PipelineRun, StageRun
-from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.errors import STOPPED_STATUS, Stopped, UserError, refuse
 from minitron_mcore.reading import read_yaml
 
 INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
@@ -58,14 +58,13 @@ def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, t
 
     Raises:
         UserError: the stage failed; its own message is printed before.
+        Stopped: a signal stopped it.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(LAUNCH / f"{name}.py"), *overrides]
-    shown = ["minitron", name, *(["--nproc", str(processes)] if processes > 1 else []), *overrides]
-    print(f"\nstage {number} of {total}: {name}\n$ {shlex.join(shown)}", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    print(f"\nstage {number} of {total}: {name}\n$ {stage_process.shown(name, overrides, processes)}", flush=True)
     start = time.monotonic()
-    status = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ).returncode
+    status = stage_process.run(name, overrides, processes)
+    if status == STOPPED_STATUS:
+        raise Stopped(f"minitron {name} stopped: the same command continues.")
     if status:
         raise UserError(f"minitron {name} failed with status {status}; its message stands above.")
     return time.monotonic() - start

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.hardware import DryConfig
-from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
     DataConfig,
@@ -49,6 +49,7 @@ class Run:
     model: ModelConfig = changeable(default_factory=ModelConfig)
     parallel: ParallelConfig = changeable(default_factory=ParallelConfig)
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    hang: HangConfig = field(default_factory=HangConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
