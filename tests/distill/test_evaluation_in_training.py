@@ -31,7 +31,7 @@ LAYOUTS = {
     "pp2_virtual2": (2, ParallelConfig(pipeline=2, virtual=2)),
     "cp2_tp2_sp": (4, ParallelConfig(context=2, tensor=2, sequence=True)),
 }
-FIGURES = ("kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
+FIGURES = ("kd_loss", "lm_loss", "hidden_state_loss", "teacher_entropy", "grad_norm", "lr")
 
 
 @pytest.fixture(scope="module")
