@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint import run_folder, sharded, streaming
+from minitron_mcore.checkpoint import run_folder, sharded
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.checkpoint.sharded import Shard
+from minitron_mcore.checkpoint.step_saver import StepSaver
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.data import datasets
@@ -27,8 +28,7 @@ from minitron_mcore.distill.remote_teacher import RemoteTeacher
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import build, flops, performance_checks, tuning
-from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
-from minitron_mcore.parallel.hang_watchdog import Phase
+from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
@@ -85,9 +85,10 @@ class Trainer:
         self.performance = performance = performance or PerformanceConfig()
         check(student, teacher, config, parallel, dtype, performance)
         self.config, self.arch, self.step = config, student.arch, 0
+        self.step_start = self.work_seconds = 0.0
+        """When the last step began, and for how long this rank computed before it reduced gradients."""
         self.teacher_arch = teacher.arch if teacher else None
-        self.background = process_groups.device().type == "cuda" if config.async_save is None else config.async_save
-        self.saving: streaming.BackgroundSave | None = None
+        self.saver = StepSaver(config)
         if performance.tp_comm_overlap:
             tokens = config.micro_batch * config.sequence_length // parallel.context
             tuning.start_user_buffers(performance, tokens, student.arch.hidden, parallel.tensor)
@@ -113,7 +114,7 @@ class Trainer:
         if performance.overlap_param_gather:
             _wait_for_weights(model, self.chunks)
         self.optimizer = self._make_optimizer(dtype)
-        model.config.finalize_model_grads_func = self.hidden_loss.finalize if self.hidden_loss else finalize_model_grads
+        model.config.finalize_model_grads_func = self._finalize_gradients
         model.config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [chunk.no_sync for chunk in self.chunks]
         model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -163,7 +164,7 @@ class Trainer:
         num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
         count = self.teacher.cache.index["samples"] if cached else num_samples
-        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count)
+        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count, data.document_mask)
         return datasets.train_batches(
             datasets.Samples(order, data.cache, self.vocab),
             micro_batch_size=config.micro_batch,
@@ -188,7 +189,7 @@ class Trainer:
         Raises:
             BadStep: on all ranks, for a loss or gradient that is not finite; weights, optimizer and schedule are unchanged.
         """
-        start = time.monotonic()
+        self.step_start = time.monotonic()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         if self.hidden_loss:
@@ -209,11 +210,11 @@ class Trainer:
         hidden_figures = {}
         if self.hidden_loss:
             hidden_figures = {
-                "states_loss": self.hidden_loss.total() / max(tokens, 1.0),
-                "states_weight": self.hidden_loss.weight,
+                "hidden_state_loss": self.hidden_loss.total() / max(tokens, 1.0),
+                "hidden_state_weight": self.hidden_loss.weight,
             }
-            if not math.isfinite(hidden_figures["states_loss"]):
-                raise BadStep("loss of intermediate states", hidden_figures["states_loss"], parts)
+            if not math.isfinite(hidden_figures["hidden_state_loss"]):
+                raise BadStep("loss of intermediate states", hidden_figures["hidden_state_loss"], parts)
         self.scheduler.step(increment=1)  # before the optimizer: the first step's learning rate is not 0
         try:
             norm = self.optimizer.step()[1] if tokens else 0.0
@@ -223,8 +224,8 @@ class Trainer:
         self.step += 1
         if hidden_figures:
             kd_term = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
-            self.hidden_loss.update_weight(kd_term, hidden_figures["states_loss"])
-        seconds, count, length = time.monotonic() - start, max(tokens, 1.0), self.config.sequence_length
+            self.hidden_loss.update_weight(kd_term, hidden_figures["hidden_state_loss"])
+        seconds, count, length = time.monotonic() - self.step_start, max(tokens, 1.0), self.config.sequence_length
         return {
             "step": self.step,
             "tokens": self.step * self.config.global_batch * self.config.sequence_length,
@@ -235,11 +236,19 @@ class Trainer:
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": count / seconds,
+            **self.saver.figures(),
             "student_tflops": 3 * flops.forward_flops(self.arch, length) * count / seconds / 1e12,
             "teacher_tflops": flops.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
             if isinstance(self.teacher, Teacher)
             else 0.0,
         }
+
+    def _finalize_gradients(self, *args, **kwargs) -> None:
+        """Reduce gradients over the replicas; megatron-core calls this after the last backward pass."""
+        if process_groups.device().type == "cuda":
+            torch.cuda.current_stream().synchronize()  # not those of reductions that overlap the backward pass
+        self.work_seconds = time.monotonic() - self.step_start
+        (self.hidden_loss.finalize if self.hidden_loss else finalize_model_grads)(*args, **kwargs)
 
     def teacher_loss(self, batch: Batch) -> float:
         """The teacher's own cross-entropy on the data-parallel ranks' micro-batches, nats a token (collective)."""
@@ -290,11 +299,7 @@ class Trainer:
                 chunk.start_param_sync(force_sync=True)
 
     def save(self, out_dir: Path) -> None:
-        """Write a checkpoint of this step (collective).
-
-        Pieces are written directly from the tensors; or the tensors are copied, and written in the background until `finish_save`.
-        """
-        self.finish_save()
+        """Write a checkpoint of this step, or begin to in the background (collective). See `StepSaver.begin`."""
         self.gather_weights()
         if self.config.distributed_optimizer:
             optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, self._shards())
@@ -303,32 +308,27 @@ class Trainer:
         # There is no dropout: the data position, which follows from the step, is the only random state.
         counted = {"step": self.step} | ({"states_ratio": self.hidden_loss.ratio} if self.hidden_loss else {})
         state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
-        with hang_watchdog.phase(Phase.save, lambda: f"the save of step {self.step}"):
-            if self.background:
-                self.saving = streaming.BackgroundSave(out_dir, self.step, state, f"save step {self.step}")
-            else:
-                streaming.save_state(out_dir, self.step, state, f"save step {self.step}")
+        gradients = sum(parameter.main_grad.nbytes for _, parameter in build.named_parameters(self.model))
+        self.saver.begin(out_dir, self.step, state, gradients)
 
     def finish_save(self, wait: bool = True) -> None:
-        """Finish the background save, if there is one and all ranks have written it; with `wait` wait for them (collective).
+        """Publish the save that is being written, if it is written or with `wait` (collective). See `StepSaver.finish`."""
+        self.saver.finish(wait)
+
+    def resume(self, out_dir: Path) -> None:
+        """Load the newest valid step of this run, in place (collective).
 
         Raises:
-            CheckpointException: a rank could not write it; the previous checkpoint stays the newest.
+            UserError: see `run_folder.newest_valid_step`.
         """
-        if self.saving and (wait or self.saving.is_written()):
-            saving, self.saving = self.saving, None
-            with hang_watchdog.phase(Phase.save, lambda: f"the save before step {self.step + 1}"):
-                saving.finish()
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint of this run, in place (collective)."""
+        files = run_folder.newest_valid_step(out_dir)
         if self.config.distributed_optimizer:
             loading = optimizer_state.StateLoader(self.optimizer.chained_optimizers, self._shards())
-            state = run_folder.load(checkpoint, self._weights() | {"optimizer": loading.request})
+            state = run_folder.read_step(files, self._weights() | {"optimizer": loading.request})
             loading.finish(state["optimizer"])
         else:
-            state = run_folder.load(
-                checkpoint, self._weights() | {"optimizer": self._replicated_optimizer_state(loading=True)}
+            state = run_folder.read_step(
+                files, self._weights() | {"optimizer": self._replicated_optimizer_state(loading=True)}
             )
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
