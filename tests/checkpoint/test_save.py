@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import disk, run_folder, safe_metadata, steps
+from minitron_mcore.checkpoint import disk, run_folder, steps
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig, ParallelConfig, PruneConfig
@@ -27,6 +27,7 @@ from tests.helpers import families, models
 from tests.helpers.cutting import ONE, write_family
 from tests.helpers.memory import peak_growth
 from tests.helpers.training import CONFIG, distill, micro_batches
+from tests.helpers.weights import tensors
 
 TWO = ParallelConfig(tensor=2)
 
@@ -64,15 +65,6 @@ def relay(student, teacher, config, parallel, dtype, source, out_dir):
     assert disk.PIECE_ELEMENTS > 500
     disk.PIECE_ELEMENTS, disk.FILE_ELEMENTS = 500, 2000
     trainer.save(out_dir)
-
-
-def tensors(folder) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds, whole."""
-    reader = safe_metadata.Reader(open_checkpoint(folder).step_dir)
-    return {
-        key: reader.read_slice(key, (0,) * len(entry.size), tuple(entry.size)).clone()
-        for key, entry in reader.tensors.items()
-    }
 
 
 CASES = {
