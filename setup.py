@@ -38,6 +38,8 @@ setup(
     extras_require={
         "eval": ["lm-eval"],
         "slurm": ["hydra-submitit-launcher"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
         # Never `apex`: on PyPI that is another project. NVIDIA's Apex comes with NGC's PyTorch image (Dockerfile).
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [

@@ -5,8 +5,9 @@ import re
 import runpy
 import sys
 
+from minitron_mcore.cli import sweep
 from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES
-from minitron_mcore.cli.help import launch_docstring
+from minitron_mcore.cli.help import launch_docstring, print_to_reader
 
 USAGE = """minitron STAGE [--nproc N] [SETTING=VALUE ...]
 
@@ -27,18 +28,21 @@ def main() -> None:
     stages = _stages()
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, stages))
-        print(USAGE.format(stages="\n".join(f"  {name:{width}}  {line}" for name, line in stages.items())))
-        return
+        return print_to_reader(
+            USAGE.format(stages="\n".join(f"  {name:{width}}  {line}" for name, line in stages.items()))
+        )
     stage, *overrides = arguments
     if stage not in stages:
         sys.exit(f"error: {stage} is no stage: give one of {', '.join(stages)}.")
     processes, overrides = _processes(overrides)
     script = str(LAUNCH / f"{stage}.py")
+    if processes is not None and sweep.is_requested(overrides):
+        os.environ[sweep.PROCESSES], processes = processes, None
     if processes is None:
         sys.argv[1:] = overrides
         runpy.run_path(script, run_name="__main__")
     else:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        torchrun = ["-m", "minitron_mcore.cli.torchrun", "--standalone", "--nproc-per-node", processes]
         os.execv(sys.executable, [sys.executable, *torchrun, script, *overrides])
 
 

@@ -173,6 +173,9 @@ def _problems(
                 yield from (f"{role}: {problem}" for problem in sharding.model_problems(arch, config.parallel))
     teacher = archs.get("teacher")
     students = {role: arch for role, arch in archs.items() if resolve.kind(role) == "student"}
+    kernels = options.EVERYTHING if setting.device == Device.cuda else options.Kernels()
+    if training or isinstance(config, TeacherCacheRun):
+        yield from checks.document_problems(config.data, kernels)
     if training:
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
         each = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
@@ -180,9 +183,7 @@ def _problems(
         if not isinstance(config, SearchRun):  # which has its own
             each = (checks.heldout_problems(config, training, s) for s in trained.values())
             yield from dict.fromkeys(itertools.chain(*each))
-        live, kernels = None if resolve.cache_content(config) else teacher, options.Kernels()
-        if setting.device == Device.cuda:
-            kernels = options.EVERYTHING
+        live = None if resolve.cache_content(config) else teacher
         each = (
             performance_checks.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
             for s in trained.values()

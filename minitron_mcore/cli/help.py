@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import inspect
+import os
+import sys
 import textwrap
 from collections.abc import Iterator
 from enum import Enum
@@ -26,6 +28,14 @@ class Setting(NamedTuple):
     default: Any
     """`omegaconf.MISSING` where the user or conf/stage must give a value."""
     text: str
+
+
+def print_to_reader(text: str) -> None:
+    """Print a text whose reader, such as `head`, may end before all is written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def launch_docstring(stage: str) -> str:

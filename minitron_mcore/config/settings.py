@@ -65,6 +65,9 @@ class DataConfig:
     """Folder of tokenised files and sample indices, which runs reuse."""
     seed: int = 1234
     """Seed of the order of the samples."""
+    document_mask: bool = False
+    """Training samples hold several documents: each token attends to its own document only, at positions relative to its start
+    (Megatron's reset_attention_mask and reset_position_ids)."""
     line_mb: int = changeable(16)
     """Longest line of a .jsonl or .jsonl.gz file, in MiB; reading it takes some tens of times as much memory."""
     file_mb: int = changeable(1024)
@@ -260,6 +263,20 @@ class TrainConfig:
     """Most consecutive steps that on_bad_loss=skip skips."""
     async_save: bool | None = changeable(None)
     """Copy a checkpoint to host memory and write it while training continues; null does so on CUDA."""
+
+
+@dataclass
+class LogConfig:
+    """Programs that receive the figures of training steps besides metrics.jsonl (see `distill.metrics`)."""
+
+    tensorboard: bool = changeable(True)
+    """Write tensorboard events to out_dir/tensorboard."""
+    wandb: str | None = changeable(None)
+    """Project of Weights & Biases (pip install minitron_mcore[wandb]). With WANDB_MODE=offline the run is written to
+    out_dir/wandb, for `wandb sync`."""
+    mlflow: str | None = changeable(None)
+    """Experiment of MLflow (pip install minitron_mcore[mlflow]), on the server in MLFLOW_TRACKING_URI, or without that variable in
+    the file store out_dir/mlruns."""
 
 
 class HiddenStateMetric(StrEnum):

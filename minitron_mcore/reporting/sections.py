@@ -20,7 +20,17 @@ CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters patt
 LOWER_IS_BETTER = ("loss", "kl", "mse")
 SIZES = ("blocks", "hidden", "ffn", "heads", "groups")
 TRAINED = (
-    *("step", "tokens", "kd_loss", "lm_loss", "heldout_loss", "states_loss", "teacher_entropy", "grad_norm", "lr"),
+    *(
+        "step",
+        "tokens",
+        "kd_loss",
+        "lm_loss",
+        "heldout_loss",
+        "hidden_state_loss",
+        "teacher_entropy",
+        "grad_norm",
+        "lr",
+    ),
     *("tokens_per_second",),
 )
 

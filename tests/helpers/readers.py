@@ -17,13 +17,20 @@ from minitron_mcore.checkpoint import disk, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import pipeline
 from minitron_mcore.config.search import SearchConfig
-from minitron_mcore.config.settings import DataConfig, DepthConfig, EvaluateConfig, ParallelConfig, PruneConfig
+from minitron_mcore.config.settings import (
+    DataConfig,
+    DepthConfig,
+    EvaluateConfig,
+    LogConfig,
+    ParallelConfig,
+    PruneConfig,
+)
 from minitron_mcore.config.stages import PlanRun, SearchRun
 from minitron_mcore.data import datasets, tokenizer
 from minitron_mcore.depth import study
 from minitron_mcore.depth.point_log import PointLog
 from minitron_mcore.distill import cache
-from minitron_mcore.distill.loop import MetricsWriter
+from minitron_mcore.distill.metrics import MetricsWriter
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import refuse
 from minitron_mcore.evaluation import multiple_choice, perplexity
@@ -172,7 +179,7 @@ def resumed(folder: Path) -> None:
     with run_folder.claim_run_folder(folder, RUN, resume=True):
         resumed_trainer = trainer(BASE / "convert")
         resumed_trainer.resume(folder)
-        MetricsWriter(folder, resumed_trainer.step).close()
+        MetricsWriter(folder, resumed_trainer.step, LogConfig()).close()
 
 
 def delivered(folder: Path) -> None:
@@ -254,7 +261,7 @@ def taught(folder: Path) -> None:
     student, teacher = open_checkpoint(BASE / "convert"), cache.open_teacher(folder)
     refuse(teacher.problems(student.arch, CONFIG) if isinstance(teacher, cache.Cache) else ["another folder"])
     prefixes, parts = datasets.parse_blend([f"0.3 {BASE}/text/a", f"0.7 {BASE}/text/b"])
-    teacher.check(prefixes, parts, world.data().seed, 16)
+    teacher.check(prefixes, parts, world.data(), 16)
     reader = cache.CachedTeacher(teacher, student.arch, ONE)
     list(reader.add_teacher_outputs([{"samples": torch.tensor([n, n + 1])} for n in range(0, 16, 2)]))
 
