@@ -137,7 +137,9 @@ def test_a_full_disk(tmp_path, pair, trained):
     out_dir, files = tmp_path / "small", (trained / "step_0000004").iterdir()
     out_dir.mkdir()
     size = 1.5 * sum(file.stat().st_size // 4096 + 1 for file in files)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size:.0f}k", "tmpfs", out_dir], check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={4 * size:.0f}k", "tmpfs", out_dir], check=False
+    ).returncode:
         pytest.skip("mount is refused here")
     try:
         found = on_ranks(save_until_the_disk_is_full, 2, ONE, pair[0], out_dir, resource.RLIM_INFINITY, [False])

@@ -118,7 +118,7 @@ def test_boxes_are_the_range(shape):
 
 
 def save_large(source, out_dir, parallel, background):
-    """Bytes that a save adds to this rank's memory; of the optimizer's state that it holds; that it wrote."""
+    """Bytes that a save adds to this rank's memory; of weights, gradients and optimizer that it holds; that it wrote."""
     config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0, async_save=background)
     opened = open_checkpoint(source)
     trainer = Trainer(opened, None, config, parallel, "bf16")
@@ -126,10 +126,11 @@ def save_large(source, out_dir, parallel, background):
     trainer.train_step([next(micro_batches(config, 0, dp.rank(), dp.size())) for _ in range(4 // dp.size())])
     disk.PIECE_ELEMENTS, disk.FILE_ELEMENTS = 1 << 17, 1 << 19
     state = [optimizer_state.local_ranges(part) for part in trainer.optimizer.chained_optimizers]
-    share = sum(t.nbytes for part in state for owned in part for t in owned.state().values())
+    held = sum(t.nbytes for part in state for owned in part for t in owned.state().values())
+    held += sum(parameter.nbytes + parameter.main_grad.nbytes for parameter in trainer.model.parameters())
     growth = peak_growth(lambda: (trainer.save(out_dir), trainer.finish_save()))
     files = (out_dir / f"step_{trainer.step:07d}").glob(f"__{process_groups.rank()}_*.distcp")
-    return growth, share, sum(file.stat().st_size for file in files)
+    return growth, held, sum(file.stat().st_size for file in files)
 
 
 def make_large(folder):
@@ -142,13 +143,13 @@ def make_large(folder):
 @pytest.mark.default_cases("2-True")
 @pytest.mark.parametrize(("world", "background"), [(2, False), (4, False), (2, True)])
 def test_a_save_needs_little_memory_and_all_ranks_write(tmp_path, world, background):
-    """In the background a copy of what the rank writes."""
+    """In the background a quarter of what the rank holds, although it writes more."""
     (tmp_path / "source").mkdir()
     on_ranks(make_large, 1, ONE, tmp_path / "source")
     found = on_ranks(save_large, world, ONE, tmp_path / "source", tmp_path / "run", ONE, background)
-    for growth, share, written in found:
-        assert share > 200e6 / world
-        assert growth < (1.2 * written if background else share / 2), (growth, share, written)
+    for growth, held, written in found:
+        assert held > 300e6 / world and written > held / 3
+        assert growth < held / 4 if background else held / 10, (growth, held, written)
         assert written == pytest.approx(sum(w for *_, w in found) / world, rel=0.05)
 
 
