@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from common import Figure, arguments, write
 
-from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint import run_folder, steps
 from minitron_mcore.cli import demo
 from minitron_mcore.config.settings import Aggregation, DataConfig, FfnSite, ParallelConfig, PruneConfig, Statistic
 from minitron_mcore.data.text_reader import documents
@@ -130,7 +130,7 @@ def main() -> None:
         effort = Effort([default, before_gate, weighted], ["100 M"], samples=8, windows=2)
     RUN.mkdir(parents=True, exist_ok=True)
     teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
-    if not (RUN / "convert/latest").is_file():
+    if not steps.published(RUN / "convert"):
         on_ranks(hf_convert.import_folder, 1, ONE, teacher, RUN / "convert", ONE)
     text = calibration_text(RUN / "calibration.jsonl")
     found = on_ranks(measure, 2, ONE, teacher, text, effort, timeout=7200)[0]

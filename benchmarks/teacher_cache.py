@@ -15,7 +15,7 @@ import torch
 from common import Figure, arguments, write
 from torch import Tensor
 
-from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint import run_folder, steps
 from minitron_mcore.cli import demo
 from minitron_mcore.config.settings import DataConfig, DistillConfig, ParallelConfig, PruneConfig, Statistic
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
@@ -90,7 +90,7 @@ def prepare(text: str) -> Tensor:
     source, config = run_folder.open_checkpoint(RUN / "convert"), DataConfig([text], cache=str(RUN / "cache"))
     prefixes, _ = datasets.prepare(config, source.hf, source.arch.vocab)
     shape = dict(vocab_size=source.arch.vocab, sequence_length=SETTINGS.sequence_length)
-    if not (RUN / "student/latest").is_file():
+    if not steps.published(RUN / "student"):
         tokens, mask = datasets.calibration(prefixes, num_samples=16, seed=1, **shape)
         scores = score(run_folder.build_model(source, ONE, "bf16"), source, tokens, mask, 4, Statistic())
         plan = make_plan(source.arch, source.fingerprint, scores, PruneConfig(hidden=504, ffn=1152))
@@ -132,7 +132,7 @@ def main() -> None:
     ks, repetitions = ([16, 256], 2) if options.quick else ([16, 64, 256, 1024], 5)
     RUN.mkdir(parents=True, exist_ok=True)
     teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
-    if not (RUN / "convert/latest").is_file():
+    if not steps.published(RUN / "convert"):
         on_ranks(hf_convert.import_folder, 1, ONE, teacher, RUN / "convert", ONE)
     text = str(TEXT if TEXT.is_file() else demo.write_stdlib_text(RUN / "text")[0])
     tokens = on_ranks(prepare, 1, ONE, text, timeout=1800)[0]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import run_folder, sharded, streaming
+from minitron_mcore.checkpoint import run_folder, saving, sharded
 from minitron_mcore.config.performance import HangConfig
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.models import build
@@ -132,7 +132,7 @@ def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     run_folder.describe(folder, arch, "random", {}, folder)
-    streaming.save_state(folder, 0, sharded.model_state(model, arch), "random")
+    saving.save_state(folder, 0, sharded.model_state(model, arch), "random")
 
 
 class SavedBytes:

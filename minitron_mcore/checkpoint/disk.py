@@ -10,6 +10,8 @@ from pathlib import Path
 # into them.
 PIECE_ELEMENTS = 8 << 20
 FILE_ELEMENTS = 4 * PIECE_ELEMENTS
+MIN_COPY_BYTES = 64 << 20
+"""Tensors that a background save copies on a CPU, however small the model is."""
 THREADS = 3  # on two cores: they wait for the disk as often as they work
 
 
@@ -36,9 +38,9 @@ class NewFile(io.BufferedWriter):
                 super().close()
 
 
-def sync_folder(path: Path) -> None:
-    """Return when the names in a folder are on disk: after a crash its new and renamed files are there."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Return when a file's content is on disk, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -51,4 +53,4 @@ def replace_text(path: Path, text: str) -> None:
     with NewFile(part) as file:
         file.write(text.encode())
     os.replace(part, path)
-    sync_folder(path.parent)
+    sync(path.parent)

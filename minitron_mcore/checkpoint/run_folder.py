@@ -7,17 +7,15 @@
       plan.json        pruned checkpoints only: all kept indices
       plans/           plans of the ancestors, named by digest
       step_0000000/    Megatron distributed checkpoint; tensors have the parameter table's keys and unpadded global shapes
-      latest           name of the newest complete step, replaced atomically
       inputs.json      path and fingerprint of each input (see `stage_record`)
       .complete        the run has finished; manifest of its files
 
-The content is independent of the parallel layout that wrote it. `latest` changes only after a step is on disk and hashed, so
-an interrupted run leaves its last complete step.
+The content is independent of the parallel layout that wrote it. A step gets its name after it is on disk and hashed (see `steps`),
+so an interrupted run leaves its last complete step.
 """
 
 import json
 import platform
-import re
 import shlex
 import shutil
 import sys
@@ -31,7 +29,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from minitron_mcore.checkpoint import disk, safe_metadata, sharded, stage_record
+from minitron_mcore.checkpoint import disk, safe_metadata, sharded, stage_record, steps
 from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
 from minitron_mcore.checkpoint.stage_record import COMPLETE
@@ -54,10 +52,12 @@ class Checkpoint:
     fingerprint: str
     """Identifies the weights: a hash of the source tensors, or of the parent's fingerprint and the operation on it."""
     lineage: dict
+    step: str
+    """Name of the newest step when the folder was opened."""
 
     @property
     def step_dir(self) -> Path:
-        return self.path / (self.path / "latest").read_text().strip()
+        return self.path / self.step
 
     @property
     def hf(self) -> Path:
@@ -72,8 +72,8 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
         wanted: required architecture (`model.architecture`); None accepts any.
 
     Raises:
-        UserError: no checkpoint, no complete step, a damaged model.json or one of another format version, or another
-            architecture.
+        UserError: no checkpoint, no step, a newest step that is not complete, a damaged model.json or one of another format
+            version, or another architecture.
     """
     path = Path(path)
     if not (path / "model.json").is_file():
@@ -86,20 +86,24 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
         model = read_json(path / "model.json", remedy)
         check_format_version(model, path / "model.json", remedy)
         arch = architecture.from_json(model["architecture"], path / "model.json")
-        checkpoint = Checkpoint(path, arch, model["fingerprint"], model["lineage"])
+        checkpoint = Checkpoint(path, arch, model["fingerprint"], model["lineage"], _newest_step(path))
         if not isinstance(checkpoint.fingerprint, str) or not isinstance(checkpoint.lineage, dict):
             raise TypeError("fingerprint is no text, or lineage is no object")
-    latest = (path / "latest").read_bytes().strip() if (path / "latest").is_file() else b""
-    if latest and not re.fullmatch(rb"step_\d{1,18}", latest):
-        raise UserError(
-            f"{path / 'latest'} names {latest[:80]!r}, which is no step: write the name of a folder step_N in it."
-        )
-    if not latest or not checkpoint.step_dir.is_dir():
+    architecture.check_matches(checkpoint.arch, architecture.from_config(wanted), path)
+    return checkpoint
+
+
+def _newest_step(path: Path) -> str:
+    """Name of the newest step. A stage never reads an older one by itself: its result would be of another model."""
+    found = steps.published(path)
+    if not found:
         raise UserError(
             f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again."
         )
-    architecture.check_matches(checkpoint.arch, architecture.from_config(wanted), path)
-    return checkpoint
+    if problem := found[0].problem():
+        older = [step.path.name for step in found[1:] if not step.problem()]
+        raise UserError(f"{problem} " + (f"Or move it away to use {older[0]}." if older else ""))
+    return found[0].path.name
 
 
 @contextmanager
@@ -124,7 +128,7 @@ def claim_run_folder(out_dir: str | Path, config: dict, resume: bool = False) ->
     try:
         yield resumed[0]
     except BaseException as error:
-        keep = (out_dir / "latest").is_file() or isinstance(error, NotFinite)
+        keep = steps.published(out_dir) or (out_dir / "latest").is_file() or isinstance(error, NotFinite)
         if process_groups.rank() == 0 and not keep:
             shutil.rmtree(out_dir, ignore_errors=True)
         raise
@@ -160,7 +164,7 @@ def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
     out_dir.mkdir(parents=True, exist_ok=True)
     replace_text(config_file, yaml.safe_dump(config, sort_keys=False))
     stage_record.record_inputs(out_dir, present)
-    return (out_dir / "latest").is_file()
+    return bool(steps.published(out_dir))
 
 
 def describe(
@@ -229,28 +233,64 @@ def versions() -> dict:
 
 
 def load(checkpoint: Checkpoint, state: dict) -> dict:
-    """Read a sharded state dict from a checkpoint's newest step into its own tensors (collective).
+    """`read_step` of the checkpoint's step, after `verify` (collective)."""
+    return read_step(verify(checkpoint.step_dir), state)
 
-    All files are hashed and compared with the manifest first; each rank hashes an equal share.
+
+def read_step(files: safe_metadata.Files, state: dict) -> dict:
+    """Read a sharded state dict from a verified step into its own tensors (collective).
 
     Raises:
-        UserError: a file is truncated, changed or missing, or the checkpoint lacks a tensor.
+        UserError: the step lacks a tensor, or a file cannot be read.
     """
-    with process_groups.raise_on_all_ranks(), safe_metadata.damage_as_user_error(checkpoint.step_dir):
-        files = safe_metadata.Files(checkpoint.step_dir)
-        _verify(checkpoint.step_dir, files)
-    with process_groups.raise_on_all_ranks(), safe_metadata.damage_as_user_error(checkpoint.step_dir):
+    with process_groups.raise_on_all_ranks(), safe_metadata.damage_as_user_error(files.path):
         return safe_metadata.load(state, files)
 
 
-def _verify(step_dir: Path, files: safe_metadata.Files) -> None:
-    hashes = safe_metadata.manifest(step_dir)
-    for name in (".metadata", *(info.relative_path for info in files.index.storage_data.values())):
-        if name not in hashes:
-            raise CheckpointingException(f"integrity.json does not list {name}")
-    for name in sorted(hashes)[process_groups.rank() :: dist.get_world_size()]:
-        if disk.sha256(step_dir / name) != hashes[name]:
-            raise CheckpointingException(f"{name} is not what was written")
+def verify(step_dir: Path) -> safe_metadata.Files:
+    """Compare all files of a step with its manifest (collective). Each rank hashes an equal share.
+
+    Raises:
+        UserError: a file is truncated, changed or missing.
+    """
+    with process_groups.raise_on_all_ranks(), safe_metadata.damage_as_user_error(step_dir):
+        files = safe_metadata.Files(step_dir)
+        hashes, _ = steps.read_manifest(step_dir)
+        for name in (".metadata", *(info.relative_path for info in files.index.storage_data.values())):
+            if name not in hashes:
+                raise CheckpointingException(f"{steps.MANIFEST} does not list {name}")
+        for name in sorted(hashes)[process_groups.rank() :: dist.get_world_size()]:
+            if disk.sha256(step_dir / name) != hashes[name]:
+                raise CheckpointingException(f"{name} is not what was written")
+    return files
+
+
+def newest_valid_step(out_dir: str | Path) -> safe_metadata.Files:
+    """The newest step of a run folder that passes `verify` (collective). Newer ones are left as they are, and logged.
+
+    Raises:
+        UserError: there is none; names each step and what is wrong with it.
+    """
+    found, problems = [None], []
+    if process_groups.rank() == 0:
+        found = [[(step.path, step.problem()) for step in steps.published(out_dir)]]
+    dist.broadcast_object_list(found, src=0)
+    for path, problem in found[0]:
+        try:
+            if problem:
+                raise UserError(problem)
+            files = verify(path)
+        except UserError as error:
+            reason, _, _ = str(error).rpartition(": ")  # without the remedy
+            problems.append(reason)
+            continue
+        for reason in problems:
+            process_groups.log(f"warning: {reason}: continuing from {path.name} instead.")
+        return files
+    raise UserError(
+        f"{out_dir} has no step to continue from ({'; '.join(problems) or 'none was saved'}): its files are unchanged; restore a "
+        "step from a copy, or choose another out_dir to start anew."
+    )
 
 
 def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:

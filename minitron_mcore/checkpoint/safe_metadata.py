@@ -8,7 +8,6 @@ default load planner and megatron-core's loader unpickle the index and byte item
 import collections
 import enum
 import io
-import json
 import math
 import os
 import pathlib
@@ -42,7 +41,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: ski
 from megatron.core.dist_checkpointing.strategies import torch as mcore  # isort: skip
 from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor  # isort: skip
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME  # isort: skip
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME  # isort: skip
 
 MAX_INDEX_BYTES = 1 << 28
 """Size limit of `.metadata`. An 8 B model with its optimizer state needs about 5 MiB."""
@@ -315,23 +313,6 @@ def load(state: dict, files: Files) -> dict:
         files.check_complete(key)
     with reading_through(files, _load_legacy_common):
         return dist_checkpointing.load(state, str(files.path))
-
-
-def manifest(step_dir: Path) -> dict[str, str]:
-    """File name -> sha256 from integrity.json.
-
-    Raises:
-        CheckpointingException: the file is missing or damaged.
-    """
-    try:
-        files = json.loads((step_dir / INTEGRITY_FNAME).read_text())["files"]
-        if outside := [name for name in files if Path(name).name != name]:
-            raise ValueError(f"it lists {outside[0]}, which is not a file name")
-        if not all(isinstance(digest, str) for digest in files.values()):
-            raise ValueError("not all of its hashes are text")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointingException(f"{INTEGRITY_FNAME}: {_reason(error)}") from error
-    return files
 
 
 @contextmanager

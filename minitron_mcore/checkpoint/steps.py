@@ -17,8 +17,8 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.reading import damage_as_user_error, read_json
 
 MANIFEST = "integrity.json"
-BEST = "best"
-"""File with the name of a step that `remove_old` keeps, written by `mark_best`."""
+BEST = "best.json"
+"""The step with the lowest held-out loss ("step"), and the one before it ("previous") until then; written by the training loop."""
 
 
 class Step(NamedTuple):
@@ -93,42 +93,39 @@ def publish(part: Path) -> Step:
     step = Step(int(path.name.removeprefix("step_")), path)
     if problem := step._replace(path=part).problem():
         raise UserError(problem)
-    disk.sync_folder(part)
+    disk.sync(part)
     if path.exists():
         os.replace(path, refused)
     os.replace(part, path)
-    disk.sync_folder(path.parent)
+    disk.sync(path.parent)
     return step
 
 
-def mark_best(out_dir: str | Path, number: int) -> None:
-    """Keep a step from removal, instead of the one that was marked before (one process)."""
-    disk.replace_text(Path(out_dir) / BEST, f"step_{number:07d}\n")
-
-
 def best(out_dir: str | Path) -> int | None:
-    """Number of the marked step; None if none is marked.
+    """Number of the published step with the lowest held-out loss; None if there is no record or it names no published step.
 
     Raises:
-        UserError: the file names no step.
+        UserError: the record is damaged.
     """
     path = Path(out_dir) / BEST
     if not path.is_file():
         return None
-    with damage_as_user_error(path, "write the name of a step in it, or remove it"):
-        return int(path.read_text(encoding="utf-8").strip().removeprefix("step_"))
+    remedy = "remove it"
+    record, numbers = read_json(path, remedy), {step.number for step in published(out_dir)}
+    with damage_as_user_error(path, remedy):
+        return next((number for number in (record["step"], record.get("previous")) if number in numbers), None)
 
 
 def removable(
-    numbers: Iterable[int], newest: int, keep_last: int, keep_every: int | None, marked: int | None
+    numbers: Iterable[int], newest: int, keep_last: int, keep_every: int | None, lowest: int | None
 ) -> list[int]:
     """Steps that may be removed once `newest` is on disk, in ascending order.
 
     Those after `newest` were refused by the resume that led to it. Of the others the `keep_last` newest, multiples of `keep_every`
-    and the marked one stay.
+    and `lowest`, the one with the lowest held-out loss, stay.
     """
     old, refused = sorted(n for n in numbers if n <= newest), sorted(n for n in numbers if n > newest)
-    kept = {*old[-keep_last:], marked} | {n for n in old if keep_every and n % keep_every == 0}
+    kept = {*old[-keep_last:], lowest} | {n for n in old if keep_every and n % keep_every == 0}
     return [n for n in old if n not in kept] + refused
 
 

@@ -31,7 +31,7 @@ from minitron_mcore.config.stages import (
 from minitron_mcore.depth import study
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.estimate import memory, step_time
+from minitron_mcore.estimate import checkpoints, memory, step_time
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.models import architecture, flops, parameter_table, performance_checks, sharding
@@ -68,8 +68,8 @@ def plan(config: Run) -> dict:
     Returns:
         stage: name; gpus: number of processes; models: sizes by role; ranks: bytes by kind, one row a pipeline stage; operations:
         floating-point operations of a step, steps, tokens and days; problems: one sentence each. Figures that a problem leaves
-        undefined are empty. candidates (of a search, whose student is the largest); layouts (dry.advise); teacher_ranks: as ranks,
-        for a teacher on its own ranks.
+        undefined are empty. checkpoints (of a run that trains, see `estimate.checkpoints`); candidates (of a search, whose student
+        is the largest); layouts (dry.advise); teacher_ranks: as ranks, for a teacher on its own ranks.
     """
     problems: list[str] = []
     models = resolve.models(config, problems)
@@ -104,6 +104,9 @@ def plan(config: Run) -> dict:
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
+        if training and not isinstance(config, SearchRun):
+            students = _trained_models(config, archs)
+            figures["checkpoints"] = checkpoints.estimate(students, training, config.dtype, config.dry.disk_gbs)
         if teacher_ranks and "teacher" in archs:
             figures["teacher_ranks"] = memory.remote_teacher(archs["teacher"], training, setting)
     if isinstance(config, SearchRun) and "student" in archs:
@@ -170,6 +173,9 @@ def _problems(
                 yield from (f"{role}: {problem}" for problem in sharding.model_problems(arch, config.parallel))
     teacher = archs.get("teacher")
     students = {role: arch for role, arch in archs.items() if resolve.kind(role) == "student"}
+    kernels = options.EVERYTHING if setting.device == Device.cuda else options.Kernels()
+    if training or isinstance(config, TeacherCacheRun):
+        yield from checks.document_problems(config.data, kernels)
     if training:
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
         each = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
@@ -177,9 +183,7 @@ def _problems(
         if not isinstance(config, SearchRun):  # which has its own
             each = (checks.heldout_problems(config, training, s) for s in trained.values())
             yield from dict.fromkeys(itertools.chain(*each))
-        live, kernels = None if resolve.cache_content(config) else teacher, options.Kernels()
-        if setting.device == Device.cuda:
-            kernels = options.EVERYTHING
+        live = None if resolve.cache_content(config) else teacher
         each = (
             performance_checks.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
             for s in trained.values()
@@ -346,6 +350,9 @@ def _show(config: Run, figures: dict) -> None:
         worst = f"peak of the tensors, {recomputed}; without CUDA's context, NCCL's buffers and fragmentation"
         passing = "shards, which are streamed"
         tables.table("GiB on a rank of each pipeline stage", rows, [worst if "total" in kinds else passing])
+    if saved := figures.get("checkpoints"):
+        at = f"written at dry.disk_gbs {dry.disk_gbs:g}; one more than is kept while it is written"
+        tables.table("checkpoints", [checkpoints.table_row(saved)], [at])
     if layouts := figures.get("layouts"):
         chosen = f"{len(layouts)} layouts fit {dry.memory:g} GiB a rank"
         rates = f"products at dry.mfu {dry.mfu:.0%}, {dry.nvlink_gbs:g} GB/s within a node, {dry.network_gbs:g} beyond"

@@ -27,5 +27,7 @@ class DryConfig:
     """Bandwidth of a GPU to others of its node, in 10^9 bytes a second: what collectives reach of an H100's 450."""
     network_gbs: float = 45.0
     """Bandwidth of a GPU to other nodes, in 10^9 bytes a second: of a 400 Gb/s adapter's 50."""
+    disk_gbs: float = 1.0
+    """Bandwidth of all processes together to the disk of `out_dir`, in 10^9 bytes a second, for the time of a checkpoint."""
     json: str | None = None
     """File for the figures; null only prints them."""

@@ -65,6 +65,9 @@ class DataConfig:
     """Folder of tokenised files and sample indices, which runs reuse."""
     seed: int = 1234
     """Seed of the order of the samples."""
+    document_mask: bool = False
+    """Training samples hold several documents: each token attends to its own document only, at positions relative to its start
+    (Megatron's reset_attention_mask and reset_position_ids)."""
     line_mb: int = changeable(16)
     """Longest line of a .jsonl or .jsonl.gz file, in MiB; reading it takes some tens of times as much memory."""
     file_mb: int = changeable(1024)
@@ -245,6 +248,10 @@ class TrainConfig:
     """Steps between two lines of the log."""
     save_every: int = changeable(500)
     """Steps between two checkpoints."""
+    keep_last: int = changeable(2)
+    """Number of the newest checkpoints that are kept. An older one is removed after a newer one is complete on disk."""
+    keep_every: int | None = changeable(None)
+    """Also keep the checkpoints of the steps that this number divides; null keeps none of them."""
     eval_every: int | None = changeable(None)
     """Steps between two measurements of the loss on `data.heldout` (windows as in `evaluate`), also after the last step; null
     measures none. The checkpoint with the lowest loss is kept."""

@@ -227,6 +227,18 @@ class TokenStream:
         check_range(ids, self.vocab_size, self.prefixes[part])
         return ids
 
+    def check_documents(self) -> None:
+        """
+        Raises:
+            UserError: documents that consist of several sequences, whose boundaries samples do not show.
+        """
+        for prefix, part in zip(self.prefixes, self.parts, strict=True):
+            if (documents := len(part.document_indices) - 1) != len(part):
+                raise UserError(
+                    f"{prefix}.idx has {documents} documents of {len(part)} sequences, but data.document_mask needs one sequence a "
+                    "document: tokenise the text again without splitting sentences, or set it to false."
+                )
+
     @functools.cached_property
     def document_starts(self) -> np.ndarray:
         return np.cumsum(self.sequence_lengths, dtype=np.int64) - self.sequence_lengths
@@ -261,6 +273,8 @@ class SampleOrder:
     seed: int
     sequence_length: int
     num_samples: int
+    document_mask: bool = False
+    """Samples have "document_starts" (see `Samples.batch`)."""
 
     def counts(self) -> list[int]:
         """Number of samples from each prefix; without weights, one number for all prefixes together."""
@@ -269,6 +283,7 @@ class SampleOrder:
     def digest(self) -> str:
         """16 hex digits that identify the order, independent of the paths."""
         order = [data_hash(self.prefixes), self.weights, self.counts(), self.seed, self.sequence_length]
+        order += ["document_mask"] if self.document_mask else []
         return hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
 
 
@@ -281,7 +296,8 @@ class Samples:
         vocab_size: rows of the model's embedding.
 
     Raises:
-        UserError: a dataset has fewer tokens than one sample (S + 1); a token id is not below `vocab_size`, when it is read.
+        UserError: a dataset has fewer tokens than one sample (S + 1); documents of several sequences under `document_mask`; a
+            token id is not below `vocab_size`, when it is read.
     """
 
     def __init__(self, order: SampleOrder, cache: str, vocab_size: int):
@@ -289,6 +305,8 @@ class Samples:
         groups = [order.prefixes] if order.weights is None else [[prefix] for prefix in order.prefixes]
         self._streams = [TokenStream(group, vocab_size) for group in groups]
         for group, stream in zip(groups, self._streams, strict=True):
+            if order.document_mask:
+                stream.check_documents()
             if stream.num_tokens <= order.sequence_length:
                 size = f"{stream.num_tokens} tokens are fewer than one sample of {order.sequence_length} + 1"
                 raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
@@ -309,6 +327,7 @@ class Samples:
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
+            inter_document_masking=self.order.document_mask,
             # The dataset requires a tokenizer but does not use it: the data are token ids, and EOS is not masked.
             tokenizer=SimpleNamespace(eod=None, vocab_size=None, unique_identifiers={}),
         )
@@ -325,11 +344,15 @@ class Samples:
 
         Returns:
             tokens, labels (the next tokens) and position_ids [B, S] int64, loss_mask [B, S] float32, samples [B] int64 (`rows`).
+            With the order's `document_mask` also document_starts [B, S] int64, the position in the sample at which each token's
+            document begins; position_ids then count from it.
         """
         with damage_as_user_error(self._dataset.config.path_to_cache, CACHE_REMEDY):
             samples = [self._dataset[row] for row in rows]
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS}
         batch["samples"] = torch.tensor(rows)
+        if self.order.document_mask:
+            batch["document_starts"] = torch.arange(self.order.sequence_length) - batch["position_ids"]
         return {key: tensor.to(process_groups.device()) for key, tensor in batch.items()}
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from minitron_mcore.checkpoint import disk, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.config.settings import DistillConfig, ParallelConfig
+from minitron_mcore.config.settings import DataConfig, DistillConfig, ParallelConfig
 from minitron_mcore.config.stages import CacheKind
 from minitron_mcore.data import datasets
 from minitron_mcore.distill import checks
@@ -92,10 +92,6 @@ class Cache(Checkpoint):
     index: dict
 
     @property
-    def step_dir(self) -> Path:
-        return self.path / self.index["teacher"]["step"]
-
-    @property
     def hf(self) -> Path:
         return self.folder / "hf"
 
@@ -130,19 +126,23 @@ class Cache(Checkpoint):
                     f"log-probabilities of {self.arch.vocab}: write one of kind=hidden."
                 )
 
-    def check(self, prefixes: Sequence[str], weights: Sequence[float] | None, seed: int, num_samples: int) -> None:
+    def check(
+        self, prefixes: Sequence[str], weights: Sequence[float] | None, data: DataConfig, num_samples: int
+    ) -> None:
         """Check the order of the run's samples, and the hashes of the files of its first `num_samples` (collective).
 
         Raises:
             UserError: another order; a missing or changed file.
         """
         index = self.index
-        order = datasets.SampleOrder(prefixes, weights, seed, index["sequence_length"], index["samples"]).digest()
+        order = datasets.SampleOrder(
+            prefixes, weights, data.seed, index["sequence_length"], index["samples"], data.document_mask
+        ).digest()
         if order != index["order"]:
             raise UserError(
                 f"the teacher cache {self.folder} is of the samples {index['order']} of {', '.join(index['data'])} with data.seed "
-                f"{index['seed']}, but this run's data.train and data.seed {seed} give {order}: give the same, or write "
-                "another cache."
+                f"{index['seed']}, but this run's data.train, data.seed {data.seed} and data.document_mask "
+                f"{str(data.document_mask).lower()} give {order}: give the same, or write another cache."
             )
         files = [file_name(n) for n in range(-(-min(num_samples, index["samples"]) // index["file_samples"]))]
         files += [HEAD] if self.kind != CacheKind.topk else []
@@ -201,7 +201,9 @@ def open_teacher(path: str | Path) -> Checkpoint:
         check_format_version(index, path / INDEX, "write the teacher cache again")
         teacher, num_files = index["teacher"], -(-index["samples"] // index["file_samples"])
         arch = architecture.from_json(index["architecture"], path / INDEX)
-        cache = Cache(Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], path, index)
+        cache = Cache(
+            Path(teacher["path"]), arch, teacher["fingerprint"], index["lineage"], teacher["step"], path, index
+        )
         written = sum(name != HEAD for name in index["files"])
         _check_index(index, cache.kind, arch)
     if written < num_files:

@@ -20,7 +20,7 @@ from minitron_mcore.data import datasets
 from minitron_mcore.distill import cache, checks, tile_sizes
 from minitron_mcore.distill.teacher import read_head
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.models import build
+from minitron_mcore.models import build, tuning
 from minitron_mcore.parallel import hang_watchdog, process_groups, schedule, stop_signal
 from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.schedule import Batch
@@ -34,14 +34,17 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
     """Write the cache of `teacher` into `config.out_dir`, or resume a stopped run (collective).
 
     Raises:
-        UserError: see `checks.cache_problems`, `datasets.prepare` and `run_folder.claim_run_folder`; a folder with a cache of
-        another
-            teacher or text.
+        UserError: see `checks.cache_problems`, `checks.document_problems`, `datasets.prepare` and
+            `run_folder.claim_run_folder`; a folder with a cache of another teacher or text.
     """
     refuse(checks.cache_problems(config, teacher.arch))
+    refuse(checks.document_problems(config.data, tuning.available_kernels()))
     with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
-        order = datasets.SampleOrder(prefixes, weights, config.data.seed, config.sequence_length, config.samples)
+        data = config.data
+        order = datasets.SampleOrder(
+            prefixes, weights, data.seed, config.sequence_length, config.samples, data.document_mask
+        )
         writer = CacheWriter(config, teacher, order.digest())
         samples = datasets.Samples(order, config.data.cache, teacher.arch.vocab)
         with stop_signal.at_stop_points(), hang_watchdog.phase(Phase.step, lambda: "the teacher's pass"):

@@ -1,9 +1,12 @@
 """Checks of a training run's config against its models and layout. No torch import."""
 
+import os
 from collections.abc import Iterator, Sequence
 
 from minitron_mcore.config import ranges
+from minitron_mcore.config.performance import Kernels
 from minitron_mcore.config.settings import (
+    DataConfig,
     DistillConfig,
     Divergence,
     HiddenStateLossConfig,
@@ -134,6 +137,15 @@ def problems(
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
     yield from divergence(config, vocabulary.shared(student, teacher))
+
+
+def document_problems(data: DataConfig, kernels: Kernels) -> Iterator[str]:
+    """Problems of `data.document_mask` with the layers."""
+    if data.document_mask and kernels.transformer_engine and os.environ.get("MINITRON_LAYERS") != "torch":
+        yield (
+            "data.document_mask is true, which torch's attention computes, but not Transformer Engine's here: set "
+            "MINITRON_LAYERS=torch, or give false."
+        )
 
 
 def heldout_problems(config: Run, training: TrainConfig, student: Architecture) -> Iterator[str]:

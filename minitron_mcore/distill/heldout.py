@@ -1,6 +1,7 @@
 """Measures students in training on held-out text, and records the step with the lowest loss.
 
-out_dir/best.json   step and heldout_loss of the lowest; text: what was measured; measured: loss by step
+out_dir/best.json   step and heldout_loss of the lowest; previous: the step that was the lowest before it, or null, which stays on
+                    disk until `step` is saved; text: what was measured; measured: loss by step
 """
 
 import json
@@ -35,6 +36,11 @@ def losses(out_dir: Path, text: dict[str, Any] | None = None) -> dict[int, float
         return {int(n): float(loss) for n, loss in record["measured"].items()} if same else {}
 
 
+def lowest_step(losses: dict[int, float]) -> int:
+    """The earliest step with the lowest loss."""
+    return min(losses, key=lambda step: (losses[step], step))
+
+
 class HeldOutText(Protocol):
     """Held-out text (`evaluation.heldout.HeldOut`)."""
 
@@ -57,9 +63,16 @@ class HeldOutLosses:
         """
         self.text, self.path, self.losses = text, out_dir / BEST, {}
         with process_groups.raise_on_all_ranks():
-            if process_groups.rank() == 0:
-                earlier = losses(out_dir, text.identity)
-                self.losses = {n: loss for n, loss in earlier.items() if n <= step}
+            earlier = losses(out_dir, text.identity) if process_groups.rank() == 0 else {}
+        measured = [{n: loss for n, loss in earlier.items() if n <= step}]
+        dist.broadcast_object_list(measured, src=0)
+        self.losses = measured[0]
+
+    def has_measured(self, step: int) -> bool:
+        """Whether the loss after this step is known; from rank 0 (collective)."""
+        known = [step in self.losses]
+        dist.broadcast_object_list(known, src=0)
+        return known[0]
 
     def measure(self, trainer: Trainer) -> tuple[float, bool]:
         """Loss of the student after this step in nats a token, and whether it is the lowest so far; from rank 0 (collective)."""
@@ -67,6 +80,7 @@ class HeldOutLosses:
         loss = self.text.loss(trainer.model, trainer.arch)
         outcome = [(loss, process_groups.rank() == 0 and self._record(trainer.step, loss))]
         dist.broadcast_object_list(outcome, src=0)
+        self.losses[trainer.step] = outcome[0][0]
         return outcome[0]
 
     def _record(self, step: int, loss: float) -> bool:
@@ -75,7 +89,9 @@ class HeldOutLosses:
         process_groups.log(f"held-out loss after step {step}: {loss:.4f}{' (the lowest)' if is_lowest else ''}")
         if math.isfinite(loss):
             self.losses[step] = loss
-            lowest = min(self.losses, key=self.losses.__getitem__)
-            record = {"step": lowest, "heldout_loss": self.losses[lowest], "text": self.text.identity}
+            lowest = lowest_step(self.losses)
+            before = {n: loss for n, loss in self.losses.items() if n < lowest}
+            record = {"step": lowest, "heldout_loss": self.losses[lowest]}
+            record |= {"previous": lowest_step(before) if before else None, "text": self.text.identity}
             run_folder.replace_text(self.path, json.dumps(record | {"measured": self.losses}))
         return is_lowest

@@ -52,6 +52,8 @@ def train(
     progress = process_groups.Progress("train", last - first, "steps")
     profiler = StepProfiler(behind.performance.profile, out_dir)
     with stop_signal.at_stop_points(), failures.watched_steps(lambda: behind.step + 1, out_dir):
+        for student_run in student_runs:
+            student_run.measure()  # if a signal stopped the measurement of the step that this run resumes after
         for step in range(first, last):
             if stop_signal.requested_on_any_rank():
                 break
@@ -103,24 +105,34 @@ class StudentRun:
             trainer.skip_step()
         trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
-        heldout, is_lowest = self.measure()
         if figures:
-            figures |= metrics.rank_figures(data_seconds, trainer.work_seconds) | heldout
+            figures |= metrics.rank_figures(data_seconds, trainer.work_seconds)
             self.history.append(figures)
-            if self.metrics and (trainer.step % config.log_every == 0 or last or heldout):
+        try:
+            is_lowest = self.measure(figures)
+        finally:  # a signal may stop the measurement
+            if figures and self.metrics and (trainer.step % config.log_every == 0 or last or "heldout_loss" in figures):
                 self.metrics.write(figures)
         if trainer.step % config.save_every == 0 or last or is_lowest:
             self.save()
         return _progress(figures) + self.heldout_message if figures else ""
 
-    def measure(self) -> tuple[dict[str, float], bool]:
-        """The held-out loss where this step is due, and whether it is the lowest so far (collective)."""
+    def measure(self, figures: dict[str, float] | None = None) -> bool:
+        """Add the held-out loss to `figures` if it is due after this step and not measured yet (collective).
+
+        Returns:
+            Whether it is the lowest so far.
+        """
         step, config = self.trainer.step, self.trainer.config
-        if not self.heldout or (step % config.eval_every and step < config.steps):
-            return {}, False
+        if not self.heldout or step == 0 or (step % config.eval_every and step < config.steps):
+            return False
+        if self.heldout.has_measured(step):
+            return False
         loss, is_lowest = self.heldout.measure(self.trainer)
         self.heldout_message = f", held-out {loss:.3f}"
-        return {"heldout_loss": loss}, is_lowest
+        if figures:
+            figures["heldout_loss"] = loss
+        return is_lowest
 
     def save(self) -> None:
         """Save unless this step is saved already (collective)."""

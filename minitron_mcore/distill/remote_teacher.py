@@ -1,6 +1,6 @@
 """A teacher on its own ranks: the last `teacher_ranks` processes hold only the teacher, which runs ahead of the student.
 
-The student's ranks send the tokens of a whole step. The teacher's ranks run `teacher_ahead` micro-batches of each student replica,
+The student's ranks send the inputs of a whole step. The teacher's ranks run `teacher_ahead` micro-batches of each student replica,
 transfer their outputs (see `teacher_transfer`), and start the next ones before the student needs them.
 """
 
@@ -15,7 +15,7 @@ from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks, hidden_state_loss, teacher
 from minitron_mcore.distill.teacher import TeacherOutput
-from minitron_mcore.distill.teacher_transfer import TwoLayouts, gather_tokens
+from minitron_mcore.distill.teacher_transfer import TwoLayouts, gather_inputs
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
@@ -58,9 +58,9 @@ class RemoteTeacher:
         each = self.ahead if stages == 1 else len(batches)
         outputs = [TeacherOutput("teacher_hidden", (), self.source_stage, stages - 1)]
         outputs += [TeacherOutput(hidden_state_loss.batch_key(block), (), *route) for block, *route in self.routes]
-        tokens = gather_tokens(batches)
-        self.bridge.send_request({"shape": tokens.shape, "each": each, "routes": self.routes, "last": stages - 1})
-        self.bridge.broadcast(tokens)
+        inputs = gather_inputs(batches)
+        self.bridge.send_request({"shape": inputs.shape, "each": each, "routes": self.routes, "last": stages - 1})
+        self.bridge.broadcast(inputs)
         parts = (batches[at : at + each] for at in range(0, len(batches), each))
         attached = (batch for part in parts for batch in teacher.attach(part, outputs, self.transfer))
         return attached if stages == 1 else list(attached)
@@ -88,12 +88,12 @@ def serve(
     with hang_watchdog.phase(Phase.idle, lambda: "the wait for the student's tokens"):
         for request in bridge.receive_requests():
             with hang_watchdog.phase(Phase.step, lambda: "the teacher's pass"):
-                tokens = torch.empty(request["shape"], dtype=torch.int64, device=process_groups.device())
-                bridge.broadcast(tokens)
-                for part in tokens.split(request["each"], dim=1):
+                inputs = torch.empty(request["shape"], dtype=torch.int64, device=process_groups.device())
+                bridge.broadcast(inputs)
+                for part in inputs.split(request["each"], dim=1):
                     shares, last = transfer.select(part), request["last"]
                     outputs = teacher.forward(model, source.arch, shares, request["routes"], last)
-                    teacher.attach([{"tokens": micro_batch} for micro_batch in part[0]], outputs, transfer)
+                    teacher.attach([{"tokens": tokens} for tokens in part[0, :, 0]], outputs, transfer)
 
 
 def _transfer(arch: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str) -> TwoLayouts:

@@ -19,7 +19,7 @@ from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.heldout import HeldOutText
 from minitron_mcore.distill.trainer import Trainer, check, fingerprint
 from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.models import layer_spec
+from minitron_mcore.models import layer_spec, tuning
 from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reporting import plots, tables
@@ -57,7 +57,7 @@ def train(
         prefixes, weights = datasets.prepare(config.data, first.hf, vocab)
         text = {"files": config.data.train, "hash": datasets.data_hash(prefixes)}
         if isinstance(teacher, Cache):
-            teacher.check(prefixes, weights, config.data.seed, settings.steps * settings.global_batch)
+            teacher.check(prefixes, weights, config.data, settings.steps * settings.global_batch)
         trainers: dict[Path, Trainer] = {}
         for each, student, is_resumed in zip(configs, students, resumed, strict=True):
             source = next((trainer.teacher for trainer in trainers.values()), None)
@@ -66,7 +66,7 @@ def train(
             )
             trainers[Path(each.out_dir)] = trainer
             if is_resumed:
-                trainer.resume(run_folder.open_checkpoint(each.out_dir))
+                trainer.resume(Path(each.out_dir))
                 process_groups.log(f"resuming after step {trainer.step} of {each.out_dir}")
             _describe(each, settings, student, teacher, text)
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
@@ -87,8 +87,13 @@ def train(
 def check_run(
     config: StageRun, settings: DistillConfig, students: Sequence[Checkpoint], teacher: Checkpoint | None
 ) -> None:
-    """Raises UserError: see `trainer.check` and `checks.heldout_problems`; students with different vocabularies."""
+    """
+    Raises:
+        UserError: see `trainer.check`, `checks.document_problems` and `checks.heldout_problems`; students with different
+            vocabularies.
+    """
     first = students[0]
+    refuse(checks.document_problems(config.data, tuning.available_kernels()))
     for student in students:
         refuse(checks.heldout_problems(config, settings, student.arch))
         check(student, teacher, settings, config.parallel, config.dtype.value, config.performance)
@@ -134,6 +139,6 @@ def _show(folder: Path, student: Checkpoint, figures: list[dict[str, float]]) ->
         plots.plot_losses({folder.name: folder / "metrics.jsonl"}, folder / "losses.png")
         notes = [f"checkpoint: {folder}", f"curve: {folder}/losses.png"]
         if measured := heldout.losses(folder):
-            lowest = min(measured, key=measured.__getitem__)
+            lowest = heldout.lowest_step(measured)
             notes.append(f"lowest held-out loss: {measured[lowest]:.4f} nats a token, after step {lowest}")
         tables.table(f"trained {student.path}", loop.summary(figures), notes)

@@ -67,9 +67,13 @@ class SameLayout:
         return torch.empty(shape, dtype=self.config.params_dtype, device=batch["tokens"].device)
 
 
-def gather_tokens(batches: Sequence[Batch]) -> Tensor:
-    """Tokens [D, n, B, S] of the n micro-batches of each of the student's D replicas (collective over these)."""
-    own = torch.stack([batch["tokens"] for batch in batches])
+INPUTS = ("tokens", "document_starts")
+"""What a model reads of a batch; the second only where attention stays within documents."""
+
+
+def gather_inputs(batches: Sequence[Batch]) -> Tensor:
+    """`INPUTS` [D, n, k, B, S] of the n micro-batches of each of the student's D replicas (collective over these)."""
+    own = torch.stack([torch.stack([batch[key] for key in INPUTS if key in batch]) for batch in batches])
     replicas = process_groups.dp_group().size()
     tokens = own.new_empty(replicas * len(own), *own.shape[1:])
     dist.all_gather_into_tensor(tokens, own, group=process_groups.dp_group())
@@ -111,14 +115,15 @@ class TwoLayouts:
         return total, -(-total // self.replicas[1])
 
     def teacher_batches(self, batches: Sequence[Batch]) -> list[Batch]:
-        """As `SameLayout.teacher_batches`, with tokens only (collective over the student's replicas)."""
-        return self.select(gather_tokens(batches))
+        """As `SameLayout.teacher_batches`, with `INPUTS` only (collective over the student's replicas)."""
+        return self.select(gather_inputs(batches))
 
-    def select(self, tokens: Tensor) -> list[Batch]:
-        """The micro-batches that this rank's teacher replica runs, of tokens [D, n, B, S]."""
-        total, each = self._counts(tokens.shape[1])
+    def select(self, inputs: Tensor) -> list[Batch]:
+        """The micro-batches that this rank's teacher replica runs, of inputs [D, n, k, B, S]."""
+        total, each = self._counts(inputs.shape[1])
         first = self.teacher[self.rank].data * each
-        return [{"tokens": tokens.flatten(0, 1)[min(first + n, total - 1)]} for n in range(each)]
+        own = (inputs.flatten(0, 1)[min(first + n, total - 1)] for n in range(each))
+        return [dict(zip(INPUTS, each, strict=False)) for each in own]
 
     def transfer(
         self, states: Sequence[Tensor], source: int, target: int, batches: Sequence[Batch]

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_mcore.checkpoint import run_folder, sharded, streaming
+from minitron_mcore.checkpoint import run_folder, sharded
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.checkpoint.sharded import Shard
+from minitron_mcore.checkpoint.step_saver import StepSaver
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.data import datasets
@@ -27,8 +28,7 @@ from minitron_mcore.distill.remote_teacher import RemoteTeacher
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import build, flops, performance_checks, tuning
-from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
-from minitron_mcore.parallel.hang_watchdog import Phase
+from minitron_mcore.parallel import process_groups, schedule
 from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
@@ -88,8 +88,7 @@ class Trainer:
         self.step_start = self.work_seconds = 0.0
         """When the last step began, and for how long this rank computed before it reduced gradients."""
         self.teacher_arch = teacher.arch if teacher else None
-        self.background = process_groups.device().type == "cuda" if config.async_save is None else config.async_save
-        self.saving: streaming.BackgroundSave | None = None
+        self.saver = StepSaver(config)
         if performance.tp_comm_overlap:
             tokens = config.micro_batch * config.sequence_length // parallel.context
             tuning.start_user_buffers(performance, tokens, student.arch.hidden, parallel.tensor)
@@ -165,7 +164,7 @@ class Trainer:
         num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
         count = self.teacher.cache.index["samples"] if cached else num_samples
-        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count)
+        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count, data.document_mask)
         return datasets.train_batches(
             datasets.Samples(order, data.cache, self.vocab),
             micro_batch_size=config.micro_batch,
@@ -237,6 +236,7 @@ class Trainer:
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": count / seconds,
+            **self.saver.figures(),
             "student_tflops": 3 * flops.forward_flops(self.arch, length) * count / seconds / 1e12,
             "teacher_tflops": flops.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
             if isinstance(self.teacher, Teacher)
@@ -299,11 +299,7 @@ class Trainer:
                 chunk.start_param_sync(force_sync=True)
 
     def save(self, out_dir: Path) -> None:
-        """Write a checkpoint of this step (collective).
-
-        Pieces are written directly from the tensors; or the tensors are copied, and written in the background until `finish_save`.
-        """
-        self.finish_save()
+        """Write a checkpoint of this step, or begin to in the background (collective). See `StepSaver.begin`."""
         self.gather_weights()
         if self.config.distributed_optimizer:
             optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, self._shards())
@@ -312,32 +308,27 @@ class Trainer:
         # There is no dropout: the data position, which follows from the step, is the only random state.
         counted = {"step": self.step} | ({"states_ratio": self.hidden_loss.ratio} if self.hidden_loss else {})
         state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
-        with hang_watchdog.phase(Phase.save, lambda: f"the save of step {self.step}"):
-            if self.background:
-                self.saving = streaming.BackgroundSave(out_dir, self.step, state, f"save step {self.step}")
-            else:
-                streaming.save_state(out_dir, self.step, state, f"save step {self.step}")
+        gradients = sum(parameter.main_grad.nbytes for _, parameter in build.named_parameters(self.model))
+        self.saver.begin(out_dir, self.step, state, gradients)
 
     def finish_save(self, wait: bool = True) -> None:
-        """Finish the background save, if there is one and all ranks have written it; with `wait` wait for them (collective).
+        """Publish the save that is being written, if it is written or with `wait` (collective). See `StepSaver.finish`."""
+        self.saver.finish(wait)
+
+    def resume(self, out_dir: Path) -> None:
+        """Load the newest valid step of this run, in place (collective).
 
         Raises:
-            CheckpointException: a rank could not write it; the previous checkpoint stays the newest.
+            UserError: see `run_folder.newest_valid_step`.
         """
-        if self.saving and (wait or self.saving.is_written()):
-            saving, self.saving = self.saving, None
-            with hang_watchdog.phase(Phase.save, lambda: f"the save before step {self.step + 1}"):
-                saving.finish()
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint of this run, in place (collective)."""
+        files = run_folder.newest_valid_step(out_dir)
         if self.config.distributed_optimizer:
             loading = optimizer_state.StateLoader(self.optimizer.chained_optimizers, self._shards())
-            state = run_folder.load(checkpoint, self._weights() | {"optimizer": loading.request})
+            state = run_folder.read_step(files, self._weights() | {"optimizer": loading.request})
             loading.finish(state["optimizer"])
         else:
-            state = run_folder.load(
-                checkpoint, self._weights() | {"optimizer": self._replicated_optimizer_state(loading=True)}
+            state = run_folder.read_step(
+                files, self._weights() | {"optimizer": self._replicated_optimizer_state(loading=True)}
             )
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

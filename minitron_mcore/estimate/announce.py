@@ -1,6 +1,8 @@
-"""Prints the estimated memory of a training run before anything is built."""
+"""Prints the estimated memory and disk space of a training run before anything is built."""
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -8,7 +10,7 @@ from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.settings import Device, DistillConfig
 from minitron_mcore.config.stages import StageRun
 from minitron_mcore.distill.cache import Cache
-from minitron_mcore.estimate import memory
+from minitron_mcore.estimate import checkpoints, memory
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.reporting import tables
@@ -17,7 +19,7 @@ from minitron_mcore.reporting import tables
 def print_memory(
     config: StageRun, settings: DistillConfig, students: Sequence[Checkpoint], teacher: Checkpoint | Cache | None
 ) -> None:
-    """Print the estimated GiB by kind of a rank of the fullest pipeline stage; warn if rank 0 has less free.
+    """Print the estimated GiB by kind of a rank of the fullest pipeline stage, and the size of checkpoints; warn if less is free.
 
     Call it on all ranks after `distill.run.check_run` with the same arguments.
     """
@@ -37,9 +39,24 @@ def print_memory(
         tables.table(
             "GiB that a rank of the teacher will hold", [{kind: size / memory.GIB for kind, size in row.items()}]
         )
+    _print_checkpoints(config, checkpoints.estimate(archs, settings, config.dtype, config.dry.disk_gbs))
+    if device == Device.cpu:  # copies for a background save are in the same memory
+        needed["total"] += needed.get("host memory of a save", 0)
     if needed["total"] > free:
         process_groups.log(
             f"warning: a rank needs {needed['total']:.3g} GiB, but {free:.3g} are free: divide the model by more ranks "
             "(parallel.tensor, .pipeline, .sequence), recompute activations (performance.recompute=full) or use smaller "
             "micro-batches."
+        )
+
+
+def _print_checkpoints(config: StageRun, figures: dict[str, float]) -> None:
+    folder = next(path for path in (Path(config.out_dir), *Path(config.out_dir).absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    notes = [f"written at dry.disk_gbs {config.dry.disk_gbs:g} GB/s; free for {config.out_dir}: {free / 1e9:.3g} GB"]
+    tables.table("checkpoints", [checkpoints.table_row(figures)], notes)
+    if figures["disk"] > free:
+        process_groups.log(
+            f"warning: checkpoints will take {figures['disk'] / 1e9:.3g} GB, but {free / 1e9:.3g} are free: make room, or keep "
+            "fewer (keep_last, keep_every)."
         )

@@ -75,7 +75,7 @@ def model_states(arch: Architecture, setting: Setting, stage: int, distributed: 
     """
     experts, others = parameters(arch, setting, stage)
     others += extra
-    config, each = setting.performance, 12 if setting.dtype == Dtype.bf16 else 8
+    config, each = setting.performance, optimizer_bytes(setting.dtype)
     if config.precision_aware_optimizer:
         each = 10 if config.exp_avg_dtype == Dtype.fp32 else 6
     copies = 2 * _matrix_elements(arch, setting, stage) if config.fp8 else 0
@@ -84,6 +84,11 @@ def model_states(arch: Architecture, setting: Setting, stage: int, distributed: 
         "gradients": (4 if config.grad_reduce_in_fp32 else 2) * (experts + others),
         "optimizer": math.ceil(each * _optimizer_share(setting, experts, others, distributed)),
     }
+
+
+def optimizer_bytes(dtype: Dtype) -> int:
+    """Of a parameter: Adam's two fp32 moments and, for bf16 weights, an fp32 copy."""
+    return 12 if dtype == Dtype.bf16 else 8
 
 
 def _optimizer_share(setting: Setting, experts: int, others: int, distributed: bool) -> float:
@@ -278,12 +283,15 @@ def remote_teacher(teacher: Architecture, config: DistillConfig, setting: Settin
 def save(arch: Architecture, setting: Setting, stage: int, distributed: bool, background: bool = False) -> int:
     """Bytes of host memory that a save takes on a rank beside what training holds.
 
-    In the background there is a copy of the rank's share of the weights and of the optimizer's state. Otherwise, on CUDA, each
-    thread copies the fp32 piece that it writes (`checkpoint.disk`); without the distributed optimizer a piece is a whole tensor.
+    In the background there is a copy of the rank's share of the weights and of the optimizer's state; on a CPU of at most a quarter
+    of what it holds (see `checkpoint.step_saver`). Otherwise, on CUDA, each thread copies the fp32 piece that it writes
+    (`checkpoint.disk`); without the distributed optimizer a piece is a whole tensor.
     """
     if background:
         states, copies = model_states(arch, setting, stage, distributed), setting.replicas * setting.parallel.context
-        return math.ceil(states["weights"] / copies + states["optimizer"] / (1 if distributed else copies))
+        share = math.ceil(states["weights"] / copies + states["optimizer"] / (1 if distributed else copies))
+        held = sum(states.values())
+        return share if setting.device == Device.cuda else min(share, max(held // 4, disk.MIN_COPY_BYTES))
     if setting.device == Device.cpu:
         return 0
     elements = disk.PIECE_ELEMENTS

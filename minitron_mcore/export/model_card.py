@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
-from minitron_mcore.checkpoint import lineage
+from minitron_mcore.checkpoint import lineage, steps
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
 from minitron_mcore.data.datasets import parse_blend
@@ -174,14 +174,14 @@ def _losses(identity: dict) -> list[str]:
 
 def _evaluations(source: Path) -> list[str]:
     """Results in sibling folders that were evaluated after the checkpoint's last step was written."""
-    rows, latest = [], source / "latest"
-    for path in sorted(source.parent.glob("*/evaluation.json")) if latest.is_file() else []:
+    rows, step = [], steps.newest_complete(source)
+    for path in sorted(source.parent.glob("*/evaluation.json")) if step else []:
         remedy = "evaluate again, or move it away"
         evaluation = read_json(path, remedy)
         with damage_as_user_error(path, remedy):
             if (
                 Path(evaluation["source"]).resolve() == source.resolve()
-                and path.stat().st_mtime > latest.stat().st_mtime
+                and path.stat().st_mtime > (step.path / steps.MANIFEST).stat().st_mtime
             ):
                 rows += evaluation["files"]
                 tables.markdown(rows)

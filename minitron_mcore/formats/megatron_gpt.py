@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore.checkpoint import run_folder, safe_metadata, streaming
+from minitron_mcore.checkpoint import run_folder, safe_metadata, saving, streaming
 from minitron_mcore.checkpoint.hf_assets import tensor_bytes
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError, refuse
@@ -34,7 +34,6 @@ from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
 
-from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # isort: skip
 
 _FUSED = {
@@ -240,13 +239,8 @@ def export_folder(
             make[location.key, at] = partial(_read_padded, reader, parameter, offset, shape, placeholder)
         state |= _extra_state(parameter, location, names)
     if process_groups.rank() == 0:
-        (out_dir / "release").mkdir()
         write_config(source.hf, arch, out_dir / "hf", build.DTYPES[dtype])
-    torch.distributed.barrier()
-    strategy = streaming.StreamingStrategy(make, "export")
-    with streaming.unwrap_user_errors():
-        dist_checkpointing.save(state, str(out_dir / "release"), strategy, async_strategy="mcore")
-    strategy.write_manifest(out_dir / "release")
+    saving.Save(out_dir / "release", state, "export", make).finish()
     if process_groups.rank() == 0:
         run_folder.replace_text(out_dir / TRACKER, "release")
     return parameter_table.count(arch)

@@ -8,10 +8,10 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,9 @@ class TorchNorm(nn.Module):
 class TorchAttention(nn.Module):
     """Causal attention with grouped queries by scaled_dot_product_attention, over `config.window_size` if set.
 
-    `forward` takes query [S_r, B, N_r, D], key and value [S_r, B, G_r, D] of this rank's heads and returns [S_r, B, N_r D]. It
-    ignores the attention mask: padding is at the end of sequences, where the causal mask excludes it.
+    `forward` takes query [S_r, B, N_r, D], key and value [S_r, B, G_r, D] of this rank's heads and returns [S_r, B, N_r D]. Its
+    `attention_mask` is None, or the document starts [B, S_r] of the queries (see `document_attention`). Padding needs no mask: it
+    is at the end of sequences, where the causal mask excludes it.
 
     Context-parallel rank r of CP holds parts r and 2 CP - 1 - r of the sequence's 2 CP (S_r = S / CP). Keys and values are gathered
     over the group (backward: reduce-scatter). Each query part uses the keys up to its own end, so ranks do equal work.
@@ -90,14 +91,18 @@ class TorchAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **unused: Any) -> Tensor:
         rank, size = self.group.rank(), self.group.size()
-        if size == 1:
-            return self._attend(query, key, value)
-        key, value = self._whole(torch.cat([key, value], dim=-1)).chunk(2, dim=-1)
-        part = len(query) // 2
-        ends = ((rank + 1) * part, (2 * size - rank) * part)
-        return torch.cat(
-            [self._attend(q, key[:end], value[:end]) for q, end in zip(query.split(part), ends, strict=True)]
-        )
+        parts, ends = [slice(0, len(query))], [len(query)]
+        if size > 1:
+            key, value = self._whole(torch.cat([key, value], dim=-1)).chunk(2, dim=-1)
+            part = len(query) // 2
+            parts, ends = [slice(0, part), slice(part, 2 * part)], [(rank + 1) * part, (2 * size - rank) * part]
+        outputs = [
+            self._attend(query[rows], key[:end], value[:end])
+            if attention_mask is None
+            else document_attention(query, key[:end], value[:end], attention_mask, rows, self.window, self.scale)
+            for rows, end in zip(parts, ends, strict=True)
+        ]
+        return torch.cat(outputs) if size > 1 else outputs[0]
 
     def _whole(self, x: Tensor) -> Tensor:
         """Gather [S_r, ...] to [S, ...] in the order of the sequence."""
@@ -136,22 +141,97 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int, sca
     Returns:
         [S_q, B, N D].
     """
-    groups, before = key.shape[2], len(key) - len(query)
-    heads = query.shape[2] // groups
+    heads, before = query.shape[2] // key.shape[2], len(key) - len(query)
     size, most = attention_band.attention_band(len(query), len(key), window)
-    band, parts = _band(size, most, window, heads, query.dtype, query.device), []
-    k, v = (x.permute(1, 2, 0, 3) for x in (key, value))
+    band, blocks = _band(size, most, window, heads, query.dtype, query.device), []
     for first in range(0, len(query), size):
-        q = query[first : first + size].unflatten(2, (groups, heads)).permute(1, 2, 3, 0, 4)
-        rows, end = q.shape[3], before + first + q.shape[3]
-        start = max(0, before + first + 1 - window) // attention_band.BAND_ALIGNMENT * attention_band.BAND_ALIGNMENT
+        rows = min(size, len(query) - first)
+        start, end = _aligned(max(0, before + first + 1 - window)), before + first + rows
         mask = band[:, size - rows :, most - (end - start) :].flatten(0, 1)
+        blocks.append(_Block(slice(first, first + rows), slice(start, end), mask))
+    return _block_attention(query, key, value, blocks, scale)
+
+
+def document_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    rows: slice,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention within documents: a query attends to the positions from its document's start to its own, and to the last
+    `window` of them if set.
+
+    The rotary embedding depends on the distance of two positions only, so the result is that of positions that begin at 0 in
+    each document. Blocks of queries use only the keys from their earliest document on. All layers share the masks.
+
+    Args:
+        query: [S_r, B, N, D], of which `rows` (S_q of them) are at the last S_q of the keys' positions.
+        key, value: [S_k, B, G, D].
+        starts: [B, S_r] int64, position of the first token of each query's document.
+
+    Returns:
+        [S_q, B, N D] of `rows`.
+    """
+    heads = query.shape[2] // key.shape[2]
+    blocks = _document_blocks(starts, rows.start, rows.stop, len(key), window or len(key), heads, query.dtype)
+    return _block_attention(query[rows], key, value, blocks, scale)
+
+
+class _Block(NamedTuple):
+    """Some queries, the range of keys that they use, and the additive mask, which broadcasts to [B, 1, heads * rows, keys]."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor
+
+
+def _block_attention(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[_Block], scale: float | None
+) -> Tensor:
+    """Attention of successive blocks of queries [S_q, B, N, D] to keys and values [S_k, B, G, D]: [S_q, B, N D]."""
+    groups, parts = key.shape[2], []
+    heads = query.shape[2] // groups
+    k, v = (x.permute(1, 2, 0, 3) for x in (key, value))
+    for block in blocks:
+        q = query[block.queries].unflatten(2, (groups, heads)).permute(1, 2, 3, 0, 4)
         with sdpa_kernel(MASKED) if q.is_cuda else contextlib.nullcontext():
             out = nn.functional.scaled_dot_product_attention(
-                q.flatten(2, 3), k[:, :, start:end], v[:, :, start:end], mask, scale=scale
+                q.flatten(2, 3), k[:, :, block.keys], v[:, :, block.keys], block.mask, scale=scale
             )
-        parts.append(out.unflatten(2, (heads, rows)).permute(3, 0, 1, 2, 4).flatten(2))
+        parts.append(out.unflatten(2, (heads, -1)).permute(3, 0, 1, 2, 4).flatten(2))
     return torch.cat(parts)
+
+
+def _aligned(position: int) -> int:
+    """The multiple of BAND_ALIGNMENT at or before a key position."""
+    return position // attention_band.BAND_ALIGNMENT * attention_band.BAND_ALIGNMENT
+
+
+@functools.lru_cache(maxsize=4)  # student and teacher, two parts of a sequence under context parallelism
+@torch.inference_mode(False)
+def _document_blocks(
+    starts: Tensor, first_row: int, end_row: int, keys: int, window: int, heads: int, dtype: torch.dtype
+) -> list[_Block]:
+    """Blocks of the queries in rows first_row .. end_row of `starts`, at the last of `keys` positions."""
+    positions = torch.arange(keys, device=starts.device)
+    own = positions[keys - (end_row - first_row) :]
+    lowest = torch.maximum(starts[:, first_row:end_row], own + 1 - window)
+    size, _ = attention_band.attention_band(len(own), keys, window)
+    first_keys = [int(part.min()) for part in lowest.split(size, dim=1)]
+    blocks = []
+    for number, first_key in enumerate(first_keys):
+        queries = slice(number * size, min((number + 1) * size, len(own)))
+        rows = queries.stop - queries.start
+        start, end = _aligned(first_key), keys - len(own) + queries.stop
+        allowed = (positions[start:end] >= lowest[:, queries, None]) & (positions[start:end] <= own[queries, None])
+        padded = -(-(end - start) // attention_band.BAND_ALIGNMENT) * attention_band.BAND_ALIGNMENT
+        mask = torch.zeros(len(starts), heads, rows, padded, dtype=dtype, device=starts.device)
+        mask[..., : end - start].masked_fill_(~allowed[:, None], -torch.inf)
+        blocks.append(_Block(queries, slice(start, end), mask[..., : end - start].flatten(1, 2)[:, None]))
+    return blocks
 
 
 MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

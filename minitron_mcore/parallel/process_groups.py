@@ -55,9 +55,12 @@ def barrier() -> None:
 
 def free_bytes() -> int:
     """Free memory of this rank's CUDA device; without CUDA, the host's free memory divided by its ranks."""
-    if cpu_backend.is_cpu():
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return torch.cuda.mem_get_info()[0]
+    return free_host_bytes() if cpu_backend.is_cpu() else torch.cuda.mem_get_info()[0]
+
+
+def free_host_bytes() -> int:
+    """The host's free memory divided by its ranks."""
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 A batch holds whole sequences [B, S], the same on all ranks of a model replica. This module, and no other, shards them: models,
 losses and `on_output` see the context-parallel rank's shard (see `cp_shard`).
+
+With "document_starts" [B, S] int64, the position in its sequence at which each token's document begins, attention stays within
+documents (see `layer_spec.TorchAttention`).
 """
 
 import itertools
@@ -58,7 +61,7 @@ def forward(model: Any, batches: Sequence[Batch], on_output: Callable[[Tensor, B
         hang_watchdog.beat()
         whole = next(iterator)
         batch = cp_shard(whole)
-        output = chunk(batch["tokens"], None, None, loss_mask=batch.get("mask"))
+        output = chunk(batch["tokens"], None, batch.get("document_starts"), loss_mask=batch.get("mask"))
 
         def collect(output: Tensor, non_loss_data: bool) -> None:
             if whole is not padding:
@@ -105,7 +108,7 @@ def forward_backward(
         hang_watchdog.beat()
         batch = cp_shard(next(iterator))
         on_batch(batch)
-        return chunk(batch["tokens"], None, None), lambda hidden: loss(hidden, batch)
+        return chunk(batch["tokens"], None, batch.get("document_starts")), lambda hidden: loss(hidden, batch)
 
     return _run(step, chunks, batches, example, count, forward_only=False)
 

@@ -103,9 +103,7 @@ def attack_checkpoints(base: Path, folder: Path) -> dict:
     """Outcome of every attack by every reader: a sentence or nothing; a traceback fails the rank."""
     flag, found = folder / "flag", {}
     for run in ("run_True", "run_False"):
-        resume = {
-            "resume": lambda path, run=run: trainer(base / "convert", run == "run_True").resume(open_checkpoint(path))
-        }
+        resume = {"resume": lambda path, run=run: trainer(base / "convert", run == "run_True").resume(path)}
         for name, put in hostile.places(KEY).items():
             copy = folder / "copy"
             shutil.rmtree(copy, ignore_errors=True)
@@ -176,12 +174,12 @@ def test_common_pt_is_read(tmp_path, base):
 
 
 MANIFESTS = {
-    "{": "integrity.json: JSONDecodeError",
-    "[]": "integrity.json: TypeError",
+    "{": "integrity.json cannot be read as JSON (JSONDecodeError",
+    "[]": "integrity.json holds list",
     '{"files": {}}': "integrity.json does not list .metadata",
     '{"files": {".metadata": 1}}': "not all of its hashes are text",
     '{"files": {"../x": "0"}}': "it lists ../x",
-    "[" * 100_000: "integrity.json: RecursionError",
+    "[" * 100_000: "integrity.json cannot be read as JSON (RecursionError",
 }
 
 
@@ -190,13 +188,6 @@ def test_bad_manifests_are_named(tmp_path, base, text):
     folder = shutil.copytree(base / "convert", tmp_path / "copy")
     (open_checkpoint(folder).step_dir / "integrity.json").write_text(text)
     assert MANIFESTS[text] in tried(lambda: read_pieces(folder))
-
-
-@pytest.mark.parametrize("text", ["../copy", "/etc", "step_x", "\xff", "."])
-def test_latest_stays_in_its_folder(tmp_path, base, text):
-    folder = shutil.copytree(base / "convert", tmp_path / "copy")
-    (folder / "latest").write_bytes(text.encode("latin-1"))
-    assert "latest names" in tried(lambda: open_checkpoint(folder))
 
 
 @pytest.mark.parametrize(
@@ -232,8 +223,9 @@ CLAIMS = {
 def test_claimed_sizes_of_a_checkpoint(tmp_path, base, claim):
     folder = shutil.copytree(base / "convert", tmp_path / "copy")
     change, sentence = CLAIMS[claim]
-    change(open_checkpoint(folder).step_dir)
-    hostile.reseal(open_checkpoint(folder).step_dir)
+    step = open_checkpoint(folder).step_dir
+    change(step)
+    hostile.reseal(step)
     with pytest.raises(UserError, match=sentence):
         read_pieces(folder)
 

@@ -58,17 +58,22 @@ def test_older_steps_are_removed_after_a_newer_one(tmp_path, kept, expected):
     assert not [path.name for path in tmp_path.glob("step_*") if path.suffix]
 
 
-def test_the_marked_step_stays(tmp_path):
+def test_the_best_step_stays(tmp_path):
+    def best(content):
+        (tmp_path / steps.BEST).write_text(json.dumps(content) if isinstance(content, dict) else content)
+
     for number in (10, 20):
         write_step(tmp_path, number)
     assert steps.best(tmp_path) is None
-    steps.mark_best(tmp_path, 10)
+    best({"step": 40, "previous": 10})  # 40 is not saved yet
     steps.remove_old(write_step(tmp_path, 30), 1, None)
     assert numbers(tmp_path) == [30, 10] and steps.best(tmp_path) == 10
-    (tmp_path / steps.BEST).write_text("\0")
-    with pytest.raises(UserError, match="best is damaged"):
-        steps.remove_old(write_step(tmp_path, 40), 1, None)
-    assert numbers(tmp_path) == [40, 30, 10], "nothing is removed where it is not known which step is marked"
+    steps.remove_old(write_step(tmp_path, 40), 1, None)
+    assert numbers(tmp_path) == [40] == [steps.best(tmp_path)]
+    best("{")
+    with pytest.raises(UserError, match="best.json"):
+        steps.remove_old(write_step(tmp_path, 50), 1, None)
+    assert numbers(tmp_path) == [50, 40], "nothing is removed where it is not known which step is the best"
 
 
 def test_a_step_is_published_whole_or_not_at_all(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_mcore.checkpoint import streaming
+from minitron_mcore.checkpoint import disk, steps
 from minitron_mcore.checkpoint.run_folder import claim_run_folder, open_checkpoint
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
@@ -26,14 +26,14 @@ TWO = ParallelConfig(tensor=2)
 
 
 def import_in_pieces(elements, folder, out_dir, parallel) -> str:
-    streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS = elements, 4 * elements
+    disk.PIECE_ELEMENTS, disk.FILE_ELEMENTS = elements, 4 * elements
     hf_convert.import_folder(folder, out_dir, parallel)
     return open_checkpoint(out_dir).fingerprint
 
 
 def prune_in_pieces(elements, source, plan, out_dir, parallel) -> str | None:
     """What a user is told, if anything."""
-    streaming.PIECE_ELEMENTS, streaming.FILE_ELEMENTS = elements, 4 * elements
+    disk.PIECE_ELEMENTS, disk.FILE_ELEMENTS = elements, 4 * elements
     try:
         apply.prune(open_checkpoint(source), plan, out_dir, parallel)
     except UserError as error:
@@ -53,7 +53,7 @@ def test_the_direct_way_gives_the_same_files(tmp_path, monkeypatch, tied):
     plan = plan_for(tmp_path / "parent", hidden=24, ffn=17, heads=6, blocks=3)
     three = ParallelConfig(tensor=3)
     assert on_ranks(prune_in_pieces, 3, three, 300, tmp_path / "parent", plan, tmp_path / "pruned", three) == [None] * 3
-    monkeypatch.setattr(streaming, "PIECE_ELEMENTS", 400)
+    monkeypatch.setattr(disk, "PIECE_ELEMENTS", 400)
     monkeypatch.setattr(folders, "MAX_FILE_BYTES", 20_000)
     for name in ("long", "direct"):
         (tmp_path / name).mkdir()
@@ -125,9 +125,10 @@ def test_the_manifest_names_every_file(tmp_path):
     folder = models.tiny_llama(tmp_path / "hf")
     on_ranks(import_in_pieces, 2, TWO, 500, folder, tmp_path / "parent", TWO)
     step = open_checkpoint(tmp_path / "parent").step_dir
-    found = json.loads((step / "integrity.json").read_text())["files"]
+    found, sizes = steps.read_manifest(step)
     files = {file.name: file.read_bytes() for file in step.iterdir() if file.name != "integrity.json"}
     assert found == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    assert sizes == {name: len(content) for name, content in files.items()}
     pieces = [content for name, content in files.items() if name.endswith(".distcp")]
     assert len(pieces) > 10
 
@@ -146,7 +147,7 @@ def test_damage_is_told_on_every_rank(tmp_path, damage):
         piece.unlink()
     told = on_ranks(prune_in_pieces, 2, TWO, 1 << 20, tmp_path / "parent", plan, tmp_path / "pruned", TWO)
     assert told[0] == told[1] and "damaged or incomplete" in told[0] and piece.name in told[0]
-    assert not (tmp_path / "pruned/latest").exists()
+    assert not steps.published(tmp_path / "pruned")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=f"damaged or incomplete.*{piece.name}"):
         hf_convert.export_folder(open_checkpoint(tmp_path / "parent"), tmp_path / "out")
@@ -170,7 +171,7 @@ def test_memory_is_that_of_pieces(tmp_path, monkeypatch):
     assert max(on_ranks(import_peak, 2, TWO, folder, tmp_path / "parent", TWO)) < limit
     plan = plan_for(tmp_path / "parent", hidden=840)
     assert max(on_ranks(prune_peak, 2, TWO, tmp_path / "parent", plan, tmp_path / "pruned", TWO)) < limit
-    monkeypatch.setattr(streaming, "PIECE_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(disk, "PIECE_ELEMENTS", 1 << 17)
     for name in ("long", "direct"):
         (tmp_path / name).mkdir()
     assert (

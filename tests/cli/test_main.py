@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from minitron_mcore.checkpoint import steps
 from minitron_mcore.checkpoint.run_folder import claim_run_folder, open_checkpoint
 from minitron_mcore.cli import compose
 from minitron_mcore.errors import UserError
@@ -140,7 +141,7 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
         claim(run / "convert", identity_of("convert", *command))
     with pytest.raises(UserError, match="already holds another run"):
         claim(run / "distill", identity_of("distill", *command, "distill.peak_lr=1e-3"), resume=True)
-    assert (run / "distill/latest").is_file()
+    assert steps.published(run / "distill")
     foreign = Scores(random_scores(open_checkpoint(run / "prune").arch).vectors, {"fingerprint": "another"})
     (tmp_path / "foreign").mkdir()
     save_scores(tmp_path / "foreign", foreign)

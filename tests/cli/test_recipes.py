@@ -145,7 +145,7 @@ def test_another_source_is_refused(tmp_path):
     """As launch/plan.py meets it: Llama-3.1-8B where the recipe starts from Nemotron-4 15B."""
     arch = source_of(composed("plan", "llama31_minitron_4b_width"))
     (tmp_path / "step_0").mkdir()
-    (tmp_path / "latest").write_text("step_0")
+    (tmp_path / "step_0" / "integrity.json").write_text('{"files": {}}')
     (tmp_path / "model.json").write_text(
         json.dumps({"architecture": arch.to_json(), "fingerprint": "f", "lineage": {}})
     )

@@ -45,8 +45,9 @@ STAGES = {
             (3, "in the evaluation of text.txt after 2 of 4 windows: the same command continues."),
             (4, "after 1 of 2 candidates are measured: the same command continues."),
             (12, "after step 2 of 3, which is saved: the same command continues."),
+            (6, "in the evaluation of text.txt after 2 of 4 windows: the same command continues."),
         ],
-        "resuming after step 2",
+        "resuming after step 3",
     ),
 }
 

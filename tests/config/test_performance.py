@@ -160,7 +160,7 @@ def test_kept_activations_are_as_estimated(layout):
 
 def train(student, teacher, parallel, performance, out_dir, stop=None, hosted=False):
     """Steps up to `stop`, from where `out_dir` is: their figures, and this rank's weights."""
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import run_folder, steps
     from minitron_mcore.distill.loop import train
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.parallel import process_groups
@@ -170,8 +170,8 @@ def train(student, teacher, parallel, performance, out_dir, stop=None, hosted=Fa
     trainer = Trainer(*opened, config, parallel, "fp32", performance=performance)
     if hosted:
         trainer.teacher.offload()
-    if (out_dir / "latest").is_file():
-        trainer.resume(run_folder.open_checkpoint(out_dir))
+    if steps.published(out_dir):
+        trainer.resume(out_dir)
     run_folder.describe(out_dir, opened[0].arch, "test", {}, opened[0].hf)
     dp = process_groups.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())

@@ -54,13 +54,19 @@ def train(at, parallel, out_dir):
     """Histories: without held-out text, with it, and with it in two parts; the last checkpoint's loss as evaluate finds it."""
     from minitron_mcore.evaluation import perplexity
     from minitron_mcore.evaluation.heldout import HeldOut
+    from minitron_mcore.parallel import process_groups
 
     pair = at / "student", at / "teacher"
     text = HeldOut(Run(**settings(at)), open_checkpoint(pair[0]))
     plain = training.distill(*pair, CONFIG, parallel, out_dir / "plain")
     measured = training.distill(*pair, MEASURED, parallel, out_dir / "measured", heldout=text)
-    half = dataclasses.replace(MEASURED, stop_after=3)
+    half = dataclasses.replace(MEASURED, stop_after=4)
     parts = training.distill(*pair, half, parallel, out_dir / "parts", heldout=text)
+    if process_groups.rank() == 0:  # as if a signal had stopped the measurement after step 4, which is saved
+        record = json.loads((out_dir / "parts" / "best.json").read_text())
+        record["measured"].pop("4")
+        (out_dir / "parts" / "best.json").write_text(json.dumps(record))
+    process_groups.barrier()
     parts += training.distill(*pair, MEASURED, parallel, out_dir / "parts", True, heldout=text)
     run = EvaluateRun(**settings(at), parallel=parallel, source=str(out_dir / "measured"))
     rows = perplexity.evaluate_run(*perplexity.open_model(run), run)
@@ -94,6 +100,7 @@ def test_training_is_bit_equal_and_the_lowest_loss_is_kept(tmp_path, folder, alo
         best = json.loads((tmp_path / name / "best.json").read_text())
         lowest = min(losses, key=losses.get)
         assert (best["step"], best["heldout_loss"]) == (lowest, losses[lowest])
+        assert {int(step): loss for step, loss in best["measured"].items()} == losses
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert {row["step"]: row["heldout_loss"] for row in lines if "heldout_loss" in row} == losses
 

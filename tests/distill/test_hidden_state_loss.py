@@ -84,7 +84,7 @@ def learn(folders, config, parallel, out_dir, resume=False):
     student, dp = open_checkpoint(folders / "width"), process_groups.dp_group()
     trainer = Trainer(student, open_checkpoint(folders / "teacher"), config, parallel, "fp32")
     if resume:
-        trainer.resume(open_checkpoint(out_dir))
+        trainer.resume(out_dir)
     run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
     return train({out_dir: trainer}, models.placed(batches), out_dir)[
@@ -138,7 +138,7 @@ def dynamic_steps(folders, parallel, out_dir):
     found = [first, trainer.train_step(batches[count : 2 * count])]
     for weight in (states, dataclasses.replace(states, weight=found[1]["hidden_state_weight"], dynamic=False)):
         again = Trainer(student, teacher, dataclasses.replace(config, hidden_state_loss=weight), parallel, "fp32")
-        again.resume(open_checkpoint(out_dir))
+        again.resume(out_dir)
         if not weight.dynamic:
             again.hidden_loss.ratio = 1.0
         found.append(again.train_step(batches[count : 2 * count]))

@@ -41,7 +41,7 @@ def family(tmp_path_factory):
 
 def learn(family, names, config, parallel, out_dir, spoiled=""):
     """Train students together; their histories, on every rank. `spoiled`: this one's second step sees an infinite weight."""
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import run_folder, steps
     from minitron_mcore.distill.loop import train
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.parallel import process_groups
@@ -51,8 +51,8 @@ def learn(family, names, config, parallel, out_dir, spoiled=""):
         student, folder = open_checkpoint(family / name), Path(out_dir) / name
         source = next((trainer.teacher for trainer in trainers.values()), None)
         trainers[folder] = trainer = Trainer(student, teacher, config, parallel, "fp32", source)
-        if (folder / "latest").is_file():
-            trainer.resume(open_checkpoint(folder))
+        if steps.published(folder):
+            trainer.resume(folder)
         run_folder.describe(folder, student.arch, "test", {}, student.hf)
         if name == spoiled:
             _spoil(trainer)

@@ -200,7 +200,7 @@ def test_generation_settings_where_none_were_shipped(made, tmp_path):
 def test_evaluations_of_this_checkpoint_alone(made, tmp_path):
     root, _ = made
     shutil.copytree(root / "distill", tmp_path / "distill")
-    finished = (tmp_path / "distill" / "latest").stat().st_mtime
+    finished = (open_checkpoint(tmp_path / "distill").step_dir / "integrity.json").stat().st_mtime
     for source, file, age in (("distill", "ours", -9), ("another", "theirs", -9), ("distill", "old", 9)):
         (tmp_path / file).mkdir()
         found = {"source": str(tmp_path / source), "files": [{"file": f"{file}.jsonl", "loss": 2.5}]}

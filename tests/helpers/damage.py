@@ -95,7 +95,7 @@ def of(rng: random.Random, name: str, data: bytes) -> bytes:
             return struct.pack("<Q", len(head)) + head + data[8 + size :]
         if ".json" in name and rng.random() < 0.7:
             return json_of(rng, data.decode()).encode()
-        if name.endswith((".json", ".jsonl", ".yaml", ".txt", "latest")) and rng.random() < 0.6:
+        if name.endswith((".json", ".jsonl", ".yaml", ".txt")) and rng.random() < 0.6:
             return text_of(rng, data)
     return bytes_of(rng, data)
 

@@ -178,7 +178,7 @@ def sharded(folder: Path) -> None:
 def resumed(folder: Path) -> None:
     with run_folder.claim_run_folder(folder, RUN, resume=True):
         resumed_trainer = trainer(BASE / "convert")
-        resumed_trainer.resume(open_checkpoint(folder))
+        resumed_trainer.resume(folder)
         MetricsWriter(folder, resumed_trainer.step, LogConfig()).close()
 
 
@@ -261,7 +261,7 @@ def taught(folder: Path) -> None:
     student, teacher = open_checkpoint(BASE / "convert"), cache.open_teacher(folder)
     refuse(teacher.problems(student.arch, CONFIG) if isinstance(teacher, cache.Cache) else ["another folder"])
     prefixes, parts = datasets.parse_blend([f"0.3 {BASE}/text/a", f"0.7 {BASE}/text/b"])
-    teacher.check(prefixes, parts, world.data().seed, 16)
+    teacher.check(prefixes, parts, world.data(), 16)
     reader = cache.CachedTeacher(teacher, student.arch, ONE)
     list(reader.add_teacher_outputs([{"samples": torch.tensor([n, n + 1])} for n in range(0, 16, 2)]))
 
@@ -303,6 +303,7 @@ def reseal(folder: Path) -> None:
         try:
             content = json.loads(manifest.read_text())
             kept = {n: disk.sha256(manifest.parent / n) for n in content["files"] if (manifest.parent / n).is_file()}
+            content.pop("sizes", None)
             manifest.write_text(json.dumps(content | {"files": kept}))
         except (ValueError, TypeError, KeyError, RecursionError, AttributeError, OSError):
             pass
@@ -328,11 +329,9 @@ KINDS = {
     "GGUF": Kind("plain", "*.gguf", lambda f: weights(f, f / "model.gguf", f / "model.gguf")),
     "GGUF, sentencepiece": Kind("words", "*.gguf", lambda f: weights(f, f / "model.gguf", f / "model.gguf")),
     "GPTModel checkpoint": Kind("gpt", "*.txt release/.metadata release/*", lambda f: weights(f, BASE / "hf", f)),
-    "checkpoint": Kind("convert", "model.json latest step*/.metadata step*/*", sharded),
+    "checkpoint": Kind("convert", "model.json step*/.metadata step*/*", sharded),
     "checkpoint, sealed": Kind("convert", "step*/.metadata step*/*.distcp", sharded, True),
-    "resume": Kind(
-        "delivery/run", "config.yaml latest model.json metrics.jsonl step*/.metadata step*/*", resumed, True
-    ),
+    "resume": Kind("delivery/run", "config.yaml model.json metrics.jsonl step*/.metadata step*/*", resumed, True),
     "export": Kind("delivery", "*/*.json* run/hf/*.json run/hf/*.md", delivered),
     ".bin and .idx": Kind("text", "*.bin *.idx", token_files),
     "order of samples": Kind("ordered", "cache/*/*", token_files),

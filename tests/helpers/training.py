@@ -42,7 +42,7 @@ def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp
     opened, teacher = open_checkpoint(student), open_checkpoint(teacher) if teacher else None
     trainer = Trainer(opened, teacher, config, parallel, dtype)
     if resume:
-        trainer.resume(open_checkpoint(out_dir))
+        trainer.resume(out_dir)
     run_folder.describe(out_dir, opened.arch, "test", {}, opened.hf)
     dp = process_groups.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())

@@ -99,7 +99,7 @@ def distill(student, teacher, config, parallel, out_dir, resume=False):
     opened = open_checkpoint(student)
     trainer = Trainer(opened, open_checkpoint(teacher), config, parallel, "fp32")
     if resume:
-        trainer.resume(open_checkpoint(out_dir))
+        trainer.resume(out_dir)
     run_folder.describe(out_dir, opened.arch, "test", {}, opened.hf)
     return train({out_dir: trainer}, models.placed(micro_batches(config, trainer.step * config.global_batch)), out_dir)[
         0

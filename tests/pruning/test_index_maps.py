@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron_mcore.checkpoint import streaming
+from minitron_mcore.checkpoint import disk, streaming
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.models import parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
@@ -139,7 +139,7 @@ def test_the_ranks_pieces_make_up_the_pruned_tensors(plan, data):
     survivors = dict(apply._kept_parameters(plan, parameter_table.parameters(plan.source)))
     assert list(survivors.values()) == list(parameter_table.parameters(plan.target))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "PIECE_ELEMENTS", data.draw(st.integers(1, 30)))
+        patch.setattr(disk, "PIECE_ELEMENTS", data.draw(st.integers(1, 30)))
         for source, target in survivors.items():
             wholes[source] = whole = torch.randn(source.shape).to(dtype)
             wanted = expected(source, plan, whole)
