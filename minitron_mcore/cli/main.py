@@ -65,8 +65,9 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
             with _exit_on_error(), stop_signal.at_once():
                 sys.argv[1:] = normalize_overrides(sys.argv[1:])
                 if {"--help", "-h"} & {*sys.argv}:
-                    text = help.help_text(stage, [word for word in sys.argv[1:] if not word.startswith("-")])
-                    return help.print_to_reader(text)
+                    with help.reader_may_end():
+                        print(help.help_text(stage, [word for word in sys.argv[1:] if not word.startswith("-")]))
+                    return
                 sweep.run(run) if sweep.is_requested(sys.argv) else run()
 
         return main

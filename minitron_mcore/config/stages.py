@@ -34,6 +34,8 @@ class RecipeConfig:
     """Checkpoint to prune: the converted model or, in a chain, the previous recipe's student."""
     teacher: str = MISSING
     """Checkpoint of the teacher: the source, the corrected source or, in a chain, the first recipe's teacher."""
+    scores: str = MISSING
+    """Folder of the importance stage that plan and search read."""
     parameters: int | None = None
     """Number of parameters that the plan must reach exactly; null accepts any."""
     without_embeddings: int | None = None
