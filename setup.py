@@ -39,6 +39,8 @@ setup(
         "eval": ["lm-eval"],
         "data": ["pyarrow"],  # parquet files and .jsonl.zst
         "slurm": ["hydra-submitit-launcher"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
         # Never `apex`: on PyPI that is another project. NVIDIA's Apex comes with NGC's PyTorch image (Dockerfile).
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [

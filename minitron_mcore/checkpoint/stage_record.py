@@ -131,6 +131,21 @@ def record_inputs(out_dir: str | Path, present: Mapping[str, Input]) -> None:
         disk.replace_text(path, json.dumps(record, indent=1))
 
 
+def recorded_inputs(out_dir: str | Path) -> dict[str, Input]:
+    """The inputs that a folder was made from; none without a record, as earlier versions left folders.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path, remedy = Path(out_dir) / INPUTS, f"remove {out_dir} and run again"
+    if not path.is_file():
+        return {}
+    content = read_json(path, remedy)
+    check_format_version(content, path, remedy)
+    with damage_as_user_error(path, remedy):
+        return {name: Input(**each) for name, each in content["inputs"].items()}
+
+
 def changed_inputs(out_dir: str | Path, present: Mapping[str, Input]) -> list[str]:
     """One sentence for each input of a folder's stage that has another content now, or was none then.
 
@@ -138,18 +153,14 @@ def changed_inputs(out_dir: str | Path, present: Mapping[str, Input]) -> list[st
         present: `inputs` of the stage's config; inputs that do not exist are not compared.
 
     Returns:
-        [] for a folder without record, which an earlier version made.
+        [] for a folder without a record.
 
     Raises:
-        UserError: the record is damaged.
+        UserError: see `recorded_inputs`.
     """
-    path, remedy = Path(out_dir) / INPUTS, f"remove {out_dir} and run again"
-    if not path.is_file():
+    if not (Path(out_dir) / INPUTS).is_file():
         return []
-    content = read_json(path, remedy)
-    check_format_version(content, path, remedy)
-    with damage_as_user_error(path, remedy):
-        recorded = {name: Input(**each) for name, each in content["inputs"].items()}
+    recorded = recorded_inputs(out_dir)
     sentences = []
     for name in dict.fromkeys([*recorded, *present]):
         old, new = recorded.get(name, Input("", None)), present.get(name, Input("", None))

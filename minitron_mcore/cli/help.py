@@ -1,8 +1,11 @@
 """The settings of a stage and their descriptions, as `--help` and docs/configuration.md show them."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import os
+import sys
 import textwrap
 from collections.abc import Iterator
 from enum import Enum
@@ -26,6 +29,16 @@ class Setting(NamedTuple):
     default: Any
     """`omegaconf.MISSING` where the user or conf/stage must give a value."""
     text: str
+
+
+@contextlib.contextmanager
+def reader_may_end() -> Iterator[None]:
+    """A block that prints to a reader, such as `head`, which may end before all is written."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def launch_docstring(stage: str) -> str:

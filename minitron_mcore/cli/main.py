@@ -16,7 +16,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from minitron_mcore.cli import help
+from minitron_mcore.cli import help, sweep
 from minitron_mcore.cli.compose import CONF, composition_error, normalize_overrides, resolve
 from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import PipelineRun, ReportRun, TokenizeTextRun
@@ -39,6 +39,8 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         def run(raw: DictConfig) -> None:
             # Here too, as Hydra prints a line of its own for what leaves this function.
             with _exit_on_error(), stop_signal.at_once():
+                if sweep.is_job():
+                    return sweep.run_job(stage)
                 config = resolve(raw)
                 if config.dry_run and not isinstance(config, PipelineRun | ReportRun | TokenizeTextRun):
                     # The others plan themselves.
@@ -64,8 +66,10 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
             with _exit_on_error(), stop_signal.at_once():
                 sys.argv[1:] = normalize_overrides(sys.argv[1:])
                 if {"--help", "-h"} & {*sys.argv}:
-                    return print(help.help_text(stage, [word for word in sys.argv[1:] if not word.startswith("-")]))
-                run()
+                    with help.reader_may_end():
+                        print(help.help_text(stage, [word for word in sys.argv[1:] if not word.startswith("-")]))
+                    return
+                sweep.run(run) if sweep.is_requested(sys.argv) else run()
 
         return main
 

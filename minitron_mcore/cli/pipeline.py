@@ -3,18 +3,18 @@
 import os
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitron_mcore.checkpoint import stage_record
-from minitron_mcore.cli.compose import LAUNCH, compose, group_options, search_path
+from minitron_mcore.cli import stage_process
+from minitron_mcore.cli.compose import compose, group_options, search_path
 from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, DistillRun, PipelineRun, StageRun
-from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.errors import STOPPED_STATUS, Stopped, UserError, refuse
 from minitron_mcore.reading import read_yaml
 
 INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
@@ -58,14 +58,13 @@ def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, t
 
     Raises:
         UserError: the stage failed; its own message is printed before.
+        Stopped: a signal stopped it.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(LAUNCH / f"{name}.py"), *overrides]
-    shown = ["minitron", name, *(["--nproc", str(processes)] if processes > 1 else []), *overrides]
-    print(f"\nstage {number} of {total}: {name}\n$ {shlex.join(shown)}", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    print(f"\nstage {number} of {total}: {name}\n$ {stage_process.shown(name, overrides, processes)}", flush=True)
     start = time.monotonic()
-    status = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ).returncode
+    status = stage_process.run(name, overrides, processes)
+    if status == STOPPED_STATUS:
+        raise Stopped(f"minitron {name} stopped: the same command continues.")
     if status:
         raise UserError(f"minitron {name} failed with status {status}; its message stands above.")
     return time.monotonic() - start
@@ -184,19 +183,21 @@ def is_finished(step: Step) -> bool:
 
 
 def _is_finished(run: StageRun) -> bool:
+    return stage_record.is_complete(run.out_dir) and not _changed_settings(run)
+
+
+def _changed_settings(run: StageRun) -> list[str]:
+    """Settings of a run that differ from those in its folder."""
     folder = Path(run.out_dir)
-    remedy = f"remove {folder} and run again"
-    return stage_record.is_complete(folder) and not differences(
-        read_yaml(folder / "config.yaml", remedy), resolved(run)
-    )
+    return differences(read_yaml(folder / "config.yaml", f"remove {folder} and run again"), resolved(run))
 
 
 def check(steps: list[Step]) -> None:
     """Check all stages before the first one starts.
 
     Raises:
-        UserError: an input that no stage here writes and that is not finished; a folder that was made from other inputs than the
-            present ones; a finished folder with damaged files.
+        UserError: an input that no stage here writes and that is not finished; a folder that was made with other settings or from
+            other inputs than the present ones; a finished folder with damaged files.
     """
     written = {folder for step in steps for folder in step.folders}
     for step in steps:
@@ -218,11 +219,15 @@ def _check_input(path: Path, reader: str) -> None:
 
 
 def _problems(step: Step) -> Iterator[str]:
-    """Changed inputs of a stage whose folder will be kept, and damaged outputs of one that has finished."""
+    """Changed settings and inputs of a stage whose folder will be kept, and damaged outputs of one that has finished."""
     for folder, run in step.folders.items():
         complete, sentences = stage_record.is_complete(folder), []
-        if (complete or step.name in RESUMED_STAGES) and (folder / stage_record.INPUTS).is_file():
-            sentences += stage_record.changed_inputs(folder, stage_record.inputs(resolved(run)))
+        if complete or (step.name in RESUMED_STAGES and (folder / "config.yaml").is_file()):
+            if settings := _changed_settings(run):
+                remedy = f"give the old values, another work_dir, or remove {folder} and run again"
+                sentences.append(f"{folder} holds another run ({'; '.join(settings)}): {remedy}.")
+            if (folder / stage_record.INPUTS).is_file():
+                sentences += stage_record.changed_inputs(folder, stage_record.inputs(resolved(run)))
         if complete:
             sentences += stage_record.damaged_outputs(folder)
         yield from (f"minitron {step.name}: {sentence}" for sentence in sentences)

@@ -1,6 +1,7 @@
 """Valid ranges of single settings, and of sequence lengths for a model's positions. No torch import."""
 
 import dataclasses
+import importlib.util
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ def problems(config: Run) -> Iterator[str]:
         yield from at_least(1, {"processes": config.processes})
     if isinstance(config, ExportRun):
         yield from at_least(1, {"vocab_multiple": config.vocab_multiple})
+    for name in ("wandb", "mlflow"):
+        if (value := getattr(config.log, name)) and importlib.util.find_spec(name) is None:
+            yield f"log.{name} is {value}, but {name} is not installed: pip install minitron_mcore[{name}], or set it to null."
     yield from hang(config)
     yield from dry(config)
 

@@ -274,6 +274,20 @@ class TrainConfig:
     """Copy a checkpoint to host memory and write it while training continues; null does so on CUDA."""
 
 
+@dataclass
+class LogConfig:
+    """Programs that receive the figures of training steps besides metrics.jsonl (see `distill.metrics`)."""
+
+    tensorboard: bool = changeable(True)
+    """Write tensorboard events to out_dir/tensorboard."""
+    wandb: str | None = changeable(None)
+    """Project of Weights & Biases (pip install minitron_mcore[wandb]). With WANDB_MODE=offline the run is written to
+    out_dir/wandb, for `wandb sync`."""
+    mlflow: str | None = changeable(None)
+    """Experiment of MLflow (pip install minitron_mcore[mlflow]), on the server in MLFLOW_TRACKING_URI, or without that variable in
+    the file store out_dir/mlruns."""
+
+
 class HiddenStateMetric(StrEnum):
     """Distance between two intermediate states of a token."""
 

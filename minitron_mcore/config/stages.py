@@ -17,6 +17,7 @@ from minitron_mcore.config.settings import (
     Dtype,
     EvaluateConfig,
     ImportanceConfig,
+    LogConfig,
     ModelConfig,
     ParallelConfig,
     PruneConfig,
@@ -33,6 +34,8 @@ class RecipeConfig:
     """Checkpoint to prune: the converted model or, in a chain, the previous recipe's student."""
     teacher: str = MISSING
     """Checkpoint of the teacher: the source, the corrected source or, in a chain, the first recipe's teacher."""
+    scores: str = MISSING
+    """Folder of the importance stage that plan and search read."""
     parameters: int | None = None
     """Number of parameters that the plan must reach exactly; null accepts any."""
     without_embeddings: int | None = None
@@ -57,6 +60,7 @@ class Run:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    log: LogConfig = changeable(default_factory=LogConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     dry_run: bool = changeable(False)
     """Print sizes, memory of a rank, operations, days and every problem instead of running. Needs no weights."""
@@ -150,7 +154,7 @@ class CutRun(StageRun):
 class CorrectRun(StageRun):
     """Teacher correction."""
 
-    reads = ("data", "correct", "performance")
+    reads = ("data", "correct", "performance", "log")
     source: str = changeable(MISSING)
     """Checkpoint to train."""
 
@@ -203,7 +207,7 @@ def _is_name(key: object) -> bool:
 class DistillRun(StageRun):
     """Distillation."""
 
-    reads = ("data", "distill", "performance")
+    reads = ("data", "distill", "performance", "log")
     student: str = changeable(MISSING)
     """Checkpoint to train."""
     students: Any = changeable(None)
@@ -276,7 +280,7 @@ class EvaluateRun(StageRun):
 class SearchRun(ScoredRun):
     """Architecture search."""
 
-    reads = ("data", "distill", "evaluate", "search", "performance")
+    reads = ("data", "distill", "evaluate", "search", "performance", "log")
     teacher: str = changeable(MISSING)
     """Checkpoint of the teacher."""
 

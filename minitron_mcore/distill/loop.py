@@ -1,27 +1,28 @@
 """The distillation loop, for one student or several that share the teacher's hidden states."""
 
-import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
-from minitron_mcore.checkpoint import run_folder
-from minitron_mcore.distill import failures
+from minitron_mcore.config.settings import LogConfig
+from minitron_mcore.distill import failures, metrics
 from minitron_mcore.distill.heldout import HeldOutLosses, HeldOutText
 from minitron_mcore.distill.profile import StepProfiler
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import NotFinite, Stopped
 from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import damage_as_user_error, read_json_lines
 
 
 def train(
-    trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: Path, heldout_text: HeldOutText | None = None
+    trainers: Mapping[Path, Trainer],
+    batches: Iterator[Batch],
+    out_dir: Path,
+    heldout_text: HeldOutText | None = None,
+    log: LogConfig | None = None,
 ) -> list[list[dict[str, float]]]:
-    """Run to `config.steps` (or `stop_after`), writing metrics.jsonl, tensorboard events and checkpoints (collective).
+    """Run to `config.steps` (or `stop_after`), writing metrics (see `metrics`) and checkpoints (collective).
 
     Several students take turns, one step each. The teacher's outputs of a step are then kept for all of them; for a single student
     they are computed a few micro-batches ahead.
@@ -32,6 +33,7 @@ def train(
         batches: micro-batches of this data-parallel rank, from the position of the student with the fewest steps.
         out_dir: for failure.json of a hung rank, and for profiles (see `profile`).
         heldout_text: measured every `config.eval_every` steps and after the last, in the figures as "heldout_loss".
+        log: None for the defaults.
 
     Returns:
         For each trainer, the figures of the steps that this call ran, without skipped ones. After a signal on any rank the call
@@ -40,7 +42,9 @@ def train(
     Raises:
         NotFinite: see `failures.Guard`; all students are saved after their last good step.
     """
-    student_runs = [StudentRun(trainer, folder, heldout_text) for folder, trainer in trainers.items()]
+    student_runs = [
+        StudentRun(trainer, folder, log or LogConfig(), heldout_text) for folder, trainer in trainers.items()
+    ]
     behind = min(trainers.values(), key=lambda trainer: trainer.step)
     config, teacher, first = behind.config, behind.teacher, behind.step
     last = min(config.steps, config.stop_after or config.steps)
@@ -54,13 +58,15 @@ def train(
             if stop_signal.requested_on_any_rank():
                 break
             profiler.before(step + 1)
+            start = time.monotonic()
             micro_batches = [next(batches) for _ in range(per_step)]
+            data_seconds = time.monotonic() - start
             with_teacher_outputs = (
                 list(teacher.add_teacher_outputs(micro_batches)) if teacher and len(student_runs) > 1 else None
             )
             try:
                 messages = [
-                    student_run.step(micro_batches, with_teacher_outputs)
+                    student_run.step(micro_batches, with_teacher_outputs, data_seconds)
                     for student_run in student_runs
                     if student_run.trainer.step == step
                 ]
@@ -81,14 +87,16 @@ def train(
 class StudentRun:
     """Training state of one student: trainer, output folder and metrics writer."""
 
-    def __init__(self, trainer: Trainer, out_dir: Path, heldout_text: HeldOutText | None = None):
+    def __init__(self, trainer: Trainer, out_dir: Path, log: LogConfig, heldout_text: HeldOutText | None):
         self.trainer, self.out_dir, self.saved = trainer, out_dir, trainer.step
         self.guard, self.history = failures.Guard(trainer.config, out_dir), []
-        self.metrics = MetricsWriter(out_dir, trainer.step) if process_groups.rank() == 0 else None
+        with process_groups.raise_on_all_ranks():
+            is_writer = process_groups.rank() == 0
+            self.metrics = metrics.MetricsWriter(out_dir, trainer.step, log) if is_writer else None
         self.heldout = HeldOutLosses(heldout_text, out_dir, trainer.step) if heldout_text else None
         self.heldout_message = ""
 
-    def step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None) -> str:
+    def step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None, data_seconds: float) -> str:
         """Run one step, write metrics and checkpoints (collective); its part of the progress line."""
         trainer, config = self.trainer, self.trainer.config
         run = partial(trainer.train_step, batches, with_teacher_outputs)
@@ -98,12 +106,13 @@ class StudentRun:
         trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
         if figures:
+            figures |= metrics.rank_figures(data_seconds, trainer.work_seconds)
             self.history.append(figures)
         try:
             is_lowest = self.measure(figures)
         finally:  # a signal may stop the measurement
             if figures and self.metrics and (trainer.step % config.log_every == 0 or last or "heldout_loss" in figures):
-                self.metrics.write(figures)
+                self.metrics.write(figures | trainer.saver.figures())
         if trainer.step % config.save_every == 0 or last or is_lowest:
             self.save()
         return _progress(figures) + self.heldout_message if figures else ""
@@ -145,28 +154,15 @@ def summary(history: list[dict[str, float]]) -> list[dict]:
     """Two rows for a table: the figures of the first and of the last step in `history`, each with the median tokens/s."""
     rows = [history[0], history[-1]]
     speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
-    keys = ("step", "tokens", "kd_loss", "lm_loss", "heldout_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
+    keys = (
+        "step",
+        "tokens",
+        "kd_loss",
+        "lm_loss",
+        "heldout_loss",
+        "hidden_state_loss",
+        "teacher_entropy",
+        "grad_norm",
+        "lr",
+    )
     return [{k: row[k] for k in keys if k in row} | {"median tokens/s": speed} for row in rows]
-
-
-class MetricsWriter:
-    """Writes metrics.jsonl and tensorboard events; a resumed run removes the lines after its checkpoint."""
-
-    def __init__(self, out_dir: Path, step: int):
-        path = out_dir / "metrics.jsonl"
-        # A killed run may leave an incomplete line, of a step after its checkpoint.
-        lines = read_json_lines(path, "move it away") if path.is_file() else []
-        with damage_as_user_error(path, "move it away"):
-            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-        run_folder.replace_text(path, "".join(kept))
-        self.file = path.open("a")
-        self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1 if step else None)
-
-    def write(self, figures: dict[str, float]) -> None:
-        print(json.dumps(figures), file=self.file, flush=True)
-        for name in figures.keys() - {"step"}:
-            self.board.add_scalar(f"train/{name}", figures[name], figures["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()

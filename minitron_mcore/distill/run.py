@@ -77,7 +77,7 @@ def train(
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _check_teacher_loss(behind, batches, vocab)
         common_folder = Path(os.path.commonpath([each.out_dir for each in configs]))
-        figures = loop.train(trainers, batches, common_folder, heldout_text)
+        figures = loop.train(trainers, batches, common_folder, heldout_text, config.log)
         is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
             if trainer.step == settings.steps:

@@ -85,6 +85,8 @@ class Trainer:
         self.performance = performance = performance or PerformanceConfig()
         check(student, teacher, config, parallel, dtype, performance)
         self.config, self.arch, self.step = config, student.arch, 0
+        self.step_start = self.work_seconds = 0.0
+        """When the last step began, and for how long this rank computed before it reduced gradients."""
         self.teacher_arch = teacher.arch if teacher else None
         self.saver = StepSaver(config)
         if performance.tp_comm_overlap:
@@ -112,7 +114,7 @@ class Trainer:
         if performance.overlap_param_gather:
             _wait_for_weights(model, self.chunks)
         self.optimizer = self._make_optimizer(dtype)
-        model.config.finalize_model_grads_func = self.hidden_loss.finalize if self.hidden_loss else finalize_model_grads
+        model.config.finalize_model_grads_func = self._finalize_gradients
         model.config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [chunk.no_sync for chunk in self.chunks]
         model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -188,7 +190,7 @@ class Trainer:
         Raises:
             BadStep: on all ranks, for a loss or gradient that is not finite; weights, optimizer and schedule are unchanged.
         """
-        start = time.monotonic()
+        self.step_start = time.monotonic()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         if self.hidden_loss:
@@ -209,11 +211,11 @@ class Trainer:
         hidden_figures = {}
         if self.hidden_loss:
             hidden_figures = {
-                "states_loss": self.hidden_loss.total() / max(tokens, 1.0),
-                "states_weight": self.hidden_loss.weight,
+                "hidden_state_loss": self.hidden_loss.total() / max(tokens, 1.0),
+                "hidden_state_weight": self.hidden_loss.weight,
             }
-            if not math.isfinite(hidden_figures["states_loss"]):
-                raise BadStep("loss of intermediate states", hidden_figures["states_loss"], parts)
+            if not math.isfinite(hidden_figures["hidden_state_loss"]):
+                raise BadStep("loss of intermediate states", hidden_figures["hidden_state_loss"], parts)
         self.scheduler.step(increment=1)  # before the optimizer: the first step's learning rate is not 0
         try:
             norm = self.optimizer.step()[1] if tokens else 0.0
@@ -223,8 +225,8 @@ class Trainer:
         self.step += 1
         if hidden_figures:
             kd_term = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
-            self.hidden_loss.update_weight(kd_term, hidden_figures["states_loss"])
-        seconds, count, length = time.monotonic() - start, max(tokens, 1.0), self.config.sequence_length
+            self.hidden_loss.update_weight(kd_term, hidden_figures["hidden_state_loss"])
+        seconds, count, length = time.monotonic() - self.step_start, max(tokens, 1.0), self.config.sequence_length
         return {
             "step": self.step,
             "tokens": self.step * self.config.global_batch * self.config.sequence_length,
@@ -235,12 +237,18 @@ class Trainer:
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": count / seconds,
-            **self.saver.figures(),
             "student_tflops": 3 * flops.forward_flops(self.arch, length) * count / seconds / 1e12,
             "teacher_tflops": flops.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
             if isinstance(self.teacher, Teacher)
             else 0.0,
         }
+
+    def _finalize_gradients(self, *args, **kwargs) -> None:
+        """Reduce gradients over the replicas; megatron-core calls this after the last backward pass."""
+        if process_groups.device().type == "cuda":
+            torch.cuda.current_stream().synchronize()  # not those of reductions that overlap the backward pass
+        self.work_seconds = time.monotonic() - self.step_start
+        (self.hidden_loss.finalize if self.hidden_loss else finalize_model_grads)(*args, **kwargs)
 
     def teacher_loss(self, batch: Batch) -> float:
         """The teacher's own cross-entropy on the data-parallel ranks' micro-batches, nats a token (collective)."""

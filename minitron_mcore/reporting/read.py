@@ -16,6 +16,7 @@ KINDS = {
     "depth": "depth.json",
     "search": "search.json",
     "training": "metrics.jsonl",
+    "comparison": "compare.json",
     "evaluation": "evaluation.json",
     "checkpoint": "model.json",
     "export": "minitron/lineage.json",

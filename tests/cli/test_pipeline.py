@@ -91,15 +91,31 @@ def write(path: str, text: str):
 
 
 WORK = "runs/smollm2_100m"
+
+
+def other_rate() -> None:
+    path = Path(f"{WORK}/distill/config.yaml")
+    path.write_text(path.read_text().replace("peak_lr: 0.0008", "peak_lr: 0.1"))
+
+
+def other_step() -> None:
+    Path(f"{WORK}/prune/step_0000002").mkdir()
+
+
+def lost_file() -> None:
+    Path(f"{WORK}/prune/step_0000001/weights").unlink()
+
+
 CHANGES = [
-    (write("text.jsonl", "{}"), r"importance: \S+ was made from data.train\[0\] text.jsonl \(0.5 x \w{16}\), which is text"),
+    (other_rate, r"minitron distill: runs/.*/distill holds another run \(distill.peak_lr was 0.1, is 0.0008\): give the old"),
+    (write("text.jsonl", "{}"), r"minitron importance: \S+ was made from data.train\[0\] text.jsonl \(0.5 x \w{16}\), which"),
     (write("hf/config.json", "[]"), r"convert: \S+ was made from model.hf hf \(\w{16}\), which is hf \(\w{16}\) now"),
-    (write(f"{WORK}/importance/scores.safetensors", "{}"), r"minitron plan: \S+ was made from scores .* now: restore the old"),
+    (write(f"{WORK}/importance/scores.safetensors", "{}"), r"minitron plan: \S+ was made from scores \S+ .* now: restore the old"),
     (write(f"{WORK}/plan/plan.json", "{"), r"plan/plan.json has 1 bytes, but its stage wrote 37: restore it, or remove runs/"),
     (write(f"{WORK}/plan/plan.json", "?" * 37), "plan/plan.json has another content than its stage wrote"),
     (write(f"{WORK}/convert/model.json", '{"fingerprint": "x"}'), r"distill: \S+ was made from teacher .* which is \S+ \(x"),
-    (lambda: Path(f"{WORK}/prune/step_0000002").mkdir(), r"distill: \S+ was made from student .* step_0000001\), .*02\) now"),
-    (lambda: Path(f"{WORK}/prune/step_0000001/weights").unlink(), "prune: runs/.*/weights is missing, although its stage has"),
+    (other_step, r"minitron distill: \S+ was made from student .* step_0000001\), .*0002\) now"),
+    (lost_file, "minitron prune: runs/.*/weights is missing, although its stage has finished"),
     (write(f"{WORK}/distill/inputs.json", ""), "distill/inputs.json cannot be read as JSON"),
 ]  # fmt: skip
 

@@ -106,10 +106,10 @@ def test_projection_learns_as_on_one_process_resumes_and_stays_behind(tmp_path, 
         assert torch.equal(projection, whole[0][1])  # stages and replicas agree to the bit
         assert (projection - alone_p).abs().max() <= 0.02 * config.peak_lr * config.steps
         for a, b in zip(alone, history, strict=True):
-            for key in ("kd_loss", "lm_loss", "states_loss", "grad_norm", "lr"):
+            for key in ("kd_loss", "lm_loss", "hidden_state_loss", "grad_norm", "lr"):
                 assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
     for a, b in zip(whole[0][0], first[0][0] + second[0][0], strict=True):
-        assert all(a[key] == b[key] for key in ("kd_loss", "lm_loss", "states_loss", "grad_norm", "lr"))
+        assert all(a[key] == b[key] for key in ("kd_loss", "lm_loss", "hidden_state_loss", "grad_norm", "lr"))
     assert not torch.equal(second[0][1], first[0][1])
     assert all(torch.equal(projection, whole[0][1]) for _, projection in second)
     found, expected = export(tmp_path / "parts", tmp_path / "a"), export(tmp_path / "whole", tmp_path / "b")
@@ -136,7 +136,7 @@ def dynamic_steps(folders, parallel, out_dir):
     trainer.finish_save()
     run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
     found = [first, trainer.train_step(batches[count : 2 * count])]
-    for weight in (states, dataclasses.replace(states, weight=found[1]["states_weight"], dynamic=False)):
+    for weight in (states, dataclasses.replace(states, weight=found[1]["hidden_state_weight"], dynamic=False)):
         again = Trainer(student, teacher, dataclasses.replace(config, hidden_state_loss=weight), parallel, "fp32")
         again.resume(out_dir)
         if not weight.dynamic:
@@ -148,10 +148,10 @@ def dynamic_steps(folders, parallel, out_dir):
 def test_dynamic_weight_is_the_last_step_s_ratio_on_all_ranks(tmp_path, folders):
     parallel = ParallelConfig(pipeline=2)
     for first, second, resumed, fixed in on_ranks(dynamic_steps, 4, parallel, folders, parallel, tmp_path / "run"):
-        assert first["states_weight"] == 0.5
-        ratio = 2.0 * 1.5**2 * first["kd_loss"] / first["states_loss"]
-        assert math.isclose(second["states_weight"], 0.5 * ratio, rel_tol=1e-12) and ratio < 0.5
-        for key in ("kd_loss", "lm_loss", "states_loss", "states_weight", "grad_norm"):
+        assert first["hidden_state_weight"] == 0.5
+        ratio = 2.0 * 1.5**2 * first["kd_loss"] / first["hidden_state_loss"]
+        assert math.isclose(second["hidden_state_weight"], 0.5 * ratio, rel_tol=1e-12) and ratio < 0.5
+        for key in ("kd_loss", "lm_loss", "hidden_state_loss", "hidden_state_weight", "grad_norm"):
             assert second[key] == resumed[key] == fixed[key], key
 
 

@@ -24,7 +24,7 @@ CUTS = {
     "short": PruneConfig(blocks=3),
     "both": PruneConfig(hidden=24, blocks=4),
 }
-FIGURES = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
+FIGURES = ("step", "tokens", "kd_loss", "lm_loss", "hidden_state_loss", "teacher_entropy", "grad_norm", "lr")
 LAYOUTS = {
     "pp2": (2, ParallelConfig(pipeline=2)),
     "tp2_sp_pp2": (4, ParallelConfig(tensor=2, sequence=True, pipeline=2)),

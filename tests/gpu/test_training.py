@@ -35,7 +35,7 @@ def on_the_cpu(folders):
 def test_fp32_steps_are_the_cpu_s(tmp_path, folders, on_the_cpu, name):
     found = here(train, folders, name, tmp_path / "run")
     for ours, theirs in zip(found, on_the_cpu[name], strict=True):
-        for key in FIGURES + (("states_loss",) if name == "states" else ()):
+        for key in FIGURES + (("hidden_state_loss",) if name == "states" else ()):
             assert math.isclose(ours[key], theirs[key], rel_tol=1e-4), (key, ours, theirs)
     weights, expected = export(tmp_path / "run", tmp_path / "a"), export(folders / "cpu" / name, tmp_path / "b")
     for key, weight in expected.items():

@@ -69,7 +69,7 @@ def oracle(folders, case, projection):
     losses = {
         "kd_loss": (t.exp() * (t - s)).sum(-1),
         "lm_loss": -s.gather(-1, labels[..., None])[..., 0],
-        "states_loss": sum(differences),
+        "hidden_state_loss": sum(differences),
     }
     losses = {key: (each * mask).sum() / mask.sum() for key, each in losses.items()}
     weights = (config.kd_weight, config.lm_weight, config.hidden_state_loss.weight)

@@ -19,7 +19,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from minitron_mcore import testing
-from minitron_mcore.cli import compose, pipeline
+from minitron_mcore.cli import compose, stage_process
 from minitron_mcore.config import identity
 from minitron_mcore.config.stages import Run
 from minitron_mcore.parallel import stop_signal
@@ -45,7 +45,7 @@ def torchrun(cwd, script, *overrides, processes=1, fails=False) -> str:
 
 def fork(cwd, stage, *overrides, processes=1, fails=False, stop_at=None) -> str:
     """`launch` on processes that are forked from one with torch imported: without torchrun and without the seconds of imports.
-    A pipeline's stages are forked too.
+    The stages of a pipeline and the jobs of a sweep are forked too.
 
     Args:
         fails: whether the status is not 0; or the status.
@@ -63,15 +63,15 @@ def fork(cwd, stage, *overrides, processes=1, fails=False, stop_at=None) -> str:
 
 
 def _in_fork(cwd, output: str, stage: str, overrides, processes: int, stop_at) -> None:
-    def run(command: list[str], env: dict) -> SimpleNamespace:
+    def run(command: list[str], env: dict) -> int:
         script = next(n for n, word in enumerate(command) if word.endswith(".py"))
         processes = int(command[script - 1]) if script > 1 else 1  # after torchrun's --nproc-per-node
-        return SimpleNamespace(returncode=_status(Path(command[script]).stem, command[script + 1 :], processes))
+        return _status(Path(command[script]).stem, command[script + 1 :], processes)
 
     os.chdir(cwd)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
-    pipeline.subprocess = SimpleNamespace(run=run)
+    stage_process.process_tree = SimpleNamespace(run_child=run)
     if stop_at:
         _stop_last_rank_at(*stop_at)
     sys.exit(_status(stage, overrides, processes))

@@ -71,7 +71,7 @@ def hold(alone, expected, ranks, tmp_path, tolerance=2e-5):
     """The figures of every rank, and the gradients in `run`, against those of one process."""
     for figures in ranks:
         for a, b in zip(alone, figures, strict=True):
-            for key in ("kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm"):
+            for key in ("kd_loss", "lm_loss", "hidden_state_loss", "teacher_entropy", "grad_norm"):
                 assert key not in a or math.isclose(a[key], b[key], rel_tol=tolerance), (key, a, b)
     found = export(tmp_path / "run", tmp_path / "hf")
     for key, gradient in expected.items():
