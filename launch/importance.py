@@ -39,11 +39,8 @@ def main(config: ImportanceRun) -> None:
             if process_groups.rank() == 0:
                 file = scores.save_scores(config.out_dir, result)
                 plots.plot_importance(file, f"{config.out_dir}/importance.png")
-                tables.table(
-                    "importance",
-                    scores.summary(result),
-                    [f"scores: {file}", f"picture: {config.out_dir}/importance.png"],
-                )
+                notes = [f"scores: {file}", f"picture: {config.out_dir}/importance.png"]
+                tables.table("importance", scores.summary(result), notes)
 
 
 if __name__ == "__main__":
