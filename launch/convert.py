@@ -18,7 +18,7 @@ def main(config: ConvertRun) -> None:
     from minitron_mcore.reporting import tables
 
     wanted = architecture.from_config(config.model.architecture)
-    with process_groups.distributed_context(config.parallel, config.seed):
+    with process_groups.stage_context(config):
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
             claim.new_run_folder(config.out_dir, resolved(config)) as new,

@@ -13,20 +13,16 @@ def main(config: CorrectRun) -> None:
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import run
     from minitron_mcore.estimate import announce
+    from minitron_mcore.evaluation import heldout
     from minitron_mcore.parallel import process_groups
 
     settings = DistillConfig(**vars(config.correct), kd_weight=0.0, lm_weight=1.0)
-    with process_groups.distributed_context(
-        config.parallel,
-        config.seed,
-        settings.sequence_length,
-        hang_minutes=max(settings.hang_minutes, settings.save_minutes),
-        timeout_minutes=config.performance.nccl_timeout_minutes,
-    ):
+    with process_groups.stage_context(config, settings.sequence_length):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         run.check_run(config, settings, [source], teacher=None)
         announce.print_memory(config, settings, [source], teacher=None)
-        run.train([config], settings, [source], teacher=None)
+        text = heldout.HeldOut(config, source) if settings.eval_every else None
+        run.train([config], settings, [source], None, text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def main(config: DepthRun) -> None:
     from minitron_mcore.depth import sweep
     from minitron_mcore.parallel import process_groups
 
-    with process_groups.distributed_context(config.parallel, config.seed, config.depth.sequence_length):
+    with process_groups.stage_context(config, config.depth.sequence_length):
         sweep.run(config)
 
 

@@ -5,8 +5,6 @@ minitron distill --nproc 8 +model=llama31_8b parallel=cp2 data.train=[text.jsonl
     'students={width: runs/a/prune, depth: runs/b/prune}'
 """
 
-import dataclasses
-
 from minitron_mcore.cli.main import entry
 from minitron_mcore.config.stages import DistillRun
 
@@ -16,31 +14,26 @@ def main(config: DistillRun) -> None:
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import cache, remote_teacher, run
     from minitron_mcore.estimate import announce
+    from minitron_mcore.evaluation import heldout
     from minitron_mcore.parallel import process_groups
 
     settings = config.distill
-    runs = [
-        dataclasses.replace(config, student=student, students=None, out_dir=f"{config.out_dir}/{name}")
-        for name, student in (config.students or {}).items()
-    ]
-    with process_groups.distributed_context(
-        config.parallel,
-        config.seed,
+    with process_groups.stage_context(
+        config,
         settings.sequence_length,
-        hang_minutes=max(settings.hang_minutes, settings.save_minutes),
-        timeout_minutes=config.performance.nccl_timeout_minutes,
         teacher_ranks=settings.teacher_ranks,
         teacher_parallel=settings.teacher_parallel,
     ):
         if (bridge := process_groups.bridge()) and bridge.is_teacher:
             teacher = run_folder.open_checkpoint(config.teacher, "teacher")
             return remote_teacher.serve(teacher, settings, config.parallel, config.dtype.value, config.performance)
-        runs = runs or [config]
+        runs = config.each()
         students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
         teacher = cache.open_teacher(config.teacher) if settings.needs_teacher else None
         run.check_run(runs[0], settings, students, teacher)
         announce.print_memory(runs[0], settings, students, teacher)
-        run.train(runs, settings, students, teacher)
+        text = heldout.HeldOut(config, students[0]) if settings.eval_every else None
+        run.train(runs, settings, students, teacher, text)
 
 
 if __name__ == "__main__":

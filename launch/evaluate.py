@@ -16,7 +16,7 @@ def main(config: EvaluateRun) -> None:
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.reporting import tables
 
-    with process_groups.distributed_context(config.parallel, config.seed, config.evaluate.sequence_length):
+    with process_groups.stage_context(config, config.evaluate.sequence_length):
         model, tokenizer = perplexity.open_model(config)
         with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
             rows = perplexity.evaluate_run(model, tokenizer, config)

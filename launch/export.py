@@ -26,7 +26,7 @@ def main(config: ExportRun) -> None:
     if config.format == "gpt":
         options = config.parallel, dtype, config.names.value, config.vocab_multiple
         with (
-            process_groups.distributed_context(config.parallel, config.seed),
+            process_groups.stage_context(config),
             claim.new_run_folder(config.out_dir, resolved(config)) as folder,
         ):
             parameters = megatron_gpt.export_folder(source, folder, *options)

@@ -18,7 +18,7 @@ def main(config: GenerateRun) -> None:
     from minitron_mcore.evaluation.generate import generate
     from minitron_mcore.parallel import process_groups
 
-    with process_groups.distributed_context(config.parallel, config.seed):
+    with process_groups.stage_context(config):
         source = run_folder.open_checkpoint(config.source)
         words = tokenizer.open_tokenizer(config.data, source.hf, source.arch.vocab)
         model = run_folder.build_model(source, config.parallel, config.dtype.value)

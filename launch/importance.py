@@ -19,7 +19,7 @@ def main(config: ImportanceRun) -> None:
     from minitron_mcore.reporting import plots, tables
 
     settings = config.importance
-    with process_groups.distributed_context(config.parallel, config.seed, settings.sequence_length):
+    with process_groups.stage_context(config, settings.sequence_length):
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         refuse(checks.problems(source.arch, settings, process_groups.dp_group().size()))
         with claim.new_run_folder(config.out_dir, resolved(config)) as folder:

@@ -2,6 +2,8 @@
 
 minitron pipeline +recipe=llama31_minitron_4b_width processes=8 parallel=tp2_sp data.train=[text.jsonl]
 minitron pipeline --multirun +recipe=minitron_8b,minitron_4b processes=8 parallel=tp4_sp data.train=[text.jsonl]
+minitron pipeline +recipe=minitron_8b parallel=tp8 data.train=[/data/text.jsonl] \\
+    submit='sbatch --nodes 4 launch/slurm/distill.sbatch'
 """
 
 from minitron_mcore.cli.main import entry
@@ -14,14 +16,21 @@ def main(config: PipelineRun) -> None:
     from omegaconf import OmegaConf
 
     from minitron_mcore.cli import dry_run, pipeline
-    from minitron_mcore.reporting import page, tables
+    from minitron_mcore.reporting import tables
 
     overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)  # each stage resolves ${...} itself
-    overrides = [override for override in overrides if not override.startswith(("processes=", "stages="))]
     if config.dry_run:
         processes = [] if config.dry.gpus else [f"dry.gpus={config.processes}"]
-        return dry_run.run(*pipeline.plan(config, [*overrides, *processes])[1].values())
+        return dry_run.run(*(step.run for step in pipeline.plan(config, [*overrides, *processes])))
+    if config.submit:
+        rows = pipeline.submit(config, overrides)
+        return tables.table(
+            f"jobs of {config.work_dir}", rows, [f"minitron status {config.work_dir} shows how far they are"]
+        )
     rows, path = pipeline.run(config, overrides), f"{config.work_dir}/report.html"
+
+    from minitron_mcore.reporting import page  # imports torch, which the stages' processes have left by now
+
     page.write(config.work_dir, path)
     tables.table(f"finished: {config.work_dir}", rows, [f"report: {path}"])
 

@@ -16,7 +16,7 @@ def main(config: PruneRun) -> None:
     from minitron_mcore.pruning.plan import load_plan
     from minitron_mcore.reporting import tables
 
-    with process_groups.distributed_context(config.parallel, config.seed):
+    with process_groups.stage_context(config):
         source, plan = run_folder.open_checkpoint(config.source), load_plan(config.plan)
         with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
             prune(source, plan, folder, config.parallel)

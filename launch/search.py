@@ -18,13 +18,7 @@ def main(config: SearchRun) -> None:
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.search import runner
 
-    with process_groups.distributed_context(
-        config.parallel,
-        config.seed,
-        config.evaluate.sequence_length,
-        hang_minutes=max(config.distill.hang_minutes, config.distill.save_minutes),
-        timeout_minutes=config.performance.nccl_timeout_minutes,
-    ):
+    with process_groups.stage_context(config, config.evaluate.sequence_length):
         runner.run(config)
 
 

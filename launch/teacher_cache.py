@@ -17,7 +17,7 @@ def main(config: TeacherCacheRun) -> None:
     from minitron_mcore.distill import cache_writer
     from minitron_mcore.parallel import process_groups
 
-    with process_groups.distributed_context(config.parallel, config.seed, config.sequence_length):
+    with process_groups.stage_context(config, config.sequence_length):
         cache_writer.run(config, run_folder.open_checkpoint(config.teacher, "teacher"))
 
 

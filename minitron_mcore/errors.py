@@ -16,6 +16,23 @@ class NotFinite(UserError):
     exit_status = 3
 
 
+class Stopped(BaseException):
+    """A signal asked the process to stop (see `parallel.stop_signal`). The message says what was done and how to go on.
+
+    Attributes:
+        on_all_ranks: whether every rank raises it at the same place, so that the process groups can be shut down in order.
+    """
+
+    exit_status = 5
+
+    def __init__(self, message: str, on_all_ranks: bool = False):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
+
+
+STOPPED_STATUS = Stopped.exit_status
+"""Exit status of a stage that a signal stopped, and that the same command continues or starts again."""
+
 HUNG_STATUS = 4
 """Exit status of all ranks when `parallel.hang_watchdog` ends the job."""
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mcore.checkpoint import run_folder, sharded, streaming
+from minitron_mcore.config.performance import HangConfig
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
@@ -58,6 +59,7 @@ def on_ranks(
     timeout: float = 300,
     teacher_ranks: int = 0,
     teacher_parallel: ParallelConfig | None = None,
+    hang: HangConfig | None = None,
 ) -> list:
     """Call `fn(*args)` on ranks 0..world_size-1 inside `process_groups.distributed_context`.
 
@@ -68,6 +70,7 @@ def on_ranks(
         timeout: seconds.
         teacher_ranks: number of processes of the teacher's world.
         teacher_parallel: its layout; None: `parallel`.
+        hang: limits of the hang watchdog.
 
     Returns:
         Each rank's result, in rank order.
@@ -78,7 +81,8 @@ def on_ranks(
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             _processes().Process(
-                target=_work, args=(rank, world_size, (parallel, teacher_ranks, teacher_parallel), folder, fn, args)
+                target=_work,
+                args=(rank, world_size, (parallel, teacher_ranks, teacher_parallel, hang), folder, fn, args),
             )
             for rank in range(world_size)
         ]
@@ -108,14 +112,14 @@ def on_ranks(
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
-def _work(rank: int, world_size: int, layouts: tuple, folder: str, fn: Callable, args: tuple) -> None:
+def _work(rank: int, world_size: int, settings: tuple, folder: str, fn: Callable, args: tuple) -> None:
     os.setpgrp()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
-    parallel, teacher_ranks, teacher_parallel = layouts
+    parallel, teacher_ranks, teacher_parallel, hang = settings
     world = process_groups.distributed_context(
-        parallel, store=store, teacher_ranks=teacher_ranks, teacher_parallel=teacher_parallel
+        parallel, store=store, teacher_ranks=teacher_ranks, teacher_parallel=teacher_parallel, hang=hang
     )
     # The inner one writes fn's error before this rank leaves its groups, which makes the other ranks fail.
     with _error_file(rank, folder), world, _error_file(rank, folder):

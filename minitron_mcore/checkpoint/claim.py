@@ -13,15 +13,15 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-from minitron_mcore.checkpoint import disk, owner, steps
-from minitron_mcore.checkpoint.run_folder import COMPLETE
+from minitron_mcore.checkpoint import disk, owner, stage_record, steps
+from minitron_mcore.checkpoint.stage_record import COMPLETE
 from minitron_mcore.config.identity import differences
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.reading import read_yaml
 
 CONFIG = "config.yaml"
-_BEGINNING = (CONFIG, "model.json", "hf", "plans")
+_BEGINNING = (CONFIG, stage_record.INPUTS, "model.json", "hf", "plans")
 """What a run writes before its first result."""
 
 
@@ -88,9 +88,8 @@ def new_run_folder(out_dir: str | Path, settings: dict) -> Iterator[Path]:
 
 def finish(out_dir: str | Path) -> None:
     """Mark a run as finished (rank 0). Runs that resume call this themselves after their last step."""
-    mark = Path(out_dir) / COMPLETE
-    if process_groups.rank() == 0 and not mark.is_file():  # its modification time orders stages
-        mark.touch()
+    if process_groups.rank() == 0:
+        stage_record.finish(out_dir)
 
 
 def _claim(out_dir: Path, settings: dict, share: str) -> owner.Claim:
@@ -98,16 +97,10 @@ def _claim(out_dir: Path, settings: dict, share: str) -> owner.Claim:
     with _writing(out_dir):
         claim = owner.Claim(out_dir, share)
     try:
+        inputs = stage_record.inputs(settings)
         if (out_dir / CONFIG).is_file():
-            stored = read_yaml(out_dir / CONFIG, f"choose another out_dir, or remove {out_dir}")
-            changes = differences(stored, settings)
-            if changes and (_has_results(out_dir) or stored.get("stage") != settings.get("stage")):
-                raise UserError(
-                    f"{out_dir} holds another run ({'; '.join(changes)}): give the old values to resume it, choose another "
-                    "out_dir, or remove it."
-                )
-        with _writing(out_dir):
-            disk.replace_text(out_dir / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+            _refuse_other_run(out_dir, settings, inputs)
+        _write_beginning(out_dir, settings, inputs)
     except BaseException:
         claim.release()
         raise
@@ -117,6 +110,7 @@ def _claim(out_dir: Path, settings: dict, share: str) -> owner.Claim:
 def _claim_part(out_dir: Path, part: Path, settings: dict) -> owner.Claim:
     _refuse_foreign(out_dir)
     _refuse_finished(out_dir, settings)
+    inputs = stage_record.inputs(settings)
     with _writing(part):
         claim = owner.Claim(part)
     try:
@@ -125,12 +119,32 @@ def _claim_part(out_dir: Path, part: Path, settings: dict) -> owner.Claim:
             for path in part.iterdir():
                 if path != claim.path:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            disk.replace_text(part / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+        _write_beginning(part, settings, inputs)
     except BaseException:
         claim.stop()
         shutil.rmtree(part, ignore_errors=True)
         raise
     return claim
+
+
+def _refuse_other_run(out_dir: Path, settings: dict, inputs: dict[str, stage_record.Input]) -> None:
+    """Refuse results of other settings or inputs. A run that was stopped before its first result may be begun with others."""
+    stored = read_yaml(out_dir / CONFIG, f"choose another out_dir, or remove {out_dir}")
+    if _has_results(out_dir) or stored.get("stage") != settings.get("stage"):
+        if changes := differences(stored, settings):
+            raise UserError(
+                f"{out_dir} holds another run ({'; '.join(changes)}): give the old values to resume it, choose another out_dir, "
+                "or remove it."
+            )
+        refuse(stage_record.changed_inputs(out_dir, inputs))
+    else:
+        (out_dir / stage_record.INPUTS).unlink(missing_ok=True)
+
+
+def _write_beginning(folder: Path, settings: dict, inputs: dict[str, stage_record.Input]) -> None:
+    with _writing(folder):
+        disk.replace_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+        stage_record.record_inputs(folder, inputs)
 
 
 def _publish(claim: owner.Claim, part: Path, out_dir: Path) -> None:

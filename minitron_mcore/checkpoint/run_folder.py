@@ -8,7 +8,8 @@
       plans/           plans of the ancestors, named by digest
       step_0000000/    Megatron distributed checkpoint; tensors have the parameter table's keys and unpadded global shapes
       latest           name of the newest complete step, replaced atomically
-      .complete        the run has finished
+      inputs.json      path and fingerprint of each input (see `stage_record`)
+      .complete        the run has finished; manifest of its files
 
 The content is independent of the parallel layout that wrote it. `latest` changes only after a step is on disk and hashed, so
 an interrupted run leaves its last complete step.
@@ -37,8 +38,6 @@ from minitron_mcore.parallel import process_groups
 from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
 
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
-
-COMPLETE = ".complete"
 
 
 @dataclass(frozen=True)

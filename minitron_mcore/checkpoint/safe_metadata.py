@@ -64,7 +64,8 @@ _ALLOWED = {
 _ALLOWED["pathlib._local", "PosixPath"] = pathlib.PosixPath  # its module in Python 3.13
 
 
-_UNUSED = (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET)
+_UNUSED = (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8)
+"""Not in an index. BYTEARRAY8 allocates the length that it claims."""
 _SCALARS = (str, int, float, bytes, type(None), torch.dtype, torch.layout, enum.Enum)
 
 

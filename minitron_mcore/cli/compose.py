@@ -36,6 +36,10 @@ RENAMED = {
     "distill.states": "distill.hidden_state_loss",
     "search.look_every": "search.eval_every",
     "search.together": "search.students_per_pass",
+    "distill.hang_minutes": "hang.step_minutes",
+    "correct.hang_minutes": "hang.step_minutes",
+    "distill.save_minutes": "hang.save_minutes",
+    "correct.save_minutes": "hang.save_minutes",
 }
 """Keys of earlier versions and what they are called now."""
 

@@ -174,6 +174,9 @@ def _problems(
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
         each = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
         yield from dict.fromkeys(itertools.chain(*each))
+        if not isinstance(config, SearchRun):  # which has its own
+            each = (checks.heldout_problems(config, training, s) for s in trained.values())
+            yield from dict.fromkeys(itertools.chain(*each))
         live, kernels = None if resolve.cache_content(config) else teacher, options.Kernels()
         if setting.device == Device.cuda:
             kernels = options.EVERYTHING

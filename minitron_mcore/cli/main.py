@@ -20,8 +20,8 @@ from minitron_mcore.cli import help
 from minitron_mcore.cli.compose import CONF, composition_error, normalize_overrides, resolve
 from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import PipelineRun, ReportRun
-from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.parallel import rendezvous
+from minitron_mcore.errors import Stopped, UserError, refuse
+from minitron_mcore.parallel import process_tree, rendezvous, stop_signal
 
 
 def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -29,20 +29,26 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
 
     On a UserError, one rank prints the message, and the process ends with the error's exit status (see `errors`). Any other
     exception on a rank of a process group is printed with its traceback, and the process ends with status 1. torchrun then ends
-    the other ranks. With `dry_run=true`, `dry_run.run` replaces the stage.
+    the other ranks. A signal stops the stage (see `stop_signal`), which ends with STOPPED_STATUS. With `dry_run=true`,
+    `dry_run.run` replaces the stage.
     """
 
     def decorate(fn: Callable[[Any], None]) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONF), config_name=f"stage/{stage}")
         @functools.wraps(fn)
         def run(raw: DictConfig) -> None:
-            with _exit_on_error():  # here too, as Hydra prints a line of its own for what leaves this function
+            # Here too, as Hydra prints a line of its own for what leaves this function.
+            with _exit_on_error(), stop_signal.at_once():
                 config = resolve(raw)
                 if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # these two plan themselves
                     from minitron_mcore.cli import dry_run
 
                     dry_run.run(config)
                 else:
+                    if isinstance(config, PipelineRun) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                        raise UserError(
+                            "minitron pipeline starts its stages' processes itself: run one, with processes=N."
+                        )
                     refuse(ranges.problems(config))
                     fn(config)
 
@@ -51,8 +57,10 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
             # Imports create several hundred thousand objects that are never freed: scanning them takes a sixth of the start.
             gc.set_threshold(50_000)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it otherwise prints
-            _check_world()
-            with _exit_on_error():
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank of torchrun; in a shell a stage may outlive its parent
+                process_tree.end_with_parent()
+            _read_launcher()
+            with _exit_on_error(), stop_signal.at_once():
                 sys.argv[1:] = normalize_overrides(sys.argv[1:])
                 if {"--help", "-h"} & {*sys.argv}:
                     return print(help.help_text(stage, [word for word in sys.argv[1:] if not word.startswith("-")]))
@@ -72,6 +80,12 @@ def _exit_on_error() -> Iterator[None]:
         error = error if isinstance(error, UserError) else composition_error(error)
         _print_once(error)
         _end(error.exit_status)
+    except Stopped as stopped:
+        if rendezvous.is_rank_zero():
+            print(stopped)
+        _end(stopped.exit_status)
+    except KeyboardInterrupt:
+        _end(128 + signal.SIGINT)
     except Exception:
         if _store() is None:
             raise
@@ -79,10 +93,10 @@ def _exit_on_error() -> Iterator[None]:
         _end(1)
 
 
-def _check_world() -> None:
-    """End this process if torchrun's variables are inconsistent. Every rank prints this error: they cannot agree on one."""
+def _read_launcher() -> None:
+    """End this process if the launcher's variables are inconsistent. Every rank prints this error: they cannot agree on one."""
     try:
-        rendezvous.check()
+        rendezvous.read_launcher()
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()))
         sys.exit(error.exit_status)

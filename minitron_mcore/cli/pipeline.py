@@ -1,27 +1,53 @@
-"""The stages of a recipe in order, each in its own processes."""
+"""The stages of a recipe in order, each in processes or a SLURM job of its own. Imports no torch."""
 
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from minitron_mcore.checkpoint.run_folder import COMPLETE
+from minitron_mcore.checkpoint import stage_record
 from minitron_mcore.cli.compose import LAUNCH, compose, group_options, search_path
 from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.config.stages import STAGES, PipelineRun, StageRun
-from minitron_mcore.errors import UserError
+from minitron_mcore.config.stages import STAGES, DistillRun, PipelineRun, StageRun
+from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.reading import read_yaml
 
 INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
 """Settings that name the folder of an earlier stage."""
 FINAL_STAGES = ("export", "evaluate")
 ONE_PROCESS_STAGES = ("plan", "export", "evaluate")
+RESUMED_STAGES = ("depth", "correct", "teacher_cache", "distill")
+"""Stages that continue an unfinished folder; the others begin it anew."""
 UNSHARDED = [f"parallel.{axis}={size}" for axis, size in vars(ParallelConfig()).items()]
 """The layout for evaluation by transformers, which runs on one process."""
+_OWN = ("processes=", "stages=", "submit=", "students=")
+"""Settings that the stages do not have; only distill has `students`."""
+
+
+class Step(NamedTuple):
+    """A stage of a pipeline."""
+
+    name: str
+    line: list[str]
+    """Its overrides."""
+    run: StageRun
+
+    @property
+    def folders(self) -> dict[Path, StageRun]:
+        """The folders that the stage writes: one, or one for each student."""
+        runs = self.run.each() if isinstance(self.run, DistillRun) else [self.run]
+        return {Path(run.out_dir): run for run in runs}
+
+    @property
+    def inputs(self) -> set[Path]:
+        """Folders of earlier stages that this one reads."""
+        paths = (getattr(run, name, None) for run in self.folders.values() for name in INPUTS)
+        return {Path(path) for path in paths if path}
 
 
 def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, total: int = 1) -> float:
@@ -55,66 +81,134 @@ def run(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
         rows of stage, seconds (None for a stage that was finished before) and folder.
 
     Raises:
-        UserError: an unknown stage, an input that no stage here writes, a folder older than its input, a stage that failed or
-            stopped early.
+        UserError: see `check`; a stage that failed or stopped early.
     """
-    lines, runs = plan(config, overrides)
-    for name, run in runs.items():
-        for path in _inputs(run) - {Path(each.out_dir) for each in runs.values()}:
-            _check_input(path, name)
+    steps = plan(config, overrides)
+    check(steps)
     rows = []
-    for number, (name, run) in enumerate(runs.items(), 1):
+    for number, step in enumerate(steps, 1):
         seconds = None
-        _check_order(run)
-        if not is_finished(run):
-            processes = 1 if name in ONE_PROCESS_STAGES else config.processes
-            command = [*search_path(), *lines[name]]
-            seconds = run_stage(name, *command, processes=processes, number=number, total=len(runs))
-        if not is_finished(run):
-            raise UserError(f"minitron {name} stopped before its end: the same command resumes.")
-        rows.append({"stage": name, "seconds": seconds, "folder": run.out_dir})
+        refuse(_problems(step))  # again: earlier stages may have changed the inputs
+        if not is_finished(step):
+            processes = 1 if step.name in ONE_PROCESS_STAGES else config.processes
+            seconds = run_stage(
+                step.name, *search_path(), *step.line, processes=processes, number=number, total=len(steps)
+            )
+        if not is_finished(step):
+            raise UserError(f"minitron {step.name} stopped before its end: the same command resumes.")
+        rows.append({"stage": step.name, "seconds": seconds, "folder": step.run.out_dir})
     return rows
 
 
-def plan(config: PipelineRun, overrides: list[str]) -> tuple[dict[str, list[str]], dict[str, StageRun]]:
-    """Command line and config of each stage that a recipe needs."""
-    lines = {name: [*overrides, *(UNSHARDED if name == "evaluate" else [])] for name in STAGES}
-    runs = {name: compose(name, line) for name, line in lines.items()}
-    return lines, {name: runs[name] for name in _needed(config, runs)}
+def submit(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
+    """Queue a SLURM job for each stage that is not finished; each starts when the one before has ended with status 0.
+
+    The command of `config.submit` receives the stage's overrides, and in its environment STAGE and, for stages of one process,
+    PROCESSES=1.
+
+    Returns:
+        rows of stage, job (None for a finished stage) and folder.
+
+    Raises:
+        UserError: see `check`; the command fails or prints no job.
+    """
+    steps, rows, job = plan(config, overrides), [], None
+    check(steps)
+    sbatch, *options = shlex.split(config.submit or "")
+    for step in steps:
+        rows.append({"stage": step.name, "job": None, "folder": step.run.out_dir})
+        if is_finished(step):
+            continue
+        settings = {"STAGE": step.name} | ({"PROCESSES": "1"} if step.name in ONE_PROCESS_STAGES else {})
+        after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
+        command = [sbatch, "--parsable", f"--job-name={step.name}", *after, *options, *search_path(), *step.line]
+        print(f"$ {' '.join(f'{key}={value}' for key, value in settings.items())} {shlex.join(command)}", flush=True)
+        try:
+            done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+        except OSError as error:
+            raise UserError(f"{sbatch} cannot be started ({error.strerror}): submit names SLURM's sbatch.") from error
+        job = done.stdout.strip().partition(";")[0]
+        if done.returncode or not job.isdecimal():
+            reason = " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
+            raise UserError(f"{sbatch} did not queue {step.name} ({reason}); the jobs before it stay queued.")
+        rows[-1]["job"] = int(job)
+    return rows
 
 
-def _needed(config: PipelineRun, runs: dict[str, StageRun]) -> list[str]:
-    """The stages in `config.stages`; without these the final stages and all whose folders another needed stage reads."""
-    unknown = set(config.stages) - set(STAGES)
-    if unknown:
+def plan(config: PipelineRun, overrides: list[str]) -> list[Step]:
+    """The stages that a recipe needs, in order.
+
+    Raises:
+        UserError: an unknown stage, or a config that cannot be composed.
+    """
+    if unknown := set(config.stages) - set(STAGES):
         raise UserError(f"stages names {', '.join(sorted(unknown))}: give some of {', '.join(STAGES)}.")
+    shared = [override for override in overrides if not override.startswith(_OWN)]
+    students = [override for override in overrides if override.startswith("students=")]
+    more = {"distill": students, "evaluate": UNSHARDED}
+    steps = []
+    for name in STAGES:
+        step = _step(name, [*shared, *more.get(name, [])])
+        steps += _for_each_student(step, config.students) if config.students and name in FINAL_STAGES else [step]
+    return _needed(config, steps)
+
+
+def _step(name: str, line: list[str]) -> Step:
+    return Step(name, line, compose(name, line))
+
+
+def _for_each_student(step: Step, students: dict[str, str]) -> Iterator[Step]:
+    """The stage for each student's folder: distill/NAME is exported to hf_NAME, which is evaluated in evaluate_NAME."""
+    for name in students:
+        source = f"{step.run.source}/{name}" if step.name == "export" else f"{step.run.source}_{name}"
+        yield _step(step.name, [*step.line, f"source={source}", f"out_dir={step.run.out_dir}_{name}"])
+
+
+def _needed(config: PipelineRun, steps: list[Step]) -> list[Step]:
+    """Those in `config.stages`; without these the final stages and all whose folders another needed stage reads."""
     if config.stages:
-        return [name for name in STAGES if name in config.stages]
+        return [step for step in steps if step.name in config.stages]
     final = FINAL_STAGES if config.data.heldout else FINAL_STAGES[:1]
-    needed: list[str] = []
+    needed: list[Step] = []
     read: set[Path] = set()
-    for name in reversed(STAGES):
-        if name in final or Path(runs[name].out_dir) in read:
-            needed.insert(0, name)
-            read |= _inputs(runs[name])
+    for step in reversed(steps):
+        if step.name in final or read & step.folders.keys():
+            needed.insert(0, step)
+            read |= step.inputs
     return needed
 
 
-def _inputs(run: StageRun) -> set[Path]:
-    return {Path(path) for name in INPUTS if (path := getattr(run, name, None))}
+def is_finished(step: Step) -> bool:
+    """Whether all folders of a stage hold the complete result of its run."""
+    return all(map(_is_finished, step.folders.values()))
 
 
-def is_finished(run: StageRun) -> bool:
-    """Whether a stage's folder holds the complete result of this run."""
+def _is_finished(run: StageRun) -> bool:
     folder = Path(run.out_dir)
     remedy = f"remove {folder} and run again"
-    return (folder / COMPLETE).is_file() and not differences(read_yaml(folder / "config.yaml", remedy), resolved(run))
+    return stage_record.is_complete(folder) and not differences(
+        read_yaml(folder / "config.yaml", remedy), resolved(run)
+    )
+
+
+def check(steps: list[Step]) -> None:
+    """Check all stages before the first one starts.
+
+    Raises:
+        UserError: an input that no stage here writes and that is not finished; a folder that was made from other inputs than the
+            present ones; a finished folder with damaged files.
+    """
+    written = {folder for step in steps for folder in step.folders}
+    for step in steps:
+        for path in step.inputs - written:
+            _check_input(path, step.name)
+    refuse(problem for step in steps for problem in _problems(step))
 
 
 def _check_input(path: Path, reader: str) -> None:
     """Refuse an unfinished input of the stage `reader`."""
-    if (path / COMPLETE).is_file():
-        return
+    if stage_record.is_complete(path):
+        return refuse(stage_record.damaged_outputs(path))
     recipe = path.parent.name
     maker = f"+recipe={recipe}" if recipe in group_options("recipe") else "with the previous stages"
     raise UserError(
@@ -123,12 +217,12 @@ def _check_input(path: Path, reader: str) -> None:
     )
 
 
-def _check_order(run: StageRun) -> None:
-    """Refuse a folder, finished or not, that was begun before one of its inputs was finished."""
-    marks = [Path(run.out_dir) / name for name in (COMPLETE, "latest")]
-    begun = min((mark.stat().st_mtime for mark in marks if mark.is_file()), default=float("inf"))
-    for path in _inputs(run):
-        if (path / COMPLETE).stat().st_mtime > begun:
-            raise UserError(
-                f"{run.out_dir} was begun before its input {path} was last written: remove {run.out_dir} and run again."
-            )
+def _problems(step: Step) -> Iterator[str]:
+    """Changed inputs of a stage whose folder will be kept, and damaged outputs of one that has finished."""
+    for folder, run in step.folders.items():
+        complete, sentences = stage_record.is_complete(folder), []
+        if (complete or step.name in RESUMED_STAGES) and (folder / stage_record.INPUTS).is_file():
+            sentences += stage_record.changed_inputs(folder, stage_record.inputs(resolved(run)))
+        if complete:
+            sentences += stage_record.damaged_outputs(folder)
+        yield from (f"minitron {step.name}: {sentence}" for sentence in sentences)

@@ -1,4 +1,5 @@
-"""The config section `performance`: options for memory and speed, which `models.tuning` passes to megatron-core. No torch import.
+"""The config sections `hang` (limits of the hang watchdog) and `performance` (options for memory and speed, which `models.tuning`
+passes to megatron-core). No torch import.
 
 docs/performance.md says when to use which.
 """
@@ -84,6 +85,19 @@ class ProfileConfig:
 
 
 @dataclass
+class HangConfig:
+    """Longest times without progress of any rank. After one, all ranks end with status 4 and name the rank that others wait for
+    (see `parallel.hang_watchdog`)."""
+
+    setup_minutes: float = 60.0
+    """Before, between and after steps: reading and tokenising text, building and loading models."""
+    step_minutes: float = 10.0
+    """A micro-batch of training or of a forward pass."""
+    save_minutes: float = 60.0
+    """Writing a checkpoint."""
+
+
+@dataclass
 class PerformanceConfig:
     """Options for memory and speed of the stages that train, and of teacher_cache. A fusion of null is on where its kernel and
     CUDA are available."""
@@ -154,8 +168,8 @@ class PerformanceConfig:
     loss_chunk_mb: int | None = changeable(None)
     """MiB of both models' logits that the loss holds at a time; null is 1 GiB on CUDA and 64 MiB on a CPU."""
     nccl_timeout_minutes: float | None = changeable(None)
-    """Time after which a waiting collective fails; null is the longer of distill.hang_minutes and distill.save_minutes, plus two.
-    Must exceed hang_minutes, so that the hang is reported first."""
+    """Time after which a waiting collective fails; null is the longest limit in `hang`, plus two. Must exceed them, so that a hang
+    is reported first."""
     profile: ProfileConfig = changeable(default_factory=ProfileConfig)
 
     def frozen(self) -> "PerformanceConfig":

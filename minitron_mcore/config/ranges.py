@@ -28,6 +28,7 @@ def problems(config: Run) -> Iterator[str]:
         yield from at_least(1, {"tokens": config.tokens})
     if isinstance(config, ExportRun):
         yield from at_least(1, {"vocab_multiple": config.vocab_multiple})
+    yield from hang(config)
     yield from dry(config)
 
 
@@ -42,6 +43,19 @@ def dry(config: Run) -> Iterator[str]:
             yield f"dry.{name} is {settings[name]:g}; it must be above 0 and finite."
     if not 0 < config.dry.mfu <= 1:
         yield f"dry.mfu is {config.dry.mfu:g}; it is a share of the peak, above 0 and up to 1."
+
+
+def hang(config: Run) -> Iterator[str]:
+    """Limits of the hang watchdog that are out of range, or at least the timeout of collectives, which would then fail first."""
+    limits, timeout = dataclasses.asdict(config.hang), config.performance.nccl_timeout_minutes
+    for name, minutes in limits.items():
+        if not 0 < minutes < math.inf:
+            yield f"hang.{name} is {minutes:g}; it must be above 0 and finite."
+        elif timeout is not None and not minutes < timeout < math.inf:
+            yield (
+                f"performance.nccl_timeout_minutes is {timeout:g}; it must be finite and above hang.{name} {minutes:g}, or "
+                "collectives fail before a hang is reported."
+            )
 
 
 def evaluation(config: EvaluateConfig) -> Iterator[str]:
@@ -62,9 +76,6 @@ def training(config: TrainConfig) -> Iterator[str]:
             yield f"{name} is {beta:g}; it must be at least 0 and below 1."
     yield from not_negative({name: getattr(config, name) for name in ("weight_decay", "clip_grad")})
     yield from at_least(1, {name: getattr(config, name) for name in ("log_every", "save_every", "stop_after")})
-    for name in ("hang_minutes", "save_minutes"):
-        if not 0 < (minutes := getattr(config, name)) < math.inf:
-            yield f"{name} is {minutes:g}; it must be above 0 and finite."
 
 
 def text_files(name: str, files: Sequence[str]) -> Iterator[str]:

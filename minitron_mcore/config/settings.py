@@ -245,16 +245,15 @@ class TrainConfig:
     """Steps between two lines of the log."""
     save_every: int = changeable(500)
     """Steps between two checkpoints."""
+    eval_every: int | None = changeable(None)
+    """Steps between two measurements of the loss on `data.heldout` (windows as in `evaluate`), also after the last step; null
+    measures none. The checkpoint with the lowest loss is kept."""
     stop_after: int | None = changeable(None)
     """Save and stop after this step; the same command without this setting resumes."""
     on_bad_loss: BadLoss = changeable(BadLoss.stop)
     """Reaction to a loss or gradient that is not finite."""
     bad_loss_limit: int = changeable(10)
     """Most consecutive steps that on_bad_loss=skip skips."""
-    hang_minutes: float = changeable(10.0)
-    """Time without progress after which the run ends and names the ranks that the others waited for."""
-    save_minutes: float = changeable(60.0)
-    """The same limit while a checkpoint is written, if longer."""
     async_save: bool | None = changeable(None)
     """Copy a checkpoint to host memory and write it while training continues; null does so on CUDA."""
 

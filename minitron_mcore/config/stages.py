@@ -1,6 +1,6 @@
 """One dataclass for the config of each stage, and the order of the stages. No torch import."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.hardware import DryConfig
-from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
     DataConfig,
@@ -48,6 +48,7 @@ class Run:
     model: ModelConfig = changeable(default_factory=ModelConfig)
     parallel: ParallelConfig = changeable(default_factory=ParallelConfig)
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    hang: HangConfig = field(default_factory=HangConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
@@ -219,6 +220,14 @@ class DistillRun(StageRun):
                 f"students is {folders}: name the folders, students={{wide: runs/a/prune, deep: runs/b/prune}}."
             )
 
+    def each(self) -> "list[DistillRun]":
+        """The runs of `students`, each with out_dir/name; without them this run alone."""
+        runs = [
+            replace(self, student=student, students=None, out_dir=f"{self.out_dir}/{name}")
+            for name, student in (self.students or {}).items()
+        ]
+        return runs or [self]
+
 
 class ExportFormat(StrEnum):
     """Format of an exported model."""
@@ -280,6 +289,11 @@ class PipelineRun(Run):
     """Processes of each sharded stage, a multiple of the parallel layout's."""
     stages: list[str] = field(default_factory=list)
     """Stages to run; empty runs export, with data.heldout also evaluate, and all stages that these depend on."""
+    students: Any = None
+    """Several checkpoints to distil instead of the pruned one, as in the stage distill; each is exported and evaluated."""
+    submit: str | None = None
+    """Command that queues one SLURM job for each unfinished stage, which waits for the one before ("sbatch --nodes 2
+    launch/slurm/distill.sbatch"); null runs the stages here."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.config.identity import differences
 from minitron_mcore.depth.study import FIGURES, Measure
 from minitron_mcore.errors import UserError
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.reading import damage_as_user_error, read_json_lines
 
 FILE = "points.jsonl"
@@ -40,7 +40,7 @@ class PointLog:
         self.points: dict[tuple[int, ...], dict] = box[0]
         if self.points:
             process_groups.log(f"depth: resuming after {len(self.points)} points")
-        self.measured = 0
+        self.measured, self.total = 0, total
         self.progress = process_groups.Progress("depth", max(0, total - len(self.points)), "points")
 
     def _read(self, subject: dict, has_accuracy: bool) -> dict[tuple[int, ...], dict]:
@@ -53,7 +53,7 @@ class PointLog:
         if changes := differences(first, subject):
             raise UserError(
                 f"{self.path} has points of another model, text or questions ({'; '.join(changes)}): choose another out_dir, "
-                "or remove it."
+                "or remove that file."
             )
         names = FIGURES if has_accuracy else [name for name in FIGURES if name != "accuracy"]
         with damage_as_user_error(self.path, remedy):
@@ -71,6 +71,7 @@ class PointLog:
     def __call__(self, dropped: Sequence[int]) -> dict:
         """The point without these blocks, from the file or measured (collective); the same on every rank."""
         if tuple(dropped) not in self.points:
+            stop_signal.stop_point(f"after {len(self.points)} of at most {self.total} points")
             point = [self._measure(dropped)]
             if dist.is_initialized():
                 dist.broadcast_object_list(

@@ -25,7 +25,8 @@ from minitron_mcore.evaluation.multiple_choice import MultipleChoice
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import hang_watchdog, process_groups
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.schedule import forward
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
@@ -105,7 +106,10 @@ class RemovalEvaluator:
             _, stats = distillation_loss(student, teacher, labels, predicted, **sizes)
             sums.add_(torch.stack([stats[1].double(), stats[0].double(), self._squares(predicted, full, hidden)]))
 
-        with skip_blocks(self.model, self.arch, dropped):
+        with (
+            skip_blocks(self.model, self.arch, dropped),
+            hang_watchdog.phase(Phase.step, lambda: f"the forward passes without blocks {sorted(dropped)}"),
+        ):
             forward(self.model, self.batches, on_output)
             loss, kl, squares = self._reduce(sums).tolist()
             accuracy = self.scorer.accuracy() if self.scorer else None

@@ -26,7 +26,7 @@ from minitron_mcore.errors import refuse
 from minitron_mcore.evaluation import perplexity
 from minitron_mcore.evaluation.multiple_choice import MultipleChoice, Question, read
 from minitron_mcore.importance.scores import load_scores
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.pruning.target import format_ranges
 from minitron_mcore.reading import FORMAT_VERSION
 from minitron_mcore.reporting import depth_plots, tables
@@ -49,7 +49,7 @@ def run(config: DepthRun) -> None:
         windows = _windows(config, tokenizer)
         questions = read(settings.choices, settings.limit, Limits.of(config.data)) if settings.choices else []
         cosines = _cosines(config, source)
-    with claim.claim_run_folder(config.out_dir, resolved(config)):
+    with claim.claim_run_folder(config.out_dir, resolved(config)), stop_signal.at_stop_points():
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
         scorer = MultipleChoice(model, arch, questions, tokenizer, settings.micro_batch) if questions else None
         points = PointLog(

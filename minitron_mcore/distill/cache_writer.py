@@ -21,7 +21,8 @@ from minitron_mcore.distill import cache, checks, tile_sizes
 from minitron_mcore.distill.teacher import read_head
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import build
-from minitron_mcore.parallel import process_groups, schedule
+from minitron_mcore.parallel import hang_watchdog, process_groups, schedule, stop_signal
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
 from minitron_mcore.reporting import tables
@@ -42,7 +43,9 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
         prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
         order = datasets.SampleOrder(prefixes, weights, config.data.seed, config.sequence_length, config.samples)
         writer = CacheWriter(config, teacher, order.digest())
-        rows = writer.run(datasets.Samples(order, config.data.cache, teacher.arch.vocab))
+        samples = datasets.Samples(order, config.data.cache, teacher.arch.vocab)
+        with stop_signal.at_stop_points(), hang_watchdog.phase(Phase.step, lambda: "the teacher's pass"):
+            rows = writer.run(samples)
         claim.finish(config.out_dir)
     tables.table(
         f"teacher cache of {teacher.path}",
@@ -104,7 +107,7 @@ class CacheWriter:
             if changes := differences(_content(existing), _content(index)):
                 raise UserError(
                     f"{self.out_dir} has a cache of another teacher or of other text ({'; '.join(changes)}): choose another "
-                    "out_dir, or remove it."
+                    "out_dir, or remove that folder."
                 )
         return sorted(file.name for file in self.out_dir.glob("*.safetensors")), hashes
 
@@ -140,7 +143,9 @@ class CacheWriter:
             range(n * config.file_samples, min((n + 1) * config.file_samples, config.samples)) for n in self.pending
         ]
         progress, done = process_groups.Progress("teacher cache", sum(map(len, rows)), "samples"), 0
+        skipped = config.samples - sum(map(len, rows))
         for at in range(0, len(rows), dp.size()):
+            stop_signal.stop_point(f"after {skipped + done} of {config.samples} samples")
             files = rows[at : at + dp.size()]
             # All replicas make the same number of passes, since they share experts: shorter files repeat their last sample, and
             # a replica without a file processes another's and discards the result.

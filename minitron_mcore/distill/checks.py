@@ -3,8 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from minitron_mcore.config import ranges
-from minitron_mcore.config.settings import DistillConfig, Divergence, HiddenStateLossConfig, ParallelConfig
-from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
+from minitron_mcore.config.settings import (
+    DistillConfig,
+    Divergence,
+    HiddenStateLossConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from minitron_mcore.config.stages import CacheKind, Run, TeacherCacheRun
 from minitron_mcore.distill import vocabulary
 from minitron_mcore.distill.loss_config import LossConfig
 from minitron_mcore.models import sharding
@@ -103,8 +109,7 @@ def problems(
     `teacher_problems` and `state_problems`."""
     names = ("steps", "global_batch", "micro_batch", "sequence_length", "teacher_ahead")
     sizes = {name: getattr(config, name) for name in names}
-    small = {name: size for name, size in sizes.items() if size < 1}
-    yield from (f"{name} is {size}; it must be at least 1." for name, size in small.items())
+    yield from (small := list(ranges.at_least(1, sizes | {"bad_loss_limit": config.bad_loss_limit})))
     # The interleaved schedule needs a multiple of the pipeline ranks.
     group = parallel.pipeline if parallel.virtual > 1 else 1
     unit = config.micro_batch * dp_size * group
@@ -116,8 +121,6 @@ def problems(
         )
     if not 0 <= config.warmup_steps < config.steps:
         yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."
-    if config.bad_loss_limit < 1:
-        yield f"bad_loss_limit is {config.bad_loss_limit}; it must be at least 1."
     yield from ranges.training(config)
     yield from ranges.not_negative({"kd_weight": config.kd_weight, "lm_weight": config.lm_weight})
     yield from ranges.positions(
@@ -131,6 +134,27 @@ def problems(
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
     yield from divergence(config, vocabulary.shared(student, teacher))
+
+
+def heldout_problems(config: Run, training: TrainConfig, student: Architecture) -> Iterator[str]:
+    """Problems of measuring the student on the held-out text every `training.eval_every` steps."""
+    if training.eval_every is None:
+        return
+    length, unit = config.evaluate.sequence_length, layout.sequence_unit(config.parallel)
+    yield from ranges.at_least(1, {"eval_every": training.eval_every})
+    yield from ranges.text_files("data.heldout", config.data.heldout)
+    yield from ranges.evaluation(config.evaluate)
+    yield from ranges.positions("evaluate.sequence_length", length, student=student.max_positions)
+    if length % unit:
+        yield (
+            f"evaluate.sequence_length is {length}, but the layout shards sequences of a multiple of {unit} tokens: give "
+            f"{-(-length // unit) * unit}."
+        )
+    if config.performance.tp_comm_overlap:
+        yield (
+            "performance.tp_comm_overlap has buffers for the shape of the training's micro-batches, which held-out windows do not "
+            "have: give eval_every null, or turn it off."
+        )
 
 
 def divergence(config: DistillConfig | LossConfig, vocab: int) -> Iterator[str]:
@@ -163,9 +187,8 @@ def top_k_teacher(k: int, config: DistillConfig | LossConfig) -> Iterator[str]:
 
 def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:
     """Problems of the config of a teacher's cache."""
-    for name in ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples"):
-        if getattr(config, name) < 1:
-            yield f"{name} is {getattr(config, name)}; it must be at least 1."
+    names = ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples")
+    yield from ranges.at_least(1, {name: getattr(config, name) for name in names})
     yield from ranges.positions("sequence_length", config.sequence_length, teacher=teacher.max_positions)
     if config.kind == CacheKind.topk and not 1 <= config.top_k < teacher.vocab:
         yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."

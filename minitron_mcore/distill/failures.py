@@ -9,7 +9,8 @@ out_dir/
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.config.settings import BadLoss, TrainConfig
 from minitron_mcore.errors import HUNG_STATUS, NotFinite
-from minitron_mcore.parallel import process_groups
-from minitron_mcore.parallel.hang_watchdog import HangWatchdog
+from minitron_mcore.parallel import hang_watchdog, process_groups
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
@@ -135,14 +136,16 @@ class Guard:
         return str(path)
 
 
-def hang_watchdog(minutes: float, step: Callable[[], int], out_dir: Path) -> HangWatchdog:
-    """A HangWatchdog that writes failure.json; `step` gives the number of the running step."""
+@contextmanager
+def watched_steps(step: Callable[[], int], out_dir: Path) -> Iterator[None]:
+    """The phase of training steps for the hang watchdog, which writes failure.json; `step` gives the number of the running step."""
 
     def on_hang(message: str, ranks: list[int]) -> None:
         write_report(out_dir, "hung", HUNG_STATUS, step(), message, ranks, [])
 
     _remove_report(out_dir)
-    return HangWatchdog(minutes, lambda: f"step {step()}", on_hang)
+    with hang_watchdog.phase(Phase.step, lambda: f"step {step()}"), hang_watchdog.reported_to(on_hang):
+        yield
 
 
 def _remove_report(out_dir: Path) -> None:

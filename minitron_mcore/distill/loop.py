@@ -1,27 +1,26 @@
 """The distillation loop, for one student or several that share the teacher's hidden states."""
 
 import json
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.distill import failures
+from minitron_mcore.distill.heldout import HeldOutLosses, HeldOutText
 from minitron_mcore.distill.profile import StepProfiler
 from minitron_mcore.distill.trainer import Trainer
-from minitron_mcore.errors import NotFinite
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.errors import NotFinite, Stopped
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import damage_as_user_error, read_json_lines
 
 
-def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: Path) -> list[list[dict[str, float]]]:
+def train(
+    trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: Path, heldout_text: HeldOutText | None = None
+) -> list[list[dict[str, float]]]:
     """Run to `config.steps` (or `stop_after`), writing metrics.jsonl, tensorboard events and checkpoints (collective).
 
     Several students take turns, one step each. The teacher's outputs of a step are then kept for all of them; for a single student
@@ -32,23 +31,25 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
             more steps than another waits.
         batches: micro-batches of this data-parallel rank, from the position of the student with the fewest steps.
         out_dir: for failure.json of a hung rank, and for profiles (see `profile`).
+        heldout_text: measured every `config.eval_every` steps and after the last, in the figures as "heldout_loss".
 
     Returns:
-        For each trainer, the figures of the steps that this call ran, without skipped ones.
+        For each trainer, the figures of the steps that this call ran, without skipped ones. After a signal on any rank the call
+        ends with the running step, saved: the trainers then have fewer steps than asked for.
 
     Raises:
         NotFinite: see `failures.Guard`; all students are saved after their last good step.
     """
-    student_runs = [StudentRun(trainer, folder) for folder, trainer in trainers.items()]
+    student_runs = [StudentRun(trainer, folder, heldout_text) for folder, trainer in trainers.items()]
     behind = min(trainers.values(), key=lambda trainer: trainer.step)
     config, teacher, first = behind.config, behind.teacher, behind.step
     last = min(config.steps, config.stop_after or config.steps)
     per_step = config.global_batch // (config.micro_batch * process_groups.dp_group().size())
-    progress, stop = process_groups.Progress("train", last - first, "steps"), _Stop()
+    progress = process_groups.Progress("train", last - first, "steps")
     profiler = StepProfiler(behind.performance.profile, out_dir)
-    with failures.hang_watchdog(config.hang_minutes, lambda: behind.step + 1, out_dir):
+    with stop_signal.at_stop_points(), failures.watched_steps(lambda: behind.step + 1, out_dir):
         for step in range(first, last):
-            if stop.stop_on_all_ranks():
+            if stop_signal.requested_on_any_rank():
                 break
             profiler.before(step + 1)
             micro_batches = [next(batches) for _ in range(per_step)]
@@ -61,7 +62,7 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
                     for student_run in student_runs
                     if student_run.trainer.step == step
                 ]
-            except NotFinite:
+            except (NotFinite, Stopped):
                 for student_run in student_runs:
                     student_run.save()
                     student_run.trainer.finish_save()
@@ -72,18 +73,18 @@ def train(trainers: Mapping[Path, Trainer], batches: Iterator[Batch], out_dir: P
             student_run.save()
             student_run.trainer.finish_save()
             student_run.close()
-        if behind.step < last:
-            process_groups.log(f"stopped by a signal: saved step {behind.step}; the same command continues from there")
     return [student_run.history for student_run in student_runs]
 
 
 class StudentRun:
     """Training state of one student: trainer, output folder and metrics writer."""
 
-    def __init__(self, trainer: Trainer, out_dir: Path):
+    def __init__(self, trainer: Trainer, out_dir: Path, heldout_text: HeldOutText | None = None):
         self.trainer, self.out_dir, self.saved = trainer, out_dir, trainer.step
         self.guard, self.history = failures.Guard(trainer.config, out_dir), []
         self.metrics = MetricsWriter(out_dir, trainer.step) if process_groups.rank() == 0 else None
+        self.heldout = HeldOutLosses(heldout_text, out_dir, trainer.step) if heldout_text else None
+        self.heldout_message = ""
 
     def step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None) -> str:
         """Run one step, write metrics and checkpoints (collective); its part of the progress line."""
@@ -94,13 +95,24 @@ class StudentRun:
             trainer.skip_step()
         trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
+        heldout, is_lowest = self.measure()
         if figures:
+            figures |= heldout
             self.history.append(figures)
-            if self.metrics and (trainer.step % config.log_every == 0 or last):
+            if self.metrics and (trainer.step % config.log_every == 0 or last or heldout):
                 self.metrics.write(figures)
-        if trainer.step % config.save_every == 0 or last:
+        if trainer.step % config.save_every == 0 or last or is_lowest:
             self.save()
-        return _progress(figures) if figures else ""
+        return _progress(figures) + self.heldout_message if figures else ""
+
+    def measure(self) -> tuple[dict[str, float], bool]:
+        """The held-out loss where this step is due, and whether it is the lowest so far (collective)."""
+        step, config = self.trainer.step, self.trainer.config
+        if not self.heldout or (step % config.eval_every and step < config.steps):
+            return {}, False
+        loss, is_lowest = self.heldout.measure(self.trainer)
+        self.heldout_message = f", held-out {loss:.3f}"
+        return {"heldout_loss": loss}, is_lowest
 
     def save(self) -> None:
         """Save unless this step is saved already (collective)."""
@@ -122,32 +134,8 @@ def summary(history: list[dict[str, float]]) -> list[dict]:
     """Two rows for a table: the figures of the first and of the last step in `history`, each with the median tokens/s."""
     rows = [history[0], history[-1]]
     speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
-    keys = ("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
+    keys = ("step", "tokens", "kd_loss", "lm_loss", "heldout_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
     return [{k: row[k] for k in keys if k in row} | {"median tokens/s": speed} for row in rows]
-
-
-class _Stop:
-    """SIGUSR1 (SLURM's warning, see launch/slurm), SIGTERM or SIGINT on any rank: all ranks save after the step and end normally.
-
-    A second SIGINT interrupts at once.
-    """
-
-    def __init__(self):
-        self.requested = torch.zeros(1, device=process_groups.device())
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._request)
-
-    def _request(self, number: int, _) -> None:
-        self.requested.fill_(1)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-    def stop_on_all_ranks(self) -> bool:
-        """Whether any rank received a signal (collective)."""
-        requested = self.requested.clone()
-        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
-        return bool(requested.item())
 
 
 class MetricsWriter:

@@ -4,8 +4,6 @@ The student's ranks send the tokens of a whole step. The teacher's ranks run `te
 transfer their outputs (see `teacher_transfer`), and start the next ones before the student needs them.
 """
 
-import signal
-import threading
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -21,7 +19,8 @@ from minitron_mcore.distill.teacher_transfer import TwoLayouts, gather_tokens
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import hang_watchdog, process_groups, stop_signal
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.schedule import Batch
 
 
@@ -67,6 +66,7 @@ class RemoteTeacher:
         return attached if stages == 1 else list(attached)
 
 
+@stop_signal.ignored()  # the student's ranks save and end the run
 def serve(
     source: Checkpoint,
     config: DistillConfig,
@@ -80,20 +80,20 @@ def serve(
         UserError: a layout that does not divide it; a damaged checkpoint.
     """
     bridge = process_groups.bridge()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # the student's ranks save and end the run
     with bridge.report_user_errors():
         options = (performance or PerformanceConfig()).frozen()
         model = run_folder.build_model(source, config.teacher_parallel or parallel, dtype, options)
         model.eval().requires_grad_(False)
     transfer = _transfer(source.arch, config, parallel, dtype)
-    for request in bridge.receive_requests():
-        tokens = torch.empty(request["shape"], dtype=torch.int64, device=process_groups.device())
-        bridge.broadcast(tokens)
-        for part in tokens.split(request["each"], dim=1):
-            outputs = teacher.forward(model, source.arch, transfer.select(part), request["routes"], request["last"])
-            teacher.attach([{"tokens": micro_batch} for micro_batch in part[0]], outputs, transfer)
+    with hang_watchdog.phase(Phase.idle, lambda: "the wait for the student's tokens"):
+        for request in bridge.receive_requests():
+            with hang_watchdog.phase(Phase.step, lambda: "the teacher's pass"):
+                tokens = torch.empty(request["shape"], dtype=torch.int64, device=process_groups.device())
+                bridge.broadcast(tokens)
+                for part in tokens.split(request["each"], dim=1):
+                    shares, last = transfer.select(part), request["last"]
+                    outputs = teacher.forward(model, source.arch, shares, request["routes"], last)
+                    teacher.attach([{"tokens": micro_batch} for micro_batch in part[0]], outputs, transfer)
 
 
 def _transfer(arch: Architecture, config: DistillConfig, parallel: ParallelConfig, dtype: str) -> TwoLayouts:

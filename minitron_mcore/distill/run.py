@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minitron_mcore.checkpoint import claim, lineage, run_folder
@@ -16,12 +16,13 @@ from minitron_mcore.config.identity import resolved, run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import datasets
-from minitron_mcore.distill import loop, vocabulary
+from minitron_mcore.distill import checks, heldout, loop, vocabulary
 from minitron_mcore.distill.cache import Cache
+from minitron_mcore.distill.heldout import HeldOutText
 from minitron_mcore.distill.trainer import Trainer, check
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import layer_spec
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import read_json
 from minitron_mcore.reporting import plots, tables
@@ -35,8 +36,7 @@ def train(
     settings: DistillConfig,
     students: Sequence[Checkpoint],
     teacher: Checkpoint | None,
-    eval_steps: Sequence[int] = (),
-    on_eval: Callable[[int, Trainer], None] | None = None,
+    heldout_text: HeldOutText | None = None,
 ) -> None:
     """Train `students[i]` into `configs[i].out_dir`, or resume a stopped run (collective).
 
@@ -44,12 +44,11 @@ def train(
     and `out_dir`.
 
     Args:
-        eval_steps: ascending up to the last step. After each the run is saved and `on_eval` is called with each student's index
-        and
-            trainer; also when a run resumes right after one of them.
+        heldout_text: measured every `settings.eval_every` steps.
 
     Raises:
         UserError: see `check_run`, `datasets.prepare`, `Cache.check` and `claim.claim_run_folder`.
+        Stopped: on all ranks, after a signal; all students are saved.
     """
     config, first = configs[0], students[0]
     check_run(config, settings, students, teacher)
@@ -77,30 +76,24 @@ def train(
         batches = behind.train_batches(config.data, prefixes, weights)
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _check_teacher_loss(behind, batches, vocab)
-        figures = [[] for _ in trainers]
         common_folder = Path(os.path.commonpath([each.out_dir for each in configs]))
-        for stop in eval_steps or (settings.stop_after,):
-            for trainer in trainers.values():
-                trainer.config = dataclasses.replace(settings, stop_after=stop)
-            for before, new in zip(figures, loop.train(trainers, batches, common_folder), strict=True):
-                before += new
-            for number, trainer in enumerate(trainers.values()):
-                if on_eval and trainer.step == stop:
-                    on_eval(number, trainer)
-            if on_eval and behind.step < stop:  # stopped by a signal
-                break
+        figures = loop.train(trainers, batches, common_folder, heldout_text)
+        is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
             if trainer.step == settings.steps:
                 claim.finish(folder)
             _show(folder, student, rows)
+        if is_stopped:
+            raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
 
 
 def check_run(
     config: StageRun, settings: DistillConfig, students: Sequence[Checkpoint], teacher: Checkpoint | None
 ) -> None:
-    """Raises UserError: see `trainer.check`; students with different vocabularies."""
+    """Raises UserError: see `trainer.check` and `checks.heldout_problems`; students with different vocabularies."""
     first = students[0]
     for student in students:
+        refuse(checks.heldout_problems(config, settings, student.arch))
         check(student, teacher, settings, config.parallel, config.dtype.value, config.performance)
         if student.arch.vocab != first.arch.vocab:
             raise UserError(
@@ -159,4 +152,7 @@ def _show(folder: Path, student: Checkpoint, figures: list[dict[str, float]]) ->
     if process_groups.rank() == 0 and figures:
         plots.plot_losses({folder.name: folder / "metrics.jsonl"}, folder / "losses.png")
         notes = [f"checkpoint: {folder}", f"curve: {folder}/losses.png"]
+        if measured := heldout.losses(folder):
+            lowest = min(measured, key=measured.__getitem__)
+            notes.append(f"lowest held-out loss: {measured[lowest]:.4f} nats a token, after step {lowest}")
         tables.table(f"trained {student.path}", loop.summary(figures), notes)

@@ -26,6 +26,7 @@ from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import build, flops, performance_checks, tuning
 from minitron_mcore.parallel import hang_watchdog, process_groups, schedule
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
@@ -280,15 +281,19 @@ class Trainer:
         parameters = [*(chunk.sharded_state_dict() for chunk in self.model.chunks), states]
         return self.optimizer.sharded_state_dict(parameters, is_loading=loading)
 
+    def gather_weights(self) -> None:
+        """Complete the gathers of updated weights that overlap_param_gather leaves to the next forward pass (collective)."""
+        if self.performance.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def save(self, out_dir: Path) -> None:
         """Write a checkpoint of this step (collective).
 
         Pieces are written directly from the tensors; or the tensors are copied, and written in the background until `finish_save`.
         """
         self.finish_save()
-        if self.performance.overlap_param_gather:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
+        self.gather_weights()
         if self.config.distributed_optimizer:
             optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, self._shards())
         else:
@@ -296,7 +301,7 @@ class Trainer:
         # There is no dropout: the data position, which follows from the step, is the only random state.
         counted = {"step": self.step} | ({"states_ratio": self.hidden_loss.ratio} if self.hidden_loss else {})
         state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
-        with hang_watchdog.extended_timeout(self.config.save_minutes):
+        with hang_watchdog.phase(Phase.save, lambda: f"the save of step {self.step}"):
             if self.background:
                 self.saving = streaming.BackgroundSave(out_dir, self.step, state, f"save step {self.step}")
             else:
@@ -310,7 +315,7 @@ class Trainer:
         """
         if self.saving and (wait or self.saving.is_written()):
             saving, self.saving = self.saving, None
-            with hang_watchdog.extended_timeout(self.config.save_minutes):
+            with hang_watchdog.phase(Phase.save, lambda: f"the save before step {self.step + 1}"):
                 saving.finish()
 
     def resume(self, checkpoint: Checkpoint) -> None:

@@ -7,17 +7,11 @@ micro-batch's T tokens; an element has b bytes. The seconds of a step are
 
     compute    m x (operations of the slowest stage for a micro-batch) / (TP x CP x dry.peak_tflops x dry.mfu): a student's blocks
                three times their forward operations, four times with full recomputation; its head three times, a live teacher once
-    TP         m x (collectives of that stage's layers) x (TP - 1) x R H b / dry.nvlink_gbs: an attention or dense MLP layer makes
-               5 gathers and scatters of its hidden states (2 forward, 3 backward), 7 with full recomputation. The loss gathers the
-               student's and the teacher's final states and scatters the student's gradient
-    CP         m x (attention layers) x (CP - 1) x keys and values of a rank's tokens, T / CP x 2 G D / TP x b, over
-               dry.nvlink_gbs; forward once, backward twice, once more with full recomputation
-    EP         m x (layers of experts) x experts a token x (EP - 1) / EP x R H b: 4 times, sent and returned in both directions
-               (2 for a teacher); dry.nvlink_gbs if the EP ranks share a node, otherwise dry.network_gbs
-    PP         m x R H b, forward and backward, over dry.network_gbs (dry.nvlink_gbs if all GPUs share a node)
+    TP, CP     m x the bytes that a rank of the stage sends (see `communication`) / dry.nvlink_gbs
+    EP         m x its bytes / dry.nvlink_gbs if the EP ranks share a node, otherwise dry.network_gbs
+    PP         m x its bytes / dry.network_gbs (dry.nvlink_gbs if all GPUs share a node)
     bubble     (PP - 1) / m of all of these
-    DP         (D - 1) / D x a rank's parameters x (gradient's + weight's bytes), D = DP x CP; without the distributed optimizer
-               twice the gradient's; dry.nvlink_gbs if a stage's ranks share a node, otherwise dry.network_gbs
+    DP         its bytes / dry.nvlink_gbs if a stage's ranks share a node, otherwise dry.network_gbs
 
 Nothing overlaps and all stages take as long as the slowest, which makes the estimate too long. Products are as fast on small shards
 as on large ones, which makes large TP look too good. The order of the layouts is more reliable than the times.
@@ -31,7 +25,7 @@ from minitron_mcore.config.hardware import DryConfig
 from minitron_mcore.config.performance import Recompute
 from minitron_mcore.config.settings import DistillConfig, ParallelConfig
 from minitron_mcore.distill import checks
-from minitron_mcore.estimate import memory
+from minitron_mcore.estimate import communication, memory
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models import flops, sharding
 from minitron_mcore.models.architecture import Architecture
@@ -107,25 +101,15 @@ def step(
     """Estimated seconds of a step, the share of each term in percent, and the GB that a GPU sends (see the head of this file)."""
     p, world = setting.parallel, setting.world
     m = training.global_batch // (training.micro_batch * setting.replicas)
-    recomputed = setting.performance.recompute == Recompute.full
-    passes = [_Passes(student, 3 + recomputed, 3, 5 + 2 * recomputed) for student in students]
-    passes += [_Passes(teacher, 1, 1, 2)] if teacher else []
+    passes = [communication.Passes.training(student, setting) for student in students]
+    passes += [communication.Passes(teacher, 1, 0)] if teacher else []
     operations = [sum(_operations(model, setting, stage) for model in passes) for stage in range(p.pipeline)]
     compute = m * max(operations) / (p.tensor * p.context * dry.peak_tflops * 1e12 * dry.mfu)
-    sent = {"TP": 0.0, "CP": 0.0, "EP": 0.0, "PP": 0.0}
-    for model in passes:
-        for kind, size in _sent(model, setting).items():
-            sent[kind] += m * size
-    rows = [
-        memory.model_states(student, setting, n, training.distributed_optimizer)
-        for student in students
-        for n in {0, setting.last}
+    stages = [
+        communication.bytes_sent(communication.training_step(students, teacher, training, setting, n))
+        for n in range(p.pipeline)
     ]
-    replicas = setting.replicas * p.context
-    weights = max(
-        row["gradients"] + (row["weights"] if training.distributed_optimizer else row["gradients"]) for row in rows
-    )
-    sent["DP"] = (replicas - 1) / replicas * weights * len(students)
+    sent = {kind: max(stage[kind] for stage in stages) for kind in communication.AXES}
     nvlink, network = dry.nvlink_gbs * 1e9, dry.network_gbs * 1e9
     rate = {kind: nvlink for kind in sent}
     rate["PP"] = nvlink if world <= dry.gpus_per_node else network
@@ -145,48 +129,17 @@ def step(
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Passes:
-    """Passes of one model over a micro-batch."""
-
-    arch: Architecture
-    blocks: int
-    """Forward passes of its blocks; a backward pass counts as two."""
-    head: int
-    """Likewise of its head."""
-    collectives: int
-    """Of an attention or dense MLP layer over the tensor-parallel ranks."""
-
-    @property
-    def trained(self) -> bool:
-        return self.blocks > 1
-
-
-def _operations(passes: _Passes, setting: Setting, stage: int) -> float:
+def _operations(passes: communication.Passes, setting: Setting, stage: int) -> float:
     """Operations of a micro-batch on a pipeline stage, over all of its ranks."""
     arch = passes.arch
     share = sum(map(len, sharding.rank_chunks(arch, setting.parallel, stage))) / arch.blocks
     body = flops.forward_flops(arch, setting.sequence_length, head=False)
     ends = 2 * arch.vocab * arch.hidden * (stage == setting.last)
-    return setting.micro_batch * setting.sequence_length * (passes.blocks * share * body + passes.head * ends)
-
-
-def _sent(passes: _Passes, setting: Setting) -> dict[str, float]:
-    """Bytes that a GPU of the largest stage sends for a micro-batch through one model, by kind, without DP."""
-    arch, trained, p, b = passes.arch, passes.trained, setting.parallel, setting.dtype_bytes
-    blocks = set(sharding.stage_blocks(arch, p)[0])
-    parts = [part for block, part in arch.layers if block in blocks]
-    attention, mlp = parts.count("attention"), parts.count("mlp")
-    states = b * arch.hidden * setting.tokens / p.tensor
-    shared = passes.collectives * (attention + (0 if arch.experts else mlp)) + (2 if trained else 1)
-    keys = 2 * b * arch.groups * arch.head_dim / p.tensor * setting.tokens
-    routed = arch.experts_per_token * (p.expert - 1) / p.expert * states if arch.experts else 0
-    return {
-        "TP": shared * (p.tensor - 1) * states,
-        "CP": attention * passes.blocks * (p.context - 1) * keys,
-        "EP": mlp * routed * (4 if trained else 2),
-        "PP": (1 + trained) * states * min(1, p.pipeline - 1),
-    }
+    return (
+        setting.micro_batch
+        * setting.sequence_length
+        * (passes.products * share * body + (1 + 2 * passes.backward) * ends)
+    )
 
 
 def table_rows(rows: Sequence[dict], most: int = 10) -> list[dict]:

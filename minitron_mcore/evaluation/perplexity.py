@@ -23,7 +23,8 @@ from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import DTYPES, Model
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import hang_watchdog, process_groups, stop_signal
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.megatron_patches import cpu_backend
 from minitron_mcore.parallel.schedule import forward
 
@@ -158,10 +159,15 @@ def _sum_nll(
     tokens, mask = F.pad(tokens, (0, 0, 0, padding)), F.pad(mask, (0, 0, 0, padding))
     total = torch.zeros((), dtype=torch.float64, device=process_groups.device())
     progress = process_groups.Progress(f"evaluate {name}", len(tokens), "windows")
-    for start in range(0, len(tokens), micro_batch * size):
-        part = slice(start + rank * micro_batch, start + (rank + 1) * micro_batch)
-        total += nll(tokens[part].to(total.device), mask[part].to(total.device))
-        progress.update(start + micro_batch * size)
+    with (
+        stop_signal.at_stop_points(resumes=False),
+        hang_watchdog.phase(Phase.step, lambda: f"the evaluation of {name}"),
+    ):
+        for start in range(0, len(tokens), micro_batch * size):
+            stop_signal.stop_point(f"in the evaluation of {name} after {start} of {len(tokens)} windows")
+            part = slice(start + rank * micro_batch, start + (rank + 1) * micro_batch)
+            total += nll(tokens[part].to(total.device), mask[part].to(total.device))
+            progress.update(start + micro_batch * size)
     if size > 1:
         dist.all_reduce(total, group=group)
     return total

@@ -22,7 +22,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import open_tensors, read_json
 
 CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 MAX_FILE_BYTES = 5 * 10**9
@@ -99,10 +99,8 @@ class HFFolder(Weights):
         names = _files(path)
         self.path, self.file_of = path, {}
         for file in (path / name for name in names):
-            try:
-                keys = safe_open(file, "pt").keys()
-            except Exception as error:  # safetensors raises its own type for a cut or foreign file
-                raise UserError(f"{file} is not a whole safetensors file ({error}): download it again.") from error
+            with open_tensors(file, "pt", "download it again") as tensors:
+                keys = tensors.keys()
             if duplicates := sorted(self.file_of.keys() & set(keys)):
                 raise UserError(
                     f"{duplicates[0]} is in both {self.file_of[duplicates[0]].name} and {file.name} of {path}: remove one."
@@ -327,4 +325,4 @@ def write_tokenizer_config(source: Path, target: Path) -> None:
     if portable == config:
         shutil.copyfile(source, target)
     else:
-        target.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(portable, indent=2) + "\n")

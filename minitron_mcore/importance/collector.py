@@ -48,7 +48,8 @@ from minitron_mcore.importance.metrics import Sums
 from minitron_mcore.importance.scores import Scores, check_finite
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import hang_watchdog, process_groups, stop_signal
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.schedule import forward
 
 COMPILE_MIN_TOKENS = 2**18
@@ -315,8 +316,13 @@ def score(
     batches = [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
     progress = process_groups.Progress("importance", len(batches), "micro-batches")
     fused = tokens[own].numel() >= COMPILE_MIN_TOKENS and metrics.can_compile()
-    with collect_importance(model, source.arch, statistic, fused) as collector:
+    with (
+        collect_importance(model, source.arch, statistic, fused) as collector,
+        stop_signal.at_stop_points(resumes=False),
+        hang_watchdog.phase(Phase.step, lambda: "a forward pass"),
+    ):
         for start in range(0, len(batches), process_groups.pp_group().size()):
+            stop_signal.stop_point(f"after {start} of {len(batches)} micro-batches")
             group = batches[start : start + process_groups.pp_group().size()]  # fills the pipeline
             forward(model, group, lambda hidden, batch: None)
             progress.update(start + len(group))

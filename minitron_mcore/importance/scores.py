@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_mcore.errors import UserError, result_file
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.reading import FORMAT_VERSION, check_format_version
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, open_tensors
 
 FILE = "scores.safetensors"
 
@@ -63,15 +62,13 @@ def read_scores(path: Path) -> Scores:
     Raises:
         UserError: a damaged file, another format version.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own type for a cut or foreign file
-        raise UserError(f"{path} is not a whole safetensors file ({error}): run launch/importance.py again.") from error
+    remedy = "run launch/importance.py again"
+    with open_tensors(path, "pt", remedy) as file:
+        metadata = file.metadata() or {}
+        vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if version := metadata.pop("format_version", ""):
         version = int(version) if version.isdecimal() else version  # safetensors keeps strings only
-        check_format_version({"format_version": version}, path, "run launch/importance.py again")
+        check_format_version({"format_version": version}, path, remedy)
     return Scores(vectors, metadata)
 
 

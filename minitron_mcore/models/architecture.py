@@ -79,6 +79,11 @@ class Architecture:
             raise UserError(f"block {min(empty)} has neither attention nor MLP: such a block does not exist.")
         if self.heads % self.groups:
             raise UserError(f"{self.heads} query heads cannot be shared out over {self.groups} key/value groups.")
+        if bool(self.experts) != self.traits.mixture:
+            kind = "a mixture of experts" if self.traits.mixture else "dense"
+            raise UserError(
+                f"experts is {self.experts}, but {self.family} is {kind}: expected {'1 or more' if self.traits.mixture else 0}."
+            )
         if self.experts and self.experts_per_token == 1 and self.normalize_experts:
             raise UserError(
                 "one expert a token with normalised probabilities (norm_topk_prob, always so in Mixtral) is not supported: the "

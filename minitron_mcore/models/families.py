@@ -61,6 +61,11 @@ class Family:
     heads_divide_hidden: bool = False
     """transformers' config class refuses a hidden size that is no multiple of the heads, even if head_dim is set."""
 
+    @property
+    def mixture(self) -> bool:
+        """Whether the MLPs are mixtures of experts."""
+        return any(row.in_expert for row in self.rows)
+
 
 _BLOCK = "model.layers.{i}."
 _EMBEDDING = Row("embedding.word_embeddings.weight", ("vocab", "hidden"), ("model.embed_tokens.weight",), 0)

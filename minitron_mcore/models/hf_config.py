@@ -16,11 +16,11 @@ MAX_SIZE = 10**8
 """Largest accepted value of all other sizes."""
 MAX_NUMBER = 1e18
 ELSEWHERE = {
-    "configuration_files": "another config file",
-    "transformers_weights": "another weights file",
-    "quantization_config": "quantised weights (dequantise the model first)",
-    "fusion_config": "fused modules",
-    **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), "a model of several"),
+    "configuration_files": "the name of another config file",
+    "transformers_weights": "the name of another weights file",
+    "quantization_config": "the quantisation of the weights (dequantise the model first)",
+    "fusion_config": "a fusion of modules",
+    **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), "one of several models"),
 }
 """Keys, refused unless null, that make transformers load something other than config.json and the plain weights."""
 BOUNDED = {"num_hidden_layers": LIMITS["blocks"], "num_labels": 10**6, "head_dim": 10**6, "hidden_size": 10**6}
@@ -108,7 +108,9 @@ def _load(name: str, raw: dict[str, Any]) -> Any:
     """transformers' config object."""
     for key, what in ELSEWHERE.items():
         if raw.get(key) is not None:
-            raise UserError(f"{key} is {_short(raw[key])}, which means {what} to transformers: it is not supported.")
+            raise UserError(
+                f"{key} is {_short(raw[key])}, which transformers reads as {what}: this package does not support it."
+            )
     if name == "mistral" and "layer_types" in raw:
         raise UserError("layer_types turns a mistral model into a ministral in transformers, which is not supported.")
     code = raw.get("auto_map", {})  # never run

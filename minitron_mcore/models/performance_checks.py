@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from minitron_mcore.config import ranges
 from minitron_mcore.config.performance import (
     AttentionBackend,
     CudaGraphs,
@@ -74,7 +75,7 @@ def _kernels(run: _Run) -> Iterator[str]:
         value, available = getattr(run.config, name), getattr(run.kernels, kernel)
         if value not in idle and not (any(available) if kernel == "capability" else available):
             off = "null" if idle[0] is None else idle[0]
-            yield f"performance.{name} is {value}, which needs {needed}, and that is not available here: give {off}."
+            yield f"performance.{name} is {value}, which needs {needed}; this machine has none: give {off}."
 
 
 def _model(run: _Run) -> Iterator[str]:
@@ -93,22 +94,15 @@ def _model(run: _Run) -> Iterator[str]:
         )
     if config.teacher_offload and (run.teacher is None or run.training.teacher_ranks or config.teacher_fp8):
         yield (
-            "performance.teacher_offload moves a live teacher in bf16 or fp32 that shares the student's ranks, and there is none: "
+            "performance.teacher_offload needs a live teacher in bf16 or fp32 on the student's ranks, and this run has none: "
             "give false."
         )
 
 
 def _sizes(run: _Run) -> Iterator[str]:
     config, profile = run.config, run.config.profile
-    for name in ("bucket_size", "loss_chunk_mb", "recompute_layers"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            yield f"performance.{name} is {value}; it must be at least 1."
-    minutes = config.nccl_timeout_minutes
-    if minutes is not None and minutes <= run.training.hang_minutes:
-        yield (
-            f"performance.nccl_timeout_minutes is {minutes:g}; it must be above hang_minutes {run.training.hang_minutes:g}, or "
-            "collectives fail before a hang is reported."
-        )
+    names = ("bucket_size", "loss_chunk_mb", "recompute_layers")
+    yield from ranges.at_least(1, {f"performance.{name}": getattr(config, name) for name in names})
     if profile.start is None and (profile.stop is not None or profile.memory):
         yield "performance.profile has no start: give the first step to record, counted from 1."
     elif profile.start is not None and not 1 <= profile.start <= (profile.stop or profile.start):
@@ -129,14 +123,13 @@ def _recompute(run: _Run) -> Iterator[str]:
             )
         if "layernorm" in config.recompute_modules and not run.kernels.transformer_engine:
             yield (
-                "performance.recompute_modules has layernorm, which needs Transformer Engine, and that is not available here: "
+                "performance.recompute_modules has layernorm, which needs Transformer Engine; this machine has none: "
                 "remove it."
             )
     if config.recompute == Recompute.full and run.training.hidden_state_loss.weight:
         yield (
-            "performance.recompute is full, whose first pass makes blocks' outputs without a gradient, but "
-            "distill.hidden_state_loss compares "
-            "them: give selective, or distill.hidden_state_loss.weight 0."
+            "performance.recompute is full, which computes the blocks' outputs without a gradient first, but "
+            "distill.hidden_state_loss needs their gradient: give selective, or distill.hidden_state_loss.weight 0."
         )
 
 

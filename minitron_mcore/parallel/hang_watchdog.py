@@ -1,8 +1,10 @@
-"""Detects a rank that hangs, finds out which rank the others wait for, and ends the job.
+"""Detects that all ranks have stopped making progress, finds out which ranks the others wait for, and ends the job.
 
-Each rank has a watchdog thread, and each micro-batch calls `beat`. If a rank's last beat is too old, its thread raises an alarm in
-the rendezvous store. Then every thread writes where its main thread is. A rank that writes nothing is stopped or dead; a rank
-that is not inside a wait for other ranks is the one they wait for.
+Each rank has a watchdog thread, and its main thread calls `beat` whenever it makes progress. The time that may pass between two
+beats depends on the `phase`. If it is over on one rank, that rank's thread raises an alarm in the rendezvous store, and every
+thread writes where its main thread is and how much of its own time is left. As long as one rank has time left, the others wait for
+it and the run goes on. Otherwise the job ends. A rank that writes nothing is stopped or dead; a rank that is not inside a wait for
+other ranks is the one they wait for.
 """
 
 import json
@@ -12,20 +14,38 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from minitron_mcore.config.performance import HangConfig
 from minitron_mcore.errors import HUNG_STATUS
-from minitron_mcore.parallel.megatron_patches import cpu_backend, groups
+from minitron_mcore.parallel.megatron_patches import cpu_backend
 
 _WAITS = (".wait(", "synchronize(")
 _WAITS_CUDA = (".item(", ".tolist(", ".cpu(")  # these wait for NCCL's kernels
+
+
+class Phase(StrEnum):
+    """What a rank is doing, which decides how long it may take between two beats."""
+
+    setup = "setup"
+    """Everything before, between and after steps: text, models, optimizer."""
+    step = "step"
+    """A micro-batch of training or of a forward pass."""
+    save = "save"
+    """Writing a checkpoint."""
+    idle = "idle"
+    """Waiting for other processes' requests, for any time."""
+
+
+_phase: tuple[Phase, Callable[[], str]] = Phase.setup, lambda: "setup"
 _last_beat = time.monotonic()
-_extended_seconds = 0.0
+_on_hang: Callable[[str, list[int]], None] | None = None
 
 
 def beat() -> None:
@@ -35,37 +55,49 @@ def beat() -> None:
 
 
 @contextmanager
-def extended_timeout(minutes: float) -> Iterator[None]:
-    """Raise the timeout to at least `minutes` inside the block, which all ranks enter and leave together."""
-    global _extended_seconds
+def phase(name: Phase, where: Callable[[], str]) -> Iterator[None]:
+    """The limit of phase `name` applies inside the block; `where` describes the work for the message."""
+    global _phase
+    outer = _phase
     beat()
-    _extended_seconds = 60 * minutes
+    _phase = name, where
     try:
         yield
     finally:
         beat()
-        _extended_seconds = 0.0
+        _phase = outer
+
+
+@contextmanager
+def reported_to(on_hang: Callable[[str, list[int]], None]) -> Iterator[None]:
+    """Inside the block a hang calls `on_hang`, on one rank, with the message and the ranks that the others wait for."""
+    global _on_hang
+    outer, _on_hang = _on_hang, on_hang
+    try:
+        yield
+    finally:
+        _on_hang = outer
 
 
 class HangWatchdog:
-    """Context manager that ends the process with HUNG_STATUS, on all ranks, if a rank makes no progress for too long.
+    """Context manager that ends the process with HUNG_STATUS, on all ranks, if no rank makes progress within its limit.
 
     Args:
-        minutes: allowed between two beats. The process groups' own timeout must be longer (`distributed_context` sees to that).
-        where: returns what the run is doing, for the message.
-        on_hang: called on one rank with the message and the ranks that it blames.
+        limits: of each phase. The process groups' own timeout must be longer (`distributed_context` sees to that).
+        store: the `dist.Store` of all processes. A clone is used, since the main thread may be waiting in the store itself.
+        rank: of this process.
+        size: number of processes.
     """
 
-    def __init__(self, minutes: float, where: Callable[[], str], on_hang: Callable[[str, list[int]], None]):
-        self.seconds, self.where, self.on_hang = 60 * minutes, where, on_hang
-        self.interval = min(5.0, self.seconds / 4)
+    def __init__(self, limits: HangConfig, store: Any, rank: int, size: int):
+        minutes = {Phase.setup: limits.setup_minutes, Phase.step: limits.step_minutes, Phase.save: limits.save_minutes}
+        self.seconds = {name: 60 * value for name, value in minutes.items()}
+        self.interval = min(5.0, min(self.seconds.values()) / 4)
+        self.store, self.rank, self.size = dist.PrefixStore("watch", store.clone()), rank, size
         self.ended = threading.Event()
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def __enter__(self) -> "HangWatchdog":
         beat()
-        # A clone, since the main thread may be waiting in the store itself.
-        self.store = dist.PrefixStore("watch", groups.default_store().clone())
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
         return self
@@ -75,26 +107,42 @@ class HangWatchdog:
         self.thread.join()
 
     def _run(self) -> None:
+        alarm, quiet_until = 0, 0.0
         while not self.ended.wait(self.interval):
-            idle = time.monotonic() - _last_beat
-            if late := idle > max(self.seconds, _extended_seconds):
-                self.store.set("alarm", "")
-            if late or self.store.check(["alarm"]):
-                self._end(idle)
+            with suppress(dist.DistError):  # the process that held the store has ended
+                if self._seconds_left() < 0 and time.monotonic() > quiet_until:
+                    self.store.set(f"alarm {alarm}", "")
+                if self.store.check([f"alarm {alarm}"]):
+                    alarm += 1
+                    quiet_until = time.monotonic() + self._compare(alarm - 1)
 
-    def _end(self, idle: float) -> None:
+    def _seconds_left(self) -> float:
+        """Time until the next beat must come; 0 in the idle phase, which neither raises an alarm nor keeps others waiting."""
+        idle = time.monotonic() - _last_beat
+        return self.seconds[_phase[0]] - idle if _phase[0] in self.seconds else 0.0
+
+    def _compare(self, alarm: int) -> float:
+        """Report this rank, and end the job unless another rank has time left; returns that time."""
         place, waits = _main_thread()
-        self.store.set(f"{self.rank}", json.dumps({"place": place, "waits": waits, "idle": idle}))
-        time.sleep(3 * self.interval)  # every thread checks for the alarm once an interval
-        reports = {r: json.loads(self.store.get(f"{r}")) for r in range(self.size) if self.store.check([f"{r}"])}
-        if self.rank == min(reports):
-            message, blamed = _verdict(reports, self.size, self.where())
-            print(f"error: {message}", flush=True)
-            self.on_hang(message, blamed)
-            self.store.set("reported", "")
-        else:
-            self.store.wait(["reported"], timedelta(seconds=10))
-        os._exit(HUNG_STATUS)  # the main thread may never return
+        report = {"place": place, "waits": waits, "where": _phase[1](), "left": self._seconds_left()}
+        report["idle"] = time.monotonic() - _last_beat if _phase[0] in self.seconds else 0.0
+        self.store.set(f"{alarm} {self.rank}", json.dumps(report))
+        self.ended.wait(3 * self.interval)  # every thread checks for the alarm once an interval
+        if self.store.add(f"{alarm} decided", 1) == 1:  # one rank decides: others may see more reports than it does
+            keys = {rank: f"{alarm} {rank}" for rank in range(self.size)}
+            reports = {r: json.loads(self.store.get(key)) for r, key in keys.items() if self.store.check([key])}
+            left = max(report["left"] for report in reports.values())
+            if left <= 0:
+                message, ranks = _diagnosis(reports, self.size)
+                print(f"error: {message}", flush=True)
+                if _on_hang:
+                    _on_hang(message, ranks)
+            self.store.set(f"{alarm} left", str(left))
+        self.store.wait([f"{alarm} left"], timedelta(seconds=10))
+        left = float(self.store.get(f"{alarm} left"))
+        if left <= 0:
+            os._exit(HUNG_STATUS)  # the main thread may never return
+        return left
 
 
 def _main_thread() -> tuple[str, bool]:
@@ -106,15 +154,15 @@ def _main_thread() -> tuple[str, bool]:
     return f"{frame.f_code.co_name} ({'/'.join(Path(file).parts[-2:])}:{frame.f_lineno})", waits
 
 
-def _verdict(reports: dict[int, dict[str, Any]], size: int, where: str) -> tuple[str, list[int]]:
-    """The message, and the ranks that it blames."""
+def _diagnosis(reports: dict[int, dict[str, Any]], size: int) -> tuple[str, list[int]]:
+    """The message, and the ranks that the others wait for."""
     silent = [rank for rank in range(size) if rank not in reports]
     busy = [rank for rank, report in reports.items() if not report["waits"]]
-    longest = max(report["idle"] for report in reports.values())
+    longest = max(reports.values(), key=lambda report: report["idle"])
     reasons = [f"rank {rank} does not answer (its process is stopped or dead)" for rank in silent]
     reasons += [f"rank {rank} is in {reports[rank]['place']} while others wait" for rank in busy]
     if not reasons:
         reasons = [f"rank {rank} waits in {report['place']}" for rank, report in reports.items()]
     shown = "; ".join(reasons[:8]) + (f"; and {len(reasons) - 8} more" if len(reasons) > 8 else "")
-    remedy = "Run the same command again to continue from the last saved step."
-    return f"no progress for {longest:.0f} s in {where}: {shown}. {remedy}", silent + busy
+    remedy = "Run the same command again to continue from what is saved."
+    return f"no progress for {longest['idle']:.0f} s in {longest['where']}: {shown}. {remedy}", silent + busy

@@ -19,9 +19,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from minitron_mcore.config.performance import HangConfig
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.errors import UserError, refuse
-from minitron_mcore.parallel import layout, rendezvous
+from minitron_mcore.config.stages import Run
+from minitron_mcore.errors import Stopped, UserError, refuse
+from minitron_mcore.parallel import hang_watchdog, layout, rendezvous
+from minitron_mcore.parallel.hang_watchdog import HangWatchdog
 from minitron_mcore.parallel.megatron_patches import cpu_backend, groups
 from minitron_mcore.parallel.process_bridge import Bridge
 
@@ -80,15 +83,15 @@ def distributed_context(
     seed: int = 1234,
     sequence_length: int | None = None,
     store: dist.Store | None = None,
-    hang_minutes: float = 60.0,
     teacher_ranks: int = 0,
     teacher_parallel: ParallelConfig | None = None,
+    hang: HangConfig | None = None,
     timeout_minutes: float | None = None,
 ) -> Iterator[None]:
     """Initialize torch.distributed and megatron-core's groups inside the block.
 
-    The world is torchrun's, or one process without torchrun. After an exception the groups stay as they are, and the process must
-    end (see `cli.main.entry`).
+    The world is the launcher's (see `rendezvous`), or one process without a launcher. After an exception other than a Stopped that
+    all ranks raise, the groups stay as they are, and the process must end (see `cli.main.entry`).
 
     With `teacher_ranks` there are two worlds, each with ranks from 0: the last `teacher_ranks` processes form the teacher's, and
     `bridge` connects both.
@@ -98,10 +101,10 @@ def distributed_context(
         seed: of megatron-core's model-parallel random state.
         sequence_length: tokens of the sequences that the model will see, to check the layout; None: not checked.
         store: rendezvous store of a test; None: the environment's, or a file without torchrun.
-        hang_minutes: longest time between two beats of `hang_watchdog`; collectives fail two minutes later.
         teacher_ranks: processes of the teacher's world; 0: none.
         teacher_parallel: the teacher's layout; None: `parallel`.
-        timeout_minutes: timeout of collectives, instead of `hang_minutes` + 2.
+        hang: limits of the `HangWatchdog` that runs inside the block; None: the defaults.
+        timeout_minutes: timeout of collectives; None: two minutes more than the longest of these limits.
 
     Raises:
         UserError: the layout does not fit the world or the sequences (`layout.problems`), a world has no process, or the
@@ -109,17 +112,20 @@ def distributed_context(
     """
     global _bridge
     if store is None:
-        rendezvous.check()
+        rendezvous.read_launcher()
     processes, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     world_size = processes - teacher_ranks
     refuse(_world_problems((parallel, teacher_parallel or parallel), processes, teacher_ranks, sequence_length))
     if not cpu_backend.is_cpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # SLURM may show each task its own device only.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if store is None and "RANK" not in os.environ:
         store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
-    timeout = datetime.timedelta(minutes=timeout_minutes or hang_minutes + 2)
+    hang, all_ranks = hang or HangConfig(), (this_rank, processes)
+    minutes = timeout_minutes or max(dataclasses.astuple(hang)) + 2
+    timeout, both_worlds = datetime.timedelta(minutes=minutes), None
     if teacher_ranks:
-        store = store or next(dist.rendezvous("env://"))[0]
+        both_worlds = store = store or next(dist.rendezvous("env://"))[0]
         _bridge = Bridge(dist.PrefixStore("bridge", store), this_rank, world_size, processes, timeout)
         if _bridge.is_teacher:
             parallel, this_rank, world_size = teacher_parallel or parallel, this_rank - world_size, teacher_ranks
@@ -128,11 +134,18 @@ def distributed_context(
     dist.init_process_group(
         "gloo" if cpu_backend.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
     )
+    stopped = None
     try:
-        _initialize(parallel, timeout_minutes or hang_minutes + 2)
-        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        yield
-        barrier()
+        with HangWatchdog(hang, both_worlds or groups.default_store(), *all_ranks):
+            _initialize(parallel, minutes)
+            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+            try:
+                yield
+            except Stopped as signal:
+                stopped = signal
+                if not stopped.on_all_ranks:
+                    raise
+            barrier()
     finally:
         if _bridge and not _bridge.is_teacher:
             _bridge.send_request(None)
@@ -141,6 +154,26 @@ def distributed_context(
     _layouts.clear()
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
+    if stopped:
+        raise stopped
+
+
+def stage_context(
+    config: Run,
+    sequence_length: int | None = None,
+    teacher_ranks: int = 0,
+    teacher_parallel: ParallelConfig | None = None,
+) -> contextlib.AbstractContextManager[None]:
+    """`distributed_context` with the settings that all stages have."""
+    return distributed_context(
+        config.parallel,
+        config.seed,
+        sequence_length,
+        teacher_ranks=teacher_ranks,
+        teacher_parallel=teacher_parallel,
+        hang=config.hang,
+        timeout_minutes=config.performance.nccl_timeout_minutes,
+    )
 
 
 def _world_problems(
@@ -299,13 +332,15 @@ def prefetch[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T
 
 
 class Progress:
-    """Prints done / total, rate and remaining time on rank 0, at most once in `every` seconds; `unit` names what is counted."""
+    """Prints done / total, rate and remaining time on rank 0, at most once in `every` seconds; `unit` names what is counted. On all
+    ranks an update is progress for the hang watchdog."""
 
     def __init__(self, name: str, total: int, unit: str, every: float = 5.0):
         self.name, self.total, self.unit, self.every = name, total, unit, every
         self.start = self.last = time.monotonic()
 
     def update(self, done: int, extra: str = "") -> None:
+        hang_watchdog.beat()
         now = time.monotonic()
         if now - self.last < self.every and done < self.total:
             return

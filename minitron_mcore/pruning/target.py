@@ -27,12 +27,12 @@ def as_count(value: object, total: int, prefix: str) -> int:
     if not 0 < value <= 1:
         size = f" ({value:.0f})" if value.is_integer() and value > 1 else ""
         raise UserError(
-            f"{prefix} {value}, but a number with a point is a share, above 0 and up to 1.0 (all {total}): write a size without a "
-            f"point{size}."
+            f"{prefix} {value}, but a number with a decimal point is a share, above 0 and up to 1.0 (all {total}): write a size "
+            f"as a whole number{size}."
         )
     count = round(value * total)
     if count < 1:
-        raise UserError(f"{prefix} {value}, a share of {total} that comes to 0: give a larger share, or the size 1.")
+        raise UserError(f"{prefix} {value}, a share of {total} that rounds to 0: give a larger share, or the size 1.")
     return count
 
 

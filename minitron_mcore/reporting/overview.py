@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from minitron_mcore.checkpoint.run_folder import COMPLETE
+from minitron_mcore.checkpoint.stage_record import COMPLETE
 from minitron_mcore.reporting.read import KINDS, damage_as_user_error, read_lines
 from minitron_mcore.reporting.roles import Model
 

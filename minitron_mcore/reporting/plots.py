@@ -161,7 +161,7 @@ def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.n
 def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -> None:
     """Plot KD loss, LM loss and learning rate of runs (label -> metrics.jsonl) against tokens.
 
-    Pale lines are single steps, solid lines a running mean over a twentieth of the run.
+    Pale lines are single steps, solid lines a running mean over a twentieth of the run, points the held-out loss.
     """
     figure = Figure(figsize=(9, 8), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
@@ -178,6 +178,11 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
                 values = np.convolve(values, np.full(width, 1 / width), mode="valid")
                 tokens = tokens[width // 2 :][: len(values)]
             axes.plot(tokens, values, color=colour, label=run)
+            if key == "lm_loss" and (measured := [row for row in rows if row.get("heldout_loss") is not None]):
+                with damage_as_user_error(path, "move it away"):
+                    points = [(float(row["tokens"]), float(row["heldout_loss"])) for row in measured]
+                axes.plot(*zip(*points, strict=True), "o--", color=colour, label=f"{run}, held out", markersize=4)
+                axes.legend()
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     if any(line.get_ydata().max(initial=0) > 0 for line in panels[0].lines):  # without a teacher all are 0

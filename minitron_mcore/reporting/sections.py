@@ -20,7 +20,8 @@ CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters patt
 LOWER_IS_BETTER = ("loss", "kl", "mse")
 SIZES = ("blocks", "hidden", "ffn", "heads", "groups")
 TRAINED = (
-    *("step", "tokens", "kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr", "tokens_per_second"),
+    *("step", "tokens", "kd_loss", "lm_loss", "heldout_loss", "states_loss", "teacher_entropy", "grad_norm", "lr"),
+    *("tokens_per_second",),
 )
 
 
@@ -264,7 +265,8 @@ def _training(folder: Path, _: None) -> Part:
         return Part(folder.name, "No step has finished yet.")
     first, last = steps[0], steps[-1]
     spread = sorted({round(i * (len(steps) - 1) / 9) for i in range(10)})
-    rows = [{key: steps[i].get(key) for key in TRAINED if key in first} for i in spread]
+    shown = [key for key in TRAINED if any(key in step for step in steps)]
+    rows = [{key: steps[i].get(key) for key in shown} for i in spread]
     names = {"kd_loss": "KD loss", "lm_loss": "LM loss"}
     changes = ", ".join(
         f"{name} from {first[key]:.3g} to {last[key]:.3g}" for key, name in names.items() if first.get(key)

@@ -13,30 +13,25 @@ search write different files in the same folder: the first pass measures all can
 """
 
 import gc
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from minitron_mcore.checkpoint import claim, run_folder, streaming
+from minitron_mcore.checkpoint import claim, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config import ranges
 from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.settings import DistillConfig, PruneConfig
 from minitron_mcore.config.stages import DistillRun, Run, SearchRun
-from minitron_mcore.data.text_reader import Limits
-from minitron_mcore.data.tokenizer import open_tokenizer
-from minitron_mcore.distill import cache
+from minitron_mcore.distill import cache, heldout
 from minitron_mcore.distill.run import check_run, train
-from minitron_mcore.distill.trainer import Trainer, check
+from minitron_mcore.distill.trainer import check
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.estimate import announce
-from minitron_mcore.evaluation import perplexity
+from minitron_mcore.evaluation.heldout import HeldOut
 from minitron_mcore.importance.scores import Scores, load_scores
-from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.build import Model
-from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.pruning import apply
 from minitron_mcore.search import latency
 from minitron_mcore.search.results import collect, write
@@ -47,8 +42,8 @@ MEASURED, TRAINED = "measured.json", "trained.json"
 
 
 def distill_settings(config: SearchRun) -> DistillConfig:
-    """The settings with which candidates are trained: the run's, with search.steps steps."""
-    return replace(config.distill, steps=config.search.steps, stop_after=None)
+    """The settings with which candidates are trained: the run's, with the search's steps and evaluations."""
+    return replace(config.distill, steps=config.search.steps, eval_every=config.search.eval_every, stop_after=None)
 
 
 def run(config: SearchRun) -> None:
@@ -99,13 +94,10 @@ class SearchRunner:
         refuse(ranges.text_files("data.heldout", config.data.heldout))
         if self.search.best:
             refuse(ranges.text_files("data.train", config.data.train))
+        self.heldout = HeldOut(config, source)
         with process_groups.raise_on_all_ranks():
-            tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
-            limits = Limits.of(config.data)
-            self.text = {path: perplexity.windows(path, tokenizer, length, limits) for path in config.data.heldout}
             self.reader = streaming.Reader(source)
-        tokens = b"".join(windows.tokens.numpy().tobytes() for windows in self.text.values())
-        self.store = CandidateStore(config, source, scores, hashlib.sha256(tokens).hexdigest()[:16])
+        self.store = CandidateStore(config, source, scores, self.heldout.digest)
         for blocks in self.space.axes.get("blocks", []):
             self.store.apply_study(PruneConfig(blocks=None if blocks >= source.arch.blocks else blocks))
         self.remaining = self.search.stop_after or float(
@@ -115,6 +107,10 @@ class SearchRunner:
     def run(self) -> None:
         """Measure, train, and write the results (collective); returns early at search.stop_after."""
         self._prepare_folder()
+        with stop_signal.at_stop_points():
+            self._run()
+
+    def _run(self) -> None:
         measured = self._measure()
         if len(measured) == self.total and self.remaining > 0:
             self._train(measured)
@@ -142,6 +138,7 @@ class SearchRunner:
         progress = process_groups.Progress("candidates", self.total, "candidates")
         candidate = next(proposals, None)
         while candidate and self.remaining > 0:
+            stop_signal.stop_point(f"after {len(results)} of {self.total} candidates are measured")
             measured = self.store.read(candidate, MEASURED)
             if not measured and self._in_shard(number):
                 measured = self._measure_candidate(candidate)
@@ -160,34 +157,23 @@ class SearchRunner:
         """Prune a candidate in memory and measure it; one model at a time."""
         plan, dtype = self.store.plan(candidate), self.config.dtype.value
         model = apply.build_pruned(self.source, plan, self.config.parallel, dtype, self.reader)
-        result = {"zero_shot_loss": self._loss(model, plan.target)}
+        result = {"zero_shot_loss": self.heldout.loss(model, plan.target)}
         del model
         if self.search.latency and process_groups.rank() == 0:
             result |= latency.measure(plan.target, self.source.hf, self.search.speed, dtype)
         self.remaining -= 1
         return self.store.write(candidate, MEASURED, result)
 
-    def _loss(self, model: Model, arch: Architecture) -> float:
-        """Nats per token over all held-out files (collective)."""
-        settings = self.config.evaluate
-        rows = perplexity.evaluate_windows(
-            self.text,
-            perplexity.ShardedModel(model, arch).nll,
-            micro_batch=settings.micro_batch,
-            max_windows=settings.max_windows,
-            group=process_groups.dp_group(),
-        )
-        return sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
-
     def _train(self, measured: dict[Candidate, dict]) -> None:
         """Train this shard's part of the best candidates, search.students_per_pass at a time (collective)."""
         best = sorted(measured, key=lambda c: (measured[c]["zero_shot_loss"], c.name))[: self.search.best]
         own = [candidate for number, candidate in enumerate(best) if self._in_shard(number)]
-        own = [c for c in own if not (self.store.folder(c) / "distill" / run_folder.COMPLETE).is_file()]
+        own = [c for c in own if self.search.steps not in self.store.read(c, TRAINED).get("steps", [])]
         for students in itertools.batched(own, self.search.students_per_pass):
             students = students[: int(min(self.remaining, len(students)))]
             if not students:
                 break
+            stop_signal.stop_point(f"before the training of {students[0].name}")
             names = ", ".join(candidate.name for candidate in students)
             process_groups.log(f"training {names}; {len(own)} of this shard's candidates are not trained yet")
             self._train_candidates(students)
@@ -196,28 +182,21 @@ class SearchRunner:
     def _train_candidates(self, candidates: Sequence[Candidate]) -> None:
         """Prune candidates on disk and train them together, or resume that; evaluates every search.eval_every steps."""
         runs = [self._prune(candidate) for candidate in candidates]
-        eval_steps = [*range(self.search.eval_every, self.search.steps, self.search.eval_every), self.search.steps]
-
-        def on_eval(number: int, trainer: Trainer) -> None:
-            candidate = candidates[number]
-            earlier = self.store.read(candidate, TRAINED)
-            losses = dict(zip(earlier.get("steps", []), earlier.get("losses", []), strict=True))
-            losses[trainer.step] = self._loss(trainer.model, trainer.arch)
-            process_groups.log(f"{candidate.name}: held-out loss {losses[trainer.step]:.4f} after {trainer.step} steps")
-            self.store.write(candidate, TRAINED, {"steps": list(losses), "losses": list(losses.values())})
-
         gc.collect()  # frees the previous candidates, their teacher and optimizers, which refer to each other
         students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
         settings = distill_settings(self.config)
         check_run(runs[0], settings, students, self.teacher)
         announce.print_memory(runs[0], settings, students, self.teacher)
-        train(runs, settings, students, self.teacher, eval_steps, on_eval)
+        train(runs, settings, students, self.teacher, self.heldout)
+        for candidate, run in zip(candidates, runs, strict=True):
+            losses = heldout.losses(Path(run.out_dir)) if process_groups.rank() == 0 else {}
+            self.store.write(candidate, TRAINED, {"steps": list(losses), "losses": list(losses.values())})
 
     def _prune(self, candidate: Candidate) -> DistillRun:
         """Write a candidate's pruned checkpoint unless it exists; returns its training run (collective)."""
         config, folder = self.config, self.store.folder(candidate)
         pruned = folder / "prune"
-        if not (pruned / run_folder.COMPLETE).is_file():
+        if not stage_record.is_complete(pruned):
             plan = self.store.plan(candidate)
             identity = {"stage": "candidate", "plan": plan.digest()}
             with claim.new_run_folder(pruned, identity) as new:

@@ -81,7 +81,7 @@ class CandidateStore:
         inputs = self._inputs(candidate)
         if box[0] and {key: box[0].get(key) for key in inputs} != inputs:
             raise UserError(
-                f"{path} was measured with other scores or another held-out text than these: give another out_dir, or remove it."
+                f"{path} was measured with other scores or another held-out text: give another out_dir, or remove that file."
             )
         return box[0] or {}
 

@@ -149,9 +149,19 @@ def test_an_artefact_appears_whole_or_not_at_all(tmp_path):
     out_dir, part = tmp_path / "run", tmp_path / "run.part"
     with pytest.raises(RankError, match="died with exit code -9"):
         on_ranks(make, 1, ONE, out_dir, "killed")
-    assert {path.name for path in part.iterdir()} == {"config.yaml", "half", ".claim.1"} and not out_dir.exists()
+    assert {path.name for path in part.iterdir()} == {
+        "config.yaml",
+        "inputs.json",
+        "half",
+        ".claim.1",
+    } and not out_dir.exists()
     on_ranks(make, 1, ONE, out_dir)
-    assert {path.name for path in out_dir.iterdir()} == {"config.yaml", "whole", ".complete"} and not part.exists()
+    assert {path.name for path in out_dir.iterdir()} == {
+        "config.yaml",
+        "inputs.json",
+        "whole",
+        ".complete",
+    } and not part.exists()
     for settings, kind in ((RUN, "a finished run"), (RUN | {"seed": 2}, r"another run \(seed was 1, is 2\)")):
         with (
             pytest.raises(UserError, match=f"out_dir .*run already holds {kind}: choose another"),

@@ -223,6 +223,7 @@ CLAIMS = {
     "a length": (lambda step: hostile.edit_index(step, index_claims), "bytes, but .metadata asks for bytes"),
     "a part twice": (lambda step: hostile.edit_index(step, overlap), "has holes"),
     "a memo index": (lambda step: (step / ".metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\xff."), "no|damaged"),
+    "a bytearray": (lambda step: (step / ".metadata").write_bytes(b"\x80\x05\x96" + bytes(5) + b"\xff\0\0."), "KeyError"),
     "a compressed tensor": (lambda step: hostile.put_item(step, KEY, hostile.bomb(1 << 22)), "__9_0.distcp: .*claims to hold"),
     "not a torch file": (lambda step: hostile.put_item(step, KEY, b"x" * 999), "__9_0.distcp: BadZipFile"),
 }  # fmt: skip
@@ -310,9 +311,7 @@ def test_no_scores_run_code(tmp_path, base):
     np.savez(tmp_path / "b.npz", x=np.array([hostile.Attack(flag)], dtype=object))
     (tmp_path / "c.safetensors").write_bytes(pickle.dumps(hostile.Attack(flag)))
     for name in ("a.npy", "b.npz", "c.safetensors"):
-        assert f"{name} is not a whole safetensors file" in tried(
-            lambda name=name: load_scores(tmp_path / name, arch, "")
-        )
+        assert f"{name} is damaged or incomplete" in tried(lambda name=name: load_scores(tmp_path / name, arch, ""))
     assert not flag.exists()
 
 

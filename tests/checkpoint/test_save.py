@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from minitron_mcore.checkpoint import disk, run_folder, safe_metadata, streaming
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig, ParallelConfig, PruneConfig
 from minitron_mcore.distill import optimizer_state
 from minitron_mcore.distill.trainer import Trainer
@@ -227,10 +227,10 @@ def distill_with_a_slow_disk(student, teacher, config, parallel, out_dir):
 
 @pytest.mark.parametrize("save_minutes", [1.0, 0.02])
 def test_a_slow_save_is_no_hang_up_to_its_own_limit(tmp_path, pair, save_minutes):
-    config = dataclasses.replace(CONFIG, stop_after=1, hang_minutes=0.04, save_minutes=save_minutes)
+    config, hang = dataclasses.replace(CONFIG, stop_after=1), HangConfig(step_minutes=0.04, save_minutes=save_minutes)
     refused = pytest.raises(RankError, match=f"died with exit code {HUNG_STATUS}")
     with contextlib.nullcontext() if save_minutes == 1 else refused:
-        on_ranks(distill_with_a_slow_disk, 2, ONE, *pair, config, ONE, tmp_path / "run", timeout=90)
+        on_ranks(distill_with_a_slow_disk, 2, ONE, *pair, config, ONE, tmp_path / "run", timeout=90, hang=hang)
     assert (tmp_path / "run/latest").is_file() == (save_minutes == 1)
     if save_minutes < 1:
         told = json.loads((tmp_path / "run/failure.json").read_text())

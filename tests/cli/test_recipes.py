@@ -1,21 +1,16 @@
-"""Recipes and the pipeline: a failure means that a recipe no longer makes the published model, or that a stage is run, skipped or
-chained wrongly. The figures stand here a second time on purpose: they are the papers' (arXiv 2407.14679, 2408.11796)."""
+"""Recipes: a failure means that a recipe no longer makes the published model. The figures stand here a second time on purpose:
+they are the papers' (arXiv 2407.14679, 2408.11796)."""
 
 import functools
 import inspect
 import json
-import os
 import runpy
-from pathlib import Path
 
 import pytest
-import yaml
 from hydra import initialize_config_dir
 
-from minitron_mcore.checkpoint.run_folder import COMPLETE
-from minitron_mcore.cli import compose, pipeline
+from minitron_mcore.cli import compose
 from minitron_mcore.config import identity
-from minitron_mcore.config.stages import STAGES
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.pruning.target import target_architecture
@@ -144,65 +139,6 @@ def test_one_cut_and_the_chain_see_as_many_tokens():
             run.without_embeddings,
         )
         architecture.check_exportable(target)
-
-
-def finish(recipe: str, *overrides: str, start: int = 0) -> list[str]:
-    """Mark every stage's folder as whole, a second apart; the command line."""
-    for at, stage in enumerate(STAGES, start):
-        run = composed(stage, recipe, *overrides, *(pipeline.UNSHARDED if stage == "evaluate" else []))
-        folder = Path(run.out_dir)
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(identity.resolved(run)))
-        (folder / COMPLETE).touch()
-        os.utime(folder / COMPLETE, (at, at))
-    return [f"+recipe={recipe}", *overrides]
-
-
-def kept(overrides: list[str], *own: str) -> list[str]:
-    """The stages that a pipeline over finished folders goes through; none is run."""
-    rows = pipeline.run(compose.compose("pipeline", [*overrides, *own]), overrides)
-    assert all(row["seconds"] is None for row in rows)
-    return [row["stage"] for row in rows]
-
-
-FROM_IMPORTANCE = ["importance", "plan", "prune", "distill", "export"]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "overrides", "stages"),
-    [
-        ("llama31_minitron_4b_width", [], ["convert", *FROM_IMPORTANCE[:3], "correct", *FROM_IMPORTANCE[3:]]),
-        ("llama31_minitron_4b_width", ["recipe.teacher=${recipe.source}"], ["convert", *FROM_IMPORTANCE]),
-        ("smollm2_100m", ["recipe.study=${work_dir}/depth"], ["convert", "importance", "depth", *FROM_IMPORTANCE[1:]]),
-        ("smollm2_100m", ["data.heldout=[x]", "parallel=tp3"], ["convert", *FROM_IMPORTANCE, "evaluate"]),
-    ],
-)
-def test_pipeline_runs_what_the_last_stages_build_on(tmp_path, monkeypatch, recipe, overrides, stages):
-    monkeypatch.chdir(tmp_path)
-    assert kept(finish(recipe, *overrides)) == stages
-
-
-def test_pipeline_of_a_chain(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match=r"runs/minitron_8b/distill, which .*\+recipe=minitron_8b first.*recipe.source="
-    ):
-        pipeline.run(composed("pipeline", "minitron_4b"), ["+recipe=minitron_4b"])
-    finish("minitron_8b")
-    assert kept(finish("minitron_4b", start=20)) == FROM_IMPORTANCE
-
-
-def test_pipeline_refuses_what_is_stale_or_unknown(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    overrides = finish("smollm2_100m")
-    os.utime(f"runs/smollm2_100m/plan/{COMPLETE}", (100, 100))
-    with pytest.raises(
-        UserError, match="runs/smollm2_100m/prune was begun before its input runs/smollm2_100m/plan was last written"
-    ):
-        kept(overrides)
-    assert kept(overrides, "stages=[export,distill]") == ["distill", "export"]
-    with pytest.raises(UserError, match="stages names prnue: give some of convert, importance"):
-        kept(overrides, "stages=[prnue]")
 
 
 def test_another_source_is_refused(tmp_path):

@@ -46,7 +46,7 @@ CHANGEABLE = {
     "distill.save_every": 7,
     "distill.stop_after": 7,
     "distill.micro_batch": 2,
-    "distill.hang_minutes": 1.0,
+    "hang.step_minutes": 1.0,
     "performance.recompute_layers": 3,
     "performance.profile.start": 3,
     "prune.hidden": 0.5,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -102,7 +103,6 @@ WRONG = {
     "log_every": (0, "log_every is 0"),
     "save_every": (0, "save_every is 0"),
     "stop_after": (0, "stop_after is 0"),
-    "hang_minutes": (float("inf"), "hang_minutes is inf"),
     "sequence_length": (65, "sequence_length is 65, but the student has 64 positions"),
 }
 
@@ -148,6 +148,9 @@ def test_routers_and_norms_that_megatron_core_would_refuse():
         dataclasses.replace(ARCH, experts_per_token=1, **experts)
     for fine in ({"experts_per_token": 2}, {"experts_per_token": 1, "normalize_experts": False}):
         assert dataclasses.replace(ARCH, **experts, **fine).experts == 4
+    for family, count in (("llama", 4), ("mixtral", 0)):
+        with pytest.raises(UserError, match=f"experts is {count}, but {family} is "):
+            dataclasses.replace(ARCH, family=family, experts=count)
     merged = PruneConfig(heads=4, merge_heads=True)
     assert target_architecture(ARCH, merged).heads == 4
     with pytest.raises(UserError, match=r"prune\.merge_heads .* Qwen3ForCausalLM"):
@@ -166,6 +169,10 @@ def test_labels_outside_the_vocabulary_count_only_under_a_mask(label):
     assert torch.allclose(distillation_loss(*inputs, torch.tensor([1.0, 0, 1]), **how)[0], expected)
 
 
+STEP = {
+    "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NODELIST": "n7", "SLURM_JOB_NODELIST": "n[7-9]", "SLURM_JOB_ID": "1234567",
+}  # fmt: skip
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
@@ -183,21 +190,41 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "l
         (TORCHRUN | {"MASTER_PORT": "29500.5"}, "MASTER_PORT is '29500.5'"),
         (TORCHRUN | {"MASTER_ADDR": ""}, "MASTER_ADDR is empty"),
         (TORCHRUN | {"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "srun started 2 processes without torchrun"),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "ENVIRONMENT": "BATCH"}, "srun started 2 processes"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes without torchrun"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+            "srun started 2 processes, but SLURM_LOCALID, SLURM_NODEID, SLURM_JOB_ID",
+        ),
+        (STEP | {"SLURM_STEP_NODELIST": "n[1-2]"}, "scontrol cannot name the nodes n[1-2]"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes, each of which would be a run of its own"),
     ],
 )
 def test_half_a_launcher_is_one_sentence(env, sentence):
-    found = list(rendezvous.problems(env))
-    assert len(found) == 1 and sentence in found[0], found
+    with pytest.raises(UserError) as refused, mock.patch.dict(os.environ, env | {"PATH": ""}, clear=True):
+        rendezvous.read_launcher()
+    assert len(str(refused.value).splitlines()) == 1 and sentence in str(refused.value)
 
 
-def test_whole_launchers_pass():
-    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}  # a batch script: one process
-    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
-    for env in ({}, TORCHRUN, batch, step | TORCHRUN, {"MASTER_ADDR": "here", "MASTER_PORT": "1"}):
-        assert not list(rendezvous.problems(env)), env
+def test_every_launcher_is_read():
+    """Environments of one process, of torchrun, of srun with one task a rank (as submitit's), and of submitit's local executor."""
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}  # a batch script is one process
+    own = {"MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    srun = {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n7"}
+    local = {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1"}
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for env, expected in (
+        ({}, {}),
+        (batch, {}),
+        (TORCHRUN, TORCHRUN),
+        (STEP | TORCHRUN, TORCHRUN),
+        (own, own),
+        (STEP, srun | {"MASTER_PORT": "24567"}),
+        (STEP | own, srun | own),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "ENVIRONMENT": "BATCH"}, {}),
+        (local | {"SUBMITIT_LOCAL_JOB_ID": "987"}, ranks | {"MASTER_PORT": "20987"}),
+    ):
+        with mock.patch.dict(os.environ, env, clear=True):
+            rendezvous.read_launcher()
+            assert {name: os.environ[name] for name in os.environ if name not in env or name in expected} == expected
 
 
 def test_processes_end_before_they_wait(tmp_path):

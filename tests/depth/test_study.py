@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore.checkpoint.run_folder import COMPLETE, open_checkpoint
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.checkpoint.stage_record import COMPLETE
 from minitron_mcore.config.settings import DepthConfig, DepthKind, DepthMetric, ParallelConfig
 from minitron_mcore.config.stages import DepthRun
 from minitron_mcore.depth import study

@@ -231,7 +231,7 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
     for sentences in on_ranks(distill, 2, ONE, *runs):
         for sentence, (_, expected) in zip(sentences, cases, strict=True):
             assert sentence and re.search(expected, sentence) and "\n" not in sentence, (expected, sentence)
-    assert {path.name for path in (world.path / "refused").iterdir()} <= {"config.yaml", ".claim.4"}
+    assert {path.name for path in (world.path / "refused").iterdir()} <= {"config.yaml", "inputs.json", ".claim.4"}
 
 
 def test_what_is_refused_without_ranks(world):

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.performance import HangConfig
 from minitron_mcore.config.settings import BadLoss, ParallelConfig
 from minitron_mcore.errors import HUNG_STATUS
 from minitron_mcore.testing import RankError, on_ranks
@@ -192,9 +193,10 @@ def distill_hanging(student, teacher, config, parallel, out_dir):
 
 @pytest.mark.parametrize("pair", [True], indirect=True, ids=["tied"])
 def test_hung_ranks_are_named(tmp_path, pair):
-    config, parallel = dataclasses.replace(CONFIG, global_batch=3, hang_minutes=0.04), ParallelConfig()
+    config, parallel = dataclasses.replace(CONFIG, global_batch=3), ParallelConfig()
+    hang = HangConfig(step_minutes=0.04)
     with pytest.raises(RankError) as lost:
-        on_ranks(distill_hanging, 3, parallel, *pair, config, parallel, tmp_path / "run", timeout=60)
+        on_ranks(distill_hanging, 3, parallel, *pair, config, parallel, tmp_path / "run", timeout=60, hang=hang)
     assert lost.value.reason == f"died with exit code {HUNG_STATUS}"
     told = json.loads((tmp_path / "run/failure.json").read_text())
     assert (told["kind"], told["exit_status"], told["step"], told["ranks"]) == ("hung", HUNG_STATUS, 2, [2, 1])

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import os
+import signal
 
 import pytest
 import torch
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.parallel import stop_signal
 from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers.cutting import ONE, export
 from tests.helpers.models import LAYOUTS
@@ -123,11 +126,8 @@ def test_impossible_settings_are_refused(tmp_path, pair, change, sentence):
         )
 
 
-def distill_signalled(student, teacher, config, parallel, out_dir):
-    """Rank 0 gets SIGUSR1 during its second step."""
-    import os
-    import signal
-
+def distill_signalled(student, teacher, config, parallel, out_dir, numbers):
+    """Rank 0 gets these signals during its second step. Handlers after the training that were there before."""
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.parallel import process_groups
 
@@ -136,18 +136,24 @@ def distill_signalled(student, teacher, config, parallel, out_dir):
     def step(self, batches, with_teacher_outputs=None):
         steps.append(self.step)
         if len(steps) == 2 and process_groups.rank() == 0:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return whole_step(self, batches, with_teacher_outputs)
 
     Trainer.train_step = step
-    try:
-        return distill(student, teacher, config, parallel, out_dir)
-    finally:
-        Trainer.train_step = whole_step
+    before = [signal.getsignal(number) for number in stop_signal.SIGNALS]
+    history = distill(student, teacher, config, parallel, out_dir)
+    return len(history), [signal.getsignal(number) for number in stop_signal.SIGNALS] == before
 
 
-def test_signal_saves_the_step_and_ends(tmp_path, pair):
+@pytest.mark.parametrize("pair", [True], indirect=True, ids=["tied"])
+def test_a_signal_saves_the_step_and_ends(tmp_path, pair):
     parallel = ParallelConfig()
-    for history in on_ranks(distill_signalled, 2, parallel, *pair, CONFIG, parallel, tmp_path / "run"):
-        assert len(history) == 2
-    assert open_checkpoint(tmp_path / "run").step_dir.name == "step_0000002"
+    for n, number in enumerate((signal.SIGUSR1, signal.SIGINT)):
+        found = on_ranks(distill_signalled, 2, parallel, *pair, CONFIG, parallel, tmp_path / f"run{n}", [number])
+        assert found == [(2, True)] * 2
+        assert open_checkpoint(tmp_path / f"run{n}").step_dir.name == "step_0000002"
+    twice = [signal.SIGINT, signal.SIGINT]
+    with pytest.raises(RankError) as ended:
+        on_ranks(distill_signalled, 2, parallel, *pair, CONFIG, parallel, tmp_path / "twice", twice)
+    assert ended.value.kind == "KeyboardInterrupt" and not (tmp_path / "twice/latest").exists()

@@ -56,8 +56,9 @@ def test_a_steps_time_by_hand():
     last = (3 + 1) * (body / 2 + head)  # the student's forward and backward passes, the teacher's forward one
     compute = micro_batches * 32 * last / (2 * 0.5e12)
     states = 32 * 64 * 2 / 2  # bytes of a rank's hidden states
-    shared = micro_batches * states * ((4 * 5 + 2) + (4 * 2 + 1)) / 1e9
-    passed = micro_batches * states * (2 + 1) / 1e9
+    loss, norms = 6 * 8 * 32, 4 * 5 * 64  # sums of the tokens in fp64; gradients of the last stage's norms
+    shared = (micro_batches * (states * ((4 * 5 + 2) + (4 * 2 + 1)) + loss) + norms) / 1e9
+    passed = micro_batches * states * 2 / 1e9  # the first stage sends the student's and the teacher's
     bubble = (compute + shared + passed) / micro_batches
     weights = (1000 * 64 + 2 * 36864) / 2 + (2 * 2 + 1) * 64  # of the last stage on one rank
     reduced = weights * (4 + 2) / 2 / 1e9

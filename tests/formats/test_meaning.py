@@ -213,7 +213,7 @@ def test_a_tokenizer_that_both_know(tmp_path):
     word_tokenizer(folder)
     shipped = json.loads((folder / "tokenizer_config.json").read_text())
     assert shipped["tokenizer_class"] == "TokenizersBackend"
-    shipped |= {"extra_special_tokens": ["w7"], "auto_map": {"AutoTokenizer": ["x.Y", None]}}
+    shipped |= {"extra_special_tokens": ["w7"], "auto_map": {"AutoTokenizer": ["x.Y", None]}, "note": "\ud800"}
     (folder / "tokenizer_config.json").write_text(json.dumps(shipped))
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates/tool.jinja").write_text("{{ messages }}")
@@ -223,7 +223,7 @@ def test_a_tokenizer_that_both_know(tmp_path):
     export(tmp_path / "ckpt", out)
     found = json.loads((out / "tokenizer_config.json").read_text())
     assert found["tokenizer_class"] == "PreTrainedTokenizerFast" and found["additional_special_tokens"] == ["w7"]
-    assert "auto_map" not in found and "extra_special_tokens" not in found
+    assert "auto_map" not in found and "extra_special_tokens" not in found and found["note"] == "\ud800"
     for name in ("additional_chat_templates/tool.jinja", "chat_template.jinja", "tokenizer.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     one, two = (AutoTokenizer.from_pretrained(path) for path in (folder, out))

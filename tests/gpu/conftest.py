@@ -1,7 +1,6 @@
 """Layers are torch's unless a test asks for Transformer Engine's, which computes fp32 products in TF32."""
 
 import os
-import signal
 
 import pytest
 
@@ -30,16 +29,6 @@ def eager():
 
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """A training loop takes over SIGTERM, which must still end the tests."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

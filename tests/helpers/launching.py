@@ -1,6 +1,7 @@
 """Launch files in processes of their own, and the configs that they compose."""
 
 import inspect
+import itertools
 import os
 import runpy
 import signal
@@ -21,6 +22,7 @@ from minitron_mcore import testing
 from minitron_mcore.cli import compose, pipeline
 from minitron_mcore.config import identity
 from minitron_mcore.config.stages import Run
+from minitron_mcore.parallel import stop_signal
 from tests.helpers import models
 
 ROOT = Path(__file__).parents[2]
@@ -41,19 +43,26 @@ def torchrun(cwd, script, *overrides, processes=1, fails=False) -> str:
     return output
 
 
-def fork(cwd, stage, *overrides, processes=1, fails=False) -> str:
+def fork(cwd, stage, *overrides, processes=1, fails=False, stop_at=None) -> str:
     """`launch` on processes that are forked from one with torch imported: without torchrun and without the seconds of imports.
-    A pipeline's stages are forked too."""
+    A pipeline's stages are forked too.
+
+    Args:
+        fails: whether the status is not 0; or the status.
+        stop_at: (n, signal): the last rank sends itself this signal at its n-th stop point.
+    """
     with tempfile.NamedTemporaryFile("r") as output:
-        main = testing._processes().Process(target=_in_fork, args=(cwd, output.name, stage, overrides, processes))
+        main = testing._processes().Process(
+            target=_in_fork, args=(cwd, output.name, stage, overrides, processes, stop_at)
+        )
         main.start()
         main.join(300)
         text = output.read()
-    assert main.exitcode is not None and (main.exitcode != 0) == fails, text
+    assert main.exitcode is not None and (main.exitcode == fails or (main.exitcode != 0) is fails), text
     return text
 
 
-def _in_fork(cwd, output: str, stage: str, overrides, processes: int) -> None:
+def _in_fork(cwd, output: str, stage: str, overrides, processes: int, stop_at) -> None:
     def run(command: list[str], env: dict) -> SimpleNamespace:
         script = next(n for n, word in enumerate(command) if word.endswith(".py"))
         processes = int(command[script - 1]) if script > 1 else 1  # after torchrun's --nproc-per-node
@@ -63,6 +72,8 @@ def _in_fork(cwd, output: str, stage: str, overrides, processes: int) -> None:
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
     pipeline.subprocess = SimpleNamespace(run=run)
+    if stop_at:
+        _stop_last_rank_at(*stop_at)
     sys.exit(_status(stage, overrides, processes))
 
 
@@ -85,6 +96,17 @@ def _status(stage: str, overrides, processes: int) -> int:
             for other in ranks:
                 os.kill(other, signal.SIGTERM)
     return failed
+
+
+def _stop_last_rank_at(point: int, number: signal.Signals) -> None:
+    usual, points = stop_signal.requested_on_any_rank, itertools.count(1)
+
+    def requested() -> bool:
+        if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1 and next(points) == point:
+            os.kill(os.getpid(), number)
+        return usual()
+
+    stop_signal.requested_on_any_rank = requested
 
 
 def _run_script(path: str) -> NoReturn:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from minitron_mcore.checkpoint import claim, disk, run_folder, streaming
+from minitron_mcore.checkpoint import claim, disk, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import pipeline
 from minitron_mcore.config.search import SearchConfig
@@ -285,7 +285,9 @@ def losses_drawn(folder: Path) -> None:
 
 
 def piped(folder: Path) -> None:
-    pipeline.is_finished(PlanRun(out_dir=str(folder), work_dir="w", source="s", scores="s"))
+    step = pipeline.Step("plan", [], PlanRun(out_dir=str(folder), work_dir="w", source="s", scores="s"))
+    pipeline.is_finished(step)
+    refuse(pipeline._problems(step))
 
 
 def reseal(folder: Path) -> None:
@@ -338,7 +340,7 @@ KINDS = {
     "search's candidates": Kind("search", "candidates/*/*.json", searched),
     "report": Kind("page", "*/*.json* */*.yaml */*.safetensors */*.png */*/*.json", reported),
     "metrics.jsonl, drawn": Kind("delivery", "run/metrics.jsonl", losses_drawn),
-    "pipeline": Kind("piped", "config.yaml", piped),
+    "pipeline": Kind("piped", "config.yaml inputs.json .complete", piped),
 }
 BASE = Path()
 
@@ -357,4 +359,5 @@ def make(base: Path) -> None:
     token_files(base / "ordered")
     (base / "piped").mkdir()
     shutil.copy(base / "delivery" / "run" / "config.yaml", base / "piped" / "config.yaml")
+    stage_record.record_inputs(base / "piped", stage_record.inputs({"source": "s", "scores": "s"}))
     claim.finish(base / "piped")

@@ -32,7 +32,7 @@ def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int)
         yield {"tokens": ids[rows, :-1], "labels": ids[rows, 1:], "loss_mask": mask[rows]}
 
 
-def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp32"):
+def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp32", heldout=None):
     """Train and save; the history, on every rank."""
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.loop import train
@@ -46,4 +46,4 @@ def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp
     run_folder.describe(out_dir, opened.arch, "test", {}, opened.hf)
     dp = process_groups.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
-    return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir))[0]
+    return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir), heldout)[0]

@@ -113,8 +113,8 @@ def spoil(path, kind):
     [
         ("nan", "gives a value that is not finite in blocks.1.ffn: check the model and its data, then score again"),
         ("infinite", "not finite in hidden"),
-        ("truncated", "is not a whole safetensors file .*: run launch/importance.py again"),
-        ("text", "is not a whole safetensors file"),
+        ("truncated", "is damaged or incomplete, or has another format .*: run launch/importance.py again"),
+        ("text", "is damaged or incomplete"),
         ("foreign", "belong to model another, but the source is ours: run launch/importance.py on this source"),
         ("long", r"has \(13,\) for blocks.2.heads, expected shape \(12,\): run launch/importance.py again"),
         ("missing", "has nothing for blocks.2.mlp"),

@@ -66,13 +66,18 @@ def test_the_version_is_the_one_the_patches_are_for():
     assert version("megatron-core") == megatron_patches.MEGATRON_CORE
 
 
-def restore(index: int) -> None:
+def fails_without(index: int) -> bool:
+    """Whether a training that works with this stand-in fails without it."""
     for performance in (PerformanceConfig(), PerformanceConfig(recompute=Recompute.full)):
         train(performance)
     (owner, name), original = list(cpu_backend.replaced.items())[index]
     setattr(owner, name, original)
-    for performance in (PerformanceConfig(), PerformanceConfig(recompute=Recompute.full)):
-        train(performance)
+    try:
+        for performance in (PerformanceConfig(), PerformanceConfig(recompute=Recompute.full)):
+            train(performance)
+    except Exception:  # CUDA's own and megatron-core's assertions
+        return True
+    return False
 
 
 STAND_INS = [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name in cpu_backend.replaced]
@@ -89,8 +94,7 @@ WITHOUT_EFFECT = ["torch.cuda.manual_seed", "megatron.core.tensor_parallel.rando
 @on_cpu
 @pytest.mark.parametrize("name", [name for name in STAND_INS if name not in {*IN_OTHER_LAYOUTS, *WITHOUT_EFFECT}])
 def test_training_fails_without_the_stand_in(name):
-    with pytest.raises(RankError):
-        on_ranks(restore, 1, ONE, STAND_INS.index(name))
+    assert on_ranks(fails_without, 1, ONE, STAND_INS.index(name)) == [True]
 
 
 @on_cpu

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from matplotlib.image import imread
 
-from minitron_mcore.checkpoint.run_folder import COMPLETE, open_checkpoint
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.checkpoint.stage_record import COMPLETE
 from minitron_mcore.cli import dry_run
 from minitron_mcore.config.search import BudgetConfig, SearchConfig, SpeedConfig
 from minitron_mcore.config.settings import ParallelConfig
@@ -297,6 +298,7 @@ def searches(config, root) -> dict:
     """The same search in one go and in pieces (stopped, by shards, cut off in training); and its best candidate's losses as
     launch/evaluate.py finds them."""
     from minitron_mcore.evaluation import perplexity
+    from minitron_mcore.evaluation.heldout import HeldOut
     from minitron_mcore.search import runner
 
     def run(out_dir, **settings):
@@ -306,7 +308,7 @@ def searches(config, root) -> dict:
     def there(name) -> int:
         return len(list((root / "pieces/candidates").glob(f"*/{name}")))
 
-    usual, looks = runner.SearchRunner._loss, []
+    usual, looks = HeldOut.loss, []
 
     def cut_off_at_the_second(*args):
         looks.append(1)
@@ -325,10 +327,10 @@ def searches(config, root) -> dict:
         run("unstudied", blocks=[3])
     with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
         run("pieces")
-    runner.SearchRunner._loss = cut_off_at_the_second
+    HeldOut.loss = cut_off_at_the_second
     with pytest.raises(Cut):
         run("pieces", shards=2, shard=1)
-    runner.SearchRunner._loss = usual
+    HeldOut.loss = usual
     assert there("distill") == 1 and not (root / "pieces" / COMPLETE).exists()
     run("pieces")
     found = {name: json.loads((root / name / "search.json").read_text()) for name in ("whole", "pieces")}

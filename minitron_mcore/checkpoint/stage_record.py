@@ -1,0 +1,206 @@
+"""What a stage's folder was made from and what it holds, by content. No torch import, no time stamps.
+
+inputs.json   written when the folder is claimed: path and fingerprint of each input
+.complete     written when the stage has finished: size of each file, and SHA-256 of small ones
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minitron_mcore.checkpoint import disk, steps
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
+
+COMPLETE, INPUTS = ".complete", "inputs.json"
+READ_BYTES = 1 << 30
+"""Of a larger input file, READ_BYTES in evenly spaced blocks are hashed."""
+_BLOCK = 1 << 20
+_HASHED_BYTES = 1 << 20
+"""Outputs up to this size are compared by SHA-256, larger ones by size."""
+_FILE_OF = {"scores": "scores.safetensors", "study": "depth.json", "plan": "plan.json"}
+_MODELS = ("source", "student", "teacher")
+_HF_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".gguf")
+_TEXTS = {"depth": ("heldout",), "evaluate": ("heldout",), "search": ("train", "heldout")}
+"""Files of the section `data` that a stage reads; other stages read `train`."""
+_REWRITTEN = ("config.yaml", "model.json")
+"""Files whose settings, command and versions change when a finished stage is started again: they must only exist."""
+_LOGS = ("tensorboard", "profile", "wandb", "mlruns")
+
+
+class Input(NamedTuple):
+    path: str
+    fingerprint: str | None
+    """None if there is nothing at the path."""
+
+
+def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
+    """Everything that a stage reads, by the name of its setting.
+
+    A checkpoint's fingerprint is that in its model.json, with its newest step. Scores, studies, plans, caches and text are hashed.
+
+    Args:
+        config: the content of the stage's config.yaml.
+
+    Raises:
+        UserError: a damaged model.json.
+    """
+    read = {role: config[role] for role in (*_MODELS, *_FILE_OF) if config.get(role)}
+    if config.get("stage") in ("convert", "cut"):
+        read |= {f"model.{key}": path for key in ("hf", "weights") if (path := config["model"].get(key))}
+    if choices := config.get("depth", {}).get("choices"):
+        read["depth.choices"] = choices
+    data = config.get("data", {})
+    if data.get("tokenizer"):
+        read["data.tokenizer"] = data["tokenizer"]
+    found = {name: Input(str(path), _fingerprint(name, Path(path))) for name, path in read.items()}
+    for key in _TEXTS.get(config.get("stage", ""), ("train",)):
+        for number, entry in enumerate(data.get(key) or []):
+            weight, path = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\s+)?(.*)", entry.strip(), re.DOTALL).groups()
+            content = _fingerprint("data", Path(path))
+            found[f"data.{key}[{number}]"] = Input(path, f"{weight} x {content}" if weight and content else content)
+    return found
+
+
+def _fingerprint(role: str, path: Path) -> str | None:
+    """16 hex digits that identify what is at a path, without the path; None for nothing."""
+    if role in _MODELS and (path / "model.json").is_file():
+        remedy = "make the checkpoint again"
+        with damage_as_user_error(path / "model.json", remedy):
+            newest = next(iter(steps.published(path)), None)
+            return (
+                f"{read_json(path / 'model.json', remedy)['fingerprint']} {newest.path.name if newest else 'no step'}"
+            )
+    if path.is_dir():
+        only = path / _FILE_OF.get(role, "index.json")
+        files = [only] if role in _FILE_OF or only.is_file() else _model_files(path)
+    else:
+        files = [path] if path.is_file() else [path.with_name(f"{path.name}{suffix}") for suffix in (".idx", ".bin")]
+    if not files or not all(map(Path.is_file, files)):
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path) if path.is_dir() else file.suffix} ".encode() + content_hash(file))
+    return digest.hexdigest()[:16]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Weights, config and tokenizer of a Hugging Face folder; of a folder without config.json, all files below it."""
+    if (folder / "config.json").is_file():
+        return sorted(path for path in folder.iterdir() if path.suffix in _HF_SUFFIXES and path.name != INPUTS)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def content_hash(path: Path) -> bytes:
+    """SHA-256 of a file's size and content; of a file above READ_BYTES, of evenly spaced blocks of it."""
+    size, count = path.stat().st_size, READ_BYTES // _BLOCK
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= READ_BYTES:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            for block in range(count):
+                file.seek((size - _BLOCK) * block // (count - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.digest()
+
+
+def record_inputs(out_dir: str | Path, present: Mapping[str, Input]) -> None:
+    """Write INPUTS into a claimed folder, unless it has a record (one process)."""
+    if not (path := Path(out_dir) / INPUTS).is_file():
+        record = {"format_version": FORMAT_VERSION, "inputs": {name: each._asdict() for name, each in present.items()}}
+        disk.replace_text(path, json.dumps(record, indent=1))
+
+
+def changed_inputs(out_dir: str | Path, present: Mapping[str, Input]) -> list[str]:
+    """One sentence for each input of a folder's stage that has another content now, or was none then.
+
+    Args:
+        present: `inputs` of the stage's config; inputs that do not exist are not compared.
+
+    Returns:
+        [] for a folder without record, which an earlier version made.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path, remedy = Path(out_dir) / INPUTS, f"remove {out_dir} and run again"
+    if not path.is_file():
+        return []
+    content = read_json(path, remedy)
+    check_format_version(content, path, remedy)
+    with damage_as_user_error(path, remedy):
+        recorded = {name: Input(**each) for name, each in content["inputs"].items()}
+    sentences = []
+    for name in dict.fromkeys([*recorded, *present]):
+        old, new = recorded.get(name, Input("", None)), present.get(name, Input("", None))
+        if old.fingerprint != new.fingerprint and not (name in present and new.fingerprint is None):
+            sentences.append(
+                f"{out_dir} was made from {name} {_named(old)}, which is {_named(new)} now: restore the old one, or remove "
+                f"{out_dir} and run again."
+            )
+    return sentences
+
+
+def _named(each: Input) -> str:
+    return f"{each.path} ({each.fingerprint})" if each.fingerprint else "nothing"
+
+
+def finish(out_dir: str | Path) -> None:
+    """Mark a stage as finished (one process): write the manifest of its files."""
+    out_dir = Path(out_dir)
+    files = {str(path.relative_to(out_dir)): _seen(path) for path in _outputs(out_dir)}
+    disk.replace_text(out_dir / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+
+
+def _seen(path: Path) -> dict[str, Any]:
+    """What the manifest holds about a file."""
+    if path.name in _REWRITTEN:
+        return {}
+    size = path.stat().st_size
+    return {"bytes": size} | ({"sha256": disk.sha256(path)} if size <= _HASHED_BYTES else {})
+
+
+def _outputs(out_dir: Path) -> Iterator[Path]:
+    """The files that readers of a finished folder use: without logs and without older steps."""
+    older = {step.path.name for step in steps.published(out_dir)[1:]}
+    for path in sorted(out_dir.rglob("*")):
+        top = path.relative_to(out_dir).parts[0]
+        if path.is_file() and top not in (*_LOGS, *older) and path.suffix != ".part" and not top.startswith("."):
+            yield path
+
+
+def is_complete(out_dir: str | Path) -> bool:
+    """Whether the stage that wrote a folder has finished."""
+    return (Path(out_dir) / COMPLETE).is_file()
+
+
+def damaged_outputs(out_dir: str | Path) -> list[str]:
+    """One sentence for each file of a finished folder that is missing or is not what the stage wrote.
+
+    An earlier version left COMPLETE empty; nothing is compared then.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    path, remedy = Path(out_dir) / COMPLETE, f"restore it, or remove {out_dir} and run again"
+    if not os.path.getsize(path):
+        return []
+    content = read_json(path, remedy)
+    check_format_version(content, path, remedy)
+    sentences = []
+    with damage_as_user_error(path, remedy):
+        for name, written in content["files"].items():
+            file = path.parent / name
+            seen = _seen(file) if file.is_file() else None
+            if seen is None:
+                sentences.append(f"{file} is missing, although its stage has finished: {remedy}.")
+            elif seen.get("bytes") != written.get("bytes"):
+                sizes = f"{seen['bytes']:,} bytes, but its stage wrote {written['bytes']:,}"
+                sentences.append(f"{file} has {sizes}: {remedy}.")
+            elif seen != written:
+                sentences.append(f"{file} has another content than its stage wrote: {remedy}.")
+    return sentences

@@ -1,0 +1,81 @@
+"""Measures students in training on held-out text, and records the step with the lowest loss.
+
+out_dir/best.json   step and heldout_loss of the lowest; text: what was measured; measured: loss by step
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.distill.trainer import Trainer
+from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.build import Model
+from minitron_mcore.parallel import process_groups
+from minitron_mcore.reading import damage_as_user_error, read_json
+
+BEST = "best.json"
+
+
+def losses(out_dir: Path, text: dict[str, Any] | None = None) -> dict[int, float]:
+    """Measured losses by step, in ascending order; none if they are of another `text` (None: any).
+
+    Raises:
+        UserError: a damaged best.json.
+    """
+    path = out_dir / BEST
+    if not path.is_file():
+        return {}
+    record = read_json(path, "remove it")
+    with damage_as_user_error(path, "remove it"):
+        same = text is None or record["text"] == text
+        return {int(n): float(loss) for n, loss in record["measured"].items()} if same else {}
+
+
+class HeldOutText(Protocol):
+    """Held-out text (`evaluation.heldout.HeldOut`)."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Identifies the text and its windows, JSON-ready: losses of equal identity can be compared."""
+
+    def loss(self, model: Model, arch: Architecture) -> float:
+        """Nats a token of a sharded model (collective)."""
+
+
+class HeldOutLosses:
+    """The measurements of one student, in out_dir/best.json."""
+
+    def __init__(self, text: HeldOutText, out_dir: Path, step: int):
+        """Read those of the run that this one resumes after `step` (collective).
+
+        Raises:
+            UserError: a damaged best.json.
+        """
+        self.text, self.path, self.losses = text, out_dir / BEST, {}
+        with process_groups.raise_on_all_ranks():
+            if process_groups.rank() == 0:
+                earlier = losses(out_dir, text.identity)
+                self.losses = {n: loss for n, loss in earlier.items() if n <= step}
+
+    def measure(self, trainer: Trainer) -> tuple[float, bool]:
+        """Loss of the student after this step in nats a token, and whether it is the lowest so far; from rank 0 (collective)."""
+        trainer.gather_weights()
+        loss = self.text.loss(trainer.model, trainer.arch)
+        outcome = [(loss, process_groups.rank() == 0 and self._record(trainer.step, loss))]
+        dist.broadcast_object_list(outcome, src=0)
+        return outcome[0]
+
+    def _record(self, step: int, loss: float) -> bool:
+        """Write best.json (rank 0); whether the loss is the lowest."""
+        is_lowest = math.isfinite(loss) and all(loss < other for other in self.losses.values())
+        process_groups.log(f"held-out loss after step {step}: {loss:.4f}{' (the lowest)' if is_lowest else ''}")
+        if math.isfinite(loss):
+            self.losses[step] = loss
+            lowest = min(self.losses, key=self.losses.__getitem__)
+            record = {"step": lowest, "heldout_loss": self.losses[lowest], "text": self.text.identity}
+            run_folder.replace_text(self.path, json.dumps(record | {"measured": self.losses}))
+        return is_lowest

@@ -1,0 +1,114 @@
+"""Held-out loss during training: a failure means that measuring changes what is learned, or that the loss is another one."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.cli import dry_run
+from minitron_mcore.config.settings import (
+    DataConfig,
+    Dtype,
+    EvaluateConfig,
+    HiddenStateLossConfig,
+    ParallelConfig,
+    PruneConfig,
+)
+from minitron_mcore.config.stages import EvaluateRun, Run
+from minitron_mcore.testing import on_ranks
+from tests.helpers import training
+from tests.helpers.cutting import ONE, export, write_family
+from tests.helpers.launching import composed, word_tokenizer, words
+from tests.helpers.text_files import write_jsonl
+
+CONFIG = dataclasses.replace(training.CONFIG, steps=5, hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]]))
+MEASURED = dataclasses.replace(CONFIG, eval_every=2)
+LAYOUTS = {
+    "dp2": (2, ParallelConfig()),
+    "pp2_virtual2": (2, ParallelConfig(pipeline=2, virtual=2)),
+    "cp2_tp2_sp": (4, ParallelConfig(context=2, tensor=2, sequence=True)),
+}
+FIGURES = ("kd_loss", "lm_loss", "states_loss", "teacher_entropy", "grad_norm", "lr")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A student, its teacher and text with their tokenizer."""
+    at = tmp_path_factory.mktemp("heldout")
+    write_family(at, {"student": PruneConfig(hidden=24, ffn=18)}, tied=True)
+    word_tokenizer(at / "tokenizer")
+    write_jsonl(at / "a.jsonl", [words(30, seed) for seed in range(9)])
+    write_jsonl(at / "b.jsonl", [words(50, 77)])
+    return at
+
+
+def settings(at) -> dict:
+    data = DataConfig(heldout=[f"{at}/a.jsonl", f"{at}/b.jsonl"], tokenizer=f"{at}/tokenizer")
+    return {"data": data, "evaluate": EvaluateConfig(sequence_length=16, micro_batch=3), "dtype": Dtype.fp32}
+
+
+def train(at, parallel, out_dir):
+    """Histories: without held-out text, with it, and with it in two parts; the last checkpoint's loss as evaluate finds it."""
+    from minitron_mcore.evaluation import perplexity
+    from minitron_mcore.evaluation.heldout import HeldOut
+
+    pair = at / "student", at / "teacher"
+    text = HeldOut(Run(**settings(at)), open_checkpoint(pair[0]))
+    plain = training.distill(*pair, CONFIG, parallel, out_dir / "plain")
+    measured = training.distill(*pair, MEASURED, parallel, out_dir / "measured", heldout=text)
+    half = dataclasses.replace(MEASURED, stop_after=3)
+    parts = training.distill(*pair, half, parallel, out_dir / "parts", heldout=text)
+    parts += training.distill(*pair, MEASURED, parallel, out_dir / "parts", True, heldout=text)
+    run = EvaluateRun(**settings(at), parallel=parallel, source=str(out_dir / "measured"))
+    rows = perplexity.evaluate_run(*perplexity.open_model(run), run)
+    return plain, measured, parts, sum(r["loss"] * r["tokens"] for r in rows) / sum(r["tokens"] for r in rows)
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """Held-out losses by step on one process."""
+    out_dir = tmp_path_factory.mktemp("alone")
+    measured = on_ranks(train, 1, ONE, folder, ONE, out_dir)[0][1]
+    return {row["step"]: row["heldout_loss"] for row in measured if "heldout_loss" in row}
+
+
+@pytest.mark.default_cases("pp2_virtual2")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_bit_equal_and_the_lowest_loss_is_kept(tmp_path, folder, alone, layout):
+    world, parallel = LAYOUTS[layout]
+    assert list(alone) == [2, 4, 5] and len(set(alone.values())) == 3
+    for plain, measured, parts, last in on_ranks(train, world, parallel, folder, parallel, tmp_path):
+        assert len(plain) == len(measured) == len(parts) == CONFIG.steps
+        for a, b, c in zip(plain, measured, parts, strict=True):
+            assert all(a[key] == b[key] == c[key] for key in FIGURES), (a, b, c)
+            assert "heldout_loss" not in a and b.get("heldout_loss") == c.get("heldout_loss")
+        losses = {row["step"]: row["heldout_loss"] for row in measured if "heldout_loss" in row}
+        assert losses.keys() == alone.keys() and last == losses[5]
+        assert all(math.isclose(losses[step], alone[step], rel_tol=2e-5) for step in losses)
+    a, b = (export(tmp_path / name, tmp_path / f"{name}_hf") for name in ("plain", "measured"))
+    assert all(torch.equal(a[key], weight) for key, weight in b.items())
+    for name in ("measured", "parts"):
+        best = json.loads((tmp_path / name / "best.json").read_text())
+        lowest = min(losses, key=losses.get)
+        assert (best["step"], best["heldout_loss"]) == (lowest, losses[lowest])
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert {row["step"]: row["heldout_loss"] for row in lines if "heldout_loss" in row} == losses
+
+
+def test_what_cannot_be_measured_is_refused_before_work_starts():
+    """Of distillation and correction, by their dry run."""
+    overrides = [
+        "parallel=cp2",
+        "dry.memory=999",
+        "data.heldout=[]",
+        "evaluate.sequence_length=1023",
+        "evaluate.max_windows=0",
+    ]
+    for stage in ("distill", "correct"):
+        problems = dry_run.plan(composed(stage, "+model=llama31_8b", *overrides, f"{stage}.eval_every=0"))["problems"]
+        for part in ("eval_every is 0", "data.heldout is empty", "multiple of 4 tokens: give 1024", "max_windows is 0"):
+            assert any(part in problem for problem in problems), (part, problems)
+        assert not dry_run.plan(composed(stage, "+model=llama31_8b", *overrides))["problems"]
