@@ -236,7 +236,6 @@ class Trainer:
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": count / seconds,
-            **self.saver.figures(),
             "student_tflops": 3 * flops.forward_flops(self.arch, length) * count / seconds / 1e12,
             "teacher_tflops": flops.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
             if isinstance(self.teacher, Teacher)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from minitron_mcore.checkpoint import disk, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import pipeline
+from minitron_mcore.config import identity
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
     DataConfig,
@@ -291,8 +292,11 @@ def losses_drawn(folder: Path) -> None:
     plots.plot_losses({"run": folder / "run" / "metrics.jsonl"}, folder / "losses.png")
 
 
+PLAN = PlanRun(out_dir="o", work_dir="w", source="s", scores="s")
+
+
 def piped(folder: Path) -> None:
-    step = pipeline.Step("plan", [], PlanRun(out_dir=str(folder), work_dir="w", source="s", scores="s"))
+    step = pipeline.Step("plan", [], replace(PLAN, out_dir=str(folder)))
     pipeline.is_finished(step)
     refuse(pipeline._problems(step))
 
@@ -364,6 +368,6 @@ def make(base: Path) -> None:
     shutil.copytree(base / "text", base / "ordered")
     token_files(base / "ordered")
     (base / "piped").mkdir()
-    shutil.copy(base / "delivery" / "run" / "config.yaml", base / "piped" / "config.yaml")
+    (base / "piped" / "config.yaml").write_text(yaml.safe_dump(identity.resolved(PLAN)))
     stage_record.record_inputs(base / "piped", stage_record.inputs({"source": "s", "scores": "s"}))
     run_folder.finish(base / "piped")
