@@ -11,7 +11,7 @@ from minitron_mcore.config.stages import ImportanceRun
 @entry("importance")
 def main(config: ImportanceRun) -> None:
     from minitron_mcore.checkpoint import claim, run_folder
-    from minitron_mcore.data import datasets
+    from minitron_mcore.data import datasets, token_cache, token_files
     from minitron_mcore.errors import refuse
     from minitron_mcore.importance import checks, scores
     from minitron_mcore.importance.collector import score
@@ -23,13 +23,14 @@ def main(config: ImportanceRun) -> None:
         source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
         refuse(checks.problems(source.arch, settings, process_groups.dp_group().size()))
         with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
-            prefixes, _ = datasets.prepare(config.data, source.hf, source.arch.vocab)
+            prefixes, _ = token_cache.prepare(config.data, source.hf, source.arch.vocab)
             tokens, mask = datasets.calibration(
                 prefixes,
                 vocab_size=source.arch.vocab,
                 sequence_length=settings.sequence_length,
                 num_samples=settings.samples,
                 seed=config.data.seed,
+                share=token_files.split_share(config.data.split, "train"),
                 whole_documents=settings.whole_documents,
             )
             model = run_folder.build_model(source, config.parallel, config.dtype.value)

@@ -16,7 +16,7 @@ from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
-from minitron_mcore.data import datasets
+from minitron_mcore.data import blend, datasets, token_cache
 from minitron_mcore.distill import cache, checks, tile_sizes
 from minitron_mcore.distill.teacher import read_head
 from minitron_mcore.errors import UserError, refuse
@@ -34,17 +34,14 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
     """Write the cache of `teacher` into `config.out_dir`, or resume a stopped run (collective).
 
     Raises:
-        UserError: see `checks.cache_problems`, `checks.document_problems`, `datasets.prepare` and
+        UserError: see `checks.cache_problems`, `checks.document_problems`, `token_cache.prepare` and
             `claim.claim_run_folder`; a folder with a cache of another teacher or text.
     """
     refuse(checks.cache_problems(config, teacher.arch))
     refuse(checks.document_problems(config.data, tuning.available_kernels()))
     with claim.claim_run_folder(config.out_dir, resolved(config)):
-        prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
-        data = config.data
-        order = datasets.SampleOrder(
-            prefixes, weights, data.seed, config.sequence_length, config.samples, data.document_mask
-        )
+        prefixes, weights = token_cache.prepare(config.data, teacher.hf, teacher.arch.vocab)
+        order = datasets.SampleOrder.of(config.data, prefixes, weights, config.sequence_length, config.samples)
         writer = CacheWriter(config, teacher, order.digest())
         samples = datasets.Samples(order, config.data.cache, teacher.arch.vocab)
         with stop_signal.at_stop_points(), hang_watchdog.phase(Phase.step, lambda: "the teacher's pass"):
@@ -75,7 +72,7 @@ class CacheWriter:
             "file_samples": config.file_samples,
             "sequence_length": config.sequence_length,
             "order": order,
-            "data": config.data.train,
+            "data": blend.train_entries(config.data.train, config.data.splits_file),
             "seed": config.data.seed,
             "teacher": run_folder.identity(teacher),
             "architecture": arch.to_json(),
@@ -180,7 +177,7 @@ class CacheWriter:
     def _outputs(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """Tensors [F, S, ...] of a file with these samples, on the rank that writes it; empty elsewhere (collective)."""
         size = self.config.micro_batch
-        batches = [dataset.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+        batches = [datasets.to_device(dataset.batch(rows[at : at + size])) for at in range(0, len(rows), size)]
         parts: list[dict[str, Tensor]] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:

@@ -15,7 +15,7 @@ from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import resolved, run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
-from minitron_mcore.data import datasets
+from minitron_mcore.data import blend, datasets, token_cache
 from minitron_mcore.distill import checks, heldout, loop, vocabulary
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.heldout import HeldOutText
@@ -47,7 +47,7 @@ def train(
         heldout_text: measured every `settings.eval_every` steps.
 
     Raises:
-        UserError: see `check_run`, `datasets.prepare`, `Cache.check` and `claim.claim_run_folder`.
+        UserError: see `check_run`, `token_cache.prepare`, `Cache.check` and `claim.claim_run_folder`.
         Stopped: on all ranks, after a signal; all students are saved.
     """
     config, first = configs[0], students[0]
@@ -57,8 +57,11 @@ def train(
         resumed = [claims.enter_context(folder) for folder in folders]
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
-        prefixes, weights = datasets.prepare(config.data, first.hf, vocab)
-        text = {"files": config.data.train, "hash": datasets.data_hash(prefixes)}
+        prefixes, weights = token_cache.prepare(config.data, first.hf, vocab)
+        text = {
+            "files": blend.train_entries(config.data.train, config.data.splits_file),
+            "hash": datasets.data_hash(prefixes),
+        }
         if isinstance(teacher, Cache):
             teacher.check(prefixes, weights, config.data, settings.steps * settings.global_batch)
         trainers: dict[Path, Trainer] = {}
@@ -148,7 +151,7 @@ def _describe(
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, identity: dict, text: dict) -> str:
     """A hash of everything that determines a trained model: the same for all paths, layouts and intervals."""
     kind = {key: teacher.index[key] for key in ("kind", "top_k", "dtype")} if isinstance(teacher, Cache) else None
-    weights = datasets.parse_blend(text["files"])[1]
+    weights = blend.parse_blend(text["files"])[1]
     inputs = [student.fingerprint, teacher and teacher.fingerprint, kind, identity, weights, text["hash"]]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 

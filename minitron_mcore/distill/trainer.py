@@ -162,7 +162,7 @@ class Trainer:
         num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
         count = self.teacher.cache.index["samples"] if cached else num_samples
-        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count, data.document_mask)
+        order = datasets.SampleOrder.of(data, prefixes, weights, config.sequence_length, count)
         return datasets.train_batches(
             datasets.Samples(order, data.cache, self.vocab),
             micro_batch_size=config.micro_batch,
@@ -171,6 +171,7 @@ class Trainer:
             consumed_samples=self.step * config.global_batch,
             dp_rank=dp.rank(),
             dp_size=dp.size(),
+            prefetch=data.prefetch,
         )
 
     def train_step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None = None) -> dict[str, float]:

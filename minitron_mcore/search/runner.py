@@ -93,7 +93,7 @@ class SearchRunner:
             latency.check(source.arch, self.search.speed)
         refuse(ranges.text_files("data.heldout", config.data.heldout))
         if self.search.best:
-            refuse(ranges.text_files("data.train", config.data.train))
+            refuse(ranges.text_files("data.train", config.data.splits_file or config.data.train))
         self.heldout = HeldOut(config, source)
         with process_groups.raise_on_all_ranks():
             self.reader = streaming.Reader(source)
