@@ -13,7 +13,7 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 @entry("tokenize_text")
 def main(config: TokenizeTextRun) -> None:
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import claim
     from minitron_mcore.data.corpus import Corpus
     from minitron_mcore.reporting import tables
 
@@ -22,9 +22,9 @@ def main(config: TokenizeTextRun) -> None:
     corpus = Corpus(config)
     if config.dry_run:
         return tables.table("files to tokenise", corpus.rows(), [f"{corpus.processes} processes"])
-    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
+    with claim.claim_run_folder(config.out_dir, resolved(config)):
         rows = corpus.tokenize()
-    run_folder.finish(config.out_dir)
+    claim.finish(config.out_dir)
     tables.table(
         "tokens", rows, ["seconds: of all processes together", f"train on them: data.train=[{config.out_dir}]"]
     )

@@ -1,8 +1,6 @@
 """One student's training step: megatron-core's schedule, DDP, optimizer and learning-rate schedule around the distillation
 loss."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -343,9 +341,3 @@ def _wait_for_weights(model: build.Model, chunks: Sequence[DistributedDataParall
         training.wait_for_head(chunks[-1], model.chunks[-1].decoder.final_norm, model.head())
     if chunks[0].ddp_config.align_param_gather:
         model.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
-
-
-def fingerprint(student: Checkpoint, teacher: Checkpoint | None, config: dict, data: str) -> str:
-    """A hash of everything that determines a distilled model."""
-    inputs = [student.fingerprint, teacher.fingerprint if teacher else None, config, data]
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from minitron_mcore.checkpoint import disk, run_folder, stage_record, streaming
+from minitron_mcore.checkpoint import claim, disk, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import pipeline
 from minitron_mcore.config import identity
@@ -60,7 +60,7 @@ def write_models(base: Path) -> None:
     text_files.write_tokenizer(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Card\n")
     hf_convert.import_folder(folder, base / "convert", ONE)
-    run_folder.finish(base / "convert")
+    claim.finish(base / "convert")
     shutil.copytree(folder, base / "shards")
     (base / "shards" / "model.safetensors").unlink()
     index = {"metadata": {"total_size": 1}, "weight_map": {}}
@@ -177,7 +177,7 @@ def sharded(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    with run_folder.claim_run_folder(folder, RUN, resume=True):
+    with claim.claim_run_folder(folder, RUN):
         resumed_trainer = trainer(BASE / "convert")
         resumed_trainer.resume(folder)
         MetricsWriter(folder, resumed_trainer.step, LogConfig()).close()
@@ -370,4 +370,4 @@ def make(base: Path) -> None:
     (base / "piped").mkdir()
     (base / "piped" / "config.yaml").write_text(yaml.safe_dump(identity.resolved(PLAN)))
     stage_record.record_inputs(base / "piped", stage_record.inputs({"source": "s", "scores": "s"}))
-    run_folder.finish(base / "piped")
+    claim.finish(base / "piped")
