@@ -130,6 +130,8 @@ class StepSave(Save):
     ):
         """Collective. See `Save`."""
         self.step = steps.Step(step, steps.part_folder(out_dir, step).with_suffix(""))
+        if process_groups.rank() == 0:
+            steps.remove_leftovers(out_dir)  # they may be what fills the disk
         pieces = dict_list_map_outplace(_split_into_pieces, state)
         super().__init__(steps.part_folder(out_dir, step), pieces, name, make, copy_bytes)
 

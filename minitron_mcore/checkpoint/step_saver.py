@@ -22,7 +22,8 @@ class StepSaver:
         self.config, on_cuda = config, process_groups.device().type == "cuda"
         self.background = on_cuda if config.async_save is None else config.async_save
         self._save: saving.StepSave | None = None
-        self._waited, self._bytes = 0.0, 0
+        self._waited_for_save = self._waited = 0.0
+        self._bytes = 0
 
     def begin(self, out_dir: Path, step: int, state: dict, gradient_bytes: int) -> None:
         """Finish the previous save, then write a sharded state dict, or copy it and write it until `finish` (collective).
@@ -59,9 +60,10 @@ class StepSaver:
             process_groups.barrier()
         self._bytes += save.size
         process_groups.log(
-            f"saved step {save.step.number}: {save.size / 1e9:.3g} GB in {time.monotonic() - save.start:.1f} s, of which training "
-            f"waited {self._waited:.1f} s"
+            f"saved step {save.step.number}: {save.size / 1e9:.3g} GB in {time.monotonic() - save.start:.1f} s; training "
+            f"waited {self._waited_for_save:.1f} s"
         )
+        self._waited_for_save = 0.0
 
     def figures(self) -> dict[str, float]:
         """For how long training has waited for saves since the last call, and the bytes that were published (on rank 0)."""
@@ -74,7 +76,9 @@ class StepSaver:
         start = time.monotonic()
         with hang_watchdog.phase(Phase.save, lambda: f"the save of step {step}"):
             yield
-        self._waited += time.monotonic() - start
+        seconds = time.monotonic() - start
+        self._waited_for_save += seconds
+        self._waited += seconds
 
     def _remove_old(self, step: steps.Step) -> None:
         """A failure leaves too many steps, which is no reason to end the run."""

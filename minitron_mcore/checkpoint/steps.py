@@ -130,7 +130,7 @@ def removable(
 
 
 def remove_old(step: Step, keep_last: int, keep_every: int | None) -> None:
-    """Remove what `removable` names and unpublished leftovers, after `publish` has returned `step` (one process).
+    """Remove what `removable` names, and leftovers, after `publish` has returned `step` (one process).
 
     A folder gets an unpublished name first, so that a removal that is interrupted leaves no incomplete step.
     """
@@ -138,6 +138,11 @@ def remove_old(step: Step, keep_last: int, keep_every: int | None) -> None:
     by_number = {each.number: each.path for each in published(out_dir)}
     for number in removable(by_number, step.number, keep_last, keep_every, best(out_dir)):
         os.replace(by_number[number], by_number[number].with_suffix(".removed"))
+    remove_leftovers(out_dir)
+
+
+def remove_leftovers(out_dir: str | Path) -> None:
+    """Remove what interrupted saves and removals have left, while no step is written (one process)."""
     for suffix in ("part", "refused", "removed"):
-        for path in out_dir.glob(f"step_*.{suffix}"):
-            shutil.rmtree(path)
+        for path in Path(out_dir).glob(f"step_*.{suffix}"):
+            shutil.rmtree(path, ignore_errors=True)

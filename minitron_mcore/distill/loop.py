@@ -112,7 +112,7 @@ class StudentRun:
             is_lowest = self.measure(figures)
         finally:  # a signal may stop the measurement
             if figures and self.metrics and (trainer.step % config.log_every == 0 or last or "heldout_loss" in figures):
-                self.metrics.write(figures)
+                self.metrics.write(figures | trainer.saver.figures())
         if trainer.step % config.save_every == 0 or last or is_lowest:
             self.save()
         return _progress(figures) + self.heldout_message if figures else ""
