@@ -96,8 +96,8 @@ def run(steps: list[Step], processes: int) -> list[dict[str, Any]]:
 def submit(steps: list[Step], sbatch: str) -> list[dict[str, Any]]:
     """Queue a SLURM job for each stage that is not finished; each starts when the one before has ended with status 0.
 
-    The command `sbatch`, with options and a script, receives the stage's overrides, and in its environment STAGE and, for stages of one process,
-    PROCESSES=1.
+    The command `sbatch`, with options and a script, receives the stage's overrides, and in its environment STAGE and, for stages of
+    one process, PROCESSES=1.
 
     Returns:
         rows of stage, job (None for a finished stage) and folder.
