@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.data import datasets
+from minitron_mcore.data import blend, datasets, token_cache, token_files
 from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
     rows = [texts(40, 1), texts(25, 2)]
     files = [write_jsonl(folder / "a.jsonl", rows[0]), write_jsonl(folder / "b.jsonl.gz", rows[1])]
     cache = str(folder / "cache")
-    return tokenizer, datasets.tokenize(files, load(tokenizer), cache), rows, cache
+    return tokenizer, token_cache.tokenize(files, load(tokenizer), cache), rows, cache
 
 
 def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[dict[str, torch.Tensor]]:
@@ -51,7 +51,7 @@ def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
     whole = tmp_path / "whole.md"
     whole.write_bytes("# cat\r\n\r\n日本\n".encode())
     files = [write_jsonl(tmp_path / "rows.jsonl.gz", [*rows[:2], "", *rows[2:]]), str(whole)]
-    prefixes = datasets.tokenize(files, load(folder), str(tmp_path / "cache"))
+    prefixes = token_cache.tokenize(files, load(folder), str(tmp_path / "cache"))
     for prefix, expected in zip(prefixes, [rows, ["# cat\r\n\r\n日本\n"]], strict=True):
         stored = IndexedDataset(prefix)
         assert stored[0].dtype == np.uint16 and len(stored) == len(expected)
@@ -65,15 +65,15 @@ def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
 def test_tokenized_files_are_kept_and_changed_ones_made_anew(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     file = write_jsonl(tmp_path / "f.jsonl", ["the cat"])
-    first = datasets.tokenize([file, corpus[1][0]], tokenizer, cache)
+    first = token_cache.tokenize([file, corpus[1][0]], tokenizer, cache)
     assert first[1] == corpus[1][0]
     (tmp_path / "elsewhere").mkdir()
     copy = write_jsonl(tmp_path / "elsewhere" / "f.jsonl", ["the cat"])
-    assert datasets.tokenize([copy], tokenizer, cache) == first[:1]
+    assert token_cache.tokenize([copy], tokenizer, cache) == first[:1]
     write_jsonl(tmp_path / "f.jsonl", ["the dog"])
-    assert datasets.tokenize([file], tokenizer, cache) != first[:1]
+    assert token_cache.tokenize([file], tokenizer, cache) != first[:1]
     other = load(write_tokenizer(tmp_path / "other", bos=True))
-    assert datasets.tokenize([copy], other, cache) != first[:1]
+    assert token_cache.tokenize([copy], other, cache) != first[:1]
 
 
 def test_data_hash_names_content_not_place(tmp_path, corpus):
@@ -91,7 +91,7 @@ def test_data_hash_names_content_not_place(tmp_path, corpus):
 
 def test_labels_follow_tokens_and_an_epoch_holds_every_token_once(corpus):
     _, prefixes, _, cache = corpus
-    stream = datasets.TokenStream(prefixes, VOCAB)
+    stream = token_files.TokenStream(prefixes, VOCAB)
     num_samples = (stream.num_tokens - 1) // 16
     seen = batches(prefixes, None, cache, global_batch_size=1, micro_batch_size=1, num_samples=num_samples)
     assert len(seen) == num_samples
@@ -130,21 +130,21 @@ def test_blend_gives_each_file_its_exact_share(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     files = [write_jsonl(tmp_path / f"{c}.jsonl", [f"{c}{c}{c}{c}{c}" * 40] * 3) for c in "QXZ"]
     entries = [f"{w} {file}" for w, file in zip((0.31, 0.58, 0.11), files, strict=True)]
-    paths, weights = datasets.parse_blend(entries)
+    paths, weights = blend.parse_blend(entries)
     assert paths == files and weights == [0.31, 0.58, 0.11]
-    seen = batches(datasets.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
+    seen = batches(token_cache.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
     decode = AutoTokenizer.from_pretrained(corpus[0]).decode
     rows = ["".join(decode(row)) for batch in seen for row in batch["tokens"]]
     assert [sum(c in row for row in rows) for c in "QXZ"] == [37, 70, 13]  # of 37.2, 69.6, 13.2
     per_batch = [sum("X" in row for row in rows[i : i + 12]) for i in range(0, 120, 12)]
     assert set(per_batch) <= {6, 7, 8}  # interleaved, not in blocks
-    assert datasets.parse_blend(["0.5.txt", "a b.txt"]) == (["0.5.txt", "a b.txt"], None)
+    assert blend.parse_blend(["0.5.txt", "a b.txt"]) == (["0.5.txt", "a b.txt"], None)
 
 
 def test_tiny_files_without_weights_are_one_pool(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [text]) for i, text in enumerate(texts(30, 3))]
-    seen = batches(datasets.tokenize(files, tokenizer, cache), None, cache)
+    seen = batches(token_cache.tokenize(files, tokenizer, cache), None, cache)
     assert len(seen) == 9 * 6
 
 
@@ -154,7 +154,7 @@ WORLD = dict(global_batch_size=24, num_samples=24 * 3)
 
 def _on_rank(prefixes, cache, files, tokenizer):
     rank, size = process_groups.dp_group().rank(), process_groups.dp_group().size()
-    made = datasets.tokenize(files, load(tokenizer), cache)
+    made = token_cache.tokenize(files, load(tokenizer), cache)
     return made, batches(prefixes, [1.0, 1.0], cache, rank, size, **WORLD), datasets.calibration(prefixes, **DRAWN)
 
 
@@ -173,7 +173,7 @@ def test_ranks_of_a_world_read_what_one_process_reads(corpus, tmp_path, parallel
 
 def _refusal(file, tokenizer, cache) -> str | None:
     try:
-        datasets.tokenize([file], load(tokenizer), cache)
+        token_cache.tokenize([file], load(tokenizer), cache)
     except UserError as error:
         return str(error)
 
@@ -188,7 +188,7 @@ def test_a_mistake_on_rank_0_is_everyones(corpus, tmp_path):
 
 def test_calibration_draws_windows_without_repetition(corpus):
     _, prefixes, _, _ = corpus
-    stream = datasets.TokenStream(prefixes, VOCAB)
+    stream = token_files.TokenStream(prefixes, VOCAB)
     flat = stream.tokens(0, stream.num_tokens)
     expected = np.concatenate([document.copy() for prefix in prefixes for document in IndexedDataset(prefix)])
     assert np.array_equal(flat, expected)
@@ -225,7 +225,7 @@ def test_bad_input_is_one_sentence(tmp_path, corpus):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(UserError, match=match):
-            datasets.tokenize([str(path)], loaded, cache)
+            token_cache.tokenize([str(path)], loaded, cache)
 
     refused("a.pdf", b"x", "no known kind")
     refused("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2")
@@ -238,10 +238,10 @@ def test_bad_input_is_one_sentence(tmp_path, corpus):
     refused("h.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "is it complete")
     refused("i.jsonl.gz", b'{"text": "x"}', "is it complete")
     with pytest.raises(UserError, match="neither a file"):
-        datasets.tokenize([str(tmp_path / "absent.txt")], loaded, cache)
+        token_cache.tokenize([str(tmp_path / "absent.txt")], loaded, cache)
     for entries, match in ([], "empty"), ([" "], "empty"), (["0.3 a", "b"], "b has weight None"), (["0 a"], "weight 0"):
         with pytest.raises(UserError, match=match):
-            datasets.parse_blend(entries)
+            blend.parse_blend(entries)
     with pytest.raises(UserError, match=r"tokens are fewer than one sample of 100000 \+ 1"):
         batches(prefixes, None, cache, sequence_length=100000)
     with pytest.raises(UserError, match="multiple of 10"):
