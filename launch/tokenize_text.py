@@ -24,9 +24,6 @@ def main(config: TokenizeTextRun) -> None:
         return tables.table("files to tokenise", corpus.rows(), [f"{corpus.processes} processes"])
     with claim.claim_run_folder(config.out_dir, resolved(config)):
         rows = corpus.tokenize()
-        tables.write_json(
-            f"{config.out_dir}/tokens.json", {"tokenizer": corpus.tokenizer.fingerprint.hex(), "files": rows}
-        )
     claim.finish(config.out_dir)
     tables.table(
         "tokens", rows, ["seconds: of all processes together", f"train on them: data.train=[{config.out_dir}]"]

@@ -62,8 +62,8 @@ class Corpus:
     """The files of a tokenize_text stage, checked.
 
     Raises:
-        UserError: no files; one that is missing, of unknown kind or too large, or is no text; files whose pairs have one name; see
-            `expand`, `parts` and `open_tokenizer`.
+        UserError: no files; one that is missing, of unknown kind or too large, or is no text; files whose pairs have one name; an
+            output folder that was made of other content; see `expand`, `parts` and `open_tokenizer`.
     """
 
     def __init__(self, config: TokenizeTextRun, part_bytes: int = PART_BYTES):
@@ -75,6 +75,7 @@ class Corpus:
         vocab = (config.model.architecture or {}).get("vocab")
         self.tokenizer = open_tokenizer(config.data, config.model.hf, vocab)
         self.sources = self._sources(config.files, part_bytes)
+        self.finished = self._finished_rows() if (self.out_dir / TOKENS).is_file() else None
 
     def _sources(self, entries: Sequence[str], part_bytes: int) -> list[Source]:
         paths = [path for entry in entries for path in expand(entry)]
@@ -117,11 +118,10 @@ class Corpus:
         """Write the pairs that are missing; rows for a table, in the order of the files, which are also written to TOKENS.
 
         Raises:
-            UserError: a file is damaged or holds no text (see `documents`); a process was killed. The same command goes on. A
-                finished folder is of other files or of another tokenizer.
+            UserError: a file is damaged or holds no text (see `documents`); a process was killed. The same command goes on.
         """
-        if (self.out_dir / TOKENS).is_file():
-            return self._finished_rows()
+        if self.finished:
+            return self.finished
         unfinished = self.out_dir / UNFINISHED
         for folder in unfinished.glob("*/*.unfinished-*"):  # of a killed run
             shutil.rmtree(folder)

@@ -50,7 +50,8 @@ def corpus(root: Path, out_dir: Path, processes: int, *files: str, part: int = P
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in ("tokens.json", "config.yaml")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +161,11 @@ def test_the_command_and_a_training_on_its_folder(text, tmp_path, expected):
     assert [row["pair"] for row in rows][2:] == ["tokens/in/deep/c_text_document", "tokens/whole_text_document"]
     assert all(row["tokens"] > row["documents"] and row["bytes"] and row["seconds"] > 0 for row in rows)
     made = content(tmp_path / "tokens")
-    assert expected.items() <= made.items() and {*made} - {*expected} == {
-        *("tokens.json", "config.yaml", "inputs.json", ".complete")
-    }
-    assert "already holds this finished run" in fork(tmp_path, "tokenize_text", *command, fails=True)
+    assert expected.items() <= made.items() and {*made} - {*expected} == {"inputs.json", ".complete"}
+    assert "train on them" in fork(tmp_path, "tokenize_text", *command) and content(tmp_path / "tokens") == made
+    os.utime(text / "in/a.jsonl")
+    changed = fork(tmp_path, "tokenize_text", *command, fails=True)
+    assert "error: tokens/tokens.json is of text files or a tokenizer that have changed" in changed
     assert "error: processes is 0; it must be at least 1" in fork(
         tmp_path, "tokenize_text", *command, "processes=0", fails=True
     )

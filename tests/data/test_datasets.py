@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -259,3 +261,63 @@ def test_an_index_that_was_cut_short_is_made_again(corpus, tmp_path):
     half = folder.rename(f"{folder}.unfinished1")
     next(half.glob("*shuffle_index.npy")).write_bytes(b"")
     assert equal(batches(prefixes, None, str(cache)), expected)
+
+
+def test_files_and_lists_of_paths_hash_as_before(corpus):
+    """Numbers that runs have stored: the order of samples, of one pool and of a blend."""
+    _, prefixes, _, _ = corpus
+    first, second = (datasets.SampleOrder(prefixes, weights, 5, 16, 108) for weights in (None, [0.3, 0.7]))
+    assert (first.digest(), second.digest()) == ("a7198bf91e6fe92a", "ee4c08d314b2d880")
+
+
+EPOCHS = dict(global_batch_size=8, seed=5)
+
+
+def _seen(prefixes, cache, count, prefetch):
+    dp = process_groups.dp_group()
+    return batches(prefixes, None, cache, dp.rank(), dp.size(), num_samples=count, prefetch=prefetch, **EPOCHS)
+
+
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(context=2)], ids=["tp2", "pp2", "cp2"]
+)
+@pytest.mark.default_cases("tp2")
+def test_all_layouts_see_the_same_samples_for_two_and_a_half_epochs(corpus, tmp_path, parallel):
+    """Two replicas, whose ranks read ahead, see what one process sees that does not."""
+    _, prefixes, _, _ = corpus
+    epoch = (token_files.TokenStream(prefixes, VOCAB).num_tokens - 1) // 16
+    count = int(2.5 * epoch) // 8 * 8
+    alone = batches(prefixes, None, str(tmp_path), micro_batch_size=8, num_samples=count, **EPOCHS)
+    results = on_ranks(_seen, 4, parallel, prefixes, str(tmp_path), count, 1)
+    replicas = [results[0], results[1 if parallel.pipeline > 1 else 2]]
+    assert sum(any(equal(seen, replica) for replica in replicas) for seen in results) == 4
+    for step, expected in enumerate(alone):
+        parts = [replica[2 * step + m] for m in range(2) for replica in replicas]
+        assert equal([{key: torch.cat([part[key] for part in parts]) for key in expected}], [expected])
+    ids = torch.cat([batch["samples"] for batch in alone])
+    assert torch.equal(ids, torch.arange(count))
+    rows = torch.cat([batch["tokens"] for batch in alone]).tolist()
+    assert rows[:epoch] != rows[epoch : 2 * epoch]  # an epoch has an order of its own
+
+
+def test_samples_read_ahead_are_the_same_and_errors_reach_the_loop(corpus, tmp_path):
+    _, prefixes, _, cache = corpus
+    plain = batches(prefixes, None, cache, prefetch=0)
+    before = threading.active_count()
+    assert equal(plain, batches(prefixes, None, cache, prefetch=2)) and threading.active_count() == before
+    order = datasets.SampleOrder(prefixes, None, 5, 16, 108)
+    samples, read = datasets.Samples(order, cache, VOCAB), []
+    batch = samples.batch
+    samples.batch = lambda rows: (read.append(rows[0]), batch(rows))[1]
+    ahead = datasets.train_batches(samples, micro_batch_size=2, global_batch_size=12, num_samples=108, prefetch=1)
+    next(ahead)
+    deadline = time.monotonic() + 10
+    while len(read) < 7 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert read == list(range(0, 14, 2))  # a step's six, and the one that was taken
+    del ahead  # the loop ends early
+    assert threading.active_count() == before
+    few = datasets.Samples(order, cache, 260)  # rows of the embedding
+    with pytest.raises(UserError, match="the model's embedding has 260 rows"):
+        list(datasets.train_batches(few, micro_batch_size=2, global_batch_size=12, num_samples=108, prefetch=1))
+    assert threading.active_count() == before
