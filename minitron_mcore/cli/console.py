@@ -5,15 +5,20 @@ import re
 import runpy
 import sys
 
-from minitron_mcore.cli import sweep
+from minitron_mcore.cli import compare, status, sweep
 from minitron_mcore.cli.compose import LAUNCH, LAUNCH_FILES
-from minitron_mcore.cli.help import launch_docstring, print_to_reader
+from minitron_mcore.cli.help import launch_docstring, reader_may_end
+from minitron_mcore.errors import UserError
 
+COMMANDS = {"status": status, "compare": compare}
+"""What is no stage: modules with a `main(arguments)`."""
 USAGE = """minitron STAGE [--nproc N] [SETTING=VALUE ...]
 
 {stages}
 
 minitron STAGE --help            settings and config groups of a stage
+minitron status DIR [--json]     what the stages below a folder are doing, from their files
+minitron compare DIR DIR ...     training runs side by side
 minitron STAGE dry_run=true ...  sizes, memory, time and every problem, without weights or GPU
 --nproc N                        N processes of this machine, by torchrun; several machines:
                                  torchrun ... -m minitron_mcore.cli.console STAGE ...
@@ -28,10 +33,18 @@ def main() -> None:
     stages = _stages()
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, stages))
-        return print_to_reader(
-            USAGE.format(stages="\n".join(f"  {name:{width}}  {line}" for name, line in stages.items()))
-        )
+        with reader_may_end():
+            print(USAGE.format(stages="\n".join(f"  {name:{width}}  {line}" for name, line in stages.items())))
+        return
     stage, *overrides = arguments
+    if stage in COMMANDS:
+        try:
+            with reader_may_end():
+                COMMANDS[stage].main(overrides)
+        except UserError as error:
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()))
+            sys.exit(error.exit_status)
+        return
     if stage not in stages:
         sys.exit(f"error: {stage} is no stage: give one of {', '.join(stages)}.")
     processes, overrides = _processes(overrides)
@@ -47,8 +60,10 @@ def main() -> None:
 
 
 def _stages() -> dict[str, str]:
-    """The first line of each launch file's docstring, stages of the pipeline first and in its order."""
-    return {name: launch_docstring(name).partition("\n")[0] for name in (*LAUNCH_FILES, "demo")}
+    """The first line of each launch file's docstring, stages of the pipeline first and in its order; then `COMMANDS`."""
+    docstrings = {name: launch_docstring(name) for name in (*LAUNCH_FILES, "demo")}
+    docstrings |= {name: module.__doc__ or "" for name, module in COMMANDS.items()}
+    return {name: text.partition("\n")[0] for name, text in docstrings.items()}
 
 
 def _processes(arguments: list[str]) -> tuple[str | None, list[str]]:

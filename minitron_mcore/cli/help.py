@@ -1,6 +1,7 @@
 """The settings of a stage and their descriptions, as `--help` and docs/configuration.md show them."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -30,10 +31,12 @@ class Setting(NamedTuple):
     text: str
 
 
-def print_to_reader(text: str) -> None:
-    """Print a text whose reader, such as `head`, may end before all is written."""
+@contextlib.contextmanager
+def reader_may_end() -> Iterator[None]:
+    """A block that prints to a reader, such as `head`, which may end before all is written."""
     try:
-        print(text, flush=True)
+        yield
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 

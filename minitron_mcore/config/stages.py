@@ -34,6 +34,8 @@ class RecipeConfig:
     """Checkpoint to prune: the converted model or, in a chain, the previous recipe's student."""
     teacher: str = MISSING
     """Checkpoint of the teacher: the source, the corrected source or, in a chain, the first recipe's teacher."""
+    scores: str = MISSING
+    """Folder of the importance stage that plan and search read."""
     parameters: int | None = None
     """Number of parameters that the plan must reach exactly; null accepts any."""
     without_embeddings: int | None = None
@@ -281,6 +283,19 @@ class SearchRun(ScoredRun):
     reads = ("data", "distill", "evaluate", "search", "performance", "log")
     teacher: str = changeable(MISSING)
     """Checkpoint of the teacher."""
+
+
+@dataclass
+class TokenizeTextRun(StageRun):
+    """Tokenisation of text files into Megatron's .bin/.idx pairs."""
+
+    reads = ("data",)
+    files: list[str] = field(default_factory=list)
+    """Text files, folders of them, and patterns (/data/*.jsonl.gz)."""
+    column: str = "text"
+    """Key of a .jsonl line, or column of a parquet file, that holds the text."""
+    processes: int | None = changeable(None)
+    """Processes that tokenise; null starts one for each core. The result does not depend on it."""
 
 
 @dataclass

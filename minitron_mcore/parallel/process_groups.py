@@ -80,6 +80,26 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise UserError(first[1] if len(set(errors)) == 1 else f"rank {first[0]}: {first[1]}")
 
 
+def on_rank_0[T](work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 while the other ranks wait. All ranks return its result or raise its UserError (collective)."""
+    if not dist.is_initialized():
+        return work()
+    # A separate group, because the work, such as tokenisation, can exceed the default group's timeout.
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    outcome: list[Any] = [None, None]  # result, message
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except (UserError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
+    dist.destroy_process_group(group)
+    result: T = outcome[0]
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return result
+
+
 @contextlib.contextmanager
 def distributed_context(
     parallel: ParallelConfig,
@@ -111,36 +131,23 @@ def distributed_context(
 
     Raises:
         UserError: the layout does not fit the world or the sequences (`layout.problems`), a world has no process, or the
-            environment is incomplete (`rendezvous.problems`).
+            environment is incomplete (`rendezvous.problems`); ranks are missing.
     """
-    global _bridge
+    global _bridge, _timeout_minutes
     if store is None:
         rendezvous.read_launcher()
-    processes, this_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    world_size = processes - teacher_ranks
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     refuse(_world_problems((parallel, teacher_parallel or parallel), processes, teacher_ranks, sequence_length))
     if not cpu_backend.is_cpu():
         # SLURM may show each task its own device only.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    if store is None and "RANK" not in os.environ:
-        store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
-    hang, all_ranks = hang or HangConfig(), (this_rank, processes)
-    minutes = timeout_minutes or max(dataclasses.astuple(hang)) + 2
-    timeout, both_worlds = datetime.timedelta(minutes=minutes), None
-    if teacher_ranks:
-        both_worlds = store = store or next(dist.rendezvous("env://"))[0]
-        _bridge = Bridge(dist.PrefixStore("bridge", store), this_rank, world_size, processes, timeout)
-        if _bridge.is_teacher:
-            parallel, this_rank, world_size = teacher_parallel or parallel, this_rank - world_size, teacher_ranks
-        store = dist.PrefixStore(f"world {_bridge.is_teacher}", store)
-    # No device_id: with it NCCL would create a communicator for each of megatron-core's groups at once; most stay unused.
-    dist.init_process_group(
-        "gloo" if cpu_backend.is_cpu() else "nccl", store=store, rank=this_rank, world_size=world_size, timeout=timeout
-    )
+    hang = hang or HangConfig()
+    _timeout_minutes = timeout_minutes or max(dataclasses.astuple(hang)) + 2
+    watched = _join_world(store, processes, teacher_ranks)
     stopped = None
     try:
-        with HangWatchdog(hang, both_worlds or groups.default_store(), *all_ranks):
-            _initialize(parallel, minutes)
+        with HangWatchdog(hang, watched, int(os.environ.get("RANK", 0)), processes):
+            _initialize(teacher_parallel or parallel if _bridge and _bridge.is_teacher else parallel)
             model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
             try:
                 yield
@@ -159,6 +166,39 @@ def distributed_context(
     dist.destroy_process_group()
     if stopped:
         raise stopped
+
+
+_timeout_minutes = 62.0  # of collectives
+
+
+def _join_world(store: Any, processes: int, teacher_ranks: int) -> Any:
+    """Initialize torch.distributed, and the bridge where there are teacher ranks; the store of all processes (collective).
+
+    Raises:
+        UserError: ranks are missing.
+    """
+    global _bridge
+    rank, timeout = int(os.environ.get("RANK", 0)), datetime.timedelta(minutes=_timeout_minutes)
+    world_rank, world_size, own_store = rank, processes - teacher_ranks, store
+    try:
+        if store is None and "RANK" not in os.environ:
+            store = own_store = dist.FileStore(tempfile.mktemp(prefix="minitron-"), world_size)
+        if teacher_ranks:
+            store = store or next(dist.rendezvous("env://", timeout=timeout))[0]
+            _bridge = Bridge(dist.PrefixStore("bridge", store), rank, world_size, processes, timeout)
+            if _bridge.is_teacher:
+                world_rank, world_size = rank - world_size, teacher_ranks
+            own_store = dist.PrefixStore(f"world {_bridge.is_teacher}", store)
+        # No device_id: with it NCCL would create a communicator for each of megatron-core's groups at once; most stay unused.
+        backend = "gloo" if cpu_backend.is_cpu() else "nccl"
+        dist.init_process_group(backend, store=own_store, rank=world_rank, world_size=world_size, timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(
+            f"rank {rank} did not find the other {processes - 1} ranks at {where} within {_timeout_minutes:g} minutes "
+            f"({str(error).splitlines()[0]}): start all of them, with an address that every node can reach."
+        ) from None
+    return store or groups.default_store()
 
 
 def stage_context(
@@ -192,7 +232,7 @@ def _world_problems(
         yield from (f"distill.teacher_parallel: {problem}" for problem in wrong)
 
 
-def _initialize(parallel: ParallelConfig, minutes: float = 62.0) -> None:
+def _initialize(parallel: ParallelConfig) -> None:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -200,7 +240,7 @@ def _initialize(parallel: ParallelConfig, minutes: float = 62.0) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,  # an expert is whole on the ranks that hold it
-        distributed_timeout_minutes=minutes,
+        distributed_timeout_minutes=_timeout_minutes,
     )
 
 
@@ -319,16 +359,19 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return every
 
 
-def prefetch[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
-    """Run jobs in threads, ahead of the consumer, and yield their results in order; at most `threads` + 1 results exist.
+def prefetch[T](jobs: Iterable[Callable[[], T]], threads: int = 4, ahead: int | None = None) -> Iterator[T]:
+    """Run jobs in threads, ahead of the consumer, and yield their results in order; at most `ahead` + 1 results exist.
 
-    More threads than cores are useful, since jobs also wait for the disk.
+    An exception of a job is raised in place of its result. More threads than cores are useful, since jobs also wait for the disk.
+
+    Args:
+        ahead: None: `threads`.
     """
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[Future[T]] = collections.deque()
         for job in jobs:
             waiting.append(pool.submit(job))
-            if len(waiting) > threads:
+            if len(waiting) > (ahead or threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

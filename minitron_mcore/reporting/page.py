@@ -35,10 +35,15 @@ def write(work_dir: str | Path, html: str | Path) -> list[dict]:
     work_dir, html = Path(work_dir), Path(html)
     check(html)
     report = collect(work_dir)
-    html.parent.mkdir(parents=True, exist_ok=True)
-    text = render(work_dir, report).encode("utf-8", "replace").decode()  # JSON may contain unpaired surrogates
-    run_folder.replace_text(html, text)
+    save(work_dir, report, html)
     return contents(report)
+
+
+def save(folder: Path, report: list[Section], html: Path) -> None:
+    """Write the page of a report on `folder`."""
+    html.parent.mkdir(parents=True, exist_ok=True)
+    text = render(folder, report).encode("utf-8", "replace").decode()  # JSON may contain unpaired surrogates
+    run_folder.replace_text(html, text)
 
 
 def check(html: Path) -> None:

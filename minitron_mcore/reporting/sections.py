@@ -84,6 +84,7 @@ def sections(folders: dict[str, list[Path]]) -> list[Section]:
         _section("Depth", "The model without some of its blocks.", depth, _depth),
         _section("Search", "Architectures within a budget.", search, _search),
         _section("Training", "Losses of each training run.", training, _training),
+        comparisons(folders["comparison"]),
         _lineage(folders, scores, plans),
     ]
     return [section for section in built if section.parts]
@@ -289,6 +290,20 @@ def _training(folder: Path, _: None) -> Part:
         [Table("Steps, evenly spaced over the run.", rows)],
         pictures(folder, {"losses.png": (caption, f"Loss curves: {changes}.")}),
     )
+
+
+def comparisons(folders: list[Path]) -> Section:
+    """The section on the folders that `minitron compare` wrote."""
+    sources = ((folder, read_json(folder / KINDS["comparison"])) for folder in folders)
+    return _section("Comparison", "Training runs side by side.", sources, _comparison)
+
+
+def _comparison(folder: Path, record: dict) -> Part:
+    rows = record["runs"]
+    text = "Settings, inputs and sizes in which the runs differ; last losses in nats per token."
+    caption = "Losses in nats per token and learning rate of the runs against tokens."
+    alt = "Loss curves of the runs; their last losses are in the table."
+    return Part(folder.name, tables=[Table(text, rows)], pictures=pictures(folder, {"losses.png": (caption, alt)}))
 
 
 def _lineage(folders: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]) -> Section:

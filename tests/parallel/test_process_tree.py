@@ -44,7 +44,10 @@ def descendants_gone(root: subprocess.Popen, ready, number: int, seconds: float)
     tree = psutil.Process(root.pid).children(recursive=True)
     root.send_signal(number)
     _, alive = psutil.wait_procs([process for process in tree if "python" in process.name()], seconds)
-    assert not alive, [process.cmdline() for process in alive]
+    names = [" ".join(process.cmdline()) for process in alive]
+    for process in alive:
+        process.kill()
+    assert not names
     return root.wait(seconds)
 
 
