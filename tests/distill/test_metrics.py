@@ -31,7 +31,7 @@ def train_with_a_slow_rank(folder: Path, out_dir: Path, log: LogConfig, config) 
     student, dp = open_checkpoint(folder), process_groups.dp_group()
     trainer = Trainer(student, None, config, ParallelConfig(), "fp32")
     if (out_dir / "model.json").is_file():
-        trainer.resume(open_checkpoint(out_dir))
+        trainer.resume(out_dir)
     run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
 
     def batches():
