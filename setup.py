@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "eval": ["lm-eval"],
+        "data": ["pyarrow"],  # parquet files and .jsonl.zst
         "slurm": ["hydra-submitit-launcher"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],
@@ -51,6 +52,7 @@ setup(
             "mkdocs-material",
             "mypy",
             "nvidia-modelopt",
+            "pyarrow",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",  # two workers use two cores well, as tests wait for their ranks

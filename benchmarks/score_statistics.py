@@ -71,7 +71,7 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
     import torch.distributed as dist
 
     from minitron_mcore.checkpoint.streaming import Reader
-    from minitron_mcore.data import datasets
+    from minitron_mcore.data import datasets, token_cache
     from minitron_mcore.data.tokenizer import open_tokenizer
     from minitron_mcore.evaluation import perplexity
     from minitron_mcore.importance.collector import collect_importance
@@ -83,7 +83,7 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
 
     source, config = run_folder.open_checkpoint(RUN / "convert"), DataConfig([str(text)], cache=str(RUN / "cache"))
     arch, dp = source.arch, process_groups.dp_group()
-    prefixes, _ = datasets.prepare(config, teacher, arch.vocab)
+    prefixes, _ = token_cache.prepare(config, teacher, arch.vocab)
     tokens, _ = datasets.calibration(
         prefixes, vocab_size=arch.vocab, sequence_length=effort.length, num_samples=effort.samples, seed=config.seed
     )

@@ -80,7 +80,7 @@ def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]
 
 def prepare(text: str) -> Tensor:
     """Write the student and the caches; one micro-batch of the text."""
-    from minitron_mcore.data import datasets
+    from minitron_mcore.data import datasets, token_cache
     from minitron_mcore.distill import cache_writer
     from minitron_mcore.importance.collector import score
     from minitron_mcore.pruning import apply
@@ -88,7 +88,7 @@ def prepare(text: str) -> Tensor:
 
     torch.set_num_threads(os.cpu_count())
     source, config = run_folder.open_checkpoint(RUN / "convert"), DataConfig([text], cache=str(RUN / "cache"))
-    prefixes, _ = datasets.prepare(config, source.hf, source.arch.vocab)
+    prefixes, _ = token_cache.prepare(config, source.hf, source.arch.vocab)
     shape = dict(vocab_size=source.arch.vocab, sequence_length=SETTINGS.sequence_length)
     if not steps.published(RUN / "student"):
         tokens, mask = datasets.calibration(prefixes, num_samples=16, seed=1, **shape)
@@ -106,7 +106,7 @@ def prepare(text: str) -> Tensor:
 
 def step_seconds(text: str, repetitions: int) -> dict[str, list[float]]:
     """Of each teacher, the first step of each left out."""
-    from minitron_mcore.data import datasets
+    from minitron_mcore.data import token_cache
     from minitron_mcore.distill import cache
     from minitron_mcore.distill.trainer import Trainer
 
@@ -117,7 +117,7 @@ def step_seconds(text: str, repetitions: int) -> dict[str, list[float]]:
     runs = {}
     for name, folder in folders.items():
         trainer = Trainer(student, cache.open_teacher(folder), replace(SETTINGS), ONE, "bf16")
-        prefixes, weights = datasets.prepare(config, student.hf, student.arch.vocab)
+        prefixes, weights = token_cache.prepare(config, student.hf, student.arch.vocab)
         runs[name] = trainer, trainer.train_batches(config, prefixes, weights)
     seconds = {name: [] for name in runs}
     for _ in range(repetitions + 1):

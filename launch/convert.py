@@ -11,7 +11,7 @@ from minitron_mcore.config.stages import ConvertRun
 
 @entry("convert")
 def main(config: ConvertRun) -> None:
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import claim
     from minitron_mcore.formats import hf_convert, sources
     from minitron_mcore.models import architecture, build, parameter_table
     from minitron_mcore.parallel import process_groups
@@ -21,10 +21,10 @@ def main(config: ConvertRun) -> None:
     with process_groups.stage_context(config):
         model, dtype = config.model, build.DTYPES[config.dtype.value]
         with (
-            run_folder.claim_run_folder(config.out_dir, resolved(config)),
+            claim.new_run_folder(config.out_dir, resolved(config)) as new,
             sources.open_source(model.hf, model.weights or model.hf, dtype) as (folder, weights),
         ):
-            arch = hf_convert.import_folder(folder, config.out_dir, config.parallel, wanted, weights)
+            arch = hf_convert.import_folder(folder, new, config.parallel, wanted, weights)
         tables.table(
             "converted",
             [

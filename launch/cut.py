@@ -11,7 +11,7 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 @entry("cut")
 def main(config: CutRun) -> None:
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import claim
     from minitron_mcore.export import model_card
     from minitron_mcore.pruning import apply
     from minitron_mcore.pruning.plan import load_plan
@@ -20,9 +20,9 @@ def main(config: CutRun) -> None:
     if not is_rank_zero():
         return
     plan, folder = load_plan(config.plan), config.model.hf
-    with run_folder.claim_run_folder(config.out_dir, resolved(config)):
-        apply.cut_folder(folder, plan, config.out_dir, config.dtype.value)
-        loaded = model_card.complete_folder(model_card.cut_origin(folder, plan, config.out_dir), config.out_dir)
+    with claim.new_run_folder(config.out_dir, resolved(config)) as new:
+        apply.cut_folder(folder, plan, new, config.dtype.value)
+        loaded = model_card.complete_folder(model_card.cut_origin(folder, plan, config.out_dir), new)
     tables.table(
         "cut", plan.summary(), [f"folder: {config.out_dir}, {config.dtype.value}", f"transformers loads it: {loaded}"]
     )

@@ -11,20 +11,18 @@ from minitron_mcore.config.stages import EvaluateRun
 
 @entry("evaluate")
 def main(config: EvaluateRun) -> None:
-    from pathlib import Path
-
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import claim
     from minitron_mcore.evaluation import perplexity
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.reporting import tables
 
     with process_groups.stage_context(config, config.evaluate.sequence_length):
         model, tokenizer = perplexity.open_model(config)
-        with run_folder.claim_run_folder(config.out_dir, resolved(config)):
+        with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
             rows = perplexity.evaluate_run(model, tokenizer, config)
             if process_groups.rank() == 0:
                 tables.write_json(
-                    Path(config.out_dir) / "evaluation.json",
+                    folder / "evaluation.json",
                     {"source": config.source, "parameters": model.parameters, "files": rows},
                 )
         tables.table(f"evaluation of {config.source}", rows, [f"figures: {config.out_dir}/evaluation.json"])

@@ -15,7 +15,7 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 @entry("export")
 def main(config: ExportRun) -> None:
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import claim, run_folder
     from minitron_mcore.export import model_card
     from minitron_mcore.formats import hf_convert, megatron_gpt
     from minitron_mcore.models import architecture
@@ -27,16 +27,16 @@ def main(config: ExportRun) -> None:
         options = config.parallel, dtype, config.names.value, config.vocab_multiple
         with (
             process_groups.stage_context(config),
-            run_folder.claim_run_folder(config.out_dir, resolved(config)),
+            claim.new_run_folder(config.out_dir, resolved(config)) as folder,
         ):
-            parameters = megatron_gpt.export_folder(source, config.out_dir, *options)
+            parameters = megatron_gpt.export_folder(source, folder, *options)
     elif not is_rank_zero():
         return
     else:
         architecture.check_exportable(source.arch)
-        with run_folder.claim_run_folder(config.out_dir, resolved(config)):
-            parameters = hf_convert.export_folder(source, config.out_dir, dtype)
-            loaded = model_card.complete_folder(model_card.checkpoint_origin(source), config.out_dir)
+        with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
+            parameters = hf_convert.export_folder(source, folder, dtype)
+            loaded = model_card.complete_folder(model_card.checkpoint_origin(source), folder)
         process_groups.log(f"transformers loads {config.out_dir}: {loaded}")
     tables.table("exported", [{"parameters": parameters, "dtype": dtype, "folder": config.out_dir}])
 

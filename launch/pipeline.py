@@ -22,12 +22,13 @@ def main(config: PipelineRun) -> None:
     if config.dry_run:
         processes = [] if config.dry.gpus else [f"dry.gpus={config.processes}"]
         return dry_run.run(*(step.run for step in pipeline.plan(config, [*overrides, *processes])))
+    steps = pipeline.plan(config, overrides)
     if config.submit:
-        rows = pipeline.submit(config, overrides)
+        rows = pipeline.submit(steps, config.submit)
         return tables.table(
             f"jobs of {config.work_dir}", rows, [f"minitron status {config.work_dir} shows how far they are"]
         )
-    rows, path = pipeline.run(config, overrides), f"{config.work_dir}/report.html"
+    rows, path = pipeline.run(steps, config.processes), f"{config.work_dir}/report.html"
 
     from minitron_mcore.reporting import page  # imports torch, which the stages' processes have left by now
 

@@ -13,9 +13,7 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 @entry("plan")
 def main(config: PlanRun) -> None:
-    from pathlib import Path
-
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import claim, run_folder
     from minitron_mcore.depth import study
     from minitron_mcore.importance.scores import load_scores
     from minitron_mcore.models import architecture, build
@@ -34,9 +32,9 @@ def main(config: PlanRun) -> None:
     build.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:
         architecture.check_exportable(plan.target)
-    with run_folder.claim_run_folder(config.out_dir, resolved(config)):
-        run_folder.replace_text(Path(config.out_dir) / plans.FILE, plan.to_json())
-        plots.plot_plan(plan, scores.vectors, f"{config.out_dir}/plan.png")
+    with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
+        run_folder.replace_text(folder / plans.FILE, plan.to_json())
+        plots.plot_plan(plan, scores.vectors, folder / "plan.png")
     tables.table("tensors of the plan", summary.tensors(plan, config.dtype.value))
     files = f"plan: {config.out_dir}/{plans.FILE}; picture: {config.out_dir}/plan.png"
     units = f"bytes are of {config.dtype}; a tensor is in the row of each of its axes"

@@ -10,7 +10,7 @@ from minitron_mcore.config.stages import PruneRun
 
 @entry("prune")
 def main(config: PruneRun) -> None:
-    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.checkpoint import claim, run_folder
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.pruning.apply import prune
     from minitron_mcore.pruning.plan import load_plan
@@ -18,8 +18,8 @@ def main(config: PruneRun) -> None:
 
     with process_groups.stage_context(config):
         source, plan = run_folder.open_checkpoint(config.source), load_plan(config.plan)
-        with run_folder.claim_run_folder(config.out_dir, resolved(config)):
-            prune(source, plan, config.out_dir, config.parallel)
+        with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
+            prune(source, plan, folder, config.parallel)
         tables.table("pruned", plan.summary(), [f"checkpoint: {config.out_dir}"])
 
 

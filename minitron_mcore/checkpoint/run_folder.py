@@ -19,26 +19,21 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 
-from minitron_mcore.checkpoint import disk, safe_metadata, sharded, stage_record, steps
+from minitron_mcore.checkpoint import disk, safe_metadata, sharded, steps
 from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
-from minitron_mcore.checkpoint.stage_record import COMPLETE
-from minitron_mcore.config.identity import differences
-from minitron_mcore.errors import NotFinite, UserError, refuse
+from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
-from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json, read_yaml
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
 
 from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
 
@@ -117,67 +112,6 @@ def _step_name(path: Path, wanted: str) -> str:
         older = [step.path.name for step in found[1:] if not step.problem()]
         raise UserError(f"{problem} " + (f"Or move it away to use {older[0]}." if older else ""))
     return found[0].path.name
-
-
-@contextmanager
-def claim_run_folder(out_dir: str | Path, config: dict, resume: bool = False) -> Iterator[bool]:
-    """Reserve `out_dir` for a run by writing config.yaml (collective if torch.distributed is initialised).
-
-    If the block raises, the folder is removed unless it has a step. An unfinished run of the same config in the folder is
-    removed first, unless `resume`.
-
-    Yields:
-        True if an unfinished run of the same config is to be resumed.
-
-    Raises:
-        UserError: the folder holds another run, a finished run, or other files.
-    """
-    out_dir, resumed = Path(out_dir), [False]
-    with process_groups.raise_on_all_ranks():
-        if process_groups.rank() == 0:
-            resumed = [_claim(out_dir, config, resume)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(resumed, src=0)
-    try:
-        yield resumed[0]
-    except BaseException as error:
-        keep = steps.published(out_dir) or (out_dir / "latest").is_file() or isinstance(error, NotFinite)
-        if process_groups.rank() == 0 and not keep:
-            shutil.rmtree(out_dir, ignore_errors=True)
-        raise
-    if not resume:
-        finish(out_dir)
-
-
-def finish(out_dir: str | Path) -> None:
-    """Mark a run as finished (rank 0). Resumable runs call this themselves after their last step."""
-    if process_groups.rank() == 0:
-        stage_record.finish(out_dir)
-
-
-def _claim(out_dir: Path, config: dict, resume: bool) -> bool:
-    """Returns True if a run in the folder is to be resumed."""
-    config_file, present = out_dir / "config.yaml", stage_record.inputs(config)
-    files = (path for path in out_dir.glob("*") if path.suffix != ".part")  # another process may be claiming it too
-    if not config_file.is_file() and any(files):
-        raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
-    if config_file.is_file():
-        changes = differences(read_yaml(config_file, f"choose another out_dir, or remove {out_dir}"), config)
-        if changes:
-            raise UserError(
-                f"out_dir {out_dir} already holds another run ({'; '.join(changes)}): give the old values, choose another "
-                "out_dir, or remove it."
-            )
-        if not resume and (out_dir / COMPLETE).is_file():
-            raise UserError(f"out_dir {out_dir} already holds this finished run: choose another out_dir, or remove it.")
-        if resume:
-            refuse(stage_record.changed_inputs(out_dir, present))
-        else:
-            shutil.rmtree(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(config_file, yaml.safe_dump(config, sort_keys=False))
-    stage_record.record_inputs(out_dir, present)
-    return bool(steps.published(out_dir))
 
 
 def describe(

@@ -7,12 +7,13 @@ inputs.json   written when the folder is claimed: path and fingerprint of each i
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitron_mcore.checkpoint import disk, steps
+from minitron_mcore.data import blend
+from minitron_mcore.errors import UserError
 from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
 
 COMPLETE, INPUTS = ".complete", "inputs.json"
@@ -24,7 +25,7 @@ _HASHED_BYTES = 1 << 20
 _FILE_OF = {"scores": "scores.safetensors", "study": "depth.json", "plan": "plan.json"}
 _MODELS = ("source", "student", "teacher")
 _HF_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".gguf")
-_TEXTS = {"depth": ("heldout",), "evaluate": ("heldout",), "search": ("train", "heldout")}
+_TEXTS = {"depth": ("heldout",), "evaluate": ("heldout",), "search": ("train", "heldout"), "tokenizetext": ()}
 """Files of the section `data` that a stage reads; other stages read `train`."""
 _REWRITTEN = ("config.yaml", "model.json")
 """Files whose settings, command and versions change when a finished stage is started again: they must only exist."""
@@ -58,11 +59,26 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
         read["data.tokenizer"] = data["tokenizer"]
     found = {name: Input(str(path), _fingerprint(name, Path(path))) for name, path in read.items()}
     for key in _TEXTS.get(config.get("stage", ""), ("train",)):
-        for number, entry in enumerate(data.get(key) or []):
-            weight, path = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\s+)?(.*)", entry.strip(), re.DOTALL).groups()
-            content = _fingerprint("data", Path(path))
+        entries = data.get(key) or []
+        if key == "train":
+            entries = blend.train_entries(entries, data.get("splits_file"))
+        paths, weights = blend.parse_blend(entries) if entries else ([], None)
+        for number, path in enumerate(paths):
+            content, weight = _text_fingerprint(path), weights and f"{weights[number]:g}"
             found[f"data.{key}[{number}]"] = Input(path, f"{weight} x {content}" if weight and content else content)
     return found
+
+
+def _text_fingerprint(entry: str) -> str | None:
+    """`_fingerprint` of a text file or pair, or of all files of a folder or pattern."""
+    try:
+        files = blend.expand(entry)
+    except UserError:  # the stage that reads the text refuses it
+        return None
+    each = [_fingerprint("data", Path(file)) for file in files]
+    if len(each) == 1 or None in each:
+        return each[0] if len(each) == 1 else None
+    return hashlib.sha256(" ".join(each).encode()).hexdigest()[:16]
 
 
 def _fingerprint(role: str, path: Path) -> str | None:

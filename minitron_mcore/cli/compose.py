@@ -21,6 +21,7 @@ from minitron_mcore.config.stages import (
     PipelineRun,
     ReportRun,
     SearchRun,
+    TokenizeTextRun,
 )
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.reading import first_line
@@ -30,7 +31,13 @@ _HOME = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
 """The folder of conf/ and launch/: the package where a wheel installed it, else the repository."""
 CONF, LAUNCH = _HOME / "conf", _HOME / "launch"
 
-LAUNCH_FILES = STAGES | {"pipeline": PipelineRun, "generate": GenerateRun, "search": SearchRun, "report": ReportRun}
+LAUNCH_FILES = STAGES | {
+    "pipeline": PipelineRun,
+    "tokenize_text": TokenizeTextRun,
+    "generate": GenerateRun,
+    "search": SearchRun,
+    "report": ReportRun,
+}
 
 RENAMED = {
     "distill.states": "distill.hidden_state_loss",

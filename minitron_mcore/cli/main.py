@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from minitron_mcore.cli import help, sweep
 from minitron_mcore.cli.compose import CONF, composition_error, normalize_overrides, resolve
 from minitron_mcore.config import ranges
-from minitron_mcore.config.stages import PipelineRun, ReportRun
+from minitron_mcore.config.stages import PipelineRun, ReportRun, TokenizeTextRun
 from minitron_mcore.errors import Stopped, UserError, refuse
 from minitron_mcore.parallel import process_tree, rendezvous, stop_signal
 
@@ -42,7 +42,8 @@ def entry(stage: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
                 if sweep.is_job():
                     return sweep.run_job(stage)
                 config = resolve(raw)
-                if config.dry_run and not isinstance(config, PipelineRun | ReportRun):  # these two plan themselves
+                if config.dry_run and not isinstance(config, PipelineRun | ReportRun | TokenizeTextRun):
+                    # The others plan themselves.
                     from minitron_mcore.cli import dry_run
 
                     dry_run.run(config)

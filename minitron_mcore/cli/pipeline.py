@@ -70,11 +70,8 @@ def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, t
     return time.monotonic() - start
 
 
-def run(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
-    """Run the stages of a recipe that are not finished.
-
-    Args:
-        overrides: the command line, which all stages receive.
+def run(steps: list[Step], processes: int) -> list[dict[str, Any]]:
+    """Run the stages that are not finished, the sharded ones in `processes` processes.
 
     Returns:
         rows of stage, seconds (None for a stage that was finished before) and folder.
@@ -82,28 +79,25 @@ def run(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: see `check`; a stage that failed or stopped early.
     """
-    steps = plan(config, overrides)
     check(steps)
     rows = []
     for number, step in enumerate(steps, 1):
         seconds = None
         refuse(_problems(step))  # again: earlier stages may have changed the inputs
         if not is_finished(step):
-            processes = 1 if step.name in ONE_PROCESS_STAGES else config.processes
-            seconds = run_stage(
-                step.name, *search_path(), *step.line, processes=processes, number=number, total=len(steps)
-            )
+            count = 1 if step.name in ONE_PROCESS_STAGES else processes
+            seconds = run_stage(step.name, *search_path(), *step.line, processes=count, number=number, total=len(steps))
         if not is_finished(step):
             raise UserError(f"minitron {step.name} stopped before its end: the same command resumes.")
         rows.append({"stage": step.name, "seconds": seconds, "folder": step.run.out_dir})
     return rows
 
 
-def submit(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
+def submit(steps: list[Step], sbatch: str) -> list[dict[str, Any]]:
     """Queue a SLURM job for each stage that is not finished; each starts when the one before has ended with status 0.
 
-    The command of `config.submit` receives the stage's overrides, and in its environment STAGE and, for stages of one process,
-    PROCESSES=1.
+    The command `sbatch`, with options and a script, receives the stage's overrides, and in its environment STAGE and, for stages of
+    one process, PROCESSES=1.
 
     Returns:
         rows of stage, job (None for a finished stage) and folder.
@@ -111,31 +105,35 @@ def submit(config: PipelineRun, overrides: list[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: see `check`; the command fails or prints no job.
     """
-    steps, rows, job = plan(config, overrides), [], None
     check(steps)
-    sbatch, *options = shlex.split(config.submit or "")
+    program, *options = shlex.split(sbatch)
+    rows: list[dict[str, Any]] = []
+    job = None
     for step in steps:
         rows.append({"stage": step.name, "job": None, "folder": step.run.out_dir})
         if is_finished(step):
             continue
         settings = {"STAGE": step.name} | ({"PROCESSES": "1"} if step.name in ONE_PROCESS_STAGES else {})
         after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
-        command = [sbatch, "--parsable", f"--job-name={step.name}", *after, *options, *search_path(), *step.line]
+        command = [program, "--parsable", f"--job-name={step.name}", *after, *options, *search_path(), *step.line]
         print(f"$ {' '.join(f'{key}={value}' for key, value in settings.items())} {shlex.join(command)}", flush=True)
         try:
             done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         except OSError as error:
-            raise UserError(f"{sbatch} cannot be started ({error.strerror}): submit names SLURM's sbatch.") from error
+            raise UserError(f"{program} cannot be started ({error.strerror}): submit names SLURM's sbatch.") from error
         job = done.stdout.strip().partition(";")[0]
         if done.returncode or not job.isdecimal():
             reason = " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
-            raise UserError(f"{sbatch} did not queue {step.name} ({reason}); the jobs before it stay queued.")
+            raise UserError(f"{program} did not queue {step.name} ({reason}); the jobs before it stay queued.")
         rows[-1]["job"] = int(job)
     return rows
 
 
 def plan(config: PipelineRun, overrides: list[str]) -> list[Step]:
     """The stages that a recipe needs, in order.
+
+    Args:
+        overrides: the command line, which all stages receive.
 
     Raises:
         UserError: an unknown stage, or a config that cannot be composed.

@@ -3,10 +3,11 @@
 import dataclasses
 import importlib.util
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from minitron_mcore.config.settings import EvaluateConfig, TrainConfig
-from minitron_mcore.config.stages import EvaluateRun, ExportRun, GenerateRun, Run, SearchRun
+from minitron_mcore.config.settings import DataConfig, EvaluateConfig, TrainConfig
+from minitron_mcore.config.stages import EvaluateRun, ExportRun, GenerateRun, Run, SearchRun, TokenizeTextRun
 
 LARGEST_SEED = 2**32 - 1
 """NumPy's."""
@@ -23,10 +24,14 @@ def problems(config: Run) -> Iterator[str]:
         if not 0 <= seed <= LARGEST_SEED:
             yield f"{name} is {seed}; it must be from 0 to {LARGEST_SEED}."
     yield from at_least(1, {f"data.{name}": getattr(config.data, name) for name in ("line_mb", "file_mb")})
+    yield from not_negative({"data.prefetch": config.data.prefetch})
+    yield from splits(config.data)
     if isinstance(config, EvaluateRun | SearchRun):
         yield from evaluation(config.evaluate)
     if isinstance(config, GenerateRun):
         yield from at_least(1, {"tokens": config.tokens})
+    if isinstance(config, TokenizeTextRun):
+        yield from at_least(1, {"processes": config.processes})
     if isinstance(config, ExportRun):
         yield from at_least(1, {"vocab_multiple": config.vocab_multiple})
     for name in ("wandb", "mlflow"):
@@ -34,6 +39,16 @@ def problems(config: Run) -> Iterator[str]:
             yield f"log.{name} is {value}, but {name} is not installed: pip install minitron_mcore[{name}], or set it to null."
     yield from hang(config)
     yield from dry(config)
+
+
+def splits(data: DataConfig) -> Iterator[str]:
+    """Splits that are no shares, and settings of the text that exclude each other."""
+    share = r"(\d+\.?\d*|\.\d+)"
+    if data.split is not None and not re.fullmatch(rf"{share}(,{share}){{0,2}}", data.split):
+        yield f'data.split is "{data.split}"; it must be up to three numbers, of training, validation and test: "98,2,0".'
+    for name, given in (("train", data.train), ("split", data.split)):
+        if data.splits_file and given:
+            yield f"data.splits_file and data.{name} are both set: give one of them."
 
 
 def dry(config: Run) -> Iterator[str]:

@@ -53,12 +53,19 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Text files: .jsonl or .jsonl.gz (documents under "text"), plain text, or the prefix of a Megatron .bin/.idx pair."""
+    """Text files: .jsonl, .jsonl.gz, .jsonl.zst or .parquet (documents under "text"), plain text, or the prefix of a Megatron
+    .bin/.idx pair."""
 
     train: list[str] = changeable(default_factory=list)
-    """Files for calibration and training; "0.3 path" sets a file's weight in the blend."""
+    """Files, folders and patterns (*.jsonl) for calibration and training; "0.3 path" sets a weight in the blend, as do
+    Megatron-LM's lists [0.3,path,0.7,path]."""
     heldout: list[str] = changeable(default_factory=list)
     """Files for evaluation."""
+    split: str | None = None
+    """Shares of each .bin/.idx pair's documents for training, validation and test, as Megatron-LM's --split 98,2,0; null trains on
+    all documents."""
+    splits_file: str | None = changeable(None)
+    """JSON file of Megatron-LM's --per-split-data-args-path, {"train": [0.3, a, 0.7, b], "valid": [c]}, instead of `train`."""
     tokenizer: str | None = changeable(None)
     """Hugging Face tokenizer folder or sentencepiece .model; null is the checkpoint's own tokenizer."""
     cache: str = changeable("runs/cache")
@@ -72,6 +79,8 @@ class DataConfig:
     """Longest line of a .jsonl or .jsonl.gz file, in MiB; reading it takes some tens of times as much memory."""
     file_mb: int = changeable(1024)
     """Largest plain-text file, which is one document, in MiB; reading it takes some tens of times as much memory."""
+    prefetch: int = changeable(1)
+    """Optimizer steps whose samples a thread reads while the current step is computed; 0 reads them when they are needed."""
 
 
 class Aggregation(StrEnum):

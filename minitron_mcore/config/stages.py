@@ -288,6 +288,19 @@ class SearchRun(ScoredRun):
 
 
 @dataclass
+class TokenizeTextRun(StageRun):
+    """Tokenisation of text files into Megatron's .bin/.idx pairs."""
+
+    reads = ("data",)
+    files: list[str] = field(default_factory=list)
+    """Text files, folders of them, and patterns (/data/*.jsonl.gz)."""
+    column: str = "text"
+    """Key of a .jsonl line, or column of a parquet file, that holds the text."""
+    processes: int | None = changeable(None)
+    """Processes that tokenise; null starts one for each core. The result does not depend on it."""
+
+
+@dataclass
 class PipelineRun(Run):
     """Several stages in order."""
 

@@ -1,18 +1,24 @@
-"""Text files, read one document at a time."""
+"""Text files, read one document at a time, whole or in parts."""
 
+import contextlib
 import gzip
+import io
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from minitron_mcore.config.settings import DataConfig
+from minitron_mcore.data import parquet
+from minitron_mcore.data.optional import optional_import
 from minitron_mcore.errors import UserError
 
-_LINES, _WHOLE = (".jsonl", ".jsonl.gz"), (".txt", ".md", ".py", ".raw")
+_LINES, _WHOLE = (".jsonl", ".jsonl.gz", ".jsonl.zst"), (".txt", ".md", ".py", ".raw")
 _BATCH_CHARS = 2_000_000  # encoding a batch needs about a hundred bytes per token
+_BLOCK = 1 << 20  # bytes
 
 
 class Limits(NamedTuple):
@@ -33,15 +39,36 @@ class Limits(NamedTuple):
         return cls(config.line_mb, config.file_mb)
 
 
+class Part(NamedTuple):
+    """A share of a file's documents: the lines that begin in these bytes of a .jsonl, or these row groups of a parquet file."""
+
+    start: int = 0
+    stop: int | None = None
+    """None: up to the end of the file."""
+
+
+WHOLE_FILE = Part()
+
+
 def is_prefix(path: str) -> bool:
     """Whether `path` is the prefix of a Megatron .bin/.idx pair."""
     return os.path.isfile(f"{path}.bin") and os.path.isfile(f"{path}.idx")
 
 
+def has_documents(path: str) -> bool:
+    """Whether a file's name has the ending of a file with a document on each line or row."""
+    return path.endswith((*_LINES, parquet.SUFFIX))
+
+
+def is_text(path: str) -> bool:
+    """Whether a file's name has the ending of a text file."""
+    return has_documents(path) or path.endswith(_WHOLE)
+
+
 def check_readable(path: str) -> None:
     """
     Raises:
-        UserError: `path` is neither a text file nor the prefix of a .bin/.idx pair.
+        UserError: `path` is neither a text file nor the prefix of a .bin/.idx pair, or its package is not installed.
     """
     if is_prefix(path):
         return
@@ -50,8 +77,11 @@ def check_readable(path: str) -> None:
             raise UserError(f"{path}.{present} is there, but {path}.{missing} is not: a .bin/.idx pair needs both.")
     if not os.path.isfile(path):
         raise UserError(f"{path} is neither a file nor the prefix of a .bin/.idx pair: check the path.")
-    if not path.endswith(_LINES + _WHOLE):
-        raise UserError(f"{path} is of no known kind: text files end in {', '.join(_LINES + _WHOLE)}.")
+    if not is_text(path):
+        known = ", ".join((*_LINES, *_WHOLE, parquet.SUFFIX))
+        raise UserError(f"{path} is of no known kind: text files end in {known}.")
+    if path.endswith(".zst"):
+        optional_import("pyarrow", path)
 
 
 def check_size(path: str, limits: Limits) -> None:
@@ -66,30 +96,80 @@ def check_size(path: str, limits: Limits) -> None:
         )
 
 
-def lines(path: str, line_mb: int) -> Iterator[tuple[int, str, int]]:
-    """The lines of a .jsonl or .jsonl.gz file that are not blank. At most `line_mb` MiB of a line are decompressed.
+def parts(path: str, part_bytes: int, column: str = "text") -> list[Part]:
+    """Split a .jsonl or parquet file into parts of about `part_bytes`. A file of another kind is one part.
+
+    Args:
+        column: of a parquet file, whose uncompressed size counts.
+
+    Raises:
+        UserError: see `parquet.row_group_bytes`.
+    """
+    if path.endswith(".jsonl"):
+        count = math.ceil(os.path.getsize(path) / part_bytes)
+        return [Part(n * part_bytes, (n + 1) * part_bytes) for n in range(count)] or [WHOLE_FILE]
+    if not path.endswith(parquet.SUFFIX):
+        return [WHOLE_FILE]
+    starts, filled = [0], 0
+    for group, size in enumerate(parquet.row_group_bytes(path, column)):
+        if filled and filled + size > part_bytes:
+            starts.append(group)
+            filled = 0
+        filled += size
+    return [Part(*ends) for ends in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _where(path: str, number: int, part: Part) -> str:
+    """A file and a line for a message; `number` counts from the first line of the part."""
+    if part.start:  # the lines that begin before it: the first, and one behind each line end
+        number += 1
+        with open(path, "rb") as file:
+            for start in range(0, part.start - 1, _BLOCK):
+                number += file.read(min(_BLOCK, part.start - 1 - start)).count(b"\n")
+    return f"{path}, line {number}"
+
+
+@contextlib.contextmanager
+def _decompressed(path: str, file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """The content of an opened file."""
+    if path.endswith(".gz"):
+        with gzip.open(file) as content:
+            yield content
+    elif path.endswith(".zst"):
+        yield io.BufferedReader(optional_import("pyarrow", path).CompressedInputStream(file, "zstd"))
+    else:
+        yield file
+
+
+def lines(path: str, line_mb: int, part: Part = WHOLE_FILE) -> Iterator[tuple[int, str, int]]:
+    """The lines of a .jsonl file, compressed or not, that are not blank. At most `line_mb` MiB of a line are decompressed.
 
     Yields:
-        (line number from 1, text, position in the stored file in bytes)
+        (line number from 1 in the part, text, position in the stored file in bytes from the start of the part)
 
     Raises:
         UserError: a longer line, text that is not UTF-8, or a file that cannot be read completely.
     """
     number, limit = 0, line_mb << 20
     try:
-        with open(path, "rb") as file, gzip.open(file) if path.endswith(".gz") else file as content:
-            while line := content.readline(limit + 1):
+        with open(path, "rb") as file, _decompressed(path, file) as content:
+            if part.start:  # the line that begins before the part is read with the part before
+                content.seek(part.start - 1)
+                while (skipped := content.readline(_BLOCK)) and not skipped.endswith(b"\n"):
+                    pass
+            while (part.stop is None or content.tell() < part.stop) and (line := content.readline(limit + 1)):
                 number += 1
                 if len(line) > limit:
                     raise UserError(
-                        f"{path}, line {number} is longer than {line_mb} MiB: shorten it, or raise data.line_mb (it is read into "
-                        "memory as a whole)."
+                        f"{_where(path, number, part)} is longer than {line_mb} MiB: shorten it, or raise data.line_mb (it is "
+                        "read into memory as a whole)."
                     )
                 if line.strip():
                     # A file may begin with a byte order mark.
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8"), file.tell()
+                    encoding = "utf-8-sig" if number == 1 and part.start == 0 else "utf-8"
+                    yield number, line.decode(encoding), file.tell() - part.start
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number} is not UTF-8 text ({error}): write it as UTF-8.") from error
+        raise UserError(f"{_where(path, number, part)} is not UTF-8 text ({error}): write it as UTF-8.") from error
     except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} cannot be read to its end ({error}): is it complete?") from error
 
@@ -109,43 +189,57 @@ def _whole(path: str, limits: Limits) -> Iterator[tuple[str, int]]:
         raise UserError(f"{path} cannot be read to its end ({error}): is it complete?") from error
 
 
-def _each_document(path: str, limits: Limits) -> Iterator[tuple[str, int]]:
-    """(text, position in the stored file in bytes) of each document that is not empty."""
+def _each_document(path: str, limits: Limits, part: Part, key: str) -> Iterator[tuple[str, int]]:
+    """(text, position as in `documents`) of each document that is not empty."""
     if path.endswith(_WHOLE):
         yield from _whole(path, limits)
         return
-    for number, line, position in lines(path, limits.line_mb):
+    if path.endswith(parquet.SUFFIX):
+        yield from parquet.texts(path, key, part.start, part.stop, limits.line_mb)
+        return
+    for number, line, position in lines(path, limits.line_mb, part):
         try:
-            text = json.loads(line)["text"]
+            text = json.loads(line)[key]
             text.encode("utf-8")  # JSON allows lone surrogates, tokenizers do not
         except UnicodeEncodeError as error:
-            raise UserError(f"{path}, line {number} is not UTF-8 text ({error.reason}): write it as UTF-8.") from error
+            raise UserError(
+                f"{_where(path, number, part)} is not UTF-8 text ({error.reason}): write it as UTF-8."
+            ) from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: {error}: write UTF-8 text, as JSON where it is .jsonl.") from error
+            raise UserError(
+                f"{_where(path, number, part)}: {error}: write UTF-8 text, as JSON where it is .jsonl."
+            ) from error
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{path}, line {number}: no string under "text": write one {{"text": ...}} a line.'
+                f'{_where(path, number, part)}: no string under "{key}": write one {{"{key}": ...}} a line.'
             ) from error
         if text:
             yield text, position
 
 
-def documents(path: str, limits: Limits | None = None) -> Iterator[tuple[list[str], int]]:
+def documents(
+    path: str,
+    limits: Limits | None = None,
+    part: Part = WHOLE_FILE,
+    key: str = "text",
+) -> Iterator[tuple[list[str], int]]:
     """Read the documents of a text file in batches of some millions of characters.
 
     Args:
         limits: size limits of a document; None for the defaults.
+        part: share of the file to read (see `parts`).
+        key: of a .jsonl line, or column of a parquet file, that holds the text.
 
     Yields:
-        (texts, position in the stored file in bytes)
+        (texts, position in the stored file in bytes from the start of the part)
 
     Raises:
-        UserError: see `check_readable`; the file is truncated, not UTF-8 or, for .jsonl, a line is not JSON with a string "text";
-            a line or the file exceeds the limits.
+        UserError: see `check_readable`; the file is truncated, not UTF-8 or, for .jsonl, a line is not JSON with a string under
+            `key`; a line or the file exceeds the limits.
     """
     check_readable(path)
     texts, chars, position = [], 0, 0
-    for text, position in _each_document(path, limits or Limits()):
+    for text, position in _each_document(path, limits or Limits(), part, key):
         texts.append(text)
         chars += len(text)
         if chars >= _BATCH_CHARS:

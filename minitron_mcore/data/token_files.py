@@ -4,8 +4,10 @@ An index has a header (34 bytes), the lengths (int32) and offsets in the .bin (i
 (int64), which are sequence numbers from 0 to n.
 """
 
+import functools
 import os
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from minitron_mcore.reading import first_line
 
 cpu_backend.prepare()
 
+from megatron.core.datasets import blended_megatron_dataset_config as splits  # noqa: E402  # isort: skip
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset  # noqa: E402  # isort: skip
 
 _HEADER = struct.Struct("<9sQBQQ")
@@ -85,6 +88,18 @@ def _header(path: str, start: bytes) -> tuple[np.dtype, int, int]:
     return dtype, sequences, documents
 
 
+def index_header(dtype: np.dtype, sequences: int, documents: int) -> bytes:
+    """The first bytes of an index, from the type of the ids and the numbers of sequences and document boundaries."""
+    return _HEADER.pack(_MAGIC, 1, DType.code_from_dtype(dtype.type), sequences, documents)
+
+
+def sequence_lengths(prefix: str) -> np.ndarray:
+    """Tokens of each sequence of a pair, [n] int32, read without a check of the index."""
+    with open(f"{prefix}.idx", "rb") as file:
+        *_, sequences, _ = _HEADER.unpack(file.read(_HEADER.size))
+        return np.fromfile(file, np.int32, sequences)
+
+
 def _check_entries(path: str, dtype: np.dtype, sequences: int, documents: int, stored: int) -> None:
     """Check that lengths and offsets describe `stored` bytes of contiguous sequences, and that boundaries ascend."""
     index = np.memmap(path, mode="r")
@@ -149,3 +164,87 @@ def check_range(ids: np.ndarray, vocab_size: int, prefix: str) -> None:
 def block_starts(size: int) -> list[int]:
     """First bytes of 64 evenly spaced blocks of BLOCK bytes, which cover a file of up to 4 MiB completely."""
     return sorted({max(0, size - BLOCK) * i // 63 for i in range(64)})
+
+
+Share = tuple[float, float]
+"""From and to: documents of a pair, in shares of their number."""
+WHOLE_PAIR: Share = (0.0, 1.0)
+
+
+def split_share(split: str | None, name: str) -> Share:
+    """Share of each pair's documents that belong to a split, as megatron-core computes it.
+
+    Args:
+        split: `data.split`, such as "98,2,0"; None gives all documents to every split.
+        name: "train" or "valid".
+
+    Raises:
+        UserError: the split has no documents.
+    """
+    if split is None:
+        return WHOLE_PAIR
+    matrix = splits.convert_split_vector_to_split_matrix(splits.parse_and_normalize_split(split))
+    if (share := matrix[splits.Split[name].value]) is None:
+        raise UserError(f'data.split is "{split}", which leaves no documents to {name}: give shares, as "98,2,0".')
+    return share
+
+
+class TokenStream:
+    """Concatenation of .bin/.idx pairs, or of a share of each, with the interface of megatron-core's low-level datasets.
+
+    Raises:
+        UserError: a damaged pair, or no document in the share, when it is opened; a token id that is not below
+            `vocab_size`, when it is read.
+    """
+
+    def __init__(self, prefixes: Sequence[str], vocab_size: int, share: Share = WHOLE_PAIR):
+        self.prefixes, self.vocab_size = list(prefixes), vocab_size
+        self.parts = [open_tokens(prefix) for prefix in prefixes]
+        # As megatron-core rounds them in BlendedMegatronDatasetBuilder.
+        ends = [[int(round(end * float(len(part)))) for end in share] for part in self.parts]
+        if not any(last - first for first, last in ends):
+            raise UserError(
+                f"{', '.join(prefixes)}: no document lies between the shares {share[0]:.4g} and {share[1]:.4g} of all documents, "
+                "which data.split gives: give more text or other shares."
+            )
+        self.first_documents = [first for first, _ in ends]
+        self.part_starts = np.cumsum([0, *(last - first for first, last in ends)])
+        lengths = [part.sequence_lengths[first:last] for part, (first, last) in zip(self.parts, ends, strict=True)]
+        self.sequence_lengths = np.concatenate(lengths)
+        self.num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        part = int(np.searchsorted(self.part_starts, document, side="right")) - 1
+        stored = int(document - self.part_starts[part]) + self.first_documents[part]
+        ids = self.parts[part].get(stored, offset, length)
+        check_range(ids, self.vocab_size, self.prefixes[part])
+        return ids
+
+    def check_documents(self) -> None:
+        """
+        Raises:
+            UserError: documents that consist of several sequences, whose boundaries samples do not show.
+        """
+        for prefix, part in zip(self.prefixes, self.parts, strict=True):
+            if (documents := len(part.document_indices) - 1) != len(part):
+                raise UserError(
+                    f"{prefix}.idx has {documents} documents of {len(part)} sequences, but data.document_mask needs one sequence a "
+                    "document: tokenise the text again without splitting sentences, or set it to false."
+                )
+
+    @functools.cached_property
+    def document_starts(self) -> np.ndarray:
+        return np.cumsum(self.sequence_lengths, dtype=np.int64) - self.sequence_lengths
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count of the concatenation, [count] int64."""
+        pieces, document = [], int(np.searchsorted(self.document_starts, start, side="right")) - 1
+        while count:
+            offset = start - int(self.document_starts[document])
+            length = min(count, int(self.sequence_lengths[document]) - offset)
+            pieces.append(self.get(document, offset, length).astype(np.int64))
+            start, count, document = start + length, count - length, document + 1
+        return np.concatenate(pieces)

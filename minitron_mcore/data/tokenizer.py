@@ -53,6 +53,10 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str: ...
 
     @abstractmethod
+    def use_one_thread(self) -> None:
+        """Encode in the calling thread only, in this process from now on."""
+
+    @abstractmethod
     def pieces(self) -> dict[int, str]:
         """The vocabulary: the string of each id."""
 
@@ -102,6 +106,9 @@ class _HuggingFace(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
 
+    def use_one_thread(self) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
     def pieces(self) -> dict[int, str]:
         return {number: piece for piece, number in self.tokenizer.get_vocab().items()}
 
@@ -128,6 +135,7 @@ class _SentencePiece(Tokenizer):
             ) from error
         self.path, self.eos, self.vocab_size = path, self.processor.eos_id(), self.processor.get_piece_size()
         self.start = [self.processor.bos_id()] if starts_with_bos else []
+        self.threads = -1  # one for each core
         if self.eos < 0 or -1 in self.start:
             missing = "EOS to end" if self.eos < 0 else "BOS to begin"
             raise UserError(f"{path} has no {missing} documents with: it was trained without one.")
@@ -137,12 +145,15 @@ class _SentencePiece(Tokenizer):
         with damage_as_user_error(self.path, self.REMEDY):  # pieces need not be UTF-8
             return self.processor.decode(ids)
 
+    def use_one_thread(self) -> None:
+        self.threads = 1
+
     def pieces(self) -> dict[int, str]:
         with damage_as_user_error(self.path, self.REMEDY):
             return {number: self.processor.id_to_piece(number) for number in range(self.vocab_size)}
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [[*self.start, *ids] for ids in self.processor.encode(texts)]
+        return [[*self.start, *ids] for ids in self.processor.encode(texts, num_threads=self.threads)]
 
     def _encode_spans(self, texts: list[str]) -> list[Spans]:
         n = len(self.start)
@@ -246,12 +257,12 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
     return _HuggingFace(tokenizer, path)
 
 
-def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int) -> Tokenizer:
+def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int | None) -> Tokenizer:
     """The tokenizer of a run: `data.tokenizer`, or the one in the model's Hugging Face folder.
 
     Args:
         model: the model's Hugging Face folder.
-        vocab_size: rows of the model's embedding.
+        vocab_size: rows of the model's embedding; None if they are not known.
 
     The tokenizer may have ids without a row in the embedding, such as a padding token. A text that uses one is refused when it is
     read.
@@ -260,7 +271,7 @@ def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int
         UserError: see `load`; the id that ends each document has no row in the embedding.
     """
     tokenizer = load(config.tokenizer or model, model)
-    if tokenizer.eos >= vocab_size:
+    if vocab_size is not None and tokenizer.eos >= vocab_size:
         raise UserError(
             f"The tokenizer {config.tokenizer or model} ends documents with token {tokenizer.eos}, the model's embedding has "
             f"{vocab_size} rows: give the model's own with data.tokenizer=/path."

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.config.identity import differences
 from minitron_mcore.depth.study import FIGURES, Measure
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups, stop_signal
@@ -49,9 +50,10 @@ class PointLog:
             return {}
         remedy = "remove its folder and study again"
         first, *lines = read_json_lines(self.path, remedy) or [{}]
-        if first != subject:
+        if changes := differences(first, subject):
             raise UserError(
-                f"{self.path} has points of another model, text or questions: choose another out_dir, or remove that file."
+                f"{self.path} has points of another model, text or questions ({'; '.join(changes)}): choose another out_dir, "
+                "or remove that file."
             )
         names = FIGURES if has_accuracy else [name for name in FIGURES if name != "accuracy"]
         with damage_as_user_error(self.path, remedy):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint import claim, run_folder
 from minitron_mcore.config import ranges
 from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.settings import DepthMetric
@@ -37,7 +37,7 @@ def run(config: DepthRun) -> None:
 
     Raises:
         UserError: see `study.problems`, `perplexity.windows`, `multiple_choice.read`, `scores.load_scores` and
-            `run_folder.claim_run_folder`.
+            `claim.claim_run_folder`.
     """
     settings = config.depth
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
@@ -49,7 +49,7 @@ def run(config: DepthRun) -> None:
         windows = _windows(config, tokenizer)
         questions = read(settings.choices, settings.limit, Limits.of(config.data)) if settings.choices else []
         cosines = _cosines(config, source)
-    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True), stop_signal.at_stop_points():
+    with claim.claim_run_folder(config.out_dir, resolved(config)), stop_signal.at_stop_points():
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
         scorer = MultipleChoice(model, arch, questions, tokenizer, settings.micro_batch) if questions else None
         points = PointLog(
@@ -85,7 +85,7 @@ def run(config: DepthRun) -> None:
         if process_groups.rank() == 0:
             warnings = study.warnings(chosen, settings.metric, rank, chance, len(questions))
             _write(Path(config.out_dir), results, list(warnings))
-        run_folder.finish(config.out_dir)
+        claim.finish(config.out_dir)
 
 
 def _windows(config: DepthRun, tokenizer: Tokenizer) -> perplexity.Windows:

@@ -135,9 +135,7 @@ class Cache(Checkpoint):
             UserError: another order; a missing or changed file.
         """
         index = self.index
-        order = datasets.SampleOrder(
-            prefixes, weights, data.seed, index["sequence_length"], index["samples"], data.document_mask
-        ).digest()
+        order = datasets.SampleOrder.of(data, prefixes, weights, index["sequence_length"], index["samples"]).digest()
         if order != index["order"]:
             raise UserError(
                 f"the teacher cache {self.folder} is of the samples {index['order']} of {', '.join(index['data'])} with data.seed "

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore.checkpoint import disk, run_folder
+from minitron_mcore.checkpoint import claim, disk, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.config.identity import resolved
+from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import CacheKind, TeacherCacheRun
-from minitron_mcore.data import datasets
+from minitron_mcore.data import blend, datasets, token_cache
 from minitron_mcore.distill import cache, checks, tile_sizes
 from minitron_mcore.distill.teacher import read_head
 from minitron_mcore.errors import UserError, refuse
@@ -24,7 +24,7 @@ from minitron_mcore.models import build, tuning
 from minitron_mcore.parallel import hang_watchdog, process_groups, schedule, stop_signal
 from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import FORMAT_VERSION, check_format_version, read_json
+from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
 from minitron_mcore.reporting import tables
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # isort: skip
@@ -34,22 +34,19 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
     """Write the cache of `teacher` into `config.out_dir`, or resume a stopped run (collective).
 
     Raises:
-        UserError: see `checks.cache_problems`, `checks.document_problems`, `datasets.prepare` and
-            `run_folder.claim_run_folder`; a folder with a cache of another teacher or text.
+        UserError: see `checks.cache_problems`, `checks.document_problems`, `token_cache.prepare` and
+            `claim.claim_run_folder`; a folder with a cache of another teacher or text.
     """
     refuse(checks.cache_problems(config, teacher.arch))
     refuse(checks.document_problems(config.data, tuning.available_kernels()))
-    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
-        prefixes, weights = datasets.prepare(config.data, teacher.hf, teacher.arch.vocab)
-        data = config.data
-        order = datasets.SampleOrder(
-            prefixes, weights, data.seed, config.sequence_length, config.samples, data.document_mask
-        )
+    with claim.claim_run_folder(config.out_dir, resolved(config)):
+        prefixes, weights = token_cache.prepare(config.data, teacher.hf, teacher.arch.vocab)
+        order = datasets.SampleOrder.of(config.data, prefixes, weights, config.sequence_length, config.samples)
         writer = CacheWriter(config, teacher, order.digest())
         samples = datasets.Samples(order, config.data.cache, teacher.arch.vocab)
         with stop_signal.at_stop_points(), hang_watchdog.phase(Phase.step, lambda: "the teacher's pass"):
             rows = writer.run(samples)
-    run_folder.finish(config.out_dir)
+        claim.finish(config.out_dir)
     tables.table(
         f"teacher cache of {teacher.path}",
         rows,
@@ -75,7 +72,7 @@ class CacheWriter:
             "file_samples": config.file_samples,
             "sequence_length": config.sequence_length,
             "order": order,
-            "data": config.data.train,
+            "data": blend.train_entries(config.data.train, config.data.splits_file),
             "seed": config.data.seed,
             "teacher": run_folder.identity(teacher),
             "architecture": arch.to_json(),
@@ -103,15 +100,15 @@ class CacheWriter:
         remedy = "remove the folder, and write the teacher cache again"
         existing = read_json(path, remedy)
         check_format_version(existing, path, remedy)
-        existing["format_version"] = FORMAT_VERSION
         hashes = existing.pop("files", {})
         if not isinstance(hashes, dict):
             raise UserError(f"{path} has {str(hashes)[:40]!r} for files, expected an object: {remedy}.")
-        if existing != {key: value for key, value in index.items() if key != "files"}:
-            raise UserError(
-                f"{self.out_dir} has a cache of another teacher or of other text, from the same command: choose another "
-                "out_dir, or remove that folder."
-            )
+        with damage_as_user_error(path, remedy):
+            if changes := differences(_content(existing), _content(index)):
+                raise UserError(
+                    f"{self.out_dir} has a cache of another teacher or of other text ({'; '.join(changes)}): choose another "
+                    "out_dir, or remove that folder."
+                )
         return sorted(file.name for file in self.out_dir.glob("*.safetensors")), hashes
 
     def _find_pending(self, files: list[str], hashes: dict[str, str]) -> list[int]:
@@ -180,7 +177,7 @@ class CacheWriter:
     def _outputs(self, model: build.Model, dataset, rows: Sequence[int]) -> dict[str, Tensor]:
         """Tensors [F, S, ...] of a file with these samples, on the rank that writes it; empty elsewhere (collective)."""
         size = self.config.micro_batch
-        batches = [dataset.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+        batches = [datasets.to_device(dataset.batch(rows[at : at + size])) for at in range(0, len(rows), size)]
         parts: list[dict[str, Tensor]] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:
@@ -208,6 +205,12 @@ class CacheWriter:
         chunks = [top_k_log_probs(part @ head.t(), self.config.top_k, first, group) for part in flat.split(size)]
         ids, log_probs = (torch.cat(parts).unflatten(0, hidden.shape[:2]) for parts in zip(*chunks, strict=True))
         return cache.pack_top(ids, log_probs, vocab)
+
+
+def _content(index: dict) -> dict:
+    """What an index says of the content of its files, whatever the paths from which it was made."""
+    paths = ("format_version", "data", "lineage", "files", "teacher")
+    return {key: value for key, value in index.items() if key not in paths} | {"model": index["teacher"]["fingerprint"]}
 
 
 def top_k_log_probs(logits: Tensor, k: int, first: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

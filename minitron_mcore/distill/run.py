@@ -2,26 +2,29 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minitron_mcore.checkpoint import lineage, run_folder
+from minitron_mcore.checkpoint import claim, lineage, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import resolved, run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
-from minitron_mcore.data import datasets
+from minitron_mcore.data import blend, datasets, token_cache
 from minitron_mcore.distill import checks, heldout, loop, vocabulary
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.heldout import HeldOutText
-from minitron_mcore.distill.trainer import Trainer, check, fingerprint
+from minitron_mcore.distill.trainer import Trainer, check
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import layer_spec, tuning
 from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
+from minitron_mcore.reading import read_json
 from minitron_mcore.reporting import plots, tables
 
 TEACHER_LOSS_WARN_RATIO = 0.9
@@ -44,18 +47,21 @@ def train(
         heldout_text: measured every `settings.eval_every` steps.
 
     Raises:
-        UserError: see `check_run`, `datasets.prepare`, `Cache.check` and `run_folder.claim_run_folder`.
+        UserError: see `check_run`, `token_cache.prepare`, `Cache.check` and `claim.claim_run_folder`.
         Stopped: on all ranks, after a signal; all students are saved.
     """
     config, first = configs[0], students[0]
     check_run(config, settings, students, teacher)
     with contextlib.ExitStack() as claims:
-        folders = [run_folder.claim_run_folder(each.out_dir, resolved(each), resume=True) for each in configs]
+        folders = [claim.claim_run_folder(each.out_dir, resolved(each)) for each in configs]
         resumed = [claims.enter_context(folder) for folder in folders]
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
-        prefixes, weights = datasets.prepare(config.data, first.hf, vocab)
-        text = {"files": config.data.train, "hash": datasets.data_hash(prefixes)}
+        prefixes, weights = token_cache.prepare(config.data, first.hf, vocab)
+        text = {
+            "files": blend.train_entries(config.data.train, config.data.splits_file),
+            "hash": datasets.data_hash(prefixes),
+        }
         if isinstance(teacher, Cache):
             teacher.check(prefixes, weights, config.data, settings.steps * settings.global_batch)
         trainers: dict[Path, Trainer] = {}
@@ -68,7 +74,7 @@ def train(
             if is_resumed:
                 trainer.resume(Path(each.out_dir))
                 process_groups.log(f"resuming after step {trainer.step} of {each.out_dir}")
-            _describe(each, settings, student, teacher, text)
+            _describe(each, settings, student, teacher, text, is_resumed)
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
         batches = behind.train_batches(config.data, prefixes, weights)
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
@@ -78,7 +84,7 @@ def train(
         is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
             if trainer.step == settings.steps:
-                run_folder.finish(folder)
+                claim.finish(folder)
             _show(folder, student, rows)
         if is_stopped:
             raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
@@ -119,7 +125,12 @@ def _check_teacher_loss(trainer: Trainer, batches: Iterator[Batch], vocab: int) 
 
 
 def _describe(
-    config: StageRun, settings: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, text: dict
+    config: StageRun,
+    settings: DistillConfig,
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    text: dict,
+    is_resumed: bool,
 ) -> None:
     """Write the lineage of the model that will be trained (rank 0)."""
     parents = {"student": run_folder.identity(student), "teacher": teacher and run_folder.identity(teacher)}
@@ -130,8 +141,19 @@ def _describe(
         "ancestry": student.lineage,
         "teacher": teacher and teacher.lineage,
     }
-    name = fingerprint(student, teacher, run_identity(config), text["hash"])
+    if is_resumed:  # kept, since a later version may add settings to the identity
+        name = read_json(Path(config.out_dir) / "model.json", "restore it")["fingerprint"]
+    else:
+        name = fingerprint(student, teacher, run_identity(config), text)
     run_folder.describe(config.out_dir, student.arch, name, parents, student.hf, **details)
+
+
+def fingerprint(student: Checkpoint, teacher: Checkpoint | None, identity: dict, text: dict) -> str:
+    """A hash of everything that determines a trained model: the same for all paths, layouts and intervals."""
+    kind = {key: teacher.index[key] for key in ("kind", "top_k", "dtype")} if isinstance(teacher, Cache) else None
+    weights = blend.parse_blend(text["files"])[1]
+    inputs = [student.fingerprint, teacher and teacher.fingerprint, kind, identity, weights, text["hash"]]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _show(folder: Path, student: Checkpoint, figures: list[dict[str, float]]) -> None:

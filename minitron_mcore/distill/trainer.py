@@ -1,8 +1,6 @@
 """One student's training step: megatron-core's schedule, DDP, optimizer and learning-rate schedule around the distillation
 loss."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -164,7 +162,7 @@ class Trainer:
         num_samples = config.steps * config.global_batch
         cached = isinstance(self.teacher, CachedTeacher)
         count = self.teacher.cache.index["samples"] if cached else num_samples
-        order = datasets.SampleOrder(prefixes, weights, data.seed, config.sequence_length, count, data.document_mask)
+        order = datasets.SampleOrder.of(data, prefixes, weights, config.sequence_length, count)
         return datasets.train_batches(
             datasets.Samples(order, data.cache, self.vocab),
             micro_batch_size=config.micro_batch,
@@ -173,6 +171,7 @@ class Trainer:
             consumed_samples=self.step * config.global_batch,
             dp_rank=dp.rank(),
             dp_size=dp.size(),
+            prefetch=data.prefetch,
         )
 
     def train_step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None = None) -> dict[str, float]:
@@ -342,9 +341,3 @@ def _wait_for_weights(model: build.Model, chunks: Sequence[DistributedDataParall
         training.wait_for_head(chunks[-1], model.chunks[-1].decoder.final_norm, model.head())
     if chunks[0].ddp_config.align_param_gather:
         model.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
-
-
-def fingerprint(student: Checkpoint, teacher: Checkpoint | None, config: dict, data: str) -> str:
-    """A hash of everything that determines a distilled model."""
-    inputs = [student.fingerprint, teacher.fingerprint if teacher else None, config, data]
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

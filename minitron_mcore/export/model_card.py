@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from minitron_mcore.checkpoint import lineage, steps
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
-from minitron_mcore.data.datasets import parse_blend
+from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture

@@ -80,6 +80,26 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise UserError(first[1] if len(set(errors)) == 1 else f"rank {first[0]}: {first[1]}")
 
 
+def on_rank_0[T](work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 while the other ranks wait. All ranks return its result or raise its UserError (collective)."""
+    if not dist.is_initialized():
+        return work()
+    # A separate group, because the work, such as tokenisation, can exceed the default group's timeout.
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    outcome: list[Any] = [None, None]  # result, message
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except (UserError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
+    dist.destroy_process_group(group)
+    result: T = outcome[0]
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return result
+
+
 @contextlib.contextmanager
 def distributed_context(
     parallel: ParallelConfig,
@@ -339,16 +359,19 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return every
 
 
-def prefetch[T](jobs: Iterable[Callable[[], T]], threads: int = 4) -> Iterator[T]:
-    """Run jobs in threads, ahead of the consumer, and yield their results in order; at most `threads` + 1 results exist.
+def prefetch[T](jobs: Iterable[Callable[[], T]], threads: int = 4, ahead: int | None = None) -> Iterator[T]:
+    """Run jobs in threads, ahead of the consumer, and yield their results in order; at most `ahead` + 1 results exist.
 
-    More threads than cores are useful, since jobs also wait for the disk.
+    An exception of a job is raised in place of its result. More threads than cores are useful, since jobs also wait for the disk.
+
+    Args:
+        ahead: None: `threads`.
     """
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[Future[T]] = collections.deque()
         for job in jobs:
             waiting.append(pool.submit(job))
-            if len(waiting) > threads:
+            if len(waiting) > (ahead or threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -45,7 +45,8 @@ def folders(work_dir: str | Path) -> dict[str, list[Path]]:
             f"no folder {work_dir}: give the one that the stages wrote to (work_dir=/path), or name its recipe or model "
             "(+recipe=NAME, +model=NAME)."
         )
-    below = sorted((path for path in work_dir.iterdir() if path.is_dir()), key=lambda path: (_time(path), path.name))
+    finished = (path for path in work_dir.iterdir() if path.is_dir() and path.suffix != ".part")
+    below = sorted(finished, key=lambda path: (_time(path), path.name))
     by_kind = {kind: [path for path in below if (path / file).is_file()] for kind, file in KINDS.items()}
     if not any(by_kind.values()):
         raise UserError(

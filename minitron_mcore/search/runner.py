@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from minitron_mcore.checkpoint import run_folder, streaming
+from minitron_mcore.checkpoint import claim, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config import ranges
 from minitron_mcore.config.identity import resolved
@@ -50,13 +50,15 @@ def run(config: SearchRun) -> None:
     """Run a search or resume an interrupted one (collective).
 
     Raises:
-        UserError: see `SearchRunner`, `run_folder.open_checkpoint`, `scores.load_scores` and `run_folder.claim_run_folder`.
+        UserError: see `SearchRunner`, `run_folder.open_checkpoint`, `scores.load_scores` and `claim.claim_run_folder`.
     """
     source = run_folder.open_checkpoint(config.source, wanted=config.model.architecture)
     has_teacher = config.search.best and config.distill.needs_teacher
     teacher = cache.open_teacher(config.teacher) if has_teacher else None
     runner = SearchRunner(config, source, teacher, load_scores(config.scores, source.arch, source.fingerprint))
-    with run_folder.claim_run_folder(config.out_dir, resolved(config), resume=True):
+    search = config.search
+    share = f"shard{search.shard}of{search.shards}" if search.shards > 1 else ""
+    with claim.claim_run_folder(config.out_dir, resolved(config), share):
         runner.run()
 
 
@@ -91,7 +93,7 @@ class SearchRunner:
             latency.check(source.arch, self.search.speed)
         refuse(ranges.text_files("data.heldout", config.data.heldout))
         if self.search.best:
-            refuse(ranges.text_files("data.train", config.data.train))
+            refuse(ranges.text_files("data.train", config.data.splits_file or config.data.train))
         self.heldout = HeldOut(config, source)
         with process_groups.raise_on_all_ranks():
             self.reader = streaming.Reader(source)
@@ -116,7 +118,7 @@ class SearchRunner:
         trained = sum(row["loss"] is not None for row in collected["candidates"])
         complete = len(measured) == self.total and trained == min(self.search.best, self.total)
         if complete:
-            run_folder.finish(self.out_dir)
+            claim.finish(self.out_dir)
         if process_groups.rank() == 0:
             write(self.out_dir, collected, self.search, self.total, complete)
 
@@ -194,11 +196,11 @@ class SearchRunner:
         """Write a candidate's pruned checkpoint unless it exists; returns its training run (collective)."""
         config, folder = self.config, self.store.folder(candidate)
         pruned = folder / "prune"
-        if not (pruned / run_folder.COMPLETE).is_file():
+        if not stage_record.is_complete(pruned):
             plan = self.store.plan(candidate)
-            identity = {"stage": "prune", "source": config.source, "plan": plan.digest()}
-            with run_folder.claim_run_folder(pruned, identity):
-                apply.prune(self.source, plan, pruned, config.parallel)
+            identity = {"stage": "candidate", "plan": plan.digest()}
+            with claim.new_run_folder(pruned, identity) as new:
+                apply.prune(self.source, plan, new, config.parallel)
         common = {field.name: getattr(config, field.name) for field in fields(Run)}
         run = DistillRun(**common, student=str(pruned), teacher=config.teacher, out_dir=str(folder / "distill"))
         run.distill = distill_settings(config)

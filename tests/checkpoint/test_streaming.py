@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_mcore.checkpoint import disk, steps
-from minitron_mcore.checkpoint.run_folder import claim_run_folder, open_checkpoint
+from minitron_mcore.checkpoint.claim import new_run_folder
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats import hf_convert
@@ -72,8 +73,8 @@ def test_the_direct_way_gives_the_same_files(tmp_path, monkeypatch, tied):
 
 
 def cut(folder, plan, out_dir) -> None:
-    with claim_run_folder(out_dir, {}):
-        apply.cut_folder(folder, plan, out_dir)
+    with new_run_folder(out_dir, {}) as new:
+        apply.cut_folder(folder, plan, new)
 
 
 def test_a_plan_for_another_folder_is_refused(tmp_path):
@@ -88,7 +89,7 @@ def test_a_plan_for_another_folder_is_refused(tmp_path):
         name = "other1" if "seed" in other else "other2"
         with pytest.raises(UserError, match=sentence):
             cut(models.tiny_llama(tmp_path / name, **other), plan, tmp_path / "cut")
-        assert not (tmp_path / "cut").exists()
+        assert not list(tmp_path.glob("cut*"))
     cut(folder, plan, tmp_path / "cut")
     assert (tmp_path / "cut/model.safetensors").is_file()
 

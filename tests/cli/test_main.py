@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from minitron_mcore.checkpoint import steps
-from minitron_mcore.checkpoint.run_folder import claim_run_folder, open_checkpoint
+from minitron_mcore.checkpoint.claim import claim_run_folder, new_run_folder
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import compose
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, save_scores
@@ -32,8 +33,8 @@ def fork_pipeline(cwd, *overrides, fails=False) -> str:
     return fork(cwd, "pipeline", *overrides, fails=fails)
 
 
-def claim(*args, **kwargs) -> None:
-    with claim_run_folder(*args, **kwargs):
+def claim(begin, out_dir, settings) -> None:
+    with begin(out_dir, settings):
         pass
 
 
@@ -137,10 +138,10 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     assert "w5 w6 w" in start(tmp_path, "generate", *generate, processes=2)
     assert (tmp_path / "continuation.txt").read_text().startswith("w5 w6 w")
 
-    with pytest.raises(UserError, match="already holds this finished run"):
-        claim(run / "convert", identity_of("convert", *command))
-    with pytest.raises(UserError, match="already holds another run"):
-        claim(run / "distill", identity_of("distill", *command, "distill.peak_lr=1e-3"), resume=True)
+    with pytest.raises(UserError, match="already holds a finished run"):
+        claim(new_run_folder, run / "convert", identity_of("convert", *command))
+    with pytest.raises(UserError, match="holds another run .distill.peak_lr was 0.0001, is 0.001.: give the old"):
+        claim(claim_run_folder, run / "distill", identity_of("distill", *command, "distill.peak_lr=1e-3"))
     assert steps.published(run / "distill")
     foreign = Scores(random_scores(open_checkpoint(run / "prune").arch).vectors, {"fingerprint": "another"})
     (tmp_path / "foreign").mkdir()

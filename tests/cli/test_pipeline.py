@@ -4,16 +4,22 @@ unnoticed. Folders are those of stages, with small files in them; the slow test 
 import json
 import os
 import shutil
+import signal
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra import initialize_config_dir
 
+from minitron_mcore import testing
 from minitron_mcore.checkpoint import stage_record
+from minitron_mcore.checkpoint import steps as steps_on_disk
 from minitron_mcore.cli import compose, pipeline
 from minitron_mcore.config import identity
 from minitron_mcore.errors import UserError
+from tests.helpers import launching, models
 
 FROM_IMPORTANCE = ["importance", "plan", "prune", "distill", "export"]
 RESULTS = {"importance": "scores.safetensors", "plan": "plan.json", "depth": "depth.json", "export": "config.json"}
@@ -125,8 +131,7 @@ def test_changes_are_refused_by_name_and_copies_are_not(tmp_path, monkeypatch):
     Path("text.jsonl").write_text('{"text": "a"}')
     Path("hf").mkdir()
     Path("hf/config.json").write_text("{}")
-    overrides = ["+recipe=smollm2_100m", "model.hf=hf", "data.train=['0.5 text.jsonl']"]
-    steps = planned(*overrides)
+    steps = planned("+recipe=smollm2_100m", "model.hf=hf", "data.train=['0.5 text.jsonl']")
     stages = finish(steps)
     for number, (change, sentence) in enumerate(CHANGES):
         shutil.copytree(tmp_path, copy := tmp_path.with_name(f"copy {number}"), copy_function=shutil.copyfile)
@@ -140,7 +145,7 @@ def test_changes_are_refused_by_name_and_copies_are_not(tmp_path, monkeypatch):
     for step in steps:
         (Path(step.run.out_dir) / stage_record.INPUTS).unlink()
         (Path(step.run.out_dir) / stage_record.COMPLETE).write_text("")
-    rows = pipeline.run(compose.compose("pipeline", overrides), overrides)
+    rows = pipeline.run(steps, 1)
     assert [row["stage"] for row in rows] == stages and all(row["seconds"] is None for row in rows)
 
 
@@ -173,12 +178,12 @@ def test_slurm_jobs(tmp_path, monkeypatch):
     (tmp_path / "sbatch").write_text(SBATCH)
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    options = ["+recipe=smollm2_100m", "submit=sbatch --nodes 2 job.sh"]
-    config = compose.compose("pipeline", options)
-    finish(pipeline.plan(config, options))
+    steps = planned("+recipe=smollm2_100m", submit := "submit=sbatch --nodes 2 job.sh")
+    sbatch = submit.removeprefix("submit=")
+    finish(steps)
     for folder in ("plan", "distill", "hf"):
         shutil.rmtree(f"runs/smollm2_100m/{folder}")
-    rows = pipeline.submit(config, options)
+    rows = pipeline.submit(steps, sbatch)
     assert {row["stage"]: row["job"] for row in rows if row["job"]} == {"plan": 101, "distill": 102, "export": 103}
     assert Path("jobs").read_text().splitlines() == [
         "plan 1 --parsable --job-name=plan --nodes 2 job.sh +recipe=smollm2_100m",
@@ -189,4 +194,58 @@ def test_slurm_jobs(tmp_path, monkeypatch):
     ]
     monkeypatch.setenv("REFUSE", "distill")
     with pytest.raises(UserError, match=r"sbatch did not queue distill \(no such partition\)"):
-        pipeline.submit(config, options)
+        pipeline.submit(steps, sbatch)
+
+
+def forked(cwd: Path, output: str, command: list[str]) -> None:
+    os.setsid()
+    launching._in_fork(cwd, output, "pipeline", command, 1, None)
+
+
+def killed_when(cwd: Path, command: list[str], reached) -> None:
+    """Start a pipeline, and kill it and all its processes once `reached()`."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        main = testing._processes().Process(target=forked, args=(cwd, output.name, command))
+        main.start()
+        while not reached():
+            assert main.is_alive(), output.read()
+            time.sleep(0.02)
+        os.killpg(main.pid, signal.SIGKILL)
+        main.join()
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_same_command_goes_on(tmp_path):
+    """In a conversion, while importance is scored, and during training, whose finished steps are not repeated."""
+    models.tiny_llama(tmp_path / "hf")
+    launching.word_tokenizer(tmp_path / "hf")
+    (tmp_path / "text.txt").write_text(launching.words(2000, 1))
+    training = dict(steps=6, global_batch=4, sequence_length=16, warmup_steps=1, save_every=1)
+    command = [
+        *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"),
+        *("data.train=[text.txt]", "prune.hidden=24", "importance.samples=8", "importance.sequence_length=16"),
+        *(f"distill.{key}={value}" for key, value in training.items()),
+    ]
+    run = tmp_path / "runs/tiny"
+
+    def begun(stage: str):
+        return lambda: any(run.glob(f"{stage}*/config.yaml"))
+
+    def trained() -> bool:
+        return (run / "distill/step_0000002").is_dir()
+
+    for moment in (begun("convert"), begun("importance"), trained):
+        killed_when(tmp_path, command, moment)
+    newest = steps_on_disk.newest_complete(run / "distill").number
+    output = launching.fork(tmp_path, "pipeline", *command)
+    assert f"resuming after step {newest}" in output and "minitron importance" not in output
+    lines = [json.loads(line) for line in (run / "distill/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    steps = planned(*command)
+    pipeline.check(steps)
+    assert all(map(pipeline.is_finished, steps))
+    (tmp_path / "text.txt").write_text(launching.words(2000, 2))
+    with pytest.raises(
+        UserError, match=r"minitron importance: .*data.train\[0\].*\n.*minitron distill: .*data.train\[0\]"
+    ):
+        pipeline.check(steps)

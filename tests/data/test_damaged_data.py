@@ -11,7 +11,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from minitron_mcore.config.settings import DataConfig, ParallelConfig
-from minitron_mcore.data import datasets, token_files
+from minitron_mcore.data import datasets, token_cache, token_files
 from minitron_mcore.data.text_reader import Limits, documents
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import multiple_choice
@@ -66,8 +66,8 @@ def test_a_damaged_pair_is_refused_by_name_before_work_starts(tmp_path, name):
     file = prefix.with_suffix(f".{suffix}")
     file.write_bytes(change(file.read_bytes()))
     for read in (
-        lambda: datasets.prepare(DataConfig(train=[str(prefix)], cache=str(tmp_path / "cache")), tmp_path, 100),
-        lambda: datasets.TokenStream([str(prefix)], 100),
+        lambda: token_cache.prepare(DataConfig(train=[str(prefix)], cache=str(tmp_path / "cache")), tmp_path, 100),
+        lambda: token_files.TokenStream([str(prefix)], 100),
     ):
         with pytest.raises(UserError, match=rf"{re.escape(str(prefix))}\.idx.*{sentence}") as error:
             read()
@@ -90,7 +90,7 @@ def test_ids_that_no_embedding_has_are_found_anywhere(tmp_path, monkeypatch, row
     monkeypatch.setattr(token_files, "BLOCK", 16)  # the bad one lies beyond the first blocks
     prefix = write_pair(tmp_path / "text", [[1] * 2000, *rows, [1] * 2000], dtype)
     with pytest.raises(UserError, match=sentence):
-        datasets.prepare(DataConfig(train=[str(prefix)], cache=str(tmp_path / "cache")), tmp_path, 7)
+        token_cache.prepare(DataConfig(train=[str(prefix)], cache=str(tmp_path / "cache")), tmp_path, 7)
     with pytest.raises(UserError, match=sentence):
         datasets.calibration([str(prefix)], vocab_size=7, sequence_length=1, num_samples=4002, seed=0)
 
@@ -102,15 +102,15 @@ def test_what_other_writers_make_is_read(tmp_path):
         index = prefix.with_suffix(".idx")
         content = put(index.read_bytes(), 26, "<Q", D + 1)
         index.write_bytes(content[: START + 12 * N] + struct.pack("<q", 0) + content[START + 12 * N :])
-        datasets.prepare(DataConfig(train=[str(prefix)], cache=str(tmp_path / "cache")), tmp_path, 9)
-        stream = datasets.TokenStream([str(prefix)], 9)
+        token_cache.prepare(DataConfig(train=[str(prefix)], cache=str(tmp_path / "cache")), tmp_path, 9)
+        stream = token_files.TokenStream([str(prefix)], 9)
         assert stream.tokens(0, sum(LENGTHS)).tolist() == [n for length in LENGTHS for n in range(length)]
         assert len(IndexedDataset(str(prefix))) == N
 
 
 def _prepare(prefix: str, cache: str) -> str:
     try:
-        datasets.prepare(DataConfig(train=[prefix], cache=cache), "nowhere", 7)
+        token_cache.prepare(DataConfig(train=[prefix], cache=cache), "nowhere", 7)
     except UserError as error:
         return str(error)
     return ""
@@ -126,7 +126,7 @@ def test_half_a_pair_is_named(tmp_path):
     prefix = write_pair(tmp_path / "text")
     prefix.with_suffix(".idx").unlink()
     with pytest.raises(UserError, match=r"text\.bin is there, but .*text\.idx is not"):
-        datasets.tokenize([str(prefix)], None, str(tmp_path / "cache"))
+        token_cache.tokenize([str(prefix)], None, str(tmp_path / "cache"))
 
 
 def refused(path: Path, sentence: str, limits: Limits | None = None) -> None:
@@ -166,7 +166,7 @@ def test_a_file_above_the_limit_is_refused_unread(tmp_path):
         file.truncate(3 << 30)
     refused(path, r"one document of 3,072 MiB, and data\.file_mb is 1024")
     with pytest.raises(UserError, match=r"data\.file_mb is 2"):
-        datasets.tokenize([str(path)], None, str(tmp_path / "cache"), Limits(1, 2))
+        token_cache.tokenize([str(path)], None, str(tmp_path / "cache"), Limits(1, 2))
     with pytest.raises(UserError, match=r"data\.line_mb is 0; it must be at least 1"):
         Limits.of(DataConfig(line_mb=0))
 

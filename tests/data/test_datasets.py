@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.data import datasets
+from minitron_mcore.data import blend, datasets, token_cache, token_files
 from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
@@ -27,7 +29,7 @@ def corpus(tmp_path_factory):
     rows = [texts(40, 1), texts(25, 2)]
     files = [write_jsonl(folder / "a.jsonl", rows[0]), write_jsonl(folder / "b.jsonl.gz", rows[1])]
     cache = str(folder / "cache")
-    return tokenizer, datasets.tokenize(files, load(tokenizer), cache), rows, cache
+    return tokenizer, token_cache.tokenize(files, load(tokenizer), cache), rows, cache
 
 
 def batches(prefixes, weights, cache, dp_rank=0, dp_size=1, **changes) -> list[dict[str, torch.Tensor]]:
@@ -51,7 +53,7 @@ def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
     whole = tmp_path / "whole.md"
     whole.write_bytes("# cat\r\n\r\n日本\n".encode())
     files = [write_jsonl(tmp_path / "rows.jsonl.gz", [*rows[:2], "", *rows[2:]]), str(whole)]
-    prefixes = datasets.tokenize(files, load(folder), str(tmp_path / "cache"))
+    prefixes = token_cache.tokenize(files, load(folder), str(tmp_path / "cache"))
     for prefix, expected in zip(prefixes, [rows, ["# cat\r\n\r\n日本\n"]], strict=True):
         stored = IndexedDataset(prefix)
         assert stored[0].dtype == np.uint16 and len(stored) == len(expected)
@@ -65,15 +67,15 @@ def test_tokenize_keeps_the_text_and_ends_documents_with_eos(tmp_path, bos):
 def test_tokenized_files_are_kept_and_changed_ones_made_anew(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     file = write_jsonl(tmp_path / "f.jsonl", ["the cat"])
-    first = datasets.tokenize([file, corpus[1][0]], tokenizer, cache)
+    first = token_cache.tokenize([file, corpus[1][0]], tokenizer, cache)
     assert first[1] == corpus[1][0]
     (tmp_path / "elsewhere").mkdir()
     copy = write_jsonl(tmp_path / "elsewhere" / "f.jsonl", ["the cat"])
-    assert datasets.tokenize([copy], tokenizer, cache) == first[:1]
+    assert token_cache.tokenize([copy], tokenizer, cache) == first[:1]
     write_jsonl(tmp_path / "f.jsonl", ["the dog"])
-    assert datasets.tokenize([file], tokenizer, cache) != first[:1]
+    assert token_cache.tokenize([file], tokenizer, cache) != first[:1]
     other = load(write_tokenizer(tmp_path / "other", bos=True))
-    assert datasets.tokenize([copy], other, cache) != first[:1]
+    assert token_cache.tokenize([copy], other, cache) != first[:1]
 
 
 def test_data_hash_names_content_not_place(tmp_path, corpus):
@@ -91,7 +93,7 @@ def test_data_hash_names_content_not_place(tmp_path, corpus):
 
 def test_labels_follow_tokens_and_an_epoch_holds_every_token_once(corpus):
     _, prefixes, _, cache = corpus
-    stream = datasets.TokenStream(prefixes, VOCAB)
+    stream = token_files.TokenStream(prefixes, VOCAB)
     num_samples = (stream.num_tokens - 1) // 16
     seen = batches(prefixes, None, cache, global_batch_size=1, micro_batch_size=1, num_samples=num_samples)
     assert len(seen) == num_samples
@@ -130,21 +132,21 @@ def test_blend_gives_each_file_its_exact_share(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     files = [write_jsonl(tmp_path / f"{c}.jsonl", [f"{c}{c}{c}{c}{c}" * 40] * 3) for c in "QXZ"]
     entries = [f"{w} {file}" for w, file in zip((0.31, 0.58, 0.11), files, strict=True)]
-    paths, weights = datasets.parse_blend(entries)
+    paths, weights = blend.parse_blend(entries)
     assert paths == files and weights == [0.31, 0.58, 0.11]
-    seen = batches(datasets.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
+    seen = batches(token_cache.tokenize(paths, tokenizer, cache), weights, cache, num_samples=120)
     decode = AutoTokenizer.from_pretrained(corpus[0]).decode
     rows = ["".join(decode(row)) for batch in seen for row in batch["tokens"]]
     assert [sum(c in row for row in rows) for c in "QXZ"] == [37, 70, 13]  # of 37.2, 69.6, 13.2
     per_batch = [sum("X" in row for row in rows[i : i + 12]) for i in range(0, 120, 12)]
     assert set(per_batch) <= {6, 7, 8}  # interleaved, not in blocks
-    assert datasets.parse_blend(["0.5.txt", "a b.txt"]) == (["0.5.txt", "a b.txt"], None)
+    assert blend.parse_blend(["0.5.txt", "a b.txt"]) == (["0.5.txt", "a b.txt"], None)
 
 
 def test_tiny_files_without_weights_are_one_pool(tmp_path, corpus):
     tokenizer, cache = load(corpus[0]), str(tmp_path / "cache")
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [text]) for i, text in enumerate(texts(30, 3))]
-    seen = batches(datasets.tokenize(files, tokenizer, cache), None, cache)
+    seen = batches(token_cache.tokenize(files, tokenizer, cache), None, cache)
     assert len(seen) == 9 * 6
 
 
@@ -154,7 +156,7 @@ WORLD = dict(global_batch_size=24, num_samples=24 * 3)
 
 def _on_rank(prefixes, cache, files, tokenizer):
     rank, size = process_groups.dp_group().rank(), process_groups.dp_group().size()
-    made = datasets.tokenize(files, load(tokenizer), cache)
+    made = token_cache.tokenize(files, load(tokenizer), cache)
     return made, batches(prefixes, [1.0, 1.0], cache, rank, size, **WORLD), datasets.calibration(prefixes, **DRAWN)
 
 
@@ -173,7 +175,7 @@ def test_ranks_of_a_world_read_what_one_process_reads(corpus, tmp_path, parallel
 
 def _refusal(file, tokenizer, cache) -> str | None:
     try:
-        datasets.tokenize([file], load(tokenizer), cache)
+        token_cache.tokenize([file], load(tokenizer), cache)
     except UserError as error:
         return str(error)
 
@@ -188,7 +190,7 @@ def test_a_mistake_on_rank_0_is_everyones(corpus, tmp_path):
 
 def test_calibration_draws_windows_without_repetition(corpus):
     _, prefixes, _, _ = corpus
-    stream = datasets.TokenStream(prefixes, VOCAB)
+    stream = token_files.TokenStream(prefixes, VOCAB)
     flat = stream.tokens(0, stream.num_tokens)
     expected = np.concatenate([document.copy() for prefix in prefixes for document in IndexedDataset(prefix)])
     assert np.array_equal(flat, expected)
@@ -225,7 +227,7 @@ def test_bad_input_is_one_sentence(tmp_path, corpus):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(UserError, match=match):
-            datasets.tokenize([str(path)], loaded, cache)
+            token_cache.tokenize([str(path)], loaded, cache)
 
     refused("a.pdf", b"x", "no known kind")
     refused("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2")
@@ -238,10 +240,10 @@ def test_bad_input_is_one_sentence(tmp_path, corpus):
     refused("h.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "is it complete")
     refused("i.jsonl.gz", b'{"text": "x"}', "is it complete")
     with pytest.raises(UserError, match="neither a file"):
-        datasets.tokenize([str(tmp_path / "absent.txt")], loaded, cache)
+        token_cache.tokenize([str(tmp_path / "absent.txt")], loaded, cache)
     for entries, match in ([], "empty"), ([" "], "empty"), (["0.3 a", "b"], "b has weight None"), (["0 a"], "weight 0"):
         with pytest.raises(UserError, match=match):
-            datasets.parse_blend(entries)
+            blend.parse_blend(entries)
     with pytest.raises(UserError, match=r"tokens are fewer than one sample of 100000 \+ 1"):
         batches(prefixes, None, cache, sequence_length=100000)
     with pytest.raises(UserError, match="multiple of 10"):
@@ -259,3 +261,63 @@ def test_an_index_that_was_cut_short_is_made_again(corpus, tmp_path):
     half = folder.rename(f"{folder}.unfinished1")
     next(half.glob("*shuffle_index.npy")).write_bytes(b"")
     assert equal(batches(prefixes, None, str(cache)), expected)
+
+
+def test_files_and_lists_of_paths_hash_as_before(corpus):
+    """Numbers that runs have stored: the order of samples, of one pool and of a blend."""
+    _, prefixes, _, _ = corpus
+    first, second = (datasets.SampleOrder(prefixes, weights, 5, 16, 108) for weights in (None, [0.3, 0.7]))
+    assert (first.digest(), second.digest()) == ("a7198bf91e6fe92a", "ee4c08d314b2d880")
+
+
+EPOCHS = dict(global_batch_size=8, seed=5)
+
+
+def _seen(prefixes, cache, count, prefetch):
+    dp = process_groups.dp_group()
+    return batches(prefixes, None, cache, dp.rank(), dp.size(), num_samples=count, prefetch=prefetch, **EPOCHS)
+
+
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(context=2)], ids=["tp2", "pp2", "cp2"]
+)
+@pytest.mark.default_cases("tp2")
+def test_all_layouts_see_the_same_samples_for_two_and_a_half_epochs(corpus, tmp_path, parallel):
+    """Two replicas, whose ranks read ahead, see what one process sees that does not."""
+    _, prefixes, _, _ = corpus
+    epoch = (token_files.TokenStream(prefixes, VOCAB).num_tokens - 1) // 16
+    count = int(2.5 * epoch) // 8 * 8
+    alone = batches(prefixes, None, str(tmp_path), micro_batch_size=8, num_samples=count, **EPOCHS)
+    results = on_ranks(_seen, 4, parallel, prefixes, str(tmp_path), count, 1)
+    replicas = [results[0], results[1 if parallel.pipeline > 1 else 2]]
+    assert sum(any(equal(seen, replica) for replica in replicas) for seen in results) == 4
+    for step, expected in enumerate(alone):
+        parts = [replica[2 * step + m] for m in range(2) for replica in replicas]
+        assert equal([{key: torch.cat([part[key] for part in parts]) for key in expected}], [expected])
+    ids = torch.cat([batch["samples"] for batch in alone])
+    assert torch.equal(ids, torch.arange(count))
+    rows = torch.cat([batch["tokens"] for batch in alone]).tolist()
+    assert rows[:epoch] != rows[epoch : 2 * epoch]  # an epoch has an order of its own
+
+
+def test_samples_read_ahead_are_the_same_and_errors_reach_the_loop(corpus, tmp_path):
+    _, prefixes, _, cache = corpus
+    plain = batches(prefixes, None, cache, prefetch=0)
+    before = threading.active_count()
+    assert equal(plain, batches(prefixes, None, cache, prefetch=2)) and threading.active_count() == before
+    order = datasets.SampleOrder(prefixes, None, 5, 16, 108)
+    samples, read = datasets.Samples(order, cache, VOCAB), []
+    batch = samples.batch
+    samples.batch = lambda rows: (read.append(rows[0]), batch(rows))[1]
+    ahead = datasets.train_batches(samples, micro_batch_size=2, global_batch_size=12, num_samples=108, prefetch=1)
+    next(ahead)
+    deadline = time.monotonic() + 10
+    while len(read) < 7 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert read == list(range(0, 14, 2))  # a step's six, and the one that was taken
+    del ahead  # the loop ends early
+    assert threading.active_count() == before
+    few = datasets.Samples(order, cache, 260)  # rows of the embedding
+    with pytest.raises(UserError, match="the model's embedding has 260 rows"):
+        list(datasets.train_batches(few, micro_batch_size=2, global_batch_size=12, num_samples=108, prefetch=1))
+    assert threading.active_count() == before

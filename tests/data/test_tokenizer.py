@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import generate_merges
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import DataConfig, Dtype, EvaluateConfig, ParallelConfig
 from minitron_mcore.config.stages import EvaluateRun
-from minitron_mcore.data import datasets, token_files
+from minitron_mcore.data import datasets, token_cache, token_files
 from minitron_mcore.data.tokenizer import load, open_tokenizer
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
@@ -152,7 +152,7 @@ def _stages(hf, files, out_dir):
     tiny.import_hf(hf, out_dir / "ckpt", parallel)
     source = open_checkpoint(out_dir / "ckpt")
     files = DataConfig(train=files, heldout=files, cache=str(out_dir / "cache"))
-    prefixes, _ = datasets.prepare(files, source.hf, source.arch.vocab)
+    prefixes, _ = token_cache.prepare(files, source.hf, source.arch.vocab)
     config = EvaluateRun(source=str(source.path), parallel=parallel, data=files, dtype=Dtype.fp32)
     config.evaluate.micro_batch = 1
     model, tokenizer = perplexity.open_model(config)
@@ -178,7 +178,7 @@ def _refusals(spm, folder, file, prefix):
     for tokenizer, files in ((str(spm), [file]), (None, [file]), (None, [prefix])):
         config = DataConfig(train=files, tokenizer=tokenizer, cache=str(folder / "cache"))
         with pytest.raises(UserError) as error:
-            datasets.prepare(config, folder, ROWS)
+            token_cache.prepare(config, folder, ROWS)
         found.append(str(error.value))
     return found
 
@@ -192,7 +192,7 @@ def test_texts_beyond_the_embedding_are_refused_with_both_numbers(spms, tmp_path
     write_tokenizer(tmp_path)
     file = write_jsonl(tmp_path / "text.jsonl", [TEXT])
     readers = [load(spms["llama"], tmp_path), load(tmp_path), load(tmp_path)]
-    (prefix,) = datasets.tokenize([file], readers[1], str(tmp_path / "made"))
+    (prefix,) = token_cache.tokenize([file], readers[1], str(tmp_path / "made"))
     told = on_ranks(_refusals, 2, ParallelConfig(), spms["llama"], tmp_path, file, prefix)
     assert told[0] == told[1]
     for sentence, reader in zip(told[0], readers, strict=True):
@@ -216,8 +216,8 @@ def test_ids_that_no_text_uses_need_no_row(tmp_path):
     rows = max(ids) + 1
     assert rows < free.vocab_size
     config = DataConfig(train=[file], cache=str(tmp_path / "cache"))
-    [prefix], _ = datasets.prepare(config, tmp_path, rows)
-    assert datasets.TokenStream([prefix], rows).tokens(0, len(ids)).tolist() == ids
+    [prefix], _ = token_cache.prepare(config, tmp_path, rows)
+    assert token_files.TokenStream([prefix], rows).tokens(0, len(ids)).tolist() == ids
     fitting = open_tokenizer(config, tmp_path, rows)
     assert fitting.documents([TEXT]) == [ids] and fitting.spans([TEXT])[0].ids == ids
     for read in (fitting.documents, fitting.spans):
@@ -225,7 +225,7 @@ def test_ids_that_no_text_uses_need_no_row(tmp_path):
         with pytest.raises(UserError, match=rf"token {rows - 1} .* embedding {rows - 1} rows"):
             read([TEXT])
     with pytest.raises(UserError, match=f"holds token {rows - 1}"):  # tokenised above, for a model with more rows
-        datasets.prepare(config, tmp_path, rows - 1)
+        token_cache.prepare(config, tmp_path, rows - 1)
     with pytest.raises(UserError, match=f"ends documents with token {free.eos}.* {free.eos} rows"):
         open_tokenizer(config, tmp_path, free.eos)
 
@@ -256,7 +256,7 @@ def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_pa
         builder.add_document(row, [64])
     builder.finalize(f"{prefix}.idx")
     config = DataConfig(train=[prefix], cache=str(tmp_path))
-    datasets.prepare(config, tmp_path / "no_tokenizer_is_needed", 7)
+    token_cache.prepare(config, tmp_path / "no_tokenizer_is_needed", 7)
     drawn = dict(sequence_length=64, num_samples=100, seed=0)
     with pytest.raises(UserError, match="holds token 7, and the model's embedding has 7 rows"):
         datasets.calibration([prefix], vocab_size=7, **drawn)
@@ -270,7 +270,7 @@ def test_ids_that_the_sample_of_a_large_file_misses_are_refused_when_read(tmp_pa
         builder.add_document(row, [64])
     builder.finalize(f"{prefix}.idx")
     with pytest.raises(UserError, match="holds token 9"):
-        datasets.prepare(config, tmp_path, 8)
+        token_cache.prepare(config, tmp_path, 8)
 
 
 def test_bad_tokenizers_are_one_sentence(spms, tmp_path):

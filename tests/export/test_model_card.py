@@ -13,7 +13,7 @@ from minitron_mcore.checkpoint import lineage
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import DataConfig, DistillConfig, ModelConfig, PruneConfig
 from minitron_mcore.config.stages import DistillRun
-from minitron_mcore.data import datasets
+from minitron_mcore.data import datasets, token_cache
 from minitron_mcore.errors import UserError
 from minitron_mcore.export import model_card, transformers_check
 from minitron_mcore.formats import hf_convert
@@ -46,7 +46,7 @@ def train(root: Path) -> str:
     )
     student, teacher = open_checkpoint(config.student), open_checkpoint(config.teacher)
     run.train([config], SETTINGS, [student], teacher)
-    return datasets.data_hash(datasets.prepare(config.data, student.hf, student.arch.vocab)[0])
+    return datasets.data_hash(token_cache.prepare(config.data, student.hf, student.arch.vocab)[0])
 
 
 def deliver(source, folder: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from minitron_mcore.checkpoint import disk, run_folder, stage_record, streaming
+from minitron_mcore.checkpoint import claim, disk, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import pipeline
 from minitron_mcore.config import identity
@@ -27,7 +27,7 @@ from minitron_mcore.config.settings import (
     PruneConfig,
 )
 from minitron_mcore.config.stages import PlanRun, SearchRun
-from minitron_mcore.data import datasets, tokenizer
+from minitron_mcore.data import blend, datasets, token_cache, tokenizer
 from minitron_mcore.depth import study
 from minitron_mcore.depth.point_log import PointLog
 from minitron_mcore.distill import cache
@@ -60,7 +60,7 @@ def write_models(base: Path) -> None:
     text_files.write_tokenizer(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Card\n")
     hf_convert.import_folder(folder, base / "convert", ONE)
-    run_folder.finish(base / "convert")
+    claim.finish(base / "convert")
     shutil.copytree(folder, base / "shards")
     (base / "shards" / "model.safetensors").unlink()
     index = {"metadata": {"total_size": 1}, "weight_map": {}}
@@ -177,7 +177,7 @@ def sharded(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    with run_folder.claim_run_folder(folder, RUN, resume=True):
+    with claim.claim_run_folder(folder, RUN):
         resumed_trainer = trainer(BASE / "convert")
         resumed_trainer.resume(folder)
         MetricsWriter(folder, resumed_trainer.step, LogConfig()).close()
@@ -192,7 +192,7 @@ def delivered(folder: Path) -> None:
 
 def token_files(folder: Path) -> None:
     config = DataConfig(train=[f"0.3 {folder}/a", f"0.7 {folder}/b"], cache=str(folder / "cache"))
-    prefixes, weights = datasets.prepare(config, folder, text_files.VOCAB)
+    prefixes, weights = token_cache.prepare(config, folder, text_files.VOCAB)
     order = datasets.SampleOrder(prefixes, weights, seed=3, sequence_length=S, num_samples=16)
     samples = datasets.Samples(order, config.cache, text_files.VOCAB)
     list(datasets.train_batches(samples, micro_batch_size=2, global_batch_size=4, num_samples=16))
@@ -202,7 +202,7 @@ def token_files(folder: Path) -> None:
 def texts(folder: Path) -> None:
     names = [str(folder / name) for name in ("a.jsonl", "b.jsonl.gz", "c.txt")]
     loaded = tokenizer.load(BASE / "hf")
-    datasets.tokenize(names, loaded, str(folder / "cache"))
+    token_cache.tokenize(names, loaded, str(folder / "cache"))
     for name in names:
         perplexity.windows(name, loaded, S)
     for name in ("q.jsonl", "r.jsonl.gz"):
@@ -261,7 +261,7 @@ def taught(folder: Path) -> None:
     world = cached_teacher.World(BASE, [f"0.3{BASE}/text/a", f"0.7{BASE}/text/b"])
     student, teacher = open_checkpoint(BASE / "convert"), cache.open_teacher(folder)
     refuse(teacher.problems(student.arch, CONFIG) if isinstance(teacher, cache.Cache) else ["another folder"])
-    prefixes, parts = datasets.parse_blend([f"0.3 {BASE}/text/a", f"0.7 {BASE}/text/b"])
+    prefixes, parts = blend.parse_blend([f"0.3 {BASE}/text/a", f"0.7 {BASE}/text/b"])
     teacher.check(prefixes, parts, world.data(), 16)
     reader = cache.CachedTeacher(teacher, student.arch, ONE)
     list(reader.add_teacher_outputs([{"samples": torch.tensor([n, n + 1])} for n in range(0, 16, 2)]))
@@ -370,4 +370,4 @@ def make(base: Path) -> None:
     (base / "piped").mkdir()
     (base / "piped" / "config.yaml").write_text(yaml.safe_dump(identity.resolved(PLAN)))
     stage_record.record_inputs(base / "piped", stage_record.inputs({"source": "s", "scores": "s"}))
-    run_folder.finish(base / "piped")
+    claim.finish(base / "piped")

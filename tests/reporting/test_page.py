@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_mcore.checkpoint.run_folder import COMPLETE
+from minitron_mcore.checkpoint.stage_record import COMPLETE
 from minitron_mcore.errors import UserError
 from minitron_mcore.pruning.apply import fingerprint
 from minitron_mcore.reporting import overview, read, roles, sections

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from matplotlib.image import imread
 
-from minitron_mcore.checkpoint.run_folder import COMPLETE, open_checkpoint
+from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.checkpoint.stage_record import COMPLETE
 from minitron_mcore.cli import dry_run
 from minitron_mcore.config.search import BudgetConfig, SearchConfig, SpeedConfig
 from minitron_mcore.config.settings import ParallelConfig
