@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import Stopped, UserError
 from minitron_mcore.reporting import page, tables
 
 ROOT = Path("runs/demo")
@@ -105,3 +105,6 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(stopped.exit_status)

@@ -150,9 +150,9 @@ def _write_beginning(folder: Path, settings: dict, inputs: dict[str, stage_recor
 def _publish(claim: owner.Claim, part: Path, out_dir: Path) -> None:
     """Rename the folder, and remove its claim, which nobody looks for in a finished one."""
     claim.stop()
-    disk.sync_folder(part)
+    disk.sync(part)
     os.rename(part, out_dir)
-    disk.sync_folder(out_dir.parent)
+    disk.sync(out_dir.parent)
     (out_dir / claim.path.name).unlink()
 
 

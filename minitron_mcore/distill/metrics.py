@@ -59,7 +59,7 @@ def rank_figures(data_seconds: float, work_seconds: float) -> dict[str, float]:
             each other within a step, so a slow one slows all of them.
     """
     own = torch.tensor([[data_seconds, data_seconds + work_seconds, _memory_gib()]], device=process_groups.device())
-    data, seconds, memory = process_groups.all_gather(own, dist.group.WORLD).T
+    data, seconds, memory = process_groups.all_gather(own, dist.group.WORLD).cpu().T
     slowest = int(seconds.argmax())
     return {
         "data_seconds": float(data.max()),

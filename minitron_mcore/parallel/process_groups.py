@@ -86,18 +86,17 @@ def on_rank_0[T](work: Callable[[], T]) -> T:
         return work()
     # A separate group, because the work, such as tokenisation, can exceed the default group's timeout.
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    result, message = None, None
+    outcome: list[Any] = [None, None]  # result, message
     if rank() == 0:
         try:
-            result = work()
+            outcome[0] = work()
         except (UserError, OSError) as error:
-            message = str(error)
-    outcome = [result, message]
+            outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     dist.destroy_process_group(group)
-    result, message = outcome
-    if message is not None:
-        raise UserError(message)
+    result: T = outcome[0]
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
     return result
 
 

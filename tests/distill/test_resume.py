@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.config.settings import DistillConfig, Dtype, HiddenStateLossConfig, ParallelConfig, PruneConfig
+from minitron_mcore.config.settings import (
+    DistillConfig,
+    Dtype,
+    HiddenStateLossConfig,
+    ParallelConfig,
+    PruneConfig,
+    TrainConfig,
+)
 from minitron_mcore.config.stages import CorrectRun, DistillRun
-from minitron_mcore.testing import on_ranks
+from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import cached_teacher, families, models
 from tests.helpers.cached_teacher import World
 from tests.helpers.cutting import ONE, write_family
@@ -27,7 +34,7 @@ class Case:
     """A run of 4 steps in a layout."""
 
     ranks: int
-    parallel: ParallelConfig = ONE
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     dtype: Dtype = Dtype.fp32
     students: tuple[str, ...] = ("student",)
     teacher: str | None = "teacher"
@@ -35,23 +42,29 @@ class Case:
     changes: dict = dataclasses.field(default_factory=dict)
 
     def configs(self, world: World, name: str, **changes) -> list[DistillRun | CorrectRun]:
-        world, settings = dataclasses.replace(world, dtype=self.dtype), {"teacher_ahead": 1} | self.changes | changes
+        world, settings = dataclasses.replace(world, dtype=self.dtype), self.changes | changes
         if self.teacher is None:
-            run = world.run(name, "teacher", self.parallel, self.changes | changes)
-            common = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-            known = {field.name for field in dataclasses.fields(CorrectRun)}
-            config = CorrectRun(**{key: value for key, value in common.items() if key in known})
-            config.source = str(world.path / self.students[0])
-            return [config]
+            common = {
+                "parallel": self.parallel,
+                "data": world.data(),
+                "dtype": self.dtype,
+                "out_dir": str(world.path / name),
+            }
+            known = {field.name for field in dataclasses.fields(TrainConfig)}
+            correct = {key: value for key, value in vars(cached_teacher.SETTINGS).items() if key in known}
+            return [
+                CorrectRun(**common, source=str(world.path / student), correct=TrainConfig(**correct | settings))
+                for student in self.students
+            ]
         runs = [world.run(f"{name}/{student}", self.teacher, self.parallel, settings) for student in self.students]
-        for run, student in zip(runs, self.students, strict=True):
-            run.student = str(world.path / student)
-        return runs
+        return [
+            dataclasses.replace(run, student=str(world.path / each))
+            for run, each in zip(runs, self.students, strict=True)
+        ]
 
 
 TP2_SP, PP2 = ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2)
 CASES = {
-    "dp2": Case(2),
     "tp2_sp_pp2_bf16": Case(4, ParallelConfig(tensor=2, sequence=True, pipeline=2), Dtype.bf16, changes=STATES),
     "pp2_virtual2_states": Case(2, ParallelConfig(pipeline=2, virtual=2), changes=STATES),
     "cp2_dp2_cache_bf16": Case(4, ParallelConfig(context=2), Dtype.bf16, teacher="top"),
@@ -101,9 +114,9 @@ def train(*runs: list[DistillRun | CorrectRun]) -> None:
 
 
 def start(case: Case, *runs: list) -> None:
-    apart = {"teacher_ranks": case.changes.get("teacher_ranks", 0), "teacher_parallel": ONE}
-    for each in runs:  # a run, a process
-        on_ranks(train, case.ranks, case.parallel, each, **apart if apart["teacher_ranks"] else {})
+    teacher_ranks = case.changes.get("teacher_ranks", 0)
+    for each in [[run] for run in runs] if teacher_ranks else [runs]:  # the teacher's ranks serve one run
+        on_ranks(train, case.ranks, case.parallel, *each, teacher_ranks=teacher_ranks, teacher_parallel=ONE)
 
 
 def history(folder: str) -> list[dict]:
@@ -111,7 +124,7 @@ def history(folder: str) -> list[dict]:
     return [{key: row[key] for key in FIGURES if key in row} for row in rows]
 
 
-@pytest.mark.default_cases("tp2_sp_pp2_bf16", "dp2_of_teacher_ranks")
+@pytest.mark.default_cases("pp2_virtual2_states")
 @pytest.mark.parametrize("name", CASES)
 def test_a_pause_changes_no_bit(world, name):
     case = CASES[name]
@@ -132,10 +145,44 @@ def test_another_layout_goes_on_with_the_same_samples(world):
     case = Case(2, TP2_SP)
     start(case, case.configs(world, "layout_whole"), case.configs(world, "layout_half", stop_after=2))
     [expected] = (history(config.out_dir) for config in case.configs(world, "layout_whole"))
-    for number, other in enumerate((Case(1), Case(2), Case(2, PP2), Case(2, ParallelConfig(context=2)))):
+    for number, other in enumerate((Case(1), Case(2), Case(2, PP2))):
         shutil.copytree(world.path / "layout_half", world.path / f"layout_{number}")
         configs = other.configs(world, f"layout_{number}", micro_batch=2)
         start(other, configs)
         for a, b in zip(expected, history(configs[0].out_dir), strict=True):
             tolerance = 1e-6 if a["step"] <= 3 else 1e-4
             assert all(math.isclose(a[key], b[key], rel_tol=tolerance) for key in ("kd_loss", "lm_loss")), (other, a, b)
+
+
+def test_a_new_phase_goes_on_at_its_sample(world):
+    """With another batch in the same order, to the bit as a run without rest; with another length from as many tokens on."""
+    case = Case(1, teacher=None)
+    still = {"peak_lr": 1e-12, "min_lr": 1e-12}  # the same weights at all steps: a loss is that of its samples
+    names = ("phases_4", "phases_2", "phases")
+    four, two, begun = (case.configs(world, name, **still, stop_after=2)[0] for name in names)
+    four.correct, two.correct = (
+        dataclasses.replace(config.correct, global_batch=batch, steps=16 // batch, stop_after=None)
+        for config, batch in ((four, 4), (two, 2))
+    )
+    resumed = dataclasses.replace(begun, correct=dataclasses.replace(two.correct, phase=1, steps=6))
+    longer = dataclasses.replace(
+        resumed, correct=dataclasses.replace(resumed.correct, phase=2, sequence_length=24, steps=7)
+    )
+    start(case, [four], [two], [begun], [resumed], [longer])
+    by_four, by_two, rows = (history(config.out_dir) for config in (four, two, begun))
+    assert [row["tokens"] for row in rows] == [48, 96, 120, 144, 168, 192, 240]
+    losses = [row["lm_loss"] for row in rows]
+    assert losses[:2] == [row["lm_loss"] for row in by_four[:2]]
+    assert losses[2:6] == [row["lm_loss"] for row in by_two[4:]]
+    lineage = open_checkpoint(begun.out_dir).lineage
+    positions = [
+        tuple(phase[key] for key in ("first_step", "first_sample", "first_token")) for phase in lineage["phases"]
+    ]
+    assert positions == [(0, 0, 0), (2, 8, 96), (6, 8, 192)]
+    with pytest.raises(RankError, match=r"correct.phase was 2, is 1; .*correct.sequence_length was 24, is 12"):
+        start(case, [resumed])
+    late = dataclasses.replace(longer, correct=dataclasses.replace(longer.correct, phase=4))
+    with pytest.raises(
+        RankError, match="phase is 4, but the checkpoint of step 7 is of phase 2: give that number to go on"
+    ):
+        start(case, [late])

@@ -70,27 +70,6 @@ def test_first_step_is_the_dense_one(tmp_path, pair, kd_weight):
     assert math.isclose(step["grad_norm"], norm.item(), rel_tol=2e-5)
 
 
-@pytest.mark.default_cases("tied-pp2", "untied-dp2")
-@pytest.mark.parametrize(
-    ("pair", "layout"),
-    [(True, "tp3"), (True, "pp2"), (False, "dp2"), (False, "pp2")],
-    indirect=["pair"],
-    ids=["tied-tp3", "tied-pp2", "untied-dp2", "untied-pp2"],
-)
-def test_resumed_run_is_bit_equal(tmp_path, pair, layout):
-    world, parallel = LAYOUTS[layout]
-    whole = on_ranks(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "whole")[0]
-    half = dataclasses.replace(CONFIG, stop_after=2)
-    first = on_ranks(distill, world, parallel, *pair, half, parallel, tmp_path / "parts")[0]
-    second = on_ranks(distill, world, parallel, *pair, CONFIG, parallel, tmp_path / "parts", True)[0]
-    for a, b in zip(whole, first + second, strict=True):
-        assert all(a[key] == b[key] for key in ("step", "tokens", "kd_loss", "lm_loss", "grad_norm", "lr"))
-    found, expected = export(tmp_path / "parts", tmp_path / "a"), export(tmp_path / "whole", tmp_path / "b")
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == CONFIG.steps
-
-
 def test_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, pair):
     parallel = ParallelConfig(tensor=2)
     history = on_ranks(
@@ -156,4 +135,4 @@ def test_a_signal_saves_the_step_and_ends(tmp_path, pair):
     twice = [signal.SIGINT, signal.SIGINT]
     with pytest.raises(RankError) as ended:
         on_ranks(distill_signalled, 2, parallel, *pair, CONFIG, parallel, tmp_path / "twice", twice)
-    assert ended.value.kind == "KeyboardInterrupt" and not (tmp_path / "twice/latest").exists()
+    assert ended.value.kind == "KeyboardInterrupt" and not list((tmp_path / "twice").glob("step_*"))

@@ -11,8 +11,8 @@ from minitron_mcore.errors import HUNG_STATUS
 from minitron_mcore.testing import RankError, on_ranks
 
 
-def work_wait_and_hang(log):
-    """Rank 0 works while rank 1 waits for it and the teacher's rank, 2, waits for a request; then rank 2 hangs in the request."""
+def work_wait_and_hang(log, hanging):
+    """Rank 0 works while rank 1 waits for it and the teacher's rank, 2, waits for a request; then rank `hanging`, 0 or 2, hangs."""
     from minitron_mcore.parallel import hang_watchdog, process_groups
     from minitron_mcore.parallel.hang_watchdog import Phase
 
@@ -27,17 +27,23 @@ def work_wait_and_hang(log):
         hang_watchdog.beat()
     dist.barrier()
     log.write_text("worked")
-    bridge.send_request({})
-    dist.barrier()
     hang_watchdog._on_hang = lambda message, ranks: log.write_text(f"{ranks} {message}")
+    if hanging == 0 and process_groups.rank() == 0:
+        time.sleep(600)
+    bridge.send_request({})
     bridge.group.barrier().wait()
 
 
-def test_ranks_wait_for_one_that_works_and_not_for_one_that_hangs(tmp_path):
+@pytest.mark.default_cases("2")
+@pytest.mark.parametrize("hanging", [2, 0])
+def test_ranks_wait_for_one_that_works_and_not_for_one_that_hangs(tmp_path, hanging):
     hang = HangConfig(setup_minutes=0.01, step_minutes=0.01)
     with pytest.raises(RankError) as lost:
-        on_ranks(work_wait_and_hang, 3, ParallelConfig(), tmp_path / "log", teacher_ranks=1, hang=hang, timeout=60)
+        on_ranks(
+            work_wait_and_hang, 3, ParallelConfig(), tmp_path / "log", hanging, teacher_ranks=1, hang=hang, timeout=60
+        )
     assert lost.value.reason == f"died with exit code {HUNG_STATUS}", lost.value
     told = (tmp_path / "log").read_text()
-    assert told.startswith("[2] no progress for") and "rank 2 is in work_wait_and_hang" in told and "rank 0" not in told
+    named = f"rank {hanging} is in work_wait_and_hang"
+    assert told.startswith(f"[{hanging}] no progress for") and named in told and told.count("rank ") == 1
     assert " in setup: " in told or " in the teacher's pass: " in told
