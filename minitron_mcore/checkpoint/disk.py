@@ -22,14 +22,18 @@ def sha256(path: Path, from_disk: bool = False) -> str:
         from_disk: ask the kernel to drop its copy of the file before and afterwards. It does so for files that are on disk.
     """
     with path.open("rb") as file:
-        advise = getattr(os, "posix_fadvise", lambda *arguments: None)
         if from_disk:
-            advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        advise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            _advise(file, "DONTNEED")
+        _advise(file, "WILLNEED")
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if from_disk:
-            advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            _advise(file, "DONTNEED")
     return digest
+
+
+def _advise(file: io.BufferedReader, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 class NewFile(io.BufferedWriter):
