@@ -267,7 +267,7 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
     """
     source, parallel = config.source, config.parallel
     if os.path.isfile(os.path.join(source, "model.json")):
-        checkpoint = run_folder.open_checkpoint(source)
+        checkpoint = run_folder.open_checkpoint(source, step=config.step)
         arch, length = checkpoint.arch, config.evaluate.sequence_length
         refuse(ranges.positions("evaluate.sequence_length", length, model=arch.max_positions))
         with process_groups.raise_on_all_ranks():

@@ -209,7 +209,7 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
         ),
         (
             {"text": {"seed": 5}},
-            "is of the samples .* with data.seed 1234, but this run's data.train and data.seed 5 give",
+            "is of the samples .* with data.seed 1234, but this run's data.train, data.seed 5 and data.document_mask false give",
         ),
         ({"text": {"train": world.text[:1]}}, "with data.seed 1234, but this run's data.train"),
         (

@@ -47,7 +47,7 @@ def train_with_a_slow_rank(folder: Path, out_dir: Path, log: LogConfig, config) 
         whole()
 
     trainer.chunks[0].zero_grad_buffer = slow
-    return train({out_dir: trainer}, models.placed(batches()), out_dir, log)[0]
+    return train({out_dir: trainer}, models.placed(batches()), out_dir, log=log)[0]
 
 
 def test_one_line_a_step_with_fixed_fields(tmp_path, monkeypatch):
