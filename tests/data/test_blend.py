@@ -37,7 +37,6 @@ def test_folders_and_patterns_are_files_in_order(tmp_path):
     for name in ("readme.md", "notes.txt", "other.csv"):
         (tmp_path / name).write_text("x")
 
-
     def names(path: str) -> list[str]:
         return [file.removeprefix(f"{tmp_path}/") for file in expand(str(tmp_path / path))]
 

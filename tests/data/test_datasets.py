@@ -279,7 +279,9 @@ def _seen(prefixes, cache, count, prefetch):
 
 
 @pytest.mark.parametrize(
-    "parallel", [ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(context=2)], ids=["tp2", "pp2", "cp2"]
+    "parallel",
+    [ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(context=2)],
+    ids=["tp2", "pp2", "cp2"],
 )
 @pytest.mark.default_cases("tp2")
 def test_all_layouts_see_the_same_samples_for_two_and_a_half_epochs(corpus, tmp_path, parallel):
