@@ -15,10 +15,16 @@ MIN_COPY_BYTES = 64 << 20
 THREADS = 3  # on two cores: they wait for the disk as often as they work
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content. The kernel is asked to read ahead, because hashing is slower than most disks."""
+def sha256(path: Path, from_disk: bool = False) -> str:
+    """Hex digest of a file's content. The kernel is asked to read ahead, because hashing is slower than most disks.
+
+    Args:
+        from_disk: ask the kernel to drop what it holds of the file first. It does so for files that are on disk.
+    """
     with path.open("rb") as file:
         if hasattr(os, "posix_fadvise"):
+            if from_disk:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 

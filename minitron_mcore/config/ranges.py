@@ -94,6 +94,7 @@ def training(config: TrainConfig) -> Iterator[str]:
         if not 0 <= (beta := getattr(config, name)) < 1:
             yield f"{name} is {beta:g}; it must be at least 0 and below 1."
     yield from not_negative({name: getattr(config, name) for name in ("weight_decay", "clip_grad")})
+    yield from at_least(0, {"phase": config.phase})
     counts = ("log_every", "save_every", "keep_last", "keep_every", "stop_after")
     yield from at_least(1, {name: getattr(config, name) for name in counts})
 

@@ -31,7 +31,7 @@ def train_with_a_slow_rank(folder: Path, out_dir: Path, log: LogConfig, config) 
     student, dp = open_checkpoint(folder), process_groups.dp_group()
     trainer = Trainer(student, None, config, ParallelConfig(), "fp32")
     if (out_dir / "model.json").is_file():
-        trainer.resume(open_checkpoint(out_dir))
+        trainer.resume(out_dir)
     run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
 
     def batches():
@@ -47,7 +47,7 @@ def train_with_a_slow_rank(folder: Path, out_dir: Path, log: LogConfig, config) 
         whole()
 
     trainer.chunks[0].zero_grad_buffer = slow
-    return train({out_dir: trainer}, models.placed(batches()), out_dir, log)[0]
+    return train({out_dir: trainer}, models.placed(batches()), out_dir, log=log)[0]
 
 
 def test_one_line_a_step_with_fixed_fields(tmp_path, monkeypatch):
