@@ -179,6 +179,12 @@ def test_a_new_phase_goes_on_at_its_sample(world):
         tuple(phase[key] for key in ("first_step", "first_sample", "first_token")) for phase in lineage["phases"]
     ]
     assert positions == [(0, 0, 0), (2, 8, 96), (6, 8, 192)]
+    record = Path(begun.out_dir) / "model.json"
+    record.write_text(record.read_text().replace(lineage["data"]["hash"], "0" * 16))
+    with pytest.raises(
+        RankError, match=f"phases was trained on tokens 0{{16}}, but .* now give {lineage['data']['hash']}: restore"
+    ):
+        start(case, [longer])
     with pytest.raises(RankError, match=r"correct.phase was 2, is 1; .*correct.sequence_length was 24, is 12"):
         start(case, [resumed])
     late = dataclasses.replace(longer, correct=dataclasses.replace(longer.correct, phase=4))
