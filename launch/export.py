@@ -22,7 +22,7 @@ def main(config: ExportRun) -> None:
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.reporting import tables
 
-    source, dtype = run_folder.open_checkpoint(config.source), config.dtype.value
+    source, dtype = run_folder.open_checkpoint(config.source, step=config.step), config.dtype.value
     if config.format == "gpt":
         options = config.parallel, dtype, config.names.value, config.vocab_multiple
         with (

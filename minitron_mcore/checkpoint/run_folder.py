@@ -48,7 +48,7 @@ class Checkpoint:
     """Identifies the weights: a hash of the source tensors, or of the parent's fingerprint and the operation on it."""
     lineage: dict
     step: str
-    """Name of the newest step when the folder was opened."""
+    """Name of the step; the newest when the folder was opened, unless another was asked for."""
 
     @property
     def step_dir(self) -> Path:
@@ -59,15 +59,18 @@ class Checkpoint:
         return self.path / "hf"
 
 
-def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, key: str = "source", wanted: dict | None = None, step: str = steps.NEWEST
+) -> Checkpoint:
     """Open a checkpoint folder without reading weights.
 
     Args:
         key: config option that holds the path, for messages.
         wanted: required architecture (`model.architecture`); None accepts any.
+        step: "newest", "best" (of the lowest held-out loss), or a number.
 
     Raises:
-        UserError: no checkpoint, no step, a newest step that is not complete, a damaged model.json or one of another format
+        UserError: no checkpoint, no such step, one that is not complete, a damaged model.json or one of another format
             version, or another architecture.
     """
     path = Path(path)
@@ -81,16 +84,26 @@ def open_checkpoint(path: str | Path, key: str = "source", wanted: dict | None =
         model = read_json(path / "model.json", remedy)
         check_format_version(model, path / "model.json", remedy)
         arch = architecture.from_json(model["architecture"], path / "model.json")
-        checkpoint = Checkpoint(path, arch, model["fingerprint"], model["lineage"], _newest_step(path))
+        checkpoint = Checkpoint(path, arch, model["fingerprint"], model["lineage"], _step_name(path, step))
         if not isinstance(checkpoint.fingerprint, str) or not isinstance(checkpoint.lineage, dict):
             raise TypeError("fingerprint is no text, or lineage is no object")
     architecture.check_matches(checkpoint.arch, architecture.from_config(wanted), path)
     return checkpoint
 
 
-def _newest_step(path: Path) -> str:
-    """Name of the newest step. A stage never reads an older one by itself: its result would be of another model."""
+def _step_name(path: Path, wanted: str) -> str:
+    """Name of a step. A stage never reads an older one than wanted by itself: its result would be of another model."""
     found = steps.published(path)
+    if wanted != steps.NEWEST:
+        number = steps.best(path) if wanted == "best" else int(wanted) if wanted.isdecimal() else None
+        if number not in (step.number for step in found):
+            numbers = ", ".join(str(step.number) for step in reversed(found))
+            raise UserError(
+                f"step is {wanted}, but the checkpoint at {path} has steps {numbers or 'none'}"
+                f"{'' if steps.best(path) is not None else ' and no best one (see distill.eval_every)'}: give one of them, or "
+                "newest."
+            )
+        found = [step for step in found if step.number <= number]
     if not found:
         raise UserError(
             f"the checkpoint at {path} holds no complete step: the run that wrote it did not finish; run it again."

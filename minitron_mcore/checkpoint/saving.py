@@ -6,6 +6,7 @@ manifest has the hash and size of each file, from the process that wrote it. The
 `dist_checkpointing.load` reads it.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -57,7 +58,15 @@ class Save:
     collective and no CUDA calls. Tensors may change when the constructor returns.
     """
 
-    def __init__(self, folder: Path, state: dict, name: str, make: Make | None = None, copy_bytes: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        state: dict,
+        name: str,
+        make: Make | None = None,
+        copy_bytes: int = 0,
+        read_back: bool = False,
+    ):
         """Collective.
 
         Args:
@@ -65,6 +74,7 @@ class Save:
             make: for placeholders in `state`. Other tensors are written as they are.
             name: label of the progress.
             copy_bytes: host memory for copies on this rank.
+            read_back: read each file from the disk again and compare its hash. It takes a sixth of the time of writing.
 
         Raises:
             UserError: the folder cannot be made.
@@ -78,7 +88,7 @@ class Save:
                 folder.mkdir(parents=True)
         if not cpu_backend.is_cpu():
             torch.cuda.synchronize()  # the writing threads copy to the host on their own default stream
-        self._strategy = _Strategy(make or {}, name, copy_bytes)
+        self._strategy = _Strategy(make or {}, name, copy_bytes, read_back)
         shared = FullyParallelSaveStrategyWrapper(self._strategy, process_groups.dp_cp_group())
         dist_checkpointing.save(state, str(folder), shared, async_sharded_save=True, async_strategy="mcore")
 
@@ -125,15 +135,13 @@ class Save:
 class StepSave(Save):
     """A step of a run folder that is written; `finish` publishes it. Until then the previous step stays the newest one."""
 
-    def __init__(
-        self, out_dir: str | Path, step: int, state: dict, name: str, make: Make | None = None, copy_bytes: int = 0
-    ):
-        """Collective. See `Save`."""
+    def __init__(self, out_dir: str | Path, step: int, state: dict, name: str, **options):
+        """Collective. `options` are those of `Save`."""
         self.step = steps.Step(step, steps.part_folder(out_dir, step).with_suffix(""))
         if process_groups.rank() == 0:
             steps.remove_leftovers(out_dir)  # they may be what fills the disk
         pieces = dict_list_map_outplace(_split_into_pieces, state)
-        super().__init__(steps.part_folder(out_dir, step), pieces, name, make, copy_bytes)
+        super().__init__(steps.part_folder(out_dir, step), pieces, name, **options)
 
     def _complete(self, every: list[tuple]) -> None:
         super()._complete(every)
@@ -185,9 +193,9 @@ def _split_into_pieces(value):
 class _Strategy(TorchDistSaveShardedStrategy):
     """megatron-core's save strategy with `writer`, which it creates; `index` is the checkpoint's index (rank 0)."""
 
-    def __init__(self, make: Make, name: str, copy_bytes: int):
+    def __init__(self, make: Make, name: str, copy_bytes: int, read_back: bool):
         super().__init__()
-        self.make, self.name, self.copy_bytes = make, name, copy_bytes
+        self.make, self.name, self.copy_bytes, self.read_back = make, name, copy_bytes, read_back
 
     def async_save(self, sharded_state_dict: dict, checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
         state, *_ = patches.group_by_key(sharded_state_dict, keep_only_main_replica=True)
@@ -258,6 +266,8 @@ class _Writer(FileSystemWriter):
             written = [self._write_item(resolve(item), name, item, stream) for item in items]
             size = new.tell()
         self._files[name] = stream.sha.hexdigest(), size
+        if self.strategy.read_back and disk.sha256(self.path / name, from_disk=True) != stream.sha.hexdigest():
+            raise OSError(errno.EIO, f"{name} is not what was written")
         return written
 
     def _write_item(self, data, name: str, item, stream: "_HashingFile"):

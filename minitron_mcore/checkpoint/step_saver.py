@@ -38,7 +38,8 @@ class StepSaver:
         self.finish()
         copied = _copy_bytes(state, gradient_bytes) if self.background else 0
         with self._waiting(step):
-            self._save = saving.StepSave(out_dir, step, state, f"save step {step}", copy_bytes=copied)
+            # Read back, since an older step is removed then.
+            self._save = saving.StepSave(out_dir, step, state, f"save step {step}", copy_bytes=copied, read_back=True)
         if not self.background:
             self.finish()
 

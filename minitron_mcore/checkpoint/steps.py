@@ -16,7 +16,7 @@ from minitron_mcore.checkpoint import disk
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import damage_as_user_error, read_json
 
-MANIFEST = "integrity.json"
+MANIFEST, NEWEST = "integrity.json", "newest"
 BEST = "best.json"
 """The step with the lowest held-out loss ("step"), and the one before it ("previous") until then; written by the training loop."""
 

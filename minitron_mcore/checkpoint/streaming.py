@@ -69,7 +69,7 @@ def save(
         parts.setdefault(piece.parameter, []).append((piece.offset, placeholder))
     for parameter, placeholders in parts.items():
         state |= sharded.sharded_tensors(parameter, placeholders, replica(parameter))
-    saving.StepSave(out_dir, 0, state, name, make).finish()
+    saving.StepSave(out_dir, 0, state, name, make=make).finish()
 
 
 class Reader(safe_metadata.Reader):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
-from minitron_mcore.config.fields import is_changeable
+from minitron_mcore.config.fields import is_changeable, is_of_phase
 from minitron_mcore.config.stages import STAGES, Run, SearchRun, StageRun, TokenizeTextRun
 
 SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
@@ -42,7 +42,7 @@ def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Texts like "distill.peak_lr was 0.0001, is 0.0002", one for each identifying setting that differs; [] for the same run.
 
     A setting that `stored` lacks, since a later version added it, has its default. A setting that this version does not have
-    counts only if `stored` names it in `changed`.
+    counts only if `stored` names it in `changed`. Settings declared `of_phase` count within a phase.
 
     Args:
         stored: the content of a run's config.yaml.
@@ -62,11 +62,14 @@ def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
 def _changes(stored: Any, current: dict[str, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Name, old and new value of each identifying setting that differs; nested sections too."""
     fields = {field.name: field for field in dataclasses.fields(schema)} if schema else {}
+    is_new_phase = "phase" in fields and current["phase"] > stored.get("phase", 0)
     for key in [*current, *(key for key in stored if key not in current)]:
         field, name, new = fields.get(key), f"{prefix}{key}", current.get(key, _REMOVED)
         is_section = field is not None and dataclasses.is_dataclass(field.type)
         old = stored.get(key, {} if is_section else _default(field))
-        if name == "changed" or (field is not None and (is_changeable(field) or new is _REMOVED)):
+        if name == "changed" or (
+            field is not None and (is_changeable(field) or new is _REMOVED or (is_new_phase and is_of_phase(field)))
+        ):
             continue
         if isinstance(old, dict) and (is_section or (field is None and new is _REMOVED)):
             yield from _changes(old, {} if new is _REMOVED else new, field and field.type, f"{name}.")

@@ -44,8 +44,9 @@ def problems(config: Run) -> Iterator[str]:
 def splits(data: DataConfig) -> Iterator[str]:
     """Splits that are no shares, and settings of the text that exclude each other."""
     share = r"(\d+\.?\d*|\.\d+)"
-    if data.split is not None and not re.fullmatch(rf"{share}(,{share}){{0,2}}", data.split):
-        yield f'data.split is "{data.split}"; it must be up to three numbers, of training, validation and test: "98,2,0".'
+    split = data.split
+    if split is not None and not (re.fullmatch(rf"{share}(,{share}){{0,2}}", split) and re.search("[1-9]", split)):
+        yield f'data.split is "{split}"; it must be up to three numbers, not all 0: training, validation and test: "98,2,0".'
     for name, given in (("train", data.train), ("split", data.split)):
         if data.splits_file and given:
             yield f"data.splits_file and data.{name} are both set: give one of them."
@@ -94,6 +95,7 @@ def training(config: TrainConfig) -> Iterator[str]:
         if not 0 <= (beta := getattr(config, name)) < 1:
             yield f"{name} is {beta:g}; it must be at least 0 and below 1."
     yield from not_negative({name: getattr(config, name) for name in ("weight_decay", "clip_grad")})
+    yield from at_least(0, {"phase": config.phase})
     counts = ("log_every", "save_every", "keep_last", "keep_every", "stop_after")
     yield from at_least(1, {name: getattr(config, name) for name in counts})
 

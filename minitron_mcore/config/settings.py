@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minitron_mcore.config.fields import changeable
+from minitron_mcore.config.fields import changeable, of_phase
 from minitron_mcore.errors import UserError
 
 
@@ -228,17 +228,19 @@ class BadLoss(StrEnum):
 class TrainConfig:
     """Training. The defaults are those of Llama-3.1-Minitron-4B's distillation (arXiv 2408.11796, table 4)."""
 
-    steps: int = 9960
+    phase: int = of_phase(0)
+    """A resume with the next number may change steps, global_batch, sequence_length, peak_lr and min_lr (docs/checkpoints.md)."""
+    steps: int = of_phase(9960)
     """Optimizer steps; the default is 94 B tokens at the default batch."""
-    global_batch: int = 1152
+    global_batch: int = of_phase(1152)
     """Sequences of an optimizer step, over all ranks."""
     micro_batch: int = changeable(1)
     """Sequences of a forward and backward pass of one rank. It changes losses by rounding only."""
-    sequence_length: int = 8192
+    sequence_length: int = of_phase(8192)
     """Tokens of a sequence."""
-    peak_lr: float = 1e-4
+    peak_lr: float = of_phase(1e-4)
     """Learning rate after the warm-up."""
-    min_lr: float = 1e-5
+    min_lr: float = of_phase(1e-5)
     """Learning rate of the last step, after a cosine decay."""
     warmup_steps: int = 40
     """Steps of linear warm-up from 0."""

@@ -274,6 +274,8 @@ class EvaluateRun(StageRun):
     reads = ("data", "evaluate")
     source: str = changeable(MISSING)
     """Hugging Face folder, which transformers evaluates on one process, or sharded checkpoint."""
+    step: str = "newest"
+    """Step of a sharded checkpoint: newest, best (the lowest held-out loss, see `distill.eval_every`), or a number."""
 
 
 @dataclass

@@ -46,7 +46,6 @@ class PointLog:
     def _read(self, subject: dict, has_accuracy: bool) -> dict[tuple[int, ...], dict]:
         if not self.path.is_file():
             run_folder.replace_text(self.path, json.dumps(subject) + "\n")
-            run_folder.replace_text(self.path.with_name("latest"), FILE)  # keeps the folder of an interrupted run
             return {}
         remedy = "remove its folder and study again"
         first, *lines = read_json_lines(self.path, remedy) or [{}]

@@ -96,7 +96,6 @@ class CacheWriter:
         if not path.is_file():
             run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
             run_folder.replace_text(path, json.dumps(index, indent=1))
-            run_folder.replace_text(self.out_dir / "latest", cache.INDEX)  # keeps the folder if the run stops early
         remedy = "remove the folder, and write the teacher cache again"
         existing = read_json(path, remedy)
         check_format_version(existing, path, remedy)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.config.settings import BadLoss, TrainConfig
+from minitron_mcore.distill.phases import TrainingPhase
 from minitron_mcore.errors import HUNG_STATUS, NotFinite
 from minitron_mcore.parallel import hang_watchdog, process_groups
 from minitron_mcore.parallel.hang_watchdog import Phase
@@ -57,8 +58,8 @@ def guard_gradient(optimizer: ChainedOptimizer) -> None:
 class Guard:
     """Runs steps. A bad step ends the run, or is skipped, at most `bad_loss_limit` times in a row (`on_bad_loss`)."""
 
-    def __init__(self, config: TrainConfig, out_dir: Path):
-        self.config, self.out_dir, self.in_a_row = config, out_dir, 0
+    def __init__(self, config: TrainConfig, phase: TrainingPhase, out_dir: Path):
+        self.config, self.phase, self.out_dir, self.in_a_row = config, phase, out_dir, 0
         _remove_report(out_dir)
 
     def step(
@@ -124,7 +125,7 @@ class Guard:
         if not chosen:
             return None
         config, dp = self.config, process_groups.dp_group()
-        first = [(step - 1) * config.global_batch + (n * dp.size() + dp.rank()) * config.micro_batch for n in chosen]
+        first = [self.phase.sample(step - 1) + (n * dp.size() + dp.rank()) * config.micro_batch for n in chosen]
         samples = torch.tensor(first)[:, None] + torch.arange(config.micro_batch)
         tensors = {key: torch.stack([batches[n][key] for n in chosen]).cpu() for key in _BATCH_KEYS}
         tensors |= {"samples": samples, "sums": sums[chosen].cpu()}

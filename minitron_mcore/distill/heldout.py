@@ -12,13 +12,12 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint.steps import BEST
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.reading import damage_as_user_error, read_json
-
-BEST = "best.json"
 
 
 def losses(out_dir: Path, text: dict[str, Any] | None = None) -> dict[int, float]:

@@ -89,7 +89,7 @@ class StudentRun:
 
     def __init__(self, trainer: Trainer, out_dir: Path, log: LogConfig, heldout_text: HeldOutText | None):
         self.trainer, self.out_dir, self.saved = trainer, out_dir, trainer.step
-        self.guard, self.history = failures.Guard(trainer.config, out_dir), []
+        self.guard, self.history = failures.Guard(trainer.config, trainer.phases[-1], out_dir), []
         with process_groups.raise_on_all_ranks():
             is_writer = process_groups.rank() == 0
             self.metrics = metrics.MetricsWriter(out_dir, trainer.step, log) if is_writer else None

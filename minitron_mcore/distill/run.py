@@ -16,7 +16,7 @@ from minitron_mcore.config.identity import resolved, run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import blend, datasets, token_cache
-from minitron_mcore.distill import checks, heldout, loop, vocabulary
+from minitron_mcore.distill import checks, heldout, loop, phases, vocabulary
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.heldout import HeldOutText
 from minitron_mcore.distill.trainer import Trainer, check
@@ -24,7 +24,7 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import layer_spec, tuning
 from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
-from minitron_mcore.reading import read_json
+from minitron_mcore.reading import damage_as_user_error, read_json
 from minitron_mcore.reporting import plots, tables
 
 TEACHER_LOSS_WARN_RATIO = 0.9
@@ -55,6 +55,11 @@ def train(
     with contextlib.ExitStack() as claims:
         folders = [claim.claim_run_folder(each.out_dir, resolved(each)) for each in configs]
         resumed = [claims.enter_context(folder) for folder in folders]
+        refuse(
+            f"phase is {settings.phase}, but {each.out_dir} has no checkpoint to go on from: begin with phase 0."
+            for each, is_resumed in zip(configs, resumed, strict=True)
+            if settings.phase and not is_resumed
+        )
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = token_cache.prepare(config.data, first.hf, vocab)
@@ -63,7 +68,8 @@ def train(
             "hash": datasets.data_hash(prefixes),
         }
         if isinstance(teacher, Cache):
-            teacher.check(prefixes, weights, config.data, settings.steps * settings.global_batch)
+            samples = teacher.index["samples"] if settings.phase else settings.steps * settings.global_batch
+            teacher.check(prefixes, weights, config.data, samples)
         trainers: dict[Path, Trainer] = {}
         for each, student, is_resumed in zip(configs, students, resumed, strict=True):
             source = next((trainer.teacher for trainer in trainers.values()), None)
@@ -74,7 +80,11 @@ def train(
             if is_resumed:
                 trainer.resume(Path(each.out_dir))
                 process_groups.log(f"resuming after step {trainer.step} of {each.out_dir}")
-            _describe(each, settings, student, teacher, text, is_resumed)
+            _describe(each, trainer, student, teacher, text, is_resumed)
+        if len({trainer.phases[-1] for trainer in trainers.values()}) > 1:
+            raise UserError(
+                "the students' checkpoints are of different steps, at which no common phase can begin: resume each alone."
+            )
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
         batches = behind.train_batches(config.data, prefixes, weights)
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
@@ -126,7 +136,7 @@ def _check_teacher_loss(trainer: Trainer, batches: Iterator[Batch], vocab: int) 
 
 def _describe(
     config: StageRun,
-    settings: DistillConfig,
+    trainer: Trainer,
     student: Checkpoint,
     teacher: Checkpoint | None,
     text: dict,
@@ -136,15 +146,20 @@ def _describe(
     parents = {"student": run_folder.identity(student), "teacher": teacher and run_folder.identity(teacher)}
     details = {
         "plans": lineage.plans(student.path),
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(trainer.config),
+        "phases": phases.values(trainer.phases),
         "data": text,
         "ancestry": student.lineage,
         "teacher": teacher and teacher.lineage,
     }
-    if is_resumed:  # kept, since a later version may add settings to the identity
-        name = read_json(Path(config.out_dir) / "model.json", "restore it")["fingerprint"]
-    else:
-        name = fingerprint(student, teacher, run_identity(config), text)
+    identity, earlier = run_identity(config), Path(config.out_dir) / "model.json"
+    name = fingerprint(student, teacher, identity, text)
+    if is_resumed and earlier.is_file():  # its name stays within a phase, though a later version may add settings
+        with damage_as_user_error(earlier, "restore it"):
+            model = read_json(earlier, "restore it")
+            before, known = model["fingerprint"], len(model["lineage"].get("phases", [None]))
+        is_new = len(trainer.phases) > known
+        name = fingerprint(student, teacher, identity | {"before": before}, text) if is_new else before
     run_folder.describe(config.out_dir, student.arch, name, parents, student.hf, **details)
 
 

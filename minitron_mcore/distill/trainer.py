@@ -17,7 +17,7 @@ from minitron_mcore.checkpoint.step_saver import StepSaver
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.data import datasets
-from minitron_mcore.distill import checks, failures, optimizer_state, vocabulary
+from minitron_mcore.distill import checks, failures, optimizer_state, phases, vocabulary
 from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.failures import BadStep
 from minitron_mcore.distill.hidden_state_loss import HiddenStateLoss
@@ -83,6 +83,7 @@ class Trainer:
         self.performance = performance = performance or PerformanceConfig()
         check(student, teacher, config, parallel, dtype, performance)
         self.config, self.arch, self.step = config, student.arch, 0
+        self.phases = [phases.first(config)]
         self.step_start = self.work_seconds = 0.0
         """When the last step began, and for how long this rank computed before it reduced gradients."""
         self.teacher_arch = teacher.arch if teacher else None
@@ -128,6 +129,8 @@ class Trainer:
             end_wd=config.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,  # a resumed run has the same values, or begins a phase with others
         )
 
     def _make_optimizer(self, dtype: str):
@@ -158,17 +161,16 @@ class Trainer:
 
         With a teacher cache the order is that of the cache's samples, and repeats after its last one.
         """
-        config, dp = self.config, process_groups.dp_group()
-        num_samples = config.steps * config.global_batch
+        config, phase, dp = self.config, self.phases[-1], process_groups.dp_group()
         cached = isinstance(self.teacher, CachedTeacher)
-        count = self.teacher.cache.index["samples"] if cached else num_samples
+        count = self.teacher.cache.index["samples"] if cached else phase.order_samples
         order = datasets.SampleOrder.of(data, prefixes, weights, config.sequence_length, count)
         return datasets.train_batches(
             datasets.Samples(order, data.cache, self.vocab),
             micro_batch_size=config.micro_batch,
             global_batch_size=config.global_batch,
-            num_samples=num_samples,
-            consumed_samples=self.step * config.global_batch,
+            num_samples=phase.sample(config.steps),
+            consumed_samples=phase.sample(self.step),
             dp_rank=dp.rank(),
             dp_size=dp.size(),
             prefetch=data.prefetch,
@@ -227,7 +229,7 @@ class Trainer:
         seconds, count, length = time.monotonic() - self.step_start, max(tokens, 1.0), self.config.sequence_length
         return {
             "step": self.step,
-            "tokens": self.step * self.config.global_batch * self.config.sequence_length,
+            "tokens": self.phases[-1].tokens(self.step),
             "kd_loss": kd / count,
             "lm_loss": lm / count,
             **hidden_figures,
@@ -304,7 +306,8 @@ class Trainer:
         else:
             optimizer = self._replicated_optimizer_state(loading=False)
         # There is no dropout: the data position, which follows from the step, is the only random state.
-        counted = {"step": self.step} | ({"states_ratio": self.hidden_loss.ratio} if self.hidden_loss else {})
+        counted = {"step": self.step, "phases": phases.values(self.phases)}
+        counted |= {"states_ratio": self.hidden_loss.ratio} if self.hidden_loss else {}
         state = self._weights() | {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()} | counted
         gradients = sum(parameter.main_grad.nbytes for _, parameter in build.named_parameters(self.model))
         self.saver.begin(out_dir, self.step, state, gradients)
@@ -317,7 +320,7 @@ class Trainer:
         """Load the newest valid step of this run, in place (collective).
 
         Raises:
-            UserError: see `run_folder.newest_valid_step`.
+            UserError: see `run_folder.newest_valid_step` and `phases.resumed`.
         """
         files = run_folder.newest_valid_step(out_dir)
         if self.config.distributed_optimizer:
@@ -331,6 +334,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
+        self.phases = phases.resumed(state.get("phases"), self.config, self.step)
         if self.hidden_loss:
             self.hidden_loss.ratio = state["states_ratio"]
 

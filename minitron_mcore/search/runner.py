@@ -123,9 +123,7 @@ class SearchRunner:
             write(self.out_dir, collected, self.search, self.total, complete)
 
     def _prepare_folder(self) -> None:
-        """From here on a failure keeps the folder: other shards may be writing to it."""
         if process_groups.rank() == 0:
-            run_folder.replace_text(self.out_dir / "latest", "candidates")
             (self.out_dir / "candidates").mkdir(exist_ok=True)
         process_groups.barrier()
 

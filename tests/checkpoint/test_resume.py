@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,15 +92,42 @@ def _metrics(out_dir):
     return (out_dir / "metrics.jsonl").read_text()
 
 
+def trainer_and_step(student):
+    """A trainer without a teacher, and a function that takes a step."""
+    config, dp = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0), process_groups.dp_group()
+    trainer = Trainer(open_checkpoint(student), None, config, ONE, "fp32")
+    batches = micro_batches(config, 0, dp.rank(), dp.size())
+    return trainer, lambda: trainer.train_step([next(batches) for _ in range(config.global_batch // dp.size())])
+
+
+def save_on_a_disk_that_forgets(student, out_dir):
+    """Save step 1; step 2 while a byte of each file changes as it is closed. What is raised, and the steps that are left."""
+    trainer, step = trainer_and_step(student)
+    step()
+    trainer.save(out_dir)
+    step()
+    close = disk.NewFile.close
+
+    def forget(self):
+        close(self)
+        if "distcp" in str(self.name):
+            flip(Path(self.name))
+
+    disk.NewFile.close = forget
+    try:
+        trainer.save(out_dir)
+    except UserError as error:
+        return str(error), numbers(out_dir)
+
+
+def test_what_is_not_on_disk_is_no_step(tmp_path, pair):
+    [(message, left)] = on_ranks(save_on_a_disk_that_forgets, 1, ONE, pair[0], tmp_path / "run")
+    assert "__0_0.distcp is not what was written" in message and left == [1]
+
+
 def save_until_the_disk_is_full(student, out_dir, limit, backgrounds):
     """Save step 1; step 2 where rank 1 may write no file above `limit` bytes, or where the disk is full. What each save raises."""
-    config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0)
-    trainer = Trainer(open_checkpoint(student), None, config, ONE, "fp32")
-    batches = micro_batches(config, 0, process_groups.dp_group().rank(), 2)
-
-    def step():
-        trainer.train_step([next(batches), next(batches)])
-
+    trainer, step = trainer_and_step(student)
     step()
     trainer.save(out_dir)
     step()

@@ -19,7 +19,7 @@ from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig,
 from minitron_mcore.distill import optimizer_state
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import HUNG_STATUS, UserError
-from minitron_mcore.estimate import memory
+from minitron_mcore.estimate import checkpoints, memory
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import RankError, on_ranks, random_checkpoint
@@ -154,22 +154,30 @@ def test_a_save_needs_little_memory_and_all_ranks_write(tmp_path, world, backgro
 
 
 def saving_as_planned(source, out_dir):
-    """Bytes that a save with the default sizes adds to this process's memory."""
+    """Bytes that a save with the default sizes adds to this process's memory: at once, and in the background."""
     config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0)
     trainer = Trainer(open_checkpoint(source), None, config, ONE, "bf16")
     trainer.train_step([next(micro_batches(config, 0, 0, 1)) for _ in range(4)])
-    return peak_growth(lambda: trainer.save(out_dir))
+    growths = [peak_growth(lambda: trainer.save(out_dir))]
+    trainer.saver.background = True
+    trainer.step += 1
+    return [*growths, peak_growth(lambda: (trainer.save(out_dir), trainer.finish_save()))]
 
 
-def test_the_dry_run_tells_a_save_s_memory(tmp_path):
-    """On the CPU, where three threads each write a file of 32 M elements from the tensors themselves: nothing."""
+def test_the_dry_run_tells_what_a_save_costs(tmp_path):
+    """On the CPU, where three threads each write a file of 32 M elements from the tensors themselves: no memory."""
     (tmp_path / "source").mkdir()
     on_ranks(make_large, 1, ONE, tmp_path / "source")
-    [growth] = on_ranks(saving_as_planned, 1, ONE, tmp_path / "source", tmp_path / "run")
+    [(growth, in_background)] = on_ranks(saving_as_planned, 1, ONE, tmp_path / "source", tmp_path / "run")
     assert len(list((tmp_path / "run").glob("step_*/*.distcp"))) >= disk.THREADS
     arch = open_checkpoint(tmp_path / "source").arch
     setting = Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
     assert memory.save(arch, setting, 0, True) == 0 and growth < 16e6, growth
+    assert in_background < memory.save(arch, setting, 0, True, background=True) + 16e6, in_background
+    told = checkpoints.estimate([arch], dataclasses.replace(CONFIG, steps=500, keep_every=200), Dtype.bf16, disk_gbs=2)
+    size = sum(file.stat().st_size for file in (tmp_path / "run/step_0000002").iterdir())
+    assert told["bytes"] == pytest.approx(size, rel=0.01) and told["seconds"] == told["bytes"] / 2e9
+    assert (told["kept"], told["disk"]) == (4, 5 * told["bytes"])
     on_gpu = dataclasses.replace(setting, device=Device.cuda)
     assert memory.save(arch, on_gpu, 0, True) == disk.THREADS * 4 * disk.PIECE_ELEMENTS
     assert memory.save(arch, on_gpu, 0, False) == disk.THREADS * 4 * arch.vocab * arch.hidden
@@ -178,7 +186,7 @@ def test_the_dry_run_tells_a_save_s_memory(tmp_path):
 def distill_and_resume_counting(student, teacher, config, parallel, out_dir):
     """Files that this rank hashes from the disk while it saves, and while it loads."""
     hashed, sha256 = [], disk.sha256
-    disk.sha256 = lambda path: hashed.append(path.name) or sha256(path)
+    disk.sha256 = lambda path, **options: hashed.append(path.name) or sha256(path, **options)
     trainer = Trainer(open_checkpoint(student), open_checkpoint(teacher), config, parallel, "fp32")
     run_folder.describe(out_dir, trainer.arch, "test", {}, open_checkpoint(student).hf)
     hashed.clear()
@@ -198,18 +206,19 @@ def test_ranks_share_the_hashing(tmp_path, pair):
     )
     manifest = json.loads((open_checkpoint(tmp_path).step_dir / "integrity.json").read_text())["files"]
     saving, loading = ([name for each in part for name in each] for part in zip(*found, strict=True))
-    assert sorted(saving) == [".metadata", "metadata.json"]  # the others were hashed as they were written
+    assert sorted(saving) == sorted(manifest), "what others wrote is not hashed; own files are read back"
+    assert all(name.startswith(f"__{rank}_") for rank, (own, _) in enumerate(found) for name in own if "distcp" in name)
     assert sorted(loading) == sorted(manifest) and all(found[rank][1] for rank in range(3))
     assert sum(name.endswith(".distcp") for name in manifest) >= 3
 
 
-def distill_with_a_slow_disk(student, teacher, config, parallel, out_dir):
-    """Rank 1 takes six seconds to write."""
+def distill_with_a_slow_disk(seconds, student, teacher, config, parallel, out_dir):
+    """Rank 1 takes some seconds to write."""
     write = disk.NewFile.write
 
     def slow(self, data):
-        if process_groups.rank() == 1 and self.tell() == 0:
-            time.sleep(6)
+        if process_groups.rank() == 1 and self.tell() == 0 and "distcp" in str(self.name):  # not failure.json
+            time.sleep(seconds)
         return write(self, data)
 
     disk.NewFile.write = slow
@@ -222,7 +231,8 @@ def test_a_slow_save_is_no_hang_up_to_its_own_limit(tmp_path, pair, save_minutes
     config, hang = dataclasses.replace(CONFIG, stop_after=1), HangConfig(step_minutes=0.04, save_minutes=save_minutes)
     refused = pytest.raises(RankError, match=f"died with exit code {HUNG_STATUS}")
     with contextlib.nullcontext() if save_minutes == 1 else refused:
-        on_ranks(distill_with_a_slow_disk, 2, ONE, *pair, config, ONE, tmp_path / "run", timeout=90, hang=hang)
+        seconds = 6 if save_minutes == 1 else 60
+        on_ranks(distill_with_a_slow_disk, 2, ONE, seconds, *pair, config, ONE, tmp_path / "run", timeout=90, hang=hang)
     assert bool(steps.published(tmp_path / "run")) == (save_minutes == 1)
     if save_minutes < 1:
         told = json.loads((tmp_path / "run/failure.json").read_text())

@@ -18,13 +18,17 @@ from minitron_mcore.config.settings import (
     PruneConfig,
 )
 from minitron_mcore.config.stages import EvaluateRun, Run
+from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests.helpers import training
 from tests.helpers.cutting import ONE, export, write_family
 from tests.helpers.launching import composed, word_tokenizer, words
 from tests.helpers.text_files import write_jsonl
 
-CONFIG = dataclasses.replace(training.CONFIG, steps=5, hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]]))
+# A learning rate with which the loss is lowest after step 4.
+CONFIG = dataclasses.replace(
+    training.CONFIG, steps=5, peak_lr=0.05, min_lr=0.05, hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]])
+)
 MEASURED = dataclasses.replace(CONFIG, eval_every=2)
 LAYOUTS = {
     "dp2": (2, ParallelConfig()),
@@ -94,6 +98,8 @@ def test_training_is_bit_equal_and_the_lowest_loss_is_kept(tmp_path, folder, alo
         losses = {row["step"]: row["heldout_loss"] for row in measured if "heldout_loss" in row}
         assert losses.keys() == alone.keys() and last == losses[5]
         assert all(math.isclose(losses[step], alone[step], rel_tol=2e-5) for step in losses)
+    with pytest.raises(UserError, match="has steps 5 and no best one"):
+        open_checkpoint(tmp_path / "plain", step="best")
     a, b = (export(tmp_path / name, tmp_path / f"{name}_hf") for name in ("plain", "measured"))
     assert all(torch.equal(a[key], weight) for key, weight in b.items())
     for name in ("measured", "parts"):
@@ -101,6 +107,7 @@ def test_training_is_bit_equal_and_the_lowest_loss_is_kept(tmp_path, folder, alo
         lowest = min(losses, key=losses.get)
         assert (best["step"], best["heldout_loss"]) == (lowest, losses[lowest])
         assert {int(step): loss for step, loss in best["measured"].items()} == losses
+        assert open_checkpoint(tmp_path / name, step="best").step == "step_0000004"
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert {row["step"]: row["heldout_loss"] for row in lines if row["heldout_loss"] is not None} == losses
 

@@ -18,7 +18,7 @@ from minitron_mcore.config.settings import (
     TrainConfig,
 )
 from minitron_mcore.config.stages import CorrectRun, DistillRun
-from minitron_mcore.testing import on_ranks
+from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import cached_teacher, families, models
 from tests.helpers.cached_teacher import World
 from tests.helpers.cutting import ONE, write_family
@@ -152,3 +152,37 @@ def test_another_layout_goes_on_with_the_same_samples(world):
         for a, b in zip(expected, history(configs[0].out_dir), strict=True):
             tolerance = 1e-6 if a["step"] <= 3 else 1e-4
             assert all(math.isclose(a[key], b[key], rel_tol=tolerance) for key in ("kd_loss", "lm_loss")), (other, a, b)
+
+
+def test_a_new_phase_goes_on_at_its_sample(world):
+    """With another batch in the same order, to the bit as a run without rest; with another length from as many tokens on."""
+    case = Case(1, teacher=None)
+    still = {"peak_lr": 1e-12, "min_lr": 1e-12}  # the same weights at all steps: a loss is that of its samples
+    names = ("phases_4", "phases_2", "phases")
+    four, two, begun = (case.configs(world, name, **still, stop_after=2)[0] for name in names)
+    four.correct, two.correct = (
+        dataclasses.replace(config.correct, global_batch=batch, steps=16 // batch, stop_after=None)
+        for config, batch in ((four, 4), (two, 2))
+    )
+    resumed = dataclasses.replace(begun, correct=dataclasses.replace(two.correct, phase=1, steps=6))
+    longer = dataclasses.replace(
+        resumed, correct=dataclasses.replace(resumed.correct, phase=2, sequence_length=24, steps=7)
+    )
+    start(case, [four], [two], [begun], [resumed], [longer])
+    by_four, by_two, rows = (history(config.out_dir) for config in (four, two, begun))
+    assert [row["tokens"] for row in rows] == [48, 96, 120, 144, 168, 192, 240]
+    losses = [row["lm_loss"] for row in rows]
+    assert losses[:2] == [row["lm_loss"] for row in by_four[:2]]
+    assert losses[2:6] == [row["lm_loss"] for row in by_two[4:]]
+    lineage = open_checkpoint(begun.out_dir).lineage
+    positions = [
+        tuple(phase[key] for key in ("first_step", "first_sample", "first_token")) for phase in lineage["phases"]
+    ]
+    assert positions == [(0, 0, 0), (2, 8, 96), (6, 8, 192)]
+    with pytest.raises(RankError, match=r"correct.phase was 2, is 1; .*correct.sequence_length was 24, is 12"):
+        start(case, [resumed])
+    late = dataclasses.replace(longer, correct=dataclasses.replace(longer.correct, phase=4))
+    with pytest.raises(
+        RankError, match="phase is 4, but the checkpoint of step 7 is of phase 2: give that number to go on"
+    ):
+        start(case, [late])
