@@ -1,5 +1,5 @@
-"""Tokenisation of .jsonl text: tokens a second of launch/tokenize_text.py with one and two processes, of the tokenizers library called
-directly, and of what a stage does with text in data.train. All pairs are compared. Then: how long a training loop waits for samples.
+"""Tokens a second of launch/tokenize_text.py with one and two processes, of the tokenizers library called directly, and of a stage
+that reads text in data.train. All pairs are compared. Then: how long a training loop waits for samples.
 
 python benchmarks/tokenize_text.py TOKENIZER_FOLDER FILE.jsonl.gz [--quick] [--json FILE]
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import Figure, parser, write
+
 from minitron_mcore.config.settings import ModelConfig
 from minitron_mcore.config.stages import TokenizeTextRun
 from minitron_mcore.data import datasets, token_cache, tokenizer
@@ -39,7 +40,7 @@ def measure(text: Path, folder: Path, work: Path) -> tuple[list[Figure], str]:
     def stage(processes: int) -> None:
         run = TokenizeTextRun(model=ModelConfig("x", str(folder)), files=[str(text)], processes=processes)
         run.out_dir = str(work / f"{processes}")
-        Corpus(run, part_bytes=8 << 20).tokenize()
+        Corpus(run, part_bytes=1 << 20).tokenize()
 
     def library() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
