@@ -75,10 +75,10 @@ type Case = Callable[[], Iterator[Outcome]]
 def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
     """All cases of the campaign; `seconds` is for how long an undisturbed run takes."""
     rng, quick = random.Random(options.seed), options.quick
-    number = itertools.count()
+    numbers = itertools.count()
 
     def case(fn: Callable, *arguments) -> Case:
-        return partial(fn, campaign, f"{next(number):03d}_{fn.__name__}", *arguments)
+        return partial(fn, campaign, f"{next(numbers):03d}_{fn.__name__}", *arguments)
 
     moments = list(kill_moments(rng, 4 if quick else options.kills, seconds))
     for some in itertools.batched(moments, 4):
