@@ -98,7 +98,7 @@ def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
         *((number, "rank", rank) for number in (signal.SIGTERM, signal.SIGUSR1) for rank in (0, 1)),
     ):
         yield case(cases.under_torchrun, number, target, rank)
-    yield from (case(cases.disk_full, room) for room in rng.sample(range(250_000, 1_500_000), 6))
+    yield from (case(cases.disk_full, room) for room in (16_384, 49_152, *rng.sample(range(100_000, 800_000), 4)))
     yield from (case(cases.slow_disk, limit, hangs) for limit, hangs in ((0.03, True), (0.5, False)))
     yield from (case(cases.stopped_rank, rank) for rank in (0, 1))
     yield from (case(cases.not_finite, rank) for rank in (0, 1))
