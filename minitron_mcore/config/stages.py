@@ -260,7 +260,7 @@ class ExportRun(StageRun):
     source: str = changeable(MISSING)
     """Checkpoint to export."""
     step: str = "newest"
-    """Step of the checkpoint: newest, best (the lowest held-out loss, see `distill.eval_every`), or a number."""
+    """Its step: newest, best (the lowest held-out loss, see `distill.eval_every`), or a number."""
     format: ExportFormat = ExportFormat.hf
     """Format to write."""
     names: GptNames = GptNames.te
