@@ -93,9 +93,9 @@ def train(
         figures = loop.train(trainers, batches, common_folder, heldout_text, config.log)
         is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
-            if trainer.step == settings.steps:
-                claim.finish(folder)
             _show(folder, student, rows)
+            if trainer.step == settings.steps:
+                claim.finish(folder)  # after the last file, since it lists them
         if is_stopped:
             raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
 
