@@ -1,0 +1,180 @@
+"""A fault campaign: what becomes of a training run when its processes, files, disk or inputs fail.
+
+Every case is a training of a tiny model on two real ranks (gloo, fp32). It meets its fault, and the same command is started again
+until it finishes. The result is compared with that of an undisturbed run: the figures of every step, the files of weights, the
+model's fingerprint, config and tokenizer, bit for bit. Every case has one outcome:
+
+    resumed      finished with the undisturbed result, from the newest step that was on disk
+    refused      ended with a status other than 0 and one sentence
+    lost         began earlier than the newest step on disk, or did not finish
+    undetected   another result, a traceback, a silent begin at step 0, or a cause that is not named
+    hung         did not end in time
+    orphans      a process was alive 30 s after the one that started it
+
+Ranks are forked by an agent, which ends them as torchrun does; some cases run under torchrun itself (kind "torchrun").
+"""
+
+import itertools
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fault_cases as cases
+from common import Figure, parser, write
+from fault_cases import Campaign, Outcome
+from rich.console import Console
+from rich.table import Table
+
+from tests.helpers.faults import RUN, Fault
+
+KINDS = ("kill", "torchrun", "signal", "file", "disk", "hang", "not finite", "second start", "input", "layout")
+OUTCOMES = ("resumed", "refused", "lost", "undetected", "hung", "orphans")
+MOMENTS = {
+    # when -> file operation of a rank, how often it happens in an undisturbed run, ranks that do it
+    "before the claim": (r"open run/\.claim", 1, (0,)),
+    "claimed": (r"open run/config\.yaml\.", 1, (0,)),
+    "setup": (r"open run/(inputs|model)\.json\.", 2, (0,)),
+    "save begins": (r"shutil\.rmtree .*run/step_\d+\.part", 8, (0,)),
+    "during a save": (r"open .*run/step_\d+\.part/__\d_0\.distcp w", 8, (0, 1)),
+    "files are written": (r"open .*run/step_\d+\.part/integrity\.json\.", 8, (0,)),
+    "before publication": (r"os\.rename .*run/step_\d+\.part .*run/step_\d+$", 8, (0,)),
+    "before retention": (r"os\.rename .*run/step_\d+ .*\.removed", 5, (0,)),
+    "during retention": (r"os\.remove __\d_0\.distcp", 10, (0,)),
+    "lowest loss": (r"open run/best\.json\.", 2, (0,)),
+    "end": (r"open run/\.complete\.", 1, (0,)),
+}
+TARGETS = ("rank", "all", "agent")
+DAMAGE = ("truncated", "flipped", "emptied", "removed")
+
+
+def kill_moments(rng: random.Random, count: int, seconds: float) -> Iterator[Fault]:
+    """Every second one at a random time of an undisturbed run, the others aimed at each of MOMENTS in turn."""
+    aimed = itertools.cycle(MOMENTS.values())
+    for number in range(count):
+        target = TARGETS[number // 2 % len(TARGETS)]
+        if number % 2:
+            pattern, times, ranks = next(aimed)
+            yield Fault(target, moment=pattern, nth=rng.randint(1, times), rank=rng.choice(ranks))
+        else:
+            yield Fault(target, rank=rng.choice((0, 1)), after=rng.uniform(0.05, seconds))
+
+
+type Case = Callable[[], Iterator[Outcome]]
+
+
+def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
+    """All cases of the campaign; `seconds` is for how long an undisturbed run takes."""
+    rng, quick = random.Random(options.seed), options.quick
+    numbers = itertools.count()
+
+    def case(fn: Callable, *arguments) -> Case:
+        return partial(fn, campaign, f"{next(numbers):03d}_{fn.__name__}", *arguments)
+
+    moments = list(kill_moments(rng, 4 if quick else options.kills, seconds))
+    for some in itertools.batched(moments, 4):
+        yield case(cases.kills, list(some))
+    files = sorted(str(file.relative_to(campaign.root / "stopped" / RUN)) for file in stopped_files(campaign.root))
+    damaged = list(itertools.product(files, DAMAGE))
+    for file, how in rng.sample(damaged, 3) if quick else damaged:
+        yield case(cases.damages, file, how, rng.random())
+    yield case(cases.second_start, 3)
+    for stop in stop_faults(rng, 1 if quick else 16, seconds):
+        yield case(cases.signals, stop)
+    if quick:
+        return
+    yield case(cases.second_start, 0)
+    for number, target, rank in (
+        *((number, "agent", 0) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL)),
+        *((number, "rank", rank) for number in (signal.SIGTERM, signal.SIGUSR1) for rank in (0, 1)),
+    ):
+        yield case(cases.under_torchrun, number, target, rank)
+    yield from (case(cases.disk_full, room) for room in (16_384, 49_152, *rng.sample(range(100_000, 800_000), 4)))
+    yield from (case(cases.slow_disk, limit, hangs) for limit, hangs in ((0.03, True), (0.5, False)))
+    yield from (case(cases.stopped_rank, rank) for rank in (0, 1))
+    yield from (case(cases.not_finite, rank) for rank in (0, 1))
+    for path, other in (("student", "other"), ("teacher", "other"), ("text.txt", "other.txt")):
+        yield case(cases.replaced_input, path, other)
+    for layout, processes in (("single", 2), ("single", 1), ("single parallel.pipeline=2", 2)):
+        yield case(cases.other_layout, layout, processes)
+
+
+def stop_faults(rng: random.Random, count: int, seconds: float) -> Iterator[Fault]:
+    """SIGTERM and SIGUSR1 to one rank and to all, at random times and during saves."""
+    pattern, times, _ = MOMENTS["during a save"]
+    for n in range(count):
+        target, number = ("rank", "ranks")[n // 2 % 2], (signal.SIGTERM, signal.SIGUSR1)[n % 2]
+        if n % 4 == 0:
+            yield Fault("rank", number, moment=pattern, nth=rng.randint(1, times), rank=rng.choice((0, 1)))
+        else:
+            yield Fault(target, number, rank=rng.choice((0, 1)), after=rng.uniform(0.05, seconds))
+
+
+def stopped_files(root: Path) -> Iterator[Path]:
+    """Files of a run that a resume may read: without the curve."""
+    run = root / "stopped" / RUN
+    return (path for path in run.rglob("*") if path.is_file() and path.suffix != ".png")
+
+
+def execute(case: Case) -> list[Outcome]:
+    begin = time.monotonic()
+    try:
+        outcomes = list(case())
+    except Exception as error:
+        outcomes = [Outcome(case.func.__name__, "undetected", f"{type(error).__name__}: {error}")]
+    folder = case.args[0].root / "cases" / case.args[1]
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = (time.monotonic() - begin) / len(outcomes)
+    for each in outcomes:
+        print(f"{case.args[1]}: {each.outcome}: {each.detail}", flush=True)
+    return [replace(each, seconds=seconds) for each in outcomes]
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    shown = Table("kind", "cases", *OUTCOMES, "seconds")
+    for kind in (*KINDS, ""):
+        rows = [each for each in outcomes if kind in ("", each.kind)]
+        counts = [sum(each.outcome == name for each in rows) for name in OUTCOMES]
+        shown.add_row(kind or "all", f"{len(rows)}", *map(str, counts), f"{sum(each.seconds for each in rows):.0f}")
+    return shown
+
+
+def campaign(options) -> list[Outcome]:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        made, seconds = Campaign.make(root)
+        planned = plan(made, options, seconds)
+        chosen = [case for case in planned if not options.only or case.func.__name__ in options.only.split(",")]
+        with ThreadPoolExecutor(2) as pool:
+            return list(itertools.chain.from_iterable(pool.map(execute, chosen)))
+
+
+def main() -> None:
+    arguments = parser(__doc__.partition("\n")[0])
+    arguments.add_argument("--kills", type=int, default=100, help="number of SIGKILLs")
+    arguments.add_argument("--only", metavar="NAMES", help="functions of fault_cases.py, separated by commas")
+    arguments.add_argument("--seed", type=int, default=0)
+    options = arguments.parse_args()
+    outcomes = campaign(options)
+    Console(width=120).print(table(outcomes))
+    figures = [
+        Figure("faults", kind, "minitron_mcore", name, sum(each.outcome == name for each in rows), "cases")
+        for kind in KINDS
+        if (rows := [each for each in outcomes if each.kind == kind])
+        for name in OUTCOMES
+    ]
+    write(figures, options.json)
+    sys.exit(any(each.outcome not in ("resumed", "refused") for each in outcomes))
+
+
+if __name__ == "__main__":
+    main()
