@@ -311,7 +311,7 @@ def replaced_input(campaign: Campaign, name: str, path: str, other: str) -> Iter
 def other_layout(campaign: Campaign, name: str, layout: str, processes: int) -> Iterator[Outcome]:
     """A stopped run goes on in another layout, with the same samples: equal to rounding."""
     folder = campaign.folder(name, "stopped")
-    ended = train(folder, *f"parallel={layout}".split(), processes=processes).ended()
+    ended = train(folder, f"parallel={layout}", processes=processes).ended()
     outcome, detail = misbehaved(ended) or ("", "")
     if not outcome and (ended.status != 0 or ended.resumed_after != STOPPED_AFTER):
         outcome, detail = "lost", f"status {ended.status}: {tail(ended)}"

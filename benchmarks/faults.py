@@ -104,7 +104,7 @@ def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
     yield from (case(cases.not_finite, rank) for rank in (0, 1))
     for path, other in (("student", "other"), ("teacher", "other"), ("text.txt", "other.txt")):
         yield case(cases.replaced_input, path, other)
-    for layout, processes in (("single", 2), ("single", 1), ("single parallel.pipeline=2", 2)):
+    for layout, processes in (("single", 2), ("single", 1), ("cp2", 2)):
         yield case(cases.other_layout, layout, processes)
 
 
