@@ -258,7 +258,8 @@ def stopped_rank(campaign: Campaign, name: str, rank: int) -> Iterator[Outcome]:
     """SIGSTOP: the watchdog names the rank and ends the run."""
     folder = campaign.folder(name)
     fault = Fault("rank", signal.SIGSTOP, rank=rank, after=0.2)
-    ended = faults.torchrun(folder, *COMMAND, *TP2, "hang.step_minutes=0.04", fault=fault)
+    limits = [f"hang.{name}_minutes={limit}" for name, limit in (("setup", 0.5), ("step", 0.04), ("save", 0.1))]
+    ended = faults.torchrun(folder, *COMMAND, *TP2, *limits, fault=fault)
     outcome, detail = misbehaved(ended) or ("", "")
     if not outcome and (ended.status != HUNG_STATUS or f"rank {rank} does not answer" not in ended.output):
         outcome, detail = "undetected", f"status {ended.status}: {tail(ended)}"
