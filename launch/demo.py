@@ -4,11 +4,11 @@ minitron demo    # the results are in runs/demo
 """
 
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
 
+from minitron_mcore.checkpoint import owner
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.errors import Stopped, UserError
@@ -91,13 +91,14 @@ def show(rows: list[dict], minutes: float) -> None:
 
 def main() -> None:
     start = time.monotonic()
-    shutil.rmtree(ROOT, ignore_errors=True)
-    teacher = demo.fetch_teacher(MODELS["teacher"][0])
-    steps = commands(teacher, *demo.write_stdlib_text(ROOT / "text"))
-    for number, (stage, overrides, processes) in enumerate(steps, 1):
-        run_stage(stage, *overrides, processes=processes, number=number, total=len(steps))
-    page.write(ROOT, ROOT / "report.html")
-    show(evaluations(), (time.monotonic() - start) / 60)
+    with owner.Claim(ROOT) as claim:
+        claim.clear()
+        teacher = demo.fetch_teacher(MODELS["teacher"][0])
+        steps = commands(teacher, *demo.write_stdlib_text(ROOT / "text"))
+        for number, (stage, overrides, processes) in enumerate(steps, 1):
+            run_stage(stage, *overrides, processes=processes, number=number, total=len(steps))
+        page.write(ROOT, ROOT / "report.html")
+        show(evaluations(), (time.monotonic() - start) / 60)
 
 
 if __name__ == "__main__":

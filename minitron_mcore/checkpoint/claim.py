@@ -116,9 +116,7 @@ def _claim_part(out_dir: Path, part: Path, settings: dict) -> owner.Claim:
     try:
         _refuse_finished(out_dir, settings)  # it may have been published while this process claimed
         with _writing(part):
-            for path in part.iterdir():
-                if path != claim.path:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            claim.clear()
         _write_beginning(part, settings, inputs)
     except BaseException:
         claim.stop()

@@ -19,14 +19,21 @@ def sha256(path: Path, from_disk: bool = False) -> str:
     """Hex digest of a file's content. The kernel is asked to read ahead, because hashing is slower than most disks.
 
     Args:
-        from_disk: ask the kernel to drop what it holds of the file first. It does so for files that are on disk.
+        from_disk: ask the kernel to drop its copy of the file before and afterwards. It does so for files that are on disk.
     """
     with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):
-            if from_disk:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if from_disk:
+            _advise(file, "DONTNEED")
+        _advise(file, "WILLNEED")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if from_disk:
+            _advise(file, "DONTNEED")
+    return digest
+
+
+def _advise(file: io.BufferedReader, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 class NewFile(io.BufferedWriter):

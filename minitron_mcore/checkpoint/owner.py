@@ -9,11 +9,12 @@ import json
 import os
 import platform
 import re
+import shutil
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import psutil
 
@@ -39,7 +40,7 @@ class Owner(NamedTuple):
 
 
 class Claim:
-    """This process's claim of a folder until `release`.
+    """This process's claim of a folder until `release`, or during a with block.
 
     If another process takes the folder meanwhile, which needs a pause of DEAD_SECONDS, or if someone removes the folder, this
     process ends.
@@ -68,6 +69,18 @@ class Claim:
                 os._exit(UserError.exit_status)
             except OSError:  # the file system is away; if it stays away, writing fails
                 continue
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def clear(self) -> None:
+        """Remove everything else in the folder."""
+        for path in self.folder.iterdir():
+            if path != self.path:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def release(self) -> None:
         """End the claim."""

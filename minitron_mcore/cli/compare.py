@@ -19,4 +19,5 @@ def main(arguments: list[str]) -> None:
 
     rows = comparison.write(given.dir, Path(given.out))
     files = ", ".join(f"{given.out}/{name}" for name in ("report.html", "losses.png", "compare.csv", "compare.json"))
-    tables.table("runs side by side", rows, [f"files: {files}"])
+    known = [key for key in tables.columns(rows) if any(row.get(key) is not None for row in rows)]
+    tables.table("runs side by side", [{key: row.get(key) for key in known} for row in rows], [f"files: {files}"])

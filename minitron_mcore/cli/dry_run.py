@@ -94,13 +94,7 @@ def plan(config: Run) -> dict:
     countable = not problems and min(sizes) >= 1
     problems += _problems(config, models, training, setting)
     figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
-    for role, (arch, where) in models.items():
-        counts = {
-            "parameters": parameter_table.count(arch),
-            "without_embeddings": parameter_table.count(arch, embeddings=False),
-        }
-        counts |= dict(zip(MISSING, (len(arch.no_attention), len(arch.no_mlp)), strict=True))
-        figures["models"][role] = counts | arch.to_json() | {"from": where}
+    figures["models"] = {role: _model_row(arch) | {"from": where} for role, (arch, where) in models.items()}
     if countable:
         figures["ranks"] = _ranks(config, archs, training, setting)
         figures["operations"] = _operations(config, archs, training, setting)
@@ -133,6 +127,15 @@ def plan(config: Run) -> dict:
                 "(performance.recompute=full) or take smaller micro-batches."
             )
     return figures
+
+
+def _model_row(arch: Architecture) -> dict:
+    """Sizes of a model."""
+    counts = {
+        "parameters": parameter_table.count(arch),
+        "without_embeddings": parameter_table.count(arch, embeddings=False),
+    }
+    return counts | dict(zip(MISSING, (len(arch.no_attention), len(arch.no_mlp)), strict=True)) | arch.to_json()
 
 
 def _is_one_process(config: Run) -> bool:

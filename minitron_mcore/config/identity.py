@@ -62,7 +62,8 @@ def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
 def _changes(stored: Any, current: dict[str, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Name, old and new value of each identifying setting that differs; nested sections too."""
     fields = {field.name: field for field in dataclasses.fields(schema)} if schema else {}
-    is_new_phase = "phase" in fields and current["phase"] > stored.get("phase", 0)
+    before = stored.get("phase", 0)
+    is_new_phase = "phase" in fields and isinstance(before, int) and current.get("phase", 0) > before
     for key in [*current, *(key for key in stored if key not in current)]:
         field, name, new = fields.get(key), f"{prefix}{key}", current.get(key, _REMOVED)
         is_section = field is not None and dataclasses.is_dataclass(field.type)
@@ -100,4 +101,4 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)

@@ -44,8 +44,9 @@ def problems(config: Run) -> Iterator[str]:
 def splits(data: DataConfig) -> Iterator[str]:
     """Splits that are no shares, and settings of the text that exclude each other."""
     share = r"(\d+\.?\d*|\.\d+)"
-    if data.split is not None and not re.fullmatch(rf"{share}(,{share}){{0,2}}", data.split):
-        yield f'data.split is "{data.split}"; it must be up to three numbers, of training, validation and test: "98,2,0".'
+    split = data.split
+    if split is not None and not (re.fullmatch(rf"{share}(,{share}){{0,2}}", split) and re.search("[1-9]", split)):
+        yield f'data.split is "{split}"; it must be up to three numbers, not all 0: training, validation and test: "98,2,0".'
     for name, given in (("train", data.train), ("split", data.split)):
         if data.splits_file and given:
             yield f"data.splits_file and data.{name} are both set: give one of them."

@@ -259,6 +259,8 @@ class ExportRun(StageRun):
 
     source: str = changeable(MISSING)
     """Checkpoint to export."""
+    step: str = "newest"
+    """Its step: newest, best (the lowest held-out loss, see `distill.eval_every`), or a number."""
     format: ExportFormat = ExportFormat.hf
     """Format to write."""
     names: GptNames = GptNames.te

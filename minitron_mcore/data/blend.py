@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitron_mcore.data.text_reader import has_documents, is_prefix, is_text
+from minitron_mcore.data.text_reader import MASK_SUFFIX, has_documents, is_prefix, is_text
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import read_json
 
@@ -62,6 +62,7 @@ def expand(path: str) -> list[str]:
     else:
         return [path]
     pairs = sorted({file[:-4] for file in found if file.endswith((".bin", ".idx")) and is_prefix(file[:-4])})
+    pairs = [pair for pair in pairs if not pair.endswith(MASK_SUFFIX)]
     texts = sorted(file for file in found if (has_documents if is_folder else is_text)(file) and os.path.isfile(file))
     if pairs and texts:
         raise UserError(

@@ -2,6 +2,7 @@
 
     out_dir/
       NAME_text_document.bin, .idx   the pair of NAME.jsonl, named as Megatron-LM names it
+      NAME_text_document.mask.*      its loss mask, if some of its tokens do not count (see `loss_mask`)
       tokens.json                    what was made: written last
       unfinished/KEY/N/              pair and figures of part N of a file; KEY identifies content, tokenizer and part size
       unfinished/KEY/whole/          figures of a file whose pair is in its place
@@ -30,7 +31,7 @@ from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import TokenizeTextRun
 from minitron_mcore.data.blend import UNFINISHED, expand
 from minitron_mcore.data.pair_writer import PAIR, concatenate, create_folder, encode
-from minitron_mcore.data.text_reader import Limits, Part, check_readable, check_size, is_prefix, parts
+from minitron_mcore.data.text_reader import MASK_SUFFIX, Limits, Part, check_readable, check_size, is_prefix, parts
 from minitron_mcore.data.token_files import BLOCK, DType, block_starts, check_index
 from minitron_mcore.data.tokenizer import open_tokenizer
 from minitron_mcore.errors import UserError, refuse
@@ -212,7 +213,7 @@ class Corpus:
         whole, pair = self._folder(source, _WHOLE), self.out_dir / source.name
         create_folder(whole, functools.partial(self._join, source))
         pair.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".bin", ".idx"):
+        for suffix in (f"{MASK_SUFFIX}.bin", f"{MASK_SUFFIX}.idx", ".bin", ".idx"):
             if (made := whole / f"{PAIR}{suffix}").is_file():
                 os.replace(made, f"{pair}{suffix}")
         check_index(str(pair))

@@ -7,6 +7,7 @@ in exact proportions.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.config.settings import DataConfig
+from minitron_mcore.data.loss_mask import MaskStream, mask_prefix
 from minitron_mcore.data.pair_writer import create_folder
 from minitron_mcore.data.token_files import BLOCK, WHOLE_PAIR, Share, TokenStream, block_starts, split_share
 from minitron_mcore.errors import UserError
@@ -33,13 +35,13 @@ _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def data_hash(prefixes: Sequence[str]) -> str:
-    """16 hex digits that identify the tokens of .bin/.idx pairs, independent of their paths.
+    """16 hex digits that identify the tokens of .bin/.idx pairs and their loss masks, independent of their paths.
 
     SHA-256 over each whole .idx and 64 evenly spaced blocks of each .bin.
     """
     digest = hashlib.sha256()
-    for prefix in prefixes:
-        with open(f"{prefix}.idx", "rb") as index, open(f"{prefix}.bin", "rb") as file:
+    for pair in filter(None, itertools.chain.from_iterable((prefix, mask_prefix(prefix)) for prefix in prefixes)):
+        with open(f"{pair}.idx", "rb") as index, open(f"{pair}.bin", "rb") as file:
             digest.update(hashlib.file_digest(index, "sha256").digest())
             size = file.seek(0, os.SEEK_END)
             digest.update(size.to_bytes(8, "little"))
@@ -107,8 +109,8 @@ class Samples:
         vocab_size: rows of the model's embedding.
 
     Raises:
-        UserError: a dataset has fewer tokens than one sample (S + 1); documents of several sequences under `document_mask`; a
-            token id is not below `vocab_size`, when it is read.
+        UserError: a dataset has fewer tokens than one sample (S + 1); a damaged loss mask; documents of several sequences under
+            `document_mask`; a token id is not below `vocab_size`, when it is read.
     """
 
     def __init__(self, order: SampleOrder, cache: str, vocab_size: int):
@@ -122,12 +124,16 @@ class Samples:
                 size = f"{stream.num_tokens} tokens are fewer than one sample of {order.sequence_length} + 1"
                 raise UserError(f"{', '.join(group)}: {size}: give more text or a shorter sequence.")
         folder = os.path.join(cache, f"order-{order.digest()}")
-        process_groups.on_rank_0(lambda: create_folder(folder, self._build))
+        masks = [MaskStream(stream) for stream in self._streams]
+        process_groups.on_rank_0(lambda: create_folder(folder, lambda part: self._build(part, self._streams)))
         with process_groups.raise_on_all_ranks(), damage_as_user_error(folder, CACHE_REMEDY):
-            self._dataset = self._build(folder)
+            self._dataset = self._build(folder, self._streams)
+            # The documents have the same lengths, so the samples are of the same places.
+            needed = any(mask.is_needed for mask in masks)
+            self._masks = self._build(folder, masks) if needed else None
 
-    def _build(self, cache: str):
-        """megatron-core's dataset of the order's samples."""
+    def _build(self, cache: str, streams: Sequence[TokenStream | MaskStream]):
+        """megatron-core's dataset of the order's samples, of tokens or of masks."""
         config = GPTDatasetConfig(
             random_seed=self.order.seed,
             sequence_length=self.order.sequence_length,
@@ -145,7 +151,7 @@ class Samples:
         counts = self.order.counts()
         datasets = [
             GPTDataset(stream, str(i), np.arange(len(stream), dtype=np.int32), count, Split.train, config)
-            for i, (stream, count) in enumerate(zip(self._streams, counts, strict=True))
+            for i, (stream, count) in enumerate(zip(streams, counts, strict=True))
             if count
         ]
         return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, [c for c in counts if c], None, config)
@@ -155,13 +161,17 @@ class Samples:
         copy to a CUDA device is asynchronous (see `to_device`).
 
         Returns:
-            tokens, labels (the next tokens) and position_ids [B, S] int64, loss_mask [B, S] float32, samples [B] int64 (`rows`).
+            tokens, labels (the next tokens) and position_ids [B, S] int64, samples [B] int64 (`rows`), and loss_mask [B, S]
+            float32, 0 where the label does not count in the loss.
             With the order's `document_mask` also document_starts [B, S] int64, the position in the sample at which each token's
             document begins; position_ids then count from it.
         """
         with damage_as_user_error(self._dataset.config.path_to_cache, CACHE_REMEDY):
             samples = [self._dataset[row] for row in rows]
+            masks = [self._masks[row]["labels"] for row in rows] if self._masks else None
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in _FIELDS}
+        if masks:
+            batch["loss_mask"] *= torch.stack(masks)
         batch["samples"] = torch.tensor(rows)
         if self.order.document_mask:
             batch["document_starts"] = torch.arange(self.order.sequence_length) - batch["position_ids"]

@@ -4,13 +4,14 @@ import array
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from minitron_mcore.data.text_reader import WHOLE_FILE, Limits, Part, documents
+from minitron_mcore.data.loss_mask import loss_mask, mask_prefix, write_ones
+from minitron_mcore.data.text_reader import MASK_SUFFIX, WHOLE_FILE, Limits, Part, Text, documents
 from minitron_mcore.data.token_files import DType, index_header, sequence_lengths
 from minitron_mcore.data.tokenizer import Tokenizer
 
@@ -43,7 +44,8 @@ def encode(
     key: str = "text",
     on_batch: Callable[[int, int], None] = lambda tokens, position: None,
 ) -> tuple[int, int]:
-    """Tokenise the documents of a text file, or of a part of it, into the pair `prefix`.
+    """Tokenise the documents of a text file, or of a part of it, into the pair `prefix`, with a loss mask if a
+    document has tokens that do not count.
 
     Args:
         on_batch: called with the number of tokens so far and the position in the file, in bytes, after each batch of documents.
@@ -56,28 +58,59 @@ def encode(
         UserError: see `documents` and `Tokenizer.documents`.
     """
     dtype, lengths, tokens = np.dtype(DType.optimal_dtype(tokenizer.vocab_size)), array.array("i"), 0
+    masks: IO[bytes] | None = None
     with open(f"{prefix}.bin", "wb") as file:
         for texts, position in documents(path, limits, part, key):
-            for ids in tokenizer.documents(texts):
+            for ids, mask in _encoded(tokenizer, texts):
                 file.write(np.asarray(ids, dtype).tobytes())
+                if masks is None and not mask.all():
+                    masks = open(f"{prefix}{MASK_SUFFIX}.bin", "wb")  # noqa: SIM115
+                    write_ones(masks, tokens)
+                if masks is not None:
+                    masks.write(mask.tobytes())
                 lengths.append(len(ids))
                 tokens += len(ids)
             on_batch(tokens, position)
         _sync(file)
+    if masks is not None:
+        _sync(masks)
+        masks.close()
+        _write_index(prefix + MASK_SUFFIX, np.dtype(np.uint8), np.array(lengths, np.int32))
     _write_index(prefix, dtype, np.array(lengths, np.int32))
     return len(lengths), tokens
 
 
-def concatenate(prefixes: Iterable[str], prefix: str, dtype: np.dtype) -> None:
-    """Write the documents of several pairs, whose ids have this type, as the pair `prefix`."""
-    lengths = []
+def _encoded(tokenizer: Tokenizer, texts: list[Text]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Ids and loss mask of each document."""
+    if all(text.loss_spans is None for text in texts):
+        yield from ((ids, np.ones(len(ids), np.uint8)) for ids in tokenizer.documents(texts))
+        return
+    for text, spans in zip(texts, tokenizer.spans(texts), strict=True):
+        yield spans.ids, loss_mask(text, spans)
+
+
+def concatenate(prefixes: Sequence[str], prefix: str, dtype: np.dtype) -> None:
+    """Write the documents of several pairs, whose ids have this type, as the pair `prefix`, with their loss masks."""
+    lengths, masks = [sequence_lengths(each) for each in prefixes], [mask_prefix(each) for each in prefixes]
+    if any(masks):
+        with open(f"{prefix}{MASK_SUFFIX}.bin", "wb") as file:
+            for mask, sizes in zip(masks, lengths, strict=True):
+                if mask:
+                    _copy(mask, file)
+                else:
+                    write_ones(file, int(sizes.sum(dtype=np.int64)))
+            _sync(file)
+        _write_index(prefix + MASK_SUFFIX, np.dtype(np.uint8), np.concatenate(lengths))
     with open(f"{prefix}.bin", "wb") as file:
         for each in prefixes:
-            with open(f"{each}.bin", "rb") as source:
-                shutil.copyfileobj(source, file, 1 << 22)
-            lengths.append(sequence_lengths(each))
+            _copy(each, file)
         _sync(file)
     _write_index(prefix, dtype, np.concatenate(lengths))
+
+
+def _copy(prefix: str, file: IO[bytes]) -> None:
+    with open(f"{prefix}.bin", "rb") as source:
+        shutil.copyfileobj(source, file, 1 << 22)
 
 
 def _write_index(prefix: str, dtype: np.dtype, lengths: np.ndarray) -> None:

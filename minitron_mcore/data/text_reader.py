@@ -19,6 +19,8 @@ from minitron_mcore.errors import UserError
 _LINES, _WHOLE = (".jsonl", ".jsonl.gz", ".jsonl.zst"), (".txt", ".md", ".py", ".raw")
 _BATCH_CHARS = 2_000_000  # encoding a batch needs about a hundred bytes per token
 _BLOCK = 1 << 20  # bytes
+MASK_SUFFIX = ".mask"
+"""Behind the prefix of a .bin/.idx pair: the prefix of its loss mask (see `loss_mask`)."""
 
 
 class Limits(NamedTuple):
@@ -37,6 +39,13 @@ class Limits(NamedTuple):
             if getattr(config, name) < 1:
                 raise UserError(f"data.{name} is {getattr(config, name)}; it must be at least 1.")
         return cls(config.line_mb, config.file_mb)
+
+
+class Text(str):
+    """The text of a document."""
+
+    loss_spans: tuple[tuple[int, int], ...] | None = None
+    """[first, end) in characters: the parts that count in the loss; None: all of it."""
 
 
 class Part(NamedTuple):
@@ -189,17 +198,46 @@ def _whole(path: str, limits: Limits) -> Iterator[tuple[str, int]]:
         raise UserError(f"{path} cannot be read to its end ({error}): is it complete?") from error
 
 
-def _each_document(path: str, limits: Limits, part: Part, key: str) -> Iterator[tuple[str, int]]:
+def _parse(line: str, key: str) -> Text:
+    """The document of a line: {key: text}, with "loss_spans": [[first, end], ...] if not all of it counts in the loss; or
+    {"prompt": ..., "completion": ...}, of which the completion counts.
+
+    Raises:
+        ValueError: no JSON; spans outside the text.
+        KeyError, TypeError: no such text.
+    """
+    fields = json.loads(line)
+    is_pair = key not in fields and "prompt" in fields
+    parts = [fields["prompt"], fields["completion"]] if is_pair else [fields[key]]
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError(f"{parts}")
+    text = Text("".join(parts))
+    spans = [[len(parts[0]), len(text)]] if is_pair else fields.get("loss_spans")
+    if spans is not None:
+        text.loss_spans = tuple(_check_span(span, len(text)) for span in spans)
+    return text
+
+
+def _check_span(span: object, length: int) -> tuple[int, int]:
+    match span:
+        case [int(first), int(end)] if 0 <= first <= end <= length:
+            return first, end
+    raise ValueError(f"loss_spans has {span}, which is no [first, end] within the {length} characters")
+
+
+def _each_document(path: str, limits: Limits, part: Part, key: str) -> Iterator[tuple[Text, int]]:
     """(text, position as in `documents`) of each document that is not empty."""
-    if path.endswith(_WHOLE):
-        yield from _whole(path, limits)
-        return
-    if path.endswith(parquet.SUFFIX):
-        yield from parquet.texts(path, key, part.start, part.stop, limits.line_mb)
+    if path.endswith((*_WHOLE, parquet.SUFFIX)):
+        rows = (
+            _whole(path, limits)
+            if path.endswith(_WHOLE)
+            else parquet.texts(path, key, part.start, part.stop, limits.line_mb)
+        )
+        yield from ((Text(text), position) for text, position in rows)
         return
     for number, line, position in lines(path, limits.line_mb, part):
         try:
-            text = json.loads(line)[key]
+            text = _parse(line, key)
             text.encode("utf-8")  # JSON allows lone surrogates, tokenizers do not
         except UnicodeEncodeError as error:
             raise UserError(
@@ -211,7 +249,8 @@ def _each_document(path: str, limits: Limits, part: Part, key: str) -> Iterator[
             ) from error
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{_where(path, number, part)}: no string under "{key}": write one {{"{key}": ...}} a line.'
+                f'{_where(path, number, part)}: no string under "{key}": write one {{"{key}": ...}} a line, or {{"prompt": ..., '
+                '"completion": ...}}.'
             ) from error
         if text:
             yield text, position
@@ -222,7 +261,7 @@ def documents(
     limits: Limits | None = None,
     part: Part = WHOLE_FILE,
     key: str = "text",
-) -> Iterator[tuple[list[str], int]]:
+) -> Iterator[tuple[list[Text], int]]:
     """Read the documents of a text file in batches of some millions of characters.
 
     Args:

@@ -216,9 +216,13 @@ class TokenStream:
     def __len__(self) -> int:
         return len(self.sequence_lengths)
 
-    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+    def locate(self, document: int) -> tuple[int, int]:
+        """Number of a document's pair, and of the document in it."""
         part = int(np.searchsorted(self.part_starts, document, side="right")) - 1
-        stored = int(document - self.part_starts[part]) + self.first_documents[part]
+        return part, int(document - self.part_starts[part]) + self.first_documents[part]
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        part, stored = self.locate(document)
         ids = self.parts[part].get(stored, offset, length)
         check_range(ids, self.vocab_size, self.prefixes[part])
         return ids

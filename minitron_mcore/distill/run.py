@@ -93,9 +93,9 @@ def train(
         figures = loop.train(trainers, batches, common_folder, heldout_text, config.log)
         is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
-            if trainer.step == settings.steps:
-                claim.finish(folder)
             _show(folder, student, rows)
+            if trainer.step == settings.steps:
+                claim.finish(folder)  # after the last file, since it lists them
         if is_stopped:
             raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
 
@@ -142,7 +142,11 @@ def _describe(
     text: dict,
     is_resumed: bool,
 ) -> None:
-    """Write the lineage of the model that will be trained (rank 0)."""
+    """Write the lineage of the model that will be trained (rank 0).
+
+    Raises:
+        UserError: the tokens are not those of the run's earlier steps.
+    """
     parents = {"student": run_folder.identity(student), "teacher": teacher and run_folder.identity(teacher)}
     details = {
         "plans": lineage.plans(student.path),
@@ -158,6 +162,12 @@ def _describe(
         with damage_as_user_error(earlier, "restore it"):
             model = read_json(earlier, "restore it")
             before, known = model["fingerprint"], len(model["lineage"].get("phases", [None]))
+            trained = model["lineage"]["data"]["hash"]
+        if trained != text["hash"]:  # also where the files are the same, but not the tokenizer
+            raise UserError(
+                f"{config.out_dir} was trained on tokens {trained}, but data.train and the tokenizer now give {text['hash']}: "
+                "restore them, or choose another out_dir."
+            )
         is_new = len(trainer.phases) > known
         name = fingerprint(student, teacher, identity | {"before": before}, text) if is_new else before
     run_folder.describe(config.out_dir, student.arch, name, parents, student.hf, **details)

@@ -15,6 +15,7 @@ from torch import Tensor
 from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import EvaluateRun
+from minitron_mcore.data.loss_mask import loss_mask
 from minitron_mcore.data.text_reader import Limits, documents, is_prefix
 from minitron_mcore.data.tokenizer import Spans, Tokenizer, open_tokenizer
 from minitron_mcore.distill.losses import FactoredLogits, LossConfig, distillation_loss
@@ -42,7 +43,7 @@ class Windows(NamedTuple):
     tokens: Tensor
     """[n, S] int64"""
     mask: Tensor
-    """[n, S] bool; False on the first token of a window, on added EOS and BOS, and on padding"""
+    """[n, S] bool; False on the first token of a window, on added EOS and BOS, on padding, and where a token does not count"""
     num_bytes: Tensor
     """[n] int64, UTF-8 bytes of the predicted tokens"""
 
@@ -80,7 +81,7 @@ def windows(path: str, tokenizer: Tokenizer, sequence_length: int, limits: Limit
     for texts, _ in documents(path, limits):
         for text, spans in zip(texts, tokenizer.spans(texts), strict=True):
             ids.append(np.asarray(spans.ids, dtype=np.int64))
-            predicted.append(~np.asarray(spans.special, dtype=bool))
+            predicted.append(~np.asarray(spans.special, dtype=bool) & (loss_mask(text, spans) > 0))
             sizes.append(_token_bytes(text, spans))
 
     def cut(pieces: list[np.ndarray], fill: int) -> Tensor:

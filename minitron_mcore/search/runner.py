@@ -117,10 +117,10 @@ class SearchRunner:
         collected = collect(self.store, self.space, list(measured))
         trained = sum(row["loss"] is not None for row in collected["candidates"])
         complete = len(measured) == self.total and trained == min(self.search.best, self.total)
-        if complete:
-            claim.finish(self.out_dir)
         if process_groups.rank() == 0:
             write(self.out_dir, collected, self.search, self.total, complete)
+        if complete:
+            claim.finish(self.out_dir)
 
     def _prepare_folder(self) -> None:
         if process_groups.rank() == 0:

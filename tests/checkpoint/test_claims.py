@@ -22,8 +22,10 @@ RUN = {"stage": "test", "seed": 1}
 
 
 def write_claim(folder: Path, beat: float = 0.0, **changes) -> None:
-    """A claim of another process, `beat` seconds old."""
+    """A claim of another process, the only one, `beat` seconds old."""
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob(f"{owner.PREFIX}*"):
+        earlier.unlink()
     path = folder / f"{owner.PREFIX}.1"
     path.write_text(json.dumps(owner._this_process() | changes))
     os.utime(path, (time.time() - beat,) * 2)
@@ -66,7 +68,8 @@ def test_a_living_owner_is_named_and_a_dead_one_replaced(tmp_path):
         owner.Claim(tmp_path / "far")
     write_claim(tmp_path / "far", beat=130, **far)
     owner.Claim(tmp_path / "far").release()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
         here = {"pid": process.pid, "started": owner.psutil.Process(process.pid).create_time()}
         process.send_signal(signal.SIGSTOP)
         for beat in (0, 1000):  # a stopped process does not beat, and may go on
@@ -82,6 +85,9 @@ def test_a_living_owner_is_named_and_a_dead_one_replaced(tmp_path):
         mine = owner.Claim(tmp_path / "here")
         assert owner.owner(tmp_path / "here").pid == os.getpid()
         mine.release()
+    finally:
+        process.kill()
+        process.wait()
     assert owner.owner(tmp_path / "here") is None and len(list((tmp_path / "here").iterdir())) == 1
 
 

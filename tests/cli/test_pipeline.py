@@ -18,7 +18,7 @@ from minitron_mcore.checkpoint import stage_record
 from minitron_mcore.checkpoint import steps as steps_on_disk
 from minitron_mcore.cli import compose, pipeline
 from minitron_mcore.config import identity
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import STOPPED_STATUS, UserError
 from tests.helpers import launching, models
 
 FROM_IMPORTANCE = ["importance", "plan", "prune", "distill", "export"]
@@ -216,11 +216,12 @@ def killed_when(cwd: Path, command: list[str], reached) -> None:
 
 @pytest.mark.slow
 def test_killed_anywhere_the_same_command_goes_on(tmp_path):
-    """In a conversion, while importance is scored, and during training, whose finished steps are not repeated."""
+    """In a conversion, while importance is scored, and during training, whose finished steps are not repeated. A signal to a
+    stage stops the pipeline with the same status."""
     models.tiny_llama(tmp_path / "hf")
     launching.word_tokenizer(tmp_path / "hf")
     (tmp_path / "text.txt").write_text(launching.words(2000, 1))
-    training = dict(steps=6, global_batch=4, sequence_length=16, warmup_steps=1, save_every=1)
+    training = dict(steps=20, global_batch=4, sequence_length=16, warmup_steps=1, save_every=1)
     command = [
         *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"),
         *("data.train=[text.txt]", "prune.hidden=24", "importance.samples=8", "importance.sequence_length=16"),
@@ -236,11 +237,13 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path):
 
     for moment in (begun("convert"), begun("importance"), trained):
         killed_when(tmp_path, command, moment)
+    stopped = launching.fork(tmp_path, "pipeline", *command, fails=STOPPED_STATUS, stop_at=(2, signal.SIGUSR1))
+    assert "minitron distill stopped: the same command continues." in stopped
     newest = steps_on_disk.newest_complete(run / "distill").number
     output = launching.fork(tmp_path, "pipeline", *command)
     assert f"resuming after step {newest}" in output and "minitron importance" not in output
     lines = [json.loads(line) for line in (run / "distill/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == [*range(1, 21)]
     steps = planned(*command)
     pipeline.check(steps)
     assert all(map(pipeline.is_finished, steps))

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
@@ -57,7 +58,7 @@ def test_folders_and_patterns_are_files_in_order(tmp_path):
 def test_megatrons_lists(tmp_path):
     assert parse_blend(["0.3", "a", "0.7", "b"]) == parse_blend(["0.3 a", "0.7 b"]) == (["a", "b"], [0.3, 0.7])
     assert parse_blend(["30", "a b", "70", "c"]) == (["a b", "c"], [30, 70])
-    for wrong in (["0.3", "a", "b"], ["a", "0.3"], ["0.3"], ["0.3", "0.7"], ["0.3", "a", "0.7"], ["0.3", "1 a"]):
+    for wrong in (["0.3", "a", "b"], ["a", "0.3"], ["0.3"], ["0.3", "0.7"], ["0.3", "a", "0.7"]):
         with pytest.raises(UserError):
             parse_blend(wrong)
     path = tmp_path / "splits.json"
@@ -80,7 +81,7 @@ def test_a_folders_weight_is_shared_by_tokens(tmp_path):
     assert len(samples._dataset) == 40
 
 
-@pytest.mark.parametrize(("split", "documents"), [("98,2,0", 151), ("969,30,1", 100), ("1,1", 7), ("100", 9)])
+@pytest.mark.parametrize(("split", "documents"), [("98,2,0", 151), ("969,30,1", 700), ("1,1", 7), ("100", 9)])
 def test_a_split_is_megatrons(tmp_path, split, documents):
     """The samples of training and validation of one pair equal those of Megatron-LM's own builder."""
     prefix, length = write_pair(tmp_path / "pair", documents), 8
@@ -93,7 +94,7 @@ def test_a_split_is_megatrons(tmp_path, split, documents):
     data = DataConfig(train=[prefix], split=split, cache=str(tmp_path / "cache"))
     order = datasets.SampleOrder.of(data, *token_cache.prepare(data, "nowhere", 999), length, 70)
     samples = datasets.Samples(order, data.cache, 999).batch(range(70))
-    assert np.array_equal(samples["tokens"], np.stack([built[0][n]["tokens"] for n in range(70)]))
+    assert torch.equal(samples["tokens"], torch.stack([built[0][n]["tokens"] for n in range(70)]))
     whole = datasets.SampleOrder([prefix], None, 1234, length, 70)
     assert (order.digest() == whole.digest()) == (split == "100")
     if built[1] is None:
@@ -101,7 +102,8 @@ def test_a_split_is_megatrons(tmp_path, split, documents):
             token_files.split_share(split, "valid")
         return
     valid = token_files.TokenStream([prefix], 999, token_files.split_share(split, "valid"))
-    expected = np.concatenate([np.asarray(IndexedDataset(prefix)[n]) for n in built[1].indices])
+    stored = IndexedDataset(prefix)  # its arrays are invalid without it
+    expected = np.concatenate([stored[n] for n in built[1].indices])
     assert np.array_equal(valid.tokens(0, valid.num_tokens), expected)
 
 
@@ -110,6 +112,7 @@ def test_mistakes_are_sentences(tmp_path):
     for overrides, sentence in (
         (["data.split='98;2'"], 'data.split is "98;2"; it must be up to three numbers'),
         (["data.split='1,2,3,4'"], "it must be up to three numbers"),
+        (["data.split='0,0'"], "it must be up to three numbers"),
         (["data.splits_file=x.json", "data.train=[a]"], "data.splits_file and data.train are both set"),
         (["data.splits_file=x.json", "data.split='1,1'"], "data.splits_file and data.split are both set"),
         (["data.prefetch=-1"], "data.prefetch is -1"),
@@ -118,9 +121,8 @@ def test_mistakes_are_sentences(tmp_path):
         assert len(problems) == 1 and sentence in problems[0]
     with pytest.raises(UserError, match="no document lies between the shares 0.98 and 1"):
         token_files.TokenStream([prefix], 999, (0.98, 1.0))
-    for split in ("0,1,0", "0"):
-        with np.errstate(all="ignore"), pytest.raises(UserError, match="leaves no documents to train"):
-            token_files.split_share(split, "train")
+    with pytest.raises(UserError, match="leaves no documents to train"):
+        token_files.split_share("0,1,0", "train")
 
 
 def test_changed_files_of_a_folder_are_changed_inputs(tmp_path):

@@ -49,8 +49,11 @@ def corpus(root: Path, out_dir: Path, processes: int, *files: str, part: int = P
     return Corpus(run, part)
 
 
+VARYING = ("tokens.json", "config.yaml", ".claim")
+
+
 def content(folder: Path) -> dict[str, bytes]:
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in ("tokens.json", "config.yaml")]
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(VARYING)]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 

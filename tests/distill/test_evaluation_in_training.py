@@ -27,7 +27,12 @@ from tests.helpers.text_files import write_jsonl
 
 # A learning rate with which the loss is lowest after step 4.
 CONFIG = dataclasses.replace(
-    training.CONFIG, steps=5, peak_lr=0.05, min_lr=0.05, hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]])
+    training.CONFIG,
+    steps=5,
+    peak_lr=0.05,
+    min_lr=0.05,
+    keep_last=1,
+    hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]]),
 )
 MEASURED = dataclasses.replace(CONFIG, eval_every=2)
 LAYOUTS = {
