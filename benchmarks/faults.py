@@ -11,8 +11,8 @@ model's fingerprint, config and tokenizer, bit for bit. Every case has one outco
     hung         did not end in time
     orphans      a process was alive 30 s after the one that started it
 
-Full disks are mounts, which only root can make. Ranks are forked by an agent, which ends them as torchrun does; some cases run under
-torchrun itself (kinds "torchrun" and "hang").
+Full disks are mounts, which only root can make. Ranks are forked by an agent, which ends them as torchrun does; some cases run
+under torchrun itself (kinds "torchrun" and "hang").
 """
 
 import itertools
@@ -82,12 +82,12 @@ def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
     def case(fn: Callable, *arguments) -> Case:
         return partial(fn, campaign, f"{next(numbers):03d}_{fn.__name__}", *arguments)
 
-    moments = list(kill_moments(rng, 4 if quick else options.kills, seconds))
+    moments = list(kill_moments(rng, 2 if quick else options.kills, seconds))
     for some in itertools.batched(moments, 4):
         yield case(cases.kills, list(some))
     files = sorted(str(file.relative_to(campaign.root / "stopped" / RUN)) for file in stopped_files(campaign.root))
     damaged = list(itertools.product(files, DAMAGE))
-    for file, how in rng.sample(damaged, 3) if quick else damaged:
+    for file, how in rng.sample(damaged, 2) if quick else damaged:
         yield case(cases.damages, file, how, rng.random())
     yield case(cases.second_start, 3)
     for stop in stop_faults(rng, 1 if quick else 16, seconds):
