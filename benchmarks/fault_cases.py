@@ -258,7 +258,8 @@ def stopped_rank(campaign: Campaign, name: str, rank: int) -> Iterator[Outcome]:
     """SIGSTOP: the watchdog names the rank and ends the run."""
     folder = campaign.folder(name)
     fault = Fault("rank", signal.SIGSTOP, rank=rank, after=0.2)
-    ended = faults.torchrun(folder, *COMMAND, *TP2, "hang.step_minutes=0.04", fault=fault)
+    limits = [f"hang.{name}_minutes={limit}" for name, limit in (("setup", 0.5), ("step", 0.04), ("save", 0.1))]
+    ended = faults.torchrun(folder, *COMMAND, *TP2, *limits, fault=fault)
     outcome, detail = misbehaved(ended) or ("", "")
     if not outcome and (ended.status != HUNG_STATUS or f"rank {rank} does not answer" not in ended.output):
         outcome, detail = "undetected", f"status {ended.status}: {tail(ended)}"
@@ -311,7 +312,7 @@ def replaced_input(campaign: Campaign, name: str, path: str, other: str) -> Iter
 def other_layout(campaign: Campaign, name: str, layout: str, processes: int) -> Iterator[Outcome]:
     """A stopped run goes on in another layout, with the same samples: equal to rounding."""
     folder = campaign.folder(name, "stopped")
-    ended = train(folder, *f"parallel={layout}".split(), processes=processes).ended()
+    ended = train(folder, f"parallel={layout}", processes=processes).ended()
     outcome, detail = misbehaved(ended) or ("", "")
     if not outcome and (ended.status != 0 or ended.resumed_after != STOPPED_AFTER):
         outcome, detail = "lost", f"status {ended.status}: {tail(ended)}"

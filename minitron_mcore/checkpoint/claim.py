@@ -76,7 +76,7 @@ def new_run_folder(out_dir: str | Path, settings: dict) -> Iterator[Path]:
             process_groups.barrier()
         with process_groups.raise_on_all_ranks():
             if claim:
-                with _writing(out_dir):
+                with writing(out_dir):
                     finish(part)
                     _publish(claim, part, out_dir)
     except BaseException:
@@ -94,7 +94,7 @@ def finish(out_dir: str | Path) -> None:
 
 def _claim(out_dir: Path, settings: dict, share: str) -> owner.Claim:
     _refuse_foreign(out_dir)
-    with _writing(out_dir):
+    with writing(out_dir):
         claim = owner.Claim(out_dir, share)
     try:
         inputs = stage_record.inputs(settings)
@@ -111,11 +111,11 @@ def _claim_part(out_dir: Path, part: Path, settings: dict) -> owner.Claim:
     _refuse_foreign(out_dir)
     _refuse_finished(out_dir, settings)
     inputs = stage_record.inputs(settings)
-    with _writing(part):
+    with writing(part):
         claim = owner.Claim(part)
     try:
         _refuse_finished(out_dir, settings)  # it may have been published while this process claimed
-        with _writing(part):
+        with writing(part):
             claim.clear()
         _write_beginning(part, settings, inputs)
     except BaseException:
@@ -140,7 +140,7 @@ def _refuse_other_run(out_dir: Path, settings: dict, inputs: dict[str, stage_rec
 
 
 def _write_beginning(folder: Path, settings: dict, inputs: dict[str, stage_record.Input]) -> None:
-    with _writing(folder):
+    with writing(folder):
         disk.replace_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
         stage_record.record_inputs(folder, inputs)
 
@@ -180,7 +180,7 @@ def _has_results(out_dir: Path) -> bool:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """An OSError of the block, such as a full disk or a missing permission, as a UserError."""
     try:
         yield

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from minitron_mcore.checkpoint import claim
 from minitron_mcore.config.settings import LogConfig
 from minitron_mcore.distill import failures, metrics
 from minitron_mcore.distill.heldout import HeldOutLosses, HeldOutText
@@ -90,7 +91,7 @@ class StudentRun:
     def __init__(self, trainer: Trainer, out_dir: Path, log: LogConfig, heldout_text: HeldOutText | None):
         self.trainer, self.out_dir, self.saved = trainer, out_dir, trainer.step
         self.guard, self.history = failures.Guard(trainer.config, trainer.phases[-1], out_dir), []
-        with process_groups.raise_on_all_ranks():
+        with process_groups.raise_on_all_ranks(), claim.writing(out_dir):
             is_writer = process_groups.rank() == 0
             self.metrics = metrics.MetricsWriter(out_dir, trainer.step, log) if is_writer else None
         self.heldout = HeldOutLosses(heldout_text, out_dir, trainer.step) if heldout_text else None

@@ -92,10 +92,11 @@ def train(
         common_folder = Path(os.path.commonpath([each.out_dir for each in configs]))
         figures = loop.train(trainers, batches, common_folder, heldout_text, config.log)
         is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
-        for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
-            _show(folder, student, rows)
-            if trainer.step == settings.steps:
-                claim.finish(folder)  # after the last file, since it lists them
+        with process_groups.raise_on_all_ranks(), claim.writing(common_folder):
+            for (folder, trainer), student, rows in zip(trainers.items(), students, figures, strict=True):
+                _show(folder, student, rows)
+                if trainer.step == settings.steps:
+                    claim.finish(folder)  # after the last file, since it lists them
         if is_stopped:
             raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
 
@@ -170,7 +171,8 @@ def _describe(
             )
         is_new = len(trainer.phases) > known
         name = fingerprint(student, teacher, identity | {"before": before}, text) if is_new else before
-    run_folder.describe(config.out_dir, student.arch, name, parents, student.hf, **details)
+    with process_groups.raise_on_all_ranks(), claim.writing(Path(config.out_dir)):
+        run_folder.describe(config.out_dir, student.arch, name, parents, student.hf, **details)
 
 
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, identity: dict, text: dict) -> str:

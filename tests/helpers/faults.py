@@ -104,7 +104,8 @@ class Start:
         """Send the fault's signal if it is due by time, and wait for all processes."""
         if self.fault and not self.fault.moment:
             self.process.join(max(0.0, self.begun + self.fault.after - time.monotonic()))
-            send(self.process.pid, self.fault)
+            if self.process.exitcode is None:  # else the number may be another process's
+                send(self.process.pid, self.fault)
         self.process.join(max(0.1, self.begun + HANG_SECONDS - time.monotonic()))
         return _all_ended(self.folder, self.process.exitcode, self.output)
 
@@ -121,7 +122,8 @@ def torchrun(folder: Path, *overrides: str, fault: Fault) -> Ended:
         while not _lines(folder / RUN) and agent.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(fault.after)
-        send(agent.pid, fault)
+        if agent.poll() is None:
+            send(agent.pid, fault)
         with suppress(subprocess.TimeoutExpired):
             agent.wait(max(0.1, end - time.monotonic()))
     return _all_ended(folder, agent.poll(), output)

@@ -26,6 +26,8 @@ from minitron_mcore.parallel import stop_signal
 from tests.helpers import models
 
 ROOT = Path(__file__).parents[2]
+SHUTDOWN_SECONDS = 30
+"""From the SIGTERM to ranks of which another has failed to their SIGKILL: torchrun's default."""
 
 
 def launch(cwd, stage, *overrides, processes=1, fails=False) -> str:
@@ -78,7 +80,7 @@ def _in_fork(cwd, output: str, stage: str, overrides, processes: int, stop_at) -
 
 
 def _status(stage: str, overrides, processes: int) -> int:
-    """Exit status of a stage on forked ranks: that of the first rank that failed, which ends the others."""
+    """Exit status of a stage on forked ranks: that of the first rank that failed. The others are ended as torchrun does."""
     with socket.create_server(("localhost", 0)) as free:
         world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
     ranks, failed = set(), 0
@@ -95,6 +97,9 @@ def _status(stage: str, overrides, processes: int) -> int:
             failed = os.waitstatus_to_exitcode(status)
             for other in ranks:
                 os.kill(other, signal.SIGTERM)
+            signal.signal(signal.SIGALRM, lambda *_: [os.kill(other, signal.SIGKILL) for other in ranks])
+            signal.alarm(SHUTDOWN_SECONDS)
+    signal.alarm(0)
     return failed
 
 
