@@ -291,11 +291,11 @@ def test_a_study_goes_on_and_a_plan_takes_its_choice(made, tmp_path, monkeypatch
         assert point == {
             key: value if key == "dropped" else pytest.approx(value, rel=1e-5) for key, value in before.items()
         }
+    text = (tmp_path / "text.txt").read_text()
     (tmp_path / "text.txt").write_text(words(64, 1))
-    with pytest.raises(
-        RankError, match="has points of another model, text or questions .(model|data) was .* choose another out_dir"
-    ):
+    with pytest.raises(RankError, match="depth was made from data.heldout.0. text.txt .*: restore the old one"):
         on_ranks(studied, 1, ParallelConfig(), config_of("depth", *command))
+    (tmp_path / "text.txt").write_text(text)
     assert (folder / "points.jsonl").read_text().splitlines() == lines
 
     (folder / "points.jsonl").write_text("\n".join([lines[0], lines[1][:9], *lines[2:], ""]))

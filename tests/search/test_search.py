@@ -325,7 +325,7 @@ def searches(config, root) -> dict:
     assert there("measured.json") == 3 and there("distill") == 0
     with pytest.raises(UserError, match="prune.blocks is 3, but the study in depth.json has a choice for 4 of 5"):
         run("unstudied", blocks=[3])
-    with other_scores(root), pytest.raises(UserError, match="measured with other scores"):
+    with other_scores(root), pytest.raises(UserError, match="was made from scores"):
         run("pieces")
     HeldOut.loss = cut_off_at_the_second
     with pytest.raises(Cut):
