@@ -113,15 +113,24 @@ def read_json_lines(path: str | Path, remedy: str) -> list[dict[str, Any]]:
     return rows
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """Refuses aliases (*name): with them a short text can stand for an endless or enormous value."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which no file of this package contains")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: str | Path, remedy: str) -> dict[str, Any]:
     """The mapping in a YAML file of plain values.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, contains tags of objects, is nested too deeply, or holds something else
-            than a mapping.
+        UserError: the file cannot be read, is not YAML, contains aliases or tags of objects, is nested too deeply, or holds
+            something else than a mapping.
     """
     with damage_as_user_error(path, remedy):
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
         if not isinstance(content, dict):
             raise TypeError(f"{type(content).__name__} where a mapping is expected")
         return content

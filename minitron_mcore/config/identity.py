@@ -101,9 +101,4 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value, default=str, skipkeys=True)
-    except ValueError:  # a list or mapping that contains itself, which YAML can express
-        return str(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)

@@ -14,6 +14,7 @@ from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import NotFinite, Stopped
 from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
+from minitron_mcore.reporting import tables
 
 
 def train(
@@ -155,15 +156,4 @@ def summary(history: list[dict[str, float]]) -> list[dict]:
     """Two rows for a table: the figures of the first and of the last step in `history`, each with the median tokens/s."""
     rows = [history[0], history[-1]]
     speed = sorted(h["tokens_per_second"] for h in history)[len(history) // 2]
-    keys = (
-        "step",
-        "tokens",
-        "kd_loss",
-        "lm_loss",
-        "heldout_loss",
-        "hidden_state_loss",
-        "teacher_entropy",
-        "grad_norm",
-        "lr",
-    )
-    return [{k: row[k] for k in keys if k in row} | {"median tokens/s": speed} for row in rows]
+    return [{k: row[k] for k in tables.TRAINING_FIGURES if k in row} | {"median tokens/s": speed} for row in rows]

@@ -14,25 +14,12 @@ from minitron_mcore.reporting import family_tree, overview, roles
 from minitron_mcore.reporting.overview import Tile
 from minitron_mcore.reporting.read import KINDS, REMEDY, Picture, damage_as_user_error, pictures, read_json, read_lines
 from minitron_mcore.reporting.roles import Model
+from minitron_mcore.reporting.tables import TRAINING_FIGURES
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
 """Columns in a monospaced font: hashes, paths and commands."""
 LOWER_IS_BETTER = ("loss", "kl", "mse")
 SIZES = ("blocks", "hidden", "ffn", "heads", "groups")
-TRAINED = (
-    *(
-        "step",
-        "tokens",
-        "kd_loss",
-        "lm_loss",
-        "heldout_loss",
-        "hidden_state_loss",
-        "teacher_entropy",
-        "grad_norm",
-        "lr",
-    ),
-    *("tokens_per_second",),
-)
 
 
 @dataclasses.dataclass
@@ -276,7 +263,7 @@ def _training(folder: Path, _: None) -> Part:
         return Part(folder.name, "No step has finished yet.")
     first, last = steps[0], steps[-1]
     spread = sorted({round(i * (len(steps) - 1) / 9) for i in range(10)})
-    shown = [key for key in TRAINED if any(key in step for step in steps)]
+    shown = [key for key in (*TRAINING_FIGURES, "tokens_per_second") if any(key in step for step in steps)]
     rows = [{key: steps[i].get(key) for key in shown} for i in spread]
     names = {"kd_loss": "KD loss", "lm_loss": "LM loss"}
     changes = ", ".join(

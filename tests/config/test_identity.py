@@ -8,6 +8,8 @@ from minitron_mcore.config.fields import is_changeable
 from minitron_mcore.config.performance import Fp8
 from minitron_mcore.config.settings import DistillConfig, Dtype
 from minitron_mcore.config.stages import CorrectRun, DistillRun
+from minitron_mcore.errors import UserError
+from minitron_mcore.reading import read_yaml
 
 FOLDERS = {"student": "s", "teacher": "t", "out_dir": "o", "work_dir": "w"}
 
@@ -100,3 +102,11 @@ def test_the_schedule_and_the_losses_identify():
     """A new setting identifies a run unless it is declared changeable; these must never be."""
     names = {field.name for field in dataclasses.fields(DistillConfig) if not is_changeable(field)}
     assert {"steps", "global_batch", "sequence_length", "warmup_steps", "min_lr", "kd_weight", "divergence"} <= names
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"])
+def test_aliases_in_a_stored_config_are_refused(tmp_path, text):
+    """They would make a value endless, or exponentially large."""
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="config.yaml is damaged .*it has an alias"):
+        read_yaml(tmp_path / "config.yaml", "restore it")

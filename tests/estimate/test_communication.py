@@ -29,7 +29,10 @@ MODELS = {
 }
 CONFIG = DistillConfig(steps=4, global_batch=8, micro_batch=2, sequence_length=24, warmup_steps=1, teacher_ahead=2)
 CACHES = [(CacheKind.topk, 5), (CacheKind.hidden, None)]
-TABLE = 102 * 48 * 2  # bytes of the teacher's table, padded to an even number of rows
+TABLE = {
+    1: 101 * 48 * 2,
+    2: 51 * 48 * 2,
+}  # bytes of a rank's part of the teacher's table, by TP: 101 rows are padded to 102
 FULL = PerformanceConfig(recompute=Recompute.full)
 LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor=2), "student", PerformanceConfig()),
@@ -117,9 +120,10 @@ def test_collectives_are_those_of_the_formulas(folder, layout):
             if number > 1 and place.tensor:
                 continue  # these ranks pack nothing
             if number > 1 and parallel.pipeline > 1:  # building a model with a tied table makes its copies agree
-                collectives.append(communication.Collective("PP", "all_reduce", 2, 1, TABLE / parallel.tensor))
+                collectives.append(communication.Collective("PP", "all_reduce", 2, 1, TABLE[parallel.tensor]))
             calls, sizes = by_formula(collectives)
+            buffers = by_formula([each for each in collectives if each.axis == "DP"])[1]
             assert measured[0] == calls, (number, place)
             for key, size in sizes.items():
-                # In a buffer of gradients each parameter starts at a multiple of 64 elements.
-                assert measured[1][key] == pytest.approx(size, rel=0.02), (number, place, key)
+                # In a buffer of gradients each parameter starts at a multiple of 64 elements; all else is exact.
+                assert measured[1][key] == pytest.approx(size, abs=0.04 * buffers[key], rel=0), (number, place, key)
