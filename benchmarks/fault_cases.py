@@ -241,16 +241,26 @@ def disk_full(campaign: Campaign, name: str, room: int) -> Iterator[Outcome]:
     yield Outcome("disk", outcome, detail)
 
 
+def outcome_after(
+    ended: Ended, expected: bool, campaign: Campaign, folder: Path, newest: int | None = None
+) -> tuple[str, str]:
+    """The outcome of a fault that ended a run, `expected`: as it should; then of the start after it (see `resumed`)."""
+    if bad := misbehaved(ended):
+        return bad
+    return (
+        resumed(campaign, folder, newest=newest)
+        if expected
+        else ("undetected", f"status {ended.status}: {tail(ended)}")
+    )
+
+
 def slow_disk(campaign: Campaign, name: str, limit: float, hangs: bool) -> Iterator[Outcome]:
-    """Each file of a save takes a second; a save may take `limit` minutes."""
+    """Each file of a save takes two seconds; a save may take `limit` minutes."""
     folder = campaign.folder(name)
     limits = [f"hang.save_minutes={limit}", "hang.step_minutes=0.02", f"distill.stop_after={2 * SAVE_EVERY}"]
     ended = train(folder, *TP2, *limits, prepare=partial(faults.slow_writes, 2.0)).ended()
-    outcome, detail = misbehaved(ended) or ("", "")
-    if not outcome and ended.status != (HUNG_STATUS if hangs else 0) or hangs and "save of step 5" not in ended.output:
-        outcome, detail = "undetected", f"status {ended.status}: {tail(ended)}"
-    if not outcome:
-        outcome, detail = resumed(campaign, folder)
+    expected = ended.status == HUNG_STATUS and "save of step 5" in ended.output if hangs else ended.status == 0
+    outcome, detail = outcome_after(ended, expected, campaign, folder)
     yield Outcome("disk", outcome, f"slow, limit {limit} minutes: {detail}")
 
 
@@ -260,11 +270,8 @@ def stopped_rank(campaign: Campaign, name: str, rank: int) -> Iterator[Outcome]:
     fault = Fault("rank", signal.SIGSTOP, rank=rank, after=0.2)
     limits = [f"hang.{name}_minutes={limit}" for name, limit in (("setup", 0.5), ("step", 0.04), ("save", 0.1))]
     ended = faults.torchrun(folder, *COMMAND, *TP2, *limits, fault=fault)
-    outcome, detail = misbehaved(ended) or ("", "")
-    if not outcome and (ended.status != HUNG_STATUS or f"rank {rank} does not answer" not in ended.output):
-        outcome, detail = "undetected", f"status {ended.status}: {tail(ended)}"
-    if not outcome:
-        outcome, detail = resumed(campaign, folder)
+    expected = ended.status == HUNG_STATUS and f"rank {rank} does not answer" in ended.output
+    outcome, detail = outcome_after(ended, expected, campaign, folder)
     yield Outcome("hang", outcome, f"rank {rank} stopped: {detail}")
 
 
@@ -272,11 +279,8 @@ def not_finite(campaign: Campaign, name: str, rank: int) -> Iterator[Outcome]:
     """NaN in a gradient of one rank: status 3, the step before it is saved."""
     folder = campaign.folder(name)
     ended = train(folder, prepare=partial(faults.nan_gradient, rank, 13)).ended()
-    outcome, detail = misbehaved(ended) or ("", "")
-    if not outcome and (ended.status != 3 or len(ended.errors) != 1 or "gradient of step 13" not in ended.errors[0]):
-        outcome, detail = "undetected", f"status {ended.status}: {tail(ended)}"
-    if not outcome:
-        outcome, detail = resumed(campaign, folder, newest=12)
+    expected = ended.status == 3 and len(ended.errors) == 1 and "gradient of step 13" in ended.errors[0]
+    outcome, detail = outcome_after(ended, expected, campaign, folder, newest=12)
     yield Outcome("not finite", outcome, f"rank {rank}: {detail}")
 
 
