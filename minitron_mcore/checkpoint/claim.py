@@ -37,7 +37,7 @@ def claim_run_folder(out_dir: str | Path, settings: dict, share: str = "") -> It
         True if the folder has a step.
 
     Raises:
-        UserError: the folder has a living owner, holds results of another run, or holds other files.
+        UserError: another process that still runs owns the folder, or it holds results of another run or other files.
     """
     out_dir, resumed, claim = Path(out_dir), [False], None
     with process_groups.raise_on_all_ranks():
@@ -63,7 +63,7 @@ def new_run_folder(out_dir: str | Path, settings: dict) -> Iterator[Path]:
         out_dir.part, which rank 0 has made.
 
     Raises:
-        UserError: out_dir.part has a living owner; out_dir is not empty.
+        UserError: another process that still runs owns out_dir.part; out_dir is not empty.
     """
     out_dir, claim = Path(out_dir), None
     part = Path(f"{out_dir}.part")
@@ -146,7 +146,7 @@ def _write_beginning(folder: Path, settings: dict, inputs: dict[str, stage_recor
 
 
 def _publish(claim: owner.Claim, part: Path, out_dir: Path) -> None:
-    """Rename the folder, and remove its claim, which nobody looks for in a finished one."""
+    """Rename the folder, and remove its claim, which a finished folder does not need."""
     claim.stop()
     disk.sync(part)
     os.rename(part, out_dir)

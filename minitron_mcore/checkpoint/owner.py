@@ -35,7 +35,7 @@ class Owner(NamedTuple):
     """Seconds since its last heartbeat, by the clock of the file system."""
     is_here: bool
     """Whether this process can see it: the same host, and the same container."""
-    is_alive: bool
+    is_running: bool
     """Whether it is running or, if it cannot be seen, has beaten in the last DEAD_SECONDS."""
 
 
@@ -53,7 +53,7 @@ class Claim:
             share: name of a part of the folder's work, which has an owner of its own.
 
         Raises:
-            UserError: the folder has a living owner.
+            UserError: another process that still runs owns the folder.
         """
         self.folder, self.path = folder, _take(folder, share)
         self._stop = threading.Event()
@@ -95,7 +95,7 @@ class Claim:
 
 
 def owner(folder: str | Path, share: str = "") -> Owner | None:
-    """The process that owns a folder, dead or alive; None if there is none or it has ended normally."""
+    """The process that owns a folder, running or not; None if there is none or it has ended normally."""
     _, path = _newest(Path(folder), share)
     return _read(path) if path else None
 
@@ -105,7 +105,7 @@ def _take(folder: Path, share: str) -> Path:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         number, path = _newest(folder, share)
-        if path and (holder := _read(path)) and holder.is_alive:
+        if path and (holder := _read(path)) and holder.is_running:
             raise UserError(_refusal(folder, holder))
         new = folder / f"{_stem(share)}.{number + 1}"
         try:
@@ -163,8 +163,8 @@ def _read(path: Path) -> Owner | None:
         process = {"host": "an unknown host", "pid": 0, "started": 0.0, "space": 0}
     here, age = _this_process(), max(0.0, _now(path.parent) - beat)
     is_here, recent = (process["host"], process["space"]) == (here["host"], here["space"]), age < DEAD_SECONDS
-    is_alive = _is_running(process["pid"], process["started"], recent) if is_here else recent
-    return Owner(process["host"], process["pid"], age, is_here, is_alive)
+    is_running = _is_running(process["pid"], process["started"], recent) if is_here else recent
+    return Owner(process["host"], process["pid"], age, is_here, is_running)
 
 
 def _this_process() -> dict:

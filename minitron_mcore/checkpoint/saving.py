@@ -219,7 +219,7 @@ class _Writer(FileSystemWriter):
     def prepare_write_data(self, plan, planner) -> None:
         """Write this rank's items, or copy them and begin to; megatron-core calls this before training continues.
 
-        Errors are raised by `wait`, since the other ranks go on.
+        Errors are raised by `wait`, since the other ranks continue.
         """
         names = (f"{plan.storage_data.prefix}{n}.distcp" for n in itertools.count())
         files = list(zip(names, _by_file(plan.items), strict=False))

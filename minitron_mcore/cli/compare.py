@@ -13,11 +13,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="minitron compare", description=__doc__)
     parser.add_argument("dir", nargs="+", help="folder of a training run, or of several")
     parser.add_argument("--out", default="compare", help="folder to write (default: %(default)s)")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     from minitron_mcore.reporting import comparison, tables  # imports torch
 
-    rows = comparison.write(given.dir, Path(given.out))
-    files = ", ".join(f"{given.out}/{name}" for name in ("report.html", "losses.png", "compare.csv", "compare.json"))
+    rows = comparison.write(options.dir, Path(options.out))
+    files = ", ".join(f"{options.out}/{name}" for name in ("report.html", "losses.png", "compare.csv", "compare.json"))
     known = [key for key in tables.columns(rows) if any(row.get(key) is not None for row in rows)]
     tables.table("runs side by side", [{key: row.get(key) for key in known} for row in rows], [f"files: {files}"])

@@ -43,14 +43,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="minitron status", description=__doc__)
     parser.add_argument("dir", nargs="+", help="folder of a stage, a work_dir, or the folder of several")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
-    given = parser.parse_args(arguments)
-    rows = [row for folder in given.dir for row in status(Path(folder))]
-    if given.json:
+    options = parser.parse_args(arguments)
+    rows = [row for folder in options.dir for row in status(Path(folder))]
+    if options.json:
         return print(json.dumps(rows, indent=1))
     shown = [_shown(row) for row in rows]
     used = [key for key in shown[0] if any(row[key] is not None for row in shown)]
     notes = [f"{row['folder']}: {sentence}" for row in rows for sentence in row["health"]]
-    tables.table(", ".join(given.dir), [{key: row[key] for key in used} for row in shown], notes)
+    tables.table(", ".join(options.dir), [{key: row[key] for key in used} for row in shown], notes)
 
 
 def status(root: Path) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def _figures(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     speeds = [line["tokens_per_second"] for line in lines[-_RECENT:] if line.get("tokens_per_second")]
     speed = statistics.median(speeds) if speeds else None
     remaining = (total - last["step"]) * last["tokens"] / last["step"] if speed and total else None
-    is_running = holder is not None and holder.is_alive
+    is_running = holder is not None and holder.is_running
     figures = {
         "folder": str(folder),
         "stage": config["stage"],
@@ -106,7 +106,7 @@ def _figures(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _state(folder: Path, holder: owner.Owner | None, failure: dict[str, Any] | None) -> str:
     if stage_record.is_complete(folder):
         return "finished"
-    if holder and holder.is_alive:
+    if holder and holder.is_running:
         return "running"
     if failure:
         return "failed"
@@ -124,9 +124,9 @@ def _health(
     published = steps.published(folder)
     if published and (problem := published[0].problem()):
         yield problem
-    if holder and holder.is_alive and holder.age > STALE_SECONDS:
+    if holder and holder.is_running and holder.age > STALE_SECONDS:
         yield f"process {holder.pid} on {holder.host} has not beaten for {holder.age:.0f} s."
-    elif holder and not holder.is_alive and not stage_record.is_complete(folder):
+    elif holder and not holder.is_running and not stage_record.is_complete(folder):
         yield f"process {holder.pid} on {holder.host} ended {holder.age:.0f} s ago without a word: the same command continues."
     slow = [line for line in recent if _is_slow(line)]
     if 2 * len(slow) > len(recent):

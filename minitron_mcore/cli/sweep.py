@@ -66,7 +66,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def run_job(stage: str) -> None:
-    """Run the job that Hydra has composed, and record how it ended. A failure is no exception, so the sweep goes on.
+    """Run the job that Hydra has composed, and record how it ended. A failure raises no exception, so the other jobs run.
 
     Raises:
         Stopped: a signal stopped the job.

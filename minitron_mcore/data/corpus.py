@@ -7,7 +7,8 @@
       unfinished/KEY/N/              pair and figures of part N of a file; KEY identifies content, tokenizer and part size
       unfinished/KEY/whole/          figures of a file whose pair is in its place
 
-Every folder below unfinished/ is complete: it was renamed after its last byte was on disk. A killed run goes on with the others.
+Every folder below unfinished/ is complete: it was renamed after its last byte was on disk. After a kill the same command makes
+the others.
 """
 
 import dataclasses
@@ -119,7 +120,7 @@ class Corpus:
         """Write the pairs that are missing; rows for a table, in the order of the files, which are also written to TOKENS.
 
         Raises:
-            UserError: a file is damaged or holds no text (see `documents`); a process was killed. The same command goes on.
+            UserError: a file is damaged or holds no text (see `documents`); a process was killed. The same command continues.
         """
         if self.finished:
             return self.finished
@@ -178,7 +179,7 @@ class Corpus:
                     progress.update(round(sum(counters[:-1:2]) / 1e6, 3), f", {sum(counters[1:-1:2]):,} tokens")
             except BrokenProcessPool as error:
                 raise UserError(
-                    f"one of {count} processes was killed, perhaps for want of memory: the same command goes on; processes=N "
+                    f"one of {count} processes was killed, perhaps because memory ran out: the same command continues; processes=N "
                     "gives fewer."
                 ) from error
             finally:

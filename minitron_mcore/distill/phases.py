@@ -40,7 +40,7 @@ def first(config: TrainConfig) -> TrainingPhase:
 def resumed(stored: Sequence[dict] | None, config: TrainConfig, step: int) -> list[TrainingPhase]:
     """The phases of a run that continues after `step`: the stored ones and, if `config.phase` is one more, a new one.
 
-    A phase of the same sequence length goes on in the same order. Another length cuts the text anew; its order begins at the
+    A phase of the same sequence length continues in the same order. Another length divides the text anew; its order begins at the
     position to which as many tokens lead as were trained.
 
     Raises:

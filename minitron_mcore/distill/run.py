@@ -56,7 +56,7 @@ def train(
         folders = [claim.claim_run_folder(each.out_dir, resolved(each)) for each in configs]
         resumed = [claims.enter_context(folder) for folder in folders]
         refuse(
-            f"phase is {settings.phase}, but {each.out_dir} has no checkpoint to go on from: begin with phase 0."
+            f"phase is {settings.phase}, but {each.out_dir} has no checkpoint from which to continue: begin with phase 0."
             for each, is_resumed in zip(configs, resumed, strict=True)
             if settings.phase and not is_resumed
         )

@@ -3,8 +3,8 @@
 Each rank has a watchdog thread, and its main thread calls `beat` whenever it makes progress. The time that may pass between two
 beats depends on the `phase`. If it is over on one rank, that rank's thread raises an alarm in the rendezvous store, and every
 thread writes where its main thread is and how much of its own time is left. As long as one rank has time left, the others wait for
-it and the run goes on. Otherwise the job ends. A rank that writes nothing is stopped or dead; a rank that is not inside a wait for
-other ranks is the one they wait for.
+it and the run continues. Otherwise the job ends. A rank that writes nothing is stopped or dead; a rank that is not inside a wait
+for other ranks is the one they wait for.
 """
 
 import json

@@ -58,7 +58,7 @@ def at_once() -> AbstractContextManager[None]:
     """A block in which a signal raises `Stopped`, on this rank only."""
 
     def stop(number: int) -> None:
-        raise Stopped(f"stopped by {signal.Signals(number).name}: the same command goes on from what is complete.")
+        raise Stopped(f"stopped by {signal.Signals(number).name}: the same command continues from what is complete.")
 
     return _handled_by(stop)
 

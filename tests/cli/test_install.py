@@ -42,6 +42,7 @@ def imported() -> dict[str, Path]:
 
 def test_everything_imported_is_declared():
     distributions, known = packages_distributions(), declared()
+    assert "accelerate" in known  # by transformers, for the `device_map` of export/transformers_check.py
     for module, path in imported().items():
         if module not in sys.stdlib_module_names | OPTIONAL | {"minitron_mcore"}:
             names = {name.lower().replace("_", "-") for name in distributions[module]}
