@@ -119,7 +119,7 @@ class Cache(Checkpoint):
                 "layout: give 0 and null."
             )
         if self.kind == CacheKind.topk:
-            yield from checks.top_k_teacher(index["top_k"], config)
+            yield from checks.top_k_teacher(index["top_k"], config, checks.DISTILL)
             if student.vocab < self.arch.vocab:
                 yield (
                     f"the student's vocabulary has {student.vocab} tokens, but the teacher cache {self.folder} has "
