@@ -312,7 +312,7 @@ def _operations(config: Run, archs: dict[str, Architecture], training: DistillCo
     written = {}
     if isinstance(config, TeacherCacheRun):
         arch = archs["model"]
-        each = checks.cache_bytes(config.kind, config.top_k, arch.vocab, arch.hidden, setting.dtype_bytes)
+        each = checks.cache_bytes(config.kind, config.entries, arch.vocab, arch.hidden, setting.dtype_bytes)
         written = {"cache_bytes": steps * tokens * each}
     return {
         "steps": steps,

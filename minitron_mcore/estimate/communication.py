@@ -240,9 +240,11 @@ def importance(arch: Architecture, setting: Setting, stage: int, samples: int) -
 
 
 def teacher_cache(
-    arch: Architecture, cached: memory.CachedTeacher, setting: Setting, stage: int, samples: int
+    arch: Architecture, cached: memory.CachedTeacher, setting: Setting, stage: int, samples: int, tail_draws: int = 0
 ) -> list[Collective]:
-    """Of writing a cache of `samples` samples, on a pipeline stage's rank of tensor-parallel rank 0, which packs its replica's."""
+    """Of writing a cache of `samples` samples, on a pipeline stage's rank of tensor-parallel rank 0, which packs its replica's.
+
+    `tail_draws` of the `cached` entries are drawn."""
     (kind, top_k), tp, context = cached, setting.parallel.tensor, setting.parallel.context
     count = math.ceil(samples / setting.replicas / setting.micro_batch)
     found = list(micro_batch(Passes(arch, 1, 0), setting, stage))
@@ -252,7 +254,9 @@ def teacher_cache(
         chunks = math.ceil(setting.tokens / tokens)
         # Of each token: ids and fp64 logits, and the fp64 sum over the rest.
         found.append(Collective("TP", "all_gather", tp, 2 * chunks, 8 * top_k * tokens * tp))
-        found.append(Collective("TP", "all_gather", tp, chunks, 8 * tokens * tp))
+        found.append(Collective("TP", "all_gather", tp, (2 if tail_draws else 1) * chunks, 8 * tokens * tp))
+        if tail_draws:
+            found.append(Collective("TP", "all_reduce", tp, chunks, 8 * tail_draws * tokens))
     if stage == setting.last and context > 1:
         tensors = {CacheKind.topk: 2 + (arch.vocab > 1 << 16), CacheKind.hidden: 1, CacheKind.hidden_int8: 2}[kind]
         size = checks.cache_bytes(kind, top_k or 0, arch.vocab, arch.hidden, setting.dtype_bytes)
