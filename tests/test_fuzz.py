@@ -11,7 +11,6 @@ from minitron_mcore.testing import on_ranks
 from tests import fuzz
 from tests.helpers import readers
 
-pytestmark = pytest.mark.xdist_group("fuzz")  # one worker, so that the files are made once
 CASES = 3
 
 

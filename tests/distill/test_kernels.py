@@ -1,14 +1,10 @@
 """The Triton kernels of the loss: a failure means that students are trained on a wrong gradient where there is a GPU.
 
-Triton's interpreter runs them here, block by block, in a process of its own: it has to be chosen before triton is imported.
+Triton's interpreter runs them here, block by block.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +13,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minitron_mcore.config.settings import Divergence, ParallelConfig
-from minitron_mcore.distill import kernels, tiling
+from minitron_mcore.distill import kernels
 from minitron_mcore.testing import on_ranks
 from tests.helpers import cached_teacher, loss_cases
-from tests.helpers.kernel_cases import CASES, MIXED, ROW
+from tests.helpers.kernel_cases import CASES, MIXED, ROW, interpreted
 from tests.helpers.loss_cases import Case
 
 """Three blocks of a row at TP 1, two at TP 2; none ends with one."""
@@ -53,11 +49,6 @@ GIVEN = cached_teacher.CASES | {"bf16": cached_teacher.Case(dtype=torch.bfloat16
 GIVEN["several tiles"] = replace(GIVEN["several tiles"], tokens=11, vocab=9001, padded=9004)
 
 
-def on_rank(cases: list[Case], given: list[cached_teacher.Case]) -> tuple[list, list]:
-    assert tiling.kernels_for(torch.empty(0)) is kernels
-    return loss_cases.on_rank(cases), cached_teacher.loss_on_rank(given)
-
-
 def chosen(some: bool) -> tuple[dict[str, Case], dict[str, cached_teacher.Case]]:
     """All cases, or one of each divergence and three of forward KL."""
     names = [name for name in CASES if name.endswith("mixed, masked") and "temperature" not in name]
@@ -65,21 +56,13 @@ def chosen(some: bool) -> tuple[dict[str, Case], dict[str, cached_teacher.Case]]
     return ({name: CASES[name] for name in names}, {"20": GIVEN["20"]}) if some else (CASES, GIVEN)
 
 
-def interpret(file: str, some: bool) -> None:
-    """Saves each rank's results of both kinds of cases, at TP 1 and 2; of some at TP 2."""
-    cases = [list(part.values()) for part in chosen(some)]
-    sizes = (2,) if some else (1, 2)
-    torch.save({tp: on_ranks(on_rank, tp, ParallelConfig(tensor=tp), *cases) for tp in sizes}, file)
-
-
 @pytest.mark.default_cases("some")
 @pytest.mark.parametrize("some", [True, False], ids=["some", "all"])
-def test_value_and_gradients_equal_dense_fp64(tmp_path, some):
-    code = f"from tests.distill import test_kernels; test_kernels.interpret({str(tmp_path / 'results')!r}, {some})"
-    environment, root = os.environ | {"TRITON_INTERPRET": "1"}, Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, check=True)
+def test_value_and_gradients_equal_dense_fp64(some):
+    """At TP 2; all cases at TP 1 too."""
     cases, given = chosen(some)
-    for ranks in torch.load(tmp_path / "results").values():
+    for tp in (2,) if some else (1, 2):
+        ranks = on_ranks(interpreted, tp, ParallelConfig(tensor=tp), [*cases.values()], [*given.values()])
         for (name, case), *results in zip(cases.items(), *(rank[0] for rank in ranks), strict=True):
             errors = loss_cases.relative_errors(case, results)
             rough = 2 if name.startswith(("reverse_kl", "top")) else 1  # as in test_losses.test_bf16

@@ -13,8 +13,6 @@ from tests.helpers import families, models
 from tests.helpers.cutting import ONE, export, write_family
 from tests.helpers.teacher_layouts import APART, CONFIG, PAIRS, hold, serve_or_learn, two_steps
 
-pytestmark = pytest.mark.xdist_group("teacher_layout")  # one worker, so that its models are made once
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
