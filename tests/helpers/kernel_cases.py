@@ -11,6 +11,7 @@ from tests.helpers import cached_teacher, loss_cases
 from tests.helpers.loss_cases import Case
 
 ROW = Case(11, 9001, 9004)
+"""Three blocks of a row at TP 1, two at TP 2; none ends with one."""
 
 
 MIXED = dict(kd_weight=0.7, lm_weight=0.3, masked=0.3, chunk_tokens=4)
