@@ -15,7 +15,7 @@ import torch.distributed as dist
 from minitron_mcore.checkpoint import disk, run_folder, steps
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.performance import HangConfig, PerformanceConfig
-from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig, ParallelConfig, PruneConfig
+from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig, ParallelConfig
 from minitron_mcore.distill import optimizer_state
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import HUNG_STATUS, UserError
@@ -24,7 +24,7 @@ from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import RankError, on_ranks, random_checkpoint
 from tests.helpers import families, models
-from tests.helpers.cutting import ONE, write_family
+from tests.helpers.cutting import ONE
 from tests.helpers.memory import peak_growth
 from tests.helpers.training import CONFIG, distill, micro_batches
 from tests.helpers.weights import tensors
@@ -33,11 +33,9 @@ TWO = ParallelConfig(tensor=2)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A student and its wider teacher, with tied embeddings of 101 rows, which two ranks pad."""
-    at = tmp_path_factory.mktemp("pair")
-    write_family(at, {"student": PruneConfig(hidden=24, ffn=18)}, tied=True)
-    return at / "student", at / "teacher"
+def pair(pair_of):
+    """Embeddings are tied and have 101 rows, which two ranks pad."""
+    return pair_of(True)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from minitron_mcore.config.performance import (
     Recompute,
     RecomputeMethod,
 )
-from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig, PruneConfig
+from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.distill import tile_sizes
 from minitron_mcore.estimate import activations
 from minitron_mcore.estimate.setting import Setting
@@ -26,10 +26,9 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.performance_checks import problems
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
-from tests.helpers.cutting import ONE, write_family
+from tests.helpers.cutting import ONE
+from tests.helpers.layouts import layouts
 from tests.helpers.training import CONFIG, micro_batches
-
-pytestmark = pytest.mark.xdist_group("performance")
 
 LLAMA = Architecture("llama", 2, 64, 128, 8, 4, 8, 1000, 256, 1e-5, 1e4, None, tied=False)
 NONE = PerformanceConfig()
@@ -51,10 +50,8 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    at = tmp_path_factory.mktemp("pair")
-    write_family(at, {"student": PruneConfig(hidden=24, ffn=18)}, tied=False)
-    return at / "student", at / "teacher"
+def pair(pair_of):
+    return pair_of(False)
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +91,7 @@ def gradients(student, teacher, parallel, every):
     return found
 
 
-LAYOUTS = {
-    "one": (1, ParallelConfig()),
-    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
-    "pp2_virtual2": (2, ParallelConfig(pipeline=2, virtual=2)),
-    "cp2": (2, ParallelConfig(context=2)),
-    "tp2_cp2": (4, ParallelConfig(tensor=2, context=2)),
-}
+LAYOUTS = layouts("tp1", "tp2_sp", "pp2", "pp2_virtual2", "cp2", "tp2_cp2")
 
 
 def compare(ranks, count):
@@ -148,7 +138,7 @@ def kept(arch, parallel, every):
 
 
 @pytest.mark.default_cases("tp2_sp", "cp2")
-@pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "cp2"])
 def test_kept_activations_are_as_estimated(layout):
     (world, parallel), every = LAYOUTS[layout], [NONE, FULL, BLOCK, DENSE]
     arch = dataclasses.replace(LLAMA, blocks=5, hidden=256, ffn=320)

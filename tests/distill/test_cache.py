@@ -45,8 +45,6 @@ from tests.helpers.cached_teacher import (
 )
 from tests.helpers.cutting import write_family
 
-pytestmark = pytest.mark.xdist_group("teacher_cache")  # one worker, so that its models are made once
-
 
 @pytest.mark.parametrize("tp", [1, 2, 3])
 def test_loss_on_given_entries_equals_dense_fp64(tp):

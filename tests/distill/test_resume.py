@@ -23,8 +23,6 @@ from tests.helpers import cached_teacher, families, models
 from tests.helpers.cached_teacher import World
 from tests.helpers.cutting import ONE, write_family
 
-pytestmark = pytest.mark.xdist_group("resume")  # one worker, so that its models are made once
-
 LOSSES = ("kd_loss", "lm_loss", "hidden_state_loss", "hidden_state_weight", "teacher_entropy")
 FIGURES = ("step", "tokens", *LOSSES, "grad_norm", "lr")
 STATES = {"hidden_state_loss": HiddenStateLossConfig(0.5, pairs=[[2, 2]], dynamic=True)}

@@ -110,3 +110,13 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
 
     bridge.receive_requests = requests
     return remote_teacher.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")
+
+
+def taught_apart(launch, name: str, folders, out_dir) -> list:
+    """`two_steps` of each student's rank, whose teacher has ranks of its own; `launch` is `on_ranks` or runs on devices."""
+    world, parallel, teacher_ranks, teacher_parallel = APART[name]
+    config = dataclasses.replace(CONFIG, teacher_parallel=teacher_parallel, teacher_ranks=teacher_ranks)
+    args = serve_or_learn, world + teacher_ranks, parallel, folders, config, parallel, out_dir
+    found = launch(*args, teacher_ranks=teacher_ranks, teacher_parallel=teacher_parallel)
+    assert found[world:] == [None] * teacher_ranks
+    return found[:world]

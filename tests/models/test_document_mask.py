@@ -17,8 +17,6 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import models, training
 from tests.helpers.cutting import export, write_family
 
-pytestmark = pytest.mark.xdist_group("documents")
-
 LENGTHS = [[1, 7, 1, 3, 12], [24], [23, 1], [2, 1, 1, 8, 12]]
 """Tokens of the documents of four samples."""
 CONFIG = dataclasses.replace(
