@@ -180,6 +180,6 @@ def test_a_rank_that_fails_alone_is_heard(tmp_path, error, expected):
     script = tmp_path / "fail.py"
     script.write_text(FAILING.format(error=error))
     output = torchrun(tmp_path, script, "+model=smollm2_135m", processes=3, fails=True)
-    # With the end of all processes: a rank that waits in C++ cannot act on SIGTERM, and torchrun kills it after 30 s.
-    assert time.time() - (tmp_path / "raised").stat().st_mtime < 45
+    # With the end of all processes, before torchrun kills ranks that wait in C++, after 30 s.
+    assert time.time() - (tmp_path / "raised").stat().st_mtime < 20
     assert output.count(expected) == 1 and output.count("no such thing") == (1 if error == "UserError" else 2), output
