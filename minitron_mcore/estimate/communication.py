@@ -20,6 +20,7 @@ and per step
            distributed optimizer gradients are all-reduced. Experts' over the ranks that hold them
     TP     gradients of norms and routers, which sequence parallelism computes on each rank's tokens
     PP     the tied embedding table's gradient, between the first and the last stage
+    DP     figures of all ranks for metrics.jsonl: a gather of three fp32 numbers a rank over the world
 
 Left out are scalars (losses, gradient norms, flags), the hidden-state loss, and teachers in a layout or on ranks of their own.
 """
@@ -40,6 +41,8 @@ from minitron_mcore.models.architecture import Architecture
 AXES = ("TP", "CP", "EP", "PP", "DP")
 LOSS_SUMS = 6
 """fp64 numbers that the loss gathers for a token: five, and one of forward KL."""
+RANK_FIGURES = 3
+"""fp32 numbers of a rank that `metrics.rank_figures` gathers after a step."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def training_step(
 ) -> list[Collective]:
     """Of a step on a rank of a pipeline stage, with a live teacher in the students' layout; None: cached, or no teacher."""
     count = max(1, config.global_batch // (setting.micro_batch * setting.replicas))
-    found = []
+    found = [Collective("DP", "all_gather", setting.world, 1, 4 * RANK_FIGURES * setting.world)]
     for student in students:
         found += _times(count, micro_batch(Passes.training(student, setting), setting, stage))
         if stage == setting.last and setting.parallel.tensor > 1:

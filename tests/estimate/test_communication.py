@@ -10,7 +10,7 @@ from minitron_mcore.checkpoint import run_folder
 from minitron_mcore.config.performance import PerformanceConfig, Recompute
 from minitron_mcore.config.settings import Device, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.config.stages import CacheKind
-from minitron_mcore.distill import cache_writer
+from minitron_mcore.distill import cache_writer, metrics
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.estimate import communication
 from minitron_mcore.estimate.setting import Setting
@@ -80,6 +80,7 @@ def work(folder, student: str, parallel: ParallelConfig, performance: Performanc
     trainer.train_step(batches)
     with counted() as training:
         trainer.train_step(batches)
+        metrics.rank_figures(0.0, 0.0)
     model = run_folder.build_model(opened, parallel, "bf16")
     tokens = torch.randint(0, 101, (8, 24))
     with counted() as scoring:

@@ -35,6 +35,7 @@ def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int)
 def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp32", heldout=None):
     """Train and save; the history, on every rank."""
     from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill import failures
     from minitron_mcore.distill.loop import train
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.parallel import process_groups
@@ -46,4 +47,5 @@ def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp
     run_folder.describe(out_dir, opened.arch, "test", {}, opened.hf)
     dp = process_groups.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
-    return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir), heldout)[0]
+    with failures.hangs_reported(lambda: trainer.step + 1, Path(out_dir)):
+        return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir), heldout)[0]
