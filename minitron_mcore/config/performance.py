@@ -62,14 +62,6 @@ class AttentionBackend(StrEnum):
     unfused = "unfused"
 
 
-class CudaGraphs(StrEnum):
-    """Megatron-Core's implementations of CUDA graphs."""
-
-    none = "none"
-    local = "local"
-    te = "te"
-
-
 @dataclass
 class ProfileConfig:
     """Profile of some steps, written to out_dir/profile (see `distill.profile`)."""
@@ -123,8 +115,6 @@ class PerformanceConfig:
     is off for a mixture of experts, in which an expert may receive no token."""
     moe_permute_fusion: bool | None = changeable(None)
     """Permutation of tokens by expert in one kernel (Transformer Engine 2.1)."""
-    moe_grouped_gemm: bool = changeable(False)
-    """All experts' products in one call. Refused: the parameter table has no rows for its parameter names."""
 
     overlap_grad_reduce: bool | None = changeable(None)
     """Reduce gradients bucket by bucket during the backward pass; null does so on CUDA."""
@@ -143,8 +133,6 @@ class PerformanceConfig:
     (together fp32). Needs the distributed optimizer and bf16."""
     exp_avg_dtype: Dtype = Dtype.fp32
     """Precision of Adam's moments, with precision_aware_optimizer."""
-    optimizer_offload: float = changeable(0.0)
-    """Share of the optimizer's states in host memory. Refused above 0 (docs/performance.md)."""
 
     fp8: Fp8 | None = None
     """8-bit matrix products in the student's layers; weights and optimizer keep their precision. Needs Transformer Engine, bf16
@@ -162,8 +150,6 @@ class PerformanceConfig:
     tp_comm_overlap: bool = changeable(False)
     """Overlap the student's tensor-parallel communication with matrix products by Transformer Engine's user buffers. Needs
     sequence parallelism and CUDA_DEVICE_MAX_CONNECTIONS=1."""
-    cuda_graphs: CudaGraphs = changeable(CudaGraphs.none)
-    """CUDA graphs. Refused except none (docs/performance.md)."""
 
     loss_chunk_mb: int | None = changeable(None)
     """MiB of both models' logits that the loss holds at a time; null is 1 GiB on CUDA and 64 MiB on a CPU."""

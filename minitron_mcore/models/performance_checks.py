@@ -7,7 +7,6 @@ from typing import Any
 from minitron_mcore.config import ranges
 from minitron_mcore.config.performance import (
     AttentionBackend,
-    CudaGraphs,
     Fp8Recipe,
     Kernels,
     PerformanceConfig,
@@ -82,16 +81,6 @@ def _model(run: _Run) -> Iterator[str]:
     config = run.config
     if config.bias_activation_fusion and not run.student.traits.gated:
         yield f"performance.bias_activation_fusion is for gated MLPs, and a {run.student.family} has none: give null."
-    if config.moe_grouped_gemm:
-        yield (
-            "performance.moe_grouped_gemm is true, but grouped GEMM names an expert's parameters differently, for which the "
-            "parameter table has no rows: give false."
-        )
-    if config.cuda_graphs != CudaGraphs.none:
-        yield (
-            f"performance.cuda_graphs is {config.cuda_graphs}, but CUDA graphs are untested with this package's teacher, hooks and "
-            "random state: give none."
-        )
     if config.teacher_offload and (run.teacher is None or run.training.teacher_ranks or config.teacher_fp8):
         yield (
             "performance.teacher_offload needs a live teacher in bf16 or fp32 on the student's ranks, and this run has none: "
@@ -161,11 +150,6 @@ def _optimizer(run: _Run) -> Iterator[str]:
     config = run.config
     if config.precision_aware_optimizer and not (run.training.distributed_optimizer and run.dtype == Dtype.bf16):
         yield "performance.precision_aware_optimizer needs distill.distributed_optimizer and dtype bf16: give both, or false."
-    if config.optimizer_offload:
-        yield (
-            f"performance.optimizer_offload is {config.optimizer_offload:g}, but this package's checkpoints do not include "
-            "megatron-core's offloaded states: give 0; recomputation, or more data-parallel ranks, save memory too."
-        )
     if config.exp_avg_dtype != Dtype.fp32 and not config.precision_aware_optimizer:
         yield (
             f"performance.exp_avg_dtype is {config.exp_avg_dtype}, which needs performance.precision_aware_optimizer: turn it "
