@@ -123,14 +123,13 @@ class PerformanceConfig:
     grad_reduce_in_fp32: bool = True
     """Keep and reduce gradients in fp32; false uses bf16, with half the memory and traffic."""
     overlap_param_gather: bool = changeable(False)
-    """Gather updated weights bucket by bucket during the next forward pass. Needs the distributed optimizer and
-    overlap_grad_reduce."""
+    """Gather updated weights bucket by bucket during the next forward pass. Needs overlap_grad_reduce."""
     align_param_gather: bool = changeable(False)
     """Start these gathers on all pipeline ranks at the same time. Needs an interleaved pipeline."""
 
     precision_aware_optimizer: bool = False
     """Transformer Engine's FusedAdam, with moments in `exp_avg_dtype` and master weights as 16 bits beside the bf16 weights
-    (together fp32). Needs the distributed optimizer and bf16."""
+    (together fp32). Needs bf16."""
     exp_avg_dtype: Dtype = Dtype.fp32
     """Precision of Adam's moments, with precision_aware_optimizer."""
 

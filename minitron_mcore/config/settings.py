@@ -237,9 +237,6 @@ class TrainConfig:
     """AdamW's weight decay."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
-    distributed_optimizer: bool = True
-    """Shard the optimizer's states over the data-parallel ranks. It identifies a run, since checkpoints then hold the states in
-    another form."""
     log_every: int = changeable(1)
     """Steps between two lines of the log."""
     save_every: int = changeable(500)

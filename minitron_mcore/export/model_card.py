@@ -6,7 +6,7 @@ metrics and evaluations in the folders beside it.
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -28,7 +28,7 @@ from minitron_mcore.reporting import tables
 CARD = "README.md"
 RECORD = "minitron"
 METRICS = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
-SETTINGS_NOT_SHOWN = ("distributed_optimizer", "log_every", "save_every", "stop_after", "teacher_ahead")
+SETTINGS_NOT_SHOWN = ("log_every", "save_every", "stop_after", "teacher_ahead")
 """Training settings that do not affect the result."""
 MINITRON = "[2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796)"
 
@@ -39,9 +39,9 @@ class Origin(NamedTuple):
     arch: Architecture
     hf_folder: Path
     """Folder with the parent's config, tokenizer, licence and model card."""
-    identity: dict
+    identity: dict[str, Any]
     """Path, fingerprint and, for checkpoints, training step."""
-    lineage: dict
+    lineage: dict[str, Any]
     plans: dict[str, str]
     """Digest -> text of each plan by which the weights were pruned."""
 
@@ -77,8 +77,8 @@ def complete_folder(origin: Origin, folder: str | Path) -> str:
         GenerationConfig(**tokens).save_pretrained(folder)
     loaded = transformers_check.check_folder(folder, origin.arch)
     with damage_as_user_error(f"the lineage in {origin.identity['path']}", "make the checkpoint again"):
-        text = model_card(origin, config, loaded).encode("utf-8", "replace")  # JSON may contain unpaired surrogates
-    (folder / CARD).write_bytes(text)
+        card = model_card(origin, config, loaded).encode("utf-8", "replace")  # JSON may contain unpaired surrogates
+    (folder / CARD).write_bytes(card)
     (folder / RECORD).mkdir(exist_ok=True)
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
@@ -91,7 +91,7 @@ def _plan_file(digest: str) -> str:
     return f"plan_{digest}.json"
 
 
-def model_card(origin: Origin, config: dict, loaded: str) -> str:
+def model_card(origin: Origin, config: dict[str, Any], loaded: str) -> str:
     """Text of the model card, with Hugging Face's front matter.
 
     Args:
@@ -163,7 +163,7 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
     return "\n\n   ".join([*lines, f"`{record['command']}` ({libraries})"])
 
 
-def _losses(identity: dict) -> list[str]:
+def _losses(identity: dict[str, Any]) -> list[str]:
     """First and last metrics of a training run up to its checkpoint (losses in nats per token). Empty without metrics.jsonl."""
     path, last = Path(identity["path"]) / "metrics.jsonl", int(identity["step"].removeprefix("step_"))
     rows = read_json_lines(path, "move it away") if path.is_file() else []
@@ -174,13 +174,15 @@ def _losses(identity: dict) -> list[str]:
 
 def _evaluations(source: Path) -> list[str]:
     """Results in sibling folders that were evaluated after the checkpoint's last step was written."""
-    rows, step = [], steps.newest_complete(source)
-    for path in sorted(source.parent.glob("*/evaluation.json")) if step else []:
+    rows: list[dict[str, Any]] = []
+    step = steps.newest_complete(source)
+    for path in sorted(source.parent.glob("*/evaluation.json")):
         remedy = "evaluate again, or move it away"
         evaluation = read_json(path, remedy)
         with damage_as_user_error(path, remedy):
             if (
                 Path(evaluation["source"]).resolve() == source.resolve()
+                and step
                 and path.stat().st_mtime > (step.path / steps.MANIFEST).stat().st_mtime
             ):
                 rows += evaluation["files"]
@@ -193,7 +195,8 @@ def _parent_card_data(origin: Origin) -> ModelCardData:
     path = origin.hf_folder / CARD
     text = path.read_text(errors="replace") if path.is_file() else ""
     try:
-        return ModelCard(text).data if text.startswith("---") else ModelCardData()
+        data: ModelCardData = ModelCard(text).data if text.startswith("---") else ModelCardData()  # type: ignore[assignment]
+        return data
     except (yaml.YAMLError, ValueError, TypeError):
         return ModelCardData()
 
@@ -204,7 +207,7 @@ def _licence_files(origin: Origin) -> list[str]:
 
 def _front_matter(origin: Origin, parent: str) -> str:
     card_data, files = _parent_card_data(origin), _licence_files(origin)
-    licence = {"license": card_data.license or "other"}
+    licence: dict[str, Any] = {"license": card_data.license or "other"}
     if licence["license"] == "other":
         licence |= {
             "license_name": card_data.license_name or "that-of-the-parent",

@@ -4,7 +4,7 @@ transformers 5.17 converts most of them incorrectly: it ignores the pre-tokenize
 space in vocabularies without that convention.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +20,7 @@ REMEDY = "give the model's Hugging Face config and tokenizer (model.hf=/path/to/
 GPT4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def _gpt4_split(number: str) -> list:
+def _gpt4_split(number: str) -> list[Any]:
     """GPT-4's split; `number` is the regular expression's quantifier of digits."""
     return [
         pre_tokenizers.Split(Regex(GPT4_SPLIT.replace("NUMBER", number)), "isolated"),

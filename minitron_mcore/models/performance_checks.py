@@ -127,11 +127,8 @@ def _communication(run: _Run) -> Iterator[str]:
     overlap = any(run.kernels.capability) if config.overlap_grad_reduce is None else config.overlap_grad_reduce
     if config.bucket_size is not None and not overlap:
         yield "performance.bucket_size is for overlap_grad_reduce, which is off: give overlap_grad_reduce true, or null."
-    if config.overlap_param_gather and not (training.distributed_optimizer and overlap):
-        yield (
-            "performance.overlap_param_gather needs distill.distributed_optimizer and performance.overlap_grad_reduce: turn both "
-            "on, or give false."
-        )
+    if config.overlap_param_gather and not overlap:
+        yield "performance.overlap_param_gather needs performance.overlap_grad_reduce: turn it on, or give false."
     if config.overlap_param_gather and training.hidden_state_loss.weight:
         yield (
             "performance.overlap_param_gather waits for weights where modules are called, but distill.hidden_state_loss uses its "
@@ -148,8 +145,8 @@ def _communication(run: _Run) -> Iterator[str]:
 
 def _optimizer(run: _Run) -> Iterator[str]:
     config = run.config
-    if config.precision_aware_optimizer and not (run.training.distributed_optimizer and run.dtype == Dtype.bf16):
-        yield "performance.precision_aware_optimizer needs distill.distributed_optimizer and dtype bf16: give both, or false."
+    if config.precision_aware_optimizer and run.dtype != Dtype.bf16:
+        yield f"performance.precision_aware_optimizer needs dtype bf16, and it is {run.dtype}: give bf16, or false."
     if config.exp_avg_dtype != Dtype.fp32 and not config.precision_aware_optimizer:
         yield (
             f"performance.exp_avg_dtype is {config.exp_avg_dtype}, which needs performance.precision_aware_optimizer: turn it "

@@ -300,7 +300,7 @@ def test_steps_are_profiled(pair, tmp_path):
         ({"fp8": "hybrid"}, "fp8 is hybrid, which needs Transformer Engine"),
         ({"teacher_offload": True}, "needs CUDA"),
         ({"attention_backend": "flash"}, "attention_backend is flash, which needs Transformer Engine"),
-        ({"overlap_param_gather": True}, "needs distill.distributed_optimizer and performance.overlap_grad_reduce"),
+        ({"overlap_param_gather": True}, "overlap_param_gather needs performance.overlap_grad_reduce"),
         ({"align_param_gather": True}, "needs overlap_param_gather and parallel.virtual above 1"),
         ({"tp_comm_overlap": True}, "parallel.sequence true and parallel.tensor above 1"),
         ({"bucket_size": 7}, "bucket_size is for overlap_grad_reduce"),
