@@ -252,7 +252,7 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     for name, parameter in build.named_parameters(model):
         if name in padded:
             parameter.data.zero_()
-    state = sharded.model_state(model, checkpoint.arch)
+    state = sharded.tensors(sharded.model_shards(model, checkpoint.arch))
     loaded = load(checkpoint, state)
     for key, wanted in state.items():
         if loaded[key].data_ptr() != wanted.data.data_ptr():

@@ -279,8 +279,7 @@ class Trainer:
         return process_groups.from_last_stage(sums)
 
     def _weights(self) -> dict:
-        states = self.hidden_loss.sharded_state() if self.hidden_loss else {}
-        return {"weights": sharded.model_state(self.model, self.arch), "states": states}
+        return {"weights": sharded.tensors(self._shards())}
 
     def _shards(self) -> dict[nn.Parameter, Shard]:
         """Of all parameters that the optimizer trains."""
