@@ -6,7 +6,7 @@ metrics and evaluations in the folders beside it.
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -39,9 +39,9 @@ class Origin(NamedTuple):
     arch: Architecture
     hf_folder: Path
     """Folder with the parent's config, tokenizer, licence and model card."""
-    identity: dict[str, Any]
+    identity: dict
     """Path, fingerprint and, for checkpoints, training step."""
-    lineage: dict[str, Any]
+    lineage: dict
     plans: dict[str, str]
     """Digest -> text of each plan by which the weights were pruned."""
 
@@ -77,28 +77,33 @@ def complete_folder(origin: Origin, folder: str | Path) -> str:
         GenerationConfig(**tokens).save_pretrained(folder)
     loaded = transformers_check.check_folder(folder, origin.arch)
     with damage_as_user_error(f"the lineage in {origin.identity['path']}", "make the checkpoint again"):
-        card = model_card(origin, config, loaded).encode("utf-8", "replace")  # JSON may contain unpaired surrogates
-    (folder / CARD).write_bytes(card)
+        text = model_card(origin, config, loaded).encode("utf-8", "replace")  # JSON may contain unpaired surrogates
+    (folder / CARD).write_bytes(text)
+    write_record(origin, folder)
+    return loaded
+
+
+def write_record(origin: Origin, folder: Path) -> None:
+    """Write minitron/ of `complete_folder`."""
     (folder / RECORD).mkdir(exist_ok=True)
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
     record = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
     tables.write_json(folder / RECORD / "lineage.json", {"format_version": FORMAT_VERSION, **record})
-    return loaded
 
 
 def _plan_file(digest: str) -> str:
     return f"plan_{digest}.json"
 
 
-def model_card(origin: Origin, config: dict[str, Any], loaded: str) -> str:
+def model_card(origin: Origin, config: dict, loaded: str) -> str:
     """Text of the model card, with Hugging Face's front matter.
 
     Args:
         config: content of the exported config.json.
         loaded: see `complete_folder`.
     """
-    chain, parent, total = lineage.model_chain(origin.lineage), _parent_name(origin), parameter_table.count(origin.arch)
+    chain, parent, total = lineage.model_chain(origin.lineage), parent_name(origin), parameter_table.count(origin.arch)
     before = [Architecture(**record["before"]) for record in chain if "before" in record]
     operations = " and ".join(dict.fromkeys(filter(None, map(lineage.operation, chain)))) or "converted"
     steps = lineage.history(origin.lineage, origin.identity)
@@ -125,7 +130,7 @@ def model_card(origin: Origin, config: dict[str, Any], loaded: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _parent_name(origin: Origin) -> str:
+def parent_name(origin: Origin) -> str:
     """Name of the first ancestor: the one in its config.json, else its folder's."""
     first = next(iter(lineage.model_chain(origin.lineage)[0]["parents"].values()), origin.identity)
     config = read_json(origin.hf_folder / "config.json", "make the checkpoint again")
@@ -163,7 +168,7 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
     return "\n\n   ".join([*lines, f"`{record['command']}` ({libraries})"])
 
 
-def _losses(identity: dict[str, Any]) -> list[str]:
+def _losses(identity: dict) -> list[str]:
     """First and last metrics of a training run up to its checkpoint (losses in nats per token). Empty without metrics.jsonl."""
     path, last = Path(identity["path"]) / "metrics.jsonl", int(identity["step"].removeprefix("step_"))
     rows = read_json_lines(path, "move it away") if path.is_file() else []
@@ -174,15 +179,13 @@ def _losses(identity: dict[str, Any]) -> list[str]:
 
 def _evaluations(source: Path) -> list[str]:
     """Results in sibling folders that were evaluated after the checkpoint's last step was written."""
-    rows: list[dict[str, Any]] = []
-    step = steps.newest_complete(source)
-    for path in sorted(source.parent.glob("*/evaluation.json")):
+    rows, step = [], steps.newest_complete(source)
+    for path in sorted(source.parent.glob("*/evaluation.json")) if step else []:
         remedy = "evaluate again, or move it away"
         evaluation = read_json(path, remedy)
         with damage_as_user_error(path, remedy):
             if (
                 Path(evaluation["source"]).resolve() == source.resolve()
-                and step
                 and path.stat().st_mtime > (step.path / steps.MANIFEST).stat().st_mtime
             ):
                 rows += evaluation["files"]
@@ -190,13 +193,12 @@ def _evaluations(source: Path) -> list[str]:
     return ["## Evaluation", tables.markdown(rows)] if rows else []
 
 
-def _parent_card_data(origin: Origin) -> ModelCardData:
+def parent_card_data(origin: Origin) -> ModelCardData:
     """Front matter of the parent's card, empty if there is none or it cannot be parsed."""
     path = origin.hf_folder / CARD
     text = path.read_text(errors="replace") if path.is_file() else ""
     try:
-        data: ModelCardData = ModelCard(text).data if text.startswith("---") else ModelCardData()  # type: ignore[assignment]
-        return data
+        return ModelCard(text).data if text.startswith("---") else ModelCardData()
     except (yaml.YAMLError, ValueError, TypeError):
         return ModelCardData()
 
@@ -206,8 +208,8 @@ def _licence_files(origin: Origin) -> list[str]:
 
 
 def _front_matter(origin: Origin, parent: str) -> str:
-    card_data, files = _parent_card_data(origin), _licence_files(origin)
-    licence: dict[str, Any] = {"license": card_data.license or "other"}
+    card_data, files = parent_card_data(origin), _licence_files(origin)
+    licence = {"license": card_data.license or "other"}
     if licence["license"] == "other":
         licence |= {
             "license_name": card_data.license_name or "that-of-the-parent",
@@ -227,7 +229,7 @@ def _front_matter(origin: Origin, parent: str) -> str:
 
 
 def _licence(origin: Origin, parent: str) -> str:
-    named, files = _parent_card_data(origin).license, _licence_files(origin)
+    named, files = parent_card_data(origin).license, _licence_files(origin)
     return (
         f"These weights are derived from {parent}, so its licence applies to them"
         f"{f': {named}' if named else ''}. "
