@@ -189,7 +189,9 @@ def _problems(
             yield from dict.fromkeys(itertools.chain(*each))
         live = None if resolve.cache_content(config) else teacher
         each = (
-            performance_checks.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
+            performance_checks.problems(
+                performance_checks.Run(config.performance, s, live, training, config.parallel, config.dtype, kernels)
+            )
             for s in trained.values()
         )
         yield from dict.fromkeys(itertools.chain(*each))

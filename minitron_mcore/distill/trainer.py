@@ -51,9 +51,9 @@ def check(
     dp_size, teacher_arch = process_groups.dp_group().size(), teacher and teacher.arch
     problems = [*checks.problems(student.arch, teacher_arch, config, parallel, dp_size)]
     live = None if isinstance(teacher, Cache) else teacher_arch
-    problems += performance_checks.problems(
-        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.available_kernels()
-    )
+    kernels = tuning.available_kernels()
+    run = performance_checks.Run(performance, student.arch, live, config, parallel, Dtype(dtype), kernels)
+    problems += performance_checks.problems(run)
     problems += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
     problems += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
     refuse(problems)

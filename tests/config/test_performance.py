@@ -23,7 +23,7 @@ from minitron_mcore.distill import tile_sizes
 from minitron_mcore.estimate import activations
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.models.performance_checks import problems
+from minitron_mcore.models.performance_checks import Run, problems
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
 from tests.helpers.cutting import ONE, write_family
@@ -337,5 +337,6 @@ def composed(*overrides: str):
 )
 def test_with_all_kernels_there(fits, change, sentence):
     training = DistillConfig(sequence_length=64)
-    found = list(problems(PerformanceConfig(**change), fits, fits, training, ParallelConfig(), Dtype.bf16, EVERYTHING))
+    run = Run(PerformanceConfig(**change), fits, fits, training, ParallelConfig(), Dtype.bf16, EVERYTHING)
+    found = list(problems(run))
     assert sentence in found[0] if sentence else not found, found
