@@ -49,13 +49,15 @@ def stages(config: DistillRun, gpus: int, best: dict) -> Iterator[dict]:
     cut = _files(weights, gpus // setting.replicas // parallel.context)
     tokens = 1024 * settings.sequence_length
     forward = memory.forward_passes(teacher, setting)[0]["total"] / memory.GIB
+    scoring = communication.importance(teacher, setting, 0, 1024)
+    cache = communication.teacher_cache(teacher, (CacheKind.topk, TOP_K), setting, 0, samples)
     step = communication.training_step([student], teacher, settings, setting, 0)
     cached = checks.cache_bytes(CacheKind.topk, TOP_K, teacher.vocab, teacher.hidden, 2)
     host = 4 * 4 * disk.PIECE_ELEMENTS / memory.GIB  # four pieces in fp32
-    yield _row(gpus, "importance", forward, 8 * tokens / memory.GIB, None, 1)
-    yield _row(gpus, "prune", 0, host, None, cut)
+    yield _row(gpus, "importance", forward, 8 * tokens / memory.GIB, scoring, 1)
+    yield _row(gpus, "prune", 0, host, [], cut)
     file_gib = FILE_SAMPLES * settings.sequence_length * cached / memory.GIB
-    yield _row(gpus, "teacher_cache", forward, file_gib, None, math.ceil(samples / FILE_SAMPLES))
+    yield _row(gpus, "teacher_cache", forward, file_gib, cache, math.ceil(samples / FILE_SAMPLES))
     saved = memory.save(student, setting, 0, background=True) / memory.GIB
     yield _row(gpus, "distill, a step", best["GiB"], saved, step, _files(4 * weights, gpus))
 
@@ -66,15 +68,19 @@ def _files(elements: int, ranks: int) -> int:
 
 
 def _row(
-    gpus: int, stage: str, gib: float, host: float, collectives: list[communication.Collective] | None, files: int
+    gpus: int, stage: str, gib: float, host: float, collectives: list[communication.Collective], files: int
 ) -> dict:
-    """`collectives`: None where they are not counted: those of forward passes, or none."""
-    row = {"GPUs": gpus, "stage": stage, "GiB": gib, "GiB of host": host, "files": files}
-    if collectives is None:
-        return row
     sent = communication.bytes_sent(collectives)
-    row |= {f"GB {axis}": sent[axis] / 1e9 for axis in ("TP", "CP", "PP", "DP")}
-    return row | {"collectives": sum(each.calls for each in collectives if each.ranks > 1)}
+    calls = sum(each.calls for each in collectives if each.ranks > 1)
+    return {
+        "GPUs": gpus,
+        "stage": stage,
+        "GiB": gib,
+        "GiB of host": host,
+        "collectives": calls,
+        **{f"GB {axis}": sent[axis] / 1e9 for axis in ("TP", "CP", "PP", "DP")},
+        "files": files,
+    }
 
 
 def main(arguments: argparse.Namespace) -> None:

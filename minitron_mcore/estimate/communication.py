@@ -1,4 +1,4 @@
-"""Collectives of a rank in training, by pipeline stage, layout and model: calls and bytes. Pure formulas, no torch import.
+"""Collectives of a rank, by stage, layout and model: calls and bytes. Pure formulas, no torch import.
 
 A rank holds R = T / (TP x CP) of a micro-batch's T tokens with sequence parallelism, T / CP without; an element has b bytes. Per
 micro-batch, F forward and B backward passes through the blocks of a pipeline stage make these collectives:
@@ -30,7 +30,8 @@ from dataclasses import dataclass
 
 from minitron_mcore.config.performance import Recompute
 from minitron_mcore.config.settings import Device, DistillConfig
-from minitron_mcore.distill import tile_sizes
+from minitron_mcore.config.stages import CacheKind
+from minitron_mcore.distill import checks, tile_sizes
 from minitron_mcore.estimate import memory
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models import parameter_table, sharding
@@ -69,6 +70,8 @@ class Passes:
     arch: Architecture
     forward: int
     backward: int
+    loss: bool = True
+    """The final hidden states enter a loss's head."""
 
     @classmethod
     def training(cls, arch: Architecture, setting: Setting) -> "Passes":
@@ -115,7 +118,7 @@ def _tensor_parallel(passes: Passes, setting: Setting, stage: int, layers: int, 
     tp, forward, backward = setting.parallel.tensor, passes.forward, passes.backward
     if tp == 1:
         return
-    first, head = stage == 0, stage == setting.last
+    first, head = stage == 0, passes.loss and stage == setting.last
     if setting.parallel.sequence:
         gathers = layers * (forward + 2 * backward) + first * backward + head
         yield Collective("TP", "all_gather", tp, gathers, states)
@@ -199,3 +202,57 @@ def _replicated(arch: Architecture, setting: Setting, stage: int) -> int:
     """Elements of the parameters that all tensor-parallel ranks hold whole: norms and routers."""
     own = sharding.parameters_on_rank(arch, setting.parallel, stage, range(0))
     return sum(math.prod(parameter.shape) for parameter in own if parameter.row.tp_dim is None)
+
+
+def importance(arch: Architecture, setting: Setting, stage: int, samples: int) -> list[Collective]:
+    """Of scoring `samples` samples with the default statistic, on a rank of a pipeline stage."""
+    p = setting.parallel
+    blocks = {block for chunk in sharding.rank_chunks(arch, p, stage) for block in chunk}
+    parts = [(block, part) for block, part in arch.layers if block in blocks]
+    names = [part for _, part in parts]
+    norms = len(parts) * arch.hidden
+    channels = [arch.heads] * names.count("attention") + [arch.ffn] * (0 if arch.experts else names.count("mlp"))
+    count = math.ceil(samples / setting.replicas / setting.micro_batch)
+    found = _times(count, micro_batch(Passes(arch, 1, 0, loss=False), setting, stage))
+    batch, own = setting.micro_batch, norms + sum(channels) // p.tensor
+    if p.tensor > 1:  # their tokens are split over the ranks, without sequence parallelism too
+        found.append(Collective("TP", "all_reduce", p.tensor, count, 4 * batch * (norms + 1)))
+        found += [Collective("TP", "all_gather", p.tensor, 1, 4 * size) for size in channels]
+    if p.context > 1:
+        found.append(Collective("CP", "all_reduce", p.context, count, 4 * batch * (own + 1)))
+    if setting.replicas > 1:
+        found.append(Collective("DP", "all_reduce", setting.replicas, 1, 4 * (own + 1)))
+    distances = 4 * (len(parts) + len(blocks))
+    for axis, ranks in (("DP", setting.replicas * p.context), ("TP", p.tensor)):
+        if ranks > 1:
+            found.append(Collective(axis, "all_reduce", ranks, 1, distances))
+    routed, expert_ranks = 4 * arch.experts * (arch.ffn + 1), setting.world // (p.pipeline * p.expert)
+    if arch.experts and expert_ranks > 1:
+        found.append(Collective("DP", "all_reduce", expert_ranks, names.count("mlp"), routed // p.expert))
+    if arch.experts and p.expert > 1:
+        found.append(Collective("EP", "all_gather", p.expert, names.count("mlp"), routed))
+    if p.pipeline > 1:
+        found.append(Collective("PP", "all_reduce", p.pipeline, 1, 4 * arch.hidden))
+    return found
+
+
+def teacher_cache(
+    arch: Architecture, cached: memory.CachedTeacher, setting: Setting, stage: int, samples: int
+) -> list[Collective]:
+    """Of writing a cache of `samples` samples, on a pipeline stage's rank of tensor-parallel rank 0, which packs its replica's."""
+    (kind, top_k), tp, context = cached, setting.parallel.tensor, setting.parallel.context
+    count = math.ceil(samples / setting.replicas / setting.micro_batch)
+    found = list(micro_batch(Passes(arch, 1, 0), setting, stage))
+    if stage == setting.last and kind == CacheKind.topk and top_k and tp > 1:
+        rows = parameter_table.padded_vocab(arch, tp) // tp
+        tokens = tile_sizes.chunk_tokens(setting.tokens, 4 * rows, tile_sizes.CHUNK_BYTES[setting.device])
+        chunks = math.ceil(setting.tokens / tokens)
+        # Of each token: ids and fp64 logits, and the fp64 sum over the rest.
+        found.append(Collective("TP", "all_gather", tp, 2 * chunks, 8 * top_k * tokens * tp))
+        found.append(Collective("TP", "all_gather", tp, chunks, 8 * tokens * tp))
+    if stage == setting.last and context > 1:
+        tensors = {CacheKind.topk: 2 + (arch.vocab > 1 << 16), CacheKind.hidden: 1, CacheKind.hidden_int8: 2}[kind]
+        size = checks.cache_bytes(kind, top_k or 0, arch.vocab, arch.hidden, setting.dtype_bytes)
+        found.append(Collective("CP", "all_gather", context, tensors, size * setting.tokens * context / tensors))
+        found.append(Collective("CP", "all_gather", context, tensors, 8 * setting.sequence_length))  # their positions
+    return _times(count, found)

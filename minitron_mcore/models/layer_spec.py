@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore.errors import UserError
+from minitron_mcore.models import attention_band
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.megatron_patches import cpu_backend
 from minitron_mcore.parallel.megatron_patches.models import Stack
@@ -43,9 +44,6 @@ from megatron.core.transformer.transformer_layer import (  # isort: skip
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-
-BAND_ALIGNMENT = 16
-"""Key positions; a multiple satisfies the row alignment of the attention kernels in any dtype."""
 
 
 class TorchNorm(nn.Module):
@@ -140,7 +138,7 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int, sca
         [S_q, B, N D].
     """
     heads, before = query.shape[2] // key.shape[2], len(key) - len(query)
-    size, most = attention_band(len(query), len(key), window)
+    size, most = attention_band.attention_band(len(query), len(key), window)
     band, blocks = _band(size, most, window, heads, query.dtype, query.device), []
     for first in range(0, len(query), size):
         rows = min(size, len(query) - first)
@@ -148,13 +146,6 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, window: int, sca
         mask = band[:, size - rows :, most - (end - start) :].flatten(0, 1)
         blocks.append(_Block(slice(first, first + rows), slice(start, end), mask))
     return _block_attention(query, key, value, blocks, scale)
-
-
-def attention_band(queries: int, keys: int, window: int) -> tuple[int, int]:
-    """(rows, columns) of the mask of one block: its queries, and the most keys that they use."""
-    rows = min(queries, max(128, min(1024, window // 2)) if window < keys else 128)
-    columns = min(keys, rows + window + BAND_ALIGNMENT)
-    return rows, -(-columns // BAND_ALIGNMENT) * BAND_ALIGNMENT
 
 
 def document_attention(
@@ -211,8 +202,8 @@ def _block_attention(
 
 
 def _aligned(position: int) -> int:
-    """The multiple of BAND_ALIGNMENT at or before a key position."""
-    return position // BAND_ALIGNMENT * BAND_ALIGNMENT
+    """The multiple of attention_band.BAND_ALIGNMENT at or before a key position."""
+    return position // attention_band.BAND_ALIGNMENT * attention_band.BAND_ALIGNMENT
 
 
 @functools.lru_cache(maxsize=4)  # student and teacher, two parts of a sequence under context parallelism
@@ -224,7 +215,7 @@ def _document_blocks(
     positions = torch.arange(keys, device=starts.device)
     own = positions[keys - (end_row - first_row) :]
     lowest = torch.maximum(starts[:, first_row:end_row], own + 1 - window)
-    size, _ = attention_band(len(own), keys, window)
+    size, _ = attention_band.attention_band(len(own), keys, window)
     first_keys = [int(part.min()) for part in lowest.split(size, dim=1)]
     blocks = []
     for number, first_key in enumerate(first_keys):
@@ -232,7 +223,7 @@ def _document_blocks(
         rows = queries.stop - queries.start
         start, end = _aligned(first_key), keys - len(own) + queries.stop
         allowed = (positions[start:end] >= lowest[:, queries, None]) & (positions[start:end] <= own[queries, None])
-        padded = -(-(end - start) // BAND_ALIGNMENT) * BAND_ALIGNMENT
+        padded = -(-(end - start) // attention_band.BAND_ALIGNMENT) * attention_band.BAND_ALIGNMENT
         mask = torch.zeros(len(starts), heads, rows, padded, dtype=dtype, device=starts.device)
         mask[..., : end - start].masked_fill_(~allowed[:, None], -torch.inf)
         blocks.append(_Block(queries, slice(start, end), mask[..., : end - start].flatten(1, 2)[:, None]))
