@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.hardware import DryConfig
+from minitron_mcore.config.model import ModelConfig
 from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
@@ -18,7 +19,6 @@ from minitron_mcore.config.settings import (
     EvaluateConfig,
     ImportanceConfig,
     LogConfig,
-    ModelConfig,
     ParallelConfig,
     PruneConfig,
     TrainConfig,
