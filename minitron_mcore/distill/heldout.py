@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint import claim, run_folder
 from minitron_mcore.checkpoint.steps import BEST
 from minitron_mcore.distill.loss_fn import LossFunction
 from minitron_mcore.distill.remote_teacher import RemoteTeacher
@@ -80,12 +80,17 @@ class HeldOutLosses:
 
     def measure(self, trainer: Trainer) -> tuple[dict[str, float], bool]:
         """Figures of the student after this step (see `HeldOutText.measure`), and whether its loss is the lowest so far; from
-        rank 0 (collective). The divergence is measured if the teacher is live and has all of the student's token ids."""
+        rank 0 (collective). The divergence is measured if the teacher is live and has all of the student's token ids.
+
+        Raises:
+            UserError: best.json cannot be written.
+        """
         trainer.gather_weights()
         is_live = isinstance(trainer.teacher, Teacher | RemoteTeacher) and trainer.vocab == trainer.arch.vocab
         figures = self.text.measure(trainer.model, trainer.arch, trainer.loss_fn if is_live else None)
         loss = figures["heldout_loss"]
-        outcome = [(figures, process_groups.rank() == 0 and self._record(trainer.step, loss))]
+        with process_groups.raise_on_all_ranks(), claim.writing(self.path.parent):
+            outcome = [(figures, process_groups.rank() == 0 and self._record(trainer.step, loss))]
         dist.broadcast_object_list(outcome, src=0)
         self.losses[trainer.step] = outcome[0][0]["heldout_loss"]
         return outcome[0]
