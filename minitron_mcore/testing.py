@@ -135,7 +135,7 @@ def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     run_folder.describe(folder, arch, "random", {}, folder)
-    saving.save_state(folder, 0, sharded.model_state(model, arch), "random")
+    saving.save_state(folder, 0, sharded.tensors(sharded.model_shards(model, arch)), "random")
 
 
 class SavedBytes:

@@ -170,15 +170,14 @@ def test_the_dry_run_tells_what_a_save_costs(tmp_path):
     assert len(list((tmp_path / "run").glob("step_*/*.distcp"))) >= disk.THREADS
     arch = open_checkpoint(tmp_path / "source").arch
     setting = Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
-    assert memory.save(arch, setting, 0, True) == 0 and growth < 16e6, growth
-    assert in_background < memory.save(arch, setting, 0, True, background=True) + 16e6, in_background
+    assert memory.save(arch, setting, 0) == 0 and growth < 16e6, growth
+    assert in_background < memory.save(arch, setting, 0, background=True) + 16e6, in_background
     told = checkpoints.estimate([arch], dataclasses.replace(CONFIG, steps=500, keep_every=200), Dtype.bf16, disk_gbs=2)
     size = sum(file.stat().st_size for file in (tmp_path / "run/step_0000002").iterdir())
     assert told["bytes"] == pytest.approx(size, rel=0.01) and told["seconds"] == told["bytes"] / 2e9
     assert (told["kept"], told["disk"]) == (4, 5 * told["bytes"])
     on_gpu = dataclasses.replace(setting, device=Device.cuda)
-    assert memory.save(arch, on_gpu, 0, True) == disk.THREADS * 4 * disk.PIECE_ELEMENTS
-    assert memory.save(arch, on_gpu, 0, False) == disk.THREADS * 4 * arch.vocab * arch.hidden
+    assert memory.save(arch, on_gpu, 0) == disk.THREADS * 4 * disk.PIECE_ELEMENTS
 
 
 def distill_and_resume_counting(student, teacher, config, parallel, out_dir):

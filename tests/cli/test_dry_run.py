@@ -144,19 +144,18 @@ def trained(folder, parallel, config, dtype):
 
 @pytest.mark.default_cases("dp2_fp32")
 @pytest.mark.parametrize(
-    ("world", "parallel", "dtype", "distributed", "other"),
+    ("world", "parallel", "dtype", "other"),
     [
-        (2, ParallelConfig(), Dtype.bf16, True, None),
-        (2, ParallelConfig(), Dtype.bf16, False, None),
-        (2, ParallelConfig(), Dtype.fp32, True, ParallelConfig(tensor=2)),
-        (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Dtype.bf16, True, ParallelConfig(tensor=2)),
-        (4, ParallelConfig(pipeline=2, virtual=2, context=2), Dtype.bf16, True, ParallelConfig(tensor=2, pipeline=2)),
+        (2, ParallelConfig(), Dtype.bf16, None),
+        (2, ParallelConfig(), Dtype.fp32, ParallelConfig(tensor=2)),
+        (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Dtype.bf16, ParallelConfig(tensor=2)),
+        (4, ParallelConfig(pipeline=2, virtual=2, context=2), Dtype.bf16, ParallelConfig(tensor=2, pipeline=2)),
     ],
-    ids=["dp2", "dp2_shared", "dp2_fp32", "tp2_sp_pp2", "pp2_virtual2_cp2"],
+    ids=["dp2", "dp2_fp32", "tp2_sp_pp2", "pp2_virtual2_cp2"],
 )
-def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed, other):
+def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, other):
     on_ranks(write_pair, 1, ParallelConfig(), tmp_path, dtype.value)
-    config = dataclasses.replace(CONFIG, distributed_optimizer=distributed, teacher_parallel=other)
+    config = dataclasses.replace(CONFIG, teacher_parallel=other)
     rows = memory.training([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
     found = on_ranks(trained, world, parallel, tmp_path, parallel, config, dtype.value)
     for stage, row in enumerate(rows):

@@ -67,9 +67,7 @@ CASES = {
     "tp2_sp_pp2_bf16": Case(4, ParallelConfig(tensor=2, sequence=True, pipeline=2), Dtype.bf16, changes=STATES),
     "pp2_virtual2_states": Case(2, ParallelConfig(pipeline=2, virtual=2), changes=STATES),
     "cp2_cache_bf16": Case(2, ParallelConfig(context=2), Dtype.bf16, teacher="top"),
-    "students_replicated_optimizer": Case(
-        2, PP2, students=("student", "short"), changes={"distributed_optimizer": False}
-    ),
+    "students_pp2": Case(2, PP2, students=("student", "short")),
     "tp2_ep2_correct_bf16": Case(
         2, ParallelConfig(tensor=2, sequence=True, expert=2), Dtype.bf16, ("experts",), teacher=None
     ),

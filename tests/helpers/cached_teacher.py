@@ -120,6 +120,7 @@ KINDS = {
     "hidden_int8": {"kind": "hidden_int8"},
     "top": {"kind": "topk", "top_k": K},
     "most": {"kind": "topk", "top_k": MOST},
+    "drawn": {"kind": "topk", "top_k": 5, "tail_draws": 20},
 }
 
 

@@ -18,7 +18,6 @@ STATES = HiddenStateLossConfig(0.7, pairs=[[0, 3], [3, 1], [2, 3]])
 CONFIG = dataclasses.replace(
     training.CONFIG,
     clip_grad=1e9,
-    distributed_optimizer=False,
     lm_weight=0.5,
     hidden_state_loss=STATES,
     teacher_ahead=2,
@@ -57,6 +56,7 @@ def two_steps(folders, config, parallel, out_dir):
         config.global_batch // dp.size(),
     )
     figures = [trainer.train_step([next(batches) for _ in range(count)])]
+    training.gather_gradients(trainer)
     gradients = [parameter.main_grad.clone() for parameter in trainer.model.parameters()]
     figures.append(trainer.train_step([next(batches) for _ in range(count)]))
     for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):

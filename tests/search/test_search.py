@@ -22,7 +22,7 @@ from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.models import architecture, flops, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.plan import load_plan
-from minitron_mcore.reporting import search_plots
+from minitron_mcore.reporting import plots
 from minitron_mcore.search.space import Space
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models, tiny_run
@@ -396,4 +396,4 @@ def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 3.0), (2, 2.5), (3, 2.5), (4, 2.9), (5, 2.8), (5, 3.1)]
-    assert search_plots.pareto_front(points) == [(5, 2.8), (3, 2.5)]
+    assert plots.pareto_front(points) == [(5, 2.8), (3, 2.5)]
