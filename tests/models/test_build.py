@@ -71,8 +71,8 @@ def test_impossible_layouts_are_refused(tmp_path, world, parallel, sentence):
 
 def table_state(checkpoint, parallel):
     """(key, global shape, local shapes) of the table's view of a model, and megatron-core's own."""
-    from minitron_mcore.checkpoint.run_folder import open_checkpoint
     from minitron_mcore.checkpoint import sharded
+    from minitron_mcore.checkpoint.run_folder import open_checkpoint
     from minitron_mcore.models import build
 
     opened = open_checkpoint(checkpoint)
