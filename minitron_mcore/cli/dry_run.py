@@ -26,6 +26,7 @@ from minitron_mcore.config.stages import (
     PlanRun,
     Run,
     SearchRun,
+    SynthesizeRun,
     TeacherCacheRun,
 )
 from minitron_mcore.depth import study
@@ -75,7 +76,9 @@ def plan(config: Run) -> dict:
     models = resolve.models(config, problems)
     archs = {role: arch for role, (arch, _) in models.items()}
     training, name = _training_settings(config), type(config).__name__.removesuffix("Run").lower()
-    settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
+    settings = (
+        config if isinstance(config, TeacherCacheRun | SynthesizeRun) else training or getattr(config, name, None)
+    )
     world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _min_processes(config, training)
     teacher_ranks = training.teacher_ranks if training else 0
     setting = Setting(
@@ -166,7 +169,8 @@ def _problems(
     yield from ranges.problems(config)
     archs = {role: arch for role, (arch, _) in models.items()}
     if not _is_one_process(config):
-        length = setting.sequence_length if setting.sequence_length > 1 else None
+        pads = isinstance(config, SynthesizeRun)  # to what the layout divides
+        length = setting.sequence_length if setting.sequence_length > 1 and not pads else None
         teacher_ranks = training.teacher_ranks if training else 0
         yield from layout.teacher_ranks_problems(teacher_ranks, setting.world + teacher_ranks)
         yield from layout.problems(config.parallel, setting.world, length)
@@ -221,6 +225,12 @@ def _problems(
             config.evaluate.sequence_length,
             **{role: arch.max_positions for role, arch in _first_model(archs).items()},
         )
+    if isinstance(config, SynthesizeRun):
+        from minitron_mcore.evaluation import prompts  # imports torch
+
+        yield from prompts.problems(config.prompts, config.data.line_mb) if config.prompts else ()
+        limits = {role: arch.max_positions for role, arch in archs.items()}
+        yield from ranges.positions("prompt_tokens + tokens", config.sequence_length, **limits)
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
@@ -260,7 +270,7 @@ def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig 
         rows = memory.training(students, teacher, training, setting, teacher and resolve.cache_content(config))
     elif isinstance(config, DepthRun):
         rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
-    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
+    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | SynthesizeRun | TeacherCacheRun):
         rows = memory.forward_passes(main, setting)
     else:
         rows = [
@@ -302,6 +312,16 @@ def _operations(config: Run, archs: dict[str, Architecture], training: DistillCo
         steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length)}
+    elif isinstance(
+        config, SynthesizeRun
+    ):  # each step is an answer of the full length, which takes a pass for each token
+        from minitron_mcore.evaluation import prompts  # imports torch
+
+        if not config.prompts or list(prompts.problems(config.prompts, config.data.line_mb)):
+            return {}
+        steps = config.samples * len(prompts.read(config.prompts, config.data.line_mb))
+        tokens = config.tokens
+        operations = {"model": tokens * length * flops.forward_flops(archs["model"], length, head=False)}
     else:
         return {}
     total = sum(operations.values())
