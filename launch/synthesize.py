@@ -1,6 +1,7 @@
 """Answer prompts with a model, as text to train on; the same command resumes.
 
-minitron synthesize --nproc 8 +model=llama31_8b parallel=tp2 prompts=[prompts.jsonl] temperature=0.8 top_p=0.95
+minitron synthesize --nproc 8 +model=llama31_8b parallel=tp2 prompts=[prompts.jsonl] \\
+    synthesize.temperature=0.8 synthesize.top_p=0.95
 minitron distill --nproc 8 +model=llama31_8b parallel=tp2 data.train=[runs/llama31_8b/synthesize]
 """
 

@@ -35,6 +35,7 @@ from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.estimate import checkpoints, memory, step_time
 from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.evaluation import prompts
 from minitron_mcore.formats import gguf_layout
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.models import architecture, flops, parameter_table, performance_checks, sharding
@@ -78,9 +79,7 @@ def plan(config: Run) -> dict[str, Any]:
     models = resolve.models(config, problems)
     archs = {role: arch for role, (arch, _) in models.items()}
     training, name = _training_settings(config), type(config).__name__.removesuffix("Run").lower()
-    settings = (
-        config if isinstance(config, TeacherCacheRun | SynthesizeRun) else training or getattr(config, name, None)
-    )
+    settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
     world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _min_processes(config, training)
     teacher_ranks = training.teacher_ranks if training else 0
     setting = Setting(
@@ -171,8 +170,8 @@ def _problems(
     yield from ranges.problems(config)
     archs = {role: arch for role, (arch, _) in models.items()}
     if not _is_one_process(config):
-        pads = isinstance(config, SynthesizeRun)  # to what the layout divides
-        length = setting.sequence_length if setting.sequence_length > 1 and not pads else None
+        # The stage synthesize pads its sequences itself.
+        length = None if isinstance(config, SynthesizeRun) or setting.sequence_length == 1 else setting.sequence_length
         teacher_ranks = training.teacher_ranks if training else 0
         yield from layout.teacher_ranks_problems(teacher_ranks, setting.world + teacher_ranks)
         yield from layout.problems(config.parallel, setting.world, length)
@@ -232,11 +231,9 @@ def _problems(
             **{role: arch.max_positions for role, arch in _first_model(archs).items()},
         )
     if isinstance(config, SynthesizeRun):
-        from minitron_mcore.evaluation import prompts  # imports torch
-
-        yield from prompts.problems(config.prompts, config.data.line_mb) if config.prompts else ()
+        yield from prompts.problems(config)
         limits = {role: arch.max_positions for role, arch in archs.items()}
-        yield from ranges.positions("prompt_tokens + tokens", config.sequence_length, **limits)
+        yield from ranges.positions("prompt_tokens + tokens", config.synthesize.sequence_length, **limits)
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
@@ -321,15 +318,9 @@ def _operations(
         steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length)}
-    elif isinstance(
-        config, SynthesizeRun
-    ):  # each step is an answer of the full length, which takes a pass for each token
-        from minitron_mcore.evaluation import prompts  # imports torch
-
-        if not config.prompts or list(prompts.problems(config.prompts, config.data.line_mb)):
-            return {}
-        steps = config.samples * len(prompts.read(config.prompts, config.data.line_mb))
-        tokens = config.tokens
+    elif isinstance(config, SynthesizeRun) and not list(prompts.problems(config)):
+        # A step is an answer of full length, which takes a pass for each of its tokens.
+        steps, tokens = config.synthesize.samples * len(prompts.read(config)), config.synthesize.tokens
         operations = {"model": tokens * length * flops.forward_flops(archs["model"], length, head=False)}
     else:
         return {}

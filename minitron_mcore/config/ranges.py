@@ -16,6 +16,7 @@ from minitron_mcore.config.stages import (
     SynthesizeRun,
     TokenizeTextRun,
 )
+from minitron_mcore.config.synthesis import SynthesizeConfig
 
 LARGEST_SEED = 2**32 - 1
 """NumPy's."""
@@ -39,7 +40,7 @@ def problems(config: Run) -> Iterator[str]:
     if isinstance(config, GenerateRun):
         yield from at_least(1, {"tokens": config.tokens})
     if isinstance(config, SynthesizeRun):
-        yield from synthesis(config)
+        yield from synthesis(config.synthesize)
     if isinstance(config, TokenizeTextRun):
         yield from at_least(1, {"processes": config.processes})
     if isinstance(config, ExportRun):
@@ -95,18 +96,17 @@ def evaluation(config: EvaluateConfig) -> Iterator[str]:
     yield from at_least(1, {f"evaluate.{name}": getattr(config, name) for name in ("micro_batch", "max_windows")})
 
 
-def synthesis(config: SynthesizeRun) -> Iterator[str]:
-    """Prompts, sampling and filters of a synthesis that are out of range."""
-    yield from text_files("prompts", config.prompts)
+def synthesis(config: SynthesizeConfig) -> Iterator[str]:
+    """Sampling and filters of a synthesis that are out of range."""
     counts = ("samples", "prompt_tokens", "tokens", "micro_batch", "min_tokens")
-    yield from at_least(1, {name: getattr(config, name) for name in counts})
-    yield from not_negative({"temperature": config.temperature})
+    yield from at_least(1, {f"synthesize.{name}": getattr(config, name) for name in counts})
+    yield from not_negative({"synthesize.temperature": config.temperature})
     if not 0 < config.top_p <= 1:
-        yield f"top_p is {config.top_p:g}; it must be above 0 and at most 1."
+        yield f"synthesize.top_p is {config.top_p:g}; it must be above 0 and at most 1."
     if config.min_tokens > config.tokens:
-        yield f"min_tokens is {config.min_tokens}; it must be at most tokens {config.tokens}, or no answer is kept."
+        yield f"synthesize.min_tokens is {config.min_tokens}; it must be at most synthesize.tokens {config.tokens}."
     if config.min_log_likelihood is not None and not config.min_log_likelihood <= 0:
-        yield f"min_log_likelihood is {config.min_log_likelihood:g}; it must be at most 0, the log of a probability."
+        yield f"synthesize.min_log_likelihood is {config.min_log_likelihood:g}; it must be at most 0."
 
 
 def training(config: TrainConfig) -> Iterator[str]:

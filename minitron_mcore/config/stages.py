@@ -23,6 +23,7 @@ from minitron_mcore.config.settings import (
     PruneConfig,
     TrainConfig,
 )
+from minitron_mcore.config.synthesis import SynthesizeConfig
 from minitron_mcore.errors import UserError
 
 
@@ -60,6 +61,7 @@ class Run:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
     log: LogConfig = changeable(default_factory=LogConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     dry_run: bool = changeable(False)
@@ -358,34 +360,11 @@ class GenerateRun(Run):
 class SynthesizeRun(StageRun):
     """Training text from a model's answers to prompts."""
 
-    reads = ("data",)
+    reads = ("data", "synthesize")
     source: str = changeable(MISSING)
     """Checkpoint that answers."""
     prompts: list[str] = changeable(default_factory=list)
     """.jsonl files of prompts: lines with "prompt", or with "messages" up to the answer. Answers in them are ignored."""
-    samples: int = changeable(1)
-    """Answers to each prompt."""
-    prompt_tokens: int = changeable(1024)
-    """Longest prompt that is answered."""
-    tokens: int = 512
-    """Most tokens of an answer."""
-    temperature: float = 1.0
-    """Divides the logits before sampling; 0 takes the most likely token."""
-    top_p: float = 1.0
-    """Sample from the fewest tokens whose probabilities sum to this share."""
-    micro_batch: int = changeable(8)
-    """Prompts of a forward pass of one rank."""
-    min_log_likelihood: float | None = changeable(None)
-    """Keep answers whose tokens have at least this mean log-likelihood under the model, in nats; null keeps all."""
-    min_tokens: int = changeable(1)
-    """Keep answers of at least this length."""
-    keep_unfinished: bool = changeable(False)
-    """Keep answers that reach `tokens` without an end."""
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of the longest prompt and answer."""
-        return self.prompt_tokens + self.tokens
 
 
 @dataclass

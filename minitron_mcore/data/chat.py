@@ -7,36 +7,16 @@ token that ends the turn.
 
 import re
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from minitron_mcore.data.messages import ASSISTANT, Message, check_messages
 from minitron_mcore.data.text_reader import Text
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import first_line
 
-Message = dict[str, Any]
-ASSISTANT = "assistant"
-ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def check_messages(messages: object) -> list[Message]:
-    """The messages of a conversation.
-
-    Raises:
-        UserError: no list, or an empty one; a message without a known role or text.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f'"messages" is {str(messages)[:40]}: write a list of {{"role": ..., "content": ...}}.')
-    for number, message in enumerate(messages, 1):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in ROLES:
-            raise UserError(f"message {number} has the role {str(role)[:40]!r}: write one of {', '.join(ROLES)}.")
-        if not isinstance(content, str) or (role == ASSISTANT and not content.strip()):
-            raise UserError(f"message {number} ({role}) has the content {str(content)[:40]!r}: write a text.")
-    return messages
 
 
 class ChatTemplate:

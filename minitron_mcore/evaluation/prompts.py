@@ -1,15 +1,17 @@
-"""Prompts to answer, from .jsonl files: {"prompt": text} or {"messages": [{"role", "content"}, ...]} on each line."""
+"""Prompts to answer, from .jsonl files: {"prompt": text} or {"messages": [{"role", "content"}, ...]} on each line.
+No torch import."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from minitron_mcore.config import ranges
+from minitron_mcore.config.stages import SynthesizeRun
 from minitron_mcore.data.blend import expand
-from minitron_mcore.data.chat import ASSISTANT, Message, check_messages
+from minitron_mcore.data.messages import ASSISTANT, Message, check_messages
 from minitron_mcore.data.text_reader import check_readable, lines
-from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, refuse
 
 
 class Prompt(NamedTuple):
@@ -21,19 +23,6 @@ class Prompt(NamedTuple):
     id: str
     """16 hex digits of a hash of the content."""
 
-    def tokens(self, tokenizer: Tokenizer) -> list[int]:
-        """Token ids up to where the answer begins.
-
-        Raises:
-            UserError: see `ChatTemplate.prompt` and `Tokenizer.documents`.
-        """
-        try:
-            if isinstance(self.content, str):
-                return tokenizer.documents([self.content])[0][:-1]  # without the EOS that ends a document
-            return tokenizer.spans([tokenizer.chat.prompt(self.content)])[0].ids
-        except UserError as error:
-            raise UserError(f"{self.where}: {error}") from error
-
     def answered(self, completion: str) -> dict[str, object]:
         """A line of training text."""
         if isinstance(self.content, str):
@@ -41,29 +30,30 @@ class Prompt(NamedTuple):
         return {"messages": [*self.content, {"role": ASSISTANT, "content": completion}]}
 
 
-def read(entries: Sequence[str], line_mb: int) -> list[Prompt]:
-    """The prompts of files, folders and patterns, in order; equal ones once. Answers in the lines are ignored.
+def read(config: SynthesizeRun) -> list[Prompt]:
+    """The prompts of the files, folders and patterns in `prompts`, in order; equal ones once. Answers in the lines are ignored.
 
     Raises:
         UserError: see `blend.expand` and `text_reader.lines`; a file of another kind, a line without a prompt, no prompts.
     """
+    refuse(ranges.text_files("prompts", config.prompts))
     prompts: dict[str, Prompt] = {}
-    for path in (path for entry in entries for path in expand(entry)):
+    for path in (path for entry in config.prompts for path in expand(entry)):
         check_readable(path)
         if not path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
             raise UserError(f"{path} is no file of prompts: write them as .jsonl, .jsonl.gz or .jsonl.zst.")
-        for number, line, _ in lines(path, line_mb):
+        for number, line, _ in lines(path, config.data.line_mb):
             prompt = _prompt(line, f"{path}, line {number}")
             prompts.setdefault(prompt.id, prompt)
     if not prompts:
-        raise UserError(f'{", ".join(entries)}: no prompts: write one {{"prompt": ...}} a line.')
+        raise UserError(f'{", ".join(config.prompts)}: no prompts: write one {{"prompt": ...}} a line.')
     return list(prompts.values())
 
 
-def problems(entries: Sequence[str], line_mb: int) -> Iterator[str]:
+def problems(config: SynthesizeRun) -> Iterator[str]:
     """Why prompts cannot be read."""
     try:
-        read(entries, line_mb)
+        read(config)
     except UserError as error:
         yield str(error)
 
@@ -71,11 +61,7 @@ def problems(entries: Sequence[str], line_mb: int) -> Iterator[str]:
 def _prompt(line: str, where: str) -> Prompt:
     try:
         fields = json.loads(line)
-        content = _messages(fields["messages"]) if "messages" in fields else fields["prompt"]
-        if isinstance(content, str) and not content.strip():
-            raise ValueError("it is empty")
-        if not isinstance(content, str | list):
-            raise TypeError(f"{type(content).__name__} instead of a text")
+        content = _messages(fields["messages"]) if "messages" in fields else _text(fields["prompt"])
         plain = json.dumps(content, ensure_ascii=False, sort_keys=True).encode("utf-8")
         return Prompt(content, where, hashlib.sha256(plain).hexdigest()[:16])
     except UserError as error:
@@ -84,6 +70,12 @@ def _prompt(line: str, where: str) -> Prompt:
         raise UserError(
             f'{where} has no prompt ({type(error).__name__}: {error}): write {{"prompt": ...}} or {{"messages": [...]}}.'
         ) from error
+
+
+def _text(prompt: object) -> str:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{str(prompt)[:40]!r} is no text")
+    return prompt
 
 
 def _messages(messages: object) -> list[Message]:

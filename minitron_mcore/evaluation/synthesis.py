@@ -25,8 +25,9 @@ from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config import ranges
 from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import SynthesizeRun
+from minitron_mcore.config.synthesis import SynthesizeConfig
 from minitron_mcore.data.tokenizer import Tokenizer, open_tokenizer
-from minitron_mcore.errors import refuse
+from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.evaluation import prompts
 from minitron_mcore.evaluation.generate import Sampling, generate, greedy
 from minitron_mcore.evaluation.prompts import Prompt
@@ -50,21 +51,23 @@ def run(config: SynthesizeRun) -> None:
     """Answer the prompts that `out_dir` has no answers of, write its training text and print the table (collective).
 
     Raises:
-        UserError: see `prompts.read`, `Prompt.tokens` and `claim.claim_run_folder`; the model has too few positions.
+        UserError: see `prompts.read`, `ChatTemplate.prompt`, `Tokenizer.documents` and `claim.claim_run_folder`; the model has too
+            few positions.
         Stopped: on all ranks, after a signal.
     """
     source = run_folder.open_checkpoint(config.source)
-    refuse(ranges.positions("prompt_tokens + tokens", config.sequence_length, model=source.arch.max_positions))
+    settings = config.synthesize
+    refuse(ranges.positions("prompt_tokens + tokens", settings.sequence_length, model=source.arch.max_positions))
     with process_groups.raise_on_all_ranks():
         tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
-        asked = prompts.read(config.prompts, config.data.line_mb)
-        tokens = {prompt.id: prompt.tokens(tokenizer) for prompt in asked}
-    keys = [(prompt.id, sample) for prompt in asked for sample in range(config.samples)]
+        asked = prompts.read(config)
+        tokens = {prompt.id: _tokens(prompt, tokenizer) for prompt in asked}
+    keys = [(prompt.id, sample) for prompt in asked for sample in range(settings.samples)]
     with claim.claim_run_folder(config.out_dir, resolved(config)):
         folder = Path(config.out_dir)
         known = process_groups.on_rank_0(lambda: set(read_answers(folder / LOG)))
         left = {key: tokens[key[0]] for key in keys if key not in known}
-        left = {key: ids for key, ids in left.items() if len(ids) <= config.prompt_tokens}
+        left = {key: ids for key, ids in left.items() if len(ids) <= settings.prompt_tokens}
         if left:
             model = run_folder.build_model(source, config.parallel, config.dtype.value)
             _answer_all(config, source, model, tokenizer, left)
@@ -72,6 +75,16 @@ def run(config: SynthesizeRun) -> None:
             if process_groups.rank() == 0:
                 _write(config, source, asked, keys)
                 claim.finish(folder)
+
+
+def _tokens(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """A prompt's token ids up to where the answer begins."""
+    try:
+        if isinstance(prompt.content, str):
+            return tokenizer.documents([prompt.content])[0][:-1]  # without the EOS that ends a document
+        return tokenizer.spans([tokenizer.chat.prompt(prompt.content)])[0].ids
+    except UserError as error:
+        raise UserError(f"{prompt.where}: {error}") from error
 
 
 def read_answers(log: Path) -> dict[Key, Answer]:
@@ -94,7 +107,7 @@ def read_answers(log: Path) -> dict[Key, Answer]:
     return {(answer["id"], answer["sample"]): answer for answer in answers}
 
 
-def select(answers: Iterable[Answer | None], config: SynthesizeRun) -> tuple[list[Answer], dict[str, int]]:
+def select(answers: Iterable[Answer | None], config: SynthesizeConfig) -> tuple[list[Answer], dict[str, int]]:
     """The answers to keep, in order, and the number of others by reason.
 
     Args:
@@ -112,7 +125,7 @@ def select(answers: Iterable[Answer | None], config: SynthesizeRun) -> tuple[lis
     return kept, dict(dropped)
 
 
-def _reason(answer: Answer, config: SynthesizeRun) -> str | None:
+def _reason(answer: Answer, config: SynthesizeConfig) -> str | None:
     """Why an answer is not kept, whatever the others are."""
     if answer["tokens"] < config.min_tokens or not answer["completion"].strip():
         return "short"
@@ -141,7 +154,9 @@ def _answer_all(
 ) -> None:
     """Append the answers to the log, the longest prompts first (collective). `left`: prompts as token ids."""
     group, ends = process_groups.dp_group(), _end_tokens(source, tokenizer)
-    batches = itertools.batched(sorted(left, key=lambda key: -len(left[key])), config.micro_batch * group.size())
+    batches = itertools.batched(
+        sorted(left, key=lambda key: -len(left[key])), config.synthesize.micro_batch * group.size()
+    )
     progress, done = process_groups.Progress("synthesize", len(left), "answers"), 0
     with stop_signal.at_stop_points(), hang_watchdog.phase(Phase.step, lambda: f"answers after {done} of {len(left)}"):
         for batch in batches:
@@ -165,8 +180,9 @@ def _answers(
     ends: Container[int],
 ) -> list[Answer]:
     """Answers to the prompts of this data-parallel rank, which may be none (collective)."""
-    choice = ScoredChoice(config.temperature, config.top_p, [_seed(config.seed, key) for key in own])
-    every = generate(model, source.arch, list(own.values()), config.tokens, lambda new: new[-1] in ends, choice)
+    settings = config.synthesize
+    choice = ScoredChoice(settings.temperature, settings.top_p, [_seed(config.seed, key) for key in own])
+    every = generate(model, source.arch, list(own.values()), settings.tokens, lambda new: new[-1] in ends, choice)
     sums = process_groups.from_last_stage(choice.log_likelihood).tolist()
     answers = []
     for ((prompt_id, sample), prompt), new, total in zip(own.items(), every, sums, strict=True):
@@ -208,17 +224,14 @@ def _append(log: Path, answers: Iterable[Answer]) -> None:
 def _write(config: SynthesizeRun, source: Checkpoint, asked: Sequence[Prompt], keys: Sequence[Key]) -> None:
     """Write the training text and print the table (rank 0)."""
     answers, by_id = read_answers(Path(config.out_dir) / LOG), {prompt.id: prompt for prompt in asked}
-    kept, dropped = select((answers.get(key) for key in keys), config)
-    settings = {name: getattr(config, name) for name in ("seed", "temperature", "top_p")}
-    provenance = {"teacher": source.fingerprint, "teacher_step": source.step, **settings}
+    kept, dropped = select((answers.get(key) for key in keys), config.synthesize)
+    provenance = {"teacher": source.fingerprint, "teacher_step": source.step, "seed": config.seed}
+    provenance |= {name: getattr(config.synthesize, name) for name in ("temperature", "top_p")}
     lines = [
         json.dumps(by_id[answer["id"]].answered(answer.pop("completion")) | answer | provenance, ensure_ascii=False)
         for answer in kept
     ]
     run_folder.replace_text(Path(config.out_dir) / TRAIN, "".join(f"{line}\n" for line in lines))
     row = {"prompts": len(asked), "answers": len(keys), "kept": len(kept), **dropped}
-    path = f"{config.out_dir}/{TRAIN}"
-    notes = (
-        [f"train on them: data.train=[{path}]"] if kept else ["no answer is kept: change the filters, or the prompts"]
-    )
-    tables.table(f"answers of {config.source}", [row], notes)
+    note = f"train on them: data.train=[{config.out_dir}/{TRAIN}]" if kept else "no answer is kept: change the filters"
+    tables.table(f"answers of {config.source}", [row], [note])

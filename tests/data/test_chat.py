@@ -104,6 +104,6 @@ def test_other_conversations_are_refused(tmp_path, template, messages, sentence)
 
 
 def test_sentencepiece_models_have_no_template(tmp_path):
-    folder = train(tmp_path / "spm", model_type="bpe")
+    folder = train(tmp_path, model_type="bpe")
     with pytest.raises(UserError, match="has no chat template"):
         load(folder).chat.conversation([USER, ANSWER])

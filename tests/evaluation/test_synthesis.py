@@ -8,6 +8,7 @@ import torch
 from minitron_mcore.cli import dry_run
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import SynthesizeRun
+from minitron_mcore.config.synthesis import SynthesizeConfig
 from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import prompts, synthesis
@@ -19,7 +20,14 @@ ONE = ParallelConfig()
 TEMPLATE = "{% for m in messages %}w9 {{ m.content }} <eos>{% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
 COMMON = [
     *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32", "out_dir=out"),
-    *("prompts=[prompts.jsonl]", "prompt_tokens=8", "tokens=6", "temperature=0.7", "top_p=0.9", "keep_unfinished=true"),
+    *(
+        "prompts=[prompts.jsonl]",
+        "synthesize.prompt_tokens=8",
+        "synthesize.tokens=6",
+        "synthesize.temperature=0.7",
+        "synthesize.top_p=0.9",
+        "synthesize.keep_unfinished=true",
+    ),
 ]
 
 
@@ -88,13 +96,15 @@ def test_answers_depend_on_prompt_and_seed_only(folder, tmp_path):
         for name in ("hf", "prompts.jsonl", "runs"):
             (root / name).symlink_to(folder / name)
     whole, sharded, stopped = roots
-    told = fork(whole, "synthesize", *COMMON, "samples=2")
+    told = fork(whole, "synthesize", *COMMON, "synthesize.samples=2")
     assert "train on them: data.train=[out/train.jsonl]" in told
-    fork(sharded, "synthesize", *COMMON, "samples=2", "parallel=tp2", "micro_batch=3", processes=4)
-    fork(stopped, "synthesize", *COMMON, "samples=2", "micro_batch=5", fails=5, stop_at=(3, 15))
+    fork(
+        sharded, "synthesize", *COMMON, "synthesize.samples=2", "parallel=tp2", "synthesize.micro_batch=3", processes=4
+    )
+    fork(stopped, "synthesize", *COMMON, "synthesize.samples=2", "synthesize.micro_batch=5", fails=5, stop_at=(3, 15))
     with (stopped / "out/answers.log").open("a") as log:
         log.write('{"id": "torn')
-    fork(stopped, "synthesize", *COMMON, "samples=2", "micro_batch=5")
+    fork(stopped, "synthesize", *COMMON, "synthesize.samples=2", "synthesize.micro_batch=5")
     lines = rows(whole)
     assert exactly(rows(sharded)) == exactly(rows(stopped)) == exactly(lines)
     every = synthesis.read_answers(whole / "out/answers.log")
@@ -108,7 +118,14 @@ def test_answers_depend_on_prompt_and_seed_only(folder, tmp_path):
     log_p = models.hf_logits(folder / "hf", ids)[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[-6:]
     assert log_p.mean().item() == pytest.approx(line["mean_log_likelihood"], abs=1e-4)
     # The same command with other filters answers nothing again; then the result trains.
-    fork(whole, "synthesize", *COMMON, "samples=2", "keep_unfinished=false", "min_log_likelihood=-5")
+    fork(
+        whole,
+        "synthesize",
+        *COMMON,
+        "synthesize.samples=2",
+        "synthesize.keep_unfinished=false",
+        "synthesize.min_log_likelihood=-5",
+    )
     fewer = rows(whole)
     assert fewer == [line for line in lines if line["finish"] == "end" and line["mean_log_likelihood"] >= -5]
     small = [f"distill.{key}=2" for key in ("steps", "global_batch", "micro_batch")] + ["distill.sequence_length=16"]
@@ -134,18 +151,19 @@ def test_filters_and_duplicates():
         {"id": "b"},
     ]
     given = [answer, *(answer | changed for changed in others), None]
-    kept, dropped = synthesis.select(given, SynthesizeRun(min_tokens=2, min_log_likelihood=-2.0))
+    kept, dropped = synthesis.select(given, SynthesizeConfig(min_tokens=2, min_log_likelihood=-2.0))
     assert kept == [answer, answer | {"id": "b"}]
     assert dropped == {"long prompt": 1, "short": 2, "unfinished": 1, "unlikely": 1, "duplicate": 1}
-    assert len(synthesis.select(given, SynthesizeRun(keep_unfinished=True))[0]) == 3
+    assert len(synthesis.select(given, SynthesizeConfig(keep_unfinished=True))[0]) == 3
 
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
         ('{"text": "a"}', "line 1 has no prompt .KeyError: 'prompt'.: write"),
-        ('{"prompt": 3}', "line 1 has no prompt .TypeError: int instead of a text"),
-        ('{"prompt": " "}', "line 1 has no prompt .ValueError: it is empty"),
+        ('{"prompt": 3}', "line 1 has no prompt .ValueError: '3' is no text"),
+        ('{"prompt": ["a"]}', "line 1 has no prompt .ValueError: .* is no text"),
+        ('{"prompt": " "}', "line 1 has no prompt .ValueError: ' ' is no text"),
         ("[1]", "line 1 has no prompt .TypeError"),
         ("{", "line 1 has no prompt .JSONDecodeError"),
         ('{"prompt": "\\ud800"}', "line 1 has no prompt .UnicodeEncodeError"),
@@ -158,13 +176,20 @@ def test_other_prompts_are_refused(tmp_path, line, sentence):
     path = tmp_path / "a.jsonl"
     path.write_text(line)
     with pytest.raises(UserError, match=sentence):
-        prompts.read([str(path)], 1)
+        prompts.read(SynthesizeRun(prompts=[str(path)]))
 
 
 def test_settings_out_of_range_and_dry_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    wrong = ["prompts=[]", "samples=0", "top_p=1.5", "temperature=-1", "min_tokens=9", "min_log_likelihood=1"]
-    problems = dry_run.plan(config_of("synthesize", *COMMON, *wrong, "prompt_tokens=400"))["problems"]
+    wrong = [
+        "prompts=[]",
+        "synthesize.samples=0",
+        "synthesize.top_p=1.5",
+        "synthesize.temperature=-1",
+        "synthesize.min_tokens=9",
+        "synthesize.min_log_likelihood=1",
+    ]
+    problems = dry_run.plan(config_of("synthesize", *COMMON, *wrong, "synthesize.prompt_tokens=400"))["problems"]
     names = [
         "prompts is empty",
         "samples is 0",
