@@ -81,7 +81,7 @@ def file_windows(
     if is_prefix(path):
         return pair_windows([path], tokenizer, sequence_length, WHOLE_PAIR, max_windows, document_mask)
     ids, predicted, positions, sizes = [], [], [], []
-    for texts, _ in documents(path, limits):
+    for texts, _ in documents(path, limits, conversation=tokenizer.chat.conversation):
         for text, spans in zip(texts, tokenizer.spans(texts), strict=True):
             ids.append(np.asarray(spans.ids, dtype=np.int64))
             predicted.append(~np.asarray(spans.special, dtype=bool) & (loss_mask(text, spans) > 0))
