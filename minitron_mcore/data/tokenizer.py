@@ -50,7 +50,8 @@ class Tokenizer(ABC):
     def _encode_spans(self, texts: list[str]) -> list[Spans]: ...
 
     @abstractmethod
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        """The text of tokens; without `special`, that of the others than special tokens."""
 
     @abstractmethod
     def use_one_thread(self) -> None:
@@ -103,8 +104,9 @@ class _HuggingFace(Tokenizer):
         self.backend.no_padding()
         self.fingerprint = hashlib.sha256(f"{self.backend.to_str()}{self.eos}".encode()).digest()
 
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **options) if ids else ""
 
     def use_one_thread(self) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -141,7 +143,7 @@ class _SentencePiece(Tokenizer):
             raise UserError(f"{path} has no {missing} documents with: it was trained without one.")
         self.fingerprint = hashlib.sha256(path.read_bytes() + bytes([starts_with_bos])).digest()
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], special: bool = True) -> str:  # control symbols have no text
         with damage_as_user_error(self.path, self.REMEDY):  # pieces need not be UTF-8
             return self.processor.decode(ids)
 
