@@ -1,4 +1,4 @@
-"""Lays out ../shared/data/eval as the folder that `minitron benchmark` reads (docs/benchmark.md): links, and rows in the Hub's form.
+"""Lays out ../shared/data/eval as the folder that `minitron benchmark` reads (docs/benchmark.md).
 
     python benchmarks/eval_files.py [folder]    # default runs/cache/eval
 

@@ -16,6 +16,7 @@ from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import BenchmarkRun
 from minitron_mcore.data.tokenizer import open_tokenizer
 from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.evaluation import perplexity
 from minitron_mcore.evaluation.benchmarks import suite
 from minitron_mcore.evaluation.benchmarks.sandbox import Sandbox
 from minitron_mcore.evaluation.benchmarks.suite import SUITE, Unit
@@ -35,8 +36,7 @@ def run(config: BenchmarkRun) -> None:
         UserError: `suite.problems`; a model that cannot be opened; questions of another form; programs cannot be confined.
     """
     refuse(suite.problems(config.benchmark))
-    # The product reads local files only; the libraries must not look for others.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # datasets is imported later
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if any(SUITE[name].runs_code for name in config.benchmark.tasks):
         process_groups.on_rank_0(_sandbox(config).check)
@@ -108,6 +108,7 @@ def _open_folder(config: BenchmarkRun) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
+    perplexity.check_folder(config.source)
     model = transformers_check.load(config.source, dtype=DTYPES[config.dtype.value])
     tokenizer = open_tokenizer(config.data, config.source, model.get_input_embeddings().num_embeddings)
     if not isinstance(getattr(tokenizer, "tokenizer", None), PreTrainedTokenizerFast):
@@ -125,8 +126,7 @@ def _lead(name: str, model: Any, config: BenchmarkRun, units: Sequence[Unit]) ->
     """Measure tasks one after another (rank 0)."""
     for unit in units:
         start, benchmark = time.monotonic(), SUITE[unit.benchmark]
-        settings = {"metric_list": _code_metric(_sandbox(config))} if benchmark.runs_code else {}
-        task = suite.make_task(unit, config.seed, settings)
+        task = suite.make_task(unit, config.seed, _sandbox(config).pass_at_1)
         found = evaluate(model, task, unit.limit, config.seed, config.benchmark.run_code)
         result = {
             "format_version": FORMAT_VERSION,
@@ -150,10 +150,6 @@ def _lead(name: str, model: Any, config: BenchmarkRun, units: Sequence[Unit]) ->
         process_groups.log(
             f"{name}: {unit.name} {_percent(result)} ({result['questions']} questions, {result['seconds']:g} s)"
         )
-
-
-def _code_metric(sandbox: Sandbox) -> list[dict[str, Any]]:
-    return [{"metric": sandbox.pass_at_1, "aggregation": "mean", "higher_is_better": True}]
 
 
 def evaluate(model: Any, task: Any, limit: int | None, seed: int, run_code: bool = False) -> dict[str, Any]:

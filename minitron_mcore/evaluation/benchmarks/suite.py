@@ -7,7 +7,7 @@ the papers'. Questions come from local files of rows as in the Hugging Face Hub'
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,12 +225,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def make_task(unit: Unit, seed: int, settings: dict[str, Any]) -> Any:
+def make_task(unit: Unit, seed: int, pass_at_1: Callable[..., float]) -> Any:
     """lm-eval's task of a unit.
 
     Args:
         seed: of the choice of examples.
-        settings: further settings of the task, of those that run code the metric.
+        pass_at_1: metric of tasks that run code, `sandbox.Sandbox.pass_at_1`.
 
     Raises:
         UserError: a file cannot be read, or its rows are not those of the benchmark.
@@ -240,7 +240,9 @@ def make_task(unit: Unit, seed: int, settings: dict[str, Any]) -> Any:
     splits = {"questions": read_rows(questions)[:: benchmark.every]}
     if benchmark.shots and unit.examples:
         splits["examples"] = read_rows(unit.examples)
-    own = {"task": unit.name, "num_fewshot": benchmark.shots, **benchmark.settings, **settings}
+    own = {"task": unit.name, "num_fewshot": benchmark.shots, **benchmark.settings}
+    if benchmark.runs_code:
+        own["metric_list"] = [{"metric": pass_at_1, "aggregation": "mean", "higher_is_better": True}]
     return build_task(unit.stock, splits, own, seed, questions, unit.limit, unsafe=benchmark.runs_code)
 
 
@@ -280,6 +282,8 @@ def build_task(
         task = ConfigurableTask(config=file | own | settings)
         docs = task.eval_docs
         for number in range(min(limit or len(docs), len(docs))):
-            task.doc_to_text(docs[number]), task.doc_to_target(docs[number]), task.doc_to_choice(docs[number])
+            for use in (task.doc_to_text, task.doc_to_target, task.doc_to_choice):
+                if use != task.doc_to_choice or task.config.doc_to_choice is not None:
+                    use(docs[number])
     task.set_fewshot_seed(seed)
     return task
