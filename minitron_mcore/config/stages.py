@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.hardware import DryConfig
+from minitron_mcore.config.model import ModelConfig
 from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
@@ -20,7 +21,6 @@ from minitron_mcore.config.settings import (
     EvaluateConfig,
     ImportanceConfig,
     LogConfig,
-    ModelConfig,
     ParallelConfig,
     PruneConfig,
     TrainConfig,
@@ -183,7 +183,10 @@ class TeacherCacheRun(StageRun):
     kind: CacheKind = CacheKind.topk
     """Content of the cache."""
     top_k: int = 64
-    """kind=topk: entries of a token."""
+    """kind=topk: largest log-probabilities of a token."""
+    tail_draws: int = 0
+    """kind=topk: tokens drawn from the others, with replacement, each with an equal share of their probability. They take the place
+    of the sum over the others, and make the student's gradient unbiased."""
     file_samples: int = 32
     """Samples of a file; a whole file is held in memory while it is computed."""
     steps: int = MISSING
@@ -199,6 +202,11 @@ class TeacherCacheRun(StageRun):
     def samples(self) -> int:
         """Sequences of the whole distillation."""
         return self.steps * self.global_batch
+
+    @property
+    def entries(self) -> int:
+        """kind=topk: token ids that the cache holds of each token."""
+        return self.top_k + self.tail_draws
 
 
 def _check_folders(setting: str, folders: Any) -> None:
@@ -246,6 +254,18 @@ class ExportFormat(StrEnum):
     """Hugging Face folder."""
     gpt = "gpt"
     """Checkpoint of Megatron-Core's GPTModel, for Megatron-LM."""
+    gguf = "gguf"
+    """One file for llama.cpp."""
+
+
+class GGUFType(StrEnum):
+    """Number format of the matrices in a GGUF file; vectors are fp32."""
+
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
+    q8_0 = "q8_0"
+    """8 bits with a scale for each 32 columns. Matrices that 32 does not divide are f16."""
 
 
 class GptNames(StrEnum):
@@ -273,6 +293,8 @@ class ExportRun(StageRun):
     """format=gpt: layer spec whose parameter names the norms get."""
     vocab_multiple: int = 1
     """format=gpt: pad the vocabulary with zeros to a multiple of this number."""
+    gguf_type: GGUFType = GGUFType.f16
+    """format=gguf: number format of the matrices."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ The score of an option is the sum of log p over the tokens that end after the co
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def read(path: str, limit: int | None = None, limits: Limits | None = None) -> l
     return questions
 
 
-def _question(record: dict) -> Question:
+def _question(record: dict[str, Any]) -> Question:
     if "sentence" in record:
         before, _, after = record["sentence"].partition("_")
         if not after.strip():

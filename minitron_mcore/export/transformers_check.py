@@ -1,21 +1,20 @@
 """Exported folders, loaded by transformers as a user would load them."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from minitron_mcore.data.tokenizer import check_vocabulary
+from minitron_mcore.data.tokenizer import check_vocabulary, has_tokenizer
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, hf_config, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.reading import first_line, read_json
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-
-def load(folder: str | Path, **placement) -> PreTrainedModel:
+def load(folder: str | Path, **placement: Any) -> PreTrainedModel:
     """Load a Hugging Face folder with transformers: no remote code, safetensors only, no network.
 
     Args:
@@ -33,8 +32,10 @@ def load(folder: str | Path, **placement) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the problems that it would warn of are errors below
+    model: PreTrainedModel
+    loading: dict[str, Any]
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair by output_loading_info
             folder,
             local_files_only=True,
             trust_remote_code=False,
@@ -81,7 +82,7 @@ def check_folder(folder: str | Path, arch: Architecture) -> str:
 
 
 def _check_tokenizer(folder: Path) -> str:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return "no tokenizer: the source came with none"
     check_vocabulary(folder)
     try:

@@ -19,14 +19,11 @@ from minitron_mcore.evaluation.benchmarks.sandbox import Sandbox
 from minitron_mcore.testing import on_ranks
 from tests.helpers import benchmark_files, models
 from tests.helpers.launching import fork
+from tests.helpers.layouts import layouts
 from tests.helpers.text_files import write_tokenizer
 
 ONE = ParallelConfig()
-LAYOUTS = {
-    "tp2_dp2": (4, ParallelConfig(tensor=2)),
-    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
-    "pp2_cp2": (4, ParallelConfig(pipeline=2, context=2)),
-}
+LAYOUTS = layouts("tp2_dp2", "tp2_sp", "pp2_cp2")
 
 
 @pytest.fixture(scope="module")
