@@ -38,6 +38,8 @@ class Tokenizer(ABC):
     """Encodes texts as documents: the ids that the model's own tokenizer gives, with exactly one EOS at the end."""
 
     eos: int
+    bos: int | None
+    """None if the vocabulary has none; texts may begin without it."""
     vocab_size: int
     """Largest id + 1."""
     fingerprint: bytes
@@ -99,7 +101,7 @@ class _HuggingFace(Tokenizer):
             raise UserError(
                 f"The tokenizer in {folder} has no eos_token to end documents: set it in tokenizer_config.json."
             )
-        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+        self.tokenizer, self.eos, self.bos = tokenizer, tokenizer.eos_token_id, tokenizer.bos_token_id
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
@@ -138,6 +140,7 @@ class _SentencePiece(Tokenizer):
                 "tokenizer.json."
             ) from error
         self.path, self.eos, self.vocab_size = path, self.processor.eos_id(), self.processor.get_piece_size()
+        self.bos = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
         self.start = [self.processor.bos_id()] if starts_with_bos else []
         self.threads = -1  # one for each core
         if self.eos < 0 or -1 in self.start:

@@ -45,8 +45,7 @@ class ShardedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """BOS if the tokenizer adds it, else EOS."""
-        return self.words.spans([""])[0].ids[0]
+        return self.words.eos if self.words.bos is None else self.words.bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Token ids without a final EOS; with BOS if the tokenizer adds it, unless `add_special_tokens` is False."""
