@@ -1,4 +1,4 @@
-"""Lays out ../shared/data/eval as the folder that `minitron benchmark` reads (docs/benchmark.md).
+"""Lays out ../shared/data/eval as the folder that `minitron benchmark` reads (docs/stages/benchmark.md).
 
     python benchmarks/eval_files.py [folder]    # default runs/cache/eval
 

@@ -375,7 +375,7 @@ BENCHMARKS = (
 
 @dataclass
 class BenchmarkConfig:
-    """Benchmarks by lm-eval (pip install minitron_mcore[eval]) on local files; see docs/benchmark.md."""
+    """Benchmarks by lm-eval (pip install minitron_mcore[eval]) on local files; see docs/stages/benchmark.md."""
 
     tasks: list[str] = changeable(default_factory=lambda: list(BENCHMARKS))
     """Benchmarks to run. A benchmark that is measured already is not repeated."""

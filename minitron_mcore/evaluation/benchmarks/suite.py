@@ -147,7 +147,7 @@ def problems(config: BenchmarkConfig) -> Iterator[str]:
     if importlib.util.find_spec(PACKAGE) is None:
         yield "benchmarks need lm-eval, which is not installed: pip install minitron_mcore[eval]."
     elif config.data_dir is None:
-        yield "benchmark.data_dir is not set: give the folder with the questions (docs/benchmark.md says which files)."
+        yield "benchmark.data_dir is not set: give the folder with the questions (docs/stages/benchmark.md says which files)."
     else:
         missing = dict.fromkeys(
             f"{unit.questions}.jsonl"
@@ -160,7 +160,7 @@ def problems(config: BenchmarkConfig) -> Iterator[str]:
             more = f", and {len(missing) - 1} other files" if len(missing) > 1 else ""
             yield (
                 f"no questions at {next(iter(missing))} (or .gz){more}: write the rows of the data set there, a JSON object a "
-                "line, or leave its benchmark out of benchmark.tasks (docs/benchmark.md)."
+                "line, or leave its benchmark out of benchmark.tasks (docs/stages/benchmark.md)."
             )
 
 
@@ -275,7 +275,7 @@ def build_task(
 
     file = load_yaml(_tasks_folder() / stock, resolve_func=not unsafe) if stock else {}
     examples = "examples" if "examples" in splits else "questions"
-    with damage_as_user_error(source, "write the rows of the data set as docs/benchmark.md says"):
+    with damage_as_user_error(source, "write the rows of the data set as docs/stages/benchmark.md says"):
         local = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
         own = {"dataset_path": None, "dataset_name": None, "custom_dataset": lambda **_: local, "tag": None}
         own |= {"training_split": None, "validation_split": None, "test_split": "questions", "fewshot_split": examples}
