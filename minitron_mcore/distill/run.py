@@ -60,8 +60,7 @@ def train(
         running = lambda: 1 + min((trainer.step for trainer in trainers.values()), default=-1)  # noqa: E731
         claims.enter_context(failures.hangs_reported(running, common_folder))
         refuse(
-            f"{checks.prefix_of(config)}phase is {settings.phase}, but {each.out_dir} has no checkpoint from which to continue: "
-            "begin with phase 0."
+            f"{checks.prefix_of(config)}phase is {settings.phase}, but {each.out_dir} has no checkpoint yet: begin with phase 0."
             for each, is_resumed in zip(configs, resumed, strict=True)
             if settings.phase and not is_resumed
         )
