@@ -176,7 +176,8 @@ class Corpus:
                     for future in futures.wait(waiting, 1, futures.FIRST_COMPLETED).done:
                         future.result()
                         yield waiting.pop(future)
-                    progress.update(round(sum(counters[:-1:2]) / 1e6, 3), f", {sum(counters[1:-1:2]):,} tokens")
+                    read = min(sum(counters[:-1:2]), sum(size.values()))  # a part's last line may end in the next part
+                    progress.update(round(read / 1e6, 3), f", {sum(counters[1:-1:2]):,} tokens")
             except BrokenProcessPool as error:
                 raise UserError(
                     f"one of {count} processes was killed, perhaps because memory ran out: the same command continues; processes=N "
