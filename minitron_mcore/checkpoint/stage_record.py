@@ -31,6 +31,7 @@ _TEXTS = {
     "evaluate": ("heldout",),
     "search": ("train", "heldout"),
     "synthesize": (),
+    "benchmark": (),
     "tokenizetext": (),
 }
 """Files of the section `data` that a stage reads; other stages read `train`."""

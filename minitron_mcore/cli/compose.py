@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from minitron_mcore.config.stages import (
     STAGES,
+    BenchmarkRun,
     ConvertRun,
     CutRun,
     GenerateRun,
@@ -33,6 +34,7 @@ _HOME = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
 CONF, LAUNCH = _HOME / "conf", _HOME / "launch"
 
 LAUNCH_FILES = STAGES | {
+    "benchmark": BenchmarkRun,
     "pipeline": PipelineRun,
     "tokenize_text": TokenizeTextRun,
     "generate": GenerateRun,

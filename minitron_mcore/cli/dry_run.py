@@ -14,6 +14,7 @@ from minitron_mcore.config import performance as options
 from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import Device, DistillConfig, ParallelConfig
 from minitron_mcore.config.stages import (
+    BenchmarkRun,
     CacheKind,
     CorrectRun,
     CutRun,
@@ -36,6 +37,7 @@ from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.estimate import checkpoints, memory, step_time
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.evaluation import prompts
+from minitron_mcore.evaluation.benchmarks import suite
 from minitron_mcore.formats import gguf_layout
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.models import architecture, flops, parameter_table, performance_checks, sharding
@@ -224,6 +226,8 @@ def _problems(
         yield from ranges.positions(
             "depth.sequence_length", config.depth.sequence_length, model=archs["model"].max_positions
         )
+    if isinstance(config, BenchmarkRun):
+        yield from suite.problems(config.benchmark)
     if isinstance(config, EvaluateRun | SearchRun):
         yield from ranges.positions(
             "evaluate.sequence_length",
@@ -277,7 +281,7 @@ def _ranks(
         rows = memory.training(students, teacher, training, setting, teacher and resolve.cache_content(config))
     elif isinstance(config, DepthRun):
         rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
-    elif isinstance(config, ImportanceRun | EvaluateRun | GenerateRun | SynthesizeRun | TeacherCacheRun):
+    elif isinstance(config, BenchmarkRun | ImportanceRun | EvaluateRun | GenerateRun | SynthesizeRun | TeacherCacheRun):
         rows = memory.forward_passes(main, setting)
     else:
         rows = [

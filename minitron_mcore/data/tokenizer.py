@@ -41,6 +41,8 @@ class Tokenizer(ABC):
     """Encodes texts as documents: the ids that the model's own tokenizer gives, with exactly one EOS at the end."""
 
     eos: int
+    bos: int | None
+    """None if the vocabulary has none; texts may begin without it."""
     vocab_size: int
     """Largest id + 1."""
     fingerprint: bytes
@@ -57,7 +59,8 @@ class Tokenizer(ABC):
     def _encode_spans(self, texts: list[str]) -> list[Spans]: ...
 
     @abstractmethod
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        """The text of tokens; without `special`, that of the others than special tokens."""
 
     @abstractmethod
     def use_one_thread(self) -> None:
@@ -107,7 +110,7 @@ class _HuggingFace(Tokenizer):
             raise UserError(
                 f"The tokenizer in {folder} has no eos_token to end documents: set it in tokenizer_config.json."
             )
-        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+        self.tokenizer, self.eos, self.bos = tokenizer, tokenizer.eos_token_id, tokenizer.bos_token_id
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
@@ -115,8 +118,9 @@ class _HuggingFace(Tokenizer):
         self.chat = ChatTemplate(tokenizer, folder)
         self.fingerprint = hashlib.sha256(f"{self.backend.to_str()}{self.eos}{self.chat.identity}".encode()).digest()
 
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **options) if ids else ""
 
     def use_one_thread(self) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -147,6 +151,7 @@ class _SentencePiece(Tokenizer):
                 "tokenizer.json."
             ) from error
         self.path, self.eos, self.vocab_size = path, self.processor.eos_id(), self.processor.get_piece_size()
+        self.bos = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
         self.start = [self.processor.bos_id()] if starts_with_bos else []
         self.threads = -1  # one for each core
         self.chat = ChatTemplate(None, path)
@@ -155,7 +160,7 @@ class _SentencePiece(Tokenizer):
             raise UserError(f"{path} has no {missing} documents with: it was trained without one.")
         self.fingerprint = hashlib.sha256(path.read_bytes() + bytes([starts_with_bos])).digest()
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], special: bool = True) -> str:  # control symbols have no text
         with damage_as_user_error(self.path, self.REMEDY):  # pieces need not be UTF-8
             return self.processor.decode(ids)
 

@@ -183,7 +183,7 @@ class HFModel:
     """
 
     def __init__(self, folder: str, dtype: torch.dtype = torch.float32):
-        _check_folder(folder)
+        check_folder(folder)
         # On a CPU torch's grouped product over experts requires rows of a multiple of 16 bytes.
         experts = "eager" if cpu_backend.is_cpu() else None
         model = transformers_check.load(folder, dtype=dtype, experts_implementation=experts)
@@ -217,7 +217,8 @@ class HFModel:
         return total
 
 
-def _check_folder(folder: str) -> None:
+def check_folder(folder: str) -> None:
+    """Refuse what is no Hugging Face folder with weights in safetensors."""
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json.")
     if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
