@@ -39,15 +39,14 @@ def claim_run_folder(out_dir: str | Path, settings: dict, share: str = "") -> It
     Raises:
         UserError: another process that still runs owns the folder, or it holds results of another run or other files.
     """
-    out_dir, resumed, claim = Path(out_dir), [False], None
+    out_dir, resumed, claim = Path(out_dir), False, None
     with process_groups.raise_on_all_ranks():
         if process_groups.rank() == 0:
             claim = _claim(out_dir, settings, share)
-            resumed = [bool(steps.published(out_dir))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(resumed, src=0)
+            resumed = bool(steps.published(out_dir))
+    resumed = process_groups.from_rank_0(resumed)
     try:
-        yield resumed[0]
+        yield resumed
     finally:
         if claim:
             claim.release()

@@ -219,11 +219,10 @@ def newest_valid_step(out_dir: str | Path) -> safe_metadata.Files:
     Raises:
         UserError: there is none; names each step and what is wrong with it.
     """
-    found, problems = [None], []
+    found, problems = [], []
     if process_groups.rank() == 0:
-        found = [[(step.path, step.problem()) for step in steps.published(out_dir)]]
-    dist.broadcast_object_list(found, src=0)
-    for path, problem in found[0]:
+        found = [(step.path, step.problem()) for step in steps.published(out_dir)]
+    for path, problem in process_groups.from_rank_0(found):
         try:
             if problem:
                 raise UserError(problem)

@@ -83,11 +83,10 @@ class CacheWriter:
             "files": {},
         }
         with process_groups.raise_on_all_ranks():
-            state = [self._begin_index() if process_groups.rank() == 0 else None]
-        dist.broadcast_object_list(state, src=0)
+            found = self._begin_index() if process_groups.rank() == 0 else ([], {})
         self.hashes: dict[str, str] = {}
         """Of the files that this rank has written, and of its share of a stopped run's complete files."""
-        self.pending = self._find_pending(*state[0])
+        self.pending = self._find_pending(*process_groups.from_rank_0(found))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -127,8 +126,7 @@ class CacheWriter:
 
     def _all_hashes(self) -> dict[str, str]:
         """Of all ranks (collective)."""
-        by_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(by_rank, self.hashes)
+        by_rank = process_groups.from_all_ranks(self.hashes)
         return {name: digest for part in by_rank for name, digest in sorted(part.items())}
 
     def run(self, dataset) -> list[dict]:

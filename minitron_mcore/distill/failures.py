@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -91,8 +90,7 @@ class Guard:
         self.in_a_row += 1
         with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
             written = self._write_batches(bad, step, batches)
-        by_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(by_rank, (written, parameter))
+        by_rank = process_groups.from_all_ranks((written, parameter))
         files = {rank: file for rank, (file, _) in enumerate(by_rank) if file}
         names = {rank: name for rank, (_, name) in enumerate(by_rank) if name}
         ranks = list(names or files)

@@ -63,15 +63,11 @@ class HeldOutLosses:
         self.text, self.path, self.losses = text, out_dir / BEST, {}
         with process_groups.raise_on_all_ranks():
             earlier = losses(out_dir, text.identity) if process_groups.rank() == 0 else {}
-        measured = [{n: loss for n, loss in earlier.items() if n <= step}]
-        dist.broadcast_object_list(measured, src=0)
-        self.losses = measured[0]
+        self.losses = process_groups.from_rank_0({n: loss for n, loss in earlier.items() if n <= step})
 
     def has_measured(self, step: int) -> bool:
         """Whether the loss after this step is known; from rank 0 (collective)."""
-        known = [step in self.losses]
-        dist.broadcast_object_list(known, src=0)
-        return known[0]
+        return process_groups.from_rank_0(step in self.losses)
 
     def measure(self, trainer: Trainer) -> tuple[float, bool]:
         """Loss of the student after this step in nats a token, and whether it is the lowest so far; from rank 0 (collective).

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
@@ -72,10 +71,7 @@ class Weights(ABC):
 
         Collective if torch.distributed is initialised: ranks share their hashes. Tensors that no rank has hashed are hashed now.
         """
-        every = [self.hashes]
-        if dist.is_initialized():
-            every = [None] * dist.get_world_size()
-            dist.all_gather_object(every, self.hashes)
+        every = process_groups.from_all_ranks(self.hashes)
         self.hashes = {name: digest for part in every for name, digest in part.items()}
         for parameter in parameter_table.parameters(arch):
             self.hash(parameter)
