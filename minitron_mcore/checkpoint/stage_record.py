@@ -77,9 +77,10 @@ def _text_fingerprint(entry: str) -> str | None:
     except UserError:  # the stage that reads the text refuses it
         return None
     each = [_fingerprint("data", Path(file), READ_BYTES // len(files)) for file in files]
-    if len(each) == 1 or None in each:
+    known = [part for part in each if part is not None]
+    if len(each) == 1 or len(known) < len(each):
         return each[0] if len(each) == 1 else None
-    return hashlib.sha256(" ".join(each).encode()).hexdigest()[:16]
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:16]
 
 
 def _fingerprint(role: str, path: Path, read_bytes: int = READ_BYTES) -> str | None:

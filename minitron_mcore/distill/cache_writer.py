@@ -97,7 +97,7 @@ class CacheWriter:
         path, index = self.out_dir / cache.INDEX, json.loads(json.dumps(self.index))
         if not path.is_file():
             run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
-            run_folder.replace_text(path, json.dumps(index, indent=1))
+            disk.replace_text(path, json.dumps(index, indent=1))
         remedy = "remove the folder, and write the teacher cache again"
         existing = read_json(path, remedy)
         check_format_version(existing, path, remedy)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore.checkpoint import claim, run_folder
+from minitron_mcore.checkpoint import claim, disk
 from minitron_mcore.config.settings import BadLoss, TrainConfig
 from minitron_mcore.distill.phases import TrainingPhase
 from minitron_mcore.errors import HUNG_STATUS, NotFinite
@@ -160,4 +160,4 @@ def write_report(
     """Write failure.json for programs, if the disk has room: torchrun's exit status is always 1."""
     report = {"kind": kind, "exit_status": exit_status, "step": step, "message": message}
     with suppress(OSError):
-        run_folder.replace_text(out_dir / REPORT, json.dumps(report | {"ranks": ranks, "files": files}, indent=1))
+        disk.replace_text(out_dir / REPORT, json.dumps(report | {"ranks": ranks, "files": files}, indent=1))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import claim, run_folder
+from minitron_mcore.checkpoint import claim, disk
 from minitron_mcore.checkpoint.steps import BEST
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.models.architecture import Architecture
@@ -93,5 +93,5 @@ class HeldOutLosses:
             before = {n: loss for n, loss in self.losses.items() if n < lowest}
             record = {"step": lowest, "heldout_loss": self.losses[lowest]}
             record |= {"previous": lowest_step(before) if before else None, "text": self.text.identity}
-            run_folder.replace_text(self.path, json.dumps(record | {"measured": self.losses}))
+            disk.replace_text(self.path, json.dumps(record | {"measured": self.losses}))
         return is_lowest
