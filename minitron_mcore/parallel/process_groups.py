@@ -398,11 +398,11 @@ class Progress:
     """Prints done / total, rate and remaining time on rank 0, at most once in `every` seconds; `unit` names what is counted. On all
     ranks an update is progress for the hang watchdog."""
 
-    def __init__(self, name: str, total: int, unit: str, every: float = 5.0):
+    def __init__(self, name: str, total: float, unit: str, every: float = 5.0):
         self.name, self.total, self.unit, self.every = name, total, unit, every
         self.start = self.last = time.monotonic()
 
-    def update(self, done: int, extra: str = "") -> None:
+    def update(self, done: float, extra: str = "") -> None:
         hang_watchdog.beat()
         now = time.monotonic()
         if now - self.last < self.every and done < self.total:
