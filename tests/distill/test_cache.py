@@ -114,7 +114,7 @@ def ask_for_the_device_off_the_main_thread(*configs: DistillRun) -> list[str]:
     plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=12))
     apply.prune(opened, plan, f"{configs[0].out_dir}_cut", configs[0].parallel)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(hang_watchdog._main_thread).result()
+        pool.submit(lambda: hang_watchdog._waits(hang_watchdog._main_frame())).result()
     return asked
 
 
