@@ -21,6 +21,7 @@ import torch
 import yaml
 from common import Figure, parser, write
 
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.reporting import plots, tables
@@ -164,7 +165,7 @@ def _accuracies(out_dir: Path, folder: Path, questions: int, files: Path) -> dic
         log_samples=False,
     )["results"]
     scores = {name: found[name][metric] for name, (*_, metric) in TASKS.items()}
-    tables.write_json(kept, scores)
+    disk.write_json(kept, scores)
     return scores
 
 

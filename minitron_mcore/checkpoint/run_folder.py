@@ -14,7 +14,6 @@ The content is independent of the parallel layout that wrote it. A step gets its
 so an interrupted run leaves its last complete step.
 """
 
-import json
 import platform
 import shlex
 import shutil
@@ -28,7 +27,6 @@ import torch
 import torch.distributed as dist
 
 from minitron_mcore.checkpoint import disk, safe_metadata, sharded, steps
-from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
 from minitron_mcore.config.model import ArchitectureConfig
 from minitron_mcore.config.performance import PerformanceConfig
@@ -140,14 +138,14 @@ def describe(
         copy_hf_assets(hf, out_dir)
         for digest, text in (plans or {}).items():
             (out_dir / "plans").mkdir(exist_ok=True)
-            replace_text(out_dir / "plans" / f"{digest}.json", text)
+            disk.replace_text(out_dir / "plans" / f"{digest}.json", text)
         model = {
             "format_version": FORMAT_VERSION,
             "architecture": arch.to_json(),
             "fingerprint": fingerprint,
             "lineage": make_lineage(parents, **details),
         }
-        replace_text(out_dir / "model.json", json.dumps(model, indent=1))
+        disk.write_json(out_dir / "model.json", model)
 
 
 def copy_hf_assets(hf: Path, out_dir: Path) -> None:

@@ -9,7 +9,6 @@ manifest has the hash and size of each file, from the process that wrote it. The
 import errno
 import hashlib
 import itertools
-import json
 import math
 import shutil
 import time
@@ -135,7 +134,7 @@ class Save:
                 files[path.name] = disk.sha256(path), path.stat().st_size
         hashes, sizes = ({name: files[name][n] for name in sorted(files)} for n in (0, 1))
         manifest = {"algorithm": "sha256", "files": hashes, "sizes": sizes}
-        disk.replace_text(self.folder / steps.MANIFEST, json.dumps(manifest, indent=1))
+        disk.write_json(self.folder / steps.MANIFEST, manifest)
         self.size = sum(size for _, size in files.values())
 
 

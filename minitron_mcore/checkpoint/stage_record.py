@@ -5,7 +5,6 @@ inputs.json   written when the folder is claimed: path and fingerprint of each i
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -131,7 +130,7 @@ def record_inputs(out_dir: str | Path, present: Mapping[str, Input]) -> None:
     """Write INPUTS into a claimed folder, unless it has a record (one process)."""
     if not (path := Path(out_dir) / INPUTS).is_file():
         record = {"format_version": FORMAT_VERSION, "inputs": {name: each._asdict() for name, each in present.items()}}
-        disk.replace_text(path, json.dumps(record, indent=1))
+        disk.write_json(path, record)
 
 
 def recorded_inputs(out_dir: str | Path) -> dict[str, Input]:
@@ -183,7 +182,7 @@ def finish(out_dir: str | Path) -> None:
     """Mark a stage as finished (one process): write the manifest of its files."""
     out_dir = Path(out_dir)
     files = {str(path.relative_to(out_dir)): _seen(path) for path in _outputs(out_dir)}
-    disk.replace_text(out_dir / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    disk.write_json(out_dir / COMPLETE, {"format_version": FORMAT_VERSION, "files": files})
 
 
 def _seen(path: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class CacheWriter:
         path, index = self.out_dir / cache.INDEX, json.loads(json.dumps(self.index))
         if not path.is_file():
             run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
-            disk.replace_text(path, json.dumps(index, indent=1))
+            disk.write_json(path, index)
         remedy = "remove the folder, and write the teacher cache again"
         existing = read_json(path, remedy)
         check_format_version(existing, path, remedy)
@@ -160,7 +160,7 @@ class CacheWriter:
             progress.update(done)
         files = self._all_hashes()
         if process_groups.rank() == 0:
-            tables.write_json(self.out_dir / cache.INDEX, self.index | {"files": dict(sorted(files.items()))})
+            disk.write_json(self.out_dir / cache.INDEX, self.index | {"files": dict(sorted(files.items()))})
         process_groups.barrier()
         tokens = config.samples * config.sequence_length
         total = {"samples": config.samples, "tokens": tokens, "files": len(files), "bytes a token": self.bytes_a_token}

@@ -7,7 +7,6 @@ out_dir/
   failure.json     what ended the run: kind, exit_status, step, message, ranks, files
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -160,4 +159,4 @@ def write_report(
     """Write failure.json for programs, if the disk has room: torchrun's exit status is always 1."""
     report = {"kind": kind, "exit_status": exit_status, "step": step, "message": message}
     with suppress(OSError):
-        disk.replace_text(out_dir / REPORT, json.dumps(report | {"ranks": ranks, "files": files}, indent=1))
+        disk.write_json(out_dir / REPORT, report | {"ranks": ranks, "files": files})

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
-from minitron_mcore.checkpoint import lineage, steps
+from minitron_mcore.checkpoint import disk, lineage, steps
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
 from minitron_mcore.data.blend import parse_blend
@@ -89,7 +89,7 @@ def write_record(origin: Origin, folder: Path) -> None:
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
     record = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
-    tables.write_json(folder / RECORD / "lineage.json", {"format_version": FORMAT_VERSION, **record})
+    disk.write_json(folder / RECORD / "lineage.json", {"format_version": FORMAT_VERSION, **record})
 
 
 def _plan_file(digest: str) -> str:

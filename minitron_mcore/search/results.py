@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import PruneConfig
@@ -89,7 +90,7 @@ class CandidateStore:
         """Write a result file; returns rank 0's result, since ranks may differ in the last bit (collective)."""
         if process_groups.rank() == 0:
             self.folder(candidate).mkdir(exist_ok=True)
-            tables.write_json(self.folder(candidate) / name, self._inputs(candidate) | result)
+            disk.write_json(self.folder(candidate) / name, self._inputs(candidate) | result)
         process_groups.barrier()
         return self.read(candidate, name)
 
@@ -136,7 +137,7 @@ def write(out_dir: Path, results: dict[str, Any], search: SearchConfig, total: i
         total: number of candidates.
         complete: whether all were measured and the best trained.
     """
-    tables.write_json(out_dir / FILE, results)
+    disk.write_json(out_dir / FILE, results)
     rows = results["candidates"]
     if not rows:
         return
