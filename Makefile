@@ -51,13 +51,12 @@ fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: .venv/dev
 	.venv/bin/python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
-# `make test`, and the share of each file's lines that it runs.
+# `make test`, or TIER=test-all, and the share of each file's lines that it runs, also where a test fails.
 coverage: export COVERAGE_CORE = sysmon
 coverage: .venv/dev
 	.venv/bin/coverage erase
-	$(MAKE) test PYTEST=".venv/bin/coverage run -m pytest"
-	.venv/bin/coverage combine -q
-	.venv/bin/coverage report --skip-covered
+	$(MAKE) $(or $(TIER),test) PYTEST=".venv/bin/coverage run -m pytest"; status=$$?; \
+	  .venv/bin/coverage combine -q && .venv/bin/coverage report --skip-covered; exit $$status
 
 lint: .venv/dev
 	.venv/bin/ruff check .

@@ -17,6 +17,11 @@ def pytest_addoption(parser):
     parser.addoption("--on-cpu", action="store_true", help="run the tests marked gpu and multigpu on the CPU")
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Cut a case's name that is a damaged file: workers would be sent 100 KB of brackets."""
+    return ascii(val[:40]) if isinstance(val, str | bytes) and len(val) > 200 else None
+
+
 def pytest_collection_finish():
     """Ranks are forked from a process that has imported the whole package, so that they import little by themselves. Without CUDA
     they do not compile megatron-core's functions either: a compilation takes longer than most tests."""

@@ -3,13 +3,12 @@
 import dataclasses
 
 import pytest
-from hydra import initialize_config_dir
 
 from minitron_mcore.cli import compose, help
 from minitron_mcore.config.settings import Divergence
 from minitron_mcore.config.stages import STAGES, DistillRun
 from minitron_mcore.errors import UserError
-from tests.helpers.launching import fork
+from tests.helpers.launching import conf, fork
 
 MINE = """# @package _global_
 defaults:
@@ -24,7 +23,7 @@ prune:
 
 @pytest.fixture(autouse=True)
 def hydra_is_up():
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+    with conf():
         yield
 
 

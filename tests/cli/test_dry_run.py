@@ -276,9 +276,7 @@ def test_every_problem_is_told_at_once(tmp_path):
 @contextlib.contextmanager
 def stage(name, *overrides):
     """The config of a launch file, where others can be composed beside it."""
-    from hydra import initialize_config_dir
-
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with launching.conf():
         yield compose.compose(name, list(overrides))
 
 

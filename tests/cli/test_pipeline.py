@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import initialize_config_dir
 
 from minitron_mcore import testing
 from minitron_mcore.checkpoint import stage_record
@@ -29,7 +28,7 @@ RESULTS = {"importance": "scores.safetensors", "plan": "plan.json", "depth": "de
 @pytest.fixture(autouse=True)
 def hydra_is_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+    with launching.conf():
         yield
 
 

@@ -4,11 +4,10 @@ cannot work."""
 import dataclasses
 import json
 
-import hydra
 import pytest
 import torch
 
-from minitron_mcore.cli import compose, dry_run
+from minitron_mcore.cli import dry_run
 from minitron_mcore.config.performance import (
     EVERYTHING,
     Fp8,
@@ -27,6 +26,7 @@ from minitron_mcore.models.performance_checks import Run, problems
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
 from tests.helpers.cutting import ONE
+from tests.helpers.launching import config_of
 from tests.helpers.layouts import layouts
 from tests.helpers.training import CONFIG, micro_batches
 
@@ -305,8 +305,7 @@ def test_what_cannot_work_is_refused(change, sentence):
 
 
 def composed(*overrides: str):
-    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        return compose.compose("distill", ["+recipe=llama31_minitron_4b_width", "dry_run=true", *overrides])
+    return config_of("distill", "+recipe=llama31_minitron_4b_width", "dry_run=true", *overrides)
 
 
 @pytest.mark.parametrize(

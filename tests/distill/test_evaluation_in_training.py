@@ -21,7 +21,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests.helpers import training
 from tests.helpers.cutting import ONE, export, write_family
-from tests.helpers.launching import composed, word_tokenizer, words
+from tests.helpers.launching import config_of, word_tokenizer, words
 from tests.helpers.layouts import layouts
 from tests.helpers.text_files import write_jsonl
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_measured_is_refused_before_work_starts():
         "evaluate.max_windows=0",
     ]
     for stage in ("distill", "correct"):
-        problems = dry_run.plan(composed(stage, "+model=llama31_8b", *overrides, f"{stage}.eval_every=0"))["problems"]
+        problems = dry_run.plan(config_of(stage, "+model=llama31_8b", *overrides, f"{stage}.eval_every=0"))["problems"]
         for part in ("eval_every is 0", "data.heldout is empty", "multiple of 4 tokens: give 1024", "max_windows is 0"):
             assert any(part in problem for problem in problems), (part, problems)
-        assert not dry_run.plan(composed(stage, "+model=llama31_8b", *overrides))["problems"]
+        assert not dry_run.plan(config_of(stage, "+model=llama31_8b", *overrides))["problems"]

@@ -2,22 +2,21 @@
 
 import dataclasses
 
-import hydra
 import pytest
 
-from minitron_mcore.cli import compose, dry_run
+from minitron_mcore.cli import dry_run
 from minitron_mcore.config.hardware import DryConfig
 from minitron_mcore.config.settings import DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.estimate import memory, step_time
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models.architecture import Architecture
+from tests.helpers.launching import config_of
 
 LLAMA = Architecture("llama", 2, 64, 128, 8, 4, 8, 1000, 256, 1e-5, 1e4, None, tied=False)
 
 
 def composed(*overrides: str):
-    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        return compose.compose("distill", ["+recipe=llama31_minitron_4b_width", "dry_run=true", *overrides])
+    return config_of("distill", "+recipe=llama31_minitron_4b_width", "dry_run=true", *overrides)
 
 
 def rows(*overrides: str) -> dict[str, float]:

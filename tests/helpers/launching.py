@@ -132,8 +132,13 @@ def _run_script(path: str) -> NoReturn:
         os._exit(status)
 
 
-def config_of(stage, *overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+def conf():
+    """A block in which configs can be composed."""
+    return initialize_config_dir(str(compose.CONF), version_base="1.3")
+
+
+def config_of(stage, *overrides) -> Run:
+    with conf():
         return compose.compose(stage, list(overrides))
 
 
@@ -155,11 +160,6 @@ def word_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(kinds.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
-
-
-def composed(stage, *overrides) -> Run:
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        return compose.compose(stage, list(overrides))
 
 
 def words(count: int, seed: int) -> str:

@@ -27,7 +27,7 @@ from minitron_mcore.search.space import Space
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models, tiny_run
 from tests.helpers.cutting import random_scores
-from tests.helpers.launching import composed, words
+from tests.helpers.launching import config_of, words
 from tests.helpers.text_files import write_jsonl
 
 ONE = ParallelConfig()
@@ -97,13 +97,13 @@ def shapes(space) -> dict[tuple, int]:
 
 def test_the_papers_windows():
     space = Space(
-        published("Nemotron-4 15B"), composed("search", "+model=nemotron4_15b", "search=minitron_4b").search, ONE
+        published("Nemotron-4 15B"), config_of("search", "+model=nemotron4_15b", "search=minitron_4b").search, ONE
     )
     assert {shape: round(count / 1e9, 3) for shape, count in shapes(space).items()} == FOUR
     assert space.combinations == 240 and dict(space.left_out) == {"outside the budget": 222}
     assert space.candidates[-1].overrides == "prune=keep prune.hidden=3072 prune.ffn=9216 prune.heads=24"
     space = Space(
-        published("Nemotron-4 15B"), composed("search", "+model=nemotron4_15b", "search=minitron_8b").search, ONE
+        published("Nemotron-4 15B"), config_of("search", "+model=nemotron4_15b", "search=minitron_8b").search, ONE
     )
     assert set(shapes(space)) == EIGHT and space.combinations == 160
 
@@ -359,7 +359,7 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
     given += ["scores=scores", "study=depth.json", *(f"{key}={value}" for key, value in TINY.items())]
     study = {"model": source.fingerprint, "metric": "loss", "kind": "contiguous", "drop": {"1": [2]}}
     Path("depth.json").write_text(json.dumps(study))
-    config = composed("search", *given)
+    config = config_of("search", *given)
 
     found = on_ranks(searches, 2, parallel, config, tmp_path)[0]
     assert found["whole"] == found["pieces"]
@@ -383,14 +383,14 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
 def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["+model=nemotron4_15b", "search=minitron_4b", "distill=nemotron4", "parallel=tp8_sp", "dry.gpus=128"]
-    figures = dry_run.plan(composed("search", *given))
+    figures = dry_run.plan(config_of("search", *given))
     found = {role: model["parameters"] for role, model in figures["models"].items()}
     assert found == {"teacher": 15_628_775_424, "student": 4_190_509_056} and not figures["problems"]
     assert len(figures["candidates"]) == 18
     assert figures["operations"]["tokens"] == 4 * 400 * 1152 * 4096
-    refused = dry_run.plan(composed("search", *given, "search.budget.parameters=1e9"))["problems"]
+    refused = dry_run.plan(config_of("search", *given, "search.budget.parameters=1e9"))["problems"]
     assert len(refused) == 1 and "the nearest is L29_H2560_F6400_N24" in refused[0]
-    refused = dry_run.plan(composed("search", *given, "prune.merge_heads=true", "prune.drop_mlp=[3]"))["problems"]
+    refused = dry_run.plan(config_of("search", *given, "prune.merge_heads=true", "prune.drop_mlp=[3]"))["problems"]
     assert len(refused) == 1 and "prune.merge_heads and prune.drop_mlp has no effect in a search" in refused[0]
 
 
