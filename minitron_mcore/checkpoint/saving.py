@@ -203,7 +203,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
         super().__init__()
         self.make, self.name, self.copy_bytes, self.read_back = make, name, copy_bytes, read_back
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str) -> AsyncRequest:
         state, *_ = patches.group_by_key(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.writer = _Writer(checkpoint_dir, self)
@@ -215,9 +215,9 @@ class _Strategy(TorchDistSaveShardedStrategy):
 class _Writer(FileSystemWriter):
     """Writes files of a few pieces each in THREADS threads."""
 
-    def __init__(self, path: Path, strategy: _Strategy):
+    def __init__(self, path: str | Path, strategy: _Strategy):
         super().__init__(path)
-        self.folder, self.strategy = path, strategy
+        self.folder, self.strategy = Path(path), strategy
         self._results: list[Any] = []
         self._files: Files = {}
         self._error: Exception | None = None
