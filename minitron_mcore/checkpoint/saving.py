@@ -203,7 +203,9 @@ class _Strategy(TorchDistSaveShardedStrategy):
         super().__init__()
         self.make, self.name, self.copy_bytes, self.read_back = make, name, copy_bytes, read_back
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str) -> AsyncRequest:
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str
+    ) -> AsyncRequest:
         state, *_ = patches.group_by_key(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.writer = _Writer(checkpoint_dir, self)
