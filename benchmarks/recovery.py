@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import yaml
 from common import Figure, parser, write
 
 from minitron_mcore.checkpoint import disk
@@ -142,29 +141,16 @@ def _accuracies(out_dir: Path, folder: Path, questions: int, files: Path) -> dic
     kept = out_dir / "lm_eval.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    import lm_eval
+    from lm_eval.models.huggingface import HFLM
 
-    tasks = out_dir / "tasks"
-    tasks.mkdir(exist_ok=True)
-    for name, (stock, questions_file, _) in TASKS.items():
-        local = {"validation": str(files / questions_file)}
-        task = {"include": str(Path(lm_eval.__file__).parent / "tasks" / stock), "task": name, "tag": None}
-        task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": local}}
-        task |= {"training_split": None, "test_split": None}
-        (tasks / f"{name}.yaml").write_text(yaml.safe_dump(task))
-    found = lm_eval.simple_evaluate(
-        "hf",
-        model_args={"pretrained": str(folder), "dtype": "float32"},
-        tasks=list(TASKS),
-        limit=questions,
-        batch_size=16,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=False,
-    )["results"]
-    scores = {name: found[name][metric] for name, (*_, metric) in TASKS.items()}
+    from minitron_mcore.evaluation.benchmarks import run, suite
+
+    model = HFLM(pretrained=str(folder), dtype="float32", batch_size=16, device="cuda" if GPU else "cpu")
+    scores = {}
+    for name, (stock, file, metric) in TASKS.items():
+        rows, settings = {"questions": suite.read_rows(files / file)}, {"task": name, "num_fewshot": 0}
+        task = suite.build_task(stock, rows, settings, 1234, files / file, questions)
+        scores[name] = run.evaluate(model, task, questions, 1234)[metric]
     disk.write_json(kept, scores)
     return scores
 

@@ -15,12 +15,14 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from minitron_mcore.config.stages import (
     STAGES,
+    BenchmarkRun,
     ConvertRun,
     CutRun,
     GenerateRun,
     PipelineRun,
     ReportRun,
     SearchRun,
+    SynthesizeRun,
     TokenizeTextRun,
 )
 from minitron_mcore.errors import UserError, refuse
@@ -32,9 +34,11 @@ _HOME = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
 CONF, LAUNCH = _HOME / "conf", _HOME / "launch"
 
 LAUNCH_FILES = STAGES | {
+    "benchmark": BenchmarkRun,
     "pipeline": PipelineRun,
     "tokenize_text": TokenizeTextRun,
     "generate": GenerateRun,
+    "synthesize": SynthesizeRun,
     "search": SearchRun,
     "report": ReportRun,
 }

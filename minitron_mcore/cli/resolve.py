@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minitron_mcore.cli.compose import compose, group_options
 from minitron_mcore.config.stages import (
+    BenchmarkRun,
     CacheKind,
     ConvertRun,
     CutRun,
@@ -43,6 +44,8 @@ def models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, st
             f"student {name}": partial(_architecture_at, path, config) for name, path in (config.students or {}).items()
         }
         makers |= several or {"student": lambda: _architecture_at(config.student, config)}
+    elif isinstance(config, BenchmarkRun):
+        makers = {f"model {name}": partial(_architecture_at, run.source, config) for name, run in config.each().items()}
     elif isinstance(config, SearchRun):
         makers = {
             "teacher": lambda: _architecture_at(config.teacher, config),

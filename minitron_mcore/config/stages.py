@@ -1,5 +1,6 @@
 """One dataclass for the config of each stage, and the order of the stages. No torch import."""
 
+import os
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from minitron_mcore.config.model import ModelConfig
 from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
+    BenchmarkConfig,
     DataConfig,
     DepthConfig,
     DistillConfig,
@@ -23,6 +25,7 @@ from minitron_mcore.config.settings import (
     PruneConfig,
     TrainConfig,
 )
+from minitron_mcore.config.synthesis import SynthesizeConfig
 from minitron_mcore.errors import UserError
 
 
@@ -59,7 +62,9 @@ class Run:
     correct: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
     log: LogConfig = changeable(default_factory=LogConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     dry_run: bool = changeable(False)
@@ -206,6 +211,14 @@ class TeacherCacheRun(StageRun):
         return self.top_k + self.tail_draws
 
 
+def _check_folders(setting: str, folders: Any) -> None:
+    """Refuse what is not null or {name: folder}: Hydra cannot add keys to a typed dictionary, so such fields are Any."""
+    if folders is not None and not (isinstance(folders, dict) and folders and all(map(_is_name, folders))):
+        raise UserError(
+            f"{setting} is {folders}: name the folders, {setting}={{wide: runs/a/prune, deep: runs/b/prune}}."
+        )
+
+
 def _is_name(key: object) -> bool:
     """Whether a key can name a folder."""
     return isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
@@ -225,12 +238,7 @@ class DistillRun(StageRun):
     """Checkpoint of the teacher, or folder of its cache."""
 
     def __post_init__(self) -> None:
-        # The field is Any because Hydra cannot add keys to a typed dictionary.
-        folders = self.students
-        if folders is not None and not (isinstance(folders, dict) and folders and all(map(_is_name, folders))):
-            raise UserError(
-                f"students is {folders}: name the folders, students={{wide: runs/a/prune, deep: runs/b/prune}}."
-            )
+        _check_folders("students", self.students)
 
     def each(self) -> "list[DistillRun]":
         """The runs of `students`, each with out_dir/name; without them this run alone."""
@@ -303,6 +311,37 @@ class EvaluateRun(StageRun):
 
 
 @dataclass
+class BenchmarkRun(StageRun):
+    """Benchmarks of one model or several; each model has a folder below out_dir."""
+
+    reads = ("data", "benchmark")
+    source: str | None = changeable(None)
+    """Hugging Face folder, which transformers runs on one process, or sharded checkpoint."""
+    models: Any = changeable(None)
+    """Several of them instead of `source`, as {name: folder}; without both, the teacher, the pruned and the distilled checkpoint of
+    the recipe."""
+    step: str = "newest"
+    """Step of sharded checkpoints: newest, best (the lowest held-out loss, see `distill.eval_every`), or a number."""
+
+    def __post_init__(self) -> None:
+        _check_folders("models", self.models)
+        if self.source and self.models:
+            raise UserError(f"source {self.source} and models {self.models} are both set: give one of them.")
+
+    def each(self) -> "dict[str, BenchmarkRun]":
+        """The run of each model by its name, with its `source` and out_dir/name."""
+        if self.source:
+            folders = {os.path.basename(os.path.abspath(self.source)): self.source}
+        else:
+            trained = {"pruned": f"{self.work_dir}/prune", "distilled": f"{self.work_dir}/distill"}
+            folders = self.models or {"teacher": self.recipe.teacher} | trained
+        return {
+            name: replace(self, source=folder, models=None, out_dir=f"{self.out_dir}/{name}")
+            for name, folder in folders.items()
+        }
+
+
+@dataclass
 class SearchRun(ScoredRun):
     """Architecture search."""
 
@@ -352,6 +391,17 @@ class GenerateRun(Run):
     """Most tokens to generate; the end of a document ends the text earlier."""
     text_file: str | None = None
     """File for the prompt and its continuation; null only prints them."""
+
+
+@dataclass
+class SynthesizeRun(StageRun):
+    """Training text from a model's answers to prompts."""
+
+    reads = ("data", "synthesize")
+    source: str = changeable(MISSING)
+    """Checkpoint that answers."""
+    prompts: list[str] = changeable(default_factory=list)
+    """.jsonl files of prompts: lines with "prompt", or with "messages" up to the answer. Answers in them are ignored."""
 
 
 @dataclass

@@ -13,33 +13,20 @@ The score of an option is the sum of log p over the tokens that end after the co
 """
 
 import json
-import math
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_mcore.data.text_reader import Limits, lines
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import UserError
+from minitron_mcore.evaluation.likelihood import Likelihoods, Request
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
-from minitron_mcore.parallel import process_groups
-from minitron_mcore.parallel.schedule import Batch, forward
 
-from megatron.core.tensor_parallel import (  # isort: skip
-    gather_from_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
-)
-
-_CHUNK_LOGITS = 2**25  # fp32 logits held at once: 128 MB
 _ANSWERS = ("label", "gold", "answer", "answerKey")
-_LENGTH_MULTIPLE = 32  # of padded sequences
 
 
 class Question(NamedTuple):
@@ -107,82 +94,31 @@ def _index(answer: int | str, choices: list[str], labels: list[str]) -> int:
 
 
 class MultipleChoice:
-    """Questions as batches for a sharded model.
-
-    Each option is a sequence; sequences are sorted by length. Data-parallel rank r takes every dp-th micro-batch, and all ranks
-    make the same number of passes of the same shapes. The ranks of a model replica process the same sequences.
-    """
+    """Questions for a sharded model; each option is a `likelihood.Request`."""
 
     def __init__(
         self, model: Model, arch: Architecture, questions: Sequence[Question], tokenizer: Tokenizer, micro_batch: int
     ):
-        self.model, self.arch, self.questions = model, arch, questions
+        self.questions = questions
         options = [option for question in questions for option in question.options]
-        rows = []
+        requests = []
         for spans, (context, _) in zip(tokenizer.spans([a + b for a, b in options]), options, strict=True):
             ends = zip(spans.ends, spans.special, strict=True)
-            scored = [end > len(context) and not special for end, special in ends]
+            scored = [n for n, (end, special) in enumerate(ends) if n and end > len(context) and not special]
             # Tokens after the last scored one, such as an EOS, do not affect the score.
-            length = 1 + max((n for n, is_scored in enumerate(scored) if is_scored), default=0)
-            rows.append((spans.ids[:length], scored[:length]))
-        self.num_rows = len(rows)
-        self.batches = list(self._batches(rows, micro_batch))
+            tokens = spans.ids[: scored[-1] + 1 if scored else 1]
+            requests.append(Request(tokens, [n - 1 for n in scored], [tokens[n] for n in scored]))
+        self.likelihoods = Likelihoods(model, arch, requests, micro_batch)
 
     @property
     def chance(self) -> float:
         """Expected accuracy of random answers."""
         return sum(1 / len(question.options) for question in self.questions) / len(self.questions)
 
-    def _batches(self, rows: list[tuple[list[int], list[bool]]], micro_batch: int) -> Iterator[Batch]:
-        config, dp = self.model.config, process_groups.dp_group()
-        multiple = math.lcm(_LENGTH_MULTIPLE, 2 * config.context_parallel_size * config.tensor_model_parallel_size)
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
-        batch_size = micro_batch * dp.size()
-        for start in range(0, len(order), batch_size):
-            batch_rows = order[start : start + batch_size]
-            length = -(-len(rows[batch_rows[-1]][0]) // multiple) * multiple
-            tokens = torch.zeros(batch_size, length, dtype=torch.int64)
-            scored = torch.zeros(batch_size, length, dtype=torch.bool)
-            for n, row in enumerate(batch_rows):
-                ids, flags = (torch.tensor(column) for column in rows[row])
-                tokens[n, : len(ids)], scored[n, : len(ids)] = ids, flags
-            batch = {
-                "tokens": tokens,
-                "labels": tokens.roll(-1, 1),
-                "predicted": F.pad(scored[:, 1:], (0, 1)),
-                "row": F.pad(torch.tensor(batch_rows), (0, batch_size - len(batch_rows))),
-            }
-            own = slice(dp.rank() * micro_batch, (dp.rank() + 1) * micro_batch)
-            yield {key: value[own].to(process_groups.device()) for key, value in batch.items()}
-
     def scores(self) -> list[Tensor]:
         """log p of the options of each question, in nats, fp64 on the CPU (collective); the same on every rank."""
-        total = torch.zeros(self.num_rows, dtype=torch.float64, device=process_groups.device())
-
-        def on_output(hidden: Tensor, batch: Batch) -> None:
-            if self.model.config.sequence_parallel:
-                hidden = gather_from_sequence_parallel_region(hidden, group=process_groups.tp_group())
-            at = batch["predicted"]
-            rows = batch["row"][:, None].expand_as(at)[at]
-            total.index_add_(0, rows, self._log_p(hidden.transpose(0, 1)[at], batch["labels"][at]).double())
-
-        for _, same in groupby(self.batches, key=lambda batch: batch["tokens"].shape):
-            forward(self.model, list(same), on_output)
-        process_groups.from_last_stage(total)
-        dist.all_reduce(total, group=process_groups.dp_cp_group())
-        return list(total.cpu().split([len(question.options) for question in self.questions]))
-
-    def _log_p(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """log p [T] of `labels` [T] from hidden states [T, H], over the sharded head (collective over tensor-parallel ranks)."""
-        head, tp = self.model.head(), process_groups.tp_group()
-        first_padding = self.arch.vocab - tp.rank() * len(head)
-        padding = torch.arange(len(head), device=head.device) >= first_padding
-        rows = max(1, _CHUNK_LOGITS // len(head))
-        chunks = []
-        for states, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
-            logits = (states @ head.t()).float().masked_fill_(padding, -torch.inf)
-            chunks.append(-vocab_parallel_cross_entropy(logits, targets, tp_group=tp))
-        return torch.cat(chunks)
+        log_p, _ = self.likelihoods.compute()
+        return list(log_p.split([len(question.options) for question in self.questions]))
 
     def accuracy(self) -> float:
         """Fraction of questions whose correct option has the highest score; the first of equal scores wins (collective)."""

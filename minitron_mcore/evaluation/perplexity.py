@@ -78,7 +78,7 @@ def windows(path: str, tokenizer: Tokenizer, sequence_length: int, limits: Limit
             f"{path} is a .bin/.idx pair, which does not store the bytes of the text: evaluate on the text itself."
         )
     ids, predicted, sizes = [], [], []
-    for texts, _ in documents(path, limits):
+    for texts, _ in documents(path, limits, conversation=tokenizer.chat.conversation):
         for text, spans in zip(texts, tokenizer.spans(texts), strict=True):
             ids.append(np.asarray(spans.ids, dtype=np.int64))
             predicted.append(~np.asarray(spans.special, dtype=bool) & (loss_mask(text, spans) > 0))
@@ -183,7 +183,7 @@ class HFModel:
     """
 
     def __init__(self, folder: str, dtype: torch.dtype = torch.float32):
-        _check_folder(folder)
+        check_folder(folder)
         # On a CPU torch's grouped product over experts requires rows of a multiple of 16 bytes.
         experts = "eager" if cpu_backend.is_cpu() else None
         model = transformers_check.load(folder, dtype=dtype, experts_implementation=experts)
@@ -217,7 +217,8 @@ class HFModel:
         return total
 
 
-def _check_folder(folder: str) -> None:
+def check_folder(folder: str) -> None:
+    """Refuse what is no Hugging Face folder with weights in safetensors."""
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json.")
     if not any(name.endswith(".safetensors") for name in os.listdir(folder)):

@@ -15,7 +15,17 @@ from tests.helpers import models
 
 ROOT = Path(__file__).parents[2]
 # Imported only where they are installed: torch's compiler, and the extras `gpu` and `eval`.
-OPTIONAL = {"triton", "transformer_engine", "transformer_engine_torch", "lm_eval", "apex", "wandb", "mlflow"}
+OPTIONAL = {
+    "triton",
+    "transformer_engine",
+    "transformer_engine_torch",
+    "lm_eval",
+    "datasets",
+    "rouge_score",
+    "apex",
+    "wandb",
+    "mlflow",
+}
 
 
 def declared() -> set[str]:

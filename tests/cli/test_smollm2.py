@@ -11,7 +11,7 @@ import torch
 from minitron_mcore.cli import demo
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
-from tests.helpers import models
+from tests.helpers import benchmark_files, models
 from tests.helpers.cutting import export
 from tests.helpers.layouts import layouts
 
@@ -60,3 +60,14 @@ def test_generation(tmp_path, smollm2, expected):
     prompt = expected[0][:, :8]
     said = on_ranks(models.says, world, parallel, tmp_path / "ckpt", parallel, prompt, 16)
     assert torch.equal(said[0], models.hf_says(smollm2, prompt, 16))
+
+
+def test_benchmarks(tmp_path, smollm2):
+    """Log-likelihoods and continuations on tensor-parallel ranks are those of lm-eval's own model."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install minitron_mcore[eval])")
+    world, parallel = LAYOUTS["tp3_sp"]
+    on_ranks(models.import_hf, world, parallel, smollm2, tmp_path / "ckpt", parallel)
+    found = on_ranks(benchmark_files.sharded_answers, world, parallel, tmp_path / "ckpt", parallel)[0]
+    expected = benchmark_files.hf_answers(smollm2)
+    assert [log_p for log_p, _ in found[0]] == pytest.approx([log_p for log_p, _ in expected[0]], rel=1e-5)
+    assert [greedy for _, greedy in found[0]] == [greedy for _, greedy in expected[0]] and found[1] == expected[1]
