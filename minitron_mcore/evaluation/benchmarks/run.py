@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minitron_mcore.checkpoint import claim, run_folder
+from minitron_mcore.checkpoint import claim, disk, run_folder
 from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import BenchmarkRun
 from minitron_mcore.data.tokenizer import open_tokenizer
@@ -63,7 +63,7 @@ def measure(name: str, config: BenchmarkRun) -> dict[str, Any]:
             name: _summary([results[unit] for unit in units if unit.benchmark == name])
             for name in config.benchmark.tasks
         }
-        tables.write_json(
+        disk.write_json(
             Path(config.out_dir) / FILE,
             {"format_version": FORMAT_VERSION, "source": config.source, "benchmarks": summary},
         )
@@ -146,7 +146,7 @@ def _lead(name: str, model: Any, config: BenchmarkRun, units: Sequence[Unit]) ->
         }
         result["stderr"] = result["stderr"] if isinstance(result["stderr"], float) else None  # of one question
         _path(config, unit).parent.mkdir(exist_ok=True)
-        tables.write_json(_path(config, unit), result)
+        disk.write_json(_path(config, unit), result)
         process_groups.log(
             f"{name}: {unit.name} {_percent(result)} ({result['questions']} questions, {result['seconds']:g} s)"
         )
@@ -203,6 +203,6 @@ def _write_table(config: BenchmarkRun, measured: Mapping[str, Mapping[str, Any]]
     notes = [f"per cent ± standard error (shots); {asked}; seed {config.seed}, {config.dtype.value}"]
     figures = {"format_version": FORMAT_VERSION, "models": measured, "published": config.benchmark.published}
     with claim.writing(folder):
-        tables.write_json(folder / FILE, figures)
+        disk.write_json(folder / FILE, figures)
         (folder / "benchmark.md").write_text(f"{tables.markdown(rows)}\n\n{notes[0]}\n", encoding="utf-8")
     tables.table("benchmarks", rows, [*notes, f"figures: {folder}/{FILE}, {folder}/benchmark.md"])
