@@ -19,6 +19,7 @@ from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.data import tokenizer
 from minitron_mcore.depth.study import format_ranges
 from minitron_mcore.evaluation import perplexity
+from minitron_mcore.evaluation.windows import file_windows
 from minitron_mcore.reporting import tables
 
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -53,7 +54,7 @@ def main() -> None:
 def _by_transformers(folder: Path, windows: int) -> dict[tuple[int, ...], float]:
     """Loss of the trial's points in transformers, on the windows of the study."""
     model, found = perplexity.HFModel(str(folder)), {}
-    cuts = {str(TEXT): perplexity.windows(str(TEXT), tokenizer.load(folder), 512)}
+    cuts = {str(TEXT): file_windows(str(TEXT), tokenizer.load(folder), 512)}
     layers = list(model.model.model.layers)
     for dropped in TRIAL:
         model.model.model.layers = nn.ModuleList(layer for n, layer in enumerate(layers) if n not in dropped)

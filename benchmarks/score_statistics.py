@@ -74,6 +74,7 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
     from minitron_mcore.data import datasets, token_cache
     from minitron_mcore.data.tokenizer import open_tokenizer
     from minitron_mcore.evaluation import perplexity
+    from minitron_mcore.evaluation.windows import file_windows
     from minitron_mcore.importance.collector import collect_importance
     from minitron_mcore.importance.scores import Scores
     from minitron_mcore.parallel import process_groups
@@ -99,7 +100,7 @@ def measure(teacher: Path, text: Path, effort: Effort) -> list[tuple[str, int, l
             progress.update(done)
     scores = [Scores(collector.scores(), {}) for collector in collectors]
     tokenizer = open_tokenizer(config, teacher, arch.vocab)
-    texts = [perplexity.windows(str(path), tokenizer, effort.length) for path in HELDOUT.values()]
+    texts = [file_windows(str(path), tokenizer, effort.length) for path in HELDOUT.values()]
 
     def losses(model, arch) -> list[float]:
         nll, found = perplexity.ShardedModel(model, arch).nll, []

@@ -66,9 +66,9 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
         read["data.tokenizer"] = data["tokenizer"]
     found = {name: Input(str(path), _fingerprint(name, Path(path))) for name, path in read.items()}
     for key in _TEXTS.get(config.get("stage", ""), ("train",)):
-        entries = data.get(key) or []
-        if key == "train":
-            entries = blend.train_entries(entries, data.get("splits_file"))
+        entries, split = data.get(key) or [], "train" if key == "train" else "valid"
+        if key == "train" or (not entries and (data.get("split") or data.get("splits_file"))):
+            entries = blend.split_entries(data.get("train") or [], data.get("splits_file"), split)
         paths, weights = blend.parse_blend(entries) if entries else ([], None)
         for number, path in enumerate(paths):
             content, weight = _text_fingerprint(path), weights and f"{weights[number]:g}"

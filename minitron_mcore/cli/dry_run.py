@@ -93,6 +93,7 @@ def plan(config: Run) -> dict[str, Any]:
         getattr(settings, "sequence_length", 1),
         config.dry.device,
         config.performance,
+        config.data.document_mask and (bool(training) or isinstance(config, TeacherCacheRun | EvaluateRun)),
     )
     sizes = [*layout.sizes(config.parallel).values(), setting.micro_batch, setting.sequence_length]
     sizes.append(config.performance.recompute_layers)
@@ -189,12 +190,13 @@ def _problems(
         yield from checks.document_problems(config.data, kernels)
     if training:
         trained = students or {role: arch for role, arch in archs.items() if role == "model"}
-        each = (checks.problems(s, teacher, training, config.parallel, setting.replicas) for s in trained.values())
+        layout_of_run = config.parallel, setting.replicas, checks.prefix_of(config)
+        each = (checks.problems(s, teacher, training, *layout_of_run) for s in trained.values())
         yield from dict.fromkeys(itertools.chain(*each))
-        if not isinstance(config, SearchRun):  # which has its own
-            each = (checks.heldout_problems(config, training, s) for s in trained.values())
-            yield from dict.fromkeys(itertools.chain(*each))
         live = None if resolve.cache_content(config) else teacher
+        if not isinstance(config, SearchRun):  # which has its own
+            each = (checks.heldout_problems(config, training, s, live) for s in trained.values())
+            yield from dict.fromkeys(itertools.chain(*each))
         each = (
             performance_checks.problems(
                 performance_checks.Run(config.performance, s, live, training, config.parallel, config.dtype, kernels)

@@ -58,8 +58,8 @@ def splits(data: DataConfig) -> Iterator[str]:
     split = data.split
     if split is not None and not (re.fullmatch(rf"{share}(,{share}){{0,2}}", split) and re.search("[1-9]", split)):
         yield f'data.split is "{split}"; it must be up to three numbers, not all 0: training, validation and test: "98,2,0".'
-    for name, given in (("train", data.train), ("split", data.split)):
-        if data.splits_file and given:
+    for name, value in (("train", data.train), ("split", data.split)):
+        if data.splits_file and value:
             yield f"data.splits_file and data.{name} are both set: give one of them."
 
 
@@ -109,25 +109,39 @@ def synthesis(config: SynthesizeConfig) -> Iterator[str]:
         yield f"synthesize.min_log_likelihood is {config.min_log_likelihood:g}; it must be at most 0."
 
 
-def training(config: TrainConfig) -> Iterator[str]:
-    """Rates, factors and intervals of training that are out of range; megatron-core would fail on some with an assertion."""
+def training(config: TrainConfig, prefix: str) -> Iterator[str]:
+    """Rates, factors and intervals of training that are out of range; megatron-core would fail on some with an assertion.
+
+    `prefix`: of the settings' names, "distill." or "correct.".
+    """
     if not 0 < config.peak_lr < math.inf:
-        yield f"peak_lr is {config.peak_lr:g}; it must be above 0 and finite."
+        yield f"{prefix}peak_lr is {config.peak_lr:g}; it must be above 0 and finite."
     elif not 0 <= config.min_lr <= config.peak_lr:
-        yield f"min_lr is {config.min_lr:g}; it must be at least 0 and at most peak_lr {config.peak_lr:g}."
+        limit = f"{prefix}peak_lr {config.peak_lr:g}"
+        yield f"{prefix}min_lr is {config.min_lr:g}; it must be at least 0 and at most {limit}."
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= (beta := getattr(config, name)) < 1:
-            yield f"{name} is {beta:g}; it must be at least 0 and below 1."
-    yield from not_negative({name: getattr(config, name) for name in ("weight_decay", "clip_grad")})
-    yield from at_least(0, {"phase": config.phase})
-    counts = ("log_every", "save_every", "keep_last", "keep_every", "stop_after")
-    yield from at_least(1, {name: getattr(config, name) for name in counts})
+            yield f"{prefix}{name} is {beta:g}; it must be at least 0 and below 1."
+    yield from not_negative({f"{prefix}{name}": getattr(config, name) for name in ("weight_decay", "clip_grad")})
+    yield from at_least(0, {f"{prefix}phase": config.phase})
+    counts = ("log_every", "save_every", "keep_last", "keep_every", "stop_after", "bad_loss_limit")
+    yield from at_least(1, {f"{prefix}{name}": getattr(config, name) for name in counts})
 
 
 def text_files(name: str, files: Sequence[str]) -> Iterator[str]:
     """An empty list of text files; `name` is its setting."""
     if not files:
         yield f"{name} is empty: give text files, {name}=[a.jsonl,b.txt]."
+
+
+def heldout_text(data: DataConfig) -> Iterator[str]:
+    """No held-out text: neither files nor a valid part of the training text."""
+    if data.heldout or data.splits_file:
+        return
+    if data.split is None:
+        yield "data.heldout is empty: give text files, data.heldout=[a.jsonl,b.txt], or a valid part, data.split='98,2,0'."
+    elif not re.search("[1-9]", [*data.split.split(","), ""][1]):
+        yield f'data.split is "{data.split}", which leaves no documents to valid, and data.heldout is empty: give one of them.'
 
 
 def not_negative(values: Mapping[str, float]) -> Iterator[str]:

@@ -45,10 +45,10 @@ class DataConfig:
     """Files, folders and patterns (*.jsonl) for calibration and training; "0.3 path" sets a weight in the blend, as do
     Megatron-LM's lists [0.3,path,0.7,path]."""
     heldout: list[str] = changeable(default_factory=list)
-    """Files for evaluation."""
+    """Files for evaluation, text or .bin/.idx pairs; empty takes the validation part of `split` or `splits_file`."""
     split: str | None = None
-    """Shares of each .bin/.idx pair's documents for training, validation and test, as Megatron-LM's --split 98,2,0; null trains on
-    all documents."""
+    """Shares of each file's documents for training, validation (see `heldout`) and test, as Megatron-LM's --split 98,2,0; null
+    trains on all documents."""
     splits_file: str | None = changeable(None)
     """JSON file of Megatron-LM's --per-split-data-args-path, {"train": [0.3, a, 0.7, b], "valid": [c]}, instead of `train`."""
     tokenizer: str | None = changeable(None)
@@ -58,8 +58,8 @@ class DataConfig:
     seed: int = 1234
     """Seed of the order of the samples."""
     document_mask: bool = False
-    """Training samples hold several documents: each token attends to its own document only, at positions relative to its start
-    (Megatron's reset_attention_mask and reset_position_ids)."""
+    """Samples hold several documents: each token attends to its own document only, at positions relative to its start (Megatron's
+    reset_attention_mask and reset_position_ids). Also in held-out text."""
     line_mb: int = changeable(16)
     """Longest line of a .jsonl or .jsonl.gz file, in MiB; reading it takes some tens of times as much memory."""
     file_mb: int = changeable(1024)
@@ -246,8 +246,8 @@ class TrainConfig:
     keep_every: int | None = changeable(None)
     """Also keep the checkpoints of the steps that this number divides; null keeps none of them."""
     eval_every: int | None = changeable(None)
-    """Steps between two measurements of the loss on `data.heldout` (windows as in `evaluate`), also after the last step; null
-    measures none. The checkpoint with the lowest loss is kept."""
+    """Steps between two measurements of the loss on the held-out text (`data.heldout`; windows as in `evaluate`), also after the
+    last step; null measures none. The checkpoint with the lowest loss is kept."""
     stop_after: int | None = changeable(None)
     """Save and stop after this step; the same command without this setting resumes."""
     on_bad_loss: BadLoss = changeable(BadLoss.stop)

@@ -54,16 +54,16 @@ def expand(path: str) -> list[str]:
     if is_prefix(path) or os.path.isfile(path):
         return [path]
     if is_folder := os.path.isdir(path):
-        found = [str(file) for file in Path(path).rglob("*") if not file.relative_to(path).as_posix().startswith(".")]
-        if any(os.path.basename(file) == UNFINISHED for file in found):
+        paths = [str(file) for file in Path(path).rglob("*") if not file.relative_to(path).as_posix().startswith(".")]
+        if any(os.path.basename(file) == UNFINISHED for file in paths):
             raise UserError(f"{path} holds tokens of a run that has not finished: run the same tokenize_text again.")
     elif glob.has_magic(path):
-        found = glob.glob(path, recursive=True)
+        paths = glob.glob(path, recursive=True)
     else:
         return [path]
-    pairs = sorted({file[:-4] for file in found if file.endswith((".bin", ".idx")) and is_prefix(file[:-4])})
+    pairs = sorted({file[:-4] for file in paths if file.endswith((".bin", ".idx")) and is_prefix(file[:-4])})
     pairs = [pair for pair in pairs if not pair.endswith(MASK_SUFFIX)]
-    texts = sorted(file for file in found if (has_documents if is_folder else is_text)(file) and os.path.isfile(file))
+    texts = sorted(file for file in paths if (has_documents if is_folder else is_text)(file) and os.path.isfile(file))
     if pairs and texts:
         raise UserError(
             f"{path} stands for text files and for .bin/.idx pairs, {texts[0]} and {pairs[0]}: name one kind, as *.bin."
@@ -75,23 +75,22 @@ def expand(path: str) -> list[str]:
     return pairs or texts
 
 
-def train_entries(train: list[str], splits_file: str | None) -> list[str]:
-    """The entries of the training text: `data.train`, or those of "train" in `data.splits_file`.
+def split_entries(train: list[str], splits_file: str | None, split: str = "train") -> list[str]:
+    """The entries that hold a split: those listed for it in `data.splits_file`, a file as Megatron-LM's
+    --per-split-data-args-path, otherwise `data.train`.
 
-    Raises:
-        UserError: see `split_entries`.
-    """
-    return split_entries(splits_file, "train") if splits_file else train
-
-
-def split_entries(path: str, split: str) -> list[str]:
-    """The entries of one split in a file as Megatron-LM's --per-split-data-args-path.
+    Args:
+        split: "train" or "valid".
 
     Raises:
         UserError: the file is damaged, or has no list or text of entries for the split.
     """
-    content = read_json(path, 'write {"train": ["0.3", "a", "0.7", "b"], "valid": ["c"]}').get(split)
+    if not splits_file:
+        return train
+    content = read_json(splits_file, 'write {"train": ["0.3", "a", "0.7", "b"], "valid": ["c"]}').get(split)
     entries = content.split() if isinstance(content, str) else content
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
-        raise UserError(f'{path} has no list of paths under "{split}": write {{"{split}": ["0.3", "a", "0.7", "b"]}}.')
+        raise UserError(
+            f'{splits_file} has no list of paths under "{split}": write {{"{split}": ["0.3", "a", "0.7", "b"]}}.'
+        )
     return entries

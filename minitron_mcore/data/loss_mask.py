@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 
 from minitron_mcore.data.text_reader import MASK_SUFFIX, Text, is_prefix
-from minitron_mcore.data.token_files import TokenStream, open_tokens
+from minitron_mcore.data.token_files import Stream, TokenStream, open_tokens
 from minitron_mcore.data.tokenizer import Spans
 from minitron_mcore.errors import UserError
 
@@ -48,8 +48,8 @@ def write_ones(file: IO[bytes], count: int) -> None:
         file.write(b"\1" * min(_CHUNK, count - start))
 
 
-class MaskStream:
-    """The masks of a TokenStream's pairs, with its interface: a mask instead of ids.
+class MaskStream(Stream):
+    """The masks of a TokenStream's pairs: 1 where a token counts.
 
     Raises:
         UserError: a damaged mask, or one of other documents than its pair's, when it is opened.
@@ -63,9 +63,6 @@ class MaskStream:
             if part is not None and not np.array_equal(part.sequence_lengths, tokens.sequence_lengths):
                 raise UserError(f"{mask}.idx has other documents than the pair beside it: tokenise the text again.")
         self.is_needed = any(part is not None for part in self.parts)
-
-    def __len__(self) -> int:
-        return len(self.sequence_lengths)
 
     def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         part, stored = self.stream.locate(document)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minitron_mcore.config.settings import DataConfig
-from minitron_mcore.data.blend import expand, parse_blend, train_entries
+from minitron_mcore.data.blend import expand, parse_blend, split_entries
 from minitron_mcore.data.pair_writer import PAIR, create_folder, encode
 from minitron_mcore.data.text_reader import Limits, check_readable, check_size, is_prefix
 from minitron_mcore.data.token_files import check_ids, check_index, sequence_lengths
@@ -92,24 +92,30 @@ def tokenize(
     return prefixes
 
 
-def prepare(config: DataConfig, hf: str | os.PathLike, vocab_size: int) -> tuple[list[str], list[float] | None]:
-    """Tokenise the training text, and return its .bin/.idx prefixes and blend weights (collective).
+def prepare(
+    config: DataConfig, tokenizer: str | os.PathLike | Tokenizer, vocab_size: int, split: str = "train"
+) -> tuple[list[str], list[float] | None]:
+    """Tokenise the text of a split, and return its .bin/.idx prefixes and blend weights (collective).
+
+    The documents of a split within these pairs are those of `token_files.split_share`.
 
     The weight of a folder or pattern is shared among its files in proportion to their tokens.
 
     Args:
-        hf: the model's Hugging Face folder, which holds its tokenizer.
+        tokenizer: opened, or the model's Hugging Face folder, which is read if there is text to tokenise.
         vocab_size: rows of the model's embedding.
+        split: "train" or "valid".
 
     Raises:
         UserError: see `parse_blend`, `expand`, `open_tokenizer`, `tokenize`.
     """
     with process_groups.raise_on_all_ranks():
-        paths, weights = parse_blend(train_entries(config.train, config.splits_file))
+        paths, weights = parse_blend(split_entries(config.train, config.splits_file, split))
     files = process_groups.on_rank_0(lambda: [expand(path) for path in paths])
     with process_groups.raise_on_all_ranks():
         every = [file for group in files for file in group]
-        tokenizer = None if all(map(is_prefix, every)) else open_tokenizer(config, hf, vocab_size)
+        if not isinstance(tokenizer, Tokenizer):
+            tokenizer = None if all(map(is_prefix, every)) else open_tokenizer(config, tokenizer, vocab_size)
     prefixes = tokenize(every, tokenizer, config.cache, Limits.of(config), vocab_size)
     return prefixes, weights and _file_weights(prefixes, list(map(len, files)), weights)
 

@@ -7,6 +7,7 @@ An index has a header (34 bytes), the lengths (int32) and offsets in the .bin (i
 import functools
 import os
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -189,8 +190,37 @@ def split_share(split: str | None, name: str) -> Share:
     return share
 
 
-class TokenStream:
-    """Concatenation of .bin/.idx pairs, or of a share of each, with the interface of megatron-core's low-level datasets.
+class Stream(ABC):
+    """Documents with a number for each token, with the interface of megatron-core's low-level datasets."""
+
+    sequence_lengths: np.ndarray
+    """[n] tokens of each document."""
+
+    @abstractmethod
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """The numbers of `length` tokens of a document; None: up to its end."""
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    @functools.cached_property
+    def document_starts(self) -> np.ndarray:
+        """[n] int64, position of each document's first token in the concatenation."""
+        return np.cumsum(self.sequence_lengths, dtype=np.int64) - self.sequence_lengths
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """The numbers of tokens start .. start + count of the concatenation, [count] int64."""
+        pieces, document = [], int(np.searchsorted(self.document_starts, start, side="right")) - 1
+        while count:
+            offset = start - int(self.document_starts[document])
+            length = min(count, int(self.sequence_lengths[document]) - offset)
+            pieces.append(self.get(document, offset, length).astype(np.int64))
+            start, count, document = start + length, count - length, document + 1
+        return np.concatenate(pieces)
+
+
+class TokenStream(Stream):
+    """Concatenation of .bin/.idx pairs, or of a share of each.
 
     Raises:
         UserError: a damaged pair, or no document in the share, when it is opened; a token id that is not below
@@ -212,9 +242,6 @@ class TokenStream:
         lengths = [part.sequence_lengths[first:last] for part, (first, last) in zip(self.parts, ends, strict=True)]
         self.sequence_lengths = np.concatenate(lengths)
         self.num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.sequence_lengths)
 
     def locate(self, document: int) -> tuple[int, int]:
         """Number of a document's pair, and of the document in it."""
@@ -238,17 +265,3 @@ class TokenStream:
                     f"{prefix}.idx has {documents} documents of {len(part)} sequences, but data.document_mask needs one sequence a "
                     "document: tokenise the text again without splitting sentences, or set it to false."
                 )
-
-    @functools.cached_property
-    def document_starts(self) -> np.ndarray:
-        return np.cumsum(self.sequence_lengths, dtype=np.int64) - self.sequence_lengths
-
-    def tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count of the concatenation, [count] int64."""
-        pieces, document = [], int(np.searchsorted(self.document_starts, start, side="right")) - 1
-        while count:
-            offset = start - int(self.document_starts[document])
-            length = min(count, int(self.sequence_lengths[document]) - offset)
-            pieces.append(self.get(document, offset, length).astype(np.int64))
-            start, count, document = start + length, count - length, document + 1
-        return np.concatenate(pieces)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from minitron_mcore.distill.losses import FactoredLogits, distillation_loss
 from minitron_mcore.errors import UserError
-from minitron_mcore.evaluation import perplexity
 from minitron_mcore.evaluation.multiple_choice import MultipleChoice
+from minitron_mcore.evaluation.windows import Windows
 from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
@@ -75,7 +75,7 @@ class RemovalEvaluator:
         self,
         model: Model,
         arch: Architecture,
-        windows: perplexity.Windows,
+        windows: Windows,
         micro_batch: int,
         scorer: MultipleChoice | None = None,
     ):

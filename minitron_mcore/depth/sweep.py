@@ -24,8 +24,8 @@ from minitron_mcore.depth import study
 from minitron_mcore.depth.point_log import PointLog
 from minitron_mcore.depth.removal import RemovalEvaluator
 from minitron_mcore.errors import refuse
-from minitron_mcore.evaluation import perplexity
 from minitron_mcore.evaluation.multiple_choice import MultipleChoice, Question, read
+from minitron_mcore.evaluation.windows import Windows, heldout_windows, spread
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.pruning.target import format_ranges
@@ -37,7 +37,7 @@ def run(config: DepthRun) -> None:
     """Run a study or resume an interrupted one (collective).
 
     Raises:
-        UserError: see `study.problems`, `perplexity.windows`, `multiple_choice.read`, `scores.load_scores` and
+        UserError: see `study.problems`, `heldout_windows`, `multiple_choice.read`, `scores.load_scores` and
             `claim.claim_run_folder`.
     """
     settings = config.depth
@@ -47,9 +47,9 @@ def run(config: DepthRun) -> None:
     refuse([*study.problems(config, blocks), *length])
     with process_groups.raise_on_all_ranks():
         tokenizer = open_tokenizer(config.data, source.hf, arch.vocab)
-        windows = _windows(config, tokenizer)
         questions = read(settings.choices, settings.limit, Limits.of(config.data)) if settings.choices else []
         cosines = _cosines(config, source)
+    windows = _windows(config, tokenizer)
     with claim.claim_run_folder(config.out_dir, resolved(config)), stop_signal.at_stop_points():
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
         scorer = MultipleChoice(model, arch, questions, tokenizer, settings.micro_batch) if questions else None
@@ -89,14 +89,12 @@ def run(config: DepthRun) -> None:
         claim.finish(config.out_dir)
 
 
-def _windows(config: DepthRun, tokenizer: Tokenizer) -> perplexity.Windows:
-    """depth.windows windows of each held-out file, spread evenly over it."""
-    refuse(ranges.text_files("data.heldout", config.data.heldout))
-    parts = []
-    for path in config.data.heldout:
-        windows = perplexity.windows(path, tokenizer, config.depth.sequence_length, Limits.of(config.data))
-        parts.append(perplexity.spread(windows, config.depth.windows))
-    return perplexity.Windows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+def _windows(config: DepthRun, tokenizer: Tokenizer) -> Windows:
+    """depth.windows windows of each held-out text, spread evenly over it (collective)."""
+    settings = config.depth
+    texts, _ = heldout_windows(config.data, tokenizer, settings.sequence_length, settings.windows)
+    parts = [spread(windows, settings.windows) for windows in texts.values()]
+    return Windows(torch.cat([p.tokens for p in parts]), torch.cat([p.mask for p in parts]), None)
 
 
 def _cosines(config: DepthRun, source: run_folder.Checkpoint) -> list[float]:
@@ -106,7 +104,7 @@ def _cosines(config: DepthRun, source: run_folder.Checkpoint) -> list[float]:
     return [float(vectors[f"blocks.{block}.block"]) for block in range(source.arch.blocks)]
 
 
-def _digest(windows: perplexity.Windows, questions: Sequence[Question]) -> str:
+def _digest(windows: Windows, questions: Sequence[Question]) -> str:
     hasher = hashlib.sha256(windows.tokens.numpy().tobytes() + windows.mask.numpy().tobytes())
     hasher.update(repr([tuple(question) for question in questions]).encode())
     return hasher.hexdigest()[:16]

@@ -120,7 +120,7 @@ class Cache(Checkpoint):
                 "layout: give 0 and null."
             )
         if self.kind == CacheKind.topk:
-            yield from checks.top_k_teacher(index["top_k"], config)
+            yield from checks.top_k_teacher(index["top_k"], config, checks.DISTILL)
             if config.top_k and "tail_draws" in index:
                 yield (
                     f"distill.top_k is {config.top_k}, but the teacher cache {self.folder} has {index['tail_draws']} tail draws: "

@@ -75,7 +75,7 @@ class CacheWriter:
             "file_samples": config.file_samples,
             "sequence_length": config.sequence_length,
             "order": order,
-            "data": blend.train_entries(config.data.train, config.data.splits_file),
+            "data": blend.split_entries(config.data.train, config.data.splits_file),
             "seed": config.data.seed,
             "teacher": run_folder.identity(teacher),
             "architecture": arch.to_json(),

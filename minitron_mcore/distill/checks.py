@@ -1,5 +1,6 @@
 """Checks of a training run's config against its models and layout. No torch import."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -11,9 +12,8 @@ from minitron_mcore.config.settings import (
     Divergence,
     HiddenStateLossConfig,
     ParallelConfig,
-    TrainConfig,
 )
-from minitron_mcore.config.stages import CacheKind, Run, TeacherCacheRun
+from minitron_mcore.config.stages import CacheKind, CorrectRun, Run, TeacherCacheRun
 from minitron_mcore.distill import vocabulary
 from minitron_mcore.distill.loss_config import LossConfig
 from minitron_mcore.models import sharding
@@ -26,7 +26,14 @@ EMBEDDINGS = -1
 Route = tuple[int, int, int]
 """(teacher's block, the teacher's pipeline rank that computes it, the student's pipeline rank that needs it)."""
 
+DISTILL = "distill."
+"""Before the names of a distillation's settings."""
 NO_TEACHER_RANKS = "distill.teacher_ranks is for launch/distill.py: give 0 here."
+
+
+def prefix_of(config: Run) -> str:
+    """What precedes the names of a stage's training settings on the command line."""
+    return "correct." if isinstance(config, CorrectRun) else DISTILL
 
 
 def state_pairs(student: Architecture, teacher: Architecture, config: HiddenStateLossConfig) -> list[tuple[int, int]]:
@@ -59,8 +66,8 @@ def state_problems(
         yield f"distill.hidden_state_loss.weight is {config.weight}; it must be finite and at least 0."
     if config.dynamic and kd_weight == 0:
         yield (
-            "distill.hidden_state_loss.dynamic scales by the ratio to the divergence, but kd_weight is 0: give a fixed weight "
-            "(dynamic=false)."
+            "distill.hidden_state_loss.dynamic scales by the ratio to the divergence, but distill.kd_weight is 0: give a fixed "
+            "weight, distill.hidden_state_loss.dynamic=false."
         )
     if teacher is None:
         yield (
@@ -106,37 +113,41 @@ def teacher_problems(
 
 
 def problems(
-    student: Architecture, teacher: Architecture | None, config: DistillConfig, parallel: ParallelConfig, dp_size: int
+    student: Architecture,
+    teacher: Architecture | None,
+    config: DistillConfig,
+    parallel: ParallelConfig,
+    dp_size: int,
+    prefix: str = DISTILL,
 ) -> Iterator[str]:
     """Problems of sizes, batch, warm-up, sequence length and loss weights, and those of `ranges.training`, `divergence`,
-    `teacher_problems` and `state_problems`."""
+    `teacher_problems` and `state_problems`. `prefix`: see `prefix_of`."""
     names = ("steps", "global_batch", "micro_batch", "sequence_length", "teacher_ahead")
-    sizes = {name: getattr(config, name) for name in names}
-    yield from (small := list(ranges.at_least(1, sizes | {"bad_loss_limit": config.bad_loss_limit})))
+    yield from (small := list(ranges.at_least(1, {f"{prefix}{name}": getattr(config, name) for name in names})))
     # The interleaved schedule needs a multiple of the pipeline ranks.
     group = parallel.pipeline if parallel.virtual > 1 else 1
     unit = config.micro_batch * dp_size * group
     if not small and config.global_batch % unit:
         interleaved = f" x parallel.pipeline {group}, interleaved," if group > 1 else ""
         yield (
-            f"global_batch {config.global_batch} is not a multiple of micro_batch {config.micro_batch} x {dp_size} "
-            f"data-parallel ranks{interleaved} = {unit}: give {max(1, config.global_batch // unit) * unit}."
+            f"{prefix}global_batch {config.global_batch} is not a multiple of {prefix}micro_batch {config.micro_batch} x "
+            f"{dp_size} data-parallel ranks{interleaved} = {unit}: give {max(1, config.global_batch // unit) * unit}."
         )
     if not 0 <= config.warmup_steps < config.steps:
-        yield f"warmup_steps is {config.warmup_steps}; it must be below steps {config.steps}."
-    yield from ranges.training(config)
-    yield from ranges.not_negative({"kd_weight": config.kd_weight, "lm_weight": config.lm_weight})
+        yield f"{prefix}warmup_steps is {config.warmup_steps}; it must be below {prefix}steps {config.steps}."
+    yield from ranges.training(config, prefix)
+    yield from ranges.not_negative({f"{prefix}{name}": getattr(config, name) for name in ("kd_weight", "lm_weight")})
     yield from ranges.positions(
-        "sequence_length",
+        f"{prefix}sequence_length",
         config.sequence_length,
         student=student.max_positions,
         teacher=teacher and teacher.max_positions,
     )
     if config.kd_weight == config.lm_weight == config.hidden_state_loss.weight == 0:
-        yield "kd_weight, lm_weight and hidden_state_loss.weight are all 0: there is nothing to train on."
+        yield "distill.kd_weight, .lm_weight and .hidden_state_loss.weight are all 0: there is nothing to train on."
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
-    yield from divergence(config, vocabulary.shared(student, teacher))
+    yield from divergence(config, vocabulary.shared(student, teacher), prefix)
 
 
 def document_problems(data: DataConfig, kernels: Kernels) -> Iterator[str]:
@@ -148,15 +159,23 @@ def document_problems(data: DataConfig, kernels: Kernels) -> Iterator[str]:
         )
 
 
-def heldout_problems(config: Run, training: TrainConfig, student: Architecture) -> Iterator[str]:
-    """Problems of measuring the student on the held-out text every `training.eval_every` steps."""
+def heldout_problems(
+    config: Run, training: DistillConfig, student: Architecture, teacher: Architecture | None
+) -> Iterator[str]:
+    """Problems of measuring the student on the held-out text every `training.eval_every` steps.
+
+    `teacher`: live, whose divergence is measured too.
+    """
     if training.eval_every is None:
         return
-    length, unit = config.evaluate.sequence_length, layout.sequence_unit(config.parallel)
-    yield from ranges.at_least(1, {"eval_every": training.eval_every})
-    yield from ranges.text_files("data.heldout", config.data.heldout)
+    length, prefix, layouts = config.evaluate.sequence_length, prefix_of(config), [config.parallel]
+    layouts += [training.teacher_parallel] if teacher and training.teacher_parallel else []
+    unit = math.lcm(*map(layout.sequence_unit, layouts))
+    yield from ranges.at_least(1, {f"{prefix}eval_every": training.eval_every})
+    yield from ranges.heldout_text(config.data)
     yield from ranges.evaluation(config.evaluate)
-    yield from ranges.positions("evaluate.sequence_length", length, student=student.max_positions)
+    limits = {"student": student.max_positions, "teacher": teacher and teacher.max_positions}
+    yield from ranges.positions("evaluate.sequence_length", length, **limits)
     if length % unit:
         yield (
             f"evaluate.sequence_length is {length}, but the layout shards sequences of a multiple of {unit} tokens: give "
@@ -165,36 +184,38 @@ def heldout_problems(config: Run, training: TrainConfig, student: Architecture) 
     if config.performance.tp_comm_overlap:
         yield (
             "performance.tp_comm_overlap has buffers for the shape of the training's micro-batches, which held-out windows do not "
-            "have: give eval_every null, or turn it off."
+            f"have: give {prefix}eval_every null, or turn it off."
         )
 
 
-def divergence(config: DistillConfig | LossConfig, vocab: int) -> Iterator[str]:
-    """Problems of temperature, jsd_beta and top_k with the divergence and the vocabulary."""
+def divergence(config: DistillConfig | LossConfig, vocab: int, prefix: str = "") -> Iterator[str]:
+    """Problems of temperature, jsd_beta and top_k with the divergence and the vocabulary; `prefix`: of their names."""
     kind, jsd_beta, top_k, temperature = config.divergence, config.jsd_beta, config.top_k, config.temperature
     if not 0 < temperature < float("inf"):
-        yield f"temperature is {temperature}; it must be above 0 and finite."
+        yield f"{prefix}temperature is {temperature}; it must be above 0 and finite."
     elif temperature != 1 and kind in (Divergence.mse, Divergence.cosine):
-        yield f"temperature is {temperature}, but divergence {kind} does not use it: give temperature 1."
+        yield f"{prefix}temperature is {temperature}, but divergence {kind} does not use it: give temperature 1."
     if kind == Divergence.jsd and not 0 < jsd_beta < 1:
         yield (
-            f"jsd_beta is {jsd_beta}; it must be above 0 and below 1 (the limits are divergence forward_kl and reverse_kl)."
+            f"{prefix}jsd_beta is {jsd_beta}; it must be above 0 and below 1 (the limits are divergence forward_kl and reverse_kl)."
         )
     if top_k is not None and kind != Divergence.forward_kl:
-        yield f"top_k is {top_k}, but divergence {kind} takes the whole vocabulary: give forward_kl, or top_k null."
+        yield f"{prefix}top_k is {top_k}, but divergence {kind} takes the whole vocabulary: give forward_kl, or top_k null."
     elif top_k is not None and not 1 <= top_k < vocab:
-        yield f"top_k is {top_k}; it must be at least 1 and below the vocabulary of {vocab}, which is top_k null."
+        yield f"{prefix}top_k is {top_k}; it must be at least 1 and below the vocabulary of {vocab}, which is top_k null."
 
 
-def top_k_teacher(k: int, config: DistillConfig | LossConfig) -> Iterator[str]:
-    """Problems of a divergence from a teacher's k largest log-probabilities instead of its logits."""
+def top_k_teacher(k: int, config: DistillConfig | LossConfig, prefix: str = "") -> Iterator[str]:
+    """Problems of a divergence from a teacher's k largest log-probabilities instead of its logits; `prefix`: as `divergence`."""
     if config.divergence != Divergence.forward_kl or config.temperature != 1:
         yield (
-            f"divergence {config.divergence} at temperature {config.temperature:g} cannot be computed from the teacher's {k} "
-            "largest log-probabilities: give forward_kl and temperature 1."
+            f"{prefix}divergence {config.divergence} at temperature {config.temperature:g} cannot be computed from the "
+            f"teacher's {k} largest log-probabilities: give forward_kl and temperature 1."
         )
     if config.top_k not in (None, k):
-        yield f"top_k is {config.top_k}, but the teacher's {k} largest log-probabilities are cached: give top_k {k} or null."
+        yield (
+            f"{prefix}top_k is {config.top_k}, but the teacher's {k} largest log-probabilities are cached: give top_k {k} or null."
+        )
 
 
 def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[str]:

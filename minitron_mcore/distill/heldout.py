@@ -1,4 +1,5 @@
-"""Measures students in training on held-out text, and records the step with the lowest loss.
+"""Measures students in training on held-out text, and records the step with the lowest loss. A live teacher's divergence is
+measured beside it, and decides nothing.
 
 out_dir/best.json   step and heldout_loss of the lowest; previous: the step that was the lowest before it, or null, which stays on
                     disk until `step` is saved; text: what was measured; measured: loss by step
@@ -13,6 +14,9 @@ import torch.distributed as dist
 
 from minitron_mcore.checkpoint import claim, disk
 from minitron_mcore.checkpoint.steps import BEST
+from minitron_mcore.distill.loss_fn import LossFunction
+from minitron_mcore.distill.remote_teacher import RemoteTeacher
+from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
@@ -47,8 +51,9 @@ class HeldOutText(Protocol):
     def identity(self) -> dict[str, Any]:
         """Identifies the text and its windows, JSON-ready: losses of equal identity can be compared."""
 
-    def loss(self, model: Model, arch: Architecture) -> float:
-        """Nats a token of a sharded model (collective)."""
+    def measure(self, model: Model, arch: Architecture, loss_fn: LossFunction | None = None) -> dict[str, float]:
+        """Figures of a sharded model in nats a token (collective): "heldout_loss" and, with the loss function of its training,
+        "heldout_kl", the divergence KL(teacher || model)."""
 
 
 class HeldOutLosses:
@@ -69,18 +74,21 @@ class HeldOutLosses:
         """Whether the loss after this step is known; from rank 0 (collective)."""
         return process_groups.from_rank_0(step in self.losses)
 
-    def measure(self, trainer: Trainer) -> tuple[float, bool]:
-        """Loss of the student after this step in nats a token, and whether it is the lowest so far; from rank 0 (collective).
+    def measure(self, trainer: Trainer) -> tuple[dict[str, float], bool]:
+        """Figures of the student after this step (see `HeldOutText.measure`), and whether its loss is the lowest so far; from
+        rank 0 (collective). The divergence is measured if the teacher is live and has all of the student's token ids.
 
         Raises:
             UserError: best.json cannot be written.
         """
         trainer.gather_weights()
-        loss = self.text.loss(trainer.model, trainer.arch)
+        is_live = isinstance(trainer.teacher, Teacher | RemoteTeacher) and trainer.vocab == trainer.arch.vocab
+        figures = self.text.measure(trainer.model, trainer.arch, trainer.loss_fn if is_live else None)
+        loss = figures["heldout_loss"]
         with process_groups.raise_on_all_ranks(), claim.writing(self.path.parent):
-            outcome = [(loss, process_groups.rank() == 0 and self._record(trainer.step, loss))]
+            outcome = [(figures, process_groups.rank() == 0 and self._record(trainer.step, loss))]
         dist.broadcast_object_list(outcome, src=0)
-        self.losses[trainer.step] = outcome[0][0]
+        self.losses[trainer.step] = outcome[0][0]["heldout_loss"]
         return outcome[0]
 
     def _record(self, step: int, loss: float) -> bool:

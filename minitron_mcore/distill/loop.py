@@ -35,7 +35,8 @@ def train(
             more steps than another waits.
         batches: micro-batches of this data-parallel rank, from the position of the student with the fewest steps.
         out_dir: for profiles (see `profile`).
-        heldout_text: measured every `config.eval_every` steps and after the last, in the figures as "heldout_loss".
+        heldout_text: measured every `config.eval_every` steps and after the last, in the figures as "heldout_loss" and, of a live
+            teacher, "heldout_kl".
         log: None for the defaults.
 
     Returns:
@@ -121,20 +122,20 @@ class StudentRun:
         return _progress(figures) + self.heldout_message if figures else ""
 
     def measure(self, figures: dict[str, float] | None = None) -> bool:
-        """Add the held-out loss to `figures` if it is due after this step and not measured yet (collective).
+        """Add the held-out figures to `figures` if it is due after this step and not measured yet (collective).
 
         Returns:
-            Whether it is the lowest so far.
+            Whether the loss is the lowest so far.
         """
         step, config = self.trainer.step, self.trainer.config
         if not self.heldout or step == 0 or (step % config.eval_every and step < config.steps):
             return False
         if self.heldout.has_measured(step):
             return False
-        loss, is_lowest = self.heldout.measure(self.trainer)
-        self.heldout_message = f", held-out {loss:.3f}"
+        measured, is_lowest = self.heldout.measure(self.trainer)
+        self.heldout_message = f", held-out {measured['heldout_loss']:.3f}"
         if figures:
-            figures["heldout_loss"] = loss
+            figures |= measured
         return is_lowest
 
     def save(self) -> None:

@@ -53,7 +53,7 @@ class LossFunction:
         student, labels = FactoredLogits(hidden.flatten(0, 1), self.student.head()), batch["labels"].t().reshape(-1)
         sizes = {"vocab_size": self.vocab, "tp_group": group}
         loss, sums = distillation_loss(
-            student, self._teacher_logits(batch), labels, mask, **sizes, config=self._loss_config()
+            student, self.teacher_logits(batch), labels, mask, **sizes, config=self._loss_config()
         )
         tokens = mask.sum()
         return loss, tokens.to(torch.int32), torch.cat([sums, tokens[None].to(sums)])
@@ -70,7 +70,7 @@ class LossFunction:
             gradient_accumulation_fusion=self.student.config.gradient_accumulation_fusion,
         )
 
-    def _teacher_logits(self, batch: Batch) -> FactoredLogits | TopKLogProbs | None:
+    def teacher_logits(self, batch: Batch) -> FactoredLogits | TopKLogProbs | None:
         """The teacher's outputs in a batch of `add_teacher_outputs`, of the tokens [T] that the tensor-parallel ranks share."""
         if "teacher_ids" in batch:
             ids, log_probs = (batch[key].flatten(0, 1) for key in ("teacher_ids", "teacher_log_probs"))
@@ -85,6 +85,6 @@ class LossFunction:
     def teacher_loss(self, batch: Batch) -> Tensor:
         """[2]: sum of the teacher's own cross-entropy over the share of a batch with teacher outputs, and number of tokens."""
         mask, group = batch["loss_mask"].t().reshape(-1), process_groups.tp_group()
-        teacher, labels = self._teacher_logits(batch), batch["labels"].t().reshape(-1)
+        teacher, labels = self.teacher_logits(batch), batch["labels"].t().reshape(-1)
         _, sums = distillation_loss(teacher, None, labels, mask, vocab_size=self.vocab, tp_group=group, config=LM_LOSS)
         return torch.stack([sums[1], mask.sum().to(sums)])

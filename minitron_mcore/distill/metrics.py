@@ -35,6 +35,7 @@ FIELDS = (
     "hidden_state_weight",
     "teacher_entropy",
     "heldout_loss",
+    "heldout_kl",  # divergence from a live teacher on the held-out text
     "grad_norm",  # before clipping
     "lr",
     "tokens_per_second",

@@ -60,7 +60,8 @@ def train(
         running = lambda: 1 + min((trainer.step for trainer in trainers.values()), default=-1)  # noqa: E731
         claims.enter_context(failures.hangs_reported(running, common_folder))
         refuse(
-            f"phase is {settings.phase}, but {each.out_dir} has no checkpoint from which to continue: begin with phase 0."
+            f"{checks.prefix_of(config)}phase is {settings.phase}, but {each.out_dir} has no checkpoint from which to continue: "
+            "begin with phase 0."
             for each, is_resumed in zip(configs, resumed, strict=True)
             if settings.phase and not is_resumed
         )
@@ -68,7 +69,7 @@ def train(
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = token_cache.prepare(config.data, first.hf, vocab)
         text = {
-            "files": blend.train_entries(config.data.train, config.data.splits_file),
+            "files": blend.split_entries(config.data.train, config.data.splits_file),
             "hash": datasets.data_hash(prefixes),
         }
         if isinstance(teacher, Cache):
@@ -111,11 +112,12 @@ def check_run(
         UserError: see `trainer.check`, `checks.document_problems` and `checks.heldout_problems`; students with different
             vocabularies.
     """
-    first = students[0]
+    first, live = students[0], None if isinstance(teacher, Cache) else teacher and teacher.arch
     refuse(checks.document_problems(config.data, tuning.available_kernels()))
     for student in students:
-        refuse(checks.heldout_problems(config, settings, student.arch))
-        check(student, teacher, settings, config.parallel, config.dtype.value, config.performance)
+        refuse(checks.heldout_problems(config, settings, student.arch, live))
+        options = config.parallel, config.dtype.value, config.performance, checks.prefix_of(config)
+        check(student, teacher, settings, *options)
         if student.arch.vocab != first.arch.vocab:
             raise UserError(
                 f"{student.path} has a vocabulary of {student.arch.vocab} and {first.path} one of {first.arch.vocab}: students "

@@ -42,14 +42,15 @@ def check(
     parallel: ParallelConfig,
     dtype: str,
     performance: PerformanceConfig,
+    prefix: str = checks.DISTILL,
 ) -> None:
-    """Check a run before a model is built.
+    """Check a run before a model is built; `prefix`: of the names of its settings, for messages.
 
     Raises:
         UserError: see `checks.problems`, `performance_checks.problems`, `vocabulary.problems` and `Cache.problems`.
     """
     dp_size, teacher_arch = process_groups.dp_group().size(), teacher and teacher.arch
-    problems = [*checks.problems(student.arch, teacher_arch, config, parallel, dp_size)]
+    problems = [*checks.problems(student.arch, teacher_arch, config, parallel, dp_size, prefix)]
     live = None if isinstance(teacher, Cache) else teacher_arch
     kernels = tuning.available_kernels()
     run = performance_checks.Run(performance, student.arch, live, config, parallel, Dtype(dtype), kernels)

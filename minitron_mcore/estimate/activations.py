@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from minitron_mcore.config.performance import Recompute, RecomputeMethod
 from minitron_mcore.config.settings import Device, Dtype
 from minitron_mcore.estimate.setting import Setting
-from minitron_mcore.models import sharding
+from minitron_mcore.models import attention_band, sharding
 from minitron_mcore.models.architecture import Architecture
 
 
@@ -40,11 +40,11 @@ def _attention(arch: Architecture, setting: Setting, core_recomputed: bool) -> f
     """
     tp, context = setting.parallel.tensor, setting.parallel.context
     heads, groups, cpu = arch.heads / tp, arch.groups / tp, setting.device == Device.cpu and not core_recomputed
-    kept = 3 * heads + 3 * groups
-    if cpu and context > 1:
+    kept, by_torch = 3 * heads + 3 * groups, cpu or (setting.document_mask and not core_recomputed)
+    if by_torch and context > 1:
         # Rotated queries, the output in parts and as a whole; keys and values of the whole sequence.
         kept = 3 * heads + 2 * context * groups
-    elif cpu and arch.window and arch.window < setting.sequence_length:
+    elif by_torch and (setting.document_mask or (arch.window and arch.window < setting.sequence_length)):
         kept += heads  # the output in parts as well
     norms = (heads + groups) * _norm(arch.head_dim, arch, setting) if arch.traits.qk_norm else 0
     if norms and cpu and context > 1 and setting.dtype == Dtype.fp32:
@@ -73,6 +73,23 @@ def layer(arch: Architecture, setting: Setting, part: str, recomputed: Sequence[
     return setting.tokens * token + rotary * (setting.sequence_length // setting.parallel.context)
 
 
+def document_masks(arch: Architecture, setting: Setting) -> float:
+    """Of the masks of a micro-batch under data.document_mask, which a rank's layers share, if one document fills the sample.
+
+    A mask has a number for each query head of a group, each query, and each key that the query's block of r queries uses (see
+    `layer_spec.document_attention`). Of Q queries whose last one is at position E, these are E - (Q - r) / 2 keys on average, in a
+    window of w positions at most w + r.
+    """
+    context, length = setting.parallel.context, setting.sequence_length
+    queries = length // (2 * context) if context > 1 else length
+    numbers = 0.0
+    for end in (queries, length)[context == 1 :]:  # of the first context-parallel rank; all ranks' sums are equal
+        window = min(arch.window or end, end)
+        rows, _ = attention_band.attention_band(queries, end, window)
+        numbers += queries * min(end - (queries - rows) / 2, window + rows)
+    return setting.dtype_bytes * setting.micro_batch * (arch.heads // arch.groups) * numbers
+
+
 def border(arch: Architecture, setting: Setting) -> float:
     """Of the hidden states of a micro-batch between two layers."""
     return setting.dtype_bytes * arch.hidden * setting.rank_tokens
@@ -94,6 +111,16 @@ def chunk(arch: Architecture, setting: Setting, blocks: Sequence[int]) -> tuple[
     return each * len(groups), max(groups, default=0)
 
 
+def in_flight(setting: Setting, number: int, micro_batches: int) -> int:
+    """The most forward passes of a pipeline stage's chunks that wait for their backward passes.
+
+    1F1B runs one more than there are later stages before the first backward pass, the interleaved schedule more.
+    """
+    pipeline, chunks = setting.parallel.pipeline, setting.parallel.virtual
+    ahead = 2 * (pipeline - number - 1) + (chunks - 1) * pipeline if chunks > 1 else pipeline - number - 1
+    return min(ahead + 1, micro_batches * chunks)
+
+
 def stage(arch: Architecture, setting: Setting, number: int, micro_batches: int) -> float:
     """Of a pipeline stage's rank: the most that all micro-batches in flight keep for their backward passes."""
     pipeline, chunks = setting.parallel.pipeline, setting.parallel.virtual
@@ -105,12 +132,9 @@ def stage(arch: Architecture, setting: Setting, number: int, micro_batches: int)
     ]
     if number == setting.last:
         kept[-1] += _norm(arch.hidden, arch, setting) * setting.rank_tokens
-    # megatron-core's schedules process a group of micro-batches chunk by chunk, and run `ahead` forward passes before the first
-    # backward pass: 1F1B as many as there are later stages, the interleaved schedule more.
-    passes = micro_batches * chunks
+    # megatron-core's schedules process a group of micro-batches chunk by chunk.
+    passes, ahead = micro_batches * chunks, in_flight(setting, number, micro_batches)
     order = [n // pipeline % chunks for n in range(passes)]
-    ahead = 2 * (pipeline - number - 1) + (chunks - 1) * pipeline if chunks > 1 else pipeline - number - 1
-    ahead = min(ahead + 1, passes)
     allocated = [0, *itertools.accumulate(kept[v] for v in order)]
     freed = [0, *itertools.accumulate(kept[-1 - v] for v in order)]
     return max(allocated[n + ahead] - freed[n] for n in range(passes - ahead + 1))

@@ -25,8 +25,8 @@ def print_memory(
     """
     device = Device(process_groups.device().type)
     cached = (teacher.kind, teacher.index["top_k"]) if isinstance(teacher, Cache) else None
-    sizes = settings.micro_batch, settings.sequence_length
-    setting = Setting(config.parallel, dist.get_world_size(), config.dtype, *sizes, device, config.performance)
+    sizes, options = (settings.micro_batch, settings.sequence_length), (config.performance, config.data.document_mask)
+    setting = Setting(config.parallel, dist.get_world_size(), config.dtype, *sizes, device, *options)
     archs = [student.arch for student in students]
     rows = memory.training(archs, teacher.arch if teacher else None, settings, setting, cached)
     free = process_groups.free_bytes() / memory.GIB

@@ -12,6 +12,8 @@ Training is estimated at the worst moment of a step:
                  head that the loss needs; with performance.teacher_offload these rows only
     hand-off     the teacher's final hidden states, and those compared with the student's blocks, of all micro-batches it runs ahead
     activations  see `activations`
+    masks        with data.document_mask: those of the micro-batches whose forward passes wait for backward passes, and those kept
+                 for other layers (see `_held_masks`)
     workspace    on the last stage the loss; on others the gradients of one block and what is recomputed at a time, or the loss
                  between blocks. Or what is alive only while activations are not, if that is more: an offloaded teacher, the
                  optimizer's fp32 copy of bf16 gradients, gloo's copy of the gradients
@@ -25,12 +27,13 @@ import math
 from collections.abc import Sequence
 
 from minitron_mcore.checkpoint import disk
+from minitron_mcore.config.performance import Recompute
 from minitron_mcore.config.settings import Device, DistillConfig, Dtype
 from minitron_mcore.config.stages import CacheKind
 from minitron_mcore.distill import checks, tile_sizes
 from minitron_mcore.estimate import activations
 from minitron_mcore.estimate.setting import Setting
-from minitron_mcore.models import parameter_table, sharding
+from minitron_mcore.models import attention_band, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
 
 GIB = 2**30
@@ -150,6 +153,13 @@ def _student(
         held = micro_batches if setting.parallel.pipeline > 1 else min(ahead, micro_batches)
         row["hand-off"] = held * activations.border(teacher, setting) * (compared + (stage == setting.last))
     row["activations"] = activations.stage(student, setting, stage, micro_batches)
+    if setting.document_mask:
+        own, of_teacher = activations.document_masks(student, setting), 0.0
+        if teacher and not config.teacher_ranks:
+            teacher_setting = dataclasses.replace(setting, parallel=config.teacher_parallel or setting.parallel)
+            of_teacher = activations.document_masks(teacher, teacher_setting)
+        in_flight = activations.in_flight(setting, stage, micro_batches)
+        row["masks"] = _held_masks(setting, own, max(own, of_teacher), in_flight)
     # Alive only while activations are not.
     between = offloaded
     if not (setting.performance.grad_reduce_in_fp32 or setting.performance.precision_aware_optimizer):
@@ -158,6 +168,19 @@ def _student(
         between = max(between, row["gradients"])
     work = _workspace(student, teacher, setting, stage, compared)
     return row | {"workspace": max(work, between - row["activations"])}
+
+
+def _held_masks(setting: Setting, own: float, largest: float, in_flight: int) -> float:
+    """Bytes of the masks of `in_flight` micro-batches, of which each has `own` bytes, and of those kept for other layers.
+
+    autograd keeps none where attention is recomputed. `attention_band.MASKS_KEPT` lists of masks are kept, of the latest
+    micro-batch and others with at most `largest` bytes; under context parallelism a micro-batch has two lists.
+    """
+    config = setting.performance
+    recomputed = config.recompute == Recompute.full
+    recomputed |= config.recompute == Recompute.selective and "core_attn" in config.recompute_modules
+    kept = attention_band.MASKS_KEPT // (2 if setting.parallel.context > 1 else 1)
+    return own * (1 if recomputed else in_flight) + largest * (kept - 1)
 
 
 def _head_rows(student: Architecture, teacher: Architecture, setting: Setting, stage: int) -> int:
@@ -246,6 +269,9 @@ def forward_passes(arch: Architecture, setting: Setting) -> list[dict[str, float
             "weights": setting.dtype_bytes * sum(parameters(arch, setting, stage)),
             "workspace": setting.tokens * token,
         }
+        if setting.document_mask:
+            each = activations.document_masks(arch, setting)
+            row["masks"] = _held_masks(setting, each, each, 1)
         rows.append(row | {"total": sum(row.values())})
     return rows
 

@@ -17,6 +17,8 @@ class Setting:
     sequence_length: int
     device: Device = Device.cuda
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    document_mask: bool = False
+    """Attention stays within documents, with torch's attention on any device (`data.document_mask`)."""
 
     @property
     def dtype_bytes(self) -> int:

@@ -5,19 +5,21 @@ import hashlib
 from typing import Any
 
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.config import ranges
 from minitron_mcore.config.stages import Run
-from minitron_mcore.data.text_reader import Limits
 from minitron_mcore.data.tokenizer import open_tokenizer
+from minitron_mcore.distill import checks
+from minitron_mcore.distill.loss_fn import LossFunction
 from minitron_mcore.errors import refuse
 from minitron_mcore.evaluation import perplexity
+from minitron_mcore.evaluation.windows import heldout_windows
+from minitron_mcore.models import tuning
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import process_groups
 
 
 class HeldOut:
-    """Windows of `data.heldout`, cut and limited as `evaluate` says; every rank holds all of them."""
+    """Windows of the held-out text, cut and limited as `evaluate` says; every rank holds all of them."""
 
     def __init__(self, config: Run, model: Checkpoint):
         """Read and tokenize the text (collective).
@@ -26,17 +28,14 @@ class HeldOut:
             model: whose tokenizer and vocabulary the text has, unless `data.tokenizer` is set.
 
         Raises:
-            UserError: data.heldout is empty; see `open_tokenizer` and `perplexity.windows`.
+            UserError: see `open_tokenizer`, `heldout_windows` and `checks.document_problems`.
         """
-        refuse(ranges.text_files("data.heldout", config.data.heldout))
-        settings, limits = config.evaluate, Limits.of(config.data)
+        refuse(checks.document_problems(config.data, tuning.available_kernels()))
         with process_groups.raise_on_all_ranks():
             tokenizer = open_tokenizer(config.data, model.hf, model.arch.vocab)
-            self.windows = {
-                path: perplexity.windows(path, tokenizer, settings.sequence_length, limits)
-                for path in config.data.heldout
-            }
-        self.settings = settings
+        self.settings, self.data = config.evaluate, config.data
+        length, most = self.settings.sequence_length, self.settings.max_windows
+        self.windows, self.weights = heldout_windows(config.data, tokenizer, length, most)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -47,22 +46,35 @@ class HeldOut:
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the loss of a model, JSON-ready."""
-        return {
+        text = {
             "hash": self.digest,
             "sequence_length": self.settings.sequence_length,
             "max_windows": self.settings.max_windows,
         }
+        text |= {"weights": list(self.weights.values())} if self.weights else {}
+        return text | ({"document_mask": True} if self.data.document_mask else {})
 
-    def loss(self, model: Model, arch: Architecture) -> float:
-        """Nats a token over all files, of a model sharded over the current layout (collective).
+    def measure(self, model: Model, arch: Architecture, loss_fn: LossFunction | None = None) -> dict[str, float]:
+        """Means over all texts of a model sharded over the current layout (collective).
 
-        The same on all ranks, up to the last bit.
+        A text counts by its predicted tokens, one of a blend by its weight.
+
+        Args:
+            loss_fn: see `perplexity.ShardedModel`.
+
+        Returns:
+            "heldout_loss" and, with `loss_fn`, "heldout_kl", in nats a token; the same on all ranks, up to the last bit.
         """
         rows = perplexity.evaluate_windows(
             self.windows,
-            perplexity.ShardedModel(model, arch).nll,
+            perplexity.ShardedModel(model, arch, loss_fn).nll,
             micro_batch=self.settings.micro_batch,
             max_windows=self.settings.max_windows,
             group=process_groups.dp_group(),
         )
-        return sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+        weights = [self.weights[row["file"]] if self.weights else row["tokens"] for row in rows]
+        keys = {"heldout_loss": "loss"} | ({"heldout_kl": "kl"} if loss_fn else {})
+        return {
+            name: sum(row[key] * weight for row, weight in zip(rows, weights, strict=True)) / sum(weights)
+            for name, key in keys.items()
+        }

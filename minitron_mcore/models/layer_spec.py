@@ -206,7 +206,7 @@ def _aligned(position: int) -> int:
     return position // attention_band.BAND_ALIGNMENT * attention_band.BAND_ALIGNMENT
 
 
-@functools.lru_cache(maxsize=4)  # student and teacher, two parts of a sequence under context parallelism
+@functools.lru_cache(maxsize=attention_band.MASKS_KEPT)
 @torch.inference_mode(False)
 def _document_blocks(
     starts: Tensor, first_row: int, end_row: int, keys: int, window: int, heads: int, dtype: torch.dtype

@@ -14,7 +14,7 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 Row = Mapping[str, Any]
 _PIPED_WIDTH = 160
 TRAINING_FIGURES = (
-    *("step", "tokens", "kd_loss", "lm_loss", "heldout_loss"),
+    *("step", "tokens", "kd_loss", "lm_loss", "heldout_loss", "heldout_kl"),
     *("hidden_state_loss", "teacher_entropy", "grad_norm", "lr"),
 )
 """Figures of a training step that tables show, in their order."""

@@ -74,7 +74,7 @@ class SearchRunner:
 
         Raises:
             UserError: see `Space`, `Space.candidates`, `trainer.check`, `latency.check`, `study.apply_study` and
-                `perplexity.windows`; no held-out text; shards of a search by optuna.
+                `windows.heldout_windows`; shards of a search by optuna.
         """
         self.config, self.search, self.out_dir = config, config.search, Path(config.out_dir)
         self.source, self.teacher = source, teacher
@@ -92,7 +92,6 @@ class SearchRunner:
         refuse(ranges.positions("evaluate.sequence_length", length, source=source.arch.max_positions))
         if self.search.latency:
             latency.check(source.arch, self.search.speed)
-        refuse(ranges.text_files("data.heldout", config.data.heldout))
         if self.search.best:
             refuse(ranges.text_files("data.train", config.data.splits_file or config.data.train))
         self.heldout = HeldOut(config, source)
@@ -157,7 +156,7 @@ class SearchRunner:
         """Prune a candidate in memory and measure it; one model at a time."""
         plan, dtype = self.store.plan(candidate), self.config.dtype.value
         model = apply.build_pruned(self.source, plan, self.config.parallel, dtype, self.reader)
-        result = {"zero_shot_loss": self.heldout.loss(model, plan.target)}
+        result = {"zero_shot_loss": self.heldout.measure(model, plan.target)["heldout_loss"]}
         del model
         if self.search.latency and process_groups.rank() == 0:
             result |= latency.measure(plan.target, self.source.hf, self.search.speed, dtype)

@@ -93,6 +93,39 @@ def test_parameters_and_activations_are_those_of_built_models(layout, dtype):
         assert activations.stage(arch, sizes, 0, 1) == pytest.approx(measured[name], rel=0.06), name
 
 
+LONG = 320  # tokens: blocks of 128, 128 and 64 queries
+
+
+def kept_with_documents(archs, parallel):
+    """By model: bytes that autograd keeps of a forward pass over samples that one document fills."""
+    from minitron_mcore.models import build
+
+    found = {}
+    for name, arch in archs.items():
+        model, shape = build.build(arch, parallel, "bf16"), (MICRO_BATCH, LONG // parallel.context)
+        with saved_bytes(model.parameters()) as saved:
+            output = model(torch.zeros(shape, dtype=torch.int64), None, torch.zeros(shape, dtype=torch.int64))
+        found[name] = saved.now
+        del output
+    return found
+
+
+@pytest.mark.default_cases("cp2")
+@pytest.mark.parametrize("layout", ["one", "cp2"])
+def test_masks_of_documents_are_counted(layout):
+    world, parallel, _ = LAYOUTS[layout]
+    archs = {"llama": TINY, "window": dataclasses.replace(TINY, family="mistral", window=150)}
+    sizes = Setting(parallel, world, Dtype.bf16, MICRO_BATCH, LONG, Device.cpu, document_mask=True)
+    measured = on_ranks(kept_with_documents, world, parallel, archs, parallel)
+    for name, arch in archs.items():
+        masks, kept = activations.document_masks(arch, sizes), [rank[name] for rank in measured]
+        expected = activations.stage(arch, sizes, 0, 1) + masks
+        assert expected == pytest.approx(max(kept), rel=0.05) and masks > 0.08 * expected, (name, kept, masks)
+    (row,) = memory.training([TINY], None, CONFIG, sizes)
+    assert row["masks"] == (4 if world == 1 else 2) * activations.document_masks(TINY, sizes)
+    assert "masks" not in memory.training([TINY], None, CONFIG, dataclasses.replace(sizes, document_mask=False))[0]
+
+
 CONFIG = DistillConfig(
     steps=4, global_batch=12, micro_batch=MICRO_BATCH, sequence_length=LENGTH, warmup_steps=1, teacher_ahead=2
 )
@@ -261,8 +294,8 @@ def test_every_problem_is_told_at_once(tmp_path):
         "student: parallel.pipeline 40 is more than the model's 32 blocks",
         "teacher: parallel.expert is 3, but the model has no experts",
         "the teacher's vocabulary has 256000 tokens, the student's 128256",
-        "global_batch 33 is not a multiple of micro_batch 2",
-        "warmup_steps is 9960; it must be below steps 9960",
+        "distill.global_batch 33 is not a multiple of distill.micro_batch 2",
+        "distill.warmup_steps is 9960; it must be below distill.steps 9960",
         "hidden 3500 is not a multiple of 24 heads",
         "a rank of pipeline stage 0 needs",
     )

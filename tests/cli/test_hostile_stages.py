@@ -1,5 +1,6 @@
 """Hostile files as a user meets them, at every launch file: a failure means that a command ran code or ended in a traceback."""
 
+import contextlib
 import gc
 import json
 import os
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from minitron_mcore import testing
+from minitron_mcore.checkpoint import claim
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from tests.helpers import hostile, models, tiny_run
-from tests.helpers.launching import ROOT
+from tests.helpers.launching import ROOT, word_tokenizer
 
 OURS, GPT = "decoder.final_norm.weight", "decoder.final_layernorm.weight"
 COMMON = [
@@ -220,3 +222,36 @@ def test_no_command_runs_a_config(tmp_path, made, stage, kind):
     (folder / "new/config.yaml").write_text(hostile.YAML[kind].replace("FLAG", str(folder / "flag")))
     source = ["source=runs/tiny/prune"] if stage == "export" else []
     refused(folder, [stage, NEW, *source], "out_dir")
+
+
+TEXTS = {
+    "bad line": ('{"text": "a"}\n{"text": \n', "a.jsonl, line 2:"),
+    "wrong key": ('{"text": "a"}\n{"body": "b"}\n', 'a.jsonl, line 2: no string under "text"'),
+    "unreadable gz": ("no gzip", "a.jsonl.gz cannot be read to its end"),
+    "missing": (None, "a.jsonl is neither a file nor the prefix of a .bin/.idx pair: check the path"),
+    "other content in out_dir": ('{"text": "a b"}\n', "tokens.json is of text files or a tokenizer that have changed"),
+    "out_dir in use": ('{"text": "a"}\n', "new"),
+    "another stage's out_dir": ('{"text": "a"}\n', "new holds another run (stage was importance, is tokenizetext)"),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind == "bad line" else SLOW) for kind in TEXTS])
+def test_tokenize_text_refuses_in_one_sentence(tmp_path, kind):
+    """Text that is damaged or absent, and folders that hold something else; nothing half made is left as if it were whole."""
+    content, sentence = TEXTS[kind]
+    word_tokenizer(tmp_path / "hf")
+    text = tmp_path / ("a.jsonl.gz" if kind == "unreadable gz" else "a.jsonl")
+    if content is not None:
+        text.write_text(content)
+    command = ["tokenize_text", NEW, f"files=[{text.name}]", "processes=1"]
+    if kind == "other content in out_dir":
+        text.write_text('{"text": "a"}\n')
+        assert typed(tmp_path, *command)[0] == 0
+        text.write_text(content)
+    if kind == "another stage's out_dir":
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/config.yaml").write_text("stage: importance\n")
+    is_used = kind == "out_dir in use"
+    with claim.claim_run_folder(tmp_path / "new", {"stage": "tokenizetext"}) if is_used else contextlib.nullcontext():
+        refused(tmp_path, command, sentence)
+    assert not (tmp_path / "new/tokens.json").exists() or kind == "other content in out_dir"

@@ -86,19 +86,19 @@ def test_ranges_of_two_kinds_or_without_end_are_refused(given):
 
 
 WRONG = {
-    "min_lr": (2e-4, "min_lr is 0.0002; it must be at least 0 and at most peak_lr 0.0001"),
-    "peak_lr": (0.0, "peak_lr is 0; it must be above 0"),
-    "adam_beta1": (-0.1, "adam_beta1 is -0.1; it must be at least 0 and below 1"),
-    "adam_beta2": (1.5, "adam_beta2 is 1.5; it must be at least 0 and below 1"),
-    "weight_decay": (-1.0, "weight_decay is -1"),
+    "min_lr": (2e-4, "distill.min_lr is 0.0002; it must be at least 0 and at most distill.peak_lr 0.0001"),
+    "peak_lr": (0.0, "distill.peak_lr is 0; it must be above 0"),
+    "adam_beta1": (-0.1, "distill.adam_beta1 is -0.1; it must be at least 0 and below 1"),
+    "adam_beta2": (1.5, "distill.adam_beta2 is 1.5; it must be at least 0 and below 1"),
+    "weight_decay": (-1.0, "distill.weight_decay is -1"),
     "clip_grad": (float("nan"), "clip_grad is nan"),
-    "kd_weight": (-1.0, "kd_weight is -1; it must be finite and at least 0"),
-    "lm_weight": (-1.0, "lm_weight is -1; it must be finite and at least 0"),
+    "kd_weight": (-1.0, "distill.kd_weight is -1; it must be finite and at least 0"),
+    "lm_weight": (-1.0, "distill.lm_weight is -1; it must be finite and at least 0"),
     "temperature": (float("inf"), "temperature is inf; it must be above 0 and finite"),
-    "log_every": (0, "log_every is 0"),
-    "save_every": (0, "save_every is 0"),
-    "stop_after": (0, "stop_after is 0"),
-    "sequence_length": (65, "sequence_length is 65, but the student has 64 positions"),
+    "log_every": (0, "distill.log_every is 0"),
+    "save_every": (0, "distill.save_every is 0"),
+    "stop_after": (0, "distill.stop_after is 0"),
+    "sequence_length": (65, "distill.sequence_length is 65, but the student has 64 positions"),
 }
 
 

@@ -14,7 +14,7 @@ from minitron_mcore.checkpoint import stage_record
 from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.data import datasets, token_cache, token_files
-from minitron_mcore.data.blend import expand, parse_blend, train_entries
+from minitron_mcore.data.blend import expand, parse_blend, split_entries
 from minitron_mcore.errors import UserError
 from tests.helpers.launching import config_of
 from tests.helpers.text_files import write_jsonl
@@ -63,11 +63,11 @@ def test_megatrons_lists(tmp_path):
             parse_blend(wrong)
     path = tmp_path / "splits.json"
     path.write_text(json.dumps({"train": ["0.3", "a", "0.7", "b"], "valid": "c d"}))
-    assert train_entries([], str(path)) == ["0.3", "a", "0.7", "b"]
+    assert split_entries([], str(path)) == ["0.3", "a", "0.7", "b"]
     for content in ('{"valid": ["a"]}', '{"train": []}', '{"train": [1]}', "[]", "{"):
         path.write_text(content)
         with pytest.raises(UserError, match=re.escape(str(path))):
-            train_entries([], str(path))
+            split_entries([], str(path))
 
 
 def test_a_folders_weight_is_shared_by_tokens(tmp_path):
@@ -129,14 +129,17 @@ def test_mistakes_are_sentences(tmp_path):
 def test_changed_files_of_a_folder_are_changed_inputs(tmp_path):
     """What a finished stage was made from is compared by content, in all forms of lists."""
     prefix = write_pair(tmp_path / "f/pair", 4)
-    (tmp_path / "s.json").write_text(json.dumps({"train": ["1", prefix]}))
-    for data in (
-        {"train": [str(tmp_path / "f")]},
-        {"train": [f"{tmp_path}/f/*.bin"]},
-        {"train": ["0.5", prefix]},
-        {"train": [], "splits_file": str(tmp_path / "s.json")},
+    (tmp_path / "s.json").write_text(json.dumps({"train": ["1", prefix], "valid": [prefix]}))
+    for stage, data in (
+        ("distill", {"train": [str(tmp_path / "f")]}),
+        ("distill", {"train": [f"{tmp_path}/f/*.bin"]}),
+        ("distill", {"train": ["0.5", prefix]}),
+        ("distill", {"train": [], "splits_file": str(tmp_path / "s.json")}),
+        ("evaluate", {"heldout": [], "train": [], "splits_file": str(tmp_path / "s.json")}),
+        ("evaluate", {"heldout": [], "train": [prefix], "split": "1,1"}),
+        ("evaluate", {"heldout": [prefix], "train": ["absent"], "split": "1,1"}),
     ):
-        config = {"stage": "distill", "data": data}
+        config = {"stage": stage, "data": data}
         write_pair(tmp_path / "f/pair", 4)
         (before,) = stage_record.inputs(config).values()
         write_pair(tmp_path / "f/pair", 4, seed=1)

@@ -12,7 +12,7 @@ from minitron_mcore.data.loss_mask import loss_mask
 from minitron_mcore.data.text_reader import Text, documents
 from minitron_mcore.data.tokenizer import Spans, load
 from minitron_mcore.errors import UserError
-from minitron_mcore.evaluation import perplexity
+from minitron_mcore.evaluation.windows import file_windows
 from tests.data.test_loss_mask import write_lines
 from tests.helpers import hostile
 from tests.helpers.sentencepieces import train
@@ -63,7 +63,7 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path):
             assert oracle.decode(tokens[n][masks[n] == 1]) == "".join(f"{answer}<|im_end|>" for answer in answers)
         assert tokens[0][0] == oracle.bos_token_id and tokens[0][-1] == oracle.eos_token_id and masks[0].all()
     # Held-out conversations are measured on the same tokens.
-    windows = perplexity.windows(write_lines(tmp_path / "b.jsonl", rows), load(plain), 32)
+    windows = file_windows(write_lines(tmp_path / "b.jsonl", rows), load(plain), 32)
     whole = np.concatenate([made[0][1][n] for n in [*range(2, 12), *range(14, 28)]])
     whole[::32] = 0
     assert windows.mask.sum() == whole.sum()

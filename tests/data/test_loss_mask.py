@@ -17,7 +17,7 @@ from minitron_mcore.data.datasets import SampleOrder, Samples, data_hash
 from minitron_mcore.data.text_reader import documents
 from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
-from minitron_mcore.evaluation import perplexity
+from minitron_mcore.evaluation.windows import file_windows
 from tests.data.test_documents import write_documents
 from tests.helpers.text_files import texts, write_tokenizer
 
@@ -113,7 +113,7 @@ def test_samples_count_the_labels_of_the_masks(tmp_path, weights):
 def test_held_out_completions_alone_are_predicted(tmp_path):
     tokenizer = load(write_tokenizer(tmp_path / "tokenizer"))
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "the cat ", "completion": "sat on the mat"}] * 3)
-    cut = perplexity.windows(path, tokenizer, 64)
+    cut = file_windows(path, tokenizer, 64)
     found = tokenizer.decode(cut.tokens[cut.mask].tolist())
     assert found.replace(" ", "") == "satonthemat" * 3 and int(cut.num_bytes.sum()) == len(found)
 

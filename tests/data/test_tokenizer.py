@@ -18,6 +18,7 @@ from minitron_mcore.data import datasets, token_cache, token_files
 from minitron_mcore.data.tokenizer import load, open_tokenizer
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
+from minitron_mcore.evaluation.windows import file_windows
 from minitron_mcore.testing import on_ranks
 from tests.helpers import models as tiny
 from tests.helpers.sentencepieces import DOCS, LLAMA, PLAIN, proto, train
@@ -205,7 +206,7 @@ def test_texts_beyond_the_embedding_are_refused_with_both_numbers(spms, tmp_path
         EvaluateRun(source=str(hf), data=texts, evaluate=EvaluateConfig(sequence_length=64))
     )
     with pytest.raises(UserError, match=rf"token \d+ .*{ROWS} rows"):
-        perplexity.windows(file, reader, 64)
+        file_windows(file, reader, 64)
 
 
 def test_ids_that_no_text_uses_need_no_row(tmp_path):

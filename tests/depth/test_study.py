@@ -137,10 +137,10 @@ def test_points_are_those_of_a_model_with_the_layers_deleted(made, layout):
     from minitron_mcore.data import tokenizer
     from minitron_mcore.estimate import memory
     from minitron_mcore.estimate.setting import Setting
-    from minitron_mcore.evaluation import perplexity
+    from minitron_mcore.evaluation.windows import file_windows
 
     world, parallel = LAYOUTS[layout]
-    found = perplexity.windows(str(made / "text.txt"), tokenizer.load(made / "hf"), LENGTH)
+    found = file_windows(str(made / "text.txt"), tokenizer.load(made / "hf"), LENGTH)
     assert len(found.tokens) == 6 and not found.mask[-1].all()  # the last is padded; four ranks' passes are not filled
     rows = multiple_choice.read(str(made / "questions.jsonl"))
     expected, ranks = (

@@ -17,7 +17,9 @@ from minitron_mcore.config.settings import (
     PruneConfig,
 )
 from minitron_mcore.config.stages import EvaluateRun, Run
+from minitron_mcore.data import tokenizer
 from minitron_mcore.errors import UserError
+from minitron_mcore.evaluation.windows import file_windows
 from minitron_mcore.testing import on_ranks
 from tests.helpers import training
 from tests.helpers.cutting import ONE, export, write_family
@@ -53,6 +55,22 @@ def folder(tmp_path_factory):
 def settings(at) -> dict:
     data = DataConfig(heldout=[f"{at}/a.jsonl", f"{at}/b.jsonl"], tokenizer=f"{at}/tokenizer")
     return {"data": data, "evaluate": EvaluateConfig(sequence_length=16, micro_batch=3), "dtype": Dtype.fp32}
+
+
+def dense_kl(at, student) -> float:
+    """KL(teacher || student) on the held-out text in nats a token, from transformers' modules in fp64."""
+    from transformers import AutoModelForCausalLM
+
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in (at / "hf", student)
+    )
+    total, count = 0.0, 0
+    for path in settings(at)["data"].heldout:
+        windows = file_windows(path, tokenizer.load(at / "tokenizer"), 16)
+        t, s = (model(windows.tokens).logits[:, :-1].detach().log_softmax(-1) for model in (teacher, student))
+        total += ((t.exp() * (t - s)).sum(-1) * windows.mask[:, 1:]).sum().item()
+        count += int(windows.mask.sum())
+    return total / count
 
 
 def measure(at, parallel, out_dir):
@@ -110,6 +128,8 @@ def test_training_is_bit_equal_and_the_lowest_loss_is_kept(tmp_path, folder, alo
         open_checkpoint(tmp_path / "plain", step="best")
     a, b = (export(tmp_path / name, tmp_path / f"{name}_hf") for name in ("plain", "measured"))
     assert all(torch.equal(a[key], weight) for key, weight in b.items())
+    divergence = {row["step"]: row["heldout_kl"] for row in measured if "heldout_loss" in row}
+    assert math.isclose(divergence[5], dense_kl(folder, tmp_path / "measured_hf"), rel_tol=2e-5)
     for name in ("measured", "parts"):
         best = json.loads((tmp_path / name / "best.json").read_text())
         lowest = min(losses, key=losses.get)
@@ -118,6 +138,7 @@ def test_training_is_bit_equal_and_the_lowest_loss_is_kept(tmp_path, folder, alo
         assert open_checkpoint(tmp_path / name, step="best").step == "step_0000004"
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert {row["step"]: row["heldout_loss"] for row in lines if row["heldout_loss"] is not None} == losses
+        assert {row["step"]: row["heldout_kl"] for row in lines if row["heldout_kl"] is not None} == divergence
 
 
 def test_what_cannot_be_measured_is_refused_before_work_starts():
@@ -131,6 +152,11 @@ def test_what_cannot_be_measured_is_refused_before_work_starts():
     ]
     for stage in ("distill", "correct"):
         problems = dry_run.plan(config_of(stage, "+model=llama31_8b", *overrides, f"{stage}.eval_every=0"))["problems"]
-        for part in ("eval_every is 0", "data.heldout is empty", "multiple of 4 tokens: give 1024", "max_windows is 0"):
+        for part in (
+            f"{stage}.eval_every is 0",
+            "data.heldout is empty: give text files",
+            "multiple of 4 tokens: give 1024",
+            "max_windows is 0",
+        ):
             assert any(part in problem for problem in problems), (part, problems)
         assert not dry_run.plan(config_of(stage, "+model=llama31_8b", *overrides))["problems"]

@@ -188,14 +188,17 @@ def test_a_ratio_to_nothing_is_refused():
     config = dataclasses.replace(CONFIG, kd_weight=0.0, hidden_state_loss=HiddenStateLossConfig(1.0, dynamic=True))
     (problem,) = checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1)
     assert problem.startswith(
-        "distill.hidden_state_loss.dynamic scales by the ratio to the divergence, but kd_weight is 0"
+        "distill.hidden_state_loss.dynamic scales by the ratio to the divergence, but distill.kd_weight is 0"
     )
 
 
 def test_states_alone_are_something_to_train_on():
     config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=0.0)
     (problem,) = checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1)
-    assert "kd_weight, lm_weight and hidden_state_loss.weight are all 0: there is nothing to train on." in problem
+    assert (
+        "distill.kd_weight, .lm_weight and .hidden_state_loss.weight are all 0: there is nothing to train on."
+        in problem
+    )
     config = dataclasses.replace(config, hidden_state_loss=HiddenStateLossConfig(1.0))
     assert not list(checks.problems(ARCH["student"], ARCH["teacher"], config, ONE, 1))
     assert (

@@ -86,8 +86,11 @@ def test_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, pair):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"global_batch": 3}, "global_batch 3 is not a multiple of micro_batch 1 x 2 data-parallel ranks = 2: give 2"),
-        ({"warmup_steps": 4}, "warmup_steps is 4; it must be below steps 4"),
+        (
+            {"global_batch": 3},
+            "distill.global_batch 3 is not a multiple of distill.micro_batch 1 x 2 data-parallel ranks = 2: give 2",
+        ),
+        ({"warmup_steps": 4}, "distill.warmup_steps is 4; it must be below distill.steps 4"),
         ({"kd_weight": 0.0}, "nothing to train on"),
         (
             {"divergence": "cosine", "temperature": 2.0},

@@ -74,5 +74,5 @@ def test_top_k_is_of_the_shared_ids():
     student, teacher = (dataclasses.replace(ARCH, vocab=vocab) for vocab in (130, 101))
     config = dataclasses.replace(CONFIG, top_k=110)
     assert list(checks.problems(student, teacher, config, ONE, 1)) == [
-        "top_k is 110; it must be at least 1 and below the vocabulary of 101, which is top_k null."
+        "distill.top_k is 110; it must be at least 1 and below the vocabulary of 101, which is top_k null."
     ]

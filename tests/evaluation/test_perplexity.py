@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.data import token_cache
 from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation import perplexity
+from minitron_mcore.evaluation.windows import Windows, file_windows
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import on_ranks
 from tests.helpers.text_files import texts, write_jsonl, write_tokenizer
@@ -44,7 +44,7 @@ def files(tmp_path_factory) -> list[str]:
     return [write_jsonl(folder / "a.jsonl.gz", texts(9, 4)), str(folder / "b.txt")]
 
 
-def reference(model, windows: perplexity.Windows) -> float:
+def reference(model, windows: Windows) -> float:
     """Sum of -log p, window by window, in fp64."""
     total = 0.0
     for tokens, mask in zip(windows.tokens, windows.mask, strict=True):
@@ -59,7 +59,7 @@ def test_windows_hold_the_text_and_count_its_bytes(tmp_path, bos):
     folder = write_tokenizer(tmp_path / "tokenizer", bos)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [text.encode("ascii", "ignore").decode() for text in texts(12, 7)]
-    cut = perplexity.windows(write_jsonl(tmp_path / "f.jsonl", rows), load(folder), S)
+    cut = file_windows(write_jsonl(tmp_path / "f.jsonl", rows), load(folder), S)
     stream = [token for row in rows for token in [*tokenizer(row).input_ids, tokenizer.eos_token_id]]
     assert cut.tokens.flatten()[: len(stream)].tolist() == stream and len(cut.tokens) == math.ceil(len(stream) / S)
     assert (cut.tokens.flatten()[len(stream) :] == tokenizer.eos_token_id).all()
@@ -74,7 +74,7 @@ def test_windows_hold_the_text_and_count_its_bytes(tmp_path, bos):
 def test_unpredicted_bytes_are_those_of_each_windows_first_token(files, llama):
     tokenizer = AutoTokenizer.from_pretrained(llama[0])
     text = Path(files[1]).read_bytes().decode()
-    cut = perplexity.windows(files[1], load(llama[0]), 1000)
+    cut = file_windows(files[1], load(llama[0]), 1000)
     assert len(cut.tokens) == 1
     first = tokenizer(text, return_offsets_mapping=True).offset_mapping[0][1]
     assert int(cut.num_bytes.sum()) == os.path.getsize(files[1]) - len(text[:first].encode())
@@ -89,13 +89,13 @@ def test_bytes_do_not_depend_on_how_a_tokenizer_treats_spaces(tmp_path):
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path)
     (tmp_path / "f.txt").write_bytes("  the naïve\n日本 cat \n".encode())
-    cut = perplexity.windows(str(tmp_path / "f.txt"), load(str(tmp_path)), 4)
+    cut = file_windows(str(tmp_path / "f.txt"), load(str(tmp_path)), 4)
     assert cut.tokens.tolist() == [[1, 0, 0, 2]]  # the window of EOS alone has nothing to predict
     assert cut.num_bytes.tolist() == [len(" naïve\n日本 cat \n".encode())]
 
 
-def cuts(files, folder) -> dict[str, perplexity.Windows]:
-    return {file: perplexity.windows(file, load(folder), S) for file in files}
+def cuts(files, folder) -> dict[str, Windows]:
+    return {file: file_windows(file, load(folder), S) for file in files}
 
 
 def test_losses_equal_cross_entropy_in_fp64(files, llama, monkeypatch):
@@ -105,7 +105,7 @@ def test_losses_equal_cross_entropy_in_fp64(files, llama, monkeypatch):
     assert hf.parameters == sum(p.numel() for p in model.parameters())
     rows = perplexity.evaluate_windows(cuts(files, folder), hf.nll, micro_batch=2)
     for file, row in zip(files, rows, strict=True):
-        cut = perplexity.windows(file, load(folder), S)
+        cut = file_windows(file, load(folder), S)
         expected, tokens, size = reference(model, cut), int(cut.mask.sum()), int(cut.num_bytes.sum())
         assert row["file"] == file and row["tokens"] == tokens and row["bytes"] == size
         assert row["loss"] == pytest.approx(expected / tokens, rel=1e-6)
@@ -122,7 +122,7 @@ def test_max_windows_are_spread_over_the_file(files, llama):
         return mask.sum()
 
     (row,) = perplexity.evaluate_windows(cuts(files[:1], folder), nll, micro_batch=2, max_windows=3)
-    cut = perplexity.windows(files[0], load(folder), S)
+    cut = file_windows(files[0], load(folder), S)
     kept = [0, len(cut.tokens) // 3, 2 * len(cut.tokens) // 3]
     assert torch.equal(torch.cat(seen), cut.tokens[kept])
     assert row["loss"] == 1.0 and row["bytes"] == int(cut.num_bytes[kept].sum())
@@ -183,13 +183,11 @@ def test_bad_input_is_one_sentence(tmp_path, files, llama):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be loaded"):
         perplexity.HFModel(str(tmp_path))
-    with pytest.raises(UserError, match="evaluate on the text itself"):
-        perplexity.windows(token_cache.tokenize(files[:1], tokenizer, str(tmp_path))[0], tokenizer, S)
     one = write_jsonl(tmp_path / "one.jsonl", ["a"])
     with pytest.raises(UserError, match="no token to predict"):
-        perplexity.windows(one, tokenizer, S)
+        file_windows(one, tokenizer, S)
     with pytest.raises(UserError, match="neither a file"):
-        perplexity.windows("absent.txt", tokenizer, S)
+        file_windows("absent.txt", tokenizer, S)
 
 
 def test_models_that_change_their_logits_are_refused(tmp_path):

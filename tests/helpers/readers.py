@@ -35,6 +35,7 @@ from minitron_mcore.distill.metrics import MetricsWriter
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import refuse
 from minitron_mcore.evaluation import multiple_choice, perplexity
+from minitron_mcore.evaluation.windows import file_windows
 from minitron_mcore.export import model_card
 from minitron_mcore.formats import hf_convert, megatron_gpt, sources
 from minitron_mcore.importance.scores import load_scores, save_scores, summary
@@ -203,7 +204,7 @@ def texts(folder: Path) -> None:
     loaded = tokenizer.load(BASE / "hf")
     token_cache.tokenize(names, loaded, str(folder / "cache"))
     for name in names:
-        perplexity.windows(name, loaded, S)
+        file_windows(name, loaded, S)
     for name in ("q.jsonl", "r.jsonl.gz"):
         multiple_choice.read(str(folder / name))
 

@@ -309,7 +309,7 @@ def searches(config, root) -> dict:
     def there(name) -> int:
         return len(list((root / "pieces/candidates").glob(f"*/{name}")))
 
-    usual, looks = HeldOut.loss, []
+    usual, looks = HeldOut.measure, []
 
     def cut_off_at_the_second(*args):
         looks.append(1)
@@ -328,10 +328,10 @@ def searches(config, root) -> dict:
         run("unstudied", blocks=[3])
     with other_scores(root), pytest.raises(UserError, match="was made from scores"):
         run("pieces")
-    HeldOut.loss = cut_off_at_the_second
+    HeldOut.measure = cut_off_at_the_second
     with pytest.raises(Cut):
         run("pieces", shards=2, shard=1)
-    HeldOut.loss = usual
+    HeldOut.measure = usual
     assert there("distill") == 1 and not (root / "pieces" / COMPLETE).exists()
     run("pieces")
     found = {name: json.loads((root / name / "search.json").read_text()) for name in ("whole", "pieces")}
