@@ -13,9 +13,13 @@ model's fingerprint, config and tokenizer, bit for bit. Every case has one outco
 
 Full disks are mounts, which only root can make. Ranks are forked by an agent, which ends them as torchrun does; some cases run
 under torchrun itself (kinds "torchrun" and "hang").
+
+`--json FILE` gets a line for each outcome as soon as it is known, and the table counts all lines of the file. A case that has a
+line is not run again, so the same command goes on where it was interrupted.
 """
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -25,14 +29,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fault_cases as cases
-from common import Figure, parser, write
+from common import parser
 from fault_cases import Campaign, Outcome
 from rich.console import Console
 from rich.table import Table
@@ -75,29 +79,28 @@ type Case = Callable[[], Iterator[Outcome]]
 
 
 def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
-    """All cases of the campaign; `seconds` is for how long an undisturbed run takes."""
-    rng, quick = random.Random(options.seed), options.quick
-    numbers = itertools.count()
+    """All cases of the campaign, or with `quick` one of the kinds that matter most; `seconds`: of an undisturbed run."""
+    rng, numbers = random.Random(options.seed), itertools.count()
 
     def case(fn: Callable, *arguments) -> Case:
         return partial(fn, campaign, f"{next(numbers):03d}_{fn.__name__}", *arguments)
 
-    moments = list(kill_moments(rng, 2 if quick else options.kills, seconds))
-    for some in itertools.batched(moments, 4):
-        yield case(cases.kills, list(some))
     files = sorted(str(file.relative_to(campaign.root / "stopped" / RUN)) for file in stopped_files(campaign.root))
-    damaged = list(itertools.product(files, DAMAGE))
-    for file, how in rng.sample(damaged, 2) if quick else damaged:
+    if options.quick:
+        yield case(cases.kills, [Fault("all", moment=MOMENTS["during a save"][0], nth=3)])
+        yield case(cases.damages, next(file for file in reversed(files) if file.endswith(".distcp")), "flipped", 0.5)
+        yield case(cases.second_start, 3)
+        yield case(cases.signals, Fault("rank", signal.SIGTERM, rank=1, after=seconds / 2))
+        return
+    for some in itertools.batched(kill_moments(rng, options.kills, seconds), 4):
+        yield case(cases.kills, list(some))
+    for file, how in itertools.product(files, DAMAGE):
         yield case(cases.damages, file, how, rng.random())
-    yield case(cases.second_start, 3)
-    for stop in stop_faults(rng, 1 if quick else 16, seconds):
+    yield from (case(cases.second_start, lines) for lines in (0, 3))
+    for stop in stop_faults(rng, seconds):
         yield case(cases.signals, stop)
     if os.geteuid() == 0:  # may mount
-        rooms = (16_384, 49_152, *rng.sample(range(100_000, 800_000), 4))
-        yield from (case(cases.disk_full, room) for room in rooms[: 1 if quick else None])
-    if quick:
-        return
-    yield case(cases.second_start, 0)
+        yield from (case(cases.disk_full, room) for room in (16_384, 49_152, *rng.sample(range(100_000, 800_000), 4)))
     for number, target, rank in (
         *((number, "agent", 0) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL)),
         *((number, "rank", rank) for number in (signal.SIGTERM, signal.SIGUSR1) for rank in (0, 1)),
@@ -112,10 +115,10 @@ def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
         yield case(cases.other_layout, layout, processes)
 
 
-def stop_faults(rng: random.Random, count: int, seconds: float) -> Iterator[Fault]:
+def stop_faults(rng: random.Random, seconds: float) -> Iterator[Fault]:
     """SIGTERM and SIGUSR1 to one rank and to all, at random times and during saves."""
     pattern, times, _ = MOMENTS["during a save"]
-    for n in range(count):
+    for n in range(16):
         target, number = ("rank", "ranks")[n // 2 % 2], (signal.SIGTERM, signal.SIGUSR1)[n % 2]
         if n % 4 == 0:
             yield Fault("rank", number, moment=pattern, nth=rng.randint(1, times), rank=rng.choice((0, 1)))
@@ -129,37 +132,46 @@ def stopped_files(root: Path) -> Iterator[Path]:
     return (path for path in run.rglob("*") if path.is_file() and path.suffix != ".png")
 
 
-def execute(case: Case) -> list[Outcome]:
-    begin = time.monotonic()
+def execute(case: Case) -> list[dict]:
+    """Lines of the outcomes of a case, without its files."""
+    begin, (made, name, *_) = time.monotonic(), case.args
     try:
         outcomes = list(case())
     except Exception as error:
         outcomes = [Outcome(case.func.__name__, "undetected", f"{type(error).__name__}: {error}")]
-    folder = case.args[0].root / "cases" / case.args[1]
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(made.root / "cases" / name, ignore_errors=True)
     seconds = (time.monotonic() - begin) / len(outcomes)
     for each in outcomes:
-        print(f"{case.args[1]}: {each.outcome}: {each.detail}", flush=True)
-    return [replace(each, seconds=seconds) for each in outcomes]
+        print(f"{name}: {each.outcome}: {each.detail}", flush=True)
+    return [{"case": name, "seconds": round(seconds, 1)} | asdict(each) for each in outcomes]
 
 
-def table(outcomes: list[Outcome]) -> Table:
+def table(lines: list[dict]) -> Table:
     shown = Table("kind", "cases", *OUTCOMES, "seconds")
     for kind in (*KINDS, ""):
-        rows = [each for each in outcomes if kind in ("", each.kind)]
-        counts = [sum(each.outcome == name for each in rows) for name in OUTCOMES]
-        shown.add_row(kind or "all", f"{len(rows)}", *map(str, counts), f"{sum(each.seconds for each in rows):.0f}")
+        rows = [line for line in lines if kind in ("", line["kind"])]
+        counts = [sum(line["outcome"] == name for line in rows) for name in OUTCOMES]
+        shown.add_row(kind or "all", f"{len(rows)}", *map(str, counts), f"{sum(line['seconds'] for line in rows):.0f}")
     return shown
 
 
-def campaign(options) -> list[Outcome]:
+def campaign(options) -> list[dict]:
+    """Lines of all outcomes, those that the file had included."""
+    file: Path | None = options.json
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file and file.is_file() else []
+    known = {line["case"] for line in lines}
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        made, seconds = Campaign.make(root)
-        planned = plan(made, options, seconds)
-        chosen = [case for case in planned if not options.only or case.func.__name__ in options.only.split(",")]
+        made, seconds = Campaign.make(Path(folder))
+        chosen = [case for case in plan(made, options, seconds) if case.args[1] not in known]
+        if options.only:
+            chosen = [case for case in chosen if case.func.__name__ in options.only.split(",")]
         with ThreadPoolExecutor(2) as pool:
-            return list(itertools.chain.from_iterable(pool.map(execute, chosen)))
+            for found in pool.map(execute, chosen):
+                lines += found
+                if file:
+                    with file.open("a") as opened:
+                        opened.writelines(json.dumps(line) + "\n" for line in found)
+    return lines
 
 
 def main() -> None:
@@ -167,17 +179,9 @@ def main() -> None:
     arguments.add_argument("--kills", type=int, default=100, help="number of SIGKILLs")
     arguments.add_argument("--only", metavar="NAMES", help="functions of fault_cases.py, separated by commas")
     arguments.add_argument("--seed", type=int, default=0)
-    options = arguments.parse_args()
-    outcomes = campaign(options)
-    Console(width=120).print(table(outcomes))
-    figures = [
-        Figure("faults", kind, "minitron_mcore", name, sum(each.outcome == name for each in rows), "cases")
-        for kind in KINDS
-        if (rows := [each for each in outcomes if each.kind == kind])
-        for name in OUTCOMES
-    ]
-    write(figures, options.json)
-    sys.exit(any(each.outcome not in ("resumed", "refused") for each in outcomes))
+    lines = campaign(arguments.parse_args())
+    Console(width=120).print(table(lines))
+    sys.exit(any(line["outcome"] not in ("resumed", "refused") for line in lines))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 A Hugging Face folder is written by one process and checked against transformers, vLLM and TensorRT-LLM. `format=gguf` writes one
 file for llama.cpp, on one process too. `format=gpt` writes a checkpoint of Megatron-Core's GPTModel on any number of processes.
 
-minitron export +model=smollm2_135m
 minitron export +model=smollm2_135m format=gguf gguf_type=q8_0
 minitron export --nproc 8 +model=llama31_8b format=gpt parallel=tp8
 """
@@ -26,12 +25,9 @@ def main(config: ExportRun) -> None:
 
     source, dtype = run_folder.open_checkpoint(config.source, step=config.step), config.dtype.value
     if config.format == "gpt":
-        options = config.parallel, dtype, config.names.value, config.vocab_multiple
-        with (
-            process_groups.stage_context(config),
-            claim.new_run_folder(config.out_dir, resolved(config)) as folder,
-        ):
-            parameters = megatron_gpt.export_folder(source, folder, *options)
+        names = config.names.value, config.vocab_multiple
+        with process_groups.stage_context(config), claim.new_run_folder(config.out_dir, resolved(config)) as folder:
+            parameters = megatron_gpt.export_folder(source, folder, config.parallel, dtype, *names)
     elif not is_rank_zero():
         return
     elif config.format == "gguf":

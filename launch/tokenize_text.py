@@ -24,7 +24,7 @@ def main(config: TokenizeTextRun) -> None:
         return tables.table("files to tokenise", corpus.rows(), [f"{corpus.processes} processes"])
     with claim.claim_run_folder(config.out_dir, resolved(config)):
         rows = corpus.tokenize()
-    claim.finish(config.out_dir)
+        claim.finish(config.out_dir)
     tables.table(
         "tokens", rows, ["seconds: of all processes together", f"train on them: data.train=[{config.out_dir}]"]
     )

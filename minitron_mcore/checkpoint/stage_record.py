@@ -18,7 +18,8 @@ from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_
 
 COMPLETE, INPUTS = ".complete", "inputs.json"
 READ_BYTES = 1 << 30
-"""Of a larger input file, READ_BYTES in evenly spaced blocks are hashed."""
+"""Hashed of an input, in equal shares of its files: a second or two. Times and sizes would take none, but copies and git change
+times, and another content may have the same size."""
 _BLOCK = 1 << 20
 _HASHED_BYTES = 1 << 20
 """Outputs up to this size are compared by SHA-256, larger ones by size."""
@@ -75,13 +76,13 @@ def _text_fingerprint(entry: str) -> str | None:
         files = blend.expand(entry)
     except UserError:  # the stage that reads the text refuses it
         return None
-    each = [_fingerprint("data", Path(file)) for file in files]
+    each = [_fingerprint("data", Path(file), READ_BYTES // len(files)) for file in files]
     if len(each) == 1 or None in each:
         return each[0] if len(each) == 1 else None
     return hashlib.sha256(" ".join(each).encode()).hexdigest()[:16]
 
 
-def _fingerprint(role: str, path: Path) -> str | None:
+def _fingerprint(role: str, path: Path, read_bytes: int = READ_BYTES) -> str | None:
     """16 hex digits that identify what is at a path, without the path; None for nothing."""
     if role in _MODELS and (path / "model.json").is_file():
         remedy = "make the checkpoint again"
@@ -99,7 +100,8 @@ def _fingerprint(role: str, path: Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(path) if path.is_dir() else file.suffix} ".encode() + content_hash(file))
+        digest.update(f"{file.relative_to(path) if path.is_dir() else file.suffix} ".encode())
+        digest.update(_content_hash(file, read_bytes // len(files)))
     return digest.hexdigest()[:16]
 
 
@@ -110,12 +112,12 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def content_hash(path: Path) -> bytes:
-    """SHA-256 of a file's size and content; of a file above READ_BYTES, of evenly spaced blocks of it."""
-    size, count = path.stat().st_size, READ_BYTES // _BLOCK
+def _content_hash(path: Path, read_bytes: int) -> bytes:
+    """SHA-256 of a file's size and content; of a file above `read_bytes`, of at least two evenly spaced blocks of it."""
+    size, count = path.stat().st_size, max(2, read_bytes // _BLOCK)
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= READ_BYTES:
+        if size <= max(read_bytes, 2 * _BLOCK):
             digest.update(hashlib.file_digest(file, "sha256").digest())
         else:
             for block in range(count):

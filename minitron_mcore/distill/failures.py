@@ -10,7 +10,7 @@ out_dir/
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,12 +18,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint import claim, run_folder
 from minitron_mcore.config.settings import BadLoss, TrainConfig
 from minitron_mcore.distill.phases import TrainingPhase
 from minitron_mcore.errors import HUNG_STATUS, NotFinite
 from minitron_mcore.parallel import hang_watchdog, process_groups
-from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.megatron_patches import training
 from minitron_mcore.parallel.schedule import Batch
 
@@ -90,17 +89,19 @@ class Guard:
     def _record(self, bad: BadStep, step: int, parameter: str, batches: list[Batch]) -> None:
         """Write the micro-batches, log the failure; raise NotFinite unless the step may be skipped."""
         self.in_a_row += 1
+        with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
+            written = self._write_batches(bad, step, batches)
         by_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(by_rank, (self._write_batches(bad, step, batches), parameter))
+        dist.all_gather_object(by_rank, (written, parameter))
         files = {rank: file for rank, (file, _) in enumerate(by_rank) if file}
         names = {rank: name for rank, (_, name) in enumerate(by_rank) if name}
         ranks = list(names or files)
         listed = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
         where = f"rank{'s' if len(ranks) > 1 else ''} {listed}{f' (first in {names[ranks[0]]})' if names else ''}"
         first, *others = files.values()
-        written = f"{first} (and {len(others)} beside it)" if others else first
+        paths = f"{first} (and {len(others)} beside it)" if others else first
         message = (
-            f"the {bad.what} of step {step} is not finite ({bad.value}) on {where}: the micro-batches are in {written}"
+            f"the {bad.what} of step {step} is not finite ({bad.value}) on {where}: the micro-batches are in {paths}"
         )
         skips = self.config.on_bad_loss == BadLoss.skip
         if skips and self.in_a_row <= self.config.bad_loss_limit:
@@ -138,14 +139,14 @@ class Guard:
 
 
 @contextmanager
-def watched_steps(step: Callable[[], int], out_dir: Path) -> Iterator[None]:
-    """The phase of training steps for the hang watchdog, which writes failure.json; `step` gives the number of the running step."""
+def hangs_reported(step: Callable[[], int], out_dir: Path) -> Iterator[None]:
+    """Inside the block a hang writes failure.json; `step` gives the number of the running step, 0 before there is one."""
 
     def on_hang(message: str, ranks: list[int]) -> None:
         write_report(out_dir, "hung", HUNG_STATUS, step(), message, ranks, [])
 
     _remove_report(out_dir)
-    with hang_watchdog.phase(Phase.step, lambda: f"step {step()}"), hang_watchdog.reported_to(on_hang):
+    with hang_watchdog.reported_to(on_hang):
         yield
 
 
@@ -158,6 +159,7 @@ def _remove_report(out_dir: Path) -> None:
 def write_report(
     out_dir: Path, kind: str, exit_status: int, step: int, message: str, ranks: list[int], files: list[str]
 ) -> None:
-    """Write failure.json for programs: torchrun's exit status is always 1."""
+    """Write failure.json for programs, if the disk has room: torchrun's exit status is always 1."""
     report = {"kind": kind, "exit_status": exit_status, "step": step, "message": message}
-    run_folder.replace_text(out_dir / REPORT, json.dumps(report | {"ranks": ranks, "files": files}, indent=1))
+    with suppress(OSError):
+        run_folder.replace_text(out_dir / REPORT, json.dumps(report | {"ranks": ranks, "files": files}, indent=1))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint import claim, run_folder
 from minitron_mcore.checkpoint.steps import BEST
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.models.architecture import Architecture
@@ -74,10 +74,15 @@ class HeldOutLosses:
         return known[0]
 
     def measure(self, trainer: Trainer) -> tuple[float, bool]:
-        """Loss of the student after this step in nats a token, and whether it is the lowest so far; from rank 0 (collective)."""
+        """Loss of the student after this step in nats a token, and whether it is the lowest so far; from rank 0 (collective).
+
+        Raises:
+            UserError: best.json cannot be written.
+        """
         trainer.gather_weights()
         loss = self.text.loss(trainer.model, trainer.arch)
-        outcome = [(loss, process_groups.rank() == 0 and self._record(trainer.step, loss))]
+        with process_groups.raise_on_all_ranks(), claim.writing(self.path.parent):
+            outcome = [(loss, process_groups.rank() == 0 and self._record(trainer.step, loss))]
         dist.broadcast_object_list(outcome, src=0)
         self.losses[trainer.step] = outcome[0][0]
         return outcome[0]

@@ -12,7 +12,8 @@ from minitron_mcore.distill.heldout import HeldOutLosses, HeldOutText
 from minitron_mcore.distill.profile import StepProfiler
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import NotFinite, Stopped
-from minitron_mcore.parallel import process_groups, stop_signal
+from minitron_mcore.parallel import hang_watchdog, process_groups, stop_signal
+from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reporting import tables
 
@@ -33,7 +34,7 @@ def train(
         trainers: by output folder, claimed and described; new or resumed, with the same layout, config and teacher. A student with
             more steps than another waits.
         batches: micro-batches of this data-parallel rank, from the position of the student with the fewest steps.
-        out_dir: for failure.json of a hung rank, and for profiles (see `profile`).
+        out_dir: for profiles (see `profile`).
         heldout_text: measured every `config.eval_every` steps and after the last, in the figures as "heldout_loss".
         log: None for the defaults.
 
@@ -53,7 +54,7 @@ def train(
     per_step = config.global_batch // (config.micro_batch * process_groups.dp_group().size())
     progress = process_groups.Progress("train", last - first, "steps")
     profiler = StepProfiler(behind.performance.profile, out_dir)
-    with stop_signal.at_stop_points(), failures.watched_steps(lambda: behind.step + 1, out_dir):
+    with stop_signal.at_stop_points(), hang_watchdog.phase(Phase.step, lambda: f"step {behind.step + 1}"):
         for student_run in student_runs:
             student_run.measure()  # if a signal stopped the measurement of the step that this run resumes after
         for step in range(first, last):

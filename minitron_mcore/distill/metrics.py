@@ -100,7 +100,7 @@ class MetricsWriter:
         with damage_as_user_error(path, "move it away"):
             kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
         disk.replace_text(path, "".join(kept))
-        self.file = path.open("a")
+        self.file, self._unwritten, self._is_full = path.open("ab", buffering=0), b"", False
         self.sinks: dict[str, Sink] = {}
         if log.tensorboard:
             self._open("tensorboard", lambda: TensorBoard(out_dir, step))
@@ -118,13 +118,30 @@ class MetricsWriter:
             ) from error
 
     def write(self, figures: dict[str, float]) -> None:
-        """Write a line; `figures` has its "step". A sink that fails is closed with a warning: metrics.jsonl has all figures."""
-        print(json.dumps(dict.fromkeys(FIELDS) | figures), file=self.file, flush=True)
+        """Write a line; `figures` has its "step".
+
+        A sink that fails is closed with a warning: metrics.jsonl has all figures. What does not fit on the disk is written with a
+        later line; a save decides whether the run ends.
+        """
+        self._unwritten += (json.dumps(dict.fromkeys(FIELDS) | figures) + "\n").encode()
+        self._write_rest()
         numbers = {name: value for name, value in figures.items() if name != "step"}
         for name in list(self.sinks):
             self._attempt(name, lambda sink: sink.write(numbers, int(figures["step"])))
 
+    def _write_rest(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._is_full:
+                process_groups.log(
+                    f"warning: {self.file.name} cannot be written now ({error.strerror}): training goes on."
+                )
+            self._is_full = True
+
     def close(self) -> None:
+        self._write_rest()
         self.file.close()
         for name in list(self.sinks):
             self._attempt(name, lambda sink: sink.close())

@@ -16,7 +16,7 @@ from minitron_mcore.config.identity import resolved, run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import blend, datasets, token_cache
-from minitron_mcore.distill import checks, heldout, loop, phases, vocabulary
+from minitron_mcore.distill import checks, failures, heldout, loop, phases, vocabulary
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.heldout import HeldOutText
 from minitron_mcore.distill.trainer import Trainer, check
@@ -55,6 +55,10 @@ def train(
     with contextlib.ExitStack() as claims:
         folders = [claim.claim_run_folder(each.out_dir, resolved(each)) for each in configs]
         resumed = [claims.enter_context(folder) for folder in folders]
+        trainers: dict[Path, Trainer] = {}
+        common_folder = Path(os.path.commonpath([each.out_dir for each in configs]))
+        running = lambda: 1 + min((trainer.step for trainer in trainers.values()), default=-1)  # noqa: E731
+        claims.enter_context(failures.hangs_reported(running, common_folder))
         refuse(
             f"phase is {settings.phase}, but {each.out_dir} has no checkpoint from which to continue: begin with phase 0."
             for each, is_resumed in zip(configs, resumed, strict=True)
@@ -70,7 +74,6 @@ def train(
         if isinstance(teacher, Cache):
             samples = teacher.index["samples"] if settings.phase else settings.steps * settings.global_batch
             teacher.check(prefixes, weights, config.data, samples)
-        trainers: dict[Path, Trainer] = {}
         for each, student, is_resumed in zip(configs, students, resumed, strict=True):
             source = next((trainer.teacher for trainer in trainers.values()), None)
             trainer = Trainer(
@@ -89,7 +92,6 @@ def train(
         batches = behind.train_batches(config.data, prefixes, weights)
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _check_teacher_loss(behind, batches, vocab)
-        common_folder = Path(os.path.commonpath([each.out_dir for each in configs]))
         figures = loop.train(trainers, batches, common_folder, heldout_text, config.log)
         is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         with process_groups.raise_on_all_ranks(), claim.writing(common_folder):
@@ -177,7 +179,8 @@ def _describe(
 
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, identity: dict, text: dict) -> str:
     """A hash of everything that determines a trained model: the same for all paths, layouts and intervals."""
-    kind = {key: teacher.index[key] for key in ("kind", "top_k", "dtype")} if isinstance(teacher, Cache) else None
+    names = ("kind", "top_k", "tail_draws", "dtype")
+    kind = {key: teacher.index[key] for key in names if key in teacher.index} if isinstance(teacher, Cache) else None
     weights = blend.parse_blend(text["files"])[1]
     inputs = [student.fingerprint, teacher and teacher.fingerprint, kind, identity, weights, text["hash"]]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,28 +4,33 @@ Each rank has a watchdog thread, and its main thread calls `beat` whenever it ma
 beats depends on the `phase`. If it is over on one rank, that rank's thread raises an alarm in the rendezvous store, and every
 thread writes where its main thread is and how much of its own time is left. As long as one rank has time left, the others wait for
 it and the run continues. Otherwise the job ends. A rank that writes nothing is stopped or dead; a rank that is not inside a wait
-for other ranks is the one they wait for.
+for other ranks is the one they wait for. After SIGTERM a rank is not waited for that long (`stops_in_waits`).
 """
 
 import json
 import linecache
 import os
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
 from minitron_mcore.config.performance import HangConfig
-from minitron_mcore.errors import HUNG_STATUS
+from minitron_mcore.errors import HUNG_STATUS, STOPPED_STATUS
 from minitron_mcore.parallel.megatron_patches import cpu_backend
 
+STOP_SECONDS = 10.0
+"""From SIGTERM to the end of a rank that waits for other ranks all the while. torchrun kills its ranks after 30 s."""
 _WAITS = (".wait(", "synchronize(")
 _WAITS_CUDA = (".item(", ".tolist(", ".cpu(")  # these wait for NCCL's kernels
 
@@ -123,8 +128,8 @@ class HangWatchdog:
 
     def _compare(self, alarm: int) -> float:
         """Report this rank, and end the job unless another rank has time left; returns that time."""
-        place, waits = _main_thread()
-        report = {"place": place, "waits": waits, "where": _phase[1](), "left": self._seconds_left()}
+        frame = _main_frame()
+        report = {"place": _place(frame), "waits": _waits(frame), "where": _phase[1](), "left": self._seconds_left()}
         report["idle"] = time.monotonic() - _last_beat if _phase[0] in self.seconds else 0.0
         self.store.set(f"{alarm} {self.rank}", json.dumps(report))
         self.ended.wait(3 * self.interval)  # every thread checks for the alarm once an interval
@@ -145,13 +150,64 @@ class HangWatchdog:
         return left
 
 
-def _main_thread() -> tuple[str, bool]:
-    """Where the main thread is, and whether it waits for other ranks there."""
-    frame = sys._current_frames()[threading.main_thread().ident or 0]
-    file, line = frame.f_code.co_filename, linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+@contextmanager
+def stops_in_waits() -> Iterator[None]:
+    """Inside the block SIGTERM ends this process with STOPPED_STATUS once its main thread has been in one wait for STOP_SECONDS.
+
+    Python calls a signal's handler in the main thread, which a wait for a rank that has ended may never give back. Saves may take
+    any time, and so may the idle phase. Nothing is saved.
+    """
+    wakeup, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    outer, ended = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False), threading.Event()
+    threading.Thread(target=_end_in_wait, args=(wakeup, ended), name="stop", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(outer)
+        os.close(wakes)
+
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # else its signals would be this process's
+
+
+def _end_in_wait(wakeup: int, ended: threading.Event) -> None:
+    while (received := os.read(wakeup, 1)) and received[0] != signal.SIGTERM:
+        pass
+    os.close(wakeup)
+    wait, since = None, 0.0
+    while not ended.wait(0.5):
+        frame = _main_frame()
+        now = (frame, frame.f_lasti) if _waits(frame) and _phase[0] in (Phase.setup, Phase.step) else None
+        if now is None or now != wait:
+            wait, since = now, time.monotonic()
+        elif time.monotonic() - since > STOP_SECONDS:
+            stack = [
+                f"{each.name} ({Path(each.filename).name}:{each.lineno})" for each in traceback.extract_stack(frame)
+            ]
+            print(
+                f"rank {os.environ.get('RANK', 0)} stops: after SIGTERM it waited for other ranks for {STOP_SECONDS:.0f} s in "
+                f"{_phase[1]()}: {' < '.join(stack[:-6:-1])}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(STOPPED_STATUS)
+
+
+def _main_frame() -> FrameType:
+    return sys._current_frames()[threading.main_thread().ident or 0]
+
+
+def _place(frame: FrameType) -> str:
+    return f"{frame.f_code.co_name} ({'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno})"
+
+
+def _waits(frame: FrameType) -> bool:
+    """Whether a thread there waits for other ranks."""
+    file = frame.f_code.co_filename
     marks = _WAITS + (() if cpu_backend.is_cpu() else _WAITS_CUDA)
-    waits = "torch/distributed/" in file or any(mark in line for mark in marks)
-    return f"{frame.f_code.co_name} ({'/'.join(Path(file).parts[-2:])}:{frame.f_lineno})", waits
+    return "torch/distributed/" in file or any(mark in linecache.getline(file, frame.f_lineno) for mark in marks)
 
 
 def _diagnosis(reports: dict[int, dict[str, Any]], size: int) -> tuple[str, list[int]]:

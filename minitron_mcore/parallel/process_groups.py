@@ -143,27 +143,28 @@ def distributed_context(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     hang = hang or HangConfig()
     _timeout_minutes = timeout_minutes or max(dataclasses.astuple(hang)) + 2
-    watched = _join_world(store, processes, teacher_ranks)
     stopped = None
-    try:
-        with HangWatchdog(hang, watched, int(os.environ.get("RANK", 0)), processes):
-            _initialize(teacher_parallel or parallel if _bridge and _bridge.is_teacher else parallel)
-            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-            try:
-                yield
-            except Stopped as signal:
-                stopped = signal
-                if not stopped.on_all_ranks:
-                    raise
-            barrier()
-    finally:
-        if _bridge and not _bridge.is_teacher:
-            _bridge.send_request(None)
-    # Not after an exception: NCCL's shutdown waits for collectives that other ranks may never make.
-    _bridge = None
-    _layouts.clear()
-    mpu.destroy_model_parallel()
-    dist.destroy_process_group()
+    with hang_watchdog.stops_in_waits():
+        watched = _join_world(store, processes, teacher_ranks)
+        try:
+            with HangWatchdog(hang, watched, int(os.environ.get("RANK", 0)), processes):
+                _initialize(teacher_parallel or parallel if _bridge and _bridge.is_teacher else parallel)
+                model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+                try:
+                    yield
+                except Stopped as signal:
+                    stopped = signal
+                    if not stopped.on_all_ranks:
+                        raise
+                barrier()
+        finally:
+            if _bridge and not _bridge.is_teacher:
+                _bridge.send_request(None)
+        # Not after an exception: NCCL's shutdown waits for collectives that other ranks may never make.
+        _bridge = None
+        _layouts.clear()
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
     if stopped:
         raise stopped
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def check(arch: Architecture, speed: SpeedConfig) -> None:
         )
 
 
-def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str) -> dict:
+def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str) -> dict[str, Any]:
     """Median speed of an architecture on this rank's device, in tokens of the whole batch per second.
 
     Args:
@@ -66,7 +67,7 @@ def serve(model: torch.nn.Module, prompt: Tensor, generated: int) -> tuple[float
     return prefill, _timed(lambda: _decode(model, output, generated))[0]
 
 
-def random_model(arch: Architecture, parent: dict, dtype: str) -> torch.nn.Module:
+def random_model(arch: Architecture, parent: dict[str, Any], dtype: str) -> torch.nn.Module:
     """transformers' model of an architecture with random weights on this rank's device.
 
     Args:
@@ -97,7 +98,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _decode(model: torch.nn.Module, output, count: int) -> Tensor:
+def _decode(model: torch.nn.Module, output: Any, count: int) -> Tensor:
     """Generate `count` tokens greedily after a forward pass, without a stop token; returns the last [B, 1]."""
     for _ in range(count):
         token = output.logits[:, -1:].argmax(-1)

@@ -13,9 +13,9 @@ import faults  # noqa: E402
 
 @pytest.mark.slow
 def test_a_short_campaign(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["faults.py", "--quick", "--json", str(tmp_path / "figures")])
+    monkeypatch.setattr(sys, "argv", ["faults.py", "--quick", "--json", str(tmp_path / "lines")])
     with pytest.raises(SystemExit) as ended:
         faults.main()
-    figures = [json.loads(line) for line in (tmp_path / "figures").read_text().splitlines()]
-    assert not ended.value.code, figures
-    assert {figure["case"] for figure in figures} >= {"kill", "signal", "file", "second start"}
+    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    assert not ended.value.code, lines
+    assert {line["kind"] for line in lines} >= {"kill", "signal", "file", "second start"}

@@ -1,16 +1,14 @@
 """What people type and keep in YAML files: a failure means that an accepted spelling is refused, or an old key misread."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
-from hydra import initialize_config_dir
 
 from minitron_mcore.cli import compose, help
 from minitron_mcore.config.settings import Divergence
 from minitron_mcore.config.stages import STAGES, DistillRun
 from minitron_mcore.errors import UserError
+from tests.helpers.launching import conf, fork
 
 MINE = """# @package _global_
 defaults:
@@ -25,7 +23,7 @@ prune:
 
 @pytest.fixture(autouse=True)
 def hydra_is_up():
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+    with conf():
         yield
 
 
@@ -54,19 +52,8 @@ def test_a_recipe_in_a_folder_of_its_own(tmp_path):
 
 def test_a_pipeline_searches_the_folder_in_its_stages_too(tmp_path):
     searched = write(tmp_path, recipe__mine=MINE, distill__half="steps: 7\nglobal_batch: 4\n")
-    command = [
-        sys.executable,
-        str(compose.LAUNCH / "pipeline.py"),
-        searched,
-        "+recipe=mine",
-        "model.hf=no",
-        "stages=[convert]",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (
-        f"$ minitron convert '{searched}' recipe=mine model.hf=no\nerror: no Hugging Face model at no:" in done.stdout
-    )
-    assert done.returncode == 2
+    output = fork(tmp_path, "pipeline", searched, "+recipe=mine", "model.hf=no", "stages=[convert]", fails=2)
+    assert f"$ minitron convert '{searched}' recipe=mine model.hf=no\nerror: no Hugging Face model at no:" in output
 
 
 @pytest.mark.parametrize(

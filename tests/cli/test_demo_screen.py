@@ -5,9 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
 
 from minitron_mcore.cli import compose
+from tests.helpers.launching import conf
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_every_command_composes_and_reads_what_was_written(demo):
     steps = demo["commands"](Path("runs/demo/teacher_hf"), Path("train.jsonl"), Path("heldout.jsonl"))
     assert len(steps) == 13 and [stage for stage, *_ in steps][-3:] == ["generate"] * 3
     written = {"runs/demo/teacher_hf"}
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+    with conf():
         for stage, overrides, processes in steps:
             config = compose.compose(stage, overrides)
             inputs = {getattr(config, name, None) for name in ("source", "scores", "plan", "student", "teacher")} - {

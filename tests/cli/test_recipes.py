@@ -7,13 +7,13 @@ import json
 import runpy
 
 import pytest
-from hydra import initialize_config_dir
 
 from minitron_mcore.cli import compose
 from minitron_mcore.config import identity
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.pruning.target import target_architecture
+from tests.helpers.launching import conf
 
 RECIPES = sorted(path.stem for path in (compose.CONF / "recipe").glob("*.yaml"))
 ANYWHERE = ["parallel=tp8_sp", "data.train=[x.jsonl]", "work_dir=w"]
@@ -50,7 +50,7 @@ CHAINS = [("minitron_8b", "minitron_4b"), ("smollm2_115m", "smollm2_100m_chained
 
 @pytest.fixture(autouse=True)
 def hydra_is_up():
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+    with conf():
         yield
 
 

@@ -10,10 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
-from hydra import initialize_config_dir
 from safetensors.torch import save_file
 
-from minitron_mcore.cli import compose, dry_run
+from minitron_mcore.cli import dry_run
 from minitron_mcore.config import ranges
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
@@ -36,16 +35,12 @@ from minitron_mcore.pruning.plan import load_plan, make_plan
 from minitron_mcore.pruning.target import as_count, target_architecture
 from minitron_mcore.search.space import Space
 from tests.helpers.cutting import random_scores
+from tests.helpers.launching import config_of
 
 ROOT = Path(__file__).parents[2]
 ONE = ParallelConfig()
 ARCH = Architecture("llama", 4, 32, 24, 8, 4, 8, 101, 64, 1e-5, 1e4, None, tied=False)
 TRAINING = DistillConfig(steps=9, global_batch=2, sequence_length=16, warmup_steps=1)
-
-
-def config_of(stage, *overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose.compose(stage, list(overrides))
 
 
 def planned(stage, *overrides) -> str:

@@ -12,7 +12,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from minitron_mcore import testing
-from minitron_mcore.config.settings import DataConfig, ModelConfig
+from minitron_mcore.checkpoint import owner
+from minitron_mcore.config.model import ModelConfig
+from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.config.stages import TokenizeTextRun
 from minitron_mcore.data import token_cache
 from minitron_mcore.data.corpus import Corpus
@@ -158,6 +160,10 @@ def test_the_command_and_a_training_on_its_folder(text, tmp_path, expected):
     command = [f"model.hf={text}/tokenizer", "model.name=tiny", f"files=[{text}/in,{text}/whole.txt]", "out_dir=tokens"]
     planned = fork(tmp_path, "tokenize_text", *command, "dry_run=true")
     assert "files to tokenise" in planned and not (tmp_path / "tokens").exists()
+    with owner.Claim(tmp_path / "tokens"):  # another tokenisation into this folder
+        refused = fork(tmp_path, "tokenize_text", *command, fails=True)
+        assert f"error: tokens belongs to a run that is still going: process {os.getpid()}" in refused
+        assert not content(tmp_path / "tokens")
     output = fork(tmp_path, "tokenize_text", *command, "processes=2")
     assert "train on them: data.train=[tokens]" in output
     rows = json.loads((tmp_path / "tokens/tokens.json").read_text())["files"]

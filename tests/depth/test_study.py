@@ -23,15 +23,10 @@ from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import models
 from tests.helpers.cutting import random_scores
 from tests.helpers.launching import ROOT, config_of, plan, word_tokenizer, words
+from tests.helpers.layouts import layouts
 
 LENGTH, BLOCKS = 12, models.SIZES["num_hidden_layers"]
-LAYOUTS = {
-    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
-    "tp2_dp2": (4, ParallelConfig(tensor=2)),
-    "cp2": (2, ParallelConfig(context=2)),
-    "pp2_virtual2": (2, ParallelConfig(pipeline=2, virtual=2)),
-}
+LAYOUTS = layouts("tp2_sp", "pp2", "tp2_dp2", "cp2", "pp2_virtual2")
 SETS = [[], [0], [1, 4], [0, 1, 2], [3, 4]]  # the last two: all that one of two stages has
 
 
@@ -381,14 +376,11 @@ def refused(configs) -> list[str]:
 
 
 def test_dry_run_counts_the_passes(tmp_path, monkeypatch):
-    from hydra import initialize_config_dir
-
-    from minitron_mcore.cli import compose, dry_run
+    from minitron_mcore.cli import dry_run
 
     monkeypatch.chdir(tmp_path)
     command = ["+model=smollm2_135m", "depth=small", "data.heldout=[a,b]", "parallel.pipeline=2"]
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        found = dry_run.plan(compose.compose("depth", command))
+    found = dry_run.plan(config_of("depth", *command))
     points = 1 + 30 + 29 + 27 + 23 + 16 + 4  # the last are scattered sets
     assert found["operations"]["steps"] == points + 1 and found["operations"]["tokens"] == (points + 1) * 2 * 4 * 512
     assert [rank["hidden states"] for rank in found["ranks"]] == [0, 2 * 4 * 512 * 576 * 2] and not found["problems"]

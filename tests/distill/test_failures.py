@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.performance import HangConfig
 from minitron_mcore.config.settings import BadLoss, ParallelConfig
+from minitron_mcore.config.stages import DistillRun
 from minitron_mcore.errors import HUNG_STATUS
 from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import models
@@ -168,10 +169,9 @@ def filled(checkpoint, folder, key, value):
 @pytest.mark.parametrize("pair", [False], indirect=True, ids=["untied"])
 def test_bad_gradient_moves_nothing(tmp_path, pair):
     student = filled(pair[0], tmp_path / "huge", "model.embed_tokens.weight", 3e38)
-    for sharded in (True, False):
-        config = dataclasses.replace(CONFIG, steps=1, warmup_steps=0, distributed_optimizer=sharded)
-        for found in on_ranks(steps, 2, ParallelConfig(), student, pair[1], config, ParallelConfig(), {}):
-            assert found[0] == {"what": "gradient", "kept": True, "bad_gradient": "embedding.word_embeddings.weight"}
+    config = dataclasses.replace(CONFIG, steps=1, warmup_steps=0)
+    for found in on_ranks(steps, 2, ParallelConfig(), student, pair[1], config, ParallelConfig(), {}):
+        assert found[0] == {"what": "gradient", "kept": True, "bad_gradient": "embedding.word_embeddings.weight"}
 
 
 def distill_hanging(student, teacher, config, parallel, out_dir):
@@ -204,3 +204,24 @@ def test_hung_ranks_are_named(tmp_path, pair):
         "rank 2 does not answer" in told["message"] and "rank 1 is in hang (distill/test_failures.py" in told["message"]
     )
     assert "rank 0" not in told["message"]
+
+
+def start_hanging(config):
+    """`run.train` where rank 1 stops in the preparation of its text."""
+    from minitron_mcore.data import token_cache
+    from minitron_mcore.distill import run
+    from minitron_mcore.parallel import process_groups
+
+    token_cache.prepare = lambda *unused: time.sleep(600 if process_groups.rank() else 0) or process_groups.barrier()
+    run.train([config], config.distill, [open_checkpoint(config.student)], open_checkpoint(config.teacher))
+
+
+@pytest.mark.parametrize("pair", [True], indirect=True, ids=["tied"])
+def test_a_hang_before_the_first_step_is_reported(tmp_path, pair):
+    student, teacher = map(str, pair)
+    config = DistillRun(out_dir=str(tmp_path / "run"), work_dir="", student=student, teacher=teacher, distill=CONFIG)
+    with pytest.raises(RankError, match=f"exit code {HUNG_STATUS}"):
+        on_ranks(start_hanging, 2, ONE, config, timeout=60, hang=HangConfig(setup_minutes=0.03))
+    told = json.loads((tmp_path / "run/failure.json").read_text())
+    assert (told["kind"], told["step"], told["ranks"]) == ("hung", 0, [1])
+    assert "in setup: rank 1 is in <lambda> (distill/test_failures.py" in told["message"]

@@ -4,6 +4,7 @@ ends a run."""
 import dataclasses
 import importlib.util
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -92,6 +93,24 @@ def test_a_program_that_fails_does_not_end_the_run(tmp_path, capsys):
     assert capsys.readouterr().out.count("warning: log.mlflow ended (ConnectionError: no server)") == 1
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_full_disk_does_not_end_the_run_or_lose_lines(tmp_path, capsys):
+    """The disk fills in the middle of a line, stays full for another one, and then has space again."""
+    writer, limits = MetricsWriter(tmp_path, 0, LogConfig(tensorboard=False)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "metrics.jsonl"
+    writer.write({"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
+    try:
+        for step in (2, 3):
+            writer.write({"step": step})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text().count("\n") == 1 and not path.read_text().endswith("\n")
+    writer.write({"step": 4})
+    writer.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written now (File too large): training goes on") == 1
 
 
 @pytest.mark.parametrize("name", INSTALLED)

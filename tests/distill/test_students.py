@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import initialize_config_dir
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import compose, dry_run
@@ -14,9 +13,8 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests.helpers import training
 from tests.helpers.cutting import export, write_family
-from tests.helpers.launching import composed
-
-pytestmark = pytest.mark.xdist_group("students")  # one worker, so that its models are made once
+from tests.helpers.launching import conf, config_of
+from tests.helpers.layouts import layouts
 
 CONFIG = dataclasses.replace(training.CONFIG, hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]]))
 CUTS = {
@@ -25,10 +23,7 @@ CUTS = {
     "both": PruneConfig(hidden=24, blocks=4),
 }
 FIGURES = ("step", "tokens", "kd_loss", "lm_loss", "hidden_state_loss", "teacher_entropy", "grad_norm", "lr")
-LAYOUTS = {
-    "pp2": (2, ParallelConfig(pipeline=2)),
-    "tp2_sp_pp2": (4, ParallelConfig(tensor=2, sequence=True, pipeline=2)),
-}
+LAYOUTS = layouts("pp2", "tp2_sp_pp2")
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +114,8 @@ def test_several_are_planned_by_name():
     given = ["+model=llama31_8b", "parallel=tp8_sp", "dry.gpus=64"]
     teacher = "teacher=runs/llama31_8b/convert"
     one = "student=runs/llama31_minitron_4b_{}/prune"
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        students = [f"students={folders}", one.format("width"), one.format("depth")]
+    students = [f"students={folders}", one.format("width"), one.format("depth")]
+    with conf():
         figures, *alone = (dry_run.plan(compose.compose("distill", [*given, each, teacher])) for each in students)
     found = {role: model["parameters"] for role, model in figures["models"].items()}
     assert found == {"teacher": 8_030_261_248, "student width": 4_512_746_496, "student depth": 4_540_469_248}
@@ -135,4 +130,4 @@ def test_several_are_planned_by_name():
 @pytest.mark.parametrize("given", ["[a]", "{}", "{a/b: c}"])
 def test_students_have_names(given):
     with pytest.raises(UserError, match="name the folders, students="):
-        composed("distill", "+model=llama31_8b", f"students={given}")
+        config_of("distill", "+model=llama31_8b", f"students={given}")

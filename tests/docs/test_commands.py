@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
 
 from minitron_mcore.cli import compose, console
+from tests.helpers.launching import conf
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "tests/README.md"]
@@ -73,5 +73,5 @@ def composed(stage: str, overrides: list[str]) -> None:
         overrides = [word for word in overrides if not word.startswith("hydra.searchpath=")]
     if sweep:  # the first job
         overrides = [re.sub(r"^([^=\[{]+=[^,\[{]+),.*", r"\1", word) for word in overrides]
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+    with conf():
         compose.compose(stage, overrides)

@@ -1,5 +1,6 @@
 """Launch files in processes of their own, and the configs that they compose."""
 
+import gc
 import inspect
 import itertools
 import os
@@ -70,6 +71,7 @@ def _in_fork(cwd, output: str, stage: str, overrides, processes: int, stop_at) -
         processes = int(command[script - 1]) if script > 1 else 1  # after torchrun's --nproc-per-node
         return _status(Path(command[script]).stem, command[script + 1 :], processes)
 
+    gc.freeze()
     os.chdir(cwd)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
@@ -130,8 +132,13 @@ def _run_script(path: str) -> NoReturn:
         os._exit(status)
 
 
-def config_of(stage, *overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+def conf():
+    """A block in which configs can be composed."""
+    return initialize_config_dir(str(compose.CONF), version_base="1.3")
+
+
+def config_of(stage, *overrides) -> Run:
+    with conf():
         return compose.compose(stage, list(overrides))
 
 
@@ -153,11 +160,6 @@ def word_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(kinds.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
-
-
-def composed(stage, *overrides) -> Run:
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        return compose.compose(stage, list(overrides))
 
 
 def words(count: int, seed: int) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import DistillConfig
@@ -32,9 +33,20 @@ def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int)
         yield {"tokens": ids[rows, :-1], "labels": ids[rows, 1:], "loss_mask": mask[rows]}
 
 
+def gather_gradients(trainer) -> None:
+    """Complete `main_grad` on every rank: the distributed optimizer reduces a share of it on each (collective)."""
+    modules = [*trainer.chunks, *(trainer.hidden_loss.ddp_modules if trainer.hidden_loss else [])]
+    for group in (group for ddp in modules for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
+
+
 def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp32", heldout=None):
     """Train and save; the history, on every rank."""
     from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.distill import failures
     from minitron_mcore.distill.loop import train
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.parallel import process_groups
@@ -46,4 +58,5 @@ def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp
     run_folder.describe(out_dir, opened.arch, "test", {}, opened.hf)
     dp = process_groups.dp_group()
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
-    return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir), heldout)[0]
+    with failures.hangs_reported(lambda: trainer.step + 1, Path(out_dir)):
+        return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir), heldout)[0]

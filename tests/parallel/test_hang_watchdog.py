@@ -1,5 +1,9 @@
 """The hang watchdog on real ranks: a failure means that a hang is not noticed, or that a slow run is taken for one."""
 
+import os
+import signal
+import sys
+import threading
 import time
 
 import pytest
@@ -7,7 +11,7 @@ import torch.distributed as dist
 
 from minitron_mcore.config.performance import HangConfig
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.errors import HUNG_STATUS
+from minitron_mcore.errors import HUNG_STATUS, STOPPED_STATUS
 from minitron_mcore.testing import RankError, on_ranks
 
 
@@ -47,3 +51,30 @@ def test_ranks_wait_for_one_that_works_and_not_for_one_that_hangs(tmp_path, hang
     named = f"rank {hanging} is in work_wait_and_hang"
     assert told.startswith(f"[{hanging}] no progress for") and named in told and told.count("rank ") == 1
     assert " in setup: " in told or " in the teacher's pass: " in told
+
+
+def wait_after_sigterm(log):
+    """Rank 0 gets SIGTERM while rank 1 keeps it waiting: in a save for a while, then for ever."""
+    from minitron_mcore.parallel import hang_watchdog, process_groups, stop_signal
+
+    hang_watchdog.STOP_SECONDS, is_late = 1.0, process_groups.rank() == 1
+    with stop_signal.at_stop_points():
+        if not is_late:
+            sys.stderr = log.with_name("stderr").open("w")
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with hang_watchdog.phase(hang_watchdog.Phase.save, lambda: "a save"):
+            time.sleep(3 * is_late)
+            dist.barrier()
+        log.write_text("saved")
+        time.sleep(600 * is_late)
+        dist.barrier()
+
+
+def test_sigterm_ends_a_rank_that_waits_for_ever(tmp_path):
+    with pytest.raises(RankError) as lost:
+        on_ranks(wait_after_sigterm, 2, ParallelConfig(), tmp_path / "log", timeout=30)
+    assert (lost.value.rank, lost.value.reason) == (0, f"died with exit code {STOPPED_STATUS}")
+    assert (tmp_path / "log").read_text() == "saved"
+    told = (tmp_path / "stderr").read_text()
+    assert "rank 0 stops: after SIGTERM it waited for other ranks for 1 s in setup: " in told
+    assert "barrier (distributed_c10d.py:" in told and "< wait_after_sigterm (test_hang_watchdog.py:" in told

@@ -22,12 +22,13 @@ from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.models import architecture, flops, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.plan import load_plan
-from minitron_mcore.reporting import search_plots
+from minitron_mcore.reporting import plots
 from minitron_mcore.search.space import Space
 from minitron_mcore.testing import on_ranks
-from tests.helpers import families, models
+from tests.helpers import families, models, tiny_run
 from tests.helpers.cutting import random_scores
-from tests.helpers.launching import composed, word_tokenizer
+from tests.helpers.launching import config_of, words
+from tests.helpers.text_files import write_jsonl
 
 ONE = ParallelConfig()
 # (blocks, hidden, ffn, heads, groups, head_dim, vocabulary), total, without embeddings: what was published of each model
@@ -96,13 +97,13 @@ def shapes(space) -> dict[tuple, int]:
 
 def test_the_papers_windows():
     space = Space(
-        published("Nemotron-4 15B"), composed("search", "+model=nemotron4_15b", "search=minitron_4b").search, ONE
+        published("Nemotron-4 15B"), config_of("search", "+model=nemotron4_15b", "search=minitron_4b").search, ONE
     )
     assert {shape: round(count / 1e9, 3) for shape, count in shapes(space).items()} == FOUR
     assert space.combinations == 240 and dict(space.left_out) == {"outside the budget": 222}
     assert space.candidates[-1].overrides == "prune=keep prune.hidden=3072 prune.ffn=9216 prune.heads=24"
     space = Space(
-        published("Nemotron-4 15B"), composed("search", "+model=nemotron4_15b", "search=minitron_8b").search, ONE
+        published("Nemotron-4 15B"), config_of("search", "+model=nemotron4_15b", "search=minitron_8b").search, ONE
     )
     assert set(shapes(space)) == EIGHT and space.combinations == 160
 
@@ -346,11 +347,8 @@ def searches(config, root) -> dict:
 def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parallel = ParallelConfig(tensor=2)
-    models.tiny_llama(tmp_path / "hf")
-    word_tokenizer(tmp_path / "hf")
-    g = torch.Generator().manual_seed(0)
-    lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
-    Path("text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny_run.write(tmp_path)
+    write_jsonl(Path("text.jsonl"), [words(40, seed) for seed in range(60)])
     on_ranks(models.import_hf, 2, parallel, Path("hf"), Path("parent"), parallel)
     source = open_checkpoint("parent")
     for name, seed in (("scores", 3), ("other", 4)):
@@ -361,7 +359,7 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
     given += ["scores=scores", "study=depth.json", *(f"{key}={value}" for key, value in TINY.items())]
     study = {"model": source.fingerprint, "metric": "loss", "kind": "contiguous", "drop": {"1": [2]}}
     Path("depth.json").write_text(json.dumps(study))
-    config = composed("search", *given)
+    config = config_of("search", *given)
 
     found = on_ranks(searches, 2, parallel, config, tmp_path)[0]
     assert found["whole"] == found["pieces"]
@@ -385,17 +383,17 @@ def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
 def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["+model=nemotron4_15b", "search=minitron_4b", "distill=nemotron4", "parallel=tp8_sp", "dry.gpus=128"]
-    figures = dry_run.plan(composed("search", *given))
+    figures = dry_run.plan(config_of("search", *given))
     found = {role: model["parameters"] for role, model in figures["models"].items()}
     assert found == {"teacher": 15_628_775_424, "student": 4_190_509_056} and not figures["problems"]
     assert len(figures["candidates"]) == 18
     assert figures["operations"]["tokens"] == 4 * 400 * 1152 * 4096
-    refused = dry_run.plan(composed("search", *given, "search.budget.parameters=1e9"))["problems"]
+    refused = dry_run.plan(config_of("search", *given, "search.budget.parameters=1e9"))["problems"]
     assert len(refused) == 1 and "the nearest is L29_H2560_F6400_N24" in refused[0]
-    refused = dry_run.plan(composed("search", *given, "prune.merge_heads=true", "prune.drop_mlp=[3]"))["problems"]
+    refused = dry_run.plan(config_of("search", *given, "prune.merge_heads=true", "prune.drop_mlp=[3]"))["problems"]
     assert len(refused) == 1 and "prune.merge_heads and prune.drop_mlp has no effect in a search" in refused[0]
 
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 3.0), (2, 2.5), (3, 2.5), (4, 2.9), (5, 2.8), (5, 3.1)]
-    assert search_plots.pareto_front(points) == [(5, 2.8), (3, 2.5)]
+    assert plots.pareto_front(points) == [(5, 2.8), (3, 2.5)]
