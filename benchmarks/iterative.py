@@ -14,7 +14,8 @@ from pathlib import Path
 from common import Figure, arguments, write
 
 from minitron_mcore.cli import demo
-from minitron_mcore.cli.pipeline import LAUNCH, run_stage
+from minitron_mcore.cli.compose import LAUNCH
+from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.reporting import tables
 
 RECIPES = ("smollm2_100m", "smollm2_115m", "smollm2_100m_chained")

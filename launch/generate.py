@@ -11,8 +11,6 @@ from minitron_mcore.config.stages import GenerateRun
 def main(config: GenerateRun) -> None:
     from pathlib import Path
 
-    import torch
-
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.data import tokenizer
     from minitron_mcore.evaluation.generate import generate
@@ -22,8 +20,9 @@ def main(config: GenerateRun) -> None:
         source = run_folder.open_checkpoint(config.source)
         words = tokenizer.open_tokenizer(config.data, source.hf, source.arch.vocab)
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
-        prompt = torch.tensor([words.documents([config.prompt])[0][:-1]])  # without the EOS that ends a document
-        text = words.decode(generate(model, source.arch, prompt, config.tokens, words.eos)[0].tolist())
+        prompt = words.documents([config.prompt])[0][:-1]  # without the EOS that ends a document
+        [new] = generate(model, source.arch, [prompt], config.tokens, lambda new: new[-1] == words.eos)
+        text = words.decode(prompt + new)
         process_groups.log(text)
         if config.text_file and process_groups.rank() == 0:
             Path(config.text_file).write_text(text, encoding="utf-8")

@@ -26,7 +26,13 @@ _HASHED_BYTES = 1 << 20
 _FILE_OF = {"scores": "scores.safetensors", "study": "depth.json", "plan": "plan.json"}
 _MODELS = ("source", "student", "teacher")
 _HF_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".gguf")
-_TEXTS = {"depth": ("heldout",), "evaluate": ("heldout",), "search": ("train", "heldout"), "tokenizetext": ()}
+_TEXTS = {
+    "depth": ("heldout",),
+    "evaluate": ("heldout",),
+    "search": ("train", "heldout"),
+    "synthesize": (),
+    "tokenizetext": (),
+}
 """Files of the section `data` that a stage reads; other stages read `train`."""
 _REWRITTEN = ("config.yaml", "model.json")
 """Files whose settings, command and versions change when a finished stage is started again: they must only exist."""

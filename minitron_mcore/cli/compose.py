@@ -21,6 +21,7 @@ from minitron_mcore.config.stages import (
     PipelineRun,
     ReportRun,
     SearchRun,
+    SynthesizeRun,
     TokenizeTextRun,
 )
 from minitron_mcore.errors import UserError, refuse
@@ -35,6 +36,7 @@ LAUNCH_FILES = STAGES | {
     "pipeline": PipelineRun,
     "tokenize_text": TokenizeTextRun,
     "generate": GenerateRun,
+    "synthesize": SynthesizeRun,
     "search": SearchRun,
     "report": ReportRun,
 }

@@ -76,7 +76,9 @@ def says(checkpoint, parallel, prompt: torch.Tensor, count: int, eos: int | None
     from minitron_mcore.evaluation.generate import generate
 
     opened = open_checkpoint(checkpoint)
-    return generate(build_model(opened, parallel, "fp32"), opened.arch, prompt, count, eos)
+    model = build_model(opened, parallel, "fp32")
+    new = generate(model, opened.arch, prompt.tolist(), count, lambda new: new[-1] == eos)
+    return torch.cat([prompt, torch.tensor(new)], dim=1)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -71,17 +71,18 @@ def test_impossible_layouts_are_refused(tmp_path, world, parallel, sentence):
 
 def table_state(checkpoint, parallel):
     """(key, global shape, local shapes) of the table's view of a model, and megatron-core's own."""
+    from minitron_mcore.checkpoint import sharded
     from minitron_mcore.checkpoint.run_folder import open_checkpoint
-    from minitron_mcore.checkpoint.sharded import model_state
     from minitron_mcore.models import build
 
     opened = open_checkpoint(checkpoint)
     model = build.build(opened.arch, parallel, "fp32")
-    ours = {(s.key, s.global_offset, tuple(s.data.shape)) for s in model_state(model, opened.arch).values()}
+    shards = sharded.tensors(sharded.model_shards(model, opened.arch))
+    ours = {(s.key, s.global_offset, tuple(s.data.shape)) for s in shards.values()}
     theirs = set()
     for entry in model.sharded_state_dict().values():
-        shards = entry.build() if hasattr(entry, "build") else [entry]
-        flat = shards.values() if isinstance(shards, dict) else shards
+        built = entry.build() if hasattr(entry, "build") else [entry]
+        flat = built.values() if isinstance(built, dict) else built
         theirs |= {(s.key, s.global_offset, tuple(s.data.shape)) for s in flat if getattr(s, "data", None) is not None}
     return ours, theirs
 

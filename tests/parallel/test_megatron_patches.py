@@ -37,7 +37,7 @@ def trainer(performance: PerformanceConfig):
     model = build.build(ARCH, ONE, "bf16", performance)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    ddp = DistributedDataParallel(model.config, tuning.ddp_config(performance, True), model)
+    ddp = DistributedDataParallel(model.config, tuning.ddp_config(performance), model)
     options = tuning.optimizer_options(performance)
     config = OptimizerConfig(
         optimizer="adam", lr=0.1, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, **options

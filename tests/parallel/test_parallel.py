@@ -138,7 +138,8 @@ def weigh_and_say(source, parallel, ids, mask, prompt):
 
     opened = open_checkpoint(source)
     model = build_model(opened, parallel, "fp32")
-    return ShardedModel(model, opened.arch).nll(ids, mask), generate(model, opened.arch, prompt, 3)
+    new = generate(model, opened.arch, prompt.tolist(), 3)
+    return ShardedModel(model, opened.arch).nll(ids, mask), torch.cat([prompt, torch.tensor(new)], dim=1)
 
 
 @pytest.mark.parametrize(
