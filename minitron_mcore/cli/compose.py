@@ -22,6 +22,7 @@ from minitron_mcore.config.stages import (
     PipelineRun,
     ReportRun,
     SearchRun,
+    SynthesizeRun,
     TokenizeTextRun,
 )
 from minitron_mcore.errors import UserError, refuse
@@ -37,6 +38,7 @@ LAUNCH_FILES = STAGES | {
     "pipeline": PipelineRun,
     "tokenize_text": TokenizeTextRun,
     "generate": GenerateRun,
+    "synthesize": SynthesizeRun,
     "search": SearchRun,
     "report": ReportRun,
 }

@@ -28,6 +28,7 @@ from minitron_mcore.config.stages import (
     PlanRun,
     Run,
     SearchRun,
+    SynthesizeRun,
     TeacherCacheRun,
 )
 from minitron_mcore.depth import study
@@ -35,6 +36,7 @@ from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.estimate import checkpoints, memory, step_time
 from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.evaluation import prompts
 from minitron_mcore.evaluation.benchmarks import suite
 from minitron_mcore.formats import gguf_layout
 from minitron_mcore.importance import checks as importance
@@ -170,7 +172,8 @@ def _problems(
     yield from ranges.problems(config)
     archs = {role: arch for role, (arch, _) in models.items()}
     if not _is_one_process(config):
-        length = setting.sequence_length if setting.sequence_length > 1 else None
+        # The stage synthesize pads its sequences itself.
+        length = None if isinstance(config, SynthesizeRun) or setting.sequence_length == 1 else setting.sequence_length
         teacher_ranks = training.teacher_ranks if training else 0
         yield from layout.teacher_ranks_problems(teacher_ranks, setting.world + teacher_ranks)
         yield from layout.problems(config.parallel, setting.world, length)
@@ -231,6 +234,10 @@ def _problems(
             config.evaluate.sequence_length,
             **{role: arch.max_positions for role, arch in _first_model(archs).items()},
         )
+    if isinstance(config, SynthesizeRun):
+        yield from prompts.problems(config)
+        limits = {role: arch.max_positions for role, arch in archs.items()}
+        yield from ranges.positions("prompt_tokens + tokens", config.synthesize.sequence_length, **limits)
     if isinstance(config, PlanRun) and "target" in archs:
         try:
             check_counts(archs["target"], config.parameters, config.without_embeddings)
@@ -274,7 +281,7 @@ def _ranks(
         rows = memory.training(students, teacher, training, setting, teacher and resolve.cache_content(config))
     elif isinstance(config, DepthRun):
         rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
-    elif isinstance(config, BenchmarkRun | ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
+    elif isinstance(config, BenchmarkRun | ImportanceRun | EvaluateRun | GenerateRun | SynthesizeRun | TeacherCacheRun):
         rows = memory.forward_passes(main, setting)
     else:
         rows = [
@@ -315,6 +322,10 @@ def _operations(
         steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length)}
+    elif isinstance(config, SynthesizeRun) and not list(prompts.problems(config)):
+        # A step is an answer of full length, which takes a pass for each of its tokens.
+        steps, tokens = config.synthesize.samples * len(prompts.read(config)), config.synthesize.tokens
+        operations = {"model": tokens * length * flops.forward_flops(archs["model"], length, head=False)}
     else:
         return {}
     total = sum(operations.values())

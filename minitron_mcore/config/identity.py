@@ -7,7 +7,15 @@ from enum import Enum
 from typing import Any
 
 from minitron_mcore.config.fields import is_changeable, is_of_phase
-from minitron_mcore.config.stages import STAGES, BenchmarkRun, Run, SearchRun, StageRun, TokenizeTextRun
+from minitron_mcore.config.stages import (
+    STAGES,
+    BenchmarkRun,
+    Run,
+    SearchRun,
+    StageRun,
+    SynthesizeRun,
+    TokenizeTextRun,
+)
 
 SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
     "model",
@@ -21,7 +29,9 @@ def _stage_name(schema: type[StageRun]) -> str:
     return schema.__name__.removesuffix("Run").lower()
 
 
-_SCHEMAS = {_stage_name(schema): schema for schema in (*STAGES.values(), BenchmarkRun, SearchRun, TokenizeTextRun)}
+_SCHEMAS = {
+    _stage_name(each): each for each in (*STAGES.values(), BenchmarkRun, SearchRun, SynthesizeRun, TokenizeTextRun)
+}
 
 
 def resolved(config: StageRun) -> dict[str, Any]:

@@ -7,7 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from minitron_mcore.config.settings import DataConfig, EvaluateConfig, TrainConfig
-from minitron_mcore.config.stages import EvaluateRun, ExportRun, GenerateRun, Run, SearchRun, TokenizeTextRun
+from minitron_mcore.config.stages import (
+    EvaluateRun,
+    ExportRun,
+    GenerateRun,
+    Run,
+    SearchRun,
+    SynthesizeRun,
+    TokenizeTextRun,
+)
+from minitron_mcore.config.synthesis import SynthesizeConfig
 
 LARGEST_SEED = 2**32 - 1
 """NumPy's."""
@@ -30,6 +39,8 @@ def problems(config: Run) -> Iterator[str]:
         yield from evaluation(config.evaluate)
     if isinstance(config, GenerateRun):
         yield from at_least(1, {"tokens": config.tokens})
+    if isinstance(config, SynthesizeRun):
+        yield from synthesis(config.synthesize)
     if isinstance(config, TokenizeTextRun):
         yield from at_least(1, {"processes": config.processes})
     if isinstance(config, ExportRun):
@@ -83,6 +94,19 @@ def evaluation(config: EvaluateConfig) -> Iterator[str]:
     if config.sequence_length < 2:
         yield f"evaluate.sequence_length is {config.sequence_length}; it must be at least 2: a token and one that it predicts."
     yield from at_least(1, {f"evaluate.{name}": getattr(config, name) for name in ("micro_batch", "max_windows")})
+
+
+def synthesis(config: SynthesizeConfig) -> Iterator[str]:
+    """Sampling and filters of a synthesis that are out of range."""
+    counts = ("samples", "prompt_tokens", "tokens", "micro_batch", "min_tokens")
+    yield from at_least(1, {f"synthesize.{name}": getattr(config, name) for name in counts})
+    yield from not_negative({"synthesize.temperature": config.temperature})
+    if not 0 < config.top_p <= 1:
+        yield f"synthesize.top_p is {config.top_p:g}; it must be above 0 and at most 1."
+    if config.min_tokens > config.tokens:
+        yield f"synthesize.min_tokens is {config.min_tokens}; it must be at most synthesize.tokens {config.tokens}."
+    if config.min_log_likelihood is not None and not config.min_log_likelihood <= 0:
+        yield f"synthesize.min_log_likelihood is {config.min_log_likelihood:g}; it must be at most 0."
 
 
 def training(config: TrainConfig) -> Iterator[str]:

@@ -25,6 +25,7 @@ from minitron_mcore.config.settings import (
     PruneConfig,
     TrainConfig,
 )
+from minitron_mcore.config.synthesis import SynthesizeConfig
 from minitron_mcore.errors import UserError
 
 
@@ -63,6 +64,7 @@ class Run:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
     log: LogConfig = changeable(default_factory=LogConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     dry_run: bool = changeable(False)
@@ -389,6 +391,17 @@ class GenerateRun(Run):
     """Most tokens to generate; the end of a document ends the text earlier."""
     text_file: str | None = None
     """File for the prompt and its continuation; null only prints them."""
+
+
+@dataclass
+class SynthesizeRun(StageRun):
+    """Training text from a model's answers to prompts."""
+
+    reads = ("data", "synthesize")
+    source: str = changeable(MISSING)
+    """Checkpoint that answers."""
+    prompts: list[str] = changeable(default_factory=list)
+    """.jsonl files of prompts: lines with "prompt", or with "messages" up to the answer. Answers in them are ignored."""
 
 
 @dataclass

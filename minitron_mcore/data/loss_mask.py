@@ -24,7 +24,8 @@ def mask_prefix(prefix: str) -> str | None:
 def loss_mask(text: Text, spans: Spans) -> np.ndarray:
     """[T] uint8: 1 for the tokens whose last character is in one of `text.loss_spans`, or for all without them.
 
-    The EOS that ends the document counts if a span reaches the end of the text.
+    The EOS that ends the document counts if a span reaches the end of the text. In a conversation a token that holds the last
+    character of a span counts too where it is longer than the span, as in transformers' masks.
     """
     if text.loss_spans is None:
         return np.ones(len(spans.ids), np.uint8)
@@ -33,6 +34,9 @@ def loss_mask(text: Text, spans: Spans) -> np.ndarray:
         in_span[first + 1 : end + 1] = 1
     special = np.asarray(spans.special, dtype=bool)
     mask = in_span[np.where(special, 0, spans.ends)]
+    if text.is_chat:
+        last = np.searchsorted(np.maximum.accumulate(spans.ends), [end for _, end in text.loss_spans])
+        mask[last.clip(max=len(mask) - 1)] = 1
     if special[-1]:
         mask[-1] = any(end == len(text) for _, end in text.loss_spans)
     return mask

@@ -60,7 +60,7 @@ def encode(
     dtype, lengths, tokens = np.dtype(DType.optimal_dtype(tokenizer.vocab_size)), array.array("i"), 0
     masks: IO[bytes] | None = None
     with open(f"{prefix}.bin", "wb") as file:
-        for texts, position in documents(path, limits, part, key):
+        for texts, position in documents(path, limits, part, key, tokenizer.chat.conversation):
             for ids, mask in _encoded(tokenizer, texts):
                 file.write(np.asarray(ids, dtype).tobytes())
                 if masks is None and not mask.all():

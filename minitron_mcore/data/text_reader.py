@@ -7,7 +7,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -46,6 +46,12 @@ class Text(str):
 
     loss_spans: tuple[tuple[int, int], ...] | None = None
     """[first, end) in characters: the parts that count in the loss; None: all of it."""
+    is_chat = False
+    """Whether a chat template rendered it, with all special tokens in the text (see `chat`)."""
+
+
+Conversation = Callable[[object], Text]
+"""The "messages" of a line as a text, or a UserError (see `ChatTemplate.conversation`)."""
 
 
 class Part(NamedTuple):
@@ -198,15 +204,18 @@ def _whole(path: str, limits: Limits) -> Iterator[tuple[str, int]]:
         raise UserError(f"{path} cannot be read to its end ({error}): is it complete?") from error
 
 
-def _parse(line: str, key: str) -> Text:
+def _parse(line: str, key: str, conversation: Conversation | None) -> Text:
     """The document of a line: {key: text}, with "loss_spans": [[first, end], ...] if not all of it counts in the loss; or
-    {"prompt": ..., "completion": ...}, of which the completion counts.
+    {"prompt": ..., "completion": ...}, of which the completion counts; or {"messages": ...}, where `conversation` renders these.
 
     Raises:
         ValueError: no JSON; spans outside the text.
         KeyError, TypeError: no such text.
+        UserError: see `conversation`.
     """
     fields = json.loads(line)
+    if conversation and key not in fields and "messages" in fields:
+        return conversation(fields["messages"])
     is_pair = key not in fields and "prompt" in fields
     parts = [fields["prompt"], fields["completion"]] if is_pair else [fields[key]]
     if not all(isinstance(part, str) for part in parts):
@@ -225,7 +234,9 @@ def _check_span(span: object, length: int) -> tuple[int, int]:
     raise ValueError(f"loss_spans has {span}, which is no [first, end] within the {length} characters")
 
 
-def _each_document(path: str, limits: Limits, part: Part, key: str) -> Iterator[tuple[Text, int]]:
+def _each_document(
+    path: str, limits: Limits, part: Part, key: str, conversation: Conversation | None
+) -> Iterator[tuple[Text, int]]:
     """(text, position as in `documents`) of each document that is not empty."""
     if path.endswith((*_WHOLE, parquet.SUFFIX)):
         rows = (
@@ -237,8 +248,10 @@ def _each_document(path: str, limits: Limits, part: Part, key: str) -> Iterator[
         return
     for number, line, position in lines(path, limits.line_mb, part):
         try:
-            text = _parse(line, key)
+            text = _parse(line, key, conversation)
             text.encode("utf-8")  # JSON allows lone surrogates, tokenizers do not
+        except UserError as error:
+            raise UserError(f"{_where(path, number, part)}: {error}") from error
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{_where(path, number, part)} is not UTF-8 text ({error.reason}): write it as UTF-8."
@@ -249,8 +262,8 @@ def _each_document(path: str, limits: Limits, part: Part, key: str) -> Iterator[
             ) from error
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{_where(path, number, part)}: no string under "{key}": write one {{"{key}": ...}} a line, or {{"prompt": ..., '
-                '"completion": ...}}.'
+                f'{_where(path, number, part)}: no string under "{key}": write one {{"{key}": ...}} a line, {{"prompt": ..., '
+                '"completion": ...}} or {{"messages": [...]}}.'
             ) from error
         if text:
             yield text, position
@@ -261,6 +274,7 @@ def documents(
     limits: Limits | None = None,
     part: Part = WHOLE_FILE,
     key: str = "text",
+    conversation: Conversation | None = None,
 ) -> Iterator[tuple[list[Text], int]]:
     """Read the documents of a text file in batches of some millions of characters.
 
@@ -268,6 +282,7 @@ def documents(
         limits: size limits of a document; None for the defaults.
         part: share of the file to read (see `parts`).
         key: of a .jsonl line, or column of a parquet file, that holds the text.
+        conversation: renders the "messages" of a .jsonl line; None: such lines are refused.
 
     Yields:
         (texts, position in the stored file in bytes from the start of the part)
@@ -278,7 +293,7 @@ def documents(
     """
     check_readable(path)
     texts, chars, position = [], 0, 0
-    for text, position in _each_document(path, limits or Limits(), part, key):
+    for text, position in _each_document(path, limits or Limits(), part, key, conversation):
         texts.append(text)
         chars += len(text)
         if chars >= _BATCH_CHARS:

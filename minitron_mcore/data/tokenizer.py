@@ -5,6 +5,7 @@ rebuild some classes (LlamaTokenizer, GPT2Tokenizer) from their vocabulary alone
 """
 
 import hashlib
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron_mcore.config.settings import DataConfig
+from minitron_mcore.data.chat import ChatTemplate
+from minitron_mcore.data.text_reader import Text
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import damage_as_user_error, read_json
 
@@ -44,6 +47,8 @@ class Tokenizer(ABC):
     """Largest id + 1."""
     fingerprint: bytes
     """Tokenizers with equal fingerprints give equal ids."""
+    chat: ChatTemplate
+    """Renders conversations."""
     rows: int | None = None
     """Rows of the embedding that the ids must fit; None skips the check."""
 
@@ -76,10 +81,10 @@ class Tokenizer(ABC):
         return documents
 
     def spans(self, texts: list[str]) -> list[Spans]:
-        """`documents` with the position of each token."""
+        """`documents` with the position of each token. Conversations have the special tokens of their template alone."""
         placed = [
             spans
-            if spans.ids and spans.ids[-1] == self.eos
+            if (spans.ids and spans.ids[-1] == self.eos) or _is_chat(text)
             else Spans([*spans.ids, self.eos], [*spans.ends, len(text)], [*spans.special, True])
             for spans, text in zip(self._encode_spans(texts), texts, strict=True)
         ]
@@ -95,6 +100,10 @@ class Tokenizer(ABC):
             )
 
 
+def _is_chat(text: str) -> bool:
+    return isinstance(text, Text) and text.is_chat
+
+
 class _HuggingFace(Tokenizer):
     def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: Path):
         if tokenizer.eos_token_id is None:
@@ -106,7 +115,8 @@ class _HuggingFace(Tokenizer):
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.fingerprint = hashlib.sha256(f"{self.backend.to_str()}{self.eos}".encode()).digest()
+        self.chat = ChatTemplate(tokenizer, folder)
+        self.fingerprint = hashlib.sha256(f"{self.backend.to_str()}{self.eos}{self.chat.identity}".encode()).digest()
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
@@ -124,7 +134,8 @@ class _HuggingFace(Tokenizer):
     def _encode_spans(self, texts: list[str]) -> list[Spans]:
         return [
             Spans(encoding.ids, [end for _, end in encoding.offsets], encoding.special_tokens_mask)
-            for encoding in self.backend.encode_batch(texts)
+            for is_chat, group in itertools.groupby(texts, _is_chat)
+            for encoding in self.backend.encode_batch(list(group), add_special_tokens=not is_chat)
         ]
 
 
@@ -143,6 +154,7 @@ class _SentencePiece(Tokenizer):
         self.bos = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
         self.start = [self.processor.bos_id()] if starts_with_bos else []
         self.threads = -1  # one for each core
+        self.chat = ChatTemplate(None, path)
         if self.eos < 0 or -1 in self.start:
             missing = "EOS to end" if self.eos < 0 else "BOS to begin"
             raise UserError(f"{path} has no {missing} documents with: it was trained without one.")

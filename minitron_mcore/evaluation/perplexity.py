@@ -78,7 +78,7 @@ def windows(path: str, tokenizer: Tokenizer, sequence_length: int, limits: Limit
             f"{path} is a .bin/.idx pair, which does not store the bytes of the text: evaluate on the text itself."
         )
     ids, predicted, sizes = [], [], []
-    for texts, _ in documents(path, limits):
+    for texts, _ in documents(path, limits, conversation=tokenizer.chat.conversation):
         for text, spans in zip(texts, tokenizer.spans(texts), strict=True):
             ids.append(np.asarray(spans.ids, dtype=np.int64))
             predicted.append(~np.asarray(spans.special, dtype=bool) & (loss_mask(text, spans) > 0))

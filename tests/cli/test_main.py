@@ -80,7 +80,13 @@ def test_a_pipeline_starts_torchrun(tmp_path):
     """The other tests fork its stages."""
     tiny_run.write(tmp_path)
     given = [*tiny_run.STAGES, "parallel=tp2", "importance.samples=4"]
-    command = [sys.executable, str(ROOT / "launch" / "pipeline.py"), *given, "stages=[importance]", "processes=2"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "pipeline.py"),
+        *given,
+        "stages=[convert,importance]",
+        "processes=2",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500, check=True)
     assert "stage 2 of 2: importance" in done.stdout and "report: runs/tiny/report.html" in done.stdout

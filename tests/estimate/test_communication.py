@@ -20,6 +20,7 @@ from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import on_ranks, random_checkpoint
 from tests.helpers import cached_teacher
 from tests.helpers.collectives import SCALARS, counted
+from tests.helpers.layouts import layout
 
 STUDENT = Architecture("llama", 5, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, tied=True)
 MODELS = {
@@ -35,23 +36,20 @@ TABLE = {
     2: 51 * 48 * 2,
 }  # bytes of a rank's part of the teacher's table, by TP: 101 rows are padded to 102
 FULL = PerformanceConfig(recompute=Recompute.full)
-LAYOUTS = {
-    "tp2": (2, ParallelConfig(tensor=2), "student", PerformanceConfig()),
-    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True), "student", PerformanceConfig(loss_chunk_mb=1)),
-    "tp2_sp recomputed": (2, ParallelConfig(tensor=2, sequence=True), "student", FULL),
-    "pp2": (2, ParallelConfig(pipeline=2), "student", PerformanceConfig()),
-    "pp2 interleaved": (2, ParallelConfig(pipeline=2, virtual=2), "student", PerformanceConfig()),
-    "cp2": (2, ParallelConfig(context=2), "student", FULL),
-    "dp2": (2, ParallelConfig(), "student", PerformanceConfig(grad_reduce_in_fp32=False)),
-    "ep2": (2, ParallelConfig(expert=2), "experts", PerformanceConfig()),
-    "tp2_sp_ep2": (2, ParallelConfig(tensor=2, sequence=True, expert=2), "experts", PerformanceConfig()),
-    "tp2_sp_pp2_cp2": (8, ParallelConfig(tensor=2, sequence=True, pipeline=2, context=2), "student", FULL),
-    "tp2_sp_pp2_ep2_dp2": (
-        8,
-        ParallelConfig(tensor=2, sequence=True, pipeline=2, expert=2),
-        "experts",
-        PerformanceConfig(),
-    ),
+DEFAULT = PerformanceConfig()
+CASES = {
+    # layout -> student, options
+    "tp2": ("student", DEFAULT),
+    "tp2_sp": ("student", PerformanceConfig(loss_chunk_mb=1)),
+    "tp2_sp recomputed": ("student", FULL),
+    "pp2": ("student", DEFAULT),
+    "pp2_virtual2": ("student", DEFAULT),
+    "cp2": ("student", FULL),
+    "dp2": ("student", PerformanceConfig(grad_reduce_in_fp32=False)),
+    "ep2": ("experts", DEFAULT),
+    "tp2_sp_ep2": ("experts", DEFAULT),
+    "tp2_sp_pp2_cp2": ("student", FULL),
+    "tp2_sp_pp2_ep2_dp2": ("experts", DEFAULT),
 }
 
 
@@ -107,9 +105,9 @@ def by_formula(collectives: list[communication.Collective]) -> tuple:
 
 
 @pytest.mark.default_cases("tp2_sp", "tp2_sp_pp2_ep2_dp2")
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_collectives_are_those_of_the_formulas(folder, layout):
-    world, parallel, student, performance = LAYOUTS[layout]
+@pytest.mark.parametrize("case", CASES)
+def test_collectives_are_those_of_the_formulas(folder, case):
+    (world, parallel), (student, performance) = layout(case.split()[0]), CASES[case]
     setting = Setting(parallel, world, Dtype.bf16, 2, 24, Device.cpu, performance)
     arch, teacher = MODELS[student], MODELS["teacher"] if student == "student" else None
     for place, counts in on_ranks(work, world, parallel, folder, student, parallel, performance):

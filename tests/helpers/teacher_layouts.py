@@ -10,6 +10,7 @@ from minitron_mcore.config.settings import HiddenStateLossConfig, ParallelConfig
 from minitron_mcore.errors import UserError
 from tests.helpers import models, training
 from tests.helpers.cutting import export
+from tests.helpers.layouts import layout
 
 # Blocks of different stages in most layouts, one of the teacher's twice, and the embeddings.
 STATES = HiddenStateLossConfig(0.7, pairs=[[0, 3], [3, 1], [2, 3]])
@@ -24,22 +25,28 @@ CONFIG = dataclasses.replace(
 )
 
 
+def apart(name: str) -> tuple[int, ParallelConfig, int, ParallelConfig]:
+    """Processes and layout of the student, and of its teacher."""
+    student, teacher = map(layout, name.split("_of_"))
+    return *student, *teacher
+
+
+def pair(name: str) -> tuple[int, ParallelConfig, ParallelConfig]:
+    """Processes, layout of the student, of its teacher on the same processes."""
+    world, parallel, _, teacher_parallel = apart(name)
+    return world, parallel, teacher_parallel
+
+
 PAIRS = {
-    # processes, student, teacher
-    "dp4_of_tp2_pp2": (4, ParallelConfig(), ParallelConfig(tensor=2, pipeline=2)),
-    "tp3_of_dp3": (3, ParallelConfig(tensor=3), ParallelConfig()),  # two micro-batches at a time for three replicas
-    "tp2_sp_dp2_of_pp2_dp2": (4, ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2)),
-    "pp2_of_tp2_sp": (2, ParallelConfig(pipeline=2), ParallelConfig(tensor=2, sequence=True)),
-    "pp2_virtual2_dp2_of_cp2_tp2_sp": (
-        4,
-        ParallelConfig(pipeline=2, virtual=2),
-        ParallelConfig(context=2, tensor=2, sequence=True),
-    ),
-    "cp2_tp2_sp_of_pp2_virtual2_dp2": (
-        4,
-        ParallelConfig(context=2, tensor=2, sequence=True),
-        ParallelConfig(pipeline=2, virtual=2),
-    ),
+    name: pair(name)
+    for name in (
+        "dp4_of_tp2_pp2",
+        "tp3_of_dp3",  # two micro-batches at a time for three replicas
+        "tp2_sp_dp2_of_pp2_dp2",
+        "pp2_of_tp2_sp",
+        "pp2_virtual2_dp2_of_cp2_tp2_sp",
+        "cp2_tp2_sp_of_pp2_virtual2_dp2",
+    )
 }
 
 
@@ -78,12 +85,7 @@ def hold(alone, expected, ranks, tmp_path, tolerance=2e-5):
         assert (found[key] - gradient).abs().max() <= tolerance * gradient.abs().max(), key
 
 
-APART = {
-    # processes of the student, layout, of the teacher, layout
-    "dp2_of_tp2_sp": (2, ParallelConfig(), 2, ParallelConfig(tensor=2, sequence=True)),
-    "tp2_sp_of_one": (2, ParallelConfig(tensor=2, sequence=True), 1, ParallelConfig()),
-    "pp2_of_dp2": (2, ParallelConfig(pipeline=2), 2, ParallelConfig()),
-}
+APART = {name: apart(name) for name in ("dp2_of_tp2_sp", "tp2_sp_of_tp1", "pp2_of_dp2")}
 
 
 def serve_or_learn(folders, config, parallel, out_dir, damaged=False):

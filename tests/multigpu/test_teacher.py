@@ -15,9 +15,9 @@ from tests.multigpu.ranks import launch, need
 pytestmark = pytest.mark.multigpu
 
 SP = ParallelConfig(tensor=2, sequence=True)
-PAIRS = {name: teacher_layouts.PAIRS[name] for name in ("pp2_of_tp2_sp", "dp4_of_tp2_pp2")} | {
-    "cp2_tp2_sp_of_pp2_virtual2_dp2": teacher_layouts.PAIRS["cp2_tp2_sp_of_pp2_virtual2_dp2"],
-    "tp2_sp_dp4_of_tp2_pp2_cp2": (8, SP, ParallelConfig(tensor=2, pipeline=2, context=2)),
+PAIRS = {
+    name: teacher_layouts.pair(name)
+    for name in ("pp2_of_tp2_sp", "dp4_of_tp2_pp2", "cp2_tp2_sp_of_pp2_virtual2_dp2", "tp2_sp_dp4_of_tp2_pp2_cp2")
 }
 TOLERANCE = 1e-4
 
