@@ -43,6 +43,7 @@ setup(
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],
         # Never `apex`: on PyPI that is another project. NVIDIA's Apex comes with NGC's PyTorch image (Dockerfile).
+        "llama": ["llama-cpp-python[server]"],  # compiled on installation; tests/export/test_llama_cpp.py
         "gpu": ["transformer-engine[pytorch]"],
         "dev": [
             "coverage",

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from common import Figure, parser, write
 
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.reporting import plots, tables
@@ -150,7 +151,7 @@ def _accuracies(out_dir: Path, folder: Path, questions: int, files: Path) -> dic
         rows, settings = {"questions": suite.read_rows(files / file)}, {"task": name, "num_fewshot": 0}
         task = suite.build_task(stock, rows, settings, 1234, files / file, questions)
         scores[name] = run.evaluate(model, task, questions, 1234)[metric]
-    tables.write_json(kept, scores)
+    disk.write_json(kept, scores)
     return scores
 
 

@@ -1,4 +1,4 @@
-"""Measure the papers' nine benchmarks with lm-eval, and print them beside the published rows; the same command resumes.
+"""Run the papers' nine benchmarks with lm-eval, beside the published rows; the same command resumes.
 
 A model is a Hugging Face folder, on one process, or a sharded checkpoint in any layout.
 

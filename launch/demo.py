@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from minitron_mcore.checkpoint import owner
+from minitron_mcore.checkpoint import disk, owner
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.errors import Stopped, UserError
@@ -86,7 +86,7 @@ def show(rows: list[dict], minutes: float) -> None:
     print(f'\ngreedy continuations of "{PROMPT}"')
     for name, text in texts.items():
         print(f"\n  {name}: {' '.join(text.split())}")
-    tables.write_json(ROOT / "demo.json", {"models": rows, "tokens_per_second": speed, "continuations": texts})
+    disk.write_json(ROOT / "demo.json", {"models": rows, "tokens_per_second": speed, "continuations": texts})
 
 
 def main() -> None:

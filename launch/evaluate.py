@@ -11,7 +11,7 @@ from minitron_mcore.config.stages import EvaluateRun
 
 @entry("evaluate")
 def main(config: EvaluateRun) -> None:
-    from minitron_mcore.checkpoint import claim
+    from minitron_mcore.checkpoint import claim, disk
     from minitron_mcore.evaluation import perplexity
     from minitron_mcore.parallel import process_groups
     from minitron_mcore.reporting import tables
@@ -21,7 +21,7 @@ def main(config: EvaluateRun) -> None:
         with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
             rows = perplexity.evaluate_run(model, tokenizer, config)
             if process_groups.rank() == 0:
-                tables.write_json(
+                disk.write_json(
                     folder / "evaluation.json",
                     {"source": config.source, "parameters": model.parameters, "files": rows},
                 )

@@ -13,10 +13,10 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 @entry("plan")
 def main(config: PlanRun) -> None:
-    from minitron_mcore.checkpoint import claim, run_folder
+    from minitron_mcore.checkpoint import claim, disk, run_folder
     from minitron_mcore.depth import study
     from minitron_mcore.importance.scores import load_scores
-    from minitron_mcore.models import architecture, build
+    from minitron_mcore.models import architecture, sharding
     from minitron_mcore.pruning import plan as plans
     from minitron_mcore.pruning import summary, target
     from minitron_mcore.reporting import plots, tables
@@ -29,11 +29,11 @@ def main(config: PlanRun) -> None:
     plan = plans.make_plan(source.arch, source.fingerprint, scores, prune)
     plan.statistic.update(chosen)
     target.check_counts(plan.target, config.parameters, config.without_embeddings)
-    build.check_shardable(plan.target, config.parallel)
+    sharding.check_shardable(plan.target, config.parallel)
     if config.prune.exportable:
         architecture.check_exportable(plan.target)
     with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
-        run_folder.replace_text(folder / plans.FILE, plan.to_json())
+        disk.replace_text(folder / plans.FILE, plan.to_json())
         plots.plot_plan(plan, scores.vectors, folder / "plan.png")
     tables.table("tensors of the plan", summary.tensors(plan, config.dtype.value))
     files = f"plan: {config.out_dir}/{plans.FILE}; picture: {config.out_dir}/plan.png"

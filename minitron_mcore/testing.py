@@ -36,7 +36,7 @@ PRELOADED = ["minitron_mcore.testing", "minitron_mcore.evaluation.perplexity", "
 
 
 @functools.cache
-def _processes() -> multiprocessing.context.BaseContext:
+def _processes() -> Any:
     """How ranks start. With CUDA each is a new process: a fork cannot use CUDA if its parent did, and the imports do."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
@@ -54,7 +54,7 @@ class RankError(Exception):
 
 
 def on_ranks(
-    fn: Callable,
+    fn: Callable[..., Any],
     world_size: int,
     parallel: ParallelConfig,
     *args: Any,
@@ -62,7 +62,7 @@ def on_ranks(
     teacher_ranks: int = 0,
     teacher_parallel: ParallelConfig | None = None,
     hang: HangConfig | None = None,
-) -> list:
+) -> list[Any]:
     """Call `fn(*args)` on ranks 0..world_size-1 inside `process_groups.distributed_context`.
 
     Args:
@@ -80,7 +80,8 @@ def on_ranks(
     Raises:
         RankError: the first rank that raised, died, or exceeded the timeout.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         ranks = [
             _processes().Process(
                 target=_work,
@@ -90,7 +91,8 @@ def on_ranks(
         ]
         for process in ranks:
             process.start()
-        waiting, failed, deadline = dict(enumerate(ranks)), {}, time.monotonic() + timeout
+        waiting, deadline = dict(enumerate(ranks)), time.monotonic() + timeout
+        failed: dict[int, str] = {}
         try:
             while waiting and not failed:
                 ended = connection.wait([p.sentinel for p in waiting.values()], max(0, deadline - time.monotonic()))
@@ -107,19 +109,21 @@ def on_ranks(
                 process.kill()
                 process.join()
         # The earliest error is the cause: the ranks after it lose their connections.
-        if errors := sorted(Path(folder).glob("*.error"), key=lambda file: file.stat().st_mtime_ns):
+        if errors := sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime_ns):
             raise RankError(*torch.load(errors[0]))
         for rank, reason in failed.items():
             raise RankError(rank, "Lost", reason, reason)
-        return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
+        return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
-def _work(rank: int, world_size: int, settings: tuple, folder: str, fn: Callable, args: tuple) -> None:
+def _work(
+    rank: int, world_size: int, settings: tuple[Any, ...], folder: Path, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.setpgrp()
     gc.freeze()  # a collection would copy the server's pages
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
+    store = dist.FileStore(str(folder / "store"), world_size)
     parallel, teacher_ranks, teacher_parallel, hang = settings
     world = process_groups.distributed_context(
         parallel, store=store, teacher_ranks=teacher_ranks, teacher_parallel=teacher_parallel, hang=hang
@@ -141,9 +145,9 @@ def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
 class SavedBytes:
     """Bytes that autograd holds for backward passes, each storage counted once: `now`, and the `peak`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.now = self.peak = 0
-        self._holders = collections.Counter()
+        self._holders: collections.Counter[int] = collections.Counter()
 
     def count(self, storage: torch.UntypedStorage, change: int) -> None:
         key = storage.data_ptr()
@@ -158,7 +162,7 @@ class _SavedTensor:
         self.saved, self.tensor = saved, tensor
         saved.count(tensor.untyped_storage(), 1)
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.saved.count(self.tensor.untyped_storage(), -1)
 
 
@@ -167,10 +171,10 @@ def saved_bytes(parameters: Iterable[torch.Tensor]) -> Iterator[SavedBytes]:
     """Count the bytes that forward passes inside the block save for backward, without `parameters`."""
     saved, own = SavedBytes(), {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
-    def pack(tensor: torch.Tensor):
+    def pack(tensor: torch.Tensor) -> Any:
         return tensor if tensor.untyped_storage().data_ptr() in own else _SavedTensor(saved, tensor)
 
-    def unpack(packed) -> torch.Tensor:
+    def unpack(packed: Any) -> torch.Tensor:
         return packed.tensor if isinstance(packed, _SavedTensor) else packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -26,7 +27,7 @@ _BEGINNING = (CONFIG, stage_record.INPUTS, "model.json", "hf", "plans")
 
 
 @contextmanager
-def claim_run_folder(out_dir: str | Path, settings: dict, share: str = "") -> Iterator[bool]:
+def claim_run_folder(out_dir: str | Path, settings: dict[str, Any], share: str = "") -> Iterator[bool]:
     """Own `out_dir` during the block, which writes in place or resumes (collective if torch.distributed is initialised).
 
     Args:
@@ -39,22 +40,21 @@ def claim_run_folder(out_dir: str | Path, settings: dict, share: str = "") -> It
     Raises:
         UserError: another process that still runs owns the folder, or it holds results of another run or other files.
     """
-    out_dir, resumed, claim = Path(out_dir), [False], None
+    out_dir, resumed, claim = Path(out_dir), False, None
     with process_groups.raise_on_all_ranks():
         if process_groups.rank() == 0:
             claim = _claim(out_dir, settings, share)
-            resumed = [bool(steps.published(out_dir))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(resumed, src=0)
+            resumed = bool(steps.published(out_dir))
+    resumed = process_groups.from_rank_0(resumed)
     try:
-        yield resumed[0]
+        yield resumed
     finally:
         if claim:
             claim.release()
 
 
 @contextmanager
-def new_run_folder(out_dir: str | Path, settings: dict) -> Iterator[Path]:
+def new_run_folder(out_dir: str | Path, settings: dict[str, Any]) -> Iterator[Path]:
     """A folder beside `out_dir` for the block to fill, which becomes a finished `out_dir` at its end (collective as above).
 
     An unfinished one, which a stage left that was killed, is replaced. If the block raises, it is removed.
@@ -92,7 +92,7 @@ def finish(out_dir: str | Path) -> None:
         stage_record.finish(out_dir)
 
 
-def _claim(out_dir: Path, settings: dict, share: str) -> owner.Claim:
+def _claim(out_dir: Path, settings: dict[str, Any], share: str) -> owner.Claim:
     _refuse_foreign(out_dir)
     with writing(out_dir):
         claim = owner.Claim(out_dir, share)
@@ -107,7 +107,7 @@ def _claim(out_dir: Path, settings: dict, share: str) -> owner.Claim:
     return claim
 
 
-def _claim_part(out_dir: Path, part: Path, settings: dict) -> owner.Claim:
+def _claim_part(out_dir: Path, part: Path, settings: dict[str, Any]) -> owner.Claim:
     _refuse_foreign(out_dir)
     _refuse_finished(out_dir, settings)
     inputs = stage_record.inputs(settings)
@@ -125,7 +125,7 @@ def _claim_part(out_dir: Path, part: Path, settings: dict) -> owner.Claim:
     return claim
 
 
-def _refuse_other_run(out_dir: Path, settings: dict, inputs: dict[str, stage_record.Input]) -> None:
+def _refuse_other_run(out_dir: Path, settings: dict[str, Any], inputs: dict[str, stage_record.Input]) -> None:
     """Refuse results of other settings or inputs. A run that was stopped before its first result may be begun with others."""
     stored = read_yaml(out_dir / CONFIG, f"choose another out_dir, or remove {out_dir}")
     if _has_results(out_dir) or stored.get("stage") != settings.get("stage"):
@@ -139,7 +139,7 @@ def _refuse_other_run(out_dir: Path, settings: dict, inputs: dict[str, stage_rec
         (out_dir / stage_record.INPUTS).unlink(missing_ok=True)
 
 
-def _write_beginning(folder: Path, settings: dict, inputs: dict[str, stage_record.Input]) -> None:
+def _write_beginning(folder: Path, settings: dict[str, Any], inputs: dict[str, stage_record.Input]) -> None:
     with writing(folder):
         disk.replace_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
         stage_record.record_inputs(folder, inputs)
@@ -162,7 +162,7 @@ def _refuse_foreign(out_dir: Path) -> None:
         raise UserError(f"out_dir {out_dir} is not empty and holds no run of ours: choose another out_dir.")
 
 
-def _refuse_finished(out_dir: Path, settings: dict) -> None:
+def _refuse_finished(out_dir: Path, settings: dict[str, Any]) -> None:
     """Refuse an `out_dir` of a run."""
     if not (out_dir / CONFIG).is_file():
         return

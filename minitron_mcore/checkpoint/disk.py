@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import platform
 from pathlib import Path
@@ -67,3 +68,8 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode())
     os.replace(part, path)
     sync(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`replace_text` with a value as JSON."""
+    replace_text(path, json.dumps(value, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minitron_mcore.reading import damage_as_user_error
 
@@ -10,12 +10,12 @@ from minitron_mcore.reading import damage_as_user_error
 class Step(NamedTuple):
     """One checkpoint in a model's history. Its folder may no longer exist."""
 
-    lineage: dict
-    identity: dict
+    lineage: dict[str, Any]
+    identity: dict[str, Any]
     """Path, fingerprint and training step."""
 
 
-def history(lineage: dict, identity: dict) -> list[Step]:
+def history(lineage: dict[str, Any], identity: dict[str, Any]) -> list[Step]:
     """All ancestors of a checkpoint, including its teachers and their ancestors, then the checkpoint itself.
 
     Each step comes after those that it was made from.
@@ -24,7 +24,7 @@ def history(lineage: dict, identity: dict) -> list[Step]:
         KeyError, TypeError, ValueError, AttributeError: a lineage has another form than `run_folder.make_lineage` gives it.
     """
     _check_form(lineage)
-    steps = {}
+    steps: dict[str, Step] = {}
     for role, key in (("source", "ancestry"), ("student", "ancestry"), ("teacher", "teacher")):
         if lineage["parents"].get(role) and lineage.get(key):
             ancestors = history(lineage[key], lineage["parents"][role])
@@ -32,7 +32,7 @@ def history(lineage: dict, identity: dict) -> list[Step]:
     return [*steps.values(), Step(lineage, identity)]
 
 
-def _check_form(lineage: dict) -> None:
+def _check_form(lineage: dict[str, Any]) -> None:
     for role, parent in lineage["parents"].items():
         key = "fingerprint" if role in ("source", "student", "teacher") else "sha256"
         if parent and not all(isinstance(parent[name], str) for name in ("path", key)):
@@ -42,12 +42,12 @@ def _check_form(lineage: dict) -> None:
     lineage.get("versions", {}).items()
 
 
-def model_chain(lineage: dict) -> list[dict]:
+def model_chain(lineage: dict[str, Any]) -> list[dict[str, Any]]:
     """The lineages of a model and its ancestors, the first ancestor's first, without teachers."""
     return [*(model_chain(lineage["ancestry"]) if "ancestry" in lineage else []), lineage]
 
 
-def operation(lineage: dict) -> str | None:
+def operation(lineage: dict[str, Any]) -> str | None:
     """How a checkpoint was made from its parents: "pruned", "distilled" or "trained"; None if it was converted."""
     if "plan" in lineage:
         return "pruned"

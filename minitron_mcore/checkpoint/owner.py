@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import psutil
 
@@ -156,9 +156,8 @@ def _read(path: Path) -> Owner | None:
         return None
     try:
         record = json.loads(text)
-        process = {
-            key: kind(record[key]) for key, kind in (("host", str), ("pid", int), ("started", float), ("space", int))
-        }
+        kinds = (("host", str), ("pid", int), ("started", float), ("space", int))
+        process: dict[str, Any] = {key: kind(record[key]) for key, kind in kinds}
     except (ValueError, KeyError, TypeError):  # just being written, or damaged: its heartbeat decides
         process = {"host": "an unknown host", "pid": 0, "started": 0.0, "space": 0}
     here, age = _this_process(), max(0.0, _now(path.parent) - beat)
@@ -167,7 +166,7 @@ def _read(path: Path) -> Owner | None:
     return Owner(process["host"], process["pid"], age, is_here, is_running)
 
 
-def _this_process() -> dict:
+def _this_process() -> dict[str, Any]:
     """What a claim holds. Processes of two containers may have one host name and the same numbers, hence the pid namespace."""
     space = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
     process = psutil.Process()

@@ -14,7 +14,6 @@ The content is independent of the parallel layout that wrote it. A step gets its
 so an interrupted run leaves its last complete step.
 """
 
-import json
 import platform
 import shlex
 import shutil
@@ -22,14 +21,16 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from minitron_mcore.checkpoint import disk, safe_metadata, sharded, steps
-from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
 from minitron_mcore.config.model import ArchitectureConfig
+from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -47,7 +48,7 @@ class Checkpoint:
     arch: Architecture
     fingerprint: str
     """Identifies the weights: a hash of the source tensors, or of the parent's fingerprint and the operation on it."""
-    lineage: dict
+    lineage: dict[str, Any]
     step: str
     """Name of the step; the newest when the folder was opened, unless another was asked for."""
 
@@ -97,7 +98,7 @@ def _step_name(path: Path, wanted: str) -> str:
     found = steps.published(path)
     if wanted != steps.NEWEST:
         number = steps.best(path) if wanted == "best" else int(wanted) if wanted.isdecimal() else None
-        if number not in (step.number for step in found):
+        if number is None or number not in [step.number for step in found]:
             numbers = ", ".join(str(step.number) for step in reversed(found))
             raise UserError(
                 f"step is {wanted}, but the checkpoint at {path} has steps {numbers or 'none'}"
@@ -119,10 +120,10 @@ def describe(
     out_dir: str | Path,
     arch: Architecture,
     fingerprint: str,
-    parents: dict,
+    parents: dict[str, Any],
     hf: Path,
-    plans: dict | None = None,
-    **details,
+    plans: dict[str, str] | None = None,
+    **details: Any,
 ) -> None:
     """Write model.json, hf/ and plans/ of a checkpoint folder (rank 0).
 
@@ -137,14 +138,14 @@ def describe(
         copy_hf_assets(hf, out_dir)
         for digest, text in (plans or {}).items():
             (out_dir / "plans").mkdir(exist_ok=True)
-            replace_text(out_dir / "plans" / f"{digest}.json", text)
+            disk.replace_text(out_dir / "plans" / f"{digest}.json", text)
         model = {
             "format_version": FORMAT_VERSION,
             "architecture": arch.to_json(),
             "fingerprint": fingerprint,
             "lineage": make_lineage(parents, **details),
         }
-        replace_text(out_dir / "model.json", json.dumps(model, indent=1))
+        disk.write_json(out_dir / "model.json", model)
 
 
 def copy_hf_assets(hf: Path, out_dir: Path) -> None:
@@ -154,7 +155,7 @@ def copy_hf_assets(hf: Path, out_dir: Path) -> None:
         shutil.copy2(file, copy_path(file, hf, out_dir / "hf"))
 
 
-def make_lineage(parents: dict, **details) -> dict:
+def make_lineage(parents: dict[str, Any], **details: Any) -> dict[str, Any]:
     """Provenance of weights: parents (role -> identity), command line, package versions and `details`."""
     return {"parents": parents, "command": command(), "versions": versions(), **details}
 
@@ -164,11 +165,11 @@ def command() -> str:
     return shlex.join(sys.argv)
 
 
-def identity(checkpoint: Checkpoint) -> dict:
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint, "step": checkpoint.step_dir.name}
 
 
-def versions() -> dict:
+def versions() -> dict[str, str]:
     import minitron_mcore
 
     return {
@@ -180,18 +181,18 @@ def versions() -> dict:
     }
 
 
-def load(checkpoint: Checkpoint, state: dict) -> dict:
+def load(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     """`read_step` of the checkpoint's step, after `verify` (collective)."""
     return read_step(verify(checkpoint.step_dir), state)
 
 
-def read_step(files: safe_metadata.Files, state: dict) -> dict:
+def read_step(files: safe_metadata.Files, state: dict[str, Any]) -> dict[str, Any]:
     """Read a sharded state dict from a verified step into its own tensors (collective).
 
     Raises:
         UserError: the step lacks a tensor, or a file cannot be read.
     """
-    with process_groups.raise_on_all_ranks(), safe_metadata.damage_as_user_error(files.path):
+    with process_groups.raise_on_all_ranks(), safe_metadata.damage_as_user_error(Path(files.path)):
         return safe_metadata.load(state, files)
 
 
@@ -219,11 +220,10 @@ def newest_valid_step(out_dir: str | Path) -> safe_metadata.Files:
     Raises:
         UserError: there is none; names each step and what is wrong with it.
     """
-    found, problems = [None], []
+    found, problems = [], []
     if process_groups.rank() == 0:
-        found = [[(step.path, step.problem()) for step in steps.published(out_dir)]]
-    dist.broadcast_object_list(found, src=0)
-    for path, problem in found[0]:
+        found = [(step.path, step.problem()) for step in steps.published(out_dir)]
+    for path, problem in process_groups.from_rank_0(found):
         try:
             if problem:
                 raise UserError(problem)
@@ -266,7 +266,9 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
                 )
 
 
-def build_model(checkpoint: Checkpoint, parallel, dtype: str, performance=None) -> build.Model:
+def build_model(
+    checkpoint: Checkpoint, parallel: ParallelConfig, dtype: str, performance: PerformanceConfig | None = None
+) -> build.Model:
     """Build a checkpoint's model in a parallel layout and load its weights (collective). See `build.build` for `performance`.
 
     Raises:

@@ -9,7 +9,6 @@ manifest has the hash and size of each file, from the process that wrote it. The
 import errno
 import hashlib
 import itertools
-import json
 import math
 import shutil
 import time
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,11 @@ from torch.serialization import set_crc32_options  # isort: skip
 type Make = dict[tuple[str, tuple[int, ...]], Callable[[], Tensor]]
 """(key, offset) -> function that returns the values of a placeholder on the meta device, called just before they are written."""
 
+type Files = dict[str, tuple[str, int]]
+"""Name of a file -> its sha256 and size."""
+type Written = tuple[list[Any], Files]
+"""Results of the items that a rank wrote, and its files."""
+
 
 class Save:
     """A sharded state dict that is written to a folder; `finish` completes it.
@@ -61,7 +66,7 @@ class Save:
     def __init__(
         self,
         folder: Path,
-        state: dict,
+        state: dict[str, Any],
         name: str,
         make: Make | None = None,
         copy_bytes: int = 0,
@@ -106,18 +111,19 @@ class Save:
         """
         with process_groups.raise_on_all_ranks(), _disk_errors(self.folder):
             written = self._strategy.writer.wait()
-        every = [None] * dist.get_world_size() if process_groups.rank() == 0 else None
+        every: list[Any] | None = [None] * dist.get_world_size() if process_groups.rank() == 0 else None
         dist.gather_object(written, every)
         with process_groups.raise_on_all_ranks(), _disk_errors(self.folder):
             if every:
                 self._complete(every)
 
-    def _complete(self, every: list[tuple]) -> None:
+    def _complete(self, every: list[Written]) -> None:
         """Write index and manifest from all ranks' (results of items, files), on rank 0.
 
         megatron-core's own last steps leave the other ranks waiting if rank 0 cannot write.
         """
-        strategy, files = self._strategy, {}
+        strategy = self._strategy
+        files: Files = {}
         strategy.writer.finish(strategy.index, [results for results, _ in every])
         save_config(CheckpointingConfig(strategy.backend, strategy.version), str(self.folder))
         for _, written in every:
@@ -128,14 +134,14 @@ class Save:
                 files[path.name] = disk.sha256(path), path.stat().st_size
         hashes, sizes = ({name: files[name][n] for name in sorted(files)} for n in (0, 1))
         manifest = {"algorithm": "sha256", "files": hashes, "sizes": sizes}
-        disk.replace_text(self.folder / steps.MANIFEST, json.dumps(manifest, indent=1))
-        self.size = sum(sizes.values())
+        disk.write_json(self.folder / steps.MANIFEST, manifest)
+        self.size = sum(size for _, size in files.values())
 
 
 class StepSave(Save):
     """A step of a run folder that is written; `finish` publishes it. Until then the previous step stays the newest one."""
 
-    def __init__(self, out_dir: str | Path, step: int, state: dict, name: str, **options):
+    def __init__(self, out_dir: str | Path, step: int, state: dict[str, Any], name: str, **options: Any):
         """Collective. `options` are those of `Save`."""
         self.step = steps.Step(step, steps.part_folder(out_dir, step).with_suffix(""))
         if process_groups.rank() == 0:
@@ -143,12 +149,12 @@ class StepSave(Save):
         pieces = dict_list_map_outplace(_split_into_pieces, state)
         super().__init__(steps.part_folder(out_dir, step), pieces, name, **options)
 
-    def _complete(self, every: list[tuple]) -> None:
+    def _complete(self, every: list[Written]) -> None:
         super()._complete(every)
         steps.publish(self.folder)
 
 
-def save_state(out_dir: str | Path, step: int, state: dict, name: str) -> None:
+def save_state(out_dir: str | Path, step: int, state: dict[str, Any], name: str) -> None:
     """Write a sharded state dict as a step of a run folder and publish it (collective).
 
     Raises:
@@ -174,7 +180,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _split_into_pieces(value):
+def _split_into_pieces(value: Any) -> Any:
     """A ShardedTensor split by rows as in `streaming.shard_slices`. Other values, small tensors and regular grids are unchanged."""
     if not isinstance(value, ShardedTensor) or value.has_regular_grid or value.data.numel() <= disk.PIECE_ELEMENTS:
         return value
@@ -197,7 +203,9 @@ class _Strategy(TorchDistSaveShardedStrategy):
         super().__init__()
         self.make, self.name, self.copy_bytes, self.read_back = make, name, copy_bytes, read_back
 
-    def async_save(self, sharded_state_dict: dict, checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, async_strategy: str
+    ) -> AsyncRequest:
         state, *_ = patches.group_by_key(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.writer = _Writer(checkpoint_dir, self)
@@ -209,14 +217,15 @@ class _Strategy(TorchDistSaveShardedStrategy):
 class _Writer(FileSystemWriter):
     """Writes files of a few pieces each in THREADS threads."""
 
-    def __init__(self, path: str, strategy: _Strategy):
+    def __init__(self, path: str | Path, strategy: _Strategy):
         super().__init__(path)
-        self.strategy, self._results = strategy, []
-        self._files: dict[str, tuple[str, int]] = {}
+        self.folder, self.strategy = Path(path), strategy
+        self._results: list[Any] = []
+        self._files: Files = {}
         self._error: Exception | None = None
-        self._thread: Future | None = None
+        self._thread: Future[list[Any]] | None = None
 
-    def prepare_write_data(self, plan, planner) -> None:
+    def prepare_write_data(self, plan: Any, planner: Any) -> None:
         """Write this rank's items, or copy them and begin to; megatron-core calls this before training continues.
 
         Errors are raised by `wait`, since the other ranks continue.
@@ -242,35 +251,37 @@ class _Writer(FileSystemWriter):
     def is_done(self) -> bool:
         return self._thread is None or self._thread.done()
 
-    def wait(self) -> tuple[list, dict[str, tuple[str, int]]]:
-        """Results of the items that this rank wrote, and sha256 and size of its files by name; or the error of writing them."""
+    def wait(self) -> Written:
+        """What this rank wrote; or the error of writing it."""
         if self._error:
             raise self._error
         return self._results + (self._thread.result() if self._thread else []), self._files
 
-    def _write_all(self, files: list[tuple[str, list]], resolve: Callable, update: Callable[[int], object]) -> list:
+    def _write_all(
+        self, files: list[tuple[str, list[Any]]], resolve: Callable[[Any], Any], update: Callable[[int], object]
+    ) -> list[Any]:
         """Results of the files' items; `update` is called with the number of written files."""
-        results = []
+        results: list[Any] = []
         with ThreadPoolExecutor(disk.THREADS) as pool:
             for done, written in enumerate(pool.map(partial(self._write, resolve), files), 1):
                 results += written
                 update(done)
         return results
 
-    def _write(self, resolve: Callable, file: tuple[str, list]) -> list:
+    def _write(self, resolve: Callable[[Any], Any], file: tuple[str, list[Any]]) -> list[Any]:
         # The manifest has a hash of the file, so the archive needs no checksums. The option is per thread.
         set_crc32_options(False)
         name, items = file
-        with disk.NewFile(self.path / name) as new:
+        with disk.NewFile(self.folder / name) as new:
             stream = _HashingFile(new)
             written = [self._write_item(resolve(item), name, item, stream) for item in items]
             size = new.tell()
         self._files[name] = stream.sha.hexdigest(), size
-        if self.strategy.read_back and disk.sha256(self.path / name, from_disk=True) != stream.sha.hexdigest():
+        if self.strategy.read_back and disk.sha256(self.folder / name, from_disk=True) != stream.sha.hexdigest():
             raise OSError(errno.EIO, f"{name} is not what was written")
         return written
 
-    def _write_item(self, data, name: str, item, stream: "_HashingFile"):
+    def _write_item(self, data: Any, name: str, item: Any, stream: Any) -> Any:
         if isinstance(data, Tensor):
             make = self.strategy.make.get((item.index.fqn, tuple(item.index.offset)))
             data = (make() if make else data.detach()).cpu()
@@ -279,9 +290,10 @@ class _Writer(FileSystemWriter):
         return patches.write_item(self.transforms, stream, data, item, name, self.serialization_format)
 
 
-def _by_file(items: list) -> list[list]:
+def _by_file(items: list[Any]) -> list[list[Any]]:
     """A plan's items as the contents of files of at most FILE_ELEMENTS."""
-    files, elements = [[]], 0
+    files: list[list[Any]] = [[]]
+    elements = 0
     for item in items:
         size = math.prod(item.tensor_data.chunk.sizes) if item.tensor_data else 0
         if elements and elements + size > disk.FILE_ELEMENTS:
@@ -292,11 +304,11 @@ def _by_file(items: list) -> list[list]:
     return files
 
 
-def _copied(data):
+def _copied(data: Any) -> Any:
     return data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
 
 
-def _item_bytes(item) -> int:
+def _item_bytes(item: Any) -> int:
     tensor = item.tensor_data
     return math.prod(tensor.chunk.sizes) * tensor.properties.dtype.itemsize if tensor else 0
 
@@ -308,6 +320,6 @@ class _HashingFile:
         self.file, self.sha = file, hashlib.sha256()
         self.tell, self.flush = file.tell, file.flush
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         self.sha.update(data)
         return self.file.write(data)

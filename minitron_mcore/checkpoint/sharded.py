@@ -1,6 +1,7 @@
 """Which part of a checkpoint's global tensors each rank of a model holds."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: ski
 
 def sharded_tensors(
     parameter: parameter_table.Parameter, pieces: list[tuple[tuple[int, ...], Tensor]], replica: tuple[int, ...]
-) -> dict:
+) -> dict[str, Any]:
     """ShardedTensors of a rank's pieces of one parameter, by unique names.
 
     Args:
@@ -30,6 +31,10 @@ def sharded_tensors(
     }
 
 
+type Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""(offset in the local tensor, offset in the global tensor, shape) of a part of a tensor."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Position of a rank's local tensor in the global tensor of a checkpoint. Padding rows are in no range."""
@@ -39,8 +44,7 @@ class Shard:
     """Of the global tensor."""
     replica: tuple[int, ...]
     """Replica id: all zeros on one of the ranks that hold the same shard. The last entry is the data-parallel rank."""
-    ranges: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    """(offset in the local tensor, offset in the global tensor, shape) of each part."""
+    ranges: list[Range]
 
 
 def model_shards(model: build.Model, arch: Architecture) -> dict[nn.Parameter, Shard]:
@@ -61,7 +65,7 @@ def model_shards(model: build.Model, arch: Architecture) -> dict[nn.Parameter, S
     return shards
 
 
-def tensors(shards: dict[nn.Parameter, Shard]) -> dict:
+def tensors(shards: dict[nn.Parameter, Shard]) -> dict[str, Any]:
     """ShardedTensors of this rank's parameters, of which they are views."""
     return {
         f"{n}.{k}": ShardedTensor(
@@ -75,7 +79,7 @@ def tensors(shards: dict[nn.Parameter, Shard]) -> dict:
 
 def shard_ranges(
     parameter: parameter_table.Parameter, shape: tuple[int, ...], tp_rank: int, tp_size: int
-) -> list[tuple]:
+) -> list[Range]:
     """`Shard.ranges` of a tensor-parallel rank's local tensor of this shape."""
     dim, ranges, start = parameter.row.tp_dim, [], 0
     if dim is None:
@@ -87,11 +91,13 @@ def shard_ranges(
     return ranges
 
 
-def shard_views(parameter: parameter_table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int) -> list[tuple]:
+def shard_views(
+    parameter: parameter_table.Parameter, tensor: Tensor, tp_rank: int, tp_size: int
+) -> list[tuple[tuple[int, ...], Tensor]]:
     """(offset in the global tensor, view of the local tensor) of each range of a tensor-parallel rank's local tensor."""
     return _parts(tensor, shard_ranges(parameter, tuple(tensor.shape), tp_rank, tp_size))
 
 
-def _parts(tensor: Tensor, ranges: list[tuple]) -> list[tuple[tuple[int, ...], Tensor]]:
+def _parts(tensor: Tensor, ranges: list[Range]) -> list[tuple[tuple[int, ...], Tensor]]:
     spans = [(offset, [slice(a, a + n) for a, n in zip(local, shape, strict=True)]) for local, offset, shape in ranges]
     return [(offset, tensor[tuple(span)]) for offset, span in spans]

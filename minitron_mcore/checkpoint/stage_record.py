@@ -5,7 +5,6 @@ inputs.json   written when the folder is claimed: path and fingerprint of each i
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,9 +83,10 @@ def _text_fingerprint(entry: str) -> str | None:
     except UserError:  # the stage that reads the text refuses it
         return None
     each = [_fingerprint("data", Path(file), READ_BYTES // len(files)) for file in files]
-    if len(each) == 1 or None in each:
+    known = [part for part in each if part is not None]
+    if len(each) == 1 or len(known) < len(each):
         return each[0] if len(each) == 1 else None
-    return hashlib.sha256(" ".join(each).encode()).hexdigest()[:16]
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:16]
 
 
 def _fingerprint(role: str, path: Path, read_bytes: int = READ_BYTES) -> str | None:
@@ -137,7 +137,7 @@ def record_inputs(out_dir: str | Path, present: Mapping[str, Input]) -> None:
     """Write INPUTS into a claimed folder, unless it has a record (one process)."""
     if not (path := Path(out_dir) / INPUTS).is_file():
         record = {"format_version": FORMAT_VERSION, "inputs": {name: each._asdict() for name, each in present.items()}}
-        disk.replace_text(path, json.dumps(record, indent=1))
+        disk.write_json(path, record)
 
 
 def recorded_inputs(out_dir: str | Path) -> dict[str, Input]:
@@ -189,7 +189,7 @@ def finish(out_dir: str | Path) -> None:
     """Mark a stage as finished (one process): write the manifest of its files."""
     out_dir = Path(out_dir)
     files = {str(path.relative_to(out_dir)): _seen(path) for path in _outputs(out_dir)}
-    disk.replace_text(out_dir / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    disk.write_json(out_dir / COMPLETE, {"format_version": FORMAT_VERSION, "files": files})
 
 
 def _seen(path: Path) -> dict[str, Any]:

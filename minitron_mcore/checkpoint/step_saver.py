@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.checkpoint import disk, saving, steps
 from minitron_mcore.config.settings import TrainConfig
@@ -25,7 +26,7 @@ class StepSaver:
         self._waited_for_save = self._waited = 0.0
         self._bytes = 0
 
-    def begin(self, out_dir: Path, step: int, state: dict, gradient_bytes: int) -> None:
+    def begin(self, out_dir: Path, step: int, state: dict[str, Any], gradient_bytes: int) -> None:
         """Finish the previous save, then write a sharded state dict, or copy it and write it until `finish` (collective).
 
         Args:
@@ -89,7 +90,7 @@ class StepSaver:
             process_groups.log(f"warning: older steps of {step.path.parent} are not removed: {error}")
 
 
-def _copy_bytes(state: dict, gradient_bytes: int) -> int:
+def _copy_bytes(state: dict[str, Any], gradient_bytes: int) -> int:
     """Host memory on this rank for the copies of a background save.
 
     On a CPU a quarter of weights, gradients and optimizer, or `disk.MIN_COPY_BYTES`; on CUDA half of the rank's part of what the

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,10 @@ class Piece:
 
 
 def save(
-    out_dir: str | Path, pieces: Iterable[Piece], replica: Callable[[parameter_table.Parameter], tuple], name: str
+    out_dir: str | Path,
+    pieces: Iterable[Piece],
+    replica: Callable[[parameter_table.Parameter], tuple[int, ...]],
+    name: str,
 ) -> None:
     """Write this rank's pieces as step 0 of a checkpoint (collective).
 
@@ -62,7 +66,9 @@ def save(
     Raises:
         UserError: raised by `make` on any rank; on all ranks.
     """
-    state, make, parts = {}, {}, {}
+    state: dict[str, Any] = {}
+    make: saving.Make = {}
+    parts: dict[parameter_table.Parameter, list[tuple[tuple[int, ...], Tensor]]] = {}
     for piece in (piece for piece in pieces if math.prod(piece.shape)):
         make[piece.parameter.name, piece.offset] = piece.make
         placeholder = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
@@ -85,7 +91,8 @@ class Reader(safe_metadata.Reader):
         with safe_metadata.damage_as_user_error(source.step_dir):
             self.hashes, _ = steps.read_manifest(source.step_dir)
             self.locks = {name: threading.Lock() for name in self.hashes}
-            self.verified, self.folder = set(), source.step_dir
+            self.verified: set[str] = set()
+            self.folder = source.step_dir
             self.verify(".metadata")
             super().__init__(source.step_dir)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import resolve
 from minitron_mcore.config import performance as options
 from minitron_mcore.config import ranges
@@ -64,7 +65,7 @@ def run(*configs: Run) -> None:
     for config, figures in zip(configs, plans, strict=True):
         _show(config, figures)
     if path := configs[0].dry.json:
-        tables.write_json(path, plans)
+        disk.write_json(Path(path), plans)
     refuse(dict.fromkeys(problem for figures in plans for problem in figures["problems"]))
 
 

@@ -33,7 +33,7 @@ def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
     matches = [re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\s+)?(\S.*)", entry) for entry in entries]
     if not matches or not all(matches):
         raise UserError(f"The list of text files, {list(entries)}, has no or empty entries: give [a.jsonl,b.txt].")
-    paths, weights = [match[2] for match in matches], [match[1] for match in matches]
+    paths, weights = ([match[group] for match in matches if match] for group in (2, 1))
     if not any(weights):
         return paths, None
     for path, weight in zip(paths, weights, strict=True):

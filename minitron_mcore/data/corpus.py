@@ -74,15 +74,16 @@ class Corpus:
             raise UserError("no tokenizer is set: give model.hf=/path/to/folder or data.tokenizer=/path.")
         self.out_dir, self.column, self.limits = Path(config.out_dir), config.column, Limits.of(config.data)
         self.processes = config.processes or len(os.sched_getaffinity(0))
-        vocab = config.model.architecture and config.model.architecture.vocab
-        self.tokenizer = open_tokenizer(config.data, config.model.hf, vocab)
+        arch = config.model.architecture
+        self.tokenizer = open_tokenizer(config.data, config.model.hf, arch.vocab if arch else None)
         self.sources = self._sources(config.files, part_bytes)
         self.finished = self._finished_rows() if (self.out_dir / TOKENS).is_file() else None
 
     def _sources(self, entries: Sequence[str], part_bytes: int) -> list[Source]:
         paths = [path for entry in entries for path in expand(entry)]
         root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-        sources, names = [], {}
+        sources: list[Source] = []
+        names: dict[str, str] = {}
         for path in paths:
             if is_prefix(path):
                 raise UserError(f"{path} is a .bin/.idx pair, which is tokenised already: leave it out.")

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,9 +64,9 @@ def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
 class SampleOrder:
     """All that determines which training samples a run reads, and in which order. It is independent of the parallel layout."""
 
-    prefixes: list[str]
+    prefixes: Sequence[str]
     """Of the .bin/.idx pairs."""
-    weights: list[float] | None
+    weights: Sequence[float] | None
     """Blend weight of each prefix; None for one shuffled pool of documents."""
     seed: int
     sequence_length: int
@@ -94,7 +95,7 @@ class SampleOrder:
 
     def digest(self) -> str:
         """16 hex digits that identify the order, independent of the paths."""
-        order = [data_hash(self.prefixes), self.weights, self.counts(), self.seed, self.sequence_length]
+        order: list[Any] = [data_hash(self.prefixes), self.weights, self.counts(), self.seed, self.sequence_length]
         order += ["document_mask"] if self.document_mask else []
         order += [] if self.share == WHOLE_PAIR else [self.share]
         return hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
@@ -132,7 +133,7 @@ class Samples:
             needed = any(mask.is_needed for mask in masks)
             self._masks = self._build(folder, masks) if needed else None
 
-    def _build(self, cache: str, streams: Sequence[TokenStream | MaskStream]):
+    def _build(self, cache: str, streams: Sequence[TokenStream | MaskStream]) -> Any:
         """megatron-core's dataset of the order's samples, of tokens or of masks."""
         config = GPTDatasetConfig(
             random_seed=self.order.seed,

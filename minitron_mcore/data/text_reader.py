@@ -31,13 +31,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, config: DataConfig) -> "Limits":
-        """
-        Raises:
-            UserError: a limit is below 1.
-        """
-        for name in cls._fields:
-            if getattr(config, name) < 1:
-                raise UserError(f"data.{name} is {getattr(config, name)}; it must be at least 1.")
+        """Those of the settings, which `ranges.problems` checks."""
         return cls(config.line_mb, config.file_mb)
 
 

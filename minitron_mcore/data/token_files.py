@@ -19,7 +19,7 @@ from minitron_mcore.reading import first_line
 cpu_backend.prepare()
 
 from megatron.core.datasets import blended_megatron_dataset_config as splits  # noqa: E402  # isort: skip
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset  # noqa: E402  # isort: skip
+from megatron.core.datasets.indexed_dataset import DType as DType, IndexedDataset  # noqa: E402  # isort: skip
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC, _LEGACY = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"

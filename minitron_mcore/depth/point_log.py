@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.config.identity import differences
 from minitron_mcore.depth.study import FIGURES, Measure
@@ -35,10 +33,8 @@ class PointLog:
         """
         self.path, self._measure = Path(out_dir) / FILE, measure
         with process_groups.raise_on_all_ranks():
-            box = [self._read(subject, has_accuracy) if process_groups.rank() == 0 else {}]
-        if dist.is_initialized():
-            dist.broadcast_object_list(box, src=0)
-        self.points: dict[tuple[int, ...], dict[str, Any]] = box[0]
+            points = self._read(subject, has_accuracy) if process_groups.rank() == 0 else {}
+        self.points: dict[tuple[int, ...], dict[str, Any]] = process_groups.from_rank_0(points)
         if self.points:
             process_groups.log(f"depth: resuming after {len(self.points)} points")
         self.measured, self.total = 0, total
@@ -72,17 +68,14 @@ class PointLog:
         """The point without these blocks, from the file or measured (collective); the same on every rank."""
         if tuple(dropped) not in self.points:
             stop_signal.stop_point(f"after {len(self.points)} of at most {self.total} points")
-            point = [self._measure(dropped)]
-            if dist.is_initialized():
-                dist.broadcast_object_list(
-                    point, src=0
-                )  # ranks differ in the last bit, and must choose the same blocks
+            # Ranks differ in the last bit, and must choose the same blocks.
+            point = process_groups.from_rank_0(self._measure(dropped))
             if process_groups.rank() == 0:
                 with self.path.open("a") as file:
-                    file.write(json.dumps(point[0]) + "\n")
+                    file.write(json.dumps(point) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
-            self.points[tuple(dropped)] = point[0]
+            self.points[tuple(dropped)] = point
             self.measured += 1
             self.progress.update(self.measured)
         return self.points[tuple(dropped)]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import DepthConfig, DepthKind, DepthMetric, PruneConfig
 from minitron_mcore.config.stages import DepthRun
 from minitron_mcore.errors import UserError, result_file
@@ -45,9 +46,8 @@ def problems(config: DepthRun, blocks: int) -> Iterator[str]:
             )
     if not settings.sizes:
         yield "depth.sizes is empty: give numbers of blocks to drop, depth.sizes=[1,2,4]."
-    for name in ("windows", "sequence_length", "micro_batch", "limit"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            yield f"depth.{name} is {value}; it must be at least 1."
+    counts = ("windows", "sequence_length", "micro_batch", "limit")
+    yield from ranges.at_least(1, {f"depth.{name}": getattr(settings, name) for name in counts})
     if settings.metric == DepthMetric.accuracy and settings.choices is None:
         yield "depth.metric is accuracy, but there are no questions: give depth.choices=/path/to/winogrande.jsonl."
     if settings.metric == DepthMetric.cosine and config.scores is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minitron_mcore.checkpoint import claim, run_folder
+from minitron_mcore.checkpoint import claim, disk, run_folder
 from minitron_mcore.config import ranges
 from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.settings import DepthMetric
@@ -112,7 +112,7 @@ def _digest(windows: Windows, questions: Sequence[Question]) -> str:
 
 def _write(out_dir: Path, results: dict[str, Any], warnings: Sequence[str]) -> None:
     """Write depth.json and depth.png, and print the table."""
-    tables.write_json(out_dir / study.FILE, results)
+    disk.write_json(out_dir / study.FILE, results)
     plots.plot_depth(results, out_dir / "depth.png")
     full = {"drop": 0, "kind": "full model"} | results["baseline"]
     shown = [name for name in study.FIGURES if name != "accuracy" or results["questions"]]

@@ -83,11 +83,10 @@ class CacheWriter:
             "files": {},
         }
         with process_groups.raise_on_all_ranks():
-            state = [self._begin_index() if process_groups.rank() == 0 else None]
-        dist.broadcast_object_list(state, src=0)
+            found = self._begin_index() if process_groups.rank() == 0 else ([], {})
         self.hashes: dict[str, str] = {}
         """Of the files that this rank has written, and of its share of a stopped run's complete files."""
-        self.pending = self._find_pending(*state[0])
+        self.pending = self._find_pending(*process_groups.from_rank_0(found))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -98,7 +97,7 @@ class CacheWriter:
         path, index = self.out_dir / cache.INDEX, json.loads(json.dumps(self.index))
         if not path.is_file():
             run_folder.copy_hf_assets(self.teacher.hf, self.out_dir)
-            run_folder.replace_text(path, json.dumps(index, indent=1))
+            disk.write_json(path, index)
         remedy = "remove the folder, and write the teacher cache again"
         existing = read_json(path, remedy)
         check_format_version(existing, path, remedy)
@@ -127,8 +126,7 @@ class CacheWriter:
 
     def _all_hashes(self) -> dict[str, str]:
         """Of all ranks (collective)."""
-        by_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(by_rank, self.hashes)
+        by_rank = process_groups.from_all_ranks(self.hashes)
         return {name: digest for part in by_rank for name, digest in sorted(part.items())}
 
     def run(self, dataset) -> list[dict]:
@@ -162,7 +160,7 @@ class CacheWriter:
             progress.update(done)
         files = self._all_hashes()
         if process_groups.rank() == 0:
-            tables.write_json(self.out_dir / cache.INDEX, self.index | {"files": dict(sorted(files.items()))})
+            disk.write_json(self.out_dir / cache.INDEX, self.index | {"files": dict(sorted(files.items()))})
         process_groups.barrier()
         tokens = config.samples * config.sequence_length
         total = {"samples": config.samples, "tokens": tokens, "files": len(files), "bytes a token": self.bytes_a_token}

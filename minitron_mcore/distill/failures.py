@@ -7,18 +7,16 @@ out_dir/
   failure.json     what ended the run: kind, exit_status, step, message, ranks, files
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_mcore.checkpoint import claim, run_folder
+from minitron_mcore.checkpoint import claim, disk
 from minitron_mcore.config.settings import BadLoss, TrainConfig
 from minitron_mcore.distill.phases import TrainingPhase
 from minitron_mcore.errors import HUNG_STATUS, NotFinite
@@ -91,8 +89,7 @@ class Guard:
         self.in_a_row += 1
         with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
             written = self._write_batches(bad, step, batches)
-        by_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(by_rank, (written, parameter))
+        by_rank = process_groups.from_all_ranks((written, parameter))
         files = {rank: file for rank, (file, _) in enumerate(by_rank) if file}
         names = {rank: name for rank, (_, name) in enumerate(by_rank) if name}
         ranks = list(names or files)
@@ -162,4 +159,4 @@ def write_report(
     """Write failure.json for programs, if the disk has room: torchrun's exit status is always 1."""
     report = {"kind": kind, "exit_status": exit_status, "step": step, "message": message}
     with suppress(OSError):
-        run_folder.replace_text(out_dir / REPORT, json.dumps(report | {"ranks": ranks, "files": files}, indent=1))
+        disk.write_json(out_dir / REPORT, report | {"ranks": ranks, "files": files})

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import claim, run_folder
+from minitron_mcore.checkpoint import claim, disk
 from minitron_mcore.checkpoint.steps import BEST
 from minitron_mcore.distill.loss_fn import LossFunction
 from minitron_mcore.distill.remote_teacher import RemoteTeacher
@@ -68,15 +68,11 @@ class HeldOutLosses:
         self.text, self.path, self.losses = text, out_dir / BEST, {}
         with process_groups.raise_on_all_ranks():
             earlier = losses(out_dir, text.identity) if process_groups.rank() == 0 else {}
-        measured = [{n: loss for n, loss in earlier.items() if n <= step}]
-        dist.broadcast_object_list(measured, src=0)
-        self.losses = measured[0]
+        self.losses = process_groups.from_rank_0({n: loss for n, loss in earlier.items() if n <= step})
 
     def has_measured(self, step: int) -> bool:
         """Whether the loss after this step is known; from rank 0 (collective)."""
-        known = [step in self.losses]
-        dist.broadcast_object_list(known, src=0)
-        return known[0]
+        return process_groups.from_rank_0(step in self.losses)
 
     def measure(self, trainer: Trainer) -> tuple[dict[str, float], bool]:
         """Figures of the student after this step (see `HeldOutText.measure`), and whether its loss is the lowest so far; from
@@ -105,5 +101,5 @@ class HeldOutLosses:
             before = {n: loss for n, loss in self.losses.items() if n < lowest}
             record = {"step": lowest, "heldout_loss": self.losses[lowest]}
             record |= {"previous": lowest_step(before) if before else None, "text": self.text.identity}
-            run_folder.replace_text(self.path, json.dumps(record | {"measured": self.losses}))
+            disk.replace_text(self.path, json.dumps(record | {"measured": self.losses}))
         return is_lowest

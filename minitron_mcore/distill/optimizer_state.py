@@ -10,6 +10,7 @@ The fp32 copy of bf16 weights is "optimizer.param.NAME"; fp32 weights have none.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def local_ranges(optimizer: DistributedOptimizer) -> Iterator[_Range]:
                     yield _Range(optimizer, parameter, maps["param"].start, maps["param"].end)
 
 
-def sharded_state(optimizers: Iterable[DistributedOptimizer], shards: dict[nn.Parameter, Shard]) -> dict:
+def sharded_state(optimizers: Iterable[DistributedOptimizer], shards: dict[nn.Parameter, Shard]) -> dict[str, Any]:
     """This rank's optimizer state for `streaming.save_state`: the step, and views of its moments and fp32 weights.
 
     `shards`: the slices in the checkpoint of every parameter that the optimizers train.
@@ -115,7 +116,7 @@ class StateLoader:
         self.request = {"pieces": _pieces(self.states, shards)}
 
     @torch.no_grad()
-    def finish(self, loaded: dict) -> None:
+    def finish(self, loaded: dict[str, Any]) -> None:
         """Set the step and the state; the pieces are already in the tensors of `request`."""
         for part in self.optimizers:
             state_dict = part.state_dict()

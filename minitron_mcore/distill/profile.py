@@ -18,13 +18,15 @@ class StepProfiler:
 
     def __init__(self, config: ProfileConfig, out_dir: Path):
         self.config, self.folder = config, out_dir / "profile"
-        self.active = config.start is not None and process_groups.rank() in config.ranks
+        self.first = config.start if process_groups.rank() in config.ranks else None
+        """The first step that this rank records; None: it records none."""
+        self.last = config.stop or config.start or 0
         self.memory = config.memory and process_groups.device().type == "cuda"
         self.profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
         """Start at the first recorded step, or later if the run resumes after it; `step` counts from 1."""
-        if not self.active or self.profiler or not self.config.start <= step <= (self.config.stop or self.config.start):
+        if self.first is None or self.profiler or not self.first <= step <= self.last:
             return
         if self.memory:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
@@ -33,7 +35,7 @@ class StepProfiler:
 
     def after(self, step: int, last: bool) -> None:
         """Write the files after the last recorded step, or after the `last` of the run."""
-        if self.profiler is None or (step < (self.config.stop or self.config.start) and not last):
+        if self.profiler is None or (step < self.last and not last):
             return
         if process_groups.device().type == "cuda":
             torch.cuda.synchronize()
@@ -43,4 +45,4 @@ class StepProfiler:
         if self.memory:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_rank_{process_groups.rank()}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        self.profiler, self.active = None, False
+        self.profiler = self.first = None

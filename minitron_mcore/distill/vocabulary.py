@@ -23,7 +23,7 @@ def problems(
     """
     sizes = f"the teacher's vocabulary has {teacher.vocab} tokens, the student's {student.vocab}"
     student_files, teacher_files = _tokenizer(student_hf), _tokenizer(teacher_hf)
-    if not student_files or not teacher_files:
+    if not (student_hf and teacher_hf and student_files and teacher_files):
         if student.vocab != teacher.vocab:
             whose = "neither has a tokenizer" if not student_files and not teacher_files else "one has no tokenizer"
             yield (

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore.checkpoint import claim, run_folder
+from minitron_mcore.checkpoint import claim, disk, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config import ranges
 from minitron_mcore.config.identity import resolved
@@ -99,7 +99,7 @@ def read_answers(log: Path) -> dict[Key, Answer]:
     with damage_as_user_error(log, remedy):
         whole, _, partial_line = log.read_text(encoding="utf-8").rpartition("\n")
         if partial_line:
-            run_folder.replace_text(log, f"{whole}\n" if whole else "")
+            disk.replace_text(log, f"{whole}\n" if whole else "")
         answers = read_json_lines(log, remedy)
         for answer in answers:
             if wrong := [name for name, kind in _FIELDS.items() if not isinstance(answer[name], kind)]:
@@ -231,7 +231,7 @@ def _write(config: SynthesizeRun, source: Checkpoint, asked: Sequence[Prompt], k
         json.dumps(by_id[answer["id"]].answered(answer.pop("completion")) | answer | provenance, ensure_ascii=False)
         for answer in kept
     ]
-    run_folder.replace_text(Path(config.out_dir) / TRAIN, "".join(f"{line}\n" for line in lines))
+    disk.replace_text(Path(config.out_dir) / TRAIN, "".join(f"{line}\n" for line in lines))
     row = {"prompts": len(asked), "answers": len(keys), "kept": len(kept), **dropped}
     note = f"train on them: data.train=[{config.out_dir}/{TRAIN}]" if kept else "no answer is kept: change the filters"
     tables.table(f"answers of {config.source}", [row], [note])

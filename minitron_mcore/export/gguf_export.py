@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +63,6 @@ def check_file(path: Path, arch: Architecture, hf_folder: Path) -> None:
         gguf_tokenizer.check(file, hf_folder)
 
 
-def _equal(found: object, expected: object) -> bool:
+def _equal(found: Any, expected: object) -> bool:
     """Equality; of floats in fp32."""
     return math.isclose(found, expected, rel_tol=1e-6) if isinstance(expected, float) else found == expected

@@ -6,14 +6,14 @@ metrics and evaluations in the folders beside it.
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
-from minitron_mcore.checkpoint import lineage, steps
+from minitron_mcore.checkpoint import disk, lineage, steps
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
 from minitron_mcore.data.blend import parse_blend
@@ -39,9 +39,9 @@ class Origin(NamedTuple):
     arch: Architecture
     hf_folder: Path
     """Folder with the parent's config, tokenizer, licence and model card."""
-    identity: dict
+    identity: dict[str, Any]
     """Path, fingerprint and, for checkpoints, training step."""
-    lineage: dict
+    lineage: dict[str, Any]
     plans: dict[str, str]
     """Digest -> text of each plan by which the weights were pruned."""
 
@@ -89,14 +89,14 @@ def write_record(origin: Origin, folder: Path) -> None:
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
     record = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
-    tables.write_json(folder / RECORD / "lineage.json", {"format_version": FORMAT_VERSION, **record})
+    disk.write_json(folder / RECORD / "lineage.json", {"format_version": FORMAT_VERSION, **record})
 
 
 def _plan_file(digest: str) -> str:
     return f"plan_{digest}.json"
 
 
-def model_card(origin: Origin, config: dict, loaded: str) -> str:
+def model_card(origin: Origin, config: dict[str, Any], loaded: str) -> str:
     """Text of the model card, with Hugging Face's front matter.
 
     Args:
@@ -168,7 +168,7 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
     return "\n\n   ".join([*lines, f"`{record['command']}` ({libraries})"])
 
 
-def _losses(identity: dict) -> list[str]:
+def _losses(identity: dict[str, Any]) -> list[str]:
     """First and last metrics of a training run up to its checkpoint (losses in nats per token). Empty without metrics.jsonl."""
     path, last = Path(identity["path"]) / "metrics.jsonl", int(identity["step"].removeprefix("step_"))
     rows = read_json_lines(path, "move it away") if path.is_file() else []
@@ -180,7 +180,9 @@ def _losses(identity: dict) -> list[str]:
 def _evaluations(source: Path) -> list[str]:
     """Results in sibling folders that were evaluated after the checkpoint's last step was written."""
     rows, step = [], steps.newest_complete(source)
-    for path in sorted(source.parent.glob("*/evaluation.json")) if step else []:
+    if step is None:
+        return []
+    for path in sorted(source.parent.glob("*/evaluation.json")):
         remedy = "evaluate again, or move it away"
         evaluation = read_json(path, remedy)
         with damage_as_user_error(path, remedy):
@@ -198,9 +200,10 @@ def parent_card_data(origin: Origin) -> ModelCardData:
     path = origin.hf_folder / CARD
     text = path.read_text(errors="replace") if path.is_file() else ""
     try:
-        return ModelCard(text).data if text.startswith("---") else ModelCardData()
+        data = ModelCard(text).data if text.startswith("---") else None
     except (yaml.YAMLError, ValueError, TypeError):
-        return ModelCardData()
+        data = None
+    return data if isinstance(data, ModelCardData) else ModelCardData()
 
 
 def _licence_files(origin: Origin) -> list[str]:
@@ -209,7 +212,7 @@ def _licence_files(origin: Origin) -> list[str]:
 
 def _front_matter(origin: Origin, parent: str) -> str:
     card_data, files = parent_card_data(origin), _licence_files(origin)
-    licence = {"license": card_data.license or "other"}
+    licence: dict[str, Any] = {"license": card_data.license or "other"}
     if licence["license"] == "other":
         licence |= {
             "license_name": card_data.license_name or "that-of-the-parent",

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -48,7 +49,7 @@ class GGUFFile(Weights):
         if (parts := self.field("split.count") or 1) != 1:
             raise UserError(f"{path} is one of {parts} parts: join them first (llama-gguf-split --merge).")
 
-    def field(self, name: str):
+    def field(self, name: str) -> Any:
         """A metadata value, or None if the file does not have it. `*` in `name` stands for the architecture's name."""
         field = self.fields.get(name.replace("*", self.name if "*" in name else ""))
         try:
@@ -56,7 +57,7 @@ class GGUFFile(Weights):
         except ValueError as error:  # text that is not UTF-8
             raise UserError(f"{name} in {self.path} cannot be read ({error}): download it again.") from error
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Content of an equivalent Hugging Face config.json.
 
         Raises:
@@ -100,7 +101,7 @@ class GGUFFile(Weights):
             **{f"{role}_token_id": self.field(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos")},
         }
 
-    def _rope_scaling(self) -> dict:
+    def _rope_scaling(self) -> dict[str, Any]:
         """Llama 3's constants. The file has only the resulting factors, which `check` compares with them."""
         if (kind := self.field("*.rope.scaling.type") or "none") != "none":
             raise UserError(f"{self.path} has rope scaling {kind!r}; supported in GGUF: none, Llama 3's.")

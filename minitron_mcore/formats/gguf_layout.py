@@ -18,7 +18,9 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 def tensor_name(name: str, hf_name: str, blocks: int) -> str:
     """Name in a file of architecture `name` of a Hugging Face tensor."""
-    return _names(name, blocks).get_name(hf_name, try_suffixes=(".weight", ".bias"))
+    if found := _names(name, blocks).get_name(hf_name, try_suffixes=(".weight", ".bias")):
+        return found
+    raise KeyError(hf_name)
 
 
 @functools.cache

@@ -31,14 +31,14 @@ TEKKEN_SPLIT = (
 )
 
 
-def _split(expression: str) -> list:
+def _split(expression: str) -> list[pre_tokenizers.PreTokenizer]:
     return [
         pre_tokenizers.Split(Regex(expression), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
 
 
-SPLITS = {
+SPLITS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "llama-bpe": _split(GPT4_SPLIT.replace("NUMBER", "{1,3}")),
@@ -84,7 +84,7 @@ def _build(file: "GGUFFile", kind: str, pre: str | None) -> PreTrainedTokenizerF
         "extra_special_tokens": [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL],
         **{role: tokens[i] for role, i in ids.items() if i is not None},
     }
-    tokenizer = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_pairs(file, tokens, pre)
+    tokenizer = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_pairs(file, tokens, str(pre))
     add_bos = file.field("tokenizer.ggml.add_bos_token")
     if add_bos or (add_bos is None and (kind == "llama" or pre in WITH_BOS)):
         bos = common["bos_token"]

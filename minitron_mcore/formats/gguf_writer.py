@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Q
 from torch import Tensor
 
 from minitron_mcore.checkpoint import streaming
@@ -18,7 +19,6 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
 
-Q = gguf.GGMLQuantizationType
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Type of the matrices -> general.file_type."""
 CHUNK_ROWS = 4096

@@ -40,7 +40,7 @@ def import_folder(
         architecture.check_matches(arch, wanted, path)
         weights = weights or HFFolder(path)
         weights.check(arch)
-        build.check_shardable(arch, parallel)
+        sharding.check_shardable(arch, parallel)
     tp, pieces = process_groups.tp_group(), []
     for number, parameter in enumerate(stage_parameters(arch, parallel)):
         # One of the tensor-parallel ranks hashes the parameter, before its first piece.

@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
@@ -29,6 +29,10 @@ MAX_FILE_BYTES = 5 * 10**9
 HASH_ELEMENTS = 8 << 20
 
 
+type Rows = Callable[[parameter_table.Parameter], Iterable[Callable[[], Tensor]]]
+"""Parameter -> functions whose results, concatenated, are all rows of the parameter in packed order."""
+
+
 class Weights(ABC):
     """A source of one model's weights, read in slices of the parameter table's tensors."""
 
@@ -36,8 +40,8 @@ class Weights(ABC):
     """Name of the format, which becomes the parent's role in the lineage."""
     path: Path
 
-    def __init__(self):
-        self.hashes = {}
+    def __init__(self) -> None:
+        self.hashes: dict[str, str] = {}
 
     @abstractmethod
     def check(self, arch: Architecture) -> None:
@@ -72,10 +76,7 @@ class Weights(ABC):
 
         Collective if torch.distributed is initialised: ranks share their hashes. Tensors that no rank has hashed are hashed now.
         """
-        every = [self.hashes]
-        if dist.is_initialized():
-            every = [None] * dist.get_world_size()
-            dist.all_gather_object(every, self.hashes)
+        every = process_groups.from_all_ranks(self.hashes)
         self.hashes = {name: digest for part in every for name, digest in part.items()}
         for parameter in parameter_table.parameters(arch):
             self.hash(parameter)
@@ -97,7 +98,8 @@ class HFFolder(Weights):
     def __init__(self, path: Path):
         super().__init__()
         names = _files(path)
-        self.path, self.file_of = path, {}
+        self.path = path
+        self.file_of: dict[str, Path] = {}
         for file in (path / name for name in names):
             with open_tensors(file, "pt", "download it again") as tensors:
                 keys = tensors.keys()
@@ -107,7 +109,7 @@ class HFFolder(Weights):
                 )
             self.file_of |= dict.fromkeys(keys, file)
 
-    def slice(self, name: str):
+    def slice(self, name: str) -> Any:
         """The stored tensor as a lazily read safetensors slice."""
         return safe_open(self.file_of[name], "pt").get_slice(name)
 
@@ -228,19 +230,18 @@ class Writer:
             max_shard_size=MAX_FILE_BYTES,
         )
 
-    def write(self, label: str, rows: Callable[[parameter_table.Parameter], Iterable[Callable[[], Tensor]]]) -> None:
+    def write(self, label: str, rows: Rows) -> None:
         """Write the weights.
 
         Args:
             label: of the progress.
-            rows: parameter -> functions whose results, concatenated, are all rows of the parameter in packed order. They are
-                called in threads, ahead of writing.
+            rows: their functions are called in threads, ahead of writing.
         """
         jobs = list(self._jobs(rows))
         progress = process_groups.Progress(label, len(jobs), "pieces")
         with contextlib.ExitStack() as stack:
             regions = self._regions(stack)
-            file, free = None, 0
+            free = 0
             for done, data in enumerate(process_groups.prefetch(jobs), 1):
                 while len(data):
                     if not free:
@@ -252,9 +253,10 @@ class Writer:
 
     def _regions(self, stack: contextlib.ExitStack) -> Iterator[tuple[disk.NewFile, int, int]]:
         """(file, first byte, number of bytes) of each tensor, in order. Files are opened on `stack`, with their headers."""
-        places = {}
+        places: dict[str, tuple[disk.NewFile, int]] = {}
         for name, tensors in self.shards.filename_to_tensors.items():
-            header, end = {"__metadata__": {"format": "pt"}}, 0
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
             for key in tensors:
                 tensor, start = self.tensors[key], end
                 end += tensor.nbytes
@@ -266,7 +268,7 @@ class Writer:
             places |= {key: (file, 8 + len(text) + header[key]["data_offsets"][0]) for key in tensors}
         return ((*places[key], tensor.nbytes) for key, tensor in self.tensors.items())
 
-    def _jobs(self, rows) -> Iterator[Callable[[], np.ndarray]]:
+    def _jobs(self, rows: Rows) -> Iterator[Callable[[], np.ndarray]]:
         """Functions that return the bytes of the tensors in order: one per piece, or one per parameter if its packed rows are
         not in the order of its Hugging Face tensors."""
         for parameter, dtype in self.dtypes.items():

@@ -16,7 +16,7 @@ but only when it loads whole models on regular grids, and only one variant. The 
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore.checkpoint import run_folder, safe_metadata, saving, streaming
+from minitron_mcore.checkpoint import disk, run_folder, safe_metadata, saving, streaming
 from minitron_mcore.checkpoint.hf_assets import tensor_bytes
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.formats import hf_convert
 from minitron_mcore.formats.hf_folder import CODES, Weights, write_config
-from minitron_mcore.models import architecture, build, parameter_table
+from minitron_mcore.models import architecture, build, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
 
@@ -41,7 +41,7 @@ _FUSED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-NAMES = {
+NAMES: dict[str, Callable[[Architecture], tuple[str, ...]]] = {
     "te": lambda arch: ("input_layernorm.",) if arch.experts else tuple(_FUSED),
     "local": lambda arch: tuple(_FUSED),
     "plain": lambda arch: (),
@@ -94,8 +94,8 @@ class GPTModelFolder(Weights):
         super().__init__()
         self.path = _newest_step(Path(path))
         self.reader = safe_metadata.Reader(self.path)
-        prefixes = {key.removesuffix(EMBEDDING) for key in self.reader.tensors if key.endswith(EMBEDDING)}
-        prefixes = sorted(prefix for prefix in prefixes if "optim" not in prefix)
+        keys = {key for key in self.reader.tensors if key.endswith(EMBEDDING) and "optim" not in key}
+        prefixes = sorted(key.removesuffix(EMBEDDING) for key in keys)
         if len(prefixes) != 1:
             some = ", ".join(sorted(self.reader.tensors)[:3]) or "nothing"
             raise UserError(f"{self.path} holds no GPTModel: it has no single {EMBEDDING}, but {some}.")
@@ -211,10 +211,11 @@ def export_folder(
     out_dir, arch = Path(out_dir), source.arch
     with process_groups.raise_on_all_ranks():
         refuse(architecture.missing_layer_problems(arch, "megatron-core's GPTModel"))
-        build.check_shardable(arch, parallel)
+        sharding.check_shardable(arch, parallel)
         reader = streaming.Reader(source)
     padded_vocab = -(-arch.vocab // vocab_multiple) * vocab_multiple
-    tp, make = process_groups.tp_group(), {}
+    tp = process_groups.tp_group()
+    make: saving.Make = {}
     state: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": 0}
     for parameter in hf_convert.stage_parameters(arch, parallel):
         location = locate(parameter, names)
@@ -243,7 +244,7 @@ def export_folder(
         write_config(source.hf, arch, out_dir / "hf", build.DTYPES[dtype])
     saving.Save(out_dir / "release", state, "export", make).finish()
     if process_groups.rank() == 0:
-        run_folder.replace_text(out_dir / TRACKER, "release")
+        disk.replace_text(out_dir / TRACKER, "release")
     return parameter_table.count(arch)
 
 

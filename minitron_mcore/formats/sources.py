@@ -39,7 +39,11 @@ def open_source(model: str | Path, weights: str | Path, dtype: torch.dtype) -> I
                 architecture.read_hf(model)
             source = _open(weights, dtype)
             if model.suffix == ".gguf":
-                file = source if model == weights else gguf_file.GGUFFile(model, dtype)
+                file = (
+                    source
+                    if isinstance(source, gguf_file.GGUFFile) and model == weights
+                    else gguf_file.GGUFFile(model, dtype)
+                )
                 model = Path(scratch) / model.name  # the name appears in error messages
                 model.mkdir()
                 versions = {"transformers_version": version("transformers")}  # avoids a warning about the tokenizer
@@ -51,7 +55,7 @@ def open_source(model: str | Path, weights: str | Path, dtype: torch.dtype) -> I
 
 def _open(path: Path, dtype: torch.dtype) -> Weights:
     if path.suffix == ".gguf":
-        source = gguf_file.GGUFFile(path, dtype)
+        source: gguf_file.GGUFFile | megatron_gpt.GPTModelFolder = gguf_file.GGUFFile(path, dtype)
     elif (path / megatron_gpt.TRACKER).is_file() or (path / ".metadata").is_file():
         source = megatron_gpt.GPTModelFolder(path)
     else:

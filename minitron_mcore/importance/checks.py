@@ -10,8 +10,8 @@ from minitron_mcore.models.architecture import Architecture
 def problems(arch: Architecture, config: ImportanceConfig, dp_size: int) -> Iterator[str]:
     """One sentence for each invalid setting: sizes below 1, sequences longer than the model's positions, fewer samples than
     data-parallel ranks, a statistic that the model does not support."""
-    sizes = {name: getattr(config, name) for name in ("samples", "sequence_length", "micro_batch")}
-    yield from (f"importance.{name} is {size}; it must be at least 1." for name, size in sizes.items() if size < 1)
+    counts = ("samples", "sequence_length", "micro_batch")
+    yield from ranges.at_least(1, {f"importance.{name}": getattr(config, name) for name in counts})
     yield from ranges.positions("importance.sequence_length", config.sequence_length, model=arch.max_positions)
     if 1 <= config.samples < dp_size:
         yield f"importance.samples is {config.samples}, fewer than the {dp_size} data-parallel ranks: give at least that many."

@@ -31,7 +31,7 @@ one small collective (two for variance) for tensor and one for context paralleli
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ from minitron_mcore.parallel import hang_watchdog, process_groups, stop_signal
 from minitron_mcore.parallel.hang_watchdog import Phase
 from minitron_mcore.parallel.schedule import forward
 
+type Hook = Callable[..., None]
 COMPILE_MIN_TOKENS = 2**18
 """Tokens per rank from which compilation saves more time than it takes."""
 
@@ -99,17 +100,17 @@ class Collector:
                 yield layer.register_forward_hook(self._record_layer)
             yield layers[-1].register_forward_hook(self._finish_block(tuple(f"{at}.{x}" for x in (*parts, "block"))))
 
-    def _block_and_part(self, layer: nn.Module) -> tuple[int, str]:
+    def _block_and_part(self, layer: Any) -> tuple[int, str]:
         """Block number of a layer, and "attention" or "mlp"."""
         return self.arch.layers[layer.layer_number - 1]
 
-    def _hook_attention(self, at: str, layer: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def _hook_attention(self, at: str, layer: Any) -> Iterator[torch.utils.hooks.RemovableHandle]:
         yield layer.input_layernorm.register_forward_hook(self._norm_hook(f"{at}.attention.norm"))
         yield layer.self_attention.linear_proj.register_forward_pre_hook(self._heads_hook(f"{at}.heads"))
         self._reader_weights[f"{at}.attention.norm"] = layer.self_attention.linear_qkv.weight
         self._reader_weights[f"{at}.heads"] = layer.self_attention.linear_proj.weight
 
-    def _hook_mlp(self, at: str, layer: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def _hook_mlp(self, at: str, layer: Any) -> Iterator[torch.utils.hooks.RemovableHandle]:
         yield layer.pre_mlp_layernorm.register_forward_hook(self._norm_hook(f"{at}.mlp.norm"))
         if self.arch.experts:
             yield layer.mlp.router.register_forward_hook(self._router_hook)
@@ -125,7 +126,7 @@ class Collector:
         self._reader_weights[f"{at}.mlp.norm"] = layer.mlp.linear_fc1.weight
         self._reader_weights[f"{at}.ffn"] = layer.mlp.linear_fc2.weight
 
-    def _start_batch(self, module, args, kwargs) -> None:
+    def _start_batch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         batch, length = args[0].shape
         mask = kwargs.get("loss_mask")  # [B, S]; True where a token is real
         real = None if mask is None else mask.t()[..., None]
@@ -140,27 +141,27 @@ class Collector:
         """The tokens of a [S or S_r, B, H] tensor that this rank counts."""
         return x[self._own_span.rows] if len(x) == self._whole_span.rows.stop else x
 
-    def _norm_hook(self, name):
-        def hook(module, args, output) -> None:
+    def _norm_hook(self, name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             self._sharded_sums[name] = self._sums(self._counted_rows(output), self._own_span)
 
         return hook
 
-    def _down_hook(self, name):
-        def hook(module, args) -> None:
+    def _down_hook(self, name: str) -> Hook:
+        def hook(module: nn.Module, args: Any) -> None:
             self._batch_sums[name] = self._sums(args[0], self._whole_span)
 
         return hook
 
-    def _up_hook(self, name):
-        def hook(module, args, output) -> None:
+    def _up_hook(self, name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             channels = output[0].shape[-1] // (2 if self.arch.traits.gated else 1)  # the gate's rows come first
             self._batch_sums[name] = self._sums(output[0][..., :channels], self._whole_span)
 
         return hook
 
-    def _heads_hook(self, name):
-        def hook(module, args) -> None:
+    def _heads_hook(self, name: str) -> Hook:
+        def hook(module: nn.Module, args: Any) -> None:
             reduce = self._fused(metrics.head_norm_sums)
             self._batch_sums[name] = reduce(args[0], self._whole_span.real, self.statistic.sequence, self.arch.head_dim)
 
@@ -169,7 +170,7 @@ class Collector:
     def _sums(self, x: Tensor, span: "_TokenSpan") -> Sums:
         return self._fused(metrics.sums)(x, span.real, self.statistic.sequence)
 
-    def _router_hook(self, module, args, output):
+    def _router_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Set the probability of padding to 0, which excludes it from the sums. Padding keeps its k experts: the all-to-all
         dispatcher expects k for every token."""
         if self._own_span.real is None:
@@ -177,28 +178,28 @@ class Collector:
         probs, routing_map = output
         return probs.masked_fill(~self._own_span.real.reshape(-1, 1), 0), routing_map
 
-    def _expert_hook(self, sums: Tensor):
-        def hook(module, args, output) -> None:
+    def _expert_hook(self, sums: Tensor) -> Hook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             sums[:-1] += args[0].abs().sum(0, dtype=torch.float32)
             sums[-1] += torch.linalg.vector_norm(output[0], dim=-1, dtype=torch.float32).sum()
 
         return hook
 
-    def _start_block(self, module, args, kwargs) -> None:
+    def _start_block(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._residuals = [self._counted_rows(kwargs["hidden_states"])]
 
-    def _record_layer(self, module, args, output) -> None:
+    def _record_layer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._residuals.append(self._counted_rows(output[0] if isinstance(output, tuple) else output))
 
-    def _finish_block(self, names):
-        def hook(module, args, output) -> None:
+    def _finish_block(self, names: tuple[str, ...]) -> Hook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             distances = self._fused(metrics.cosine_distances)(self._residuals, self._own_span.real)
             self.distances[names] = self.distances.get(names, 0) + distances
             self._residuals = []
 
         return hook
 
-    def _finish_batch(self, module, args, output) -> None:
+    def _finish_batch(self, module: nn.Module, args: Any, output: Any) -> None:
         names = (*self._sharded_sums, *self._batch_sums)
         self._widths |= {name: part.total.shape[-1] for name, part in (self._sharded_sums | self._batch_sums).items()}
         split = reduce_sums(_concat_channels(self._sharded_sums.values()), process_groups.tp_group())
@@ -230,8 +231,8 @@ class Collector:
             dist.all_reduce(distances, group=group)
         vectors |= zip(itertools.chain(*self.distances), distances / self.tokens, strict=True)
         dist.all_reduce(hidden, group=process_groups.pp_group())
-        stages: list[Any] = [None] * process_groups.pp_group().size()
-        dist.all_gather_object(stages, {k: v.cpu() for k, v in vectors.items()}, group=process_groups.pp_group())
+        own = {name: vector.cpu() for name, vector in vectors.items()}
+        stages = process_groups.from_all_ranks(own, process_groups.pp_group())
         return {"hidden": hidden.cpu()} | {name: vector for stage in stages for name, vector in stage.items()}
 
     def _weight_factor(self, name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Builds models on megatron-core; no other module creates one."""
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -173,8 +173,8 @@ def _chunk(arch: Architecture, parallel: ParallelConfig, config: TransformerConf
     return model
 
 
-def layers(model: Model) -> list[nn.Module]:
-    """This rank's layers over all chunks. Their `layer_number` counts from 1 over the whole model."""
+def layers(model: Model) -> list[Any]:
+    """This rank's layers (megatron-core's) over all chunks. Their `layer_number` counts from 1 over the whole model."""
     return [layer for chunk in model.chunks for layer in chunk.decoder.layers]
 
 

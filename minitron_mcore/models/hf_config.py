@@ -22,7 +22,8 @@ ELSEWHERE = {
     "fusion_config": "a fusion of modules",
     **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), "one of several models"),
 }
-"""Keys, refused unless null, that make transformers load something other than config.json and the plain weights."""
+"""Keys that make transformers load something other than config.json and the plain weights. Refused unless null, and the first, of
+which transformers reads null too, always."""
 BOUNDED = {"num_hidden_layers": LIMITS["blocks"], "num_labels": 10**6, "head_dim": 10**6, "hidden_size": 10**6}
 """Integers from which transformers builds lists or tables while it reads the config or builds the model."""
 FLAGS = ("tied", "normalize_experts")
@@ -107,7 +108,7 @@ def _family(raw: dict[str, Any]) -> str:
 def _load(name: str, raw: dict[str, Any]) -> Any:
     """transformers' config object."""
     for key, what in ELSEWHERE.items():
-        if raw.get(key) is not None:
+        if key in raw and (raw[key] is not None or key == "configuration_files"):
             raise UserError(
                 f"{key} is {_short(raw[key])}, which transformers reads as {what}: this package does not support it."
             )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from minitron_mcore.config import ranges
 from minitron_mcore.config.settings import ParallelConfig
 
 
@@ -43,8 +44,8 @@ def sequence_unit(parallel: ParallelConfig) -> int:
 
 def problems(parallel: ParallelConfig, world_size: int, sequence_length: int | None = None) -> Iterator[str]:
     """Messages about a layout that does not fit `world_size` processes or sequences of `sequence_length` tokens."""
-    if small := {axis: size for axis, size in sizes(parallel).items() if size < 1}:
-        yield from (f"parallel.{axis} is {size}; it must be at least 1." for axis, size in small.items())
+    if small := [*ranges.at_least(1, {f"parallel.{axis}": size for axis, size in sizes(parallel).items()})]:
+        yield from small
         return
     product = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % product:

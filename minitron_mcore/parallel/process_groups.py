@@ -63,6 +63,27 @@ def free_host_bytes() -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def from_rank_0[T](value: T) -> T:
+    """Rank 0's value, on all ranks (collective if torch.distributed is initialised)."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all_ranks[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The ranks' values, in the order of ranks (collective if torch.distributed is initialised).
+
+    Args:
+        group: None: all ranks.
+    """
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 @contextlib.contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """A UserError that a rank raises inside the block is raised on all ranks at its end (collective)."""
@@ -71,10 +92,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except UserError as mistake:
         error = str(mistake)
-    errors: list[str | None] = [error]
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+    errors = from_all_ranks(error)
     first = next(((r, e) for r, e in enumerate(errors) if e is not None), None)
     if first:
         raise UserError(first[1] if len(set(errors)) == 1 else f"rank {first[0]}: {first[1]}")
@@ -286,9 +304,7 @@ def place() -> layout.Place:
 
 def places() -> list[layout.Place]:
     """Place of each rank in the current layout (collective over the world)."""
-    every = [place()] * dist.get_world_size()
-    dist.all_gather_object(every, place())
-    return every
+    return from_all_ranks(place())
 
 
 _bridge: Bridge | None = None
@@ -382,11 +398,11 @@ class Progress:
     """Prints done / total, rate and remaining time on rank 0, at most once in `every` seconds; `unit` names what is counted. On all
     ranks an update is progress for the hang watchdog."""
 
-    def __init__(self, name: str, total: int, unit: str, every: float = 5.0):
+    def __init__(self, name: str, total: float, unit: str, every: float = 5.0):
         self.name, self.total, self.unit, self.every = name, total, unit, every
         self.start = self.last = time.monotonic()
 
-    def update(self, done: int, extra: str = "") -> None:
+    def update(self, done: float, extra: str = "") -> None:
         hang_watchdog.beat()
         now = time.monotonic()
         if now - self.last < self.every and done < self.total:

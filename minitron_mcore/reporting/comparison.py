@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint import stage_record
+from minitron_mcore.checkpoint import disk, stage_record
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -37,7 +37,7 @@ def write(folders: Sequence[str], out: Path) -> list[dict[str, Any]]:
     rows = compare(runs)
     out.mkdir(parents=True, exist_ok=True)
     plots.plot_losses({name: folder / KINDS["training"] for name, folder in runs.items()}, out / "losses.png")
-    tables.write_json(out / KINDS["comparison"], {"format_version": FORMAT_VERSION, "runs": rows})
+    disk.write_json(out / KINDS["comparison"], {"format_version": FORMAT_VERSION, "runs": rows})
     with (out / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, tables.columns(rows))
         writer.writeheader()

@@ -1,10 +1,7 @@
 """Printed tables and JSON files of stages. Plots are in `plots`, the HTML report in `page`."""
 
 import io
-import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -12,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron_mcore.checkpoint import disk
 from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 Row = Mapping[str, Any]
@@ -82,8 +78,3 @@ def is_numeric(rows: Sequence[Row], column: str) -> bool:
     """Whether a column is right-aligned: numbers and percentages."""
     values = [row.get(column) for row in rows]
     return all(isinstance(value, int | float | None) or str(value).endswith("%") for value in values)
-
-
-def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Replace a file atomically by `value` as JSON."""
-    disk.replace_text(Path(path), json.dumps(value, indent=1) + "\n")

@@ -3,7 +3,6 @@
 The time of a matrix product does not depend on its values, so a candidate is measured before it is pruned or trained.
 """
 
-import functools
 import platform
 import statistics
 import time
@@ -47,14 +46,12 @@ def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str)
     device, threads = process_groups.device(), torch.get_num_threads()
     torch.set_num_threads(speed.threads or threads)
     try:
-        model = _random_model(arch, hf_folder, dtype)
+        model = random_model(arch, read_json(hf_folder / "config.json", "make the checkpoint again"), dtype)
         prompt = torch.randint(0, arch.vocab, (speed.batch, speed.prompt), device=device)
-        prefill, decode = [], []
-        for _ in range(speed.repetitions + 1):  # the first is a warm-up
-            seconds, output = _timed(lambda: model(prompt, use_cache=True, logits_to_keep=1))
-            prefill.append(seconds)
-            seconds, _ = _timed(functools.partial(_decode, model, output, speed.generated))
-            decode.append(seconds)
+        # The first is a warm-up.
+        prefill, decode = zip(
+            *(serve(model, prompt, speed.generated) for _ in range(speed.repetitions + 1)), strict=True
+        )
         return {
             "prefill_tokens_per_second": speed.batch * speed.prompt / statistics.median(prefill[1:]),
             "decode_tokens_per_second": speed.batch * speed.generated / statistics.median(decode[1:]),
@@ -64,8 +61,20 @@ def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str)
         torch.set_num_threads(threads)
 
 
-def _random_model(arch: Architecture, hf_folder: Path, dtype: str) -> torch.nn.Module:
-    config = architecture.to_hf(arch, read_json(hf_folder / "config.json", "make the checkpoint again"), dtype)
+def serve(model: torch.nn.Module, prompt: Tensor, generated: int) -> tuple[float, float]:
+    """Seconds of the prompts [B, P] up to the logits of their last tokens, and of `generated` greedy tokens after them."""
+    prefill, output = _timed(lambda: model(prompt, use_cache=True, logits_to_keep=1))
+    return prefill, _timed(lambda: _decode(model, output, generated))[0]
+
+
+def random_model(arch: Architecture, parent: dict[str, Any], dtype: str) -> torch.nn.Module:
+    """transformers' model of an architecture with random weights on this rank's device.
+
+    Args:
+        parent: see `architecture.to_hf`.
+        dtype: "bf16" or "fp32".
+    """
+    config = architecture.to_hf(arch, parent, dtype)
     del config["dtype"], config["torch_dtype"]
     # On a CPU torch's grouped product over experts requires rows of a multiple of 16 bytes.
     experts = {"experts_implementation": "eager"} if arch.experts and process_groups.device().type == "cpu" else {}

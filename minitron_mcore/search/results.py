@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import PruneConfig
@@ -77,24 +76,21 @@ class CandidateStore:
         Raises:
             UserError: the file is damaged, or was made with other scores or another text.
         """
-        box: list[dict[str, Any] | None] = [None]
-        path = self.folder(candidate) / name
+        path, inputs = self.folder(candidate) / name, self._inputs(candidate)
         with process_groups.raise_on_all_ranks():
-            if process_groups.rank() == 0 and path.is_file():
-                box = [_read_result(path)]
-        dist.broadcast_object_list(box, src=0)
-        inputs = self._inputs(candidate)
-        if box[0] and {key: box[0].get(key) for key in inputs} != inputs:
+            result = _read_result(path) if process_groups.rank() == 0 and path.is_file() else {}
+        result = process_groups.from_rank_0(result)
+        if result and {key: result.get(key) for key in inputs} != inputs:
             raise UserError(
                 f"{path} was measured with other scores or another held-out text: give another out_dir, or remove that file."
             )
-        return box[0] or {}
+        return result
 
     def write(self, candidate: Candidate, name: str, result: dict[str, Any]) -> dict[str, Any]:
         """Write a result file; returns rank 0's result, since ranks may differ in the last bit (collective)."""
         if process_groups.rank() == 0:
             self.folder(candidate).mkdir(exist_ok=True)
-            tables.write_json(self.folder(candidate) / name, self._inputs(candidate) | result)
+            disk.write_json(self.folder(candidate) / name, self._inputs(candidate) | result)
         process_groups.barrier()
         return self.read(candidate, name)
 
@@ -141,7 +137,7 @@ def write(out_dir: Path, results: dict[str, Any], search: SearchConfig, total: i
         total: number of candidates.
         complete: whether all were measured and the best trained.
     """
-    tables.write_json(out_dir / FILE, results)
+    disk.write_json(out_dir / FILE, results)
     rows = results["candidates"]
     if not rows:
         return

@@ -1,6 +1,7 @@
 """Steps of a run folder: a failure means that a damaged step is used, a good one is lost, or an old one stays for ever."""
 
 import json
+import os
 
 import pytest
 
@@ -85,3 +86,14 @@ def test_a_step_is_published_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="integrity.json"):
         steps.publish(part)
     assert numbers(tmp_path) == [10]
+
+
+def test_write_json_replaces_whole_files(tmp_path):
+    path = tmp_path / "figures.json"
+    disk.write_json(path, {"rows": [{"blocks": 2, "loss": 1.5}]})
+    disk.write_json(path, {"rows": [1]})
+    assert json.loads(path.read_text()) == {"rows": [1]}
+    assert os.listdir(tmp_path) == ["figures.json"]
+    with pytest.raises(TypeError):
+        disk.write_json(path, {"rows": object()})
+    assert json.loads(path.read_text()) == {"rows": [1]}

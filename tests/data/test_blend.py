@@ -115,6 +115,7 @@ def test_mistakes_are_sentences(tmp_path):
         (["data.split='0,0'"], "it must be up to three numbers"),
         (["data.splits_file=x.json", "data.train=[a]"], "data.splits_file and data.train are both set"),
         (["data.splits_file=x.json", "data.split='1,1'"], "data.splits_file and data.split are both set"),
+        (["data.line_mb=0"], "data.line_mb is 0; it must be at least 1"),
         (["data.prefetch=-1"], "data.prefetch is -1"),
     ):
         problems = list(ranges.problems(config_of("distill", "+model=llama31_8b", *overrides)))

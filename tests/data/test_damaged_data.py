@@ -167,8 +167,6 @@ def test_a_file_above_the_limit_is_refused_unread(tmp_path):
     refused(path, r"one document of 3,072 MiB, and data\.file_mb is 1024")
     with pytest.raises(UserError, match=r"data\.file_mb is 2"):
         token_cache.tokenize([str(path)], None, str(tmp_path / "cache"), Limits(1, 2))
-    with pytest.raises(UserError, match=r"data\.line_mb is 0; it must be at least 1"):
-        Limits.of(DataConfig(line_mb=0))
 
 
 def test_text_that_is_not_utf8_is_named_by_file_and_line(tmp_path):

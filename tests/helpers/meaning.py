@@ -72,7 +72,7 @@ OTHERS = {
     "per_layer_config": [None, {"0": {"intermediate_size": 7}}],
     "block_configs": [None, [], [{}, {"a": 1}], 3],
     "auto_map": [{"AutoConfig": "configuration_x.C", "AutoModelForCausalLM": "modeling_x.M"}, None, {"AutoConfig": 5}],
-    "configuration_files": [["config.4.0.0.json"]],
+    "configuration_files": [["config.4.0.0.json"], None],
     "id2label": [{"a": "b"}, {"0": "x"}],
     "use_cache": [False, "no"],
     "text_config": [{}],

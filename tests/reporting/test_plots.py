@@ -57,17 +57,6 @@ def test_only_rank_0_prints():
     assert first.startswith("from rank 0\n") and not second
 
 
-def test_write_json_replaces_whole_files(tmp_path):
-    path = tmp_path / "figures.json"
-    tables.write_json(path, {"rows": ROWS[:1]})
-    tables.write_json(path, {"rows": [1]})
-    assert json.loads(path.read_text()) == {"rows": [1]}
-    assert os.listdir(tmp_path) == ["figures.json"]
-    with pytest.raises(TypeError):
-        tables.write_json(path, {"rows": object()})
-    assert json.loads(path.read_text()) == {"rows": [1]}
-
-
 def scores(blocks: int = 5, hidden: int = 33, ffn: int = 21, heads: int = 3) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     found = {"hidden": rng.lognormal(size=hidden)}

@@ -235,8 +235,8 @@ def measured(folders: dict[str, str]) -> list[dict]:
 
     found = []
     for name, folder in folders.items():
-        arch, _ = architecture.read_hf(folder)
-        model = latency._random_model(arch, folder, "fp32")
+        arch, config = architecture.read_hf(folder)
+        model = latency.random_model(arch, config, "fp32")
         prompt = torch.randint(0, arch.vocab, (2, 7))
         with torch.no_grad():
             last = latency._decode(model, model(prompt, use_cache=True, logits_to_keep=1), 3)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minitron_mcore.checkpoint import claim, run_folder
+from minitron_mcore.checkpoint import claim, disk, run_folder, stage_record
 from minitron_mcore.config.identity import resolved
 from minitron_mcore.config.stages import BenchmarkRun
 from minitron_mcore.data.tokenizer import open_tokenizer
@@ -23,10 +23,11 @@ from minitron_mcore.evaluation.benchmarks.suite import SUITE, Unit
 from minitron_mcore.export import transformers_check
 from minitron_mcore.models.build import DTYPES
 from minitron_mcore.parallel import process_groups, stop_signal
-from minitron_mcore.reading import FORMAT_VERSION, read_json
+from minitron_mcore.reading import FORMAT_VERSION, damage_as_user_error, read_json
 from minitron_mcore.reporting import tables
 
 FILE = "benchmark.json"
+SUMMARY = ("score", "stderr", "questions", "shots", "metric", "limit", "examples")
 
 
 def run(config: BenchmarkRun) -> None:
@@ -49,26 +50,35 @@ def measure(name: str, config: BenchmarkRun) -> dict[str, Any]:
     """Measure the tasks of one model that its folder lacks (collective).
 
     Returns:
-        {benchmark: {score, stderr, questions, shots, metric}}, score and stderr as shares, on rank 0; {} on others.
+        {benchmark: its `SUMMARY`}, score and stderr as shares; the same on all ranks.
+
+    Raises:
+        UserError: another run in the folder, or a damaged file of a task.
     """
     with claim.claim_run_folder(config.out_dir, resolved(config)):
         units = [unit for benchmark in config.benchmark.tasks for unit in suite.units(benchmark, config.benchmark)]
         missing = process_groups.on_rank_0(lambda: [unit for unit in units if not _path(config, unit).is_file()])
         if missing:
             _measure_units(name, config, missing)
-        if process_groups.rank() != 0:
-            return {}
-        results = {unit: read_json(_path(config, unit), "remove it and run again") for unit in units}
-        summary = {
-            name: _summary([results[unit] for unit in units if unit.benchmark == name])
-            for name in config.benchmark.tasks
-        }
-        tables.write_json(
-            Path(config.out_dir) / FILE,
-            {"format_version": FORMAT_VERSION, "source": config.source, "benchmarks": summary},
-        )
+        summary = process_groups.on_rank_0(lambda: _summarize(config, units))
         claim.finish(config.out_dir)
         return summary
+
+
+def _summarize(config: BenchmarkRun, units: Sequence[Unit]) -> dict[str, Any]:
+    """Read the files of all tasks, and write the scores of the benchmarks (rank 0)."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in config.benchmark.tasks}
+    for unit in units:
+        path, remedy = _path(config, unit), "remove it and run again"
+        with damage_as_user_error(path, remedy):
+            content = read_json(path, remedy)
+            _percent(content)
+            results[unit.benchmark].append({key: content[key] for key in SUMMARY})
+    summary = {name: _pooled(each) for name, each in results.items()}
+    source = stage_record.recorded_inputs(config.out_dir)["source"]
+    content = {"format_version": FORMAT_VERSION, "source": source._asdict(), "benchmarks": summary}
+    disk.write_json(Path(config.out_dir) / FILE, content)
+    return summary
 
 
 def _path(config: BenchmarkRun, unit: Unit) -> Path:
@@ -146,7 +156,7 @@ def _lead(name: str, model: Any, config: BenchmarkRun, units: Sequence[Unit]) ->
         }
         result["stderr"] = result["stderr"] if isinstance(result["stderr"], float) else None  # of one question
         _path(config, unit).parent.mkdir(exist_ok=True)
-        tables.write_json(_path(config, unit), result)
+        disk.write_json(_path(config, unit), result)
         process_groups.log(
             f"{name}: {unit.name} {_percent(result)} ({result['questions']} questions, {result['seconds']:g} s)"
         )
@@ -170,14 +180,12 @@ def evaluate(model: Any, task: Any, limit: int | None, seed: int, run_code: bool
     return found["results"][name] | {"sample_len": found["n-samples"][name]["effective"]}
 
 
-def _summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The score of a benchmark over the questions of its tasks; several tasks are a share of right answers."""
     first, count = results[0], sum(result["questions"] for result in results)
     score = sum(result["score"] * result["questions"] for result in results) / count
     stderr = first["stderr"] if len(results) == 1 else math.sqrt(score * (1 - score) / max(1, count - 1))
-    return {"score": score, "stderr": stderr, "questions": count} | {
-        key: first[key] for key in ("shots", "metric", "limit", "examples")
-    }
+    return {**first, "score": score, "stderr": stderr, "questions": count}
 
 
 def _percent(result: Mapping[str, Any]) -> str:
@@ -203,6 +211,6 @@ def _write_table(config: BenchmarkRun, measured: Mapping[str, Mapping[str, Any]]
     notes = [f"per cent ± standard error (shots); {asked}; seed {config.seed}, {config.dtype.value}"]
     figures = {"format_version": FORMAT_VERSION, "models": measured, "published": config.benchmark.published}
     with claim.writing(folder):
-        tables.write_json(folder / FILE, figures)
+        disk.write_json(folder / FILE, figures)
         (folder / "benchmark.md").write_text(f"{tables.markdown(rows)}\n\n{notes[0]}\n", encoding="utf-8")
     tables.table("benchmarks", rows, [*notes, f"figures: {folder}/{FILE}, {folder}/benchmark.md"])
