@@ -2,50 +2,38 @@
 Imports torch only to open an existing checkpoint, plan or cache."""
 
 import dataclasses
-import itertools
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from minitron_mcore.checkpoint import disk
-from minitron_mcore.cli import resolve
-from minitron_mcore.config import performance as options
-from minitron_mcore.config import ranges
-from minitron_mcore.config.settings import Device, DistillConfig, ParallelConfig
+from minitron_mcore.cli import resolve, stage_problems
+from minitron_mcore.config.settings import DistillConfig, ParallelConfig
 from minitron_mcore.config.stages import (
     BenchmarkRun,
     CacheKind,
     CorrectRun,
-    CutRun,
     DepthRun,
     DistillRun,
     EvaluateRun,
-    ExportFormat,
-    ExportRun,
     GenerateRun,
     ImportanceRun,
-    PlanRun,
     Run,
     SearchRun,
     SynthesizeRun,
     TeacherCacheRun,
 )
 from minitron_mcore.depth import study
-from minitron_mcore.distill import checks, vocabulary
-from minitron_mcore.errors import UserError, refuse
+from minitron_mcore.distill import checks
+from minitron_mcore.errors import refuse
 from minitron_mcore.estimate import checkpoints, memory, step_time
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.evaluation import prompts
-from minitron_mcore.evaluation.benchmarks import suite
-from minitron_mcore.formats import gguf_layout
-from minitron_mcore.importance import checks as importance
-from minitron_mcore.models import architecture, flops, parameter_table, performance_checks, sharding
+from minitron_mcore.models import flops, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import layout
 from minitron_mcore.parallel.rendezvous import is_rank_zero
-from minitron_mcore.pruning.target import check_counts
 from minitron_mcore.reporting import tables
 from minitron_mcore.search import space
 
@@ -100,7 +88,7 @@ def plan(config: Run) -> dict[str, Any]:
     if training and training.teacher_parallel:
         sizes += layout.sizes(training.teacher_parallel).values()
     countable = not problems and min(sizes) >= 1
-    problems += _problems(config, models, training, setting)
+    problems += stage_problems.problems(config, models, training, setting)
     figures = {"stage": name, "gpus": world, "models": {}, "ranks": [], "operations": {}, "problems": problems}
     figures["models"] = {role: _model_row(arch) | {"from": where} for role, (arch, where) in models.items()}
     if countable:
@@ -146,11 +134,6 @@ def _model_row(arch: Architecture) -> dict[str, Any]:
     return counts | dict(zip(MISSING, (len(arch.no_attention), len(arch.no_mlp)), strict=True)) | arch.to_json()
 
 
-def _is_one_process(config: Run) -> bool:
-    """Whether a stage streams files on one process."""
-    return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format != ExportFormat.gpt)
-
-
 def _min_processes(config: Run, training: DistillConfig | None) -> int:
     """The least number of processes for the layouts of the stage's models."""
     teacher_ranks = training.teacher_ranks if training else 0
@@ -165,92 +148,6 @@ def _training_settings(config: Run) -> DistillConfig | None:
     if isinstance(config, SearchRun):
         return dataclasses.replace(config.distill, steps=config.search.steps)
     return config.distill if isinstance(config, DistillRun) else None
-
-
-def _problems(
-    config: Run, models: dict[str, tuple[Architecture, str]], training: DistillConfig | None, setting: Setting
-) -> Iterator[str]:
-    """Every rule that the stage violates."""
-    yield from ranges.problems(config)
-    archs = {role: arch for role, (arch, _) in models.items()}
-    if not _is_one_process(config):
-        # The stage synthesize pads its sequences itself.
-        length = None if isinstance(config, SynthesizeRun) or setting.sequence_length == 1 else setting.sequence_length
-        teacher_ranks = training.teacher_ranks if training else 0
-        yield from layout.teacher_ranks_problems(teacher_ranks, setting.world + teacher_ranks)
-        yield from layout.problems(config.parallel, setting.world, length)
-    if min(layout.sizes(config.parallel).values()) >= 1:
-        for role, arch in archs.items():
-            if not (role == "teacher" and training and training.teacher_parallel):  # checked by `checks.problems`
-                yield from (f"{role}: {problem}" for problem in sharding.model_problems(arch, config.parallel))
-    teacher = archs.get("teacher")
-    students = {role: arch for role, arch in archs.items() if resolve.kind(role) == "student"}
-    kernels = options.EVERYTHING if setting.device == Device.cuda else options.Kernels()
-    if training or isinstance(config, TeacherCacheRun):
-        yield from checks.document_problems(config.data, kernels)
-    if training:
-        trained = students or {role: arch for role, arch in archs.items() if role == "model"}
-        layout_of_run = config.parallel, setting.replicas, checks.prefix_of(config)
-        each = (checks.problems(s, teacher, training, *layout_of_run) for s in trained.values())
-        yield from dict.fromkeys(itertools.chain(*each))
-        live = None if resolve.cache_content(config) else teacher
-        if not isinstance(config, SearchRun):  # which has its own
-            each = (checks.heldout_problems(config, training, s, live) for s in trained.values())
-            yield from dict.fromkeys(itertools.chain(*each))
-        each = (
-            performance_checks.problems(
-                performance_checks.Run(config.performance, s, live, training, config.parallel, config.dtype, kernels)
-            )
-            for s in trained.values()
-        )
-        yield from dict.fromkeys(itertools.chain(*each))
-    for role, student in students.items() if teacher else ():
-        folders = (resolve.tokenizer_folder(models[each][1]) for each in (role, "teacher"))
-        yield from vocabulary.problems(student, teacher, *folders)
-        if (Path(config.teacher) / "index.json").is_file():
-            yield from resolve.open_cache(config.teacher).problems(student, training)
-    if isinstance(config, TeacherCacheRun) and "model" in archs:
-        yield from checks.cache_problems(config, archs["model"])
-    if isinstance(config, SearchRun) and training.teacher_ranks:
-        yield checks.NO_TEACHER_RANKS
-    if isinstance(config, ImportanceRun) and "model" in archs:
-        yield from importance.problems(archs["model"], config.importance, setting.replicas)
-    for role, arch in archs.items():
-        if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
-            yield from architecture.missing_layer_problems(arch, "megatron-core's GPTModel")
-        elif isinstance(config, ExportRun) and config.format == ExportFormat.gguf:
-            yield from gguf_layout.problems(arch)
-        elif isinstance(config, ExportRun | CutRun) or (
-            resolve.kind(role) in ("target", "student") and config.prune.exportable
-        ):
-            yield from architecture.export_problems(arch)
-    if isinstance(config, DepthRun) and "model" in archs:
-        yield from study.problems(config, archs["model"].blocks)
-        yield from ranges.positions(
-            "depth.sequence_length", config.depth.sequence_length, model=archs["model"].max_positions
-        )
-    if isinstance(config, BenchmarkRun):
-        yield from suite.problems(config.benchmark)
-    if isinstance(config, EvaluateRun | SearchRun):
-        yield from ranges.positions(
-            "evaluate.sequence_length",
-            config.evaluate.sequence_length,
-            **{role: arch.max_positions for role, arch in _first_model(archs).items()},
-        )
-    if isinstance(config, SynthesizeRun):
-        yield from prompts.problems(config)
-        limits = {role: arch.max_positions for role, arch in archs.items()}
-        yield from ranges.positions("prompt_tokens + tokens", config.synthesize.sequence_length, **limits)
-    if isinstance(config, PlanRun) and "target" in archs:
-        try:
-            check_counts(archs["target"], config.parameters, config.without_embeddings)
-        except UserError as error:
-            yield str(error)
-
-
-def _first_model(archs: dict[str, Architecture]) -> dict[str, Architecture]:
-    """The first model of a stage, with its role. Pruned models have as many positions as their source."""
-    return dict(itertools.islice(archs.items(), 1))
 
 
 def _trained_models(config: Run, archs: dict[str, Architecture]) -> list[Architecture]:
@@ -271,7 +168,7 @@ def _ranks(
     config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting
 ) -> list[dict[str, Any]]:
     """Bytes on a rank of each pipeline stage; empty for a stage on one process."""
-    if _is_one_process(config):
+    if stage_problems.is_one_process(config):
         return []
     students = [arch for role, arch in archs.items() if resolve.kind(role) == "student"]
     main = students[0] if students else next(iter(archs.values()))

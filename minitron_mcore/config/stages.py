@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
+from minitron_mcore.config.benchmark import BenchmarkConfig
+from minitron_mcore.config.export import ExportFormat, GGUFType, GptNames
 from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.hardware import DryConfig
 from minitron_mcore.config.model import ModelConfig
 from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
-    BenchmarkConfig,
     DataConfig,
     DepthConfig,
     DistillConfig,
@@ -247,38 +248,6 @@ class DistillRun(StageRun):
             for name, student in (self.students or {}).items()
         ]
         return runs or [self]
-
-
-class ExportFormat(StrEnum):
-    """Format of an exported model."""
-
-    hf = "hf"
-    """Hugging Face folder."""
-    gpt = "gpt"
-    """Checkpoint of Megatron-Core's GPTModel, for Megatron-LM."""
-    gguf = "gguf"
-    """One file for llama.cpp."""
-
-
-class GGUFType(StrEnum):
-    """Number format of the matrices in a GGUF file; vectors are fp32."""
-
-    f16 = "f16"
-    bf16 = "bf16"
-    f32 = "f32"
-    q8_0 = "q8_0"
-    """8 bits with a scale for each 32 columns. Matrices that 32 does not divide are f16."""
-
-
-class GptNames(StrEnum):
-    """Layer spec of Megatron-Core, which decides the names of the norms' parameters."""
-
-    te = "te"
-    """Transformer Engine's spec: norms fused into the projections."""
-    local = "local"
-    """Megatron-Core's local spec: separate norms under the fused names."""
-    plain = "plain"
-    """Separate norms under their own names."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from minitron_mcore.data.pair_writer import create_folder
 from minitron_mcore.data.token_files import BLOCK, WHOLE_PAIR, Share, TokenStream, block_starts, split_share
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.prefetch import run_ahead
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import damage_as_user_error
 
@@ -219,7 +220,7 @@ def train_batches(
     rows = ([(start + n) % total for n in range(micro_batch_size)] for start in starts)
     reads = (functools.partial(samples.batch, each) for each in rows)
     ahead = prefetch * (global_batch_size // step)
-    return map(to_device, process_groups.prefetch(reads, 1, ahead) if ahead else (read() for read in reads))
+    return map(to_device, run_ahead(reads, 1, ahead) if ahead else (read() for read in reads))
 
 
 def calibration(

@@ -39,6 +39,7 @@ from minitron_mcore.formats.hf_folder import CODES
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups, schedule
+from minitron_mcore.parallel.prefetch import run_ahead
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import check_format_version, damage_as_user_error, open_tensors, read_json
 
@@ -266,7 +267,7 @@ class CachedTeacher:
         if not process_groups.is_last_stage():
             return batches
         jobs = (partial(self._read, batch["samples"].tolist()) for batch in batches)
-        read = process_groups.prefetch(jobs, threads=1)
+        read = run_ahead(jobs, threads=1)
         return (batch | outputs for batch, outputs in zip(batches, read, strict=True))
 
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:

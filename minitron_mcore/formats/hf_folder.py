@@ -22,6 +22,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.parallel.prefetch import run_ahead
 from minitron_mcore.reading import open_tensors, read_json
 
 CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
@@ -242,7 +243,7 @@ class Writer:
         with contextlib.ExitStack() as stack:
             regions = self._regions(stack)
             free = 0
-            for done, data in enumerate(process_groups.prefetch(jobs), 1):
+            for done, data in enumerate(run_ahead(jobs), 1):
                 while len(data):
                     if not free:
                         file, start, free = next(regions)

@@ -3,15 +3,13 @@
 This is the only module that reads megatron-core's parallel state. A "stage" here is a pipeline stage.
 """
 
-import collections
 import contextlib
 import dataclasses
 import datetime
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -374,24 +372,6 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     every = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(every, tensor.contiguous(), group=group)
     return every
-
-
-def prefetch[T](jobs: Iterable[Callable[[], T]], threads: int = 4, ahead: int | None = None) -> Iterator[T]:
-    """Run jobs in threads, ahead of the consumer, and yield their results in order; at most `ahead` + 1 results exist.
-
-    An exception of a job is raised in place of its result. More threads than cores are useful, since jobs also wait for the disk.
-
-    Args:
-        ahead: None: `threads`.
-    """
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: collections.deque[Future[T]] = collections.deque()
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > (ahead or threads):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 class Progress:

@@ -12,7 +12,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install min
 
 from lm_eval.api.model import LM
 
-from minitron_mcore.config.settings import BENCHMARKS, BenchmarkConfig, ParallelConfig
+from minitron_mcore.config.benchmark import BENCHMARKS, BenchmarkConfig
+from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation.benchmarks import run, suite
 from minitron_mcore.evaluation.benchmarks.sandbox import Sandbox

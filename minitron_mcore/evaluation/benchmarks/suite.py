@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.config.settings import BENCHMARKS, BenchmarkConfig
+from minitron_mcore.config.benchmark import BENCHMARKS, BenchmarkConfig
 from minitron_mcore.data.text_reader import lines
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import damage_as_user_error
