@@ -32,8 +32,9 @@ def main(config: ExportRun) -> None:
         return
     elif config.format == "gguf":
         refuse(gguf_layout.problems(source.arch))
+        dtype = config.gguf_type.value
         with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
-            parameters = gguf_export.export_file(source, folder, config.gguf_type.value)
+            parameters = gguf_export.export_file(source, folder, dtype)
     else:
         architecture.check_exportable(source.arch)
         with claim.new_run_folder(config.out_dir, resolved(config)) as folder:

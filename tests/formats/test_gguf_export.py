@@ -122,7 +122,7 @@ def test_launch_file(tmp_path):
         "gguf_type=q8_0",
     ]
     output = fork(tmp_path, *command)
-    assert "is read back: 22 tensors Q8_0, 7 tensors F32" in output, output
+    assert "is read back: 22 tensors Q8_0, 7 tensors F32" in output and " q8_0 " in output, output
     file = GGUFFile(tmp_path / "runs/tiny/gguf/model-q8_0.gguf", torch.float32)
     assert file.field("general.name") == "hf" and file.field("general.file_type") == gguf.LlamaFileType.MOSTLY_Q8_0
     record = json.loads((tmp_path / "runs/tiny/gguf/minitron/lineage.json").read_text())
