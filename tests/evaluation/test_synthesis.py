@@ -127,6 +127,8 @@ def test_answers_depend_on_prompt_and_seed_only(folder, tmp_path):
         "synthesize.min_log_likelihood=-5",
     )
     fewer = rows(whole)
+    for root in (whole, stopped):
+        assert (root / "out/answers.log").read_text().count("\n") == 24
     assert fewer == [line for line in lines if line["finish"] == "end" and line["mean_log_likelihood"] >= -5]
     small = [f"distill.{key}=2" for key in ("steps", "global_batch", "micro_batch")] + ["distill.sequence_length=16"]
     sft = [
