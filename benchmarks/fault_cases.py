@@ -44,15 +44,15 @@ class Campaign:
         inputs = root / "inputs"
         inputs.mkdir()
         converts = []
-        for seed, name in enumerate(("teacher", "student", "other")):
+        for seed, name in enumerate(("teacher", "student")):
             hf = models.tiny_llama(inputs / f"hf_{name}", num_hidden_layers=1, seed=seed)
             word_tokenizer(hf)
             command = [*MODEL, f"model.hf={hf.name}", f"out_dir={name}"]
             converts.append(Start(inputs, "convert", *command, processes=1))
         for convert in converts:
             succeed(convert)
-        for number, name in enumerate(("text", "other", "heldout")):
-            (inputs / f"{name}.txt").write_text(words(200 if name == "heldout" else 2000, number))
+        (inputs / "text.txt").write_text(words(2000, 0))
+        (inputs / "heldout.txt").write_text(words(200, 2))
         whole = train(shutil.copytree(inputs, root / "whole"))
         stopped = train(shutil.copytree(inputs, root / "stopped"), *TP2, f"distill.stop_after={STOPPED_AFTER}")
         succeed(whole)

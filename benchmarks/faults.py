@@ -109,7 +109,7 @@ def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
     yield from (case(cases.slow_disk, limit, hangs) for limit, hangs in ((0.03, True), (0.5, False)))
     yield from (case(cases.stopped_rank, rank) for rank in (0, 1))
     yield from (case(cases.not_finite, rank) for rank in (0, 1))
-    for path, other in (("student", "other"), ("teacher", "other"), ("text.txt", "other.txt")):
+    for path, other in (("student", "teacher"), ("teacher", "student"), ("text.txt", "heldout.txt")):
         yield case(cases.replaced_input, path, other)
     for layout, processes in (("single", 2), ("single", 1), ("cp2", 2)):
         yield case(cases.other_layout, layout, processes)
