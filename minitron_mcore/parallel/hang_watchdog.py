@@ -173,7 +173,7 @@ os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # else its
 
 
 def _end_in_wait(wakeup: int, ended: threading.Event) -> None:
-    while (received := os.read(wakeup, 1)) and received[0] != signal.SIGTERM:
+    while (received := os.read(wakeup, 1)) and received[0] not in (signal.SIGTERM, signal.SIGINT):
         pass
     os.close(wakeup)
     wait, since = None, 0.0
