@@ -33,6 +33,7 @@ from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.estimate import checkpoints, memory, step_time
 from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.formats import gguf_layout
 from minitron_mcore.importance import checks as importance
 from minitron_mcore.models import architecture, flops, parameter_table, performance_checks, sharding
 from minitron_mcore.models.architecture import Architecture
@@ -140,7 +141,7 @@ def _model_row(arch: Architecture) -> dict:
 
 def _is_one_process(config: Run) -> bool:
     """Whether a stage streams files on one process."""
-    return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format == ExportFormat.hf)
+    return isinstance(config, PlanRun | CutRun) or (isinstance(config, ExportRun) and config.format != ExportFormat.gpt)
 
 
 def _min_processes(config: Run, training: DistillConfig | None) -> int:
@@ -206,6 +207,8 @@ def _problems(
     for role, arch in archs.items():
         if isinstance(config, ExportRun) and config.format == ExportFormat.gpt:
             yield from architecture.missing_layer_problems(arch, "megatron-core's GPTModel")
+        elif isinstance(config, ExportRun) and config.format == ExportFormat.gguf:
+            yield from gguf_layout.problems(arch)
         elif isinstance(config, ExportRun | CutRun) or (
             resolve.kind(role) in ("target", "student") and config.prune.exportable
         ):

@@ -240,6 +240,18 @@ class ExportFormat(StrEnum):
     """Hugging Face folder."""
     gpt = "gpt"
     """Checkpoint of Megatron-Core's GPTModel, for Megatron-LM."""
+    gguf = "gguf"
+    """One file for llama.cpp."""
+
+
+class GGUFType(StrEnum):
+    """Number format of the matrices in a GGUF file; vectors are fp32."""
+
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
+    q8_0 = "q8_0"
+    """8 bits with a scale for each 32 columns. Matrices that 32 does not divide are f16."""
 
 
 class GptNames(StrEnum):
@@ -267,6 +279,8 @@ class ExportRun(StageRun):
     """format=gpt: layer spec whose parameter names the norms get."""
     vocab_multiple: int = 1
     """format=gpt: pad the vocabulary with zeros to a multiple of this number."""
+    gguf_type: GGUFType = GGUFType.f16
+    """format=gguf: number format of the matrices."""
 
 
 @dataclass

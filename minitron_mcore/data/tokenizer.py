@@ -18,6 +18,8 @@ from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import damage_as_user_error, read_json
 
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""One of them in a Hugging Face folder holds the vocabulary."""
 MAX_ID = 1 << 24
 """Largest id of a vocabulary: the tokenizers package allocates a list of that length. Published ids are below 2^19."""
 
@@ -196,6 +198,11 @@ def _sentencepiece(path: Path, model: Path) -> _SentencePiece:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a Hugging Face folder has a tokenizer."""
+    return any((folder / name).is_file() for name in FILES)
+
+
 def check_vocabulary(folder: Path) -> None:
     """Refuse ids above MAX_ID in a folder's tokenizer.json and vocab.json, for which the tokenizers package would allocate memory.
 
@@ -235,6 +242,11 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
         return _sentencepiece(path, Path(model or path.parent))
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return _sentencepiece(path / "tokenizer.model", Path(model or path))
+    return _HuggingFace(load_fast(path), path)
+
+
+def load_fast(path: Path) -> PreTrainedTokenizerFast:
+    """Load the fast Hugging Face tokenizer of a folder. Raises UserError as `load` does."""
     check_vocabulary(path)
     tokenizer_class = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
@@ -254,7 +266,7 @@ def load(path: str | os.PathLike, model: str | os.PathLike | None = None) -> Tok
             f"The tokenizer in {path} is {type(tokenizer).__name__}, which has no fast version: give a folder with tokenizer.json, "
             "or a sentencepiece .model."
         )
-    return _HuggingFace(tokenizer, path)
+    return tokenizer
 
 
 def open_tokenizer(config: DataConfig, model: str | os.PathLike, vocab_size: int | None) -> Tokenizer:

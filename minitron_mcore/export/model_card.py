@@ -79,12 +79,17 @@ def complete_folder(origin: Origin, folder: str | Path) -> str:
     with damage_as_user_error(f"the lineage in {origin.identity['path']}", "make the checkpoint again"):
         text = model_card(origin, config, loaded).encode("utf-8", "replace")  # JSON may contain unpaired surrogates
     (folder / CARD).write_bytes(text)
+    write_record(origin, folder)
+    return loaded
+
+
+def write_record(origin: Origin, folder: Path) -> None:
+    """Write minitron/ of `complete_folder`."""
     (folder / RECORD).mkdir(exist_ok=True)
     for digest, text in origin.plans.items():
         (folder / RECORD / _plan_file(digest)).write_text(text)
     record = {**origin.identity, "lineage": origin.lineage, "command": command(), "versions": versions()}
     tables.write_json(folder / RECORD / "lineage.json", {"format_version": FORMAT_VERSION, **record})
-    return loaded
 
 
 def _plan_file(digest: str) -> str:
@@ -98,7 +103,7 @@ def model_card(origin: Origin, config: dict, loaded: str) -> str:
         config: content of the exported config.json.
         loaded: see `complete_folder`.
     """
-    chain, parent, total = lineage.model_chain(origin.lineage), _parent_name(origin), parameter_table.count(origin.arch)
+    chain, parent, total = lineage.model_chain(origin.lineage), parent_name(origin), parameter_table.count(origin.arch)
     before = [Architecture(**record["before"]) for record in chain if "before" in record]
     operations = " and ".join(dict.fromkeys(filter(None, map(lineage.operation, chain)))) or "converted"
     steps = lineage.history(origin.lineage, origin.identity)
@@ -125,7 +130,7 @@ def model_card(origin: Origin, config: dict, loaded: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _parent_name(origin: Origin) -> str:
+def parent_name(origin: Origin) -> str:
     """Name of the first ancestor: the one in its config.json, else its folder's."""
     first = next(iter(lineage.model_chain(origin.lineage)[0]["parents"].values()), origin.identity)
     config = read_json(origin.hf_folder / "config.json", "make the checkpoint again")
@@ -188,7 +193,7 @@ def _evaluations(source: Path) -> list[str]:
     return ["## Evaluation", tables.markdown(rows)] if rows else []
 
 
-def _parent_card_data(origin: Origin) -> ModelCardData:
+def parent_card_data(origin: Origin) -> ModelCardData:
     """Front matter of the parent's card, empty if there is none or it cannot be parsed."""
     path = origin.hf_folder / CARD
     text = path.read_text(errors="replace") if path.is_file() else ""
@@ -203,7 +208,7 @@ def _licence_files(origin: Origin) -> list[str]:
 
 
 def _front_matter(origin: Origin, parent: str) -> str:
-    card_data, files = _parent_card_data(origin), _licence_files(origin)
+    card_data, files = parent_card_data(origin), _licence_files(origin)
     licence = {"license": card_data.license or "other"}
     if licence["license"] == "other":
         licence |= {
@@ -224,7 +229,7 @@ def _front_matter(origin: Origin, parent: str) -> str:
 
 
 def _licence(origin: Origin, parent: str) -> str:
-    named, files = _parent_card_data(origin).license, _licence_files(origin)
+    named, files = parent_card_data(origin).license, _licence_files(origin)
     return (
         f"These weights are derived from {parent}, so its licence applies to them"
         f"{f': {named}' if named else ''}. "

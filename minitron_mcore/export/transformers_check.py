@@ -5,14 +5,12 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from minitron_mcore.data.tokenizer import check_vocabulary
+from minitron_mcore.data.tokenizer import check_vocabulary, has_tokenizer
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats.hf_folder import HFFolder
 from minitron_mcore.models import architecture, hf_config, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.reading import first_line, read_json
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load(folder: str | Path, **placement) -> PreTrainedModel:
@@ -81,7 +79,7 @@ def check_folder(folder: str | Path, arch: Architecture) -> str:
 
 
 def _check_tokenizer(folder: Path) -> str:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return "no tokenizer: the source came with none"
     check_vocabulary(folder)
     try:

@@ -1,6 +1,5 @@
 """llama.cpp's GGUF files as a source of weights, dequantised by rows from a memory map."""
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.formats import gguf_header
+from minitron_mcore.formats import gguf_header, gguf_layout
+from minitron_mcore.formats.gguf_layout import ROPE_FACTORS
 from minitron_mcore.formats.hf_folder import Weights
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
+from minitron_mcore.models.families import FAMILIES
 
-HF_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-"""general.architecture -> class name in transformers."""
-ROPE_FACTORS = "rope_freqs.weight"
 CHUNK_BYTES = 1 << 25
 
 
@@ -44,8 +42,9 @@ class GGUFFile(Weights):
             raise UserError(f"{path} is not a whole GGUF file ({error}): download it again.") from error
         self.fields, self.tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
         self.name = self.field("general.architecture")
-        if not isinstance(self.name, str) or self.name not in HF_CLASSES:
-            raise UserError(f"{path} holds a {self.name} model; supported in GGUF: {', '.join(HF_CLASSES)}.")
+        names = dict.fromkeys(gguf_layout.ARCHITECTURES.values())
+        if not isinstance(self.name, str) or self.name not in names:
+            raise UserError(f"{path} holds a {self.name} model; supported in GGUF: {', '.join(names)}.")
         if (parts := self.field("split.count") or 1) != 1:
             raise UserError(f"{path} is one of {parts} parts: join them first (llama-gguf-split --merge).")
 
@@ -63,13 +62,15 @@ class GGUFFile(Weights):
         Raises:
             UserError: a size is missing or differs between layers, or the rope scaling is not Llama 3's.
         """
+        family = FAMILIES[self.name]
+        eps, norm = family.keys["norm_eps"][0], "norm_rms" if family.norm == "RMSNorm" else "norm"
         sizes = {
             "num_hidden_layers": self.field("*.block_count"),
             "hidden_size": self.field("*.embedding_length"),
             "intermediate_size": self.field("*.feed_forward_length"),
             "num_attention_heads": self.field("*.attention.head_count"),
             "max_position_embeddings": self.field("*.context_length"),
-            "rms_norm_eps": self.field("*.attention.layer_norm_rms_epsilon"),
+            eps: self.field(f"*.attention.layer_{norm}_epsilon"),
         }
         for key, value in sizes.items():
             if not isinstance(value, int | float) or not value > 0:
@@ -81,17 +82,20 @@ class GGUFFile(Weights):
                 f"{self.path} claims {sizes['num_hidden_layers']} layers, but has {len(self.tensors)} tensors."
             )
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
-        head_dim = self.field("*.attention.key_length") or self.field("*.rope.dimension_count") or hidden // heads
+        head_dim = self.field("*.attention.key_length") or hidden // heads
+        rope = {"rope_theta": float(self.field("*.rope.freq_base") or 1e4), **self._rope_scaling()}
+        if "rotary_fraction" in family.keys:
+            rope["partial_rotary_factor"] = (self.field("*.rope.dimension_count") or head_dim) / head_dim
         return sizes | {
-            "architectures": [HF_CLASSES[self.name]],
+            "architectures": [family.hf_class],
             "model_type": self.name,
             "num_key_value_heads": self.field("*.attention.head_count_kv") or heads,
             "head_dim": head_dim,
             "vocab_size": int(self.tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in self.tensors else 0,
             # Converts the float32 9.999999747378752e-06 to 1e-05.
-            "rms_norm_eps": float(str(np.float32(sizes["rms_norm_eps"]))),
-            "rope_parameters": {"rope_theta": float(self.field("*.rope.freq_base") or 1e4), **self._rope_scaling()},
-            "hidden_act": "silu",
+            eps: float(str(np.float32(sizes[eps]))),
+            "rope_parameters": rope,
+            "hidden_act": family.demands["hidden_act"],
             "tie_word_embeddings": "output.weight" not in self.tensors,
             **{f"{role}_token_id": self.field(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos")},
         }
@@ -129,7 +133,8 @@ class GGUFFile(Weights):
             raise UserError(
                 f"{self.path} holds {unexpected[0]}, which a {arch.family} model does not have: it is another model's."
             )
-        if ROPE_FACTORS in self.tensors and not np.allclose(self.tensors[ROPE_FACTORS].data, _rope_factors(arch)):
+        factors = gguf_layout.rope_factors(arch)
+        if ROPE_FACTORS in self.tensors and not np.allclose(self.tensors[ROPE_FACTORS].data, factors):
             raise UserError(
                 f"{ROPE_FACTORS} in {self.path} is not what {arch.rope_scaling or 'no rope scaling'} makes: give the model's "
                 "Hugging Face config and tokenizer (model.hf=/path/to/folder) beside model.weights=/path/to/file.gguf."
@@ -155,9 +160,11 @@ class GGUFFile(Weights):
         for name, (count, *_) in zip(parameter.hf, parameter.hf_shapes(), strict=True):
             in_tensor = np.flatnonzero((rows >= start) & (rows < start + count))
             tensor = self._tensor(name, parameter.arch)
-            stored_rows = self._stored_rows(name, rows[in_tensor] - start, parameter.arch)
+            stored_rows = gguf_layout.stored_rows(self.name, name, rows[in_tensor] - start, parameter.arch.head_dim)
+            norm_offset = gguf_layout.norm_offset(self.name, name)
             for first in range(0, len(in_tensor), step):
                 part = gguf.dequantize(tensor.data[stored_rows[first : first + step]], tensor.tensor_type)[:, *columns]
+                part = part - norm_offset if norm_offset else part
                 out[torch.from_numpy(in_tensor[first : first + step])] = torch.from_numpy(part).to(self.target)
             start += count
         return out
@@ -174,32 +181,7 @@ class GGUFFile(Weights):
 
     def _key(self, name: str, arch: Architecture) -> str:
         """Name in the file of a Hugging Face tensor."""
-        return _names(self.name, arch.blocks).get_name(name, try_suffixes=(".weight", ".bias"))
+        return gguf_layout.tensor_name(self.name, name, arch.blocks)
 
     def _tensor(self, name: str, arch: Architecture) -> gguf.ReaderTensor:
         return self.tensors[self._key(name, arch)]
-
-    def _stored_rows(self, name: str, rows: np.ndarray, arch: Architecture) -> np.ndarray:
-        """Positions of rows in the file. For Llama, llama.cpp interleaves the two halves of each query and key head."""
-        if self.name != "llama" or name.split(".")[-2] not in ("q_proj", "k_proj"):
-            return rows
-        head, within = np.divmod(rows, arch.head_dim)
-        half, index = np.divmod(within, arch.head_dim // 2)
-        return head * arch.head_dim + 2 * index + half
-
-
-@functools.cache
-def _names(architecture: str, blocks: int) -> gguf.TensorNameMap:
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(kinds[architecture], blocks)
-
-
-def _rope_factors(arch: Architecture) -> np.ndarray:
-    """Factor by which each rotary wavelength is scaled, [head_dim / 2]; 1 without rope scaling."""
-    rope = arch.rope_scaling
-    wavelength = 2 * np.pi * arch.rope_theta ** (np.arange(0, arch.head_dim, 2) / arch.head_dim)
-    if rope is None:
-        return np.ones_like(wavelength)
-    turns = rope.original_max_positions / wavelength
-    smooth = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return 1 / ((1 - smooth) / rope.factor + smooth)

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen2T
 
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
+from minitron_mcore.formats import gguf_file, gguf_tokenizer, gguf_writer
+from minitron_mcore.formats.hf_folder import HFFolder
+from minitron_mcore.models import architecture
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, gguf_files, models
 from tests.helpers.cutting import export
@@ -112,11 +115,16 @@ def test_sentencepiece_tokenizer(tmp_path):
     for line in [*TEXTS[:2], *TEXTS[3:5], "def load(path):\n    return json.loads(path)  # " + "x" * 30]:
         assert tokenizer(line).input_ids == [1, *oracle.encode(line)], line
         assert tokenizer.decode(tokenizer(line).input_ids, skip_special_tokens=True) == line
+    arch, _ = architecture.read_hf(folder)
+    gguf_writer.write_file(tmp_path / "back.gguf", arch, HFFolder(folder), tmp_path / "out", "f16", {})
+    given, back = (gguf_file.GGUFFile(path, torch.float32) for path in (file, tmp_path / "back.gguf"))
+    gguf_tokenizer.check(back, tmp_path / "out")
+    for field in ("tokens", "token_type", "bos_token_id", "eos_token_id", "unknown_token_id"):
+        assert back.field(f"tokenizer.ggml.{field}") == given.field(f"tokenizer.ggml.{field}")
+    assert back.field("tokenizer.ggml.add_bos_token") and back.field("tokenizer.ggml.add_space_prefix")
 
 
 def read_tokenizer(file, folder):
-    from minitron_mcore.formats import gguf_file, gguf_tokenizer
-
     gguf_tokenizer.read(gguf_file.GGUFFile(file, torch.float32)).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -130,7 +138,13 @@ GGUF_MISTAKES = {  # 64 original positions and a factor of 4 are not Llama 3's
         "qwen2",
         "rope_freqs.weight in .* is not what RopeScaling.*8192.* makes",
     ),
-    "architecture": ("gemma2", "llama32", PLAIN, "qwen2", "holds a gemma2 model; supported in GGUF: llama, qwen2"),
+    "architecture": (
+        "gemma2",
+        "llama32",
+        PLAIN,
+        "qwen2",
+        "holds a gemma2 model; supported in GGUF: llama, qwen2, qwen3, nemotron",
+    ),
     "biases": ("llama", "qwen2", PLAIN, "qwen2", "holds blk.0.attn_k.bias, which a llama model does not have"),
     "no biases": ("qwen2", "llama32", PLAIN | {"head_dim": 8}, "qwen2", "blk.0.attn_q.bias is missing"),
     "pre-tokenizer": (
