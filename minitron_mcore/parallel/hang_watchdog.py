@@ -7,6 +7,7 @@ it and the run continues. Otherwise the job ends. A rank that writes nothing is 
 for other ranks is the one they wait for. After SIGTERM a rank is not waited for that long (`stops_in_waits`).
 """
 
+import itertools
 import json
 import linecache
 import os
@@ -30,7 +31,7 @@ from minitron_mcore.errors import HUNG_STATUS, STOPPED_STATUS
 from minitron_mcore.parallel.megatron_patches import cpu_backend
 
 STOP_SECONDS = 10.0
-"""From SIGTERM to the end of a rank that waits for other ranks all the while. torchrun kills its ranks after 30 s."""
+"""From SIGTERM or Ctrl-C to the end of a rank that waits for other ranks all the while. torchrun kills its ranks after 30 s."""
 _WAITS = (".wait(", "synchronize(")
 _WAITS_CUDA = (".item(", ".tolist(", ".cpu(")  # these wait for NCCL's kernels
 
@@ -152,10 +153,10 @@ class HangWatchdog:
 
 @contextmanager
 def stops_in_waits() -> Iterator[None]:
-    """Inside the block SIGTERM ends this process with STOPPED_STATUS once its main thread has been in one wait for STOP_SECONDS.
+    """Inside the block SIGTERM and SIGINT end this process after STOP_SECONDS of one wait for other ranks in its main thread.
 
     Python calls a signal's handler in the main thread, which a wait for a rank that has ended may never give back. Saves may take
-    any time, and so may the idle phase. Nothing is saved.
+    any time, and so may the idle phase. Nothing is saved; the status is STOPPED_STATUS.
     """
     wakeup, wakes = os.pipe()
     os.set_blocking(wakes, False)
@@ -183,12 +184,10 @@ def _end_in_wait(wakeup: int, ended: threading.Event) -> None:
         if now is None or now != wait:
             wait, since = now, time.monotonic()
         elif time.monotonic() - since > STOP_SECONDS:
-            stack = [
-                f"{each.name} ({Path(each.filename).name}:{each.lineno})" for each in traceback.extract_stack(frame)
-            ]
+            stack = " < ".join(_place(each) for each, _ in itertools.islice(traceback.walk_stack(frame), 5))
             print(
-                f"rank {os.environ.get('RANK', 0)} stops: after SIGTERM it waited for other ranks for {STOP_SECONDS:.0f} s in "
-                f"{_phase[1]()}: {' < '.join(stack[:-6:-1])}",
+                f"rank {os.environ.get('RANK', 0)} stops: after a signal it waited for other ranks for {STOP_SECONDS:.0f} s in "
+                f"{_phase[1]()}: {stack}",
                 file=sys.stderr,
                 flush=True,
             )

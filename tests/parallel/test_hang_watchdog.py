@@ -76,5 +76,8 @@ def test_sigterm_ends_a_rank_that_waits_for_ever(tmp_path):
     assert (lost.value.rank, lost.value.reason) == (0, f"died with exit code {STOPPED_STATUS}")
     assert (tmp_path / "log").read_text() == "saved"
     told = (tmp_path / "stderr").read_text()
-    assert "rank 0 stops: after SIGTERM it waited for other ranks for 1 s in setup: " in told
-    assert "barrier (distributed_c10d.py:" in told and "< wait_after_sigterm (test_hang_watchdog.py:" in told
+    assert "rank 0 stops: after a signal it waited for other ranks for 1 s in setup: " in told
+    assert (
+        "barrier (distributed/distributed_c10d.py:" in told
+        and "< wait_after_sigterm (parallel/test_hang_watchdog.py:" in told
+    )
