@@ -1,14 +1,15 @@
 PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest
+TESTS = $(PYTEST) -q -n $(or $(WORKERS),2) --dist loadgroup
 SHELLS := .ci/run $(wildcard launch/slurm/*.sbatch)
 
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help .venv docs demo test test-slow fuzz coverage lint clean
+.PHONY: help .venv docs demo test test-slow test-all fuzz coverage lint clean
 
 help:
-	@echo "make demo | test | test-slow | fuzz | coverage | lint | docs | .venv | clean"
+	@echo "make demo | test | test-slow | test-all | fuzz | coverage | lint | docs | .venv | clean"
 
 .venv: .venv/dev
 
@@ -32,15 +33,18 @@ docs: .venv/dev
 demo: .venv/installed
 	.venv/bin/python launch/demo.py
 
-# The tests' own processes share the cores, so each takes one thread.
-test: export OMP_NUM_THREADS ?= 1
+# WORKERS=2 run tests at a time. Their own processes share the cores, so each takes one thread.
+test test-slow test-all: export OMP_NUM_THREADS ?= 1
 test: .venv/dev
-	$(PYTEST) -q -n 2 --dist loadgroup -m "not slow and not gpu and not multigpu" tests
+	$(TESTS) -m "not slow and not gpu and not multigpu" tests
 
 # What repeats the former: more seeds, layouts, families and launches.
-test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: .venv/dev
-	$(PYTEST) -q -n 2 --dist loadgroup -m slow tests
+	$(TESTS) -m slow tests
+
+# Both in one run, which makes the models that they share once.
+test-all: .venv/dev
+	$(TESTS) -m "(slow or not slow) and not gpu and not multigpu" tests
 
 # Reads damaged files of every kind for MINUTES. Prints exceptions other than UserError, hangs and excess memory; any of them exits with status 1.
 fuzz: export OMP_NUM_THREADS ?= 1

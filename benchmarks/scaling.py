@@ -58,7 +58,7 @@ def stages(config: DistillRun, gpus: int, best: dict) -> Iterator[dict]:
     yield _row(gpus, "prune", 0, host, [], cut)
     file_gib = FILE_SAMPLES * settings.sequence_length * cached / memory.GIB
     yield _row(gpus, "teacher_cache", forward, file_gib, cache, math.ceil(samples / FILE_SAMPLES))
-    saved = memory.save(student, setting, 0, settings.distributed_optimizer, True) / memory.GIB
+    saved = memory.save(student, setting, 0, background=True) / memory.GIB
     yield _row(gpus, "distill, a step", best["GiB"], saved, step, _files(4 * weights, gpus))
 
 

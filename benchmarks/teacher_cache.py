@@ -27,6 +27,9 @@ TEXT = Path(__file__).parents[2] / "shared/data/text/wikitext2.valid.txt"
 RUN = Path("runs/teacher_cache")
 ONE = ParallelConfig()
 SETTINGS = DistillConfig(steps=6, global_batch=4, micro_batch=4, sequence_length=256, warmup_steps=1)
+ERRORS = [f"error of {what} gradient{of}" for of in ("", ", mean of passes") for what in ("hidden", "head")]
+DRAWN_PASSES = 16
+"""Caches with different draws, whose mean gradient shows what is bias and what is noise."""
 TIMED = {"topk 64": {"kind": CacheKind.topk, "top_k": 64}, "hidden": {"kind": CacheKind.hidden}}
 
 
@@ -38,10 +41,11 @@ def final_hidden(model, tokens: Tensor) -> Tensor:
     return found[0]
 
 
-def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]:
-    """By kind of cache: bytes a token, relative error of the gradients of hidden states and head."""
+def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[float, ...]]:
+    """By kind of cache: bytes a token, relative error of the gradients of hidden states and head, and those of the gradients' mean
+    over `DRAWN_PASSES` caches with other draws."""
     from minitron_mcore.distill import cache, checks
-    from minitron_mcore.distill.cache_writer import top_k_log_probs
+    from minitron_mcore.distill.cache_writer import entries
     from minitron_mcore.distill.losses import FactoredLogits, TopKLogProbs, distillation_loss
     from minitron_mcore.parallel import process_groups
 
@@ -64,17 +68,23 @@ def errors(tokens: Tensor, ks: list[int]) -> dict[str, tuple[int, float, float]]
         return checks.cache_bytes(kind, k, vocab, teacher.arch.hidden, 2)
 
     found, logits = {}, wanted @ head[:vocab].t()
-    for k in ks:
-        packed = cache.pack_top(*top_k_log_probs(logits.clone(), k, 0, process_groups.tp_group()), vocab)
-        ids, log_probs = cache.unpack_top(packed)
-        found[f"topk {k}"] = (
-            size(CacheKind.topk, k),
-            *against(gradients(TopKLogProbs(ids, log_probs[:, :-1], log_probs[:, -1]))),
-        )
+    group = process_groups.tp_group()
+    for k, draws in [(n, draws) for n in ks for draws in (0, n // 2, n)]:
+        each = []
+        for seed in range(DRAWN_PASSES if draws else 1):
+            uniform = torch.rand(len(logits), draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            packed = cache.pack_top(*entries(logits.clone(), k - draws, uniform, 0, group), vocab)
+            ids, log_probs = cache.unpack_top(packed)
+            each.append(gradients(TopKLogProbs(ids, log_probs[:, :-1], log_probs[:, -1])))
+        mean = tuple(sum(parts) / len(each) for parts in zip(*each, strict=True))
+        found[f"topk {k - draws}" + (f" + {draws} drawn" if draws else "")] = (
+            size(CacheKind.topk, k), *against(each[0]), *against(mean)
+        )  # fmt: skip
     rounded = head.bfloat16().float()
     for kind in (CacheKind.hidden, CacheKind.hidden_int8):
         kept = cache.unpack_hidden(cache.pack_hidden(wanted.bfloat16(), kind), torch.bfloat16).float()
-        found[str(kind)] = size(kind), *against(gradients(FactoredLogits(kept, rounded)))
+        errors = against(gradients(FactoredLogits(kept, rounded)))
+        found[str(kind)] = size(kind), *errors, *errors
     return found
 
 
@@ -143,10 +153,9 @@ def main() -> None:
         name: statistics.median(x / y for x, y in zip(each, seconds["live"], strict=True))
         for name, each in seconds.items()
     }
-    rows = [{"teacher": "live", "error of hidden gradient": 0.0, "error of head gradient": 0.0}]
+    rows = [{"teacher": "live"} | dict.fromkeys(ERRORS, 0.0)]
     rows += [
-        {"teacher": name, "bytes a token": size, "error of hidden gradient": hidden, "error of head gradient": head}
-        for name, (size, hidden, head) in found.items()
+        {"teacher": name} | dict(zip(("bytes a token", *ERRORS), each, strict=True)) for name, each in found.items()
     ]
     for row in rows:
         row |= {"step [s]": times.get(row["teacher"]), "of live": ratios.get(row["teacher"])}
@@ -154,8 +163,8 @@ def main() -> None:
     case = "smollm2 135M to 100M"
     figures = [Figure("teacher_cache", case, name, "bytes_a_token", size, "B") for name, (size, *_) in found.items()]
     for name, (_, *each) in found.items():
-        for what, error in zip(("hidden", "head"), each, strict=True):
-            figures.append(Figure("teacher_cache", case, name, f"{what}_gradient_error", error, "of its norm"))
+        for what, error in zip(ERRORS, each, strict=True):
+            figures.append(Figure("teacher_cache", case, name, what.replace(" ", "_"), error, "of its norm"))
     figures += [Figure("teacher_cache", case, name, "step", value, "s") for name, value in times.items()]
     figures += [Figure("teacher_cache", case, name, "step_of_live", value, "of live") for name, value in ratios.items()]
     write(figures, options.json)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import Figure, parser, write
 
-from minitron_mcore.config.settings import ModelConfig
+from minitron_mcore.config.model import ModelConfig
 from minitron_mcore.config.stages import TokenizeTextRun
 from minitron_mcore.data import datasets, token_cache, tokenizer
 from minitron_mcore.data.corpus import Corpus

@@ -9,6 +9,7 @@ imports take seconds, and calls share no groups, threads or caches.
 import collections
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,9 @@ from minitron_mcore.models import build
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
 
+PRELOADED = ["minitron_mcore.testing", "minitron_mcore.evaluation.perplexity", "minitron_mcore.distill.trainer"]
+"""Modules that the server imports once. A rank imports anything else by itself."""
+
 
 @functools.cache
 def _processes() -> multiprocessing.context.BaseContext:
@@ -37,9 +41,7 @@ def _processes() -> multiprocessing.context.BaseContext:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["minitron_mcore.testing", "minitron_mcore.evaluation.perplexity", "minitron_mcore.distill.trainer"]
-    )
+    server.set_forkserver_preload(PRELOADED)
     return server
 
 
@@ -114,6 +116,7 @@ def on_ranks(
 
 def _work(rank: int, world_size: int, settings: tuple, folder: str, fn: Callable, args: tuple) -> None:
     os.setpgrp()
+    gc.freeze()  # a collection would copy the server's pages
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     folder, store = Path(folder), dist.FileStore(os.path.join(folder, "store"), world_size)
@@ -132,7 +135,7 @@ def random_checkpoint(arch: Architecture, folder: Path, dtype: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     run_folder.describe(folder, arch, "random", {}, folder)
-    saving.save_state(folder, 0, sharded.model_state(model, arch), "random")
+    saving.save_state(folder, 0, sharded.tensors(sharded.model_shards(model, arch)), "random")
 
 
 class SavedBytes:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from minitron_mcore.checkpoint import disk, safe_metadata, sharded, steps
 from minitron_mcore.checkpoint.disk import replace_text
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
+from minitron_mcore.config.model import ArchitectureConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture, build, parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -60,7 +61,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | Path, key: str = "source", wanted: dict | None = None, step: str = steps.NEWEST
+    path: str | Path, key: str = "source", wanted: ArchitectureConfig | None = None, step: str = steps.NEWEST
 ) -> Checkpoint:
     """Open a checkpoint folder without reading weights.
 
@@ -251,7 +252,7 @@ def load_weights(model: build.Model, checkpoint: Checkpoint) -> None:
     for name, parameter in build.named_parameters(model):
         if name in padded:
             parameter.data.zero_()
-    state = sharded.model_state(model, checkpoint.arch)
+    state = sharded.tensors(sharded.model_shards(model, checkpoint.arch))
     loaded = load(checkpoint, state)
     for key, wanted in state.items():
         if loaded[key].data_ptr() != wanted.data.data_ptr():

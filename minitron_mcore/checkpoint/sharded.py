@@ -61,13 +61,13 @@ def model_shards(model: build.Model, arch: Architecture) -> dict[nn.Parameter, S
     return shards
 
 
-def model_state(model: build.Model, arch: Architecture) -> dict:
-    """ShardedTensors of a model's parameters on this rank (see `model_shards`). They are views of the parameters."""
+def tensors(shards: dict[nn.Parameter, Shard]) -> dict:
+    """ShardedTensors of this rank's parameters, of which they are views."""
     return {
         f"{n}.{k}": ShardedTensor(
             shard.key, part, part.dtype, tuple(part.shape), shard.shape, offset, None, replica_id=shard.replica
         )
-        for n, (tensor, shard) in enumerate(model_shards(model, arch).items())
+        for n, (tensor, shard) in enumerate(shards.items())
         for k, (offset, part) in enumerate(_parts(tensor.data, shard.ranges))
         if part.numel()
     }

@@ -19,5 +19,4 @@ def main(arguments: list[str]) -> None:
 
     rows = comparison.write(options.dir, Path(options.out))
     files = ", ".join(f"{options.out}/{name}" for name in ("report.html", "losses.png", "compare.csv", "compare.json"))
-    known = [key for key in tables.columns(rows) if any(row.get(key) is not None for row in rows)]
-    tables.table("runs side by side", [{key: row.get(key) for key in known} for row in rows], [f"files: {files}"])
+    tables.table("runs side by side", tables.without_empty(rows), [f"files: {files}"])

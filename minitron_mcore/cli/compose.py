@@ -50,6 +50,8 @@ RENAMED = {
 }
 """Keys of earlier versions and what they are called now."""
 
+# Hydra copies the whole store for each composition, which takes longer than the rest; what it loads it copies anyway.
+ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
 for _name, _schema in LAUNCH_FILES.items():
     ConfigStore.instance().store(group="stage", name=f"{_name}_schema", node=_schema, package="_global_")
 

@@ -93,22 +93,17 @@ def dequantise(gguf_file: Path, out_dir: Path) -> None:
         hf_convert.write_folder(arch, weights, folder, out_dir)
 
 
-def write_stdlib_text(out_dir: Path, heldout_every: int = 20) -> tuple[Path, Path]:
+def write_stdlib_text(out_dir: Path) -> tuple[Path, Path]:
     """Write CPython's reference topics and library sources as train.jsonl and heldout.jsonl, {"path", "text"} on each line.
 
-    The hash of a document's path decides its file and position, independently of other documents. One source in
-    `heldout_every` is held out, and one reference topic in eight: topics are most of the prose, but only a twentieth of the text.
+    The hash of a document's path decides its file and position, independently of other documents. One source in twenty is held
+    out, and one reference topic in eight: topics are most of the prose, but only a twentieth of the text.
 
     Returns:
         paths of the training text and of the held-out text.
-
-    Raises:
-        UserError: `heldout_every` below 2.
     """
-    if heldout_every < 2:
-        raise UserError(f"heldout_every is {heldout_every}; it must be at least 2, or no training text remains.")
     documents = [(_hash(path), path, text, 8) for path, text in _topics()]
-    documents += [(_hash(path), path, text, heldout_every) for path, text in _sources()]
+    documents += [(_hash(path), path, text, 20) for path, text in _sources()]
     out_dir.mkdir(parents=True, exist_ok=True)
     train, heldout = out_dir / "train.jsonl", out_dir / "heldout.jsonl"
     with open(train, "w", encoding="utf-8") as train_file, open(heldout, "w", encoding="utf-8") as heldout_file:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.cli import resolve
 from minitron_mcore.config import performance as options
@@ -63,7 +64,7 @@ def run(*configs: Run) -> None:
     refuse(dict.fromkeys(problem for figures in plans for problem in figures["problems"]))
 
 
-def plan(config: Run) -> dict:
+def plan(config: Run) -> dict[str, Any]:
     """The figures of a stage, JSON-ready.
 
     Returns:
@@ -130,7 +131,7 @@ def plan(config: Run) -> dict:
     return figures
 
 
-def _model_row(arch: Architecture) -> dict:
+def _model_row(arch: Architecture) -> dict[str, Any]:
     """Sizes of a model."""
     counts = {
         "parameters": parameter_table.count(arch),
@@ -189,7 +190,9 @@ def _problems(
             yield from dict.fromkeys(itertools.chain(*each))
         live = None if resolve.cache_content(config) else teacher
         each = (
-            performance_checks.problems(config.performance, s, live, training, config.parallel, config.dtype, kernels)
+            performance_checks.problems(
+                performance_checks.Run(config.performance, s, live, training, config.parallel, config.dtype, kernels)
+            )
             for s in trained.values()
         )
         yield from dict.fromkeys(itertools.chain(*each))
@@ -242,13 +245,17 @@ def _trained_models(config: Run, archs: dict[str, Architecture]) -> list[Archite
     return students * (min(config.search.students_per_pass, config.search.best) if isinstance(config, SearchRun) else 1)
 
 
-def _layouts(config: Run, archs: dict[str, Architecture], training: DistillConfig, setting: Setting) -> list[dict]:
+def _layouts(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig, setting: Setting
+) -> list[dict[str, Any]]:
     cached = resolve.cache_content(config) if "teacher" in archs else None
     own = dataclasses.replace(training, teacher_parallel=None)
     return step_time.layouts(_trained_models(config, archs), archs.get("teacher"), own, setting, config.dry, cached)
 
 
-def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting) -> list[dict]:
+def _ranks(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting
+) -> list[dict[str, Any]]:
     """Bytes on a rank of each pipeline stage; empty for a stage on one process."""
     if _is_one_process(config):
         return []
@@ -267,10 +274,7 @@ def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig 
         rows = memory.forward_passes(main, setting)
     else:
         rows = [
-            {
-                f"{role}'s weights": memory.model_states(arch, setting, stage, False)["weights"]
-                for role, arch in archs.items()
-            }
+            {f"{role}'s weights": memory.model_states(arch, setting, stage)["weights"] for role, arch in archs.items()}
             for stage in range(setting.parallel.pipeline)
         ]
     blocks = [sum(map(len, sharding.rank_chunks(main, setting.parallel, n))) for n in range(setting.parallel.pipeline)]
@@ -281,7 +285,9 @@ def _ranks(config: Run, archs: dict[str, Architecture], training: DistillConfig 
     ]
 
 
-def _operations(config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting) -> dict:
+def _operations(
+    config: Run, archs: dict[str, Architecture], training: DistillConfig | None, setting: Setting
+) -> dict[str, Any]:
     """Floating-point operations of a step, and the days of all steps."""
     gpus = setting.world + (training.teacher_ranks if training else 0)
     length, rate = setting.sequence_length, gpus * config.dry.peak_tflops * 1e12 * config.dry.mfu
@@ -312,7 +318,7 @@ def _operations(config: Run, archs: dict[str, Architecture], training: DistillCo
     written = {}
     if isinstance(config, TeacherCacheRun):
         arch = archs["model"]
-        each = checks.cache_bytes(config.kind, config.top_k, arch.vocab, arch.hidden, setting.dtype_bytes)
+        each = checks.cache_bytes(config.kind, config.entries, arch.vocab, arch.hidden, setting.dtype_bytes)
         written = {"cache_bytes": steps * tokens * each}
     return {
         "steps": steps,
@@ -331,7 +337,7 @@ def _axes(p: ParallelConfig, world: int) -> str:
     return f"{axes}{', sequence parallel' if p.sequence else ''}"
 
 
-def _show(config: Run, figures: dict) -> None:
+def _show(config: Run, figures: dict[str, Any]) -> None:
     dry, world, training = config.dry, figures["gpus"], _training_settings(config)
     teacher_ranks = training.teacher_ranks if training else 0
     notes = [f"processes: {world}; {_axes(config.parallel, world - teacher_ranks)}; {config.dtype} on {dry.device}"]

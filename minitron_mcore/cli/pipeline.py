@@ -13,7 +13,7 @@ from minitron_mcore.cli import stage_process
 from minitron_mcore.cli.compose import compose, group_options, search_path
 from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.config.stages import STAGES, DistillRun, PipelineRun, StageRun
+from minitron_mcore.config.stages import STAGES, DistillRun, EvaluateRun, ExportRun, PipelineRun, StageRun
 from minitron_mcore.errors import STOPPED_STATUS, Stopped, UserError, refuse
 from minitron_mcore.reading import read_yaml
 
@@ -114,7 +114,7 @@ def submit(steps: list[Step], sbatch: str) -> list[dict[str, Any]]:
         if is_finished(step):
             continue
         settings = {"STAGE": step.name} | ({"PROCESSES": "1"} if step.name in ONE_PROCESS_STAGES else {})
-        after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
+        after: list[str] = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
         command = [program, "--parsable", f"--job-name={step.name}", *after, *options, *search_path(), *step.line]
         print(f"$ {' '.join(f'{key}={value}' for key, value in settings.items())} {shlex.join(command)}", flush=True)
         try:
@@ -143,7 +143,7 @@ def plan(config: PipelineRun, overrides: list[str]) -> list[Step]:
     shared = [override for override in overrides if not override.startswith(_OWN)]
     students = [override for override in overrides if override.startswith("students=")]
     more = {"distill": students, "evaluate": UNSHARDED}
-    steps = []
+    steps: list[Step] = []
     for name in STAGES:
         step = _step(name, [*shared, *more.get(name, [])])
         steps += _for_each_student(step, config.students) if config.students and name in FINAL_STAGES else [step]
@@ -157,6 +157,7 @@ def _step(name: str, line: list[str]) -> Step:
 def _for_each_student(step: Step, students: dict[str, str]) -> Iterator[Step]:
     """The stage for each student's folder: distill/NAME is exported to hf_NAME, which is evaluated in evaluate_NAME."""
     for name in students:
+        assert isinstance(step.run, ExportRun | EvaluateRun)
         source = f"{step.run.source}/{name}" if step.name == "export" else f"{step.run.source}_{name}"
         yield _step(step.name, [*step.line, f"source={source}", f"out_dir={step.run.out_dir}_{name}"])
 

@@ -47,10 +47,8 @@ def main(arguments: list[str]) -> None:
     rows = [row for folder in options.dir for row in status(Path(folder))]
     if options.json:
         return print(json.dumps(rows, indent=1))
-    shown = [_shown(row) for row in rows]
-    used = [key for key in shown[0] if any(row[key] is not None for row in shown)]
     notes = [f"{row['folder']}: {sentence}" for row in rows for sentence in row["health"]]
-    tables.table(", ".join(options.dir), [{key: row[key] for key in used} for row in shown], notes)
+    tables.table(", ".join(options.dir), tables.without_empty([_shown(row) for row in rows]), notes)
 
 
 def status(root: Path) -> list[dict[str, Any]]:
@@ -146,7 +144,7 @@ def _is_slow(line: dict[str, Any]) -> bool:
 def _data_share(line: dict[str, Any]) -> float:
     """Data wait over the time of the step, which begins when the batches are there."""
     seconds = line["tokens"] / line["step"] / line["tokens_per_second"]
-    return line["data_seconds"] / (line["data_seconds"] + seconds)
+    return float(line["data_seconds"] / (line["data_seconds"] + seconds))
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
 
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import stage_process
@@ -73,7 +73,7 @@ def run_job(stage: str) -> None:
     """
     job = HydraConfig.get()
     path = Path(job.sweep.dir) / "jobs" / f"{job.job.num}.json"
-    overrides = [*search_path(), *OmegaConf.to_container(job.overrides.task)]
+    overrides = [*search_path(), *job.overrides.task]
     record, start = {"job": int(job.job.num), "overrides": overrides}, time.monotonic()
     if is_rank_zero():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def _processes() -> int:
     return int(os.environ.get(PROCESSES, 1))
 
 
-def _rows(folder: Path) -> list[dict]:
+def _rows(folder: Path) -> list[dict[str, Any]]:
     """Rows for a table: the overrides in which jobs differ, and how each ended."""
     paths = sorted((folder / "jobs").glob("*.json"), key=lambda path: int(path.stem))
     records = [read_json(path, "remove it") for path in paths]

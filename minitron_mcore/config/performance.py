@@ -62,14 +62,6 @@ class AttentionBackend(StrEnum):
     unfused = "unfused"
 
 
-class CudaGraphs(StrEnum):
-    """Megatron-Core's implementations of CUDA graphs."""
-
-    none = "none"
-    local = "local"
-    te = "te"
-
-
 @dataclass
 class ProfileConfig:
     """Profile of some steps, written to out_dir/profile (see `distill.profile`)."""
@@ -123,8 +115,6 @@ class PerformanceConfig:
     is off for a mixture of experts, in which an expert may receive no token."""
     moe_permute_fusion: bool | None = changeable(None)
     """Permutation of tokens by expert in one kernel (Transformer Engine 2.1)."""
-    moe_grouped_gemm: bool = changeable(False)
-    """All experts' products in one call. Refused: the parameter table has no rows for its parameter names."""
 
     overlap_grad_reduce: bool | None = changeable(None)
     """Reduce gradients bucket by bucket during the backward pass; null does so on CUDA."""
@@ -133,18 +123,15 @@ class PerformanceConfig:
     grad_reduce_in_fp32: bool = True
     """Keep and reduce gradients in fp32; false uses bf16, with half the memory and traffic."""
     overlap_param_gather: bool = changeable(False)
-    """Gather updated weights bucket by bucket during the next forward pass. Needs the distributed optimizer and
-    overlap_grad_reduce."""
+    """Gather updated weights bucket by bucket during the next forward pass. Needs overlap_grad_reduce."""
     align_param_gather: bool = changeable(False)
     """Start these gathers on all pipeline ranks at the same time. Needs an interleaved pipeline."""
 
     precision_aware_optimizer: bool = False
     """Transformer Engine's FusedAdam, with moments in `exp_avg_dtype` and master weights as 16 bits beside the bf16 weights
-    (together fp32). Needs the distributed optimizer and bf16."""
+    (together fp32). Needs bf16."""
     exp_avg_dtype: Dtype = Dtype.fp32
     """Precision of Adam's moments, with precision_aware_optimizer."""
-    optimizer_offload: float = changeable(0.0)
-    """Share of the optimizer's states in host memory. Refused above 0 (docs/performance.md)."""
 
     fp8: Fp8 | None = None
     """8-bit matrix products in the student's layers; weights and optimizer keep their precision. Needs Transformer Engine, bf16
@@ -162,8 +149,6 @@ class PerformanceConfig:
     tp_comm_overlap: bool = changeable(False)
     """Overlap the student's tensor-parallel communication with matrix products by Transformer Engine's user buffers. Needs
     sequence parallelism and CUDA_DEVICE_MAX_CONNECTIONS=1."""
-    cuda_graphs: CudaGraphs = changeable(CudaGraphs.none)
-    """CUDA graphs. Refused except none (docs/performance.md)."""
 
     loss_chunk_mb: int | None = changeable(None)
     """MiB of both models' logits that the loss holds at a time; null is 1 GiB on CUDA and 64 MiB on a CPU."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minitron_mcore.config.fields import changeable, of_phase
@@ -34,21 +34,6 @@ class ParallelConfig:
     """Expert-parallel ranks (EP), which share the experts of a block; they are taken from the tensor- and data-parallel ranks."""
     sequence: bool = False
     """Sequence parallelism (SP): shard activations outside the matrix products over the tensor-parallel ranks."""
-
-
-@dataclass
-class ModelConfig:
-    """The Hugging Face model from which a run starts."""
-
-    name: str = MISSING
-    """Name of the work folder below `runs`; defaults to the last part of `hf`, or of `work_dir` without `hf`."""
-    hf: str = MISSING
-    """Hugging Face folder (config.json, *.safetensors, tokenizer files) or GGUF file."""
-    weights: str | None = None
-    """Other source of the weights: a checkpoint of Megatron-Core's GPTModel, a GGUF file or another folder; null reads `hf`."""
-    architecture: dict[str, Any] | None = None
-    """Expected fields of `models.architecture.Architecture`; a dry run also uses them where the folder does not exist. null
-    accepts any model."""
 
 
 @dataclass
@@ -252,9 +237,6 @@ class TrainConfig:
     """AdamW's weight decay."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
-    distributed_optimizer: bool = True
-    """Shard the optimizer's states over the data-parallel ranks. It identifies a run, since checkpoints then hold the states in
-    another form."""
     log_every: int = changeable(1)
     """Steps between two lines of the log."""
     save_every: int = changeable(500)

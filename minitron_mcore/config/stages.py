@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from minitron_mcore.config.fields import changeable
 from minitron_mcore.config.hardware import DryConfig
+from minitron_mcore.config.model import ModelConfig
 from minitron_mcore.config.performance import HangConfig, PerformanceConfig
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import (
@@ -18,7 +19,6 @@ from minitron_mcore.config.settings import (
     EvaluateConfig,
     ImportanceConfig,
     LogConfig,
-    ModelConfig,
     ParallelConfig,
     PruneConfig,
     TrainConfig,
@@ -180,7 +180,10 @@ class TeacherCacheRun(StageRun):
     kind: CacheKind = CacheKind.topk
     """Content of the cache."""
     top_k: int = 64
-    """kind=topk: entries of a token."""
+    """kind=topk: largest log-probabilities of a token."""
+    tail_draws: int = 0
+    """kind=topk: tokens drawn from the others, with replacement, each with an equal share of their probability. They take the place
+    of the sum over the others, and make the student's gradient unbiased."""
     file_samples: int = 32
     """Samples of a file; a whole file is held in memory while it is computed."""
     steps: int = MISSING
@@ -196,6 +199,11 @@ class TeacherCacheRun(StageRun):
     def samples(self) -> int:
         """Sequences of the whole distillation."""
         return self.steps * self.global_batch
+
+    @property
+    def entries(self) -> int:
+        """kind=topk: token ids that the cache holds of each token."""
+        return self.top_k + self.tail_draws
 
 
 def _is_name(key: object) -> bool:

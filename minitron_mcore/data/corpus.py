@@ -74,7 +74,7 @@ class Corpus:
             raise UserError("no tokenizer is set: give model.hf=/path/to/folder or data.tokenizer=/path.")
         self.out_dir, self.column, self.limits = Path(config.out_dir), config.column, Limits.of(config.data)
         self.processes = config.processes or len(os.sched_getaffinity(0))
-        vocab = (config.model.architecture or {}).get("vocab")
+        vocab = config.model.architecture and config.model.architecture.vocab
         self.tokenizer = open_tokenizer(config.data, config.model.hf, vocab)
         self.sources = self._sources(config.files, part_bytes)
         self.finished = self._finished_rows() if (self.out_dir / TOKENS).is_file() else None

@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.config.identity import differences
 from minitron_mcore.depth.study import FIGURES, Measure
 from minitron_mcore.errors import UserError
@@ -37,15 +38,15 @@ class PointLog:
             box = [self._read(subject, has_accuracy) if process_groups.rank() == 0 else {}]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
-        self.points: dict[tuple[int, ...], dict] = box[0]
+        self.points: dict[tuple[int, ...], dict[str, Any]] = box[0]
         if self.points:
             process_groups.log(f"depth: resuming after {len(self.points)} points")
         self.measured, self.total = 0, total
         self.progress = process_groups.Progress("depth", max(0, total - len(self.points)), "points")
 
-    def _read(self, subject: dict, has_accuracy: bool) -> dict[tuple[int, ...], dict]:
+    def _read(self, subject: dict[str, Any], has_accuracy: bool) -> dict[tuple[int, ...], dict[str, Any]]:
         if not self.path.is_file():
-            run_folder.replace_text(self.path, json.dumps(subject) + "\n")
+            disk.replace_text(self.path, json.dumps(subject) + "\n")
             return {}
         remedy = "remove its folder and study again"
         first, *lines = read_json_lines(self.path, remedy) or [{}]
@@ -64,10 +65,10 @@ class PointLog:
                 if not has_accuracy and point["accuracy"] is not None:
                     raise TypeError(f"accuracy {point['accuracy']} without questions")
         if partial_line:
-            run_folder.replace_text(self.path, whole + "\n")
+            disk.replace_text(self.path, whole + "\n")
         return points
 
-    def __call__(self, dropped: Sequence[int]) -> dict:
+    def __call__(self, dropped: Sequence[int]) -> dict[str, Any]:
         """The point without these blocks, from the file or measured (collective); the same on every rank."""
         if tuple(dropped) not in self.points:
             stop_signal.stop_point(f"after {len(self.points)} of at most {self.total} points")

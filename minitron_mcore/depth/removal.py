@@ -12,6 +12,7 @@ A point costs one forward pass over the windows and one over the questions' opti
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,13 +92,13 @@ class RemovalEvaluator:
         self._full_squares: Tensor | None = None  # [], sum of squares of the full model's logits
         self._gram: Tensor | None = None  # [H, H] fp32, G of this rank's rows
 
-    def __call__(self, dropped: Sequence[int]) -> dict:
+    def __call__(self, dropped: Sequence[int]) -> dict[str, Any]:
         """The point (see `depth.study`) of the model without these blocks; the same on every rank."""
         if self._full_squares is None:
             self._run_full_model()
         sums = torch.zeros(3, dtype=torch.float64, device=process_groups.device())
 
-        def on_output(hidden: Tensor, batch: dict) -> None:
+        def on_output(hidden: Tensor, batch: dict[str, Any]) -> None:
             hidden, full = self._flatten(hidden), self._flatten(batch["full"])
             predicted = batch["predicted"].t().reshape(-1).float()
             head, labels = self.model.head(), batch["labels"].t().reshape(-1)
@@ -128,7 +129,7 @@ class RemovalEvaluator:
         if process_groups.is_last_stage():
             self._gram = self._make_gram()
 
-        def on_output(hidden: Tensor, batch: dict) -> None:
+        def on_output(hidden: Tensor, batch: dict[str, Any]) -> None:
             states.append(hidden)
             total[2] += self._squares(batch["predicted"].t().reshape(-1).float(), self._flatten(hidden))
 

@@ -11,8 +11,9 @@ A point holds the metrics of the model without a set of blocks, on held-out text
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.config.settings import DepthConfig, DepthKind, DepthMetric, PruneConfig
 from minitron_mcore.config.stages import DepthRun
@@ -23,9 +24,9 @@ from minitron_mcore.reading import check_format_version, damage_as_user_error, r
 FILE = "depth.json"
 FIGURES = ("loss", "kl", "mse", "accuracy")
 
-Measure = Callable[[Sequence[int]], dict]
+Measure = Callable[[Sequence[int]], dict[str, Any]]
 """Dropped blocks -> their point; a repeated call costs nothing."""
-Ranking = Callable[[Iterable[dict]], list[dict]]
+Ranking = Callable[[Iterable[dict[str, Any]]], list[dict[str, Any]]]
 """Points -> the same points, the one with the least damage first."""
 
 
@@ -96,13 +97,13 @@ def make_ranking(metric: DepthMetric, cosines: Sequence[float] = (), questions: 
         questions: for the accuracy metric: number of questions.
     """
 
-    def rank(points: Iterable[dict]) -> list[dict]:
+    def rank(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         points, equal_from = list(points), 1.0
         if metric == DepthMetric.accuracy:
             best = max(point["accuracy"] for point in points)
             equal_from = best - standard_error(best, questions)
 
-        def damage(point: dict) -> tuple[float, float]:
+        def damage(point: dict[str, Any]) -> tuple[float, float]:
             if metric == DepthMetric.cosine:
                 return sum(cosines[block] for block in point["dropped"]), point["loss"]
             if metric == DepthMetric.accuracy:
@@ -141,7 +142,7 @@ SELECTION_RULES = {
 }
 
 
-def choose(config: DepthConfig, blocks: int, measure: Measure, rank: Ranking) -> list[dict]:
+def choose(config: DepthConfig, blocks: int, measure: Measure, rank: Ranking) -> list[dict[str, Any]]:
     """The sets that the rules select, each measured as a whole: blocks that do little damage alone may do much together.
 
     Returns:
@@ -163,7 +164,7 @@ def choose(config: DepthConfig, blocks: int, measure: Measure, rank: Ranking) ->
 
 
 def warnings(
-    rows: Sequence[Mapping], metric: DepthMetric, rank: Ranking, chance: float | None, questions: int
+    rows: Sequence[dict[str, Any]], metric: DepthMetric, rank: Ranking, chance: float | None, questions: int
 ) -> Iterator[str]:
     """Warn where another kind of selection does less damage, or where the accuracy is within one standard error of chance.
 
@@ -183,7 +184,7 @@ def warnings(
                 f"warning: for {chosen['size']} dropped blocks the {best['kind']} choice, {format_ranges(best['dropped'])}, does "
                 f"less damage: {figures} (depth.kind={best['kind']})."
             )
-        if chosen["accuracy"] is not None:
+        if chosen["accuracy"] is not None and chance is not None:
             error = standard_error(chance, questions)
             if chosen["accuracy"] <= chance + error:
                 yield (
@@ -192,7 +193,7 @@ def warnings(
                 )
 
 
-def load_study(path: str | Path, fingerprint: str) -> dict:
+def load_study(path: str | Path, fingerprint: str) -> dict[str, Any]:
     """Read depth.json, or the folder of a depth run.
 
     Args:

@@ -9,6 +9,7 @@ out_dir/
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.pruning.target import format_ranges
 from minitron_mcore.reading import FORMAT_VERSION
-from minitron_mcore.reporting import depth_plots, tables
+from minitron_mcore.reporting import plots, tables
 
 
 def run(config: DepthRun) -> None:
@@ -101,7 +102,7 @@ def _windows(config: DepthRun, tokenizer: Tokenizer) -> perplexity.Windows:
 def _cosines(config: DepthRun, source: run_folder.Checkpoint) -> list[float]:
     if config.depth.metric != DepthMetric.cosine:
         return []
-    vectors = load_scores(config.scores, source.arch, source.fingerprint).vectors
+    vectors = load_scores(config.scores or "", source.arch, source.fingerprint).vectors
     return [float(vectors[f"blocks.{block}.block"]) for block in range(source.arch.blocks)]
 
 
@@ -111,10 +112,10 @@ def _digest(windows: perplexity.Windows, questions: Sequence[Question]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _write(out_dir: Path, results: dict, warnings: Sequence[str]) -> None:
+def _write(out_dir: Path, results: dict[str, Any], warnings: Sequence[str]) -> None:
     """Write depth.json and depth.png, and print the table."""
     tables.write_json(out_dir / study.FILE, results)
-    depth_plots.plot_depth(results, out_dir / "depth.png")
+    plots.plot_depth(results, out_dir / "depth.png")
     full = {"drop": 0, "kind": "full model"} | results["baseline"]
     shown = [name for name in study.FIGURES if name != "accuracy" or results["questions"]]
     rows = [{key: value for key, value in full.items() if value is not None}]

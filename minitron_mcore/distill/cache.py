@@ -9,7 +9,8 @@ out_dir/
     kind          of each token                                                              bytes
     topk          ids [k] of the k largest logits, as their low 16 bits and, of a            4 k + 2, or 5 k + 2
                   vocabulary above 65,536, the next 8; log-probabilities [k + 1], the
-                  last the tail's, in steps of 2^-11 down to -32: off by at most 2.5e-4
+                  last the tail's, in steps of 2^-11 down to -32: off by at most 2.5e-4;
+                  with `tail_draws` d, k - d largest logits and d other ids, and no tail
     hidden        the final norm's output [H] in the run's dtype                             2 H in bf16
     hidden_int8   the same in 255 steps, and their size                                      H + 4
 
@@ -120,6 +121,11 @@ class Cache(Checkpoint):
             )
         if self.kind == CacheKind.topk:
             yield from checks.top_k_teacher(index["top_k"], config)
+            if config.top_k and "tail_draws" in index:
+                yield (
+                    f"distill.top_k is {config.top_k}, but the teacher cache {self.folder} has {index['tail_draws']} tail draws: "
+                    "give null."
+                )
             if student.vocab < self.arch.vocab:
                 yield (
                     f"the student's vocabulary has {student.vocab} tokens, but the teacher cache {self.folder} has "

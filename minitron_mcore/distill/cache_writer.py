@@ -61,11 +61,14 @@ class CacheWriter:
         """Write the index without hashes, or check the one of a stopped run (collective)."""
         self.config, self.teacher, self.out_dir = config, teacher, Path(config.out_dir)
         arch, self.kind = teacher.arch, config.kind
-        self.bytes_a_token = checks.cache_bytes(self.kind, config.top_k, arch.vocab, arch.hidden, self._dtype.itemsize)
+        self.bytes_a_token = checks.cache_bytes(
+            self.kind, config.entries, arch.vocab, arch.hidden, self._dtype.itemsize
+        )
         self.index = {
             "format_version": FORMAT_VERSION,
             "kind": str(self.kind),
-            "top_k": config.top_k if self.kind == CacheKind.topk else None,
+            "top_k": config.entries if self.kind == CacheKind.topk else None,
+            **({"tail_draws": config.tail_draws} if self.kind == CacheKind.topk and config.tail_draws else {}),
             "dtype": str(config.dtype),
             "bytes_a_token": self.bytes_a_token,
             "samples": config.samples,
@@ -180,7 +183,7 @@ class CacheWriter:
         parts: list[dict[str, Tensor]] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:
-            packed = self._pack(model, hidden)
+            packed = self._pack(model, hidden, batch["samples"].tolist())
             if process_groups.tp_group().rank() == 0:
                 parts.append({name: _gather_sequence(tensor) for name, tensor in packed.items()})
 
@@ -189,7 +192,7 @@ class CacheWriter:
             return {}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _pack(self, model: build.Model, hidden: Tensor) -> dict[str, Tensor]:
+    def _pack(self, model: build.Model, hidden: Tensor, samples: Sequence[int]) -> dict[str, Tensor]:
         """Packed tensors [S / CP, B, ...] of the final norm's output [S_r, B, H], the same on all tensor-parallel ranks."""
         group = process_groups.tp_group()
         if model.config.sequence_parallel:
@@ -201,9 +204,22 @@ class CacheWriter:
         head, flat = head[: max(0, vocab - first)], hidden.flatten(0, 1)
         budget = tile_sizes.CHUNK_BYTES[flat.device.type]
         size = tile_sizes.chunk_tokens(len(flat), 4 * max(1, len(head)), budget)
-        chunks = [top_k_log_probs(part @ head.t(), self.config.top_k, first, group) for part in flat.split(size)]
+        numbers = self._uniform_numbers(samples).to(flat.device).flatten(0, 1).split(size)
+        chunks = [
+            entries(part @ head.t(), self.config.top_k, uniform, first, group)
+            for part, uniform in zip(flat.split(size), numbers, strict=True)
+        ]
         ids, log_probs = (torch.cat(parts).unflatten(0, hidden.shape[:2]) for parts in zip(*chunks, strict=True))
         return cache.pack_top(ids, log_probs, vocab)
+
+    def _uniform_numbers(self, samples: Sequence[int]) -> Tensor:
+        """[S / CP, B, tail_draws] fp64 in [0, 1), of this rank's positions: they depend on data.seed and the sample only."""
+        config = self.config
+        seeds = [((config.data.seed << 32) + sample) & (1 << 63) - 1 for sample in samples]
+        shape = config.sequence_length, config.tail_draws
+        whole = [torch.rand(shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        parallel = ParallelConfig(context=config.parallel.context)
+        return torch.stack(whole, 1)[schedule.positions(shape[0], parallel, process_groups.place()).cpu()]
 
 
 def _content(index: dict) -> dict:
@@ -232,6 +248,58 @@ def top_k_log_probs(logits: Tensor, k: int, first: int, group: dist.ProcessGroup
     rest = torch.cat((values.scatter(1, top.indices, -math.inf), tail), 1).logsumexp(1, keepdim=True)
     entries = torch.cat((top.values, rest), 1)
     return ids.gather(1, top.indices), entries.log_softmax(1)
+
+
+def entries(logits: Tensor, k: int, uniform: Tensor, first: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """`top_k_log_probs`, whose tail is replaced by d draws from it (collective over `group`).
+
+    Each draw has 1/d of the tail's probability, an id drawn several times a multiple of that. The expectation of these
+    probabilities, and so of the gradient of the forward KL, is exact (Anshumann et al. 2025, arXiv 2503.16870, draw all entries).
+    Ids of probability 0 replace repeated draws.
+
+    Args:
+        logits: [T, V_r], this rank's entries first .. first + V_r; overwritten if they are fp32 and d is 0.
+        uniform: [T, d] fp64 random numbers in [0, 1), the same on all ranks.
+
+    Returns:
+        ids [T, k + d] int64, all different, and log-probabilities [T, k + d + 1] fp64, the last -inf if d > 0.
+    """
+    draws = uniform.shape[1]
+    if not draws:
+        return top_k_log_probs(logits, k, first, group)
+    ids, log_probs = top_k_log_probs(logits.float().clone(), k + draws, first, group)
+    drawn = _draw(logits.double(), ids[:, :k], uniform, first, group).sort(1).values
+    counts = (drawn[:, :, None] == drawn[:, None, :]).sum(-1)
+    fill = ids[:, k:]
+    repeated = torch.nn.functional.pad(drawn[:, 1:] == drawn[:, :-1], (1, 0))
+    unusable = torch.cat((repeated, (fill[:, :, None] == drawn[:, None, :]).any(-1)), 1)
+    # A stable sort: the different draws, then as many of the next likely ids as draws were repeated.
+    chosen = unusable.sort(dim=1, stable=True).indices[:, :draws]
+    shares = torch.cat((counts.double().log() - math.log(draws), torch.full_like(log_probs[:, :draws], -math.inf)), 1)
+    tail = log_probs[:, k:].logsumexp(1, keepdim=True)
+    log_probs = torch.cat((log_probs[:, :k], shares.gather(1, chosen) + tail), 1)
+    ids = torch.cat((ids[:, :k], torch.cat((drawn, fill), 1).gather(1, chosen)), 1)
+    return ids, torch.nn.functional.pad(log_probs, (0, 1), value=-math.inf)
+
+
+def _draw(logits: Tensor, excluded: Tensor, uniform: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
+    """Ids [T, d] of the softmax without the `excluded` ids [T, k], by inversion at `uniform` [T, d], the same on all ranks."""
+    width = logits.shape[1]
+    logits = torch.nn.functional.pad(logits, (0, 1), value=-math.inf)  # takes the ids of other ranks; never drawn
+    places = (excluded - first).masked_fill((excluded < first) | (excluded >= first + width), width)
+    logits.scatter_(1, places, -math.inf)
+    ends = _gather_columns(logits.logsumexp(1, keepdim=True), group).softmax(1).cumsum(1)
+    ends = ends / ends[:, -1:]  # ends at exactly 1
+    end = ends[:, group.rank(), None]
+    start = ends[:, group.rank() - 1, None] if group.rank() else torch.zeros_like(end)
+    below = logits.sub_(logits.amax(1, keepdim=True).clamp(min=-1e300)).exp_().cumsum(1)
+    # Rounding must not reach beyond the rank's last entry of positive probability.
+    at = ((uniform - start) / (end - start)).clamp(0, 1 - 1e-12) * below[:, -1:]
+    own = torch.searchsorted(below, at, right=True) + first
+    drawn = own.masked_fill((uniform < start) | (uniform >= end), 0)
+    if group.size() > 1:
+        dist.all_reduce(drawn, group=group)
+    return drawn
 
 
 def _gather_columns(x: Tensor, group: dist.ProcessGroup) -> Tensor:

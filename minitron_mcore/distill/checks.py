@@ -202,8 +202,14 @@ def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[s
     names = ("steps", "global_batch", "micro_batch", "sequence_length", "file_samples")
     yield from ranges.at_least(1, {name: getattr(config, name) for name in names})
     yield from ranges.positions("sequence_length", config.sequence_length, teacher=teacher.max_positions)
-    if config.kind == CacheKind.topk and not 1 <= config.top_k < teacher.vocab:
-        yield f"top_k is {config.top_k}; it must be at least 1 and below the teacher's vocabulary of {teacher.vocab}."
+    if config.kind != CacheKind.topk:
+        return
+    yield from ranges.at_least(0, {"top_k": config.top_k, "tail_draws": config.tail_draws})
+    if not 1 <= config.entries < teacher.vocab:
+        yield (
+            f"top_k is {config.top_k} and tail_draws {config.tail_draws}; their sum must be at least 1 and below the teacher's "
+            f"vocabulary of {teacher.vocab}."
+        )
 
 
 def cache_bytes(kind: CacheKind, k: int, vocab: int, hidden: int, dtype_bytes: int) -> int:

@@ -38,7 +38,6 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.schedule import Batch
 
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
 from megatron.core.distributed import (  # isort: skip
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -153,15 +152,8 @@ class HiddenStateLoss:
             dist.all_reduce(total, group=group)
         return total.item()
 
-    def sharded_state(self) -> dict[str, ShardedTensor]:
-        """The projection for a checkpoint, under keys that no model has."""
-        return {
-            shard.key: ShardedTensor.from_rank_offsets(shard.key, parameter, replica_id=shard.replica)
-            for parameter, shard in self.shards().items()
-        }
-
     def shards(self) -> dict[nn.Parameter, Shard]:
-        """The projection's shard in a checkpoint; every rank holds all of it."""
+        """The projection's shard in a checkpoint, under a key that no model has; every rank holds all of it."""
         if self.projection is None:
             return {}
         replica = tuple(

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minitron_mcore.config.settings import TrainConfig
 from minitron_mcore.errors import UserError
@@ -37,7 +38,7 @@ def first(config: TrainConfig) -> TrainingPhase:
     return TrainingPhase(0, 0, 0, config.global_batch, config.sequence_length, config.steps * config.global_batch)
 
 
-def resumed(stored: Sequence[dict] | None, config: TrainConfig, step: int) -> list[TrainingPhase]:
+def resumed(stored: Sequence[dict[str, Any]] | None, config: TrainConfig, step: int) -> list[TrainingPhase]:
     """The phases of a run that continues after `step`: the stored ones and, if `config.phase` is one more, a new one.
 
     A phase of the same sequence length continues in the same order. Another length divides the text anew; its order begins at the
@@ -69,6 +70,6 @@ def resumed(stored: Sequence[dict] | None, config: TrainConfig, step: int) -> li
     return phases
 
 
-def values(phases: Sequence[TrainingPhase]) -> list[dict]:
+def values(phases: Sequence[TrainingPhase]) -> list[dict[str, Any]]:
     """As `resumed` takes them."""
     return [dataclasses.asdict(phase) for phase in phases]

@@ -179,7 +179,8 @@ def _describe(
 
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, identity: dict, text: dict) -> str:
     """A hash of everything that determines a trained model: the same for all paths, layouts and intervals."""
-    kind = {key: teacher.index[key] for key in ("kind", "top_k", "dtype")} if isinstance(teacher, Cache) else None
+    names = ("kind", "top_k", "tail_draws", "dtype")
+    kind = {key: teacher.index[key] for key in names if key in teacher.index} if isinstance(teacher, Cache) else None
     weights = blend.parse_blend(text["files"])[1]
     inputs = [student.fingerprint, teacher and teacher.fingerprint, kind, identity, weights, text["hash"]]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -51,9 +51,9 @@ def check(
     dp_size, teacher_arch = process_groups.dp_group().size(), teacher and teacher.arch
     problems = [*checks.problems(student.arch, teacher_arch, config, parallel, dp_size)]
     live = None if isinstance(teacher, Cache) else teacher_arch
-    problems += performance_checks.problems(
-        performance, student.arch, live, config, parallel, Dtype(dtype), tuning.available_kernels()
-    )
+    kernels = tuning.available_kernels()
+    run = performance_checks.Run(performance, student.arch, live, config, parallel, Dtype(dtype), kernels)
+    problems += performance_checks.problems(run)
     problems += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
     problems += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
     refuse(problems)
@@ -93,7 +93,7 @@ class Trainer:
             tuning.start_user_buffers(performance, tokens, student.arch.hidden, parallel.tensor)
         model = run_folder.build_model(student, parallel, dtype, performance)
         self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
-        ddp = tuning.ddp_config(performance, config.distributed_optimizer)
+        ddp = tuning.ddp_config(performance)
         self.hidden_loss = (
             HiddenStateLoss(model, student.arch, teacher.arch, config, parallel, ddp)
             if config.hidden_state_loss.weight
@@ -147,7 +147,7 @@ class Trainer:
                 clip_grad=config.clip_grad,
                 bf16=dtype == "bf16",
                 params_dtype=build.DTYPES[dtype],
-                use_distributed_optimizer=config.distributed_optimizer,
+                use_distributed_optimizer=True,
                 **tuning.optimizer_options(self.performance),
             ),
             [*self.chunks, *(self.hidden_loss.ddp_modules if self.hidden_loss else [])],
@@ -279,18 +279,11 @@ class Trainer:
         return process_groups.from_last_stage(sums)
 
     def _weights(self) -> dict:
-        states = self.hidden_loss.sharded_state() if self.hidden_loss else {}
-        return {"weights": sharded.model_state(self.model, self.arch), "states": states}
+        return {"weights": sharded.tensors(self._shards())}
 
     def _shards(self) -> dict[nn.Parameter, Shard]:
         """Of all parameters that the optimizer trains."""
         return sharded.model_shards(self.model, self.arch) | (self.hidden_loss.shards() if self.hidden_loss else {})
-
-    def _replicated_optimizer_state(self, loading: bool) -> dict:
-        """megatron-core's sharded state of an optimizer that every data-parallel rank holds as a whole."""
-        states = self.hidden_loss.sharded_state() if self.hidden_loss else {}
-        parameters = [*(chunk.sharded_state_dict() for chunk in self.model.chunks), states]
-        return self.optimizer.sharded_state_dict(parameters, is_loading=loading)
 
     def gather_weights(self) -> None:
         """Complete the gathers of updated weights that overlap_param_gather leaves to the next forward pass (collective)."""
@@ -301,10 +294,7 @@ class Trainer:
     def save(self, out_dir: Path) -> None:
         """Write a checkpoint of this step, or begin to in the background (collective). See `StepSaver.begin`."""
         self.gather_weights()
-        if self.config.distributed_optimizer:
-            optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, self._shards())
-        else:
-            optimizer = self._replicated_optimizer_state(loading=False)
+        optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, self._shards())
         # There is no dropout: the data position, which follows from the step, is the only random state.
         counted = {"step": self.step, "phases": phases.values(self.phases)}
         counted |= {"states_ratio": self.hidden_loss.ratio} if self.hidden_loss else {}
@@ -323,15 +313,9 @@ class Trainer:
             UserError: see `run_folder.newest_valid_step` and `phases.resumed`.
         """
         files = run_folder.newest_valid_step(out_dir)
-        if self.config.distributed_optimizer:
-            loading = optimizer_state.StateLoader(self.optimizer.chained_optimizers, self._shards())
-            state = run_folder.read_step(files, self._weights() | {"optimizer": loading.request})
-            loading.finish(state["optimizer"])
-        else:
-            state = run_folder.read_step(
-                files, self._weights() | {"optimizer": self._replicated_optimizer_state(loading=True)}
-            )
-            self.optimizer.load_state_dict(state["optimizer"])
+        loading = optimizer_state.StateLoader(self.optimizer.chained_optimizers, self._shards())
+        state = run_folder.read_step(files, self._weights() | {"optimizer": loading.request})
+        loading.finish(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
         self.phases = phases.resumed(state.get("phases"), self.config, self.step)

@@ -28,7 +28,7 @@ def print_memory(
     sizes = settings.micro_batch, settings.sequence_length
     setting = Setting(config.parallel, dist.get_world_size(), config.dtype, *sizes, device, config.performance)
     archs = [student.arch for student in students]
-    rows = memory.training(archs, teacher and teacher.arch, settings, setting, cached)
+    rows = memory.training(archs, teacher.arch if teacher else None, settings, setting, cached)
     free = process_groups.free_bytes() / memory.GIB
     stage = max(range(len(rows)), key=lambda n: rows[n]["total"])
     needed = {kind: size / memory.GIB for kind, size in rows[stage].items() if size}

@@ -16,8 +16,8 @@ micro-batch, F forward and B backward passes through the blocks of a pipeline st
 and per step
 
     DP     gradients are scattered in fp32 (or bf16) and weights gathered in b bytes, in one call each (with
-           performance.overlap_grad_reduce one per bucket); with experts megatron-core gathers all weights twice. Without the
-           distributed optimizer gradients are all-reduced. Experts' over the ranks that hold them
+           performance.overlap_grad_reduce one per bucket); with experts megatron-core gathers all weights twice. Experts' over
+           the ranks that hold them
     TP     gradients of norms and routers, which sequence parallelism computes on each rank's tokens
     PP     the tied embedding table's gradient, between the first and the last stage
     DP     figures of all ranks for metrics.jsonl: a gather of three fp32 numbers a rank over the world
@@ -161,7 +161,7 @@ def training_step(
         found += _times(count, micro_batch(Passes.training(student, setting), setting, stage))
         if stage == setting.last and setting.parallel.tensor > 1:
             found += _times(count, [_loss(student, teacher, setting)])
-        found += _gradients(student, config, setting, stage)
+        found += _gradients(student, setting, stage)
     if teacher:
         found += _times(count, micro_batch(Passes(teacher, 1, 0), setting, stage))
     return found
@@ -180,7 +180,7 @@ def _loss(student: Architecture, teacher: Architecture | None, setting: Setting)
     return Collective("TP", "all_gather", tp, math.ceil(setting.tokens / tokens), 8 * LOSS_SUMS * tokens * tp)
 
 
-def _gradients(student: Architecture, config: DistillConfig, setting: Setting, stage: int) -> Iterator[Collective]:
+def _gradients(student: Architecture, setting: Setting, stage: int) -> Iterator[Collective]:
     p, gradient = setting.parallel, 4 if setting.performance.grad_reduce_in_fp32 else 2
     experts, others = memory.parameters(student, setting, stage)
     expert_ranks = max(1, setting.world // (p.pipeline * p.expert))
@@ -191,12 +191,9 @@ def _gradients(student: Architecture, config: DistillConfig, setting: Setting, s
     ):
         if not count or ranks == 1:
             continue
-        if config.distributed_optimizer:
-            yield Collective("DP", "reduce_scatter", ranks, buckets, gradient * count / buckets)
-            gathers = buckets * (1 + bool(experts))  # each optimizer, of experts and of the rest, gathers all weights
-            yield Collective("DP", "all_gather", ranks, gathers, setting.dtype_bytes * count / buckets)
-        else:
-            yield Collective("DP", "all_reduce", ranks, buckets, gradient * count / buckets)
+        yield Collective("DP", "reduce_scatter", ranks, buckets, gradient * count / buckets)
+        gathers = buckets * (1 + bool(experts))  # each optimizer, of experts and of the rest, gathers all weights
+        yield Collective("DP", "all_gather", ranks, gathers, setting.dtype_bytes * count / buckets)
     if p.tensor > 1 and p.sequence:
         yield Collective("TP", "all_reduce", p.tensor, 1, gradient * _replicated(student, setting, stage))
     if shared_table:
@@ -243,19 +240,23 @@ def importance(arch: Architecture, setting: Setting, stage: int, samples: int) -
 
 
 def teacher_cache(
-    arch: Architecture, cached: memory.CachedTeacher, setting: Setting, stage: int, samples: int
+    arch: Architecture, cached: memory.CachedTeacher, setting: Setting, stage: int, samples: int, tail_draws: int = 0
 ) -> list[Collective]:
-    """Of writing a cache of `samples` samples, on a pipeline stage's rank of tensor-parallel rank 0, which packs its replica's."""
+    """Of writing a cache of `samples` samples, on a pipeline stage's rank of tensor-parallel rank 0, which packs its replica's.
+
+    `tail_draws` of the `cached` entries are drawn."""
     (kind, top_k), tp, context = cached, setting.parallel.tensor, setting.parallel.context
     count = math.ceil(samples / setting.replicas / setting.micro_batch)
     found = list(micro_batch(Passes(arch, 1, 0), setting, stage))
-    if stage == setting.last and kind == CacheKind.topk and tp > 1:
+    if stage == setting.last and kind == CacheKind.topk and top_k and tp > 1:
         rows = parameter_table.padded_vocab(arch, tp) // tp
         tokens = tile_sizes.chunk_tokens(setting.tokens, 4 * rows, tile_sizes.CHUNK_BYTES[setting.device])
         chunks = math.ceil(setting.tokens / tokens)
         # Of each token: ids and fp64 logits, and the fp64 sum over the rest.
         found.append(Collective("TP", "all_gather", tp, 2 * chunks, 8 * top_k * tokens * tp))
-        found.append(Collective("TP", "all_gather", tp, chunks, 8 * tokens * tp))
+        found.append(Collective("TP", "all_gather", tp, (2 if tail_draws else 1) * chunks, 8 * tokens * tp))
+        if tail_draws:
+            found.append(Collective("TP", "all_reduce", tp, chunks, 8 * tail_draws * tokens))
     if stage == setting.last and context > 1:
         tensors = {CacheKind.topk: 2 + (arch.vocab > 1 << 16), CacheKind.hidden: 1, CacheKind.hidden_int8: 2}[kind]
         size = checks.cache_bytes(kind, top_k or 0, arch.vocab, arch.hidden, setting.dtype_bytes)

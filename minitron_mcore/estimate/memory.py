@@ -6,8 +6,8 @@ Training is estimated at the worst moment of a step:
                  matrices: its 8-bit copy and the copy's transpose
     gradients    megatron-core's buffer: 4 bytes a parameter, 2 with performance.grad_reduce_in_fp32=false
     optimizer    Adam's two fp32 moments and, for bf16 weights, an fp32 copy: 12 or 8 bytes a parameter, divided by the
-                 data-parallel and context-parallel ranks where the optimizer is distributed (an expert's by the ranks that hold
-                 it). The precision-aware optimizer: 2 for the lower half of the copy, moments of 4 or 2 each
+                 data-parallel and context-parallel ranks (an expert's by the ranks that hold it). The precision-aware
+                 optimizer: 2 for the lower half of the copy, moments of 4 or 2 each
     teacher      its weights in its own layout (under teacher_fp8 1 more for each weight of a layer's matrices), and the rows of its
                  head that the loss needs; with performance.teacher_offload these rows only
     hand-off     the teacher's final hidden states, and those compared with the student's blocks, of all micro-batches it runs ahead
@@ -66,13 +66,8 @@ def _matrix_elements(arch: Architecture, setting: Setting, stage: int) -> int:
     return sum(_local_elements(parameter, setting.parallel.tensor) for parameter in layers)
 
 
-def model_states(arch: Architecture, setting: Setting, stage: int, distributed: bool, extra: int = 0) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer on a rank of a stage.
-
-    Args:
-        distributed: the optimizer's state is divided by the data-parallel ranks.
-        extra: parameters beside the model's.
-    """
+def model_states(arch: Architecture, setting: Setting, stage: int, extra: int = 0) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer on a rank of a stage; `extra`: parameters beside the model's."""
     experts, others = parameters(arch, setting, stage)
     others += extra
     config, each = setting.performance, optimizer_bytes(setting.dtype)
@@ -82,7 +77,7 @@ def model_states(arch: Architecture, setting: Setting, stage: int, distributed: 
     return {
         "weights": setting.dtype_bytes * (experts + others) + copies,
         "gradients": (4 if config.grad_reduce_in_fp32 else 2) * (experts + others),
-        "optimizer": math.ceil(each * _optimizer_share(setting, experts, others, distributed)),
+        "optimizer": math.ceil(each * _optimizer_share(setting, experts, others)),
     }
 
 
@@ -91,10 +86,8 @@ def optimizer_bytes(dtype: Dtype) -> int:
     return 12 if dtype == Dtype.bf16 else 8
 
 
-def _optimizer_share(setting: Setting, experts: int, others: int, distributed: bool) -> float:
+def _optimizer_share(setting: Setting, experts: int, others: int) -> float:
     """Of a rank's parameters, experts' and others, the number whose optimizer state it holds."""
-    if not distributed:
-        return experts + others
     expert_ranks = max(1, setting.world // (setting.parallel.pipeline * setting.parallel.expert))
     return experts / expert_ranks + others / (setting.replicas * setting.parallel.context)
 
@@ -123,10 +116,10 @@ def training(
         each = [_student(student, logits, config, setting, stage, ahead) for student in students]
         row = {kind: max(student[kind] for student in each) for kind in each[0]}
         row |= {kind: sum(student[kind] for student in each) for kind in ("weights", "gradients", "optimizer")}
-        if cached:
+        if cached and teacher:
             # For one student: a micro-batch in use and two that are read ahead.
             row |= _cached_teacher(students[0], teacher, cached, setting, stage, 3 if one else micro_batches)
-        saves = [save(student, setting, stage, config.distributed_optimizer, background) for student in students]
+        saves = [save(student, setting, stage, background) for student in students]
         host = sum(saves) if background else max(saves)
         rows.append(row | {"total": sum(row.values()), "host memory of a save": host})
     return rows
@@ -141,26 +134,27 @@ def _student(
     student: Architecture, teacher: Architecture | None, config: DistillConfig, setting: Setting, stage: int, ahead: int
 ) -> dict[str, float]:
     """Bytes by kind of one student and its teacher, which runs `ahead` micro-batches at a time."""
-    micro_batches, distributed = _micro_batches(config, setting), config.distributed_optimizer
-    pairs = checks.state_pairs(student, teacher, config.hidden_state_loss) if teacher else []
-    routes = set(checks.state_routes(student, teacher, pairs, setting.parallel, config.teacher_parallel))
-    compared = sum(target == stage for *_, target in routes)
-    projection = student.hidden * teacher.hidden if pairs and student.hidden != teacher.hidden else 0
-    row = model_states(student, setting, stage, distributed, projection) | {"teacher": 0, "hand-off": 0}
-    offloaded = 0
+    micro_batches = _micro_batches(config, setting)
+    compared, projection, offloaded = 0, 0, 0.0
+    if teacher:
+        pairs = checks.state_pairs(student, teacher, config.hidden_state_loss)
+        routes = set(checks.state_routes(student, teacher, pairs, setting.parallel, config.teacher_parallel))
+        compared = sum(target == stage for *_, target in routes)
+        projection = student.hidden * teacher.hidden if pairs and student.hidden != teacher.hidden else 0
+    row: dict[str, float] = {**model_states(student, setting, stage, projection), "teacher": 0, "hand-off": 0}
     if teacher:
         row["teacher"] = _teacher_weights(student, teacher, config, setting, stage)
         if setting.performance.teacher_offload:
-            offloaded = row["teacher"] - _head_rows(student, teacher, setting, stage)
-            row["teacher"] -= offloaded
+            kept = _head_rows(student, teacher, setting, stage)
+            offloaded, row["teacher"] = row["teacher"] - kept, kept
         held = micro_batches if setting.parallel.pipeline > 1 else min(ahead, micro_batches)
         row["hand-off"] = held * activations.border(teacher, setting) * (compared + (stage == setting.last))
     row["activations"] = activations.stage(student, setting, stage, micro_batches)
     # Alive only while activations are not.
     between = offloaded
     if not (setting.performance.grad_reduce_in_fp32 or setting.performance.precision_aware_optimizer):
-        between = max(between, 4 * _optimizer_share(setting, *parameters(student, setting, stage), distributed))
-    if setting.device == Device.cpu and distributed:
+        between = max(between, 4 * _optimizer_share(setting, *parameters(student, setting, stage)))
+    if setting.device == Device.cpu:
         between = max(between, row["gradients"])
     work = _workspace(student, teacher, setting, stage, compared)
     return row | {"workspace": max(work, between - row["activations"])}
@@ -203,7 +197,7 @@ def _cached_teacher(
     """Bytes of a cached teacher: its head, where the cache has hidden states, and `held` micro-batches."""
     kind, k = cached
     if kind == CacheKind.topk:  # an id of 8 bytes and a log-probability of 4 for each entry, and the tail's
-        return {"teacher": 0, "hand-off": held * setting.tokens * (12 * k + 4) * (stage == setting.last)}
+        return {"teacher": 0, "hand-off": held * setting.tokens * (12 * (k or 0) + 4) * (stage == setting.last)}
     states = held * activations.border(teacher, setting) * (stage == setting.last)
     return {"teacher": _head_rows(student, teacher, setting, stage), "hand-off": states}
 
@@ -214,7 +208,7 @@ def _workspace(
     """Bytes of temporary tensors beside the activations; `compared`: blocks whose outputs are compared with the teacher's."""
     chunks = sharding.rank_chunks(student, setting.parallel, stage)
     work = _block_gradients(student, setting) + max(activations.chunk(student, setting, blocks)[1] for blocks in chunks)
-    if compared:  # about eight fp32 tensors as wide as the teacher
+    if compared and teacher:  # about eight fp32 tensors as wide as the teacher
         work = max(work, 32 * teacher.hidden * setting.rank_tokens)
     return max(work, _loss(student, teacher, setting)) if stage == setting.last else work
 
@@ -280,21 +274,16 @@ def remote_teacher(teacher: Architecture, config: DistillConfig, setting: Settin
     return rows
 
 
-def save(arch: Architecture, setting: Setting, stage: int, distributed: bool, background: bool = False) -> int:
+def save(arch: Architecture, setting: Setting, stage: int, background: bool = False) -> int:
     """Bytes of host memory that a save takes on a rank beside what training holds.
 
     In the background there is a copy of the rank's share of the weights and of the optimizer's state; on a CPU of at most a quarter
     of what it holds (see `checkpoint.step_saver`). Otherwise, on CUDA, each thread copies the fp32 piece that it writes
-    (`checkpoint.disk`); without the distributed optimizer a piece is a whole tensor.
+    (`checkpoint.disk`).
     """
     if background:
-        states, copies = model_states(arch, setting, stage, distributed), setting.replicas * setting.parallel.context
-        share = math.ceil(states["weights"] / copies + states["optimizer"] / (1 if distributed else copies))
+        states, copies = model_states(arch, setting, stage), setting.replicas * setting.parallel.context
+        share = math.ceil(states["weights"] / copies + states["optimizer"])
         held = sum(states.values())
         return share if setting.device == Device.cuda else min(share, max(held // 4, disk.MIN_COPY_BYTES))
-    if setting.device == Device.cpu:
-        return 0
-    elements = disk.PIECE_ELEMENTS
-    if not distributed:
-        elements = max(_local_elements(p, setting.parallel.tensor) for p in _rank_parameters(arch, setting, stage))
-    return disk.THREADS * 4 * elements
+    return 0 if setting.device == Device.cpu else disk.THREADS * 4 * disk.PIECE_ELEMENTS

@@ -20,6 +20,7 @@ as on large ones, which makes large TP look too good. The order of the layouts i
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from minitron_mcore.config.hardware import DryConfig
 from minitron_mcore.config.performance import Recompute
@@ -39,7 +40,7 @@ def layouts(
     setting: Setting,
     dry: DryConfig,
     cached: memory.CachedTeacher | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Rows for every layout that fits, fastest first: axes, recomputation, GiB of the fullest rank, `step`'s figures, days.
 
     Args:
@@ -142,7 +143,7 @@ def _operations(passes: communication.Passes, setting: Setting, stage: int) -> f
     )
 
 
-def table_rows(rows: Sequence[dict], most: int = 10) -> list[dict]:
+def table_rows(rows: Sequence[dict[str, Any]], most: int = 10) -> list[dict[str, Any]]:
     """The fastest of `layouts`, without shares that are 0 in all of them."""
     rows = rows[:most]
     return [

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,7 @@ def read(path: str, limit: int | None = None, limits: Limits | None = None) -> l
     return questions
 
 
-def _question(record: dict) -> Question:
+def _question(record: dict[str, Any]) -> Question:
     if "sentence" in record:
         before, _, after = record["sentence"].partition("_")
         if not after.strip():

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def evaluate_windows(
     micro_batch: int,
     max_windows: int | None = None,
     group: dist.ProcessGroup | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Loss, perplexity and bits per byte of each file's windows; the same on every rank (collective over `group`).
 
     Rank r of the group's n evaluates micro-batches r, r + n, ... as [micro_batch, S]. All ranks have the same number; the last are
@@ -237,7 +237,7 @@ class ShardedModel:
         predicted = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
         whole = {"tokens": tokens, "labels": labels, "predicted": predicted}
 
-        def on_output(hidden: Tensor, batch: dict) -> None:
+        def on_output(hidden: Tensor, batch: dict[str, Any]) -> None:
             if self.model.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden, group=process_groups.tp_group())
             _, sums = distillation_loss(
@@ -285,7 +285,7 @@ def open_model(config: EvaluateRun) -> tuple[HFModel | ShardedModel, Tokenizer]:
         return model, open_tokenizer(config.data, source, model.vocab_size)
 
 
-def evaluate_run(model: HFModel | ShardedModel, tokenizer: Tokenizer, config: EvaluateRun) -> list[dict]:
+def evaluate_run(model: HFModel | ShardedModel, tokenizer: Tokenizer, config: EvaluateRun) -> list[dict[str, Any]]:
     """`evaluate_windows` of a run's held-out files (collective).
 
     Raises:

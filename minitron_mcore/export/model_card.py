@@ -28,7 +28,7 @@ from minitron_mcore.reporting import tables
 CARD = "README.md"
 RECORD = "minitron"
 METRICS = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
-SETTINGS_NOT_SHOWN = ("distributed_optimizer", "log_every", "save_every", "stop_after", "teacher_ahead")
+SETTINGS_NOT_SHOWN = ("log_every", "save_every", "stop_after", "teacher_ahead")
 """Training settings that do not affect the result."""
 MINITRON = "[2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796)"
 

@@ -1,6 +1,7 @@
 """Exported folders, loaded by transformers as a user would load them."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -13,7 +14,7 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.reading import first_line, read_json
 
 
-def load(folder: str | Path, **placement) -> PreTrainedModel:
+def load(folder: str | Path, **placement: Any) -> PreTrainedModel:
     """Load a Hugging Face folder with transformers: no remote code, safetensors only, no network.
 
     Args:
@@ -31,8 +32,10 @@ def load(folder: str | Path, **placement) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the problems that it would warn of are errors below
+    model: PreTrainedModel
+    loading: dict[str, Any]
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair by output_loading_info
             folder,
             local_files_only=True,
             trust_remote_code=False,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -56,7 +57,13 @@ def import_folder(
     return arch
 
 
-def read(weights: Weights, hashing: bool, parameter: parameter_table.Parameter, offset: tuple, shape: tuple) -> Tensor:
+def read(
+    weights: Weights,
+    hashing: bool,
+    parameter: parameter_table.Parameter,
+    offset: tuple[Any, ...],
+    shape: tuple[Any, ...],
+) -> Tensor:
     """A slice of a parameter. With `hashing`, the whole parameter is hashed first."""
     if hashing:
         weights.hash(parameter)

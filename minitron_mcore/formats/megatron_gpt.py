@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -214,7 +215,7 @@ def export_folder(
         reader = streaming.Reader(source)
     padded_vocab = -(-arch.vocab // vocab_multiple) * vocab_multiple
     tp, make = process_groups.tp_group(), {}
-    state: dict = {"checkpoint_version": 3.0, "iteration": 0}
+    state: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": 0}
     for parameter in hf_convert.stage_parameters(arch, parallel):
         location = locate(parameter, names)
         for offset, shape in streaming.shard_slices(parameter, tp.rank(), tp.size()):
@@ -247,7 +248,11 @@ def export_folder(
 
 
 def _read_padded(
-    reader: streaming.Reader, parameter: parameter_table.Parameter, offset: tuple, shape: tuple, like: Tensor
+    reader: streaming.Reader,
+    parameter: parameter_table.Parameter,
+    offset: tuple[Any, ...],
+    shape: tuple[Any, ...],
+    like: Tensor,
 ) -> Tensor:
     """A slice with the dtype and shape of `like`, which may have leading axes of size 1 and more rows; these are zero."""
     data = reader.read(parameter, offset, shape).to(like.dtype)
@@ -256,7 +261,7 @@ def _read_padded(
     return data.view(like.shape)
 
 
-def _extra_state(parameter: parameter_table.Parameter, location: Location, names: str) -> dict:
+def _extra_state(parameter: parameter_table.Parameter, location: Location, names: str) -> dict[str, Any]:
     """The empty extra state of a parameter's module, which strict loading requires.
 
     megatron-core's linear layers within a block have one, and so do Transformer Engine's norms that are not fused.

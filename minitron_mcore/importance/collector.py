@@ -33,7 +33,7 @@ one small collective (two for variance) for tensor and one for context paralleli
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -230,7 +230,7 @@ class Collector:
             dist.all_reduce(distances, group=group)
         vectors |= zip(itertools.chain(*self.distances), distances / self.tokens, strict=True)
         dist.all_reduce(hidden, group=process_groups.pp_group())
-        stages: list = [None] * process_groups.pp_group().size()
+        stages: list[Any] = [None] * process_groups.pp_group().size()
         dist.all_gather_object(stages, {k: v.cpu() for k, v in vectors.items()}, group=process_groups.pp_group())
         return {"hidden": hidden.cpu()} | {name: vector for stage in stages for name, vector in stage.items()}
 

@@ -30,7 +30,7 @@ DEGREE = {Aggregation.mean: 1, Aggregation.l2: 1, Aggregation.variance: 2}
 class Sums(NamedTuple):
     """Sufficient statistics of n values per channel, fp32 [..., C]; `count` is [..., 1]."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple's method has this name
     """n"""
     total: Tensor
     """sum |x| for mean, sum x^2 for l2, sum x for variance"""
@@ -91,7 +91,9 @@ def pool(part: Sums, add: Callable[[list[Tensor]], list[Tensor]]) -> Sums:
 
 def merge(parts: Iterable[Sums]) -> Sums:
     """`pool` of parts on this rank."""
-    stacked = Sums(*(None if fields[0] is None else torch.stack(fields) for fields in zip(*parts, strict=True)))
+    counts, totals, spreads = zip(*parts, strict=True)
+    spread = None if spreads[0] is None else torch.stack(spreads)
+    stacked = Sums(torch.stack(counts), torch.stack(totals), spread)
     return pool(stacked, lambda tensors: [x.sum(0) for x in tensors])
 
 
@@ -99,7 +101,8 @@ def aggregate(how: Aggregation, part: Sums) -> Tensor:
     """The scores [..., C]; 0 where there are no values."""
     if how == Aggregation.l2:
         return part.total.sqrt()
-    return (part.total if how == Aggregation.mean else part.squared_deviations) / part.count.clamp(min=1)
+    total = part.total if part.squared_deviations is None else part.squared_deviations
+    return total / part.count.clamp(min=1)
 
 
 def cosine_distances(streams: list[Tensor], real: Tensor | None) -> Tensor:

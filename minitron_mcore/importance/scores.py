@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -110,7 +111,7 @@ def check_finite(vectors: dict[str, Tensor], origin: str | Path) -> None:
             )
 
 
-def summary(scores: Scores) -> list[dict]:
+def summary(scores: Scores) -> list[dict[str, Any]]:
     """Rows for a table: quantiles of the hidden scores and, per block, quantiles of the ffn scores and the depth scores."""
     vectors = scores.vectors
     rows = [_quantiles("hidden", vectors["hidden"])]
@@ -123,6 +124,6 @@ def summary(scores: Scores) -> list[dict]:
     return rows
 
 
-def _quantiles(name: str, vector: Tensor) -> dict:
+def _quantiles(name: str, vector: Tensor) -> dict[str, Any]:
     low, middle, high = torch.quantile(vector.flatten(), torch.tensor([0.1, 0.5, 0.9])).tolist()
     return {"scores": name, "10 %": low, "median": middle, "90 %": high}

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.config.model import ArchitectureConfig
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import hf_config
 from minitron_mcore.models.families import FAMILIES, Family
@@ -230,21 +231,9 @@ def check_exportable(arch: Architecture) -> None:
     refuse(export_problems(arch))
 
 
-def from_config(fields: dict[str, Any] | None) -> Architecture | None:
-    """The architecture of the config key `model.architecture`; None (null) accepts any.
-
-    Raises:
-        UserError: a missing or unknown field, an unknown family; see `Architecture`.
-    """
-    if fields is None:
-        return None
-    try:
-        arch = Architecture(**fields)
-    except TypeError as error:
-        raise UserError(f"model.architecture is invalid ({error}): see conf/model for the fields.") from error
-    if arch.family not in FAMILIES:
-        raise UserError(f"model.architecture.family is {arch.family!r}; supported: {', '.join(FAMILIES)}.")
-    return arch
+def from_config(config: ArchitectureConfig | None) -> Architecture | None:
+    """The architecture of the config key `model.architecture`; None (null) accepts any. Raises as `Architecture` does."""
+    return None if config is None else from_json(dataclasses.asdict(config), "model.architecture")
 
 
 def check_matches(arch: Architecture, expected: Architecture | None, where: str | Path) -> None:

@@ -8,9 +8,8 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +47,7 @@ from megatron.core.transformer.transformer_layer import (  # isort: skip
 
 
 class TorchNorm(nn.Module):
-    """RMSNorm (Apex's or torch's kernel) or LayerNorm1P over the last dimension.
+    """RMSNorm or LayerNorm1P over the last dimension.
 
     megatron-core's WrappedTorchNorm refuses sequence parallelism. Here weight [H] and bias [H], which are replicated over
     tensor-parallel ranks, are marked so that megatron-core sums their gradients over these ranks.
@@ -57,7 +56,6 @@ class TorchNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps, self.centred = eps, config.normalization == "LayerNorm"
-        self.fused = None if self.centred else _apex_rms_norm()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=process_groups.device()))
         self.bias = nn.Parameter(torch.zeros_like(self.weight)) if self.centred else None
         for parameter in self.parameters():
@@ -66,8 +64,6 @@ class TorchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.centred:
             return nn.functional.layer_norm(x, self.weight.shape, self.weight + 1, self.bias, self.eps)
-        if self.fused:
-            return self.fused(x, self.weight, self.weight.shape, self.eps)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -206,7 +202,7 @@ def _block_attention(
 
 
 def _aligned(position: int) -> int:
-    """The multiple of BAND_ALIGNMENT at or before a key position."""
+    """The multiple of attention_band.BAND_ALIGNMENT at or before a key position."""
     return position // attention_band.BAND_ALIGNMENT * attention_band.BAND_ALIGNMENT
 
 
@@ -250,16 +246,6 @@ def _band(rows: int, columns: int, window: int, heads: int, dtype: torch.dtype, 
     return band.expand(heads, -1, -1).contiguous()
 
 
-def _on_gpu(module: str) -> ModuleType | None:
-    """A library of CUDA kernels; None if it is not installed or there is no GPU."""
-    if cpu_backend.is_cpu():
-        return None
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
-
-
 def transformer_engine() -> bool:
     """Whether models use Transformer Engine's layers.
 
@@ -272,14 +258,16 @@ def transformer_engine() -> bool:
     wanted = os.environ.get("MINITRON_LAYERS", "")
     if wanted not in ("", "torch"):
         raise UserError(f"MINITRON_LAYERS is {wanted!r}: set it to torch, or unset it.")
-    return not wanted and _on_gpu("transformer_engine.pytorch") is not None
+    return not wanted and not cpu_backend.is_cpu() and _can_import("transformer_engine.pytorch")
 
 
-def _apex_rms_norm() -> Callable[..., Tensor] | None:
-    # Apex can be installed without its kernels.
-    if _on_gpu("fused_layer_norm_cuda") and (apex := _on_gpu("apex.normalization.fused_layer_norm")):
-        return apex.fused_rms_norm_affine
-    return None
+def _can_import(module: str) -> bool:
+    """Whether a library is installed and its own libraries are found."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def stack_spec(qk_norm: bool) -> ModuleSpec:
@@ -295,8 +283,7 @@ def describe() -> str:
     """One log line: the layers, optimizer and device in use."""
     from megatron.core.optimizer import Adam
 
-    norm = "Apex's RMSNorm" if _apex_rms_norm() else "RMSNorm"
-    layers = "Transformer Engine" if transformer_engine() else f"torch ({norm}, scaled_dot_product_attention)"
+    layers = "Transformer Engine" if transformer_engine() else "torch (RMSNorm, scaled_dot_product_attention)"
     return f"layers: {layers}; optimizer: {Adam.__module__}.{Adam.__name__}; device: {process_groups.device().type}"
 
 

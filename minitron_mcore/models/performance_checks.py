@@ -7,7 +7,6 @@ from typing import Any
 from minitron_mcore.config import ranges
 from minitron_mcore.config.performance import (
     AttentionBackend,
-    CudaGraphs,
     Fp8Recipe,
     Kernels,
     PerformanceConfig,
@@ -38,39 +37,27 @@ _NEEDS: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What the options are checked against."""
 
     config: PerformanceConfig
     student: Architecture
     teacher: Architecture | None
+    """Live or remote; None: a cached one or none."""
     training: DistillConfig
     parallel: ParallelConfig
     dtype: Dtype
     kernels: Kernels
+    """What the machine of the run has (`tuning.available_kernels`)."""
 
 
-def problems(
-    config: PerformanceConfig,
-    student: Architecture,
-    teacher: Architecture | None,
-    training: DistillConfig,
-    parallel: ParallelConfig,
-    dtype: Dtype,
-    kernels: Kernels,
-) -> Iterator[str]:
-    """Messages about options that this run cannot use: missing kernels, unsuitable layouts and models.
-
-    Args:
-        teacher: of live or remote teachers; None: a cached one or none.
-        kernels: what the machine of the run has (`tuning.available_kernels`).
-    """
-    run = _Run(config, student, teacher, training, parallel, dtype, kernels)
+def problems(run: Run) -> Iterator[str]:
+    """Messages about options that this run cannot use: missing kernels, unsuitable layouts and models."""
     for check in (_kernels, _recompute, _communication, _optimizer, _fp8, _model, _sizes):
         yield from check(run)
 
 
-def _kernels(run: _Run) -> Iterator[str]:
+def _kernels(run: Run) -> Iterator[str]:
     for name, idle, kernel, needed in _NEEDS:
         value, available = getattr(run.config, name), getattr(run.kernels, kernel)
         if value not in idle and not (any(available) if kernel == "capability" else available):
@@ -78,20 +65,10 @@ def _kernels(run: _Run) -> Iterator[str]:
             yield f"performance.{name} is {value}, which needs {needed}; this machine has none: give {off}."
 
 
-def _model(run: _Run) -> Iterator[str]:
+def _model(run: Run) -> Iterator[str]:
     config = run.config
     if config.bias_activation_fusion and not run.student.traits.gated:
         yield f"performance.bias_activation_fusion is for gated MLPs, and a {run.student.family} has none: give null."
-    if config.moe_grouped_gemm:
-        yield (
-            "performance.moe_grouped_gemm is true, but grouped GEMM names an expert's parameters differently, for which the "
-            "parameter table has no rows: give false."
-        )
-    if config.cuda_graphs != CudaGraphs.none:
-        yield (
-            f"performance.cuda_graphs is {config.cuda_graphs}, but CUDA graphs are untested with this package's teacher, hooks and "
-            "random state: give none."
-        )
     if config.teacher_offload and (run.teacher is None or run.training.teacher_ranks or config.teacher_fp8):
         yield (
             "performance.teacher_offload needs a live teacher in bf16 or fp32 on the student's ranks, and this run has none: "
@@ -99,7 +76,7 @@ def _model(run: _Run) -> Iterator[str]:
         )
 
 
-def _sizes(run: _Run) -> Iterator[str]:
+def _sizes(run: Run) -> Iterator[str]:
     config, profile = run.config, run.config.profile
     names = ("bucket_size", "loss_chunk_mb", "recompute_layers")
     yield from ranges.at_least(1, {f"performance.{name}": getattr(config, name) for name in names})
@@ -112,7 +89,7 @@ def _sizes(run: _Run) -> Iterator[str]:
         )
 
 
-def _recompute(run: _Run) -> Iterator[str]:
+def _recompute(run: Run) -> Iterator[str]:
     config, student = run.config, run.student
     if config.recompute == Recompute.selective:
         known = ["core_attn", "layernorm", "moe" if student.experts else "mlp"]
@@ -133,16 +110,13 @@ def _recompute(run: _Run) -> Iterator[str]:
         )
 
 
-def _communication(run: _Run) -> Iterator[str]:
+def _communication(run: Run) -> Iterator[str]:
     config, training, parallel = run.config, run.training, run.parallel
     overlap = any(run.kernels.capability) if config.overlap_grad_reduce is None else config.overlap_grad_reduce
     if config.bucket_size is not None and not overlap:
         yield "performance.bucket_size is for overlap_grad_reduce, which is off: give overlap_grad_reduce true, or null."
-    if config.overlap_param_gather and not (training.distributed_optimizer and overlap):
-        yield (
-            "performance.overlap_param_gather needs distill.distributed_optimizer and performance.overlap_grad_reduce: turn both "
-            "on, or give false."
-        )
+    if config.overlap_param_gather and not overlap:
+        yield "performance.overlap_param_gather needs performance.overlap_grad_reduce: turn it on, or give false."
     if config.overlap_param_gather and training.hidden_state_loss.weight:
         yield (
             "performance.overlap_param_gather waits for weights where modules are called, but distill.hidden_state_loss uses its "
@@ -157,15 +131,10 @@ def _communication(run: _Run) -> Iterator[str]:
         )
 
 
-def _optimizer(run: _Run) -> Iterator[str]:
+def _optimizer(run: Run) -> Iterator[str]:
     config = run.config
-    if config.precision_aware_optimizer and not (run.training.distributed_optimizer and run.dtype == Dtype.bf16):
-        yield "performance.precision_aware_optimizer needs distill.distributed_optimizer and dtype bf16: give both, or false."
-    if config.optimizer_offload:
-        yield (
-            f"performance.optimizer_offload is {config.optimizer_offload:g}, but this package's checkpoints do not include "
-            "megatron-core's offloaded states: give 0; recomputation, or more data-parallel ranks, save memory too."
-        )
+    if config.precision_aware_optimizer and run.dtype != Dtype.bf16:
+        yield f"performance.precision_aware_optimizer needs dtype bf16, and it is {run.dtype}: give bf16, or false."
     if config.exp_avg_dtype != Dtype.fp32 and not config.precision_aware_optimizer:
         yield (
             f"performance.exp_avg_dtype is {config.exp_avg_dtype}, which needs performance.precision_aware_optimizer: turn it "
@@ -175,7 +144,7 @@ def _optimizer(run: _Run) -> Iterator[str]:
         yield f"performance.grad_reduce_in_fp32 is false, but gradients of dtype {run.dtype} are fp32 anyway: give true."
 
 
-def _fp8(run: _Run) -> Iterator[str]:
+def _fp8(run: Run) -> Iterator[str]:
     config, training, capability = run.config, run.training, run.kernels.capability
     models = [("fp8", run.student, run.parallel)] if config.fp8 is not None else []
     if config.teacher_fp8 is not None and run.teacher is None:
@@ -197,7 +166,7 @@ def _fp8(run: _Run) -> Iterator[str]:
         yield "performance.recompute_modules has layernorm, which fp8_recipe delayed does not allow: give another of them."
 
 
-def _fp8_sizes(name: str, arch: Architecture, layout: ParallelConfig, run: _Run) -> Iterator[str]:
+def _fp8_sizes(name: str, arch: Architecture, layout: ParallelConfig, run: Run) -> Iterator[str]:
     tp, unit = layout.tensor, 32 if run.config.fp8_recipe == Fp8Recipe.mxfp8 else 16
     widths = {
         "hidden": arch.hidden,

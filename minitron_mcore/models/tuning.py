@@ -92,10 +92,10 @@ def fuse_gradients(model: HeadlessModel, config: PerformanceConfig, arch: Archit
         fuse_weight_gradients(model)
 
 
-def ddp_config(config: PerformanceConfig, distributed: bool) -> DistributedDataParallelConfig:
-    """Options of the student's DistributedDataParallel; `distributed`: with the distributed optimizer."""
+def ddp_config(config: PerformanceConfig) -> DistributedDataParallelConfig:
+    """Options of the student's DistributedDataParallel."""
     return DistributedDataParallelConfig(
-        use_distributed_optimizer=distributed,
+        use_distributed_optimizer=True,
         grad_reduce_in_fp32=config.grad_reduce_in_fp32,
         overlap_grad_reduce=_enabled(config.overlap_grad_reduce, any(available_kernels().capability)),
         bucket_size=config.bucket_size,

@@ -10,18 +10,19 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore.checkpoint import lineage, run_folder, sharded, streaming
+from minitron_mcore.checkpoint import disk, lineage, run_folder, sharded, streaming
 from minitron_mcore.checkpoint.streaming import Slice
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats import hf_convert
 from minitron_mcore.formats.hf_folder import HFFolder, Writer
-from minitron_mcore.models import architecture, build, parameter_table
+from minitron_mcore.models import architecture, build, parameter_table, sharding
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.pruning import index_maps
 from minitron_mcore.pruning.plan import FILE, Plan
@@ -41,7 +42,7 @@ def prune(source: run_folder.Checkpoint, plan: Plan, out_dir: str | Path, parall
         UserError: the plan is for another model, the layout does not divide the source, or the source is damaged.
     """
     _check(plan, source.fingerprint, source.path)
-    build.check_shardable(source.arch, parallel)
+    sharding.check_shardable(source.arch, parallel)
     with process_groups.raise_on_all_ranks():
         reader = streaming.Reader(source)
     tp, pieces = process_groups.tp_group(), []
@@ -55,7 +56,7 @@ def prune(source: run_folder.Checkpoint, plan: Plan, out_dir: str | Path, parall
         out_dir, plan.target, fingerprint(plan), parents, source.hf, plans, **_lineage_details(plan, source.lineage)
     )
     if process_groups.rank() == 0:
-        run_folder.replace_text(Path(out_dir) / FILE, plan.to_json())
+        disk.replace_text(Path(out_dir) / FILE, plan.to_json())
     streaming.save(out_dir, pieces, hf_convert.replica, "prune")
 
 
@@ -95,7 +96,11 @@ def build_pruned(
 
 
 def _read_kept(
-    reader: streaming.Reader, parameter: parameter_table.Parameter, plan: Plan, offset: tuple, shape: tuple
+    reader: streaming.Reader,
+    parameter: parameter_table.Parameter,
+    plan: Plan,
+    offset: tuple[Any, ...],
+    shape: tuple[Any, ...],
 ) -> Tensor:
     """A box of the target's parameter, from the source's."""
     positions = [
@@ -158,7 +163,7 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.sha256(f"{plan.fingerprint} {plan.digest()}".encode()).hexdigest()[:16]
 
 
-def cut_lineage(path: str | Path, plan: Plan) -> dict:
+def cut_lineage(path: str | Path, plan: Plan) -> dict[str, Any]:
     """The lineage of `cut_folder`'s result: that of a convert and a prune step."""
     converted = run_folder.make_lineage({HFFolder.kind: {"path": str(path), "sha256": plan.fingerprint}})
     return run_folder.make_lineage(
@@ -166,7 +171,7 @@ def cut_lineage(path: str | Path, plan: Plan) -> dict:
     )
 
 
-def _lineage_details(plan: Plan, ancestry: dict) -> dict:
+def _lineage_details(plan: Plan, ancestry: dict[str, Any]) -> dict[str, Any]:
     return {
         "plan": plan.digest(),
         "scores": plan.scores,

@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class Plan:
     format_version: int = FORMAT_VERSION
     """0 for a plan read from a file without a version, whose digest stays the same."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         source, target = self.source, self.target
         if not self.groups:
             object.__setattr__(self, "groups", {block: list(range(source.groups)) for block in self.heads})
@@ -146,12 +147,12 @@ class Plan:
             lines.append(f"dropped query heads merged into kept ones: {pairs}")
         return lines
 
-    def summary(self) -> list[dict]:
+    def summary(self) -> list[dict[str, Any]]:
         """Rows of `compare` for source and target."""
         return compare(self.source, self.target)
 
 
-def compare(source: Architecture, target: Architecture) -> list[dict]:
+def compare(source: Architecture, target: Architecture) -> list[dict[str, Any]]:
     """Rows for a table: each size of the target, of the source, and their ratio."""
     s, t = source, target
     layers = {"attention layers": "attention", "MLP layers": "mlp"} if len(t.layers) < 2 * t.blocks else {}
@@ -268,7 +269,8 @@ def choose_heads(
     size, kept = source.heads_per_group, target.heads_per_group
     grouped = scores.view(source.groups, size)
     groups = top_indices(torch.linalg.vector_norm(grouped, dim=1), target.groups)
-    heads, pairs = [], {}
+    heads: list[int] = []
+    pairs: dict[int, int] = {}
     for group in groups:
         ranked = [group * size + h for h in torch.sort(grouped[group], descending=True, stable=True).indices.tolist()]
         heads += sorted(ranked[:kept])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
@@ -17,7 +18,7 @@ LAYERS = {"attention layers": "{a}", "MLP layers": "{m}"}
 BYTES = {"bf16": 2, "fp32": 4}
 
 
-def axes(plan: Plan, dtype: str) -> list[dict]:
+def axes(plan: Plan, dtype: str) -> list[dict[str, Any]]:
     """Rows for a table: axis, kept and total units, the tensors along it, their bytes before and after in "bf16" or "fp32".
 
     A tensor counts in the row of each of its axes, so the bytes of these rows overlap; the last row is the whole model.
@@ -39,7 +40,7 @@ def axes(plan: Plan, dtype: str) -> list[dict]:
     return [*rows, _row("in all", None, None, pairs, BYTES[dtype]) | {"of modules": None}]
 
 
-def tensors(plan: Plan, dtype: str) -> list[dict]:
+def tensors(plan: Plan, dtype: str) -> list[dict[str, Any]]:
     """Rows for a table, one per kind of parameter: its name with * for numbers, axes, shape, and the number of tensors and bytes
     before and after. Each tensor counts once."""
     kinds: dict[str, list[tuple[Parameter, Parameter | None]]] = {}
@@ -83,13 +84,13 @@ def _units(parameter: Parameter) -> set[str]:
     return units | ({"experts"} if parameter.expert is not None else set())
 
 
-def _row(axis: str, kept: int | None, total: int | None, pairs: list, dtype_bytes: int) -> dict:
-    share = {"kept": kept, "of": total, "share": total and kept / total}
+def _row(axis: str, kept: int | None, total: int | None, pairs: list[Any], dtype_bytes: int) -> dict[str, Any]:
+    share = {"kept": kept, "of": total, "share": kept / total if kept and total else None}
     modules = ", ".join(dict.fromkeys(source.row.name.split(".")[-2] for source, _ in pairs))
     return {"axis": axis} | share | {"tensors": len(pairs)} | _bytes(pairs, dtype_bytes) | {"of modules": modules}
 
 
-def _bytes(pairs: list, dtype_bytes: int) -> dict:
+def _bytes(pairs: list[Any], dtype_bytes: int) -> dict[str, Any]:
     before = dtype_bytes * sum(math.prod(source.shape) for source, _ in pairs)
     return {"bytes before": before, "bytes after": dtype_bytes * sum(math.prod(t.shape) for _, t in pairs if t)}
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.errors import UserError, refuse
@@ -159,11 +159,11 @@ def target_architecture(
     except UserError as error:
         problems.append(str(error))
     refuse(problems)
-    dropped = {
-        f"no_{part}": tuple(n for n, block in enumerate(kept.blocks) if block not in getattr(kept, part))
-        for part in ("attention", "mlp")
-    }
-    return dataclasses.replace(source, **sizes, blocks=len(kept.blocks), **dropped)
+    without = (
+        tuple(n for n, block in enumerate(kept.blocks) if block not in part) for part in (kept.attention, kept.mlp)
+    )
+    changes: dict[str, Any] = dict(zip(("no_attention", "no_mlp"), without, strict=True)) | sizes
+    return dataclasses.replace(source, blocks=len(kept.blocks), **changes)
 
 
 def _head_problems(source: Architecture, prune: PruneConfig, heads: int, groups: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.reading import FORMAT_VERSION, read_yaml
 from minitron_mcore.reporting import page, plots, sections, tables
-from minitron_mcore.reporting.read import KINDS, REMEDY, damage_as_user_error, read_json, read_lines
+from minitron_mcore.reporting.artefacts import KINDS, REMEDY, damage_as_user_error, read_json, read_lines
 
 LOSSES = ("kd_loss", "lm_loss", "heldout_loss")
 _PATHS = ("out_dir", "work_dir", "runs", "student", "students", "teacher", "source", "changed", "stage")
@@ -117,7 +117,7 @@ def _reached(folder: Path) -> dict[str, Any]:
     lines = read_lines(path)
     with damage_as_user_error(path):
         last = lines[-1] if lines else {}
-        row = {"state": "finished" if stage_record.is_complete(folder) else "unfinished"}
+        row: dict[str, Any] = {"state": "finished" if stage_record.is_complete(folder) else "unfinished"}
         row |= {key: last.get(key) for key in ("step", "tokens")}
         row |= {key: next((x[key] for x in reversed(lines) if x.get(key) is not None), None) for key in LOSSES}
         speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]

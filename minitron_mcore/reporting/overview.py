@@ -4,11 +4,11 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minitron_mcore.checkpoint.stage_record import COMPLETE
-from minitron_mcore.reporting.read import KINDS, damage_as_user_error, read_lines
-from minitron_mcore.reporting.roles import Model
+from minitron_mcore.reporting import tables
+from minitron_mcore.reporting.artefacts import KINDS, Model, damage_as_user_error, read_lines
 
 _COMMON = re.compile(r"\+?(model|recipe|work_dir|runs)[.=]")
 _DATA = re.compile(r"data[.=]")
@@ -67,32 +67,32 @@ def tiles(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[Tile]
         share = f"{_percent(pruned / teacher)} of the teacher's"
         yield Tile("parameters", f"{_short(teacher)} → {_short(pruned)}", share)
     if losses:
-        ends = [role for role in ("teacher", "distilled") if role in losses] or list(losses)
+        ends: list[str] = [role for role in ("teacher", "distilled") if role in losses]
+        ends = ends or list(losses)
         between = ", ".join(f"{role} {loss:.2f}" for role, loss in losses.items() if role not in ends)
         names = " → ".join(ends) + (f" ({between})" if between else "")
         values = " → ".join(f"{losses[role]:.2f}" for role in ends)
         yield Tile("loss", values, f"{names}, nats per token of {compared_file(models)}")
-    if (share := recovered(losses)) is not None:
-        yield Tile("recovered", _percent(share), "of the loss increase from pruning")
+    if (removed := recovered(losses)) is not None:
+        yield Tile("recovered", _percent(removed), "of the loss increase from pruning")
     times = [_minutes(folder) for folder in {folder for kind in folders.values() for folder in kind}]
     if sum(times):
         yield Tile("time", f"{sum(times):.1f} min", _training(models) or "all finished stages")
 
 
-def rows(models: list[Model]) -> list[dict]:
+def rows(models: list[Model]) -> list[dict[str, Any]]:
     """Rows for a table: size, loss and perplexity of each model; columns without a value are left out."""
     name, teacher = compared_file(models), next((m.parameters for m in models if m.role == "teacher"), None)
     table = []
     for model in models:
-        size, row = model.parameters, model.losses.get(name, {})
+        size, row = model.parameters, model.losses.get(name or "", {})
         share = _percent(size / teacher) if size and teacher else None
         table.append({"model": model.role, "parameters": size, "of the teacher": share})
         table[-1] |= {key: row.get(key) for key in ("loss", "perplexity")}
-    known = [key for key in (table[0] if table else []) if any(row[key] is not None for row in table)]
-    return [{key: row[key] for key in known} for row in table]
+    return tables.without_empty(table)
 
 
-def commands(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[dict]:
+def commands(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[dict[str, Any]]:
     """Rows {next, command}: the next stage, missing evaluations, and uses of the result."""
     if not models:
         return
@@ -101,7 +101,7 @@ def commands(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[di
     common = [option for option in options if _COMMON.match(option)]
     data = [option for option in options if _DATA.match(option)]
 
-    def row(purpose: str, stage: str, *more: str) -> dict:
+    def row(purpose: str, stage: str, *more: str) -> dict[str, Any]:
         return {"next": purpose, "command": shlex.join(["python", f"launch/{stage}.py", *common, *more])}
 
     if "pruned" not in roles:
@@ -123,7 +123,7 @@ def commands(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[di
         yield {"next": "Serve the exported model", "command": shlex.join(["vllm", "serve", str(folder)])}
 
 
-def _options(lineage: dict) -> list[str]:
+def _options(lineage: dict[str, Any]) -> list[str]:
     """The overrides of the command that wrote a checkpoint."""
     try:
         return shlex.split(lineage.get("command", ""))[1:]

@@ -2,12 +2,14 @@
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
-from minitron_mcore.checkpoint import run_folder
+from minitron_mcore.checkpoint import disk, run_folder
 from minitron_mcore.errors import UserError
-from minitron_mcore.reporting import read, tables
+from minitron_mcore.reporting import tables
+from minitron_mcore.reporting.artefacts import folders
 from minitron_mcore.reporting.sections import CODE, Section, sections
 
 GENERATOR = "minitron_mcore report"
@@ -18,15 +20,15 @@ def collect(work_dir: str | Path) -> list[Section]:
     """The sections of the report on `work_dir`.
 
     Raises:
-        UserError: see `read.folders` and `sections`.
+        UserError: see `artefacts.folders` and `sections`.
     """
-    report = sections(read.folders(work_dir))
+    report = sections(folders(work_dir))
     if not report:
         raise UserError(f"{work_dir} has nothing to report yet: every file that a stage wrote there is empty.")
     return report
 
 
-def write(work_dir: str | Path, html: str | Path) -> list[dict]:
+def write(work_dir: str | Path, html: str | Path) -> list[dict[str, Any]]:
     """Write the report on `work_dir` to the file `html`; returns the rows of `contents`.
 
     Raises:
@@ -43,7 +45,7 @@ def save(folder: Path, report: list[Section], html: Path) -> None:
     """Write the page of a report on `folder`."""
     html.parent.mkdir(parents=True, exist_ok=True)
     text = render(folder, report).encode("utf-8", "replace").decode()  # JSON may contain unpaired surrogates
-    run_folder.replace_text(html, text)
+    disk.replace_text(html, text)
 
 
 def check(html: Path) -> None:
@@ -54,18 +56,9 @@ def check(html: Path) -> None:
         )
 
 
-def contents(report: list[Section]) -> list[dict]:
-    """Rows for a table: tables and pictures of each part."""
-    return [
-        {
-            "section": section.title,
-            "of": part.name,
-            "tables": sum(bool(t.rows) for t in part.tables),
-            "pictures": len(part.pictures),
-        }
-        for section in report
-        for part in section.parts
-    ]
+def contents(report: list[Section]) -> list[dict[str, Any]]:
+    """Rows for a table: the sections and the number of their parts."""
+    return [{"section": section.title, "parts": len(section.parts)} for section in report]
 
 
 def render(work_dir: Path, report: list[Section]) -> str:
@@ -82,7 +75,7 @@ def render(work_dir: Path, report: list[Section]) -> str:
     )
 
 
-def _css(rows: list[dict], column: str) -> str:
+def _css(rows: list[dict[str, Any]], column: str) -> str:
     """CSS class of a column: code, number or neither."""
     if column in CODE:
         return "c"

@@ -1,10 +1,12 @@
-"""Plots of scores, plans and losses, drawn without a display."""
+"""Plots of scores, plans, losses, depth studies and searches, drawn without a display."""
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -87,7 +89,7 @@ def _depth(axes: Axes, scores: Mapping[str, np.ndarray]) -> bool:
     return True
 
 
-def statistic(scores_file: str | os.PathLike) -> str:
+def statistic(scores_file: str | Path) -> str:
     """How scores were computed, in one line, from their metadata."""
     with open_tensors(scores_file, "np", "score again") as file:
         metadata = file.metadata() or {}
@@ -95,7 +97,7 @@ def statistic(scores_file: str | os.PathLike) -> str:
     return "; ".join(f"{key.replace('_', ' ')}: {metadata[key]}" for key in shown if key in metadata)
 
 
-def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> None:
+def plot_importance(scores_file: str | Path, png: str | Path) -> None:
     """Plot a scores.safetensors: sorted hidden scores, ffn quantiles per block, heads and depth; absent scores are left empty."""
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     figure.suptitle(statistic(scores_file), fontsize="small")
@@ -107,7 +109,7 @@ def plot_importance(scores_file: str | os.PathLike, png: str | os.PathLike) -> N
         figure.savefig(png, dpi=DPI)
 
 
-def plot_plan(plan: Plan, scores: Mapping[str, Tensor], png: str | os.PathLike) -> None:
+def plot_plan(plan: Plan, scores: Mapping[str, Tensor], png: str | Path) -> None:
     """Plot the kept share of each axis in each block of the source, and its share of the summed score; dropped blocks are hatched.
 
     Args:
@@ -143,7 +145,7 @@ def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.n
         chosen |= {"ffn": ffn}
     else:
         chosen |= {"ffn": plan.ffn}
-    rows = {}
+    rows: dict[str, np.ndarray] = {}
     for axis, kept in chosen.items():
         units, held = np.full((2, plan.source.blocks), np.nan)
         for block in set(plan.blocks) & set(kept):
@@ -158,7 +160,7 @@ def _kept_shares(plan: Plan, scores: Mapping[str, np.ndarray]) -> dict[str, np.n
     return rows
 
 
-def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -> None:
+def plot_losses(runs: Mapping[str, str | Path], png: str | Path) -> None:
     """Plot KD loss, LM loss and learning rate of runs (label -> metrics.jsonl) against tokens.
 
     Pale lines are single steps, solid lines a running mean over a twentieth of the run, points the held-out loss.
@@ -195,3 +197,144 @@ def plot_losses(runs: Mapping[str, str | os.PathLike], png: str | os.PathLike) -
     panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     with damage_as_user_error(", ".join(map(str, runs.values())), "move them away"):  # figures too large to draw
         figure.savefig(png, dpi=DPI)
+
+
+def plot_depth(study: Mapping[str, Any], png: str | Path) -> None:
+    """Plot loss and, if measured, accuracy without each contiguous run of blocks against the last dropped block (arXiv 2408.11796,
+    figures 8 and 9); one curve per length. A ring marks the study's choice.
+
+    Args:
+        study: the content of depth.json.
+    """
+    figures = {"loss": "loss (nats / token)", "accuracy": "accuracy"}
+    if study["baseline"]["accuracy"] is None:
+        del figures["accuracy"]
+    figure = Figure(figsize=(6.5 * len(figures), 5), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
+        _depth_curves(axes, study, name)
+        axes.axhline(study["baseline"][name], color="black", linestyle="--", linewidth=1, label="full model")
+        if name == "accuracy":
+            axes.axhline(study["chance"], color="grey", linestyle=":", linewidth=1, label="chance")
+        axes.set(title=f"{label.split(' (')[0].capitalize()} without a run of blocks", ylabel=label)
+        axes.set_xlabel("last dropped block (from 0)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(png, dpi=DPI)
+
+
+def _depth_curves(axes: Axes, study: Mapping[str, Any], name: str) -> None:
+    sizes = sorted({point["size"] for point in study["sweep"]})
+    for at, size in enumerate(sizes):
+        colour = colormaps["viridis"](0.9 * at / max(1, len(sizes) - 1))
+        points = [point for point in study["sweep"] if point["size"] == size]
+        last = [point["dropped"][-1] for point in points]
+        axes.plot(last, [point[name] for point in points], ".-", color=colour, label=f"{size} block{'s' * (size > 1)}")
+        dropped = study["drop"].get(str(size))
+        for point in points:
+            if point["dropped"] == dropped:
+                axes.plot(dropped[-1], point[name], "o", markersize=11, fillstyle="none", color=colour)
+
+
+def plot_search(results: Mapping[str, Any], folder: Path) -> list[str]:
+    """Write the plots for which there are results; returns their paths.
+
+    Args:
+        results: the content of search.json.
+    """
+    rows = results["candidates"]
+    plots: dict[str, Callable[[Sequence[Mapping[str, Any]], Path], None]] = {"parameters.png": plot_sizes}
+    if any(row["steps"] for row in rows):
+        plots["ranks.png"] = plot_ranks
+    if any(row["decode_tokens_per_second"] for row in rows):
+        plots["speed.png"] = plot_speed
+    for name, plot in plots.items():
+        plot(rows, folder / name)
+    return [str(folder / name) for name in plots]
+
+
+def _candidate(row: Mapping[str, Any]) -> str:
+    return row["name"].replace("_", " ")
+
+
+def plot_ranks(rows: Sequence[Mapping[str, Any]], png: Path) -> None:
+    """Plot held-out loss and rank of the trained candidates against steps; step 0 is zero-shot (arXiv 2407.14679, figure 9)."""
+    trained = [row for row in rows if row["steps"]]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    losses, ranks = figure.subplots(1, 2, sharex=True)
+    curves = {
+        _candidate(row): {0: row["zero_shot_loss"]} | dict(zip(row["steps"], row["losses"], strict=True))
+        for row in trained
+    }
+    for n, (name, curve) in enumerate(curves.items()):
+        style = {"color": COLOURS[n % len(COLOURS)], "marker": "o", "markersize": 4, "label": name}
+        losses.plot(list(curve), list(curve.values()), **style)
+        at = {step: sorted(c[step] for c in curves.values() if step in c).index(curve[step]) + 1 for step in curve}
+        ranks.plot(list(at), list(at.values()), **style)
+    losses.set(title="Held-out loss", ylabel="nats / token")
+    ranks.set(title="Rank among the trained", ylabel="rank by held-out loss")
+    ranks.invert_yaxis()
+    ranks.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (losses, ranks):
+        axes.set_xlabel("steps of distillation (0: just pruned)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    losses.legend(fontsize="small")
+    figure.savefig(png, dpi=DPI)
+
+
+def plot_sizes(rows: Sequence[Mapping[str, Any]], png: Path) -> None:
+    """Plot loss against parameters: hollow is just pruned, filled is after training."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    _scatter(axes, rows, "parameters")
+    axes.set(xlabel="parameters", ylabel="held-out loss (nats / token)")
+    figure.legend(fontsize="small", ncols=2, loc="outside upper center")
+    axes.xaxis.set_major_formatter(EngFormatter(places=1))
+    figure.savefig(png, dpi=DPI)
+
+
+def plot_speed(rows: Sequence[Mapping[str, Any]], png: Path) -> None:
+    """Plot loss against measured speed; a line joins the Pareto front, of the trained candidates if there are any."""
+    measured = [row for row in rows if row["decode_tokens_per_second"]]
+    compared = [row for row in measured if row["loss"] is not None] or measured
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
+        key = f"{kind}_tokens_per_second"
+        _scatter(axes, measured, key)
+        best = pareto_front([(row[key], _loss(row)) for row in compared])
+        axes.plot(
+            *zip(*best, strict=True), color="black", linewidth=0.8, zorder=0, label="no other is both faster and better"
+        )
+        axes.set(xlabel=f"{kind}, tokens / s", title=kind.capitalize())
+    figure.axes[0].set_ylabel("held-out loss (nats / token)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", ncols=3, loc="outside upper center")
+    figure.savefig(png, dpi=DPI)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (speed, loss) points that no other point beats in both, fastest first."""
+    best: list[tuple[float, float]] = []
+    for speed, loss in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not best or loss < best[-1][1]:
+            best.append((speed, loss))
+    return best
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return row["zero_shot_loss"] if row["loss"] is None else row["loss"]
+
+
+def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    trained = [row for row in rows if row["loss"] is not None]
+    points = {
+        "just pruned": [(r[key], r["zero_shot_loss"]) for r in rows],
+        "trained": [(r[key], r["loss"]) for r in trained],
+    }
+    for (name, at), colour, face in zip(points.items(), COLOURS, ("none", COLOURS[1]), strict=False):
+        if at:
+            axes.scatter(*zip(*at, strict=True), edgecolors=colour, facecolors=face, label=name)
+    for row in rows:
+        axes.annotate(_candidate(row), (row[key], _loss(row)), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axes.margins(x=0.25)  # room for the names
+    axes.grid(alpha=0.3)

@@ -10,11 +10,19 @@ from minitron_mcore.importance.scores import summary as score_summary
 from minitron_mcore.pruning import summary
 from minitron_mcore.pruning.plan import Plan, load_plan
 from minitron_mcore.reading import read_yaml
-from minitron_mcore.reporting import family_tree, overview, roles
+from minitron_mcore.reporting import artefacts, overview
+from minitron_mcore.reporting.artefacts import (
+    KINDS,
+    REMEDY,
+    Model,
+    Picture,
+    damage_as_user_error,
+    pictures,
+    read_json,
+    read_lines,
+)
 from minitron_mcore.reporting.overview import Tile
-from minitron_mcore.reporting.read import KINDS, REMEDY, Picture, damage_as_user_error, pictures, read_json, read_lines
-from minitron_mcore.reporting.roles import Model
-from minitron_mcore.reporting.tables import TRAINING_FIGURES
+from minitron_mcore.reporting.tables import TRAINING_FIGURES, without_empty
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
 """Columns in a monospaced font: hashes, paths and commands."""
@@ -25,7 +33,7 @@ SIZES = ("blocks", "hidden", "ffn", "heads", "groups")
 @dataclasses.dataclass
 class Table:
     caption: str
-    rows: list[dict]
+    rows: list[dict[str, Any]]
     folded: bool = False
     """Collapsed; for long tables."""
 
@@ -36,7 +44,7 @@ class Part:
 
     name: str
     text: str = ""
-    facts: dict = dataclasses.field(default_factory=dict)
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     tables: list[Table] = dataclasses.field(default_factory=list)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
 
@@ -51,7 +59,7 @@ class Section:
 
 
 def sections(folders: dict[str, list[Path]]) -> list[Section]:
-    """The sections of the folders of a work_dir (see `read.folders`).
+    """The sections of the folders of a work_dir (see `artefacts.folders`).
 
     Raises:
         UserError: a file cannot be read.
@@ -60,7 +68,7 @@ def sections(folders: dict[str, list[Path]]) -> list[Section]:
     plans = _plans(folders)
     depth, search = ([(f, read_json(f / KINDS[kind])) for f in folders[kind]] for kind in ("depth", "search"))
     training = ((folder, None) for folder in folders["training"])
-    models = roles.models(folders)
+    models = artefacts.models(folders)
     built = [
         _summary(folders, models),
         _evaluations(folders, models),
@@ -100,7 +108,7 @@ def _scores(folder: Path) -> Scores:
 
 def _plans(folders: dict[str, list[Path]]) -> dict[Path, Plan]:
     """Each different plan: of plan stages, and of pruned checkpoints whose plan stage is not in the work_dir."""
-    plans = {}
+    plans: dict[Path, Plan] = {}
     for folder in sorted(folders["plan"], key=lambda folder: folder in folders["checkpoint"]):
         plan = load_plan(folder)
         if plan.digest() not in [known.digest() for known in plans.values()]:
@@ -109,7 +117,7 @@ def _plans(folders: dict[str, list[Path]]) -> dict[Path, Plan]:
 
 
 def _evaluations(folders: dict[str, list[Path]], models: list[Model]) -> Section:
-    known, role_of = family_tree.weights_of(folders), {path: model.role for model in models for path in model.paths}
+    known, role_of = artefacts.weights_of(folders), {path: model.role for model in models for path in model.paths}
     rows = []
     for folder in folders["evaluation"]:
         path = folder / KINDS["evaluation"]
@@ -179,16 +187,15 @@ def _plan(folder: Path, plan: Plan) -> Part:
     )
 
 
-def _depth(folder: Path, study: dict) -> Part:
+def _depth(folder: Path, study: dict[str, Any]) -> Part:
     metric, sweep = str(study.get("metric", "loss")), study.get("sweep", [])
     figures = ("loss", "kl", "mse", "accuracy")
     rows = []
     for point in sweep:
-        dropped = point.get("dropped") or []
-        shown = {key: point.get(key) for key in figures if any(p.get(key) is not None for p in sweep)}
-        last = max(dropped, default=None)
+        last, shown = max(point.get("dropped") or [], default=None), {key: point.get(key) for key in figures}
         rows.append({"blocks dropped": point["size"], "first": point.get("first"), "last": last} | shown)
-    best = {}
+    rows = without_empty(rows)
+    best: dict[int, dict[str, Any]] = {}
     for row in rows:
         if row.get(metric) is not None:
             sign = 1 if metric in LOWER_IS_BETTER else -1
@@ -227,7 +234,7 @@ SEARCH_PLOTS = {
 """File -> caption and alternative text."""
 
 
-def _search(folder: Path, study: dict) -> Part:
+def _search(folder: Path, study: dict[str, Any]) -> Part:
     candidates = study.get("candidates", [])
     ranks = {key: _ranks([candidate.get(key) for candidate in candidates]) for key in ("zero_shot_loss", "loss")}
     rows = []
@@ -242,9 +249,7 @@ def _search(folder: Path, study: dict) -> Part:
         row |= {"loss after training": candidate.get("loss"), "rank then": ranks["loss"][number]}
         row |= {key: candidate.get(key) for key in ("prefill_tokens_per_second", "decode_tokens_per_second")}
         rows.append(row)
-    shown = [key for key in (rows[0] if rows else []) if any(row.get(key) is not None for row in rows)]
-    rows = [{key: row.get(key) for key in shown} for row in rows]
-    table = Table("Candidates; zero-shot is just pruned. Loss in nats per token.", rows)
+    table = Table("Candidates; zero-shot is just pruned. Loss in nats per token.", without_empty(rows))
     facts = {"model": study.get("model")}
     return Part(folder.name, facts=facts, tables=[table], pictures=pictures(folder, SEARCH_PLOTS))
 
@@ -285,7 +290,7 @@ def comparisons(folders: list[Path]) -> Section:
     return _section("Comparison", "Training runs side by side.", sources, _comparison)
 
 
-def _comparison(folder: Path, record: dict) -> Part:
+def _comparison(folder: Path, record: dict[str, Any]) -> Part:
     rows = record["runs"]
     text = "Settings, inputs and sizes in which the runs differ; last losses in nats per token."
     caption = "Losses in nats per token and learning rate of the runs against tokens."
@@ -294,7 +299,7 @@ def _comparison(folder: Path, record: dict) -> Part:
 
 
 def _lineage(folders: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]) -> Section:
-    lines, commands = family_tree.rows(folders, scores, plans)
+    lines, commands = artefacts.lineage_rows(folders, scores, plans)
     tables = [
         Table("What was made from what. A hash identifies weights, scores or a plan.", lines),
         Table("Commands.", commands, True),

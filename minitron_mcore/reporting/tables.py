@@ -5,14 +5,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.parallel.rendezvous import is_rank_zero
 
+Row = Mapping[str, Any]
 _PIPED_WIDTH = 160
 TRAINING_FIGURES = (
     *("step", "tokens", "kd_loss", "lm_loss", "heldout_loss"),
@@ -30,7 +33,7 @@ def format_value(value: object) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:#.4g}"
 
 
-def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> None:
+def table(title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
     """Print a table and notes below it (rank 0). Columns are the union of the rows' keys; piped output has a fixed width."""
     if not is_rank_zero():
         return
@@ -43,14 +46,14 @@ def table(title: str, rows: Sequence[Mapping], notes: Sequence[str] = ()) -> Non
         console.print(Text(note), soft_wrap=True)
 
 
-def markdown(rows: Sequence[Mapping]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """The rows of `table` as a Markdown table."""
-    console = Console(file=io.StringIO(), width=10_000, color_system=None)
-    console.print(_grid(rows, box.MARKDOWN))
-    return "\n".join(line.rstrip() for line in console.file.getvalue().strip().splitlines())
+    text = io.StringIO()
+    Console(file=text, width=10_000, color_system=None).print(_grid(rows, box.MARKDOWN))
+    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
-def _grid(rows: Sequence[Mapping], style: box.Box) -> Table:
+def _grid(rows: Sequence[Row], style: box.Box) -> Table:
     shown = Table(box=style)
     for column in columns(rows):
         shown.add_column(label(column), justify="right" if is_numeric(rows, column) else "left", overflow="fold")
@@ -59,9 +62,15 @@ def _grid(rows: Sequence[Mapping], style: box.Box) -> Table:
     return shown
 
 
-def columns(rows: Sequence[Mapping]) -> list[str]:
+def columns(rows: Sequence[Row]) -> list[str]:
     """The union of the rows' keys, in order of appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def without_empty(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows without columns that are None in all of them."""
+    known = [key for key in columns(rows) if any(row.get(key) is not None for row in rows)]
+    return [{key: row.get(key) for key in known} for row in rows]
 
 
 def label(column: str) -> str:
@@ -69,14 +78,12 @@ def label(column: str) -> str:
     return column.replace("_", " ")
 
 
-def is_numeric(rows: Sequence[Mapping], column: str) -> bool:
+def is_numeric(rows: Sequence[Row], column: str) -> bool:
     """Whether a column is right-aligned: numbers and percentages."""
     values = [row.get(column) for row in rows]
     return all(isinstance(value, int | float | None) or str(value).endswith("%") for value in values)
 
 
-def write_json(path: str | os.PathLike, value: object) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Replace a file atomically by `value` as JSON."""
-    from minitron_mcore.checkpoint import run_folder  # imports torch, which tables do not need
-
-    run_folder.replace_text(Path(path), json.dumps(value, indent=1) + "\n")
+    disk.replace_text(Path(path), json.dumps(value, indent=1) + "\n")

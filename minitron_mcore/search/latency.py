@@ -3,11 +3,13 @@
 The time of a matrix product does not depend on its values, so a candidate is measured before it is pruned or trained.
 """
 
+import functools
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ def check(arch: Architecture, speed: SpeedConfig) -> None:
         )
 
 
-def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str) -> dict:
+def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str) -> dict[str, Any]:
     """Median speed of an architecture on this rank's device, in tokens of the whole batch per second.
 
     Args:
@@ -51,7 +53,7 @@ def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str)
         for _ in range(speed.repetitions + 1):  # the first is a warm-up
             seconds, output = _timed(lambda: model(prompt, use_cache=True, logits_to_keep=1))
             prefill.append(seconds)
-            seconds, _ = _timed(lambda output=output: _decode(model, output, speed.generated))
+            seconds, _ = _timed(functools.partial(_decode, model, output, speed.generated))
             decode.append(seconds)
         return {
             "prefill_tokens_per_second": speed.batch * speed.prompt / statistics.median(prefill[1:]),
@@ -87,7 +89,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _decode(model: torch.nn.Module, output, count: int) -> Tensor:
+def _decode(model: torch.nn.Module, output: Any, count: int) -> Tensor:
     """Generate `count` tokens greedily after a forward pass, without a stop token; returns the last [B, 1]."""
     for _ in range(count):
         token = output.logits[:, -1:].argmax(-1)

@@ -14,9 +14,11 @@ search write different files in the same folder: the first pass measures all can
 
 import gc
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.checkpoint import claim, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
@@ -34,9 +36,8 @@ from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.pruning import apply
 from minitron_mcore.search import latency
-from minitron_mcore.search.results import collect, write
+from minitron_mcore.search.results import CandidateStore, collect, write
 from minitron_mcore.search.space import MAX_GRID, Candidate, Space
-from minitron_mcore.search.store import CandidateStore
 
 MEASURED, TRAINED = "measured.json", "trained.json"
 
@@ -130,9 +131,10 @@ class SearchRunner:
     def _in_shard(self, number: int) -> bool:
         return number % self.search.shards == self.search.shard
 
-    def _measure(self) -> dict[Candidate, dict]:
+    def _measure(self) -> dict[Candidate, dict[str, Any]]:
         """Measure this shard's candidates; returns the results of all that are measured (collective)."""
-        results, proposals, number = {}, self.space.proposals(self.config.seed), 0
+        results: dict[Candidate, dict[str, Any]] = {}
+        proposals, number = self.space.proposals(self.config.seed), 0
         progress = process_groups.Progress("candidates", self.total, "candidates")
         candidate = next(proposals, None)
         while candidate and self.remaining > 0:
@@ -145,13 +147,13 @@ class SearchRunner:
                 progress.update(len(results), f", {candidate.name}: {measured['zero_shot_loss']:.3f}")
             number += 1
             try:
-                candidate = proposals.send(measured.get("zero_shot_loss"))
+                candidate = proposals.send(measured.get("zero_shot_loss", math.inf))
             except StopIteration:
                 self.total = number  # optuna may find fewer than search.trials
                 break
         return results
 
-    def _measure_candidate(self, candidate: Candidate) -> dict:
+    def _measure_candidate(self, candidate: Candidate) -> dict[str, Any]:
         """Prune a candidate in memory and measure it; one model at a time."""
         plan, dtype = self.store.plan(candidate), self.config.dtype.value
         model = apply.build_pruned(self.source, plan, self.config.parallel, dtype, self.reader)
@@ -162,7 +164,7 @@ class SearchRunner:
         self.remaining -= 1
         return self.store.write(candidate, MEASURED, result)
 
-    def _train(self, measured: dict[Candidate, dict]) -> None:
+    def _train(self, measured: dict[Candidate, dict[str, Any]]) -> None:
         """Train this shard's part of the best candidates, search.students_per_pass at a time (collective)."""
         best = sorted(measured, key=lambda c: (measured[c]["zero_shot_loss"], c.name))[: self.search.best]
         own = [candidate for number, candidate in enumerate(best) if self._in_shard(number)]

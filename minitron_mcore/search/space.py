@@ -9,20 +9,24 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from minitron_mcore.config import ranges
 from minitron_mcore.config.search import BudgetConfig, SearchConfig
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.config.stages import SearchRun
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.models import architecture, flops, parameter_table, sharding
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.pruning.target import target_architecture
-from minitron_mcore.search import axes
-from minitron_mcore.search.axes import AXES
+from minitron_mcore.pruning.target import as_count, target_architecture
 
+AXES = {"blocks": "L", "hidden": "H", "ffn": "F", "heads": "N", "groups": "G", "experts": "E"}
+"""Axis -> its letter in a candidate's name."""
+SETTINGS = (*AXES, "expansion")
+"""Settings of `search` that list sizes; expansion gives ffn as a multiple of hidden."""
+MAX_AXIS_SIZES = 10_000
 MAX_GRID = 10_000
 """Up to so many combinations, all are tried; above, optuna proposes."""
 MAX_IDLE_TRIALS = 500
@@ -48,12 +52,18 @@ class Candidate:
     @property
     def prune(self) -> PruneConfig:
         """The prune settings of this candidate."""
-        return PruneConfig(**dict(self.sizes))
+        return prune_config(self.sizes)
 
     @property
     def overrides(self) -> str:
         """Command-line overrides with which launch/plan.py plans this candidate."""
         return " ".join(["prune=keep", *(f"prune.{axis}={size}" for axis, size in self.sizes)])
+
+
+def prune_config(sizes: Sequence[tuple[str, int]]) -> PruneConfig:
+    """The prune settings of (axis, size) pairs."""
+    changes: dict[str, Any] = dict(sizes)
+    return PruneConfig(**changes)
 
 
 class NearMiss(NamedTuple):
@@ -82,11 +92,11 @@ class Space:
             parallel: the layout in which candidates are ranked and trained.
 
         Raises:
-            UserError: all invalid settings; see `axes.problems` and `axes.sizes_by_axis`.
+            UserError: all invalid settings; see `problems` and `sizes_by_axis`.
         """
         self.source, self.search, self.parallel = source, search, parallel
-        refuse(axes.problems(search))
-        self.axes = axes.sizes_by_axis(source, search)
+        refuse(problems(search))
+        self.axes = sizes_by_axis(source, search)
         self.left_out: Counter[str] = Counter()
         """Reason -> number of combinations that do not fit; filled by `candidates` and `proposals`."""
         self._near_miss: NearMiss | None = None
@@ -120,7 +130,7 @@ class Space:
         fitting = {}
         for chosen in itertools.product(*self.axes.values()):
             candidate, excess = self._try(dict(zip(self.axes, chosen, strict=True)))
-            if not excess:
+            if candidate and not excess:
                 fitting[candidate.target] = candidate
         if not fitting:
             raise UserError(self._no_candidate())
@@ -146,14 +156,15 @@ class Space:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-        losses, idle = {}, 0
+        losses: dict[Candidate, float] = {}
+        idle = 0
         while len(losses) < self.search.trials and idle < MAX_IDLE_TRIALS:
             idle += 1
             trial = study.ask()
             chosen = {axis: sizes[trial.suggest_int(axis, 0, len(sizes) - 1)] for axis, sizes in self.axes.items()}
             candidate, excess = self._try(chosen)
             trial.set_constraint("fits", excess)
-            if excess > 0:
+            if candidate is None or excess > 0:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 continue
             if candidate not in losses:
@@ -165,9 +176,9 @@ class Space:
     def _try(self, chosen: dict[str, float]) -> tuple[Candidate | None, float]:
         """The candidate of a combination and the relative excess over the budget's tolerance: 0 if it fits, (None, 1) if it fails
         for another reason. Records the reason and the near miss."""
-        candidate, reason = self._candidate(chosen)
-        if not candidate:
-            self.left_out[reason] += 1
+        candidate = self._candidate(chosen)
+        if isinstance(candidate, str):
+            self.left_out[candidate] += 1
             return None, 1.0
         excess = self._excess(candidate.target)
         if excess:
@@ -176,7 +187,7 @@ class Space:
                 self._near_miss = NearMiss(excess, candidate)
         return candidate, excess
 
-    def _candidate(self, chosen: dict[str, float]) -> tuple[Candidate | None, str | None]:
+    def _candidate(self, chosen: dict[str, float]) -> Candidate | str:
         """A combination as a candidate, or the reason against it; the budget is not checked."""
         source, search = self.source, self.search
         sizes = {axis: int(size) for axis, size in chosen.items() if axis != "expansion"}
@@ -184,22 +195,22 @@ class Space:
             channels = chosen["expansion"] * sizes.get("hidden", source.hidden)
             sizes["ffn"] = round(channels / search.multiple) * search.multiple
         if any(size > getattr(source, axis) for axis, size in sizes.items()):
-            return None, "larger than the source"
+            return "larger than the source"
         groups = sizes.get("groups", source.groups)
         heads = sizes.get("heads", groups * source.heads_per_group)
         if heads % groups or heads > groups * source.heads_per_group:
-            return None, "heads that the groups do not divide or hold"
+            return "heads that the groups do not divide or hold"
         if sizes.get("experts", source.experts) < source.experts_per_token:
-            return None, "fewer experts than a token takes"
+            return "fewer experts than a token takes"
         if any(sizes.get(axis, 0) % search.multiple for axis in ("hidden", "ffn")):
-            return None, f"hidden or ffn no multiple of {search.multiple}"
+            return f"hidden or ffn no multiple of {search.multiple}"
         changed = tuple((axis, sizes[axis]) for axis in AXES if sizes.get(axis) not in (None, getattr(source, axis)))
-        target = target_architecture(source, PruneConfig(**dict(changed)))
+        target = target_architecture(source, prune_config(changed))
         if any(architecture.export_problems(target)):
-            return None, "heads that do not divide hidden, which the Hugging Face class demands"
+            return "heads that do not divide hidden, which the Hugging Face class demands"
         if any(sharding.model_problems(target, self.parallel)):
-            return None, "not divided by parallel.*"
-        return Candidate(target, changed), None
+            return "not divided by parallel.*"
+        return Candidate(target, changed)
 
     def _excess(self, target: Architecture) -> float:
         """Relative distance from the budget beyond the tolerance; 0 within it or without a budget."""
@@ -218,7 +229,7 @@ class Space:
             return f"none of the search's combinations fits ({reasons}): give other sizes in search.*."
         name, limit = self._budget()
         nearest = self._near_miss.candidate
-        cost = cost_of(nearest.target, self.search.budget)
+        cost = cost_of(nearest.target, self.search.budget) or 0
         return (
             f"no combination has {limit:,.0f} {name} within {self.search.budget.tolerance:g} of it; the nearest is "
             f"{nearest.name} with {cost:,.0f} ({cost / limit - 1:+.1%}). Give other sizes in search.*, another "
@@ -226,7 +237,7 @@ class Space:
         )
 
 
-def rows(candidates: list[Candidate], budget: BudgetConfig) -> list[dict]:
+def rows(candidates: list[Candidate], budget: BudgetConfig) -> list[dict[str, Any]]:
     """Rows for a table: parameters, memory and operations of each candidate."""
     table = []
     for candidate in candidates:
@@ -243,3 +254,77 @@ def rows(candidates: list[Candidate], budget: BudgetConfig) -> list[dict]:
             }
         )
     return table
+
+
+def sizes_by_axis(source: Architecture, search: SearchConfig) -> dict[str, list[float]]:
+    """Setting -> its different sizes, ascending, for the settings that are not None.
+
+    Raises:
+        UserError: a value that is not a list of sizes or {start, stop, step}; see `target.as_count`.
+    """
+    values = {axis: getattr(search, axis) for axis in SETTINGS}
+    return {axis: _sizes(axis, value, source) for axis, value in values.items() if value is not None}
+
+
+def problems(search: SearchConfig) -> Iterator[str]:
+    """One sentence for each invalid setting of a search."""
+    budget = search.budget
+    if all(getattr(search, axis) is None for axis in SETTINGS):
+        yield (
+            "the search has no axis: give sizes to choose from, as in search.ffn=[1024,1152] search.blocks=[28,30], or a "
+            "window (search=smollm2_100m)."
+        )
+    if search.ffn is not None and search.expansion is not None:
+        yield "search.ffn and search.expansion both set the ffn: give one of them."
+    units = [name for name in ("parameters", "bytes", "flops") if getattr(budget, name) is not None]
+    if len(units) > 1:
+        yield f"search.budget has {' and '.join(units)}: give one of them."
+    wrong = [name for name in units if not 0 < getattr(budget, name) < float("inf")]
+    yield from (f"search.budget.{name} is {getattr(budget, name):g}; it must be above 0." for name in wrong)
+    if not 0 <= budget.tolerance < 1:
+        yield f"search.budget.tolerance is {budget.tolerance:g}; it is a share, from 0 to below 1."
+    positive = ("multiple", "trials", "steps", "eval_every", "students_per_pass", "shards")
+    counts = {f"search.{name}": getattr(search, name) for name in positive}
+    counts |= {f"search.budget.{name}": getattr(budget, name) for name in ("context", "batch")}
+    speed = ("batch", "prompt", "generated", "repetitions")
+    yield from ranges.at_least(1, counts | {f"search.speed.{name}": getattr(search.speed, name) for name in speed})
+    yield from ranges.at_least(0, {"search.best": search.best})
+    if search.shards >= 1 and not 0 <= search.shard < search.shards:
+        yield f"search.shard is {search.shard}, but search.shards is {search.shards}: give 0 to {search.shards - 1}."
+
+
+def _sizes(axis: str, value: object, source: Architecture) -> list[float]:
+    if isinstance(value, dict):
+        value = _range(axis, value)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"search.{axis} is {value}: give a list of sizes, or {{start:..,stop:..,step:..}}.")
+    if axis == "expansion":
+        if wrong := [x for x in value if not _is_number(x) or not 0 < x < math.inf]:
+            raise UserError(f"search.{axis} has {wrong[0]!r}: give numbers above 0, multiples of hidden.")
+        return sorted(set(value))
+    counts = {as_count(x, getattr(source, axis), f"search.{axis} has") for x in value}
+    if min(counts) < 1:
+        raise UserError(
+            f"search.{axis} has {min(counts)}: give whole sizes from 1, or shares of the source's up to 1.0."
+        )
+    return sorted(counts)
+
+
+def _range(axis: str, value: dict[str, Any]) -> list[float]:
+    """The sizes of {start, stop, step}: all whole numbers, or all shares (multiples of hidden, for expansion)."""
+    numbers: list[Any] = [value.get(key) for key in ("start", "stop", "step")]
+    one_kind = len({type(x) for x in numbers}) == 1 or axis == "expansion"
+    if len(value) != 3 or not all(map(_is_number, numbers)) or not one_kind or not all(map(math.isfinite, numbers)):
+        raise UserError(
+            f"search.{axis} is {value}: give a list of sizes, or {{start:..,stop:..,step:..}}, of whole numbers only or "
+            "of shares only."
+        )
+    start, stop, step = numbers
+    count = math.floor((stop - start) / step + 1e-9) + 1 if step > 0 else 0
+    if not 1 <= count <= MAX_AXIS_SIZES:
+        raise UserError(f"search.{axis} is {value}, which makes {max(0, count):,} sizes: give 1 to {MAX_AXIS_SIZES:,}.")
+    return [round(start + n * step, 12) for n in range(count)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

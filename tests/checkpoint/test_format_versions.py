@@ -15,7 +15,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import load_scores, save_scores
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.plan import load_plan, make_plan
-from minitron_mcore.reporting import read
+from minitron_mcore.reporting import artefacts
 from tests.helpers.cutting import random_scores
 
 ARCH = Architecture("llama", 2, 36, 30, 12, 4, 8, 101, 256, 1e-5, 1e4, None, tied=False)
@@ -60,7 +60,7 @@ ARTEFACTS = {
     "depth.json": (lambda _: depth_study(), lambda file: study.load_study(file, FINGERPRINT)["drop"]),
     "search.json": (
         lambda _: json.dumps({"format_version": 1, "model": "x"}),
-        lambda file: read.read_json(file)["model"],
+        lambda file: artefacts.read_json(file)["model"],
     ),
 }
 """File name -> (what writes its text, given its folder; what reads it)."""

@@ -30,10 +30,10 @@ KEY = "decoder.final_norm.weight"
 GPT_KEY = "decoder.final_layernorm.weight"
 
 
-def trainer(folder, distributed: bool):
+def trainer(folder):
     from minitron_mcore.distill.trainer import Trainer
 
-    config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0, distributed_optimizer=distributed)
+    config = dataclasses.replace(CONFIG, kd_weight=0.0, lm_weight=1.0)
     return Trainer(open_checkpoint(folder), None, config, ONE, "fp32")
 
 
@@ -46,12 +46,10 @@ def write(base: Path) -> None:
     source = open_checkpoint(base / "convert")
     (base / "gpt").mkdir()
     megatron_gpt.export_folder(source, base / "gpt", ONE, "fp32")
-    for distributed in (True, False):
-        out_dir = base / f"run_{distributed}"
-        run_folder.describe(out_dir, source.arch, "test", {}, source.hf)
-        made, batches = trainer(base / "convert", distributed), micro_batches(CONFIG, 0, 0, 1)
-        made.train_step([next(batches) for _ in range(CONFIG.global_batch)])
-        made.save(out_dir)
+    run_folder.describe(base / "run", source.arch, "test", {}, source.hf)
+    made, batches = trainer(base / "convert"), micro_batches(CONFIG, 0, 0, 1)
+    made.train_step([next(batches) for _ in range(CONFIG.global_batch)])
+    made.save(base / "run")
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +101,18 @@ def tried(call) -> str:
 def attack_checkpoints(base: Path, folder: Path) -> dict:
     """Outcome of every attack by every reader: a sentence or nothing; a traceback fails the rank."""
     flag, found = folder / "flag", {}
-    for run in ("run_True", "run_False"):
-        resume = {"resume": lambda path, run=run: trainer(base / "convert", run == "run_True").resume(path)}
-        for name, put in hostile.places(KEY).items():
-            copy = folder / "copy"
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(base / run, copy)
-            step = open_checkpoint(copy).step_dir
-            put(step, hostile.Attack(flag))
-            hostile.reseal(step)
-            for reader, read in (READERS | resume).items() if run == "run_True" else resume.items():
-                sentence = tried(lambda read=read, copy=copy: read(copy))
-                found[run, name, reader] = (sentence, flag.exists())
-                flag.unlink(missing_ok=True)
+    resume = {"resume": lambda path: trainer(base / "convert").resume(path)}
+    for name, put in hostile.places(KEY).items():
+        copy = folder / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(base / "run", copy)
+        step = open_checkpoint(copy).step_dir
+        put(step, hostile.Attack(flag))
+        hostile.reseal(step)
+        for reader, read in (READERS | resume).items():
+            sentence = tried(lambda read=read, copy=copy: read(copy))
+            found[name, reader] = (sentence, flag.exists())
+            flag.unlink(missing_ok=True)
     return found
 
 
@@ -126,8 +123,8 @@ def test_no_checkpoint_of_ours_runs_code(tmp_path, base):
     read = {case for case, (sentence, _) in found.items() if not sentence}
     # What reads tensors alone never opens a byte item or common.pt.
     harmless = {"common.pt", "common.pt, old", *(f"byte items, {name}" for name in hostile.PAYLOADS)}
-    assert {name for _, name, _ in read} <= harmless
-    assert not {reader for _, _, reader in read} & {"model", "resume"}
+    assert {name for name, _ in read} <= harmless
+    assert not {reader for _, reader in read} & {"model", "resume"}
     for case, (sentence, _) in found.items():
         assert case in read or (len(sentence.splitlines()) == 1 and "copy" in sentence), (case, sentence)
 
@@ -162,12 +159,12 @@ def load_plain(folder: Path, wanted: dict) -> dict:
 
 def test_plain_common_state_is_read(base):
     """Also from common.pt, where older versions of megatron-core keep it."""
-    [found] = on_ranks(load_plain, 1, ONE, base / "run_True", {})
+    [found] = on_ranks(load_plain, 1, ONE, base / "run", {})
     assert found["step"] == 1 and found["scheduler"]["max_lr"] == CONFIG.peak_lr
 
 
 def test_common_pt_is_read(tmp_path, base):
-    folder = shutil.copytree(base / "run_True", tmp_path / "run")
+    folder = shutil.copytree(base / "run", tmp_path / "run")
     step = open_checkpoint(folder).step_dir
     torch.save({"step": 7}, step / "common.pt")
     hostile.reseal(step)
@@ -331,4 +328,4 @@ def count_readers(folder: Path) -> int:
 
 def test_megatron_core_reads_through_our_reader(base):
     """Common state and tensors. Fails when megatron-core makes its readers elsewhere: `distcp.load` must then guard that place."""
-    assert on_ranks(count_readers, 1, ONE, base / "run_True") == [2]
+    assert on_ranks(count_readers, 1, ONE, base / "run") == [2]

@@ -14,12 +14,11 @@ import torch
 
 from minitron_mcore.checkpoint import disk, steps
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.config.settings import PruneConfig
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import RankError, on_ranks
-from tests.helpers.cutting import ONE, write_family
+from tests.helpers.cutting import ONE
 from tests.helpers.training import CONFIG, distill, micro_batches
 from tests.helpers.weights import tensors
 
@@ -27,10 +26,8 @@ STEPWISE = dataclasses.replace(CONFIG, save_every=1, keep_last=3)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    at = tmp_path_factory.mktemp("pair")
-    write_family(at, {"student": PruneConfig(hidden=24, ffn=18)})
-    return at / "student", at / "teacher"
+def pair(pair_of):
+    return pair_of(False)
 
 
 @pytest.fixture(scope="module")

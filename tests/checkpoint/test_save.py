@@ -15,7 +15,7 @@ import torch.distributed as dist
 from minitron_mcore.checkpoint import disk, run_folder, steps
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.performance import HangConfig, PerformanceConfig
-from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig, ParallelConfig, PruneConfig
+from minitron_mcore.config.settings import Device, Dtype, HiddenStateLossConfig, ParallelConfig
 from minitron_mcore.distill import optimizer_state
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import HUNG_STATUS, UserError
@@ -24,7 +24,7 @@ from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.testing import RankError, on_ranks, random_checkpoint
 from tests.helpers import families, models
-from tests.helpers.cutting import ONE, write_family
+from tests.helpers.cutting import ONE
 from tests.helpers.memory import peak_growth
 from tests.helpers.training import CONFIG, distill, micro_batches
 from tests.helpers.weights import tensors
@@ -33,11 +33,9 @@ TWO = ParallelConfig(tensor=2)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A student and its wider teacher, with tied embeddings of 101 rows, which two ranks pad."""
-    at = tmp_path_factory.mktemp("pair")
-    write_family(at, {"student": PruneConfig(hidden=24, ffn=18)}, tied=True)
-    return at / "student", at / "teacher"
+def pair(pair_of):
+    """Embeddings are tied and have 101 rows, which two ranks pad."""
+    return pair_of(True)
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +170,14 @@ def test_the_dry_run_tells_what_a_save_costs(tmp_path):
     assert len(list((tmp_path / "run").glob("step_*/*.distcp"))) >= disk.THREADS
     arch = open_checkpoint(tmp_path / "source").arch
     setting = Setting(ONE, 1, Dtype.bf16, 1, CONFIG.sequence_length, Device.cpu)
-    assert memory.save(arch, setting, 0, True) == 0 and growth < 16e6, growth
-    assert in_background < memory.save(arch, setting, 0, True, background=True) + 16e6, in_background
+    assert memory.save(arch, setting, 0) == 0 and growth < 16e6, growth
+    assert in_background < memory.save(arch, setting, 0, background=True) + 16e6, in_background
     told = checkpoints.estimate([arch], dataclasses.replace(CONFIG, steps=500, keep_every=200), Dtype.bf16, disk_gbs=2)
     size = sum(file.stat().st_size for file in (tmp_path / "run/step_0000002").iterdir())
     assert told["bytes"] == pytest.approx(size, rel=0.01) and told["seconds"] == told["bytes"] / 2e9
     assert (told["kept"], told["disk"]) == (4, 5 * told["bytes"])
     on_gpu = dataclasses.replace(setting, device=Device.cuda)
-    assert memory.save(arch, on_gpu, 0, True) == disk.THREADS * 4 * disk.PIECE_ELEMENTS
-    assert memory.save(arch, on_gpu, 0, False) == disk.THREADS * 4 * arch.vocab * arch.hidden
+    assert memory.save(arch, on_gpu, 0) == disk.THREADS * 4 * disk.PIECE_ELEMENTS
 
 
 def distill_and_resume_counting(student, teacher, config, parallel, out_dir):

@@ -1,8 +1,6 @@
 """What people type and keep in YAML files: a failure means that an accepted spelling is refused, or an old key misread."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 from hydra import initialize_config_dir
@@ -11,6 +9,7 @@ from minitron_mcore.cli import compose, help
 from minitron_mcore.config.settings import Divergence
 from minitron_mcore.config.stages import STAGES, DistillRun
 from minitron_mcore.errors import UserError
+from tests.helpers.launching import fork
 
 MINE = """# @package _global_
 defaults:
@@ -54,19 +53,8 @@ def test_a_recipe_in_a_folder_of_its_own(tmp_path):
 
 def test_a_pipeline_searches_the_folder_in_its_stages_too(tmp_path):
     searched = write(tmp_path, recipe__mine=MINE, distill__half="steps: 7\nglobal_batch: 4\n")
-    command = [
-        sys.executable,
-        str(compose.LAUNCH / "pipeline.py"),
-        searched,
-        "+recipe=mine",
-        "model.hf=no",
-        "stages=[convert]",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (
-        f"$ minitron convert '{searched}' recipe=mine model.hf=no\nerror: no Hugging Face model at no:" in done.stdout
-    )
-    assert done.returncode == 2
+    output = fork(tmp_path, "pipeline", searched, "+recipe=mine", "model.hf=no", "stages=[convert]", fails=2)
+    assert f"$ minitron convert '{searched}' recipe=mine model.hf=no\nerror: no Hugging Face model at no:" in output
 
 
 @pytest.mark.parametrize(

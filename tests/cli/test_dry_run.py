@@ -19,6 +19,7 @@ from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.models import flops
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.testing import on_ranks, random_checkpoint, saved_bytes
+from tests.helpers import launching
 
 ROOT = Path(__file__).parents[2]
 TINY = Architecture("llama", 3, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, tied=False)  # odd vocabulary, odd blocks
@@ -143,19 +144,18 @@ def trained(folder, parallel, config, dtype):
 
 @pytest.mark.default_cases("dp2_fp32")
 @pytest.mark.parametrize(
-    ("world", "parallel", "dtype", "distributed", "other"),
+    ("world", "parallel", "dtype", "other"),
     [
-        (2, ParallelConfig(), Dtype.bf16, True, None),
-        (2, ParallelConfig(), Dtype.bf16, False, None),
-        (2, ParallelConfig(), Dtype.fp32, True, ParallelConfig(tensor=2)),
-        (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Dtype.bf16, True, ParallelConfig(tensor=2)),
-        (4, ParallelConfig(pipeline=2, virtual=2, context=2), Dtype.bf16, True, ParallelConfig(tensor=2, pipeline=2)),
+        (2, ParallelConfig(), Dtype.bf16, None),
+        (2, ParallelConfig(), Dtype.fp32, ParallelConfig(tensor=2)),
+        (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Dtype.bf16, ParallelConfig(tensor=2)),
+        (4, ParallelConfig(pipeline=2, virtual=2, context=2), Dtype.bf16, ParallelConfig(tensor=2, pipeline=2)),
     ],
-    ids=["dp2", "dp2_shared", "dp2_fp32", "tp2_sp_pp2", "pp2_virtual2_cp2"],
+    ids=["dp2", "dp2_fp32", "tp2_sp_pp2", "pp2_virtual2_cp2"],
 )
-def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, distributed, other):
+def test_training_holds_what_was_estimated(tmp_path, world, parallel, dtype, other):
     on_ranks(write_pair, 1, ParallelConfig(), tmp_path, dtype.value)
-    config = dataclasses.replace(CONFIG, distributed_optimizer=distributed, teacher_parallel=other)
+    config = dataclasses.replace(CONFIG, teacher_parallel=other)
     rows = memory.training([PAIR["student"]], PAIR["teacher"], config, setting(world, parallel, dtype))
     found = on_ranks(trained, world, parallel, tmp_path, parallel, config, dtype.value)
     for stage, row in enumerate(rows):
@@ -197,25 +197,19 @@ def test_operations_are_those_that_torch_counts():
         )
 
 
-def dry(cwd, stage, *overrides) -> tuple[int, str]:
-    """Status and output of a launch file in an empty folder, which stays empty, and which torch was not imported for."""
-    command = (
+def test_llama_8b_on_256_gpus(tmp_path):
+    """Numbers by hand: Llama-3.1-8B has 65 norms of 4096 and matrices that TP 8 divides; 94 B tokens of table 4's recipe. Torch is
+    not imported, and the folder stays empty."""
+    code = (
         "import runpy, sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); sys.argv = sys.argv[1:]; "
     )
-    command += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = [str(ROOT / "launch" / f"{stage}.py"), "dry_run=true", *overrides]
-    done = subprocess.run(
-        [sys.executable, "-c", command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
-    *output, torch_imported = (done.stdout + done.stderr).splitlines()
-    assert torch_imported == "False", done.stdout + done.stderr
-    return done.returncode, "\n".join(output)
-
-
-def test_llama_8b_on_256_gpus(tmp_path):
-    """Numbers by hand: Llama-3.1-8B has 65 norms of 4096 and matrices that TP 8 divides; 94 B tokens of table 4's recipe."""
-    status, output = dry(tmp_path, "distill", "+model=llama31_8b", "parallel=tp8", "dry.gpus=256")
-    assert status == 0 and not list(tmp_path.iterdir())
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(ROOT / "launch/distill.py"), "dry_run=true", "+model=llama31_8b"]
+    command += ["parallel=tp8", "dry.gpus=256"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    *lines, torch_imported = done.stdout.splitlines()
+    output = "\n".join(lines)
+    assert torch_imported == "False" and not list(tmp_path.iterdir()), done.stdout + done.stderr
     norms = 65 * 4096
     rank = (8_030_261_248 - norms) // 8 + norms
     row = next(line.split() for line in output.splitlines() if f"{rank:,}" in line)
@@ -228,33 +222,35 @@ def test_llama_8b_on_256_gpus(tmp_path):
     assert f"{days:#.4g}" in output and f"{9960 * 1152 * 8192:,}" in output
 
 
+def dry(cwd, stage, *overrides, fails=False) -> str:
+    return launching.fork(cwd, stage, "dry_run=true", *overrides, fails=fails)
+
+
 def test_a_teacher_s_own_layout_is_planned(tmp_path):
     """A rank of stage 0 holds a stage of the teacher and no head; all that is wrong with the layout is told."""
     given = ["+model=llama31_8b", "parallel.pipeline=2", "distill.teacher_parallel={tensor: 8}", "dry.memory=1000"]
-    status, output = dry(tmp_path, "distill", *given)
-    assert status == 0 and "processes: 8; TP 1 x PP 2 x CP 1 x DP 4" in output and "teacher: TP 8 x PP 1" in output
+    output = dry(tmp_path, "distill", *given)
+    assert "processes: 8; TP 1 x PP 2 x CP 1 x DP 4" in output and "teacher: TP 8 x PP 1" in output
     norms, head = 65 * 4096, 128256 * 4096
     rank = (8_030_261_248 - norms - head) // 8 + norms
     found = [line.split() for line in output.splitlines() if line.split()[:2] in (["0", "16"], ["1", "16"])]
     held = [2 * rank / 2**30, 2 * (rank + head) / 2**30]
     assert [float(row[6]) for row in found] == pytest.approx(held, rel=1e-3)
     given.append("distill.teacher_ranks=16")
-    status, output = dry(tmp_path, "distill", *given)
-    assert status == 0 and "processes: 18; TP 1 x PP 2 x CP 1 x DP 1" in output and "teacher: TP 8 x PP 1" in output
+    output = dry(tmp_path, "distill", *given)
+    assert "processes: 18; TP 1 x PP 2 x CP 1 x DP 1" in output and "teacher: TP 8 x PP 1" in output
     found = [line.split() for line in output.splitlines() if line.split()[:2] in (["0", "16"], ["1", "16"])]
     assert float(found[1][6]) == pytest.approx(2 * head / 2**30, rel=1e-3) and len(found[0]) == len(found[1])
     given[2:] = ["distill.teacher_parallel={tensor: 3, sequence: true}"]
-    status, output = dry(tmp_path, "distill", *given, "dry.gpus=6")
-    assert (
-        status == 2 and "distill.teacher_parallel: sequence_length 8192 cannot be shared by parallel.tensor 3" in output
-    )
+    output = dry(tmp_path, "distill", *given, "dry.gpus=6", fails=2)
+    assert "distill.teacher_parallel: sequence_length 8192 cannot be shared by parallel.tensor 3" in output
 
 
 def test_every_problem_is_told_at_once(tmp_path):
-    status, output = dry(
+    output = dry(
         tmp_path, "distill", "+model=llama31_8b", "teacher=runs/nemotron4_15b/convert", "parallel.tensor=7", "parallel.pipeline=40",
         "parallel.expert=3", "parallel.sequence=true", "dry.gpus=300", "distill.global_batch=33", "distill.micro_batch=2",
-        "distill.warmup_steps=9960", "prune.heads=24", "prune.hidden=3500", "prune.ffn=0.7", "dry.memory=1",
+        "distill.warmup_steps=9960", "prune.heads=24", "prune.hidden=3500", "prune.ffn=0.7", "dry.memory=1", fails=2,
     )  # fmt: skip
     told = [line for line in output.splitlines() if line.startswith("error: ")]
     expected = (
@@ -270,13 +266,11 @@ def test_every_problem_is_told_at_once(tmp_path):
         "hidden 3500 is not a multiple of 24 heads",
         "a rank of pipeline stage 0 needs",
     )
-    assert status == 2 and all(any(sentence in line for line in told) for sentence in expected), output
-    status, output = dry(
-        tmp_path, "plan", "+model=llama31_8b", "prune.hidden=9000", "prune.heads=31", "prune.experts=2"
-    )
-    assert status == 2 and output.count("error: prune.") == 3
-    status, output = dry(tmp_path, "distill", "+model=llama31_8b", "parallel.tensor=0", "distill.micro_batch=0")
-    assert status == 2 and "parallel.tensor is 0" in output and "micro_batch is 0" in output
+    assert all(any(sentence in line for line in told) for sentence in expected), output
+    wrong = ["prune.hidden=9000", "prune.heads=31", "prune.experts=2"]
+    assert dry(tmp_path, "plan", "+model=llama31_8b", *wrong, fails=2).count("error: prune.") == 3
+    output = dry(tmp_path, "distill", "+model=llama31_8b", "parallel.tensor=0", "distill.micro_batch=0", fails=2)
+    assert "parallel.tensor is 0" in output and "micro_batch is 0" in output
 
 
 @contextlib.contextmanager

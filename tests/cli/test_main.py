@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from minitron_mcore.checkpoint import steps
@@ -16,21 +17,10 @@ from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import compose
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, save_scores
-from tests.helpers import models
+from tests.helpers import tiny_run
 from tests.helpers.cutting import random_scores
-from tests.helpers.launching import ROOT, config_of, fork, identity_of, launch, plan, torchrun, word_tokenizer
-
-
-def run_pipeline(cwd, *overrides, fails=False) -> str:
-    command = [sys.executable, str(ROOT / "launch" / "pipeline.py"), *overrides]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def fork_pipeline(cwd, *overrides, fails=False) -> str:
-    return fork(cwd, "pipeline", *overrides, fails=fails)
+from tests.helpers.launching import ROOT, config_of, fork, identity_of, launch, plan, torchrun, words
+from tests.helpers.text_files import write_jsonl
 
 
 def claim(begin, out_dir, settings) -> None:
@@ -56,16 +46,8 @@ def test_every_stage_composes_and_is_short(stage):
 
 
 def test_help_and_cfg_job(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    for flags, expected in (
-        (["--help"], "  prune: keep, llama31_4b_depth"),
-        (["+model=llama31_8b", "--cfg", "job"], "hidden: null"),
-    ):
-        command = [sys.executable, str(ROOT / "launch" / "plan.py"), *flags]
-        assert (
-            expected
-            in subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
-        )
+    assert "  prune: keep, llama31_4b_depth" in fork(tmp_path, "plan", "--help")
+    assert "hidden: null" in fork(tmp_path, "plan", "+model=llama31_8b", "--cfg", "job")
 
 
 def test_typos_are_caught_at_compose_time():
@@ -93,28 +75,32 @@ def test_sequences_that_ranks_cannot_share_are_refused(tmp_path, stage):
     )
 
 
-@pytest.mark.default_cases("forked")
-@pytest.mark.parametrize("starts", ["forked", "torchrun"])
-def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
+@pytest.mark.slow
+def test_a_pipeline_starts_torchrun(tmp_path):
+    """The other tests fork its stages."""
+    tiny_run.write(tmp_path)
+    given = [*tiny_run.STAGES, "parallel=tp2", "importance.samples=4"]
+    command = [sys.executable, str(ROOT / "launch" / "pipeline.py"), *given, "stages=[importance]", "processes=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500, check=True)
+    assert "stage 2 of 2: importance" in done.stdout and "report: runs/tiny/report.html" in done.stdout
+    given = [*tiny_run.MODEL, "parallel=tp2", "source=runs/tiny/convert", "prompt='w5 w6'", "tokens=3"]
+    assert "w5 w6 w" in launch(tmp_path, "generate", *given, processes=2)
+
+
+def test_whole_way_on_two_ranks(tmp_path, monkeypatch):
     """Hugging Face in, smaller Hugging Face out, through the pipeline and every launch file; then against the wrong things."""
-    pipeline, start = (fork_pipeline, fork) if starts == "forked" else (run_pipeline, launch)
-    models.tiny_llama(tmp_path / "hf")
-    word_tokenizer(tmp_path / "hf")
-    g = torch.Generator().manual_seed(0)
-    lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    small = dict(steps=4, global_batch=4, sequence_length=16, warmup_steps=1, log_every=1)
+    tiny_run.write(tmp_path)
+    write_jsonl(tmp_path / "text.jsonl", [words(40, seed) for seed in range(60)])
     command = [
-        *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"),
-        *("parallel=tp2", "data.train=[text.jsonl]", "data.heldout=[text.jsonl]", "prune.hidden=24", "prune.ffn=18"),
-        *("importance.samples=8", "importance.sequence_length=16", "evaluate.sequence_length=32"),
-        *(f"{section}.{key}={value}" for section in ("correct", "distill") for key, value in small.items()),
-        "recipe.teacher=${work_dir}/correct",
+        *(*tiny_run.STAGES, "parallel=tp2", "data.train=[text.jsonl]", "data.heldout=[text.jsonl]"),
+        *("prune.hidden=24", "prune.ffn=18", "importance.samples=8", "recipe.teacher=${work_dir}/correct"),
+        *tiny_run.training(steps=4, global_batch=4, warmup_steps=1, log_every=1),
     ]
-    stopped = pipeline(tmp_path, *command, "processes=2", "distill.stop_after=2", fails=True)
+    stopped = fork(tmp_path, "pipeline", *command, "processes=2", "distill.stop_after=2", fails=True)
     assert "error: minitron distill stopped before its end: the same command resumes" in stopped
     assert "stage 4 of 8: prune\n$ minitron prune --nproc 2 model=smollm2_135m" in stopped
-    output = pipeline(tmp_path, *command, "processes=2")
+    output = fork(tmp_path, "pipeline", *command, "processes=2")
     assert "resuming after step 2" in output and "bits per byte" in output and "minitron correct" not in output
 
     run = tmp_path / "runs/tiny"
@@ -135,7 +121,7 @@ def test_whole_way_on_two_ranks(tmp_path, monkeypatch, starts):
     assert "decoder.layers.*.mlp.linear_fc1.weight" in stopped and "report: runs/tiny/report.html" in output
     assert "transformers loads" in output and "LlamaForCausalLM" in output
     generate = [*command, "prompt='w5 w6'", "tokens=3", "text_file=continuation.txt"]
-    assert "w5 w6 w" in start(tmp_path, "generate", *generate, processes=2)
+    assert "w5 w6 w" in fork(tmp_path, "generate", *generate, processes=2)
     assert (tmp_path / "continuation.txt").read_text().startswith("w5 w6 w")
 
     with pytest.raises(UserError, match="already holds a finished run"):
@@ -172,14 +158,19 @@ main()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("error", "expected"), [("UserError", "error: rank 1: no such thing"), ("KeyError", "rank 1 failed:\n")]
-)
-def test_a_rank_that_fails_alone_is_heard(tmp_path, error, expected):
-    script = tmp_path / "fail.py"
-    script.write_text(FAILING.format(error=error))
-    output = torchrun(tmp_path, script, "+model=smollm2_135m", processes=3, fails=True)
+def output_of_failing(folder: Path, error: str) -> str:
+    folder.mkdir()
+    (folder / "fail.py").write_text(FAILING.format(error=error))
+    output = torchrun(folder, folder / "fail.py", "+model=smollm2_135m", processes=3, fails=True)
     # With the end of all processes, before torchrun kills ranks that wait in C++, after 30 s.
-    assert time.time() - (tmp_path / "raised").stat().st_mtime < 20
-    assert output.count(expected) == 1 and output.count("no such thing") == (1 if error == "UserError" else 2), output
+    assert time.time() - (folder / "raised").stat().st_mtime < 20
+    return output
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_is_heard(tmp_path):
+    errors = {"UserError": ("error: rank 1: no such thing", 1), "KeyError": ("rank 1 failed:\n", 2)}
+    with ThreadPoolExecutor() as pool:
+        outputs = pool.map(output_of_failing, [tmp_path / error for error in errors], errors)
+        for output, (expected, count) in zip(outputs, errors.values(), strict=True):
+            assert output.count(expected) == 1 and output.count("no such thing") == count, output

@@ -19,7 +19,7 @@ from minitron_mcore.checkpoint import steps as steps_on_disk
 from minitron_mcore.cli import compose, pipeline
 from minitron_mcore.config import identity
 from minitron_mcore.errors import STOPPED_STATUS, UserError
-from tests.helpers import launching, models
+from tests.helpers import launching, tiny_run
 
 FROM_IMPORTANCE = ["importance", "plan", "prune", "distill", "export"]
 RESULTS = {"importance": "scores.safetensors", "plan": "plan.json", "depth": "depth.json", "export": "config.json"}
@@ -218,14 +218,10 @@ def killed_when(cwd: Path, command: list[str], reached) -> None:
 def test_killed_anywhere_the_same_command_goes_on(tmp_path):
     """In a conversion, while importance is scored, and during training, whose finished steps are not repeated. A signal to a
     stage stops the pipeline with the same status."""
-    models.tiny_llama(tmp_path / "hf")
-    launching.word_tokenizer(tmp_path / "hf")
-    (tmp_path / "text.txt").write_text(launching.words(2000, 1))
-    training = dict(steps=20, global_batch=4, sequence_length=16, warmup_steps=1, save_every=1)
+    tiny_run.write(tmp_path, seed=1, count=2000)
     command = [
-        *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"),
-        *("data.train=[text.txt]", "prune.hidden=24", "importance.samples=8", "importance.sequence_length=16"),
-        *(f"distill.{key}={value}" for key, value in training.items()),
+        *(*tiny_run.MODEL, "data.train=[text.txt]", "prune.hidden=24", "importance.samples=8"),
+        *("importance.sequence_length=16", *tiny_run.training(steps=20, global_batch=4, save_every=1)),
     ]
     run = tmp_path / "runs/tiny"
 

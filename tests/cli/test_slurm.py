@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import models
-from tests.helpers.launching import ROOT, fork, word_tokenizer, words
+from tests.helpers import tiny_run
+from tests.helpers.launching import ROOT, fork
 
 BIN = ROOT / "tests/helpers/slurm/bin"
 STEPS = 150
@@ -18,12 +18,8 @@ STEPS = 150
 
 @pytest.mark.slow
 def test_two_nodes_train_are_warned_requeued_and_go_on(tmp_path):
-    models.tiny_llama(tmp_path / "hf")
-    word_tokenizer(tmp_path / "hf")
-    (tmp_path / "text.txt").write_text(words(400, 0))
-    model = [
-        *("+model=smollm2_135m", "model.name=tiny", "model.architecture=null", "dtype=fp32", f"runs={tmp_path}/runs")
-    ]
+    tiny_run.write(tmp_path)
+    model = [*tiny_run.NAMED, f"runs={tmp_path}/runs"]
     fork(tmp_path, "convert", *model, "model.hf=hf")
     (tmp_path / "slurm").mkdir()
     sizes = dict(steps=STEPS, global_batch=2, micro_batch=1, sequence_length=16, warmup_steps=0, save_every=1000)

@@ -9,20 +9,15 @@ import pytest
 import torch
 
 from minitron_mcore.cli import demo
-from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import on_ranks
 from tests.helpers import models
 from tests.helpers.cutting import export
+from tests.helpers.layouts import layouts
 
 pytestmark = pytest.mark.slow  # fetches the model
 
-LAYOUTS = {
-    "tp1": (1, ParallelConfig()),
-    "tp3": (3, ParallelConfig(tensor=3)),
-    "tp3_sp": (3, ParallelConfig(tensor=3, sequence=True)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
-}
+LAYOUTS = layouts("tp1", "tp3", "tp3_sp", "pp2")
 TEXT = """The import statement combines two operations; it searches for the named module, then it binds the results of that
 search to a name in the local scope. def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"""
 
@@ -63,5 +58,5 @@ def test_generation(tmp_path, smollm2, expected):
     world, parallel = LAYOUTS["tp3"]
     on_ranks(models.import_hf, world, parallel, smollm2, tmp_path / "ckpt", parallel)
     prompt = expected[0][:, :8]
-    said = on_ranks(models.says, world, parallel, tmp_path / "ckpt", parallel, prompt, 64)
-    assert torch.equal(said[0], models.hf_says(smollm2, prompt, 64))
+    said = on_ranks(models.says, world, parallel, tmp_path / "ckpt", parallel, prompt, 16)
+    assert torch.equal(said[0], models.hf_says(smollm2, prompt, 16))

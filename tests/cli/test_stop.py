@@ -7,24 +7,13 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.errors import STOPPED_STATUS
-from tests.helpers import models
-from tests.helpers.launching import fork, word_tokenizer, words
+from tests.helpers import tiny_run
+from tests.helpers.launching import fork
 
-pytestmark = pytest.mark.xdist_group("stop")  # one worker, so that its model is made once
-
-TRAINING = dict(steps=4, global_batch=2, micro_batch=1, sequence_length=16, warmup_steps=0, save_every=100)
 COMMON = [
-    *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32", "parallel=tp2"),
-    *("data.train=[text.txt]", "data.heldout=[text.txt]", "importance.samples=8", "importance.micro_batch=2"),
-    *(
-        "importance.sequence_length=16",
-        "evaluate.sequence_length=32",
-        "evaluate.max_windows=4",
-        "evaluate.micro_batch=2",
-    ),
-    *("depth.sequence_length=32", "depth.windows=2", "depth.sizes=[1]", "search.ffn=[18,24]", "search.best=1"),
-    *("search.budget.parameters=70000", "search.budget.tolerance=0.9", "search.steps=3", "search.eval_every=1"),
-    *(f"{section}.{key}={value}" for section in ("correct", "distill") for key, value in TRAINING.items()),
+    *(*tiny_run.STAGES, "parallel=tp2", "importance.samples=8", "importance.micro_batch=2"),
+    *("evaluate.max_windows=4", "evaluate.micro_batch=2", "depth.windows=2", "search.steps=3"),
+    *tiny_run.training(steps=4, micro_batch=1, save_every=100),
 ]
 STAGES = {
     # stage -> options; stop points at which rank 1 gets a signal, with what is then printed; printed by the run that ends
@@ -56,9 +45,7 @@ STAGES = {
 def made(tmp_path_factory) -> Path:
     """A tiny model's checkpoint."""
     root = tmp_path_factory.mktemp("made")
-    models.tiny_llama(root / "hf")
-    word_tokenizer(root / "hf")
-    (root / "text.txt").write_text(words(400, 0))
+    tiny_run.write(root)
     fork(root, "convert", *COMMON, processes=2)
     return root
 

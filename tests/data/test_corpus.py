@@ -13,7 +13,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from minitron_mcore import testing
 from minitron_mcore.checkpoint import owner
-from minitron_mcore.config.settings import DataConfig, ModelConfig
+from minitron_mcore.config.model import ModelConfig
+from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.config.stages import TokenizeTextRun
 from minitron_mcore.data import token_cache
 from minitron_mcore.data.corpus import Corpus

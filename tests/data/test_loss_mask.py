@@ -9,7 +9,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer
 
-from minitron_mcore.config.settings import ModelConfig
+from minitron_mcore.config.model import ModelConfig
 from minitron_mcore.config.stages import TokenizeTextRun
 from minitron_mcore.data import blend, token_cache
 from minitron_mcore.data.corpus import Corpus

@@ -23,15 +23,10 @@ from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import models
 from tests.helpers.cutting import random_scores
 from tests.helpers.launching import ROOT, config_of, plan, word_tokenizer, words
+from tests.helpers.layouts import layouts
 
 LENGTH, BLOCKS = 12, models.SIZES["num_hidden_layers"]
-LAYOUTS = {
-    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
-    "tp2_dp2": (4, ParallelConfig(tensor=2)),
-    "cp2": (2, ParallelConfig(context=2)),
-    "pp2_virtual2": (2, ParallelConfig(pipeline=2, virtual=2)),
-}
+LAYOUTS = layouts("tp2_sp", "pp2", "tp2_dp2", "cp2", "pp2_virtual2")
 SETS = [[], [0], [1, 4], [0, 1, 2], [3, 4]]  # the last two: all that one of two stages has
 
 

@@ -24,7 +24,7 @@ from minitron_mcore.config.settings import (
 )
 from minitron_mcore.config.stages import DistillRun, TeacherCacheRun
 from minitron_mcore.data import datasets
-from minitron_mcore.distill import cache, checks
+from minitron_mcore.distill import cache, cache_writer, checks
 from minitron_mcore.distill.cache import open_teacher
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
@@ -45,8 +45,6 @@ from tests.helpers.cached_teacher import (
 )
 from tests.helpers.cutting import write_family
 
-pytestmark = pytest.mark.xdist_group("teacher_cache")  # one worker, so that its models are made once
-
 
 @pytest.mark.parametrize("tp", [1, 2, 3])
 def test_loss_on_given_entries_equals_dense_fp64(tp):
@@ -59,7 +57,7 @@ def test_loss_on_given_entries_equals_dense_fp64(tp):
 
 LAYOUTS = {
     "tp2_sp_dp2": (ParallelConfig(tensor=2, sequence=True), ("hidden", "hidden_int8")),
-    "interleaved_cp2": (ParallelConfig(pipeline=2, virtual=2, context=2), ("top", "most")),
+    "interleaved_cp2": (ParallelConfig(pipeline=2, virtual=2, context=2), ("top", "most", "drawn")),
 }
 """On four ranks; which kinds of cache are written there."""
 
@@ -130,7 +128,7 @@ def world(tmp_path_factory) -> World:
     live = [found.run("live", "teacher"), found.run("live_top", "teacher", changes={"top_k": K})]
     # The live runs are of the caches' order of samples, as all runs of the same steps are.
     cached = [found.run(f"from_{name}", name) for name in KINDS]
-    assert on_ranks(distill, 1, ONE, *live, *cached) == [[None] * 6]
+    assert on_ranks(distill, 1, ONE, *live, *cached) == [[None] * 7]
     return found
 
 
@@ -140,6 +138,49 @@ def test_cached_runs_are_live_ones(world):
     assert_same(world.history("from_hidden_int8"), world.history("live"), 3e-2)
     assert_same(world.history("from_top"), world.history("live_top"), 1e-3)
     assert_same(world.history("from_most"), world.history("live"), 1e-3, every)
+
+
+def drawn_entries(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cache_writer.entries` of one distribution over 101 ids, 3 exact and 9 drawn, for `rows` tokens."""
+    group = process_groups.tp_group()
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(101, generator=g) * 3).expand(rows, -1)
+    uniform = torch.rand(rows, 9, generator=g, dtype=torch.float64)
+    own = logits.split([50, 51, 0][: group.size()] if group.size() > 1 else 101, 1)[group.rank()]
+    return cache_writer.entries(own, 3, uniform, 50 * group.rank(), group)
+
+
+def test_drawn_entries_are_the_teachers_distribution_on_average():
+    """Within five standard errors for each id, whatever the shards, one of them empty."""
+    rows = 4000
+    ids, log_probs = on_ranks(drawn_entries, 1, ONE, rows)[0]
+    g = torch.Generator().manual_seed(0)
+    wanted = (torch.randn(101, generator=g) * 3).double().softmax(0)
+    assert all(len(set(row)) == 12 for row in ids[:200].tolist())
+    probs = torch.zeros(rows, 101, dtype=torch.float64).scatter_(1, ids, log_probs[:, :-1].exp())
+    assert (probs.sum(1) - 1).abs().max() < 1e-6 and log_probs[:, -1].max() == -math.inf
+    top = wanted.topk(3).indices
+    assert (probs[:, top] - wanted[top]).abs().max() < 1e-6
+    tail = 1 - wanted[top].sum()
+    error = (wanted * (tail - wanted) / 9 / rows).clamp(min=0).sqrt()
+    far = ((probs.mean(0) - wanted).abs() > 5 * error + 1e-6).nonzero().flatten().tolist()
+    assert not set(far) - set(top.tolist()), (far, probs.mean(0)[far], wanted[far])
+    for sharded, log_sharded in on_ranks(drawn_entries, 3, ParallelConfig(tensor=3), rows):
+        same = (sharded == ids).all(1)
+        assert same.float().mean() > 0.999
+        assert (log_sharded.exp() - log_probs.exp())[same].abs().max() < 1e-6
+
+
+def test_draws_depend_on_the_sample_only(world):
+    on_ranks(record, 1, ONE, world.writer("drawn_by_one", **KINDS["drawn"]))
+    for n in range(6):
+        ours, theirs = (
+            load_file(world.path / name / f"samples_{n:07d}.safetensors") for name in ("drawn", "drawn_by_one")
+        )
+        assert (ours["ids"] == theirs["ids"]).float().mean() > 0.99
+    kd = [[line["kd_loss"] for line in world.history(name)] for name in ("from_drawn", "live")]
+    # The divergence from a drawn distribution is larger by what the draws leave out of the entropy.
+    assert all(0 < b < a for a, b in zip(*kd, strict=True)), kd
 
 
 @pytest.mark.default_cases("tp2_sp_dp2")
@@ -222,6 +263,7 @@ def test_what_a_cache_cannot_teach_is_refused_before_work(world):
         ),
         ({"changes": {"temperature": 2.0}}, "divergence forward_kl at temperature 2 cannot be computed from"),
         ({"changes": {"top_k": 4}}, "top_k is 4, but the teacher's 8 largest .* give top_k 8 or null"),
+        ({"changes": {"top_k": 25}, "teacher": "drawn"}, "distill.top_k is 25, but .* has 20 tail draws: give null"),
         (
             {"changes": {"hidden_state_loss": states}, "teacher": "hidden"},
             "the teacher cache .*hidden has no intermediate states",
@@ -241,7 +283,9 @@ def test_what_is_refused_without_ranks(world):
     assert "the student's vocabulary has 90 tokens" in found and "of 101: write one of kind=hidden" in found
     assert not list(open_teacher(world.path / "hidden").problems(fewer, SETTINGS))
     (found,) = checks.cache_problems(world.writer("x", kind="topk", top_k=101), arch)
-    assert "top_k is 101; it must be at least 1 and below the teacher's vocabulary of 101" in found
+    assert (
+        "top_k is 101 and tail_draws 0; their sum must be at least 1 and below the teacher's vocabulary of 101" in found
+    )
     (found,) = checks.cache_problems(world.writer("x", kind="hidden", top_k=101, file_samples=0), arch)
     assert "file_samples is 0; it must be at least 1" in found
     broken = shutil.copytree(world.path / "top", world.path / "broken")

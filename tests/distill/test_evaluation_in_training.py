@@ -14,7 +14,6 @@ from minitron_mcore.config.settings import (
     Dtype,
     EvaluateConfig,
     HiddenStateLossConfig,
-    ParallelConfig,
     PruneConfig,
 )
 from minitron_mcore.config.stages import EvaluateRun, Run
@@ -23,6 +22,7 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import training
 from tests.helpers.cutting import ONE, export, write_family
 from tests.helpers.launching import composed, word_tokenizer, words
+from tests.helpers.layouts import layouts
 from tests.helpers.text_files import write_jsonl
 
 # A learning rate with which the loss is lowest after step 4.
@@ -35,11 +35,7 @@ CONFIG = dataclasses.replace(
     hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]]),
 )
 MEASURED = dataclasses.replace(CONFIG, eval_every=2)
-LAYOUTS = {
-    "dp2": (2, ParallelConfig()),
-    "pp2_virtual2": (2, ParallelConfig(pipeline=2, virtual=2)),
-    "cp2_tp2_sp": (4, ParallelConfig(context=2, tensor=2, sequence=True)),
-}
+LAYOUTS = layouts("dp2", "pp2_virtual2", "cp2_tp2_sp")
 FIGURES = ("kd_loss", "lm_loss", "hidden_state_loss", "teacher_entropy", "grad_norm", "lr")
 
 
@@ -59,6 +55,14 @@ def settings(at) -> dict:
     return {"data": data, "evaluate": EvaluateConfig(sequence_length=16, micro_batch=3), "dtype": Dtype.fp32}
 
 
+def measure(at, parallel, out_dir):
+    from minitron_mcore.evaluation.heldout import HeldOut
+
+    pair = at / "student", at / "teacher"
+    text = HeldOut(Run(**settings(at)), open_checkpoint(pair[0]))
+    return training.distill(*pair, MEASURED, parallel, out_dir, heldout=text)
+
+
 def train(at, parallel, out_dir):
     """Histories: without held-out text, with it, and with it in two parts; the last checkpoint's loss as evaluate finds it."""
     from minitron_mcore.evaluation import perplexity
@@ -68,7 +72,7 @@ def train(at, parallel, out_dir):
     pair = at / "student", at / "teacher"
     text = HeldOut(Run(**settings(at)), open_checkpoint(pair[0]))
     plain = training.distill(*pair, CONFIG, parallel, out_dir / "plain")
-    measured = training.distill(*pair, MEASURED, parallel, out_dir / "measured", heldout=text)
+    measured = measure(at, parallel, out_dir / "measured")
     half = dataclasses.replace(MEASURED, stop_after=4)
     parts = training.distill(*pair, half, parallel, out_dir / "parts", heldout=text)
     if process_groups.rank() == 0:  # as if a signal had stopped the measurement after step 4, which is saved
@@ -85,8 +89,7 @@ def train(at, parallel, out_dir):
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
     """Held-out losses by step on one process."""
-    out_dir = tmp_path_factory.mktemp("alone")
-    measured = on_ranks(train, 1, ONE, folder, ONE, out_dir)[0][1]
+    measured = on_ranks(measure, 1, ONE, folder, ONE, tmp_path_factory.mktemp("alone"))[0]
     return {row["step"]: row["heldout_loss"] for row in measured if "heldout_loss" in row}
 
 

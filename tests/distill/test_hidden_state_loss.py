@@ -18,17 +18,9 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import models, training
 from tests.helpers.cutting import ONE, export, write_family
 from tests.helpers.hidden_states import CASES, CONFIG, PAIRS, first_step, micro_batches, oracle, run_model
+from tests.helpers.layouts import layouts
 
-pytestmark = pytest.mark.xdist_group("states")  # one worker, so that its models are made once
-
-LAYOUTS = {
-    "tp2_sp": ParallelConfig(tensor=2, sequence=True),
-    "tp2": ParallelConfig(tensor=2),
-    "pp2": ParallelConfig(pipeline=2),
-    "pp2_virtual2": ParallelConfig(pipeline=2, virtual=2),
-    "cp2": ParallelConfig(context=2),
-    "dp2": ParallelConfig(),
-}
+LAYOUTS = layouts("tp2_sp", "tp2", "pp2", "pp2_virtual2", "cp2", "dp2")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +46,8 @@ def teacher_loss(folders):
 @pytest.mark.default_cases("pp2_virtual2", "cp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradients_are_the_dense_ones(tmp_path, folders, layout):
-    ranks = on_ranks(first_step, 2, LAYOUTS[layout], folders, LAYOUTS[layout], tmp_path)
+    world, parallel = LAYOUTS[layout]
+    ranks = on_ranks(first_step, world, parallel, folders, parallel, tmp_path)
     teacher = teacher_loss(folders)
     for case in CASES:
         projection = ranks[0][case][1]

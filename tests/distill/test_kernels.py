@@ -1,14 +1,10 @@
 """The Triton kernels of the loss: a failure means that students are trained on a wrong gradient where there is a GPU.
 
-Triton's interpreter runs them here, block by block, in a process of its own: it has to be chosen before triton is imported.
+Triton's interpreter runs them here, block by block.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,23 +12,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minitron_mcore.config.settings import Divergence, ParallelConfig
-from minitron_mcore.distill import kernels, tiling
+from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.distill import kernels
 from minitron_mcore.testing import on_ranks
-from tests.helpers import cached_teacher, loss_cases
-from tests.helpers.kernel_cases import CASES, MIXED, ROW
+from tests.helpers import cached_teacher, kernel_cases, loss_cases
+from tests.helpers.kernel_cases import MIXED, ROW, interpreted
 from tests.helpers.loss_cases import Case
 
-"""Three blocks of a row at TP 1, two at TP 2; none ends with one."""
-KINDS = {
-    "reverse_kl": Case(divergence=Divergence.reverse_kl),
-    "jsd": Case(divergence=Divergence.jsd),
-    "jsd, beta 0.2": Case(divergence=Divergence.jsd, jsd_beta=0.2),
-    "mse": Case(divergence=Divergence.mse),
-    "cosine": Case(divergence=Divergence.cosine),
-    "top 20": Case(top_k=20),
-}
-for name, kind in KINDS.items():
+CASES = dict(kernel_cases.CASES)
+for name in ("reverse_kl", "jsd", "jsd, beta 0.2", "mse", "cosine", "top 20"):
+    kind = loss_cases.KINDS[name]
     kind = {field: getattr(kind, field) for field in ("divergence", "jsd_beta", "top_k")}
     scaled = {} if name in ("mse", "cosine") else {"temperature": 2.0}
     CASES |= {
@@ -48,14 +37,12 @@ CASES |= {
     "top 70 of 100": Case(vocab=100, padded=102, top_k=70, temperature=2.0, **MIXED),
     "top 99 of 100, far above the last": Case(vocab=100, padded=102, top_k=99, spread=60.0, lm_weight=0.5),
 }
-GIVEN = cached_teacher.CASES | {"bf16": cached_teacher.Case(dtype=torch.bfloat16)}
+GIVEN = {"bf16": cached_teacher.Case(dtype=torch.bfloat16), "a long row": cached_teacher.Case(vocab=9001, padded=9004)}
+GIVEN |= cached_teacher.CASES
 """Losses on a teacher's largest entries."""
-GIVEN["several tiles"] = replace(GIVEN["several tiles"], tokens=11, vocab=9001, padded=9004)
-
-
-def on_rank(cases: list[Case], given: list[cached_teacher.Case]) -> tuple[list, list]:
-    assert tiling.kernels_for(torch.empty(0)) is kernels
-    return loss_cases.on_rank(cases), cached_teacher.loss_on_rank(given)
+for part in (CASES, GIVEN):
+    # Two chunks: the interpreter takes long. Rounding to bf16 is held over more tokens.
+    part |= {name: replace(case, tokens=5) for name, case in part.items() if case.dtype == torch.float32}
 
 
 def chosen(some: bool) -> tuple[dict[str, Case], dict[str, cached_teacher.Case]]:
@@ -65,21 +52,13 @@ def chosen(some: bool) -> tuple[dict[str, Case], dict[str, cached_teacher.Case]]
     return ({name: CASES[name] for name in names}, {"20": GIVEN["20"]}) if some else (CASES, GIVEN)
 
 
-def interpret(file: str, some: bool) -> None:
-    """Saves each rank's results of both kinds of cases, at TP 1 and 2; of some at TP 2."""
-    cases = [list(part.values()) for part in chosen(some)]
-    sizes = (2,) if some else (1, 2)
-    torch.save({tp: on_ranks(on_rank, tp, ParallelConfig(tensor=tp), *cases) for tp in sizes}, file)
-
-
 @pytest.mark.default_cases("some")
 @pytest.mark.parametrize("some", [True, False], ids=["some", "all"])
-def test_value_and_gradients_equal_dense_fp64(tmp_path, some):
-    code = f"from tests.distill import test_kernels; test_kernels.interpret({str(tmp_path / 'results')!r}, {some})"
-    environment, root = os.environ | {"TRITON_INTERPRET": "1"}, Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, check=True)
+def test_value_and_gradients_equal_dense_fp64(some):
+    """At TP 2; all cases at TP 1 too."""
     cases, given = chosen(some)
-    for ranks in torch.load(tmp_path / "results").values():
+    for tp in (2,) if some else (1, 2):
+        ranks = on_ranks(interpreted, tp, ParallelConfig(tensor=tp), [*cases.values()], [*given.values()])
         for (name, case), *results in zip(cases.items(), *(rank[0] for rank in ranks), strict=True):
             errors = loss_cases.relative_errors(case, results)
             rough = 2 if name.startswith(("reverse_kl", "top")) else 1  # as in test_losses.test_bf16

@@ -23,8 +23,6 @@ from tests.helpers import cached_teacher, families, models
 from tests.helpers.cached_teacher import World
 from tests.helpers.cutting import ONE, write_family
 
-pytestmark = pytest.mark.xdist_group("resume")  # one worker, so that its models are made once
-
 LOSSES = ("kd_loss", "lm_loss", "hidden_state_loss", "hidden_state_weight", "teacher_entropy")
 FIGURES = ("step", "tokens", *LOSSES, "grad_norm", "lr")
 STATES = {"hidden_state_loss": HiddenStateLossConfig(0.5, pairs=[[2, 2]], dynamic=True)}
@@ -69,9 +67,7 @@ CASES = {
     "tp2_sp_pp2_bf16": Case(4, ParallelConfig(tensor=2, sequence=True, pipeline=2), Dtype.bf16, changes=STATES),
     "pp2_virtual2_states": Case(2, ParallelConfig(pipeline=2, virtual=2), changes=STATES),
     "cp2_cache_bf16": Case(2, ParallelConfig(context=2), Dtype.bf16, teacher="top"),
-    "students_replicated_optimizer": Case(
-        2, PP2, students=("student", "short"), changes={"distributed_optimizer": False}
-    ),
+    "students_pp2": Case(2, PP2, students=("student", "short")),
     "tp2_ep2_correct_bf16": Case(
         2, ParallelConfig(tensor=2, sequence=True, expert=2), Dtype.bf16, ("experts",), teacher=None
     ),

@@ -15,8 +15,7 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import training
 from tests.helpers.cutting import export, write_family
 from tests.helpers.launching import composed
-
-pytestmark = pytest.mark.xdist_group("students")  # one worker, so that its models are made once
+from tests.helpers.layouts import layouts
 
 CONFIG = dataclasses.replace(training.CONFIG, hidden_state_loss=HiddenStateLossConfig(0.5, pairs=[[2, 2]]))
 CUTS = {
@@ -25,10 +24,7 @@ CUTS = {
     "both": PruneConfig(hidden=24, blocks=4),
 }
 FIGURES = ("step", "tokens", "kd_loss", "lm_loss", "hidden_state_loss", "teacher_entropy", "grad_norm", "lr")
-LAYOUTS = {
-    "pp2": (2, ParallelConfig(pipeline=2)),
-    "tp2_sp_pp2": (4, ParallelConfig(tensor=2, sequence=True, pipeline=2)),
-}
+LAYOUTS = layouts("pp2", "tp2_sp_pp2")
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,7 @@ from minitron_mcore.config.settings import HiddenStateLossConfig, ParallelConfig
 from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import families, models
 from tests.helpers.cutting import ONE, export, write_family
-from tests.helpers.teacher_layouts import APART, CONFIG, PAIRS, hold, serve_or_learn, two_steps
-
-pytestmark = pytest.mark.xdist_group("teacher_layout")  # one worker, so that its models are made once
+from tests.helpers.teacher_layouts import APART, CONFIG, PAIRS, hold, serve_or_learn, taught_apart, two_steps
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +45,8 @@ def test_replicas_that_share_experts_run_together(tmp_path, folders):
 
 @pytest.mark.parametrize("name", APART)
 def test_ranks_of_its_own_teach_the_same(tmp_path, folders, name):
-    (at, alone, expected), (world, parallel, teacher_ranks, teacher_parallel) = folders, APART[name]
-    config = dataclasses.replace(CONFIG, teacher_parallel=teacher_parallel, teacher_ranks=teacher_ranks)
-    args = at, config, parallel, tmp_path / "run"
-    found = on_ranks(
-        serve_or_learn,
-        world + teacher_ranks,
-        parallel,
-        *args,
-        teacher_ranks=teacher_ranks,
-        teacher_parallel=teacher_parallel,
-    )
-    assert found[world:] == [None] * teacher_ranks
-    hold(alone, expected, found[:world], tmp_path)
+    at, alone, expected = folders
+    hold(alone, expected, taught_apart(on_ranks, name, at, tmp_path / "run"), tmp_path)
 
 
 def test_the_student_tells_why_there_is_no_teacher(tmp_path, folders):

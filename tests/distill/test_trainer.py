@@ -16,8 +16,6 @@ from tests.helpers.cutting import ONE, export
 from tests.helpers.models import LAYOUTS
 from tests.helpers.training import CONFIG, distill, micro_batches
 
-pytestmark = pytest.mark.xdist_group("distill")  # one worker, so that its models are made once
-
 
 @pytest.fixture(scope="module")
 def alone(pair, tmp_path_factory):

@@ -7,20 +7,16 @@ import pytest
 import torch
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import models
 from tests.helpers.cutting import ONE
 from tests.helpers.launching import word_tokenizer
+from tests.helpers.layouts import layouts
 from tests.helpers.models import ARCH
 from tests.helpers.training import CONFIG, distill, micro_batches
 
-LAYOUTS = {
-    "tp2": (2, ParallelConfig(tensor=2)),
-    "tp3": (3, ParallelConfig(tensor=3)),
-    "tp2_pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
-}
+LAYOUTS = layouts("tp2", "tp3", "tp2_pp2")
 
 
 def made(folder, vocab, tied, seed, swapped=False):

@@ -28,7 +28,8 @@ MODELS = {
     "experts": dataclasses.replace(STUDENT, family="mixtral", blocks=3, ffn=14, experts=6, experts_per_token=3),
 }
 CONFIG = DistillConfig(steps=4, global_batch=8, micro_batch=2, sequence_length=24, warmup_steps=1, teacher_ahead=2)
-CACHES = [(CacheKind.topk, 5), (CacheKind.hidden, None)]
+CACHES = [(CacheKind.topk, 5, 0), (CacheKind.topk, 7, 3), (CacheKind.hidden, None, 0)]
+"""Kind, entries of a token, and how many of them are drawn."""
 TABLE = {
     1: 101 * 48 * 2,
     2: 51 * 48 * 2,
@@ -85,9 +86,10 @@ def work(folder, student: str, parallel: ParallelConfig, performance: Performanc
     with counted() as scoring:
         score(model, opened, tokens, torch.ones_like(tokens, dtype=torch.bool), 2)
     counts, world = [training, scoring], cached_teacher.World(folder, [str(folder / name) for name in "ab"], Dtype.bf16)
-    for kind, top_k in CACHES if teacher else ():
-        sizes = {"sequence_length": 24, "file_samples": 4, "kind": kind, "top_k": top_k or 64}
-        cache = dataclasses.replace(world.writer(f"{kind} {parallel} {performance.recompute}", parallel), **sizes)
+    for kind, entries, draws in CACHES if teacher else ():
+        sizes = {"sequence_length": 24, "file_samples": 4, "kind": kind, "top_k": (entries or 64) - draws}
+        name = f"{kind} {draws} {parallel} {performance.recompute}"
+        cache = dataclasses.replace(world.writer(name, parallel), tail_draws=draws, **sizes)
         with counted() as writing:
             cache_writer.run(cache, teacher)
         counts.append(writing)
@@ -115,7 +117,7 @@ def test_collectives_are_those_of_the_formulas(folder, layout):
         expected = [
             communication.training_step([arch], teacher, CONFIG, setting, stage),
             communication.importance(arch, setting, stage, 8),
-            *(communication.teacher_cache(teacher, cached, setting, stage, 16) for cached in CACHES if teacher),
+            *(communication.teacher_cache(teacher, each, setting, stage, 16, n) for *each, n in CACHES if teacher),
         ]
         for number, (measured, collectives) in enumerate(zip(counts, expected, strict=True)):
             if number > 1 and place.tensor:

@@ -11,7 +11,8 @@ import yaml
 
 from minitron_mcore.checkpoint import lineage
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
-from minitron_mcore.config.settings import DataConfig, DistillConfig, ModelConfig, PruneConfig
+from minitron_mcore.config.model import ModelConfig
+from minitron_mcore.config.settings import DataConfig, DistillConfig, PruneConfig
 from minitron_mcore.config.stages import DistillRun
 from minitron_mcore.data import datasets, token_cache
 from minitron_mcore.errors import UserError

@@ -13,7 +13,7 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
 from tests.helpers.gpt_models import read_gpt, write_gpt
 from tests.helpers.hostile import Attack
-from tests.helpers.launching import launch
+from tests.helpers.launching import fork
 from tests.helpers.models import convert, read_all, whole
 
 ONE, TP2, PP2 = ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
@@ -296,8 +296,8 @@ def test_launch_files(tmp_path, trained):
     """As users type it: Megatron-LM's folder in, Megatron-LM's folder out."""
     base, _, _ = trained
     model = ["model.name=tiny", f"model.hf={base / 'hf'}", "dtype=fp32"]
-    launch(tmp_path, "convert", *model, f"model.weights={base / 'megatron'}")
-    output = launch(tmp_path, "export", *model, "source=runs/tiny/convert", "format=gpt", "parallel=tp2", processes=2)
+    fork(tmp_path, "convert", *model, f"model.weights={base / 'megatron'}")
+    output = fork(tmp_path, "export", *model, "source=runs/tiny/convert", "format=gpt", "parallel=tp2", processes=2)
     assert "runs/tiny/gpt" in output
     given, back = (read_all(base / "hf", folder) for folder in (base / "megatron", tmp_path / "runs/tiny/gpt"))
     assert all(torch.equal(given[name], back[name]) for name in given)

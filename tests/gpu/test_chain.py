@@ -12,21 +12,19 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 
 from minitron_mcore.parallel import process_groups
 from tests.gpu.world import ROOT, on_cpu, shared
-from tests.helpers import models
-from tests.helpers.launching import config_of, word_tokenizer
+from tests.helpers import tiny_run
+from tests.helpers.launching import config_of, words
+from tests.helpers.text_files import write_jsonl
 
 pytestmark = pytest.mark.gpu
 
-TRAINING = dict(steps=6, global_batch=4, sequence_length=16, warmup_steps=1, log_every=1)
 COMMAND = [
-    *("+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"),
-    *("data.train=[text.jsonl]", "data.heldout=[text.jsonl]", "prune.hidden=24", "prune.ffn=18", "prune.blocks=4"),
-    *("importance.samples=8", "importance.sequence_length=16", "evaluate.sequence_length=32"),
-    *(f"distill.{key}={value}" for key, value in TRAINING.items()),
+    *(*tiny_run.STAGES, "data.train=[text.jsonl]", "data.heldout=[text.jsonl]", "importance.samples=8"),
+    *("prune.hidden=24", "prune.ffn=18", "prune.blocks=4"),
+    *tiny_run.training(steps=6, global_batch=4, warmup_steps=1, log_every=1),
 ]
 
 
@@ -65,12 +63,9 @@ def chain(folder: Path) -> dict:
 
 def test_whole_way_ends_as_on_the_cpu(tmp_path):
     """Convert, importance, plan, prune, distill with a stop and a resume, export, evaluate."""
-    g = torch.Generator().manual_seed(0)
-    lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
     for name in ("device", "cpu"):
-        models.tiny_llama(tmp_path / name / "hf")
-        word_tokenizer(tmp_path / name / "hf")
-        (tmp_path / name / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        tiny_run.write(tmp_path / name)
+        write_jsonl(tmp_path / name / "text.jsonl", [words(40, seed) for seed in range(60)])
     (theirs,) = on_cpu(tmp_path / "reference", (chain, tmp_path / "cpu"))
     ours = chain(tmp_path / "device")
     assert [row["step"] for row in ours["steps"]] == list(range(1, 7))

@@ -23,7 +23,7 @@ from minitron_mcore.distill.losses import FactoredLogits, LossConfig, TopKLogPro
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
 from tests.helpers import models
-from tests.helpers.loss_cases import chunk_bytes
+from tests.helpers.loss_cases import chunk_bytes, tiles_of
 
 ONE = ParallelConfig()
 
@@ -40,6 +40,7 @@ class Case:
     lm_weight: float = 0.3
     masked: float = 0.3
     chunk_tokens: int | None = 10
+    tile_elements: int | None = None
     dtype: torch.dtype = torch.float32
 
     def tensors(self) -> list[Tensor]:
@@ -78,7 +79,7 @@ CASES = {
     "large logits": Case(spread=30.0),
     "a rank of padding only": Case(vocab=100, padded=192),
     "all but one": Case(k=99, vocab=100, padded=102),
-    "several tiles": Case(tokens=131, vocab=49_999, padded=50_004, chunk_tokens=None),
+    "several tiles": Case(chunk_tokens=None, tile_elements=4096),
 }
 
 
@@ -93,7 +94,8 @@ def loss_on_rank(cases: list[Case]) -> list[list[Tensor]]:
         config = LossConfig(kd_weight=0.7, lm_weight=case.lm_weight, chunk_bytes=budget)
         student, teacher = FactoredLogits(hidden, head), TopKLogProbs(*top)
         sizes = {"vocab_size": case.vocab, "tp_group": group}
-        loss, stats = distillation_loss(student, teacher, labels, mask, **sizes, config=config)
+        with tiles_of(case.tile_elements):
+            loss, stats = distillation_loss(student, teacher, labels, mask, **sizes, config=config)
         loss.backward()
         found.append([x.cpu() for x in (loss.detach(), stats, hidden.grad, head.grad)])
     return found
@@ -118,6 +120,7 @@ KINDS = {
     "hidden_int8": {"kind": "hidden_int8"},
     "top": {"kind": "topk", "top_k": K},
     "most": {"kind": "topk", "top_k": MOST},
+    "drawn": {"kind": "topk", "top_k": 5, "tail_draws": 20},
 }
 
 

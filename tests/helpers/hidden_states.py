@@ -13,7 +13,7 @@ from tests.helpers import models, training
 PAIRS = [[0, 6], [4, 1], [2, 4], [4, 4]]
 
 
-CONFIG = dataclasses.replace(training.CONFIG, clip_grad=1e9, distributed_optimizer=False)
+CONFIG = dataclasses.replace(training.CONFIG, clip_grad=1e9)
 
 
 CASES = {
@@ -95,6 +95,7 @@ def first_step(folders, parallel, out_dir):
         batches = list(models.placed(micro_batches(config, 0, dp.rank(), dp.size())))[: 4 // dp.size()]
         probed = trainer.teacher_loss(batches[0])
         figures = trainer.train_step(batches) | {"probed": probed}
+        training.gather_gradients(trainer)
         found[case] = figures, before, None if projection is None else projection.main_grad.clone()
         for parameter in trainer.model.parameters():
             parameter.data.copy_(parameter.main_grad)

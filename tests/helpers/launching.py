@@ -1,5 +1,6 @@
 """Launch files in processes of their own, and the configs that they compose."""
 
+import gc
 import inspect
 import itertools
 import os
@@ -70,6 +71,7 @@ def _in_fork(cwd, output: str, stage: str, overrides, processes: int, stop_at) -
         processes = int(command[script - 1]) if script > 1 else 1  # after torchrun's --nproc-per-node
         return _status(Path(command[script]).stem, command[script + 1 :], processes)
 
+    gc.freeze()
     os.chdir(cwd)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)

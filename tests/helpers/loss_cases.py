@@ -1,8 +1,10 @@
 """Cases of the distillation loss, their formula in fp64, and the loss on the ranks of a layout."""
 
+import contextlib
 import functools
 from dataclasses import dataclass, fields, replace
 from itertools import batched
+from unittest import mock
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -10,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from minitron_mcore.config.settings import Divergence
+from minitron_mcore.distill import tile_sizes
 from minitron_mcore.distill.losses import FactoredLogits, LossConfig, distillation_loss
 from minitron_mcore.parallel import process_groups
 
@@ -17,6 +20,14 @@ from minitron_mcore.parallel import process_groups
 def chunk_bytes(tokens: int | None, *heads: Tensor) -> int | None:
     """Budget for the logits of so many tokens."""
     return tokens and tokens * sum(len(head) * head.element_size() for head in heads)
+
+
+@contextlib.contextmanager
+def tiles_of(elements: int | None):
+    """Tiles of so many logits inside the block."""
+    sizes = dict.fromkeys(tile_sizes.TILE_ELEMENTS, elements) if elements else {}
+    with mock.patch.dict(tile_sizes.TILE_ELEMENTS, sizes):
+        yield
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,8 @@ class Case:
     jsd_beta: float = 0.5
     top_k: int | None = None
     chunk_tokens: int | None = None
+    tile_elements: int | None = None
+    """Logits of a tile; None: the default, which holds all of a small case."""
     masked: float = 0.0
     """Part of the tokens that is ignored; their labels are -100, their hidden states NaN and infinite."""
     dtype: torch.dtype = torch.float32
@@ -68,12 +81,13 @@ class Case:
         models = [None if hidden is None else FactoredLogits(hidden, head) for hidden, head in batched(tensors[:4], 2)]
         options = {name: getattr(self, name) for name in names if hasattr(self, name)}
         config = LossConfig(**options, chunk_bytes=chunk_bytes(self.chunk_tokens, *(x.head for x in models if x)))
-        return distillation_loss(*models, *tensors[4:], vocab_size=self.vocab, tp_group=group, config=config)
+        with tiles_of(self.tile_elements):
+            return distillation_loss(*models, *tensors[4:], vocab_size=self.vocab, tp_group=group, config=config)
 
 
 CASES = {
     "kl, chunks that don't divide the tokens": Case(chunk_tokens=10),
-    "several tiles and row blocks": Case(131, 49_999, 50_004, 128, 8),
+    "several tiles": Case(131, 49_999, 50_004, 128, 8),
     "masked": Case(masked=0.4, lm_weight=1.0, chunk_tokens=10),
     "kl and lm mixed": Case(kd_weight=0.7, lm_weight=0.3),
     "temperature": Case(temperature=2.0),
@@ -105,7 +119,7 @@ def shapes(case: Case) -> dict[str, Case]:
         "temperature": replace(mixed, chunk_tokens=10),
         "a rank of padding only": replace(case, vocab=100, padded=192, lm_weight=0.5, temperature=temperature),
         "large logits": replace(case, spread=10.0 if case.divergence == Divergence.jsd else 30.0),
-        "several tiles": replace(case, tokens=131, vocab=49_999, padded=50_004, hidden=12, teacher_hidden=8),
+        "several tiles": replace(case, hidden=12, teacher_hidden=8, tile_elements=4096),
     }
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.models.architecture import Architecture
+from tests.helpers.layouts import layouts
 
 SIZES = dict(
     vocab_size=101,  # odd: padded at any TP > 1
@@ -19,14 +19,7 @@ SIZES = dict(
     max_position_embeddings=256,
 )
 ARCH = Architecture("llama", 3, 36, 30, 12, 6, 8, 101, 256, 1e-5, 1e4, None, True)
-LAYOUTS = {
-    "tp1": (1, ParallelConfig()),
-    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
-    "tp3": (3, ParallelConfig(tensor=3)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
-    "tp2_pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
-    "dp2": (2, ParallelConfig()),
-}
+LAYOUTS = layouts("tp1", "tp2_sp", "tp3", "pp2", "tp2_pp2", "dp2")
 # Experts one by one: torch's product over all of them wants rows of a multiple of 16 bytes.
 EAGER = {"experts_implementation": "eager"}
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -41,10 +41,9 @@ from minitron_mcore.importance.scores import load_scores, save_scores, summary
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.pruning import apply
 from minitron_mcore.pruning.plan import load_plan, make_plan
-from minitron_mcore.reporting import depth_plots, page, plots, search_plots
-from minitron_mcore.search.results import collect
+from minitron_mcore.reporting import page, plots
+from minitron_mcore.search.results import SPEEDS, collect
 from minitron_mcore.search.runner import SearchRunner
-from minitron_mcore.search.store import SPEEDS
 from tests.helpers import cached_teacher, families, gguf_files, models, sentencepieces, text_files, work_dir
 from tests.helpers.cutting import random_scores
 from tests.helpers.training import CONFIG, micro_batches
@@ -245,7 +244,7 @@ def points(folder: Path, meter: study.Measure | None = None) -> None:
     list(study.warnings(chosen, DEPTH.metric, rank, None, 0))
     results = {"baseline": baseline, "sweep": sweep, "drop": {str(row["size"]): row["dropped"] for row in chosen}}
     if meter is None:
-        depth_plots.plot_depth(results, folder / "depth.png")
+        plots.plot_depth(results, folder / "depth.png")
 
 
 def studied(folder: Path) -> None:
@@ -281,7 +280,7 @@ def search_runner(folder: Path) -> SearchRunner:
 def searched(folder: Path) -> None:
     """Collect the results of a search's candidates, and plot them."""
     runner = search_runner(folder)
-    search_plots.plot_search(collect(runner.store, runner.space, list(runner._measure())), folder)
+    plots.plot_search(collect(runner.store, runner.space, list(runner._measure())), folder)
 
 
 def reported(folder: Path) -> None:

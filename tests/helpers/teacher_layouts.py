@@ -18,7 +18,6 @@ STATES = HiddenStateLossConfig(0.7, pairs=[[0, 3], [3, 1], [2, 3]])
 CONFIG = dataclasses.replace(
     training.CONFIG,
     clip_grad=1e9,
-    distributed_optimizer=False,
     lm_weight=0.5,
     hidden_state_loss=STATES,
     teacher_ahead=2,
@@ -57,6 +56,7 @@ def two_steps(folders, config, parallel, out_dir):
         config.global_batch // dp.size(),
     )
     figures = [trainer.train_step([next(batches) for _ in range(count)])]
+    training.gather_gradients(trainer)
     gradients = [parameter.main_grad.clone() for parameter in trainer.model.parameters()]
     figures.append(trainer.train_step([next(batches) for _ in range(count)]))
     for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
@@ -110,3 +110,13 @@ def serve_or_learn(folders, config, parallel, out_dir, damaged=False):
 
     bridge.receive_requests = requests
     return remote_teacher.serve(open_checkpoint(folders / "teacher"), config, parallel, "fp32")
+
+
+def taught_apart(launch, name: str, folders, out_dir) -> list:
+    """`two_steps` of each student's rank, whose teacher has ranks of its own; `launch` is `on_ranks` or runs on devices."""
+    world, parallel, teacher_ranks, teacher_parallel = APART[name]
+    config = dataclasses.replace(CONFIG, teacher_parallel=teacher_parallel, teacher_ranks=teacher_ranks)
+    args = serve_or_learn, world + teacher_ranks, parallel, folders, config, parallel, out_dir
+    found = launch(*args, teacher_ranks=teacher_ranks, teacher_parallel=teacher_parallel)
+    assert found[world:] == [None] * teacher_ranks
+    return found[:world]

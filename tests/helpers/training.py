@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import DistillConfig
@@ -30,6 +31,16 @@ def micro_batches(config: DistillConfig, start: int, dp_rank: int, dp_size: int)
     for first in range(start + dp_rank * config.micro_batch, len(ids), config.micro_batch * dp_size):
         rows = slice(first, first + config.micro_batch)
         yield {"tokens": ids[rows, :-1], "labels": ids[rows, 1:], "loss_mask": mask[rows]}
+
+
+def gather_gradients(trainer) -> None:
+    """Complete `main_grad` on every rank: the distributed optimizer reduces a share of it on each (collective)."""
+    modules = [*trainer.chunks, *(trainer.hidden_loss.ddp_modules if trainer.hidden_loss else [])]
+    for group in (group for ddp in modules for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
 
 
 def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp32", heldout=None):

@@ -7,10 +7,11 @@ from safetensors.torch import save_file
 from minitron_mcore.config.settings import ParallelConfig, Statistic
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
+from tests.helpers.layouts import layouts
 from tests.helpers.models import LAYOUTS
 from tests.helpers.scoring import LENGTHS, STATISTICS, activations, collect, scores_of
 
-MORE = {"pp2_dp2": (4, ParallelConfig(pipeline=2)), "cp2": (2, ParallelConfig(context=2))}
+MORE = layouts("pp2_dp2", "cp2")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,7 @@ def test_a_block_that_adds_nothing_is_scored(tmp_path):
             assert scores["blocks.2.block"] == 0 and scores["blocks.2.ffn"].any() == (not statistic.weighted)
 
 
+@pytest.mark.slow
 def test_other_layout_same_plan(tmp_path):
     from minitron_mcore.checkpoint.run_folder import open_checkpoint
     from minitron_mcore.config.settings import PruneConfig

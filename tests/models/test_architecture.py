@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.model import ArchitectureConfig
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.formats import hf_convert
@@ -167,10 +168,10 @@ def test_another_model_than_the_config_names_is_refused(tmp_path):
     arch, _ = architecture.read_hf(models.tiny_llama(tmp_path / "hf"))
     architecture.check_matches(arch, None, "x")
     architecture.check_matches(arch, arch, "x")
-    wanted = architecture.from_config(arch.to_json() | {"blocks": 9, "vocab": 77})
+    wanted = architecture.from_config(ArchitectureConfig(**arch.to_json() | {"blocks": 9, "vocab": 77}))
     with pytest.raises(
         UserError, match="x is not the model that the config names: blocks is 5, not 9, vocab is 101, not 77"
     ):
         architecture.check_matches(arch, wanted, "x")
-    with pytest.raises(UserError, match="model.architecture is invalid"):
-        architecture.from_config({"family": "llama"})
+    with pytest.raises(UserError, match="model.architecture: family is 'lama'"):
+        architecture.from_config(ArchitectureConfig(**arch.to_json() | {"family": "lama"}))

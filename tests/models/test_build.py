@@ -6,20 +6,14 @@ from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers import models
 from tests.helpers.models import LAYOUTS
+from tests.helpers.round_trip import assert_same_model
 
 
 @pytest.mark.default_cases("tp1-tied", "tp2_sp-untied", "tp3-tied", "pp2-untied", "tp2_pp2-tied", "dp2-untied")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_equal_transformers(tmp_path, layout, tied):
-    world, parallel = LAYOUTS[layout]
-    folder = models.tiny_llama(tmp_path / "hf", tied=tied)
-    on_ranks(models.import_hf, world, parallel, folder, tmp_path / "ckpt", parallel)
-    ids = models.tokens()
-    logits = next(
-        x for x in on_ranks(models.mcore_logits, world, parallel, tmp_path / "ckpt", parallel, ids) if x is not None
-    )
-    assert (logits - models.hf_logits(folder, ids)).abs().max() <= 2e-4
+def test_logits_equal_transformers_and_weights_come_back(tmp_path, layout, tied):
+    assert_same_model(models.tiny_llama(tmp_path / "hf", tied=tied), tmp_path, *LAYOUTS[layout])
 
 
 @pytest.mark.parametrize(

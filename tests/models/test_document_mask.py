@@ -17,8 +17,6 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import models, training
 from tests.helpers.cutting import export, write_family
 
-pytestmark = pytest.mark.xdist_group("documents")
-
 LENGTHS = [[1, 7, 1, 3, 12], [24], [23, 1], [2, 1, 1, 8, 12]]
 """Tokens of the documents of four samples."""
 CONFIG = dataclasses.replace(
@@ -27,7 +25,6 @@ CONFIG = dataclasses.replace(
     sequence_length=24,
     lm_weight=0.5,
     clip_grad=1e9,
-    distributed_optimizer=False,
     teacher_ahead=2,
 )
 LAYOUTS = {
@@ -140,6 +137,7 @@ def one_step(folders, config, parallel, out_dir):
     rows = range(dp.rank(), 4, dp.size())
     batches = [{key: tensor[row : row + 1] for key, tensor in samples().items()} for row in rows]
     figures = trainer.train_step(list(models.placed(batches)))
+    training.gather_gradients(trainer)
     for parameter in trainer.model.parameters():
         parameter.data.copy_(parameter.main_grad)
     trainer.save(out_dir)

@@ -8,12 +8,11 @@ import torch
 
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
-from minitron_mcore.formats import hf_convert
 from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
 from tests.helpers.cutting import export, random_scores, run_prune
-from tests.helpers.families import round_trip
+from tests.helpers.round_trip import assert_same_model
 from tests.helpers.training import CONFIG, distill
 
 ONE = ParallelConfig()
@@ -35,16 +34,7 @@ EXPERTS = [which for which in families.OF if which not in DENSE]
 
 
 def check(which, tmp_path, world, parallel):
-    folder, ids = families.tiny(which, tmp_path / "hf"), models.tokens()
-    found = next(x for x in on_ranks(round_trip, world, parallel, folder, tmp_path, parallel, ids) if x is not None)
-    assert (found - models.hf_logits(folder, ids)).abs().max() <= 2e-4
-    (tmp_path / "back").mkdir()
-    hf_convert.export_folder(open_checkpoint(tmp_path / "ckpt"), tmp_path / "back")
-    back, given = models.weights(tmp_path / "back"), models.weights(folder)
-    given = {name: weight for name, weight in given.items() if name in back or name != "lm_head.weight"}
-    assert back.keys() == given.keys()
-    assert all(torch.equal(back[name], weight) for name, weight in given.items())
-    assert torch.equal(models.hf_logits(tmp_path / "back", ids), models.hf_logits(folder, ids))
+    assert_same_model(families.tiny(which, tmp_path / "hf"), tmp_path, world, parallel)
 
 
 @pytest.mark.default_cases("*-tp2", "llama31-pp2")

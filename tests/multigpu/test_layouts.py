@@ -12,6 +12,7 @@ import torch
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from tests.helpers import cutting, families, models, training
 from tests.helpers.cutting import ONE, export
+from tests.helpers.layouts import layout
 from tests.multigpu.ranks import launch, need
 
 pytestmark = pytest.mark.multigpu
@@ -22,26 +23,27 @@ CUTS = {
     "llama": PruneConfig(hidden=24, ffn=16, heads=8, blocks=7),
     "qwen3_moe": PruneConfig(hidden=27, ffn=9, blocks=4, experts=4),
 }
-LAYOUTS = {
-    "llama-tp2": (2, ParallelConfig(tensor=2)),
-    "llama-tp2_sp": (2, SP),
-    "llama-pp2": (2, ParallelConfig(pipeline=2)),
-    "llama-cp2": (2, ParallelConfig(context=2)),
-    "llama-dp2": (2, ONE),
-    "llama-pp2_virtual2": (2, ParallelConfig(pipeline=2, virtual=2)),
-    "qwen3_moe-ep2": (2, ParallelConfig(expert=2)),
-    "llama-tp4_sp": (4, dataclasses.replace(SP, tensor=4)),
-    "llama-tp2_sp_pp2": (4, dataclasses.replace(SP, pipeline=2)),
-    "llama-tp2_sp_cp2": (4, dataclasses.replace(SP, context=2)),
-    "llama-pp2_virtual2_dp2": (4, ParallelConfig(pipeline=2, virtual=2)),
-    "llama-pp4": (4, ParallelConfig(pipeline=4)),
-    "qwen3_moe-tp2_sp_ep2_dp2": (4, dataclasses.replace(SP, expert=2)),
-    "qwen3_moe-ep4": (4, ParallelConfig(expert=4)),
-    "llama-tp4_sp_dp2": (8, dataclasses.replace(SP, tensor=4)),
-    "llama-tp2_pp2_cp2": (8, ParallelConfig(tensor=2, pipeline=2, context=2)),
-    "llama-tp2_sp_pp2_virtual2_dp2": (8, dataclasses.replace(SP, pipeline=2, virtual=2)),
-    "qwen3_moe-pp2_ep4": (8, ParallelConfig(pipeline=2, expert=4)),
-}
+NAMES = (
+    "llama-tp2",
+    "llama-tp2_sp",
+    "llama-pp2",
+    "llama-cp2",
+    "llama-dp2",
+    "llama-pp2_virtual2",
+    "qwen3_moe-ep2",
+    "llama-tp4_sp",
+    "llama-tp2_sp_pp2",
+    "llama-tp2_sp_cp2",
+    "llama-pp2_virtual2_dp2",
+    "llama-pp4",
+    "qwen3_moe-tp2_sp_ep2_dp2",
+    "qwen3_moe-ep4",
+    "llama-tp4_sp_dp2",
+    "llama-tp2_pp2_cp2",
+    "llama-tp2_sp_pp2_virtual2_dp2",
+    "qwen3_moe-pp2_ep4",
+)
+LAYOUTS = {name: layout(name.split("-")[1]) for name in NAMES}
 QUICK = ("llama-tp2_sp", "llama-pp2_virtual2", "llama-cp2", "llama-dp2", "qwen3_moe-ep2", "llama-tp2_sp_pp2")
 """Of each kind one, for a machine that has all ranks on few cores."""
 CONFIG = dataclasses.replace(training.CONFIG, steps=3, lm_weight=0.5)

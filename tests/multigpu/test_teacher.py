@@ -9,7 +9,7 @@ from minitron_mcore.config.settings import Dtype, ParallelConfig, PruneConfig
 from tests.helpers import cached_teacher, teacher_layouts
 from tests.helpers.cached_teacher import World, assert_same, write_text
 from tests.helpers.cutting import ONE, export, family_on_rank
-from tests.helpers.teacher_layouts import APART, CONFIG, hold, serve_or_learn, two_steps
+from tests.helpers.teacher_layouts import APART, CONFIG, hold, taught_apart, two_steps
 from tests.multigpu.ranks import launch, need
 
 pytestmark = pytest.mark.multigpu
@@ -48,21 +48,10 @@ def test_a_layout_of_its_own(tmp_path, request, name):
 
 @pytest.mark.parametrize("name", APART)
 def test_ranks_of_its_own(tmp_path, request, name):
-    world, parallel, teacher_ranks, teacher_parallel = APART[name]
+    world, _, teacher_ranks, _ = APART[name]
     need(world + teacher_ranks)
     at, alone, expected = request.getfixturevalue("folders")
-    config = dataclasses.replace(CONFIG, teacher_parallel=teacher_parallel, teacher_ranks=teacher_ranks)
-    args = at, config, parallel, tmp_path / "run"
-    found = launch(
-        serve_or_learn,
-        world + teacher_ranks,
-        parallel,
-        *args,
-        teacher_ranks=teacher_ranks,
-        teacher_parallel=teacher_parallel,
-    )
-    assert found[world:] == [None] * teacher_ranks
-    hold(alone, expected, found[:world], tmp_path, TOLERANCE)
+    hold(alone, expected, taught_apart(launch, name, at, tmp_path / "run"), tmp_path, TOLERANCE)
 
 
 CACHES = {

@@ -251,6 +251,6 @@ def test_checkpoint_load_has_no_argument_for_a_reader():
 
 
 def test_checkpoint_the_save_steps_have_no_public_name():
-    for function in (checkpoint.group_by_key, checkpoint.wrap_exception, checkpoint.write_item):
+    for function in (checkpoint.group_by_key, checkpoint.write_item):
         assert function.__name__.startswith("_")
         assert not hasattr(inspect.getmodule(function), function.__name__.lstrip("_"))

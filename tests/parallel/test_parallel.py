@@ -21,15 +21,10 @@ from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models, training
 from tests.helpers.cutting import CUT, LENGTHS, ONE, export, run_prune, score_cut_say
+from tests.helpers.layouts import layouts
 from tests.helpers.scoring import oracle
 
-LAYOUTS = {
-    "tp2_pp2_cp2": (8, ParallelConfig(tensor=2, pipeline=2, context=2)),
-    "tp2_pp2_dp2": (8, ParallelConfig(tensor=2, pipeline=2)),
-    "tp2_sp_cp2": (4, ParallelConfig(tensor=2, sequence=True, context=2)),
-    "pp2_virtual2_dp2": (4, ParallelConfig(pipeline=2, virtual=2)),
-    "pp3_virtual2_cp2": (6, ParallelConfig(pipeline=3, virtual=2, context=2)),
-}
+LAYOUTS = layouts("tp2_pp2_cp2", "tp2_pp2_dp2", "tp2_sp_cp2", "pp2_virtual2_dp2", "pp3_virtual2_cp2")
 
 
 @pytest.fixture(scope="module")
@@ -106,29 +101,30 @@ def distill(student, teacher, config, parallel, out_dir, resume=False):
     ]
 
 
-TRAINED = {
-    "pp2_virtual2_cp2": (4, ParallelConfig(pipeline=2, virtual=2, context=2)),
-    "tp2_sp_cp2": LAYOUTS["tp2_sp_cp2"],
-}
+TRAINED = layouts("pp2_virtual2_cp2", "tp2_sp_cp2")
+
+
+def whole_and_half(student, teacher, config, parallel, at):
+    """The history of a run, and a run that stops after its first step."""
+    distill(student, teacher, dataclasses.replace(config, stop_after=1), parallel, at / "parts")
+    return distill(student, teacher, config, parallel, at / "whole")
 
 
 @pytest.mark.default_cases("tp2_sp_cp2")
 @pytest.mark.parametrize("name", TRAINED)
 def test_students_learn_as_on_one_process_and_resume(tmp_path, parent, name):
     pair = (parent[0] / "pruned", parent[0] / "ckpt")
-    config = dataclasses.replace(training.CONFIG, steps=3)
+    config = dataclasses.replace(training.CONFIG, steps=2)
     alone = on_ranks(distill, 1, ONE, *pair, config, ONE, tmp_path / "one")[0]
     expected = export(tmp_path / "one", tmp_path / "one_hf")
     world, parallel = TRAINED[name]
-    for history in on_ranks(distill, world, parallel, *pair, config, parallel, tmp_path / "whole"):
+    for history in on_ranks(whole_and_half, world, parallel, *pair, config, parallel, tmp_path):
         for a, b in zip(alone, history, strict=True):
             for key in ("kd_loss", "lm_loss", "teacher_entropy", "grad_norm", "lr"):
                 assert math.isclose(a[key], b[key], rel_tol=2e-5), (key, a, b)
     whole = export(tmp_path / "whole", tmp_path / "whole_hf")
     for key, weight in expected.items():  # see test_trainer: what a step can move
         assert (whole[key] - weight).abs().max() <= 0.02 * config.peak_lr * config.steps, key
-    half = dataclasses.replace(config, stop_after=2)
-    on_ranks(distill, world, parallel, *pair, half, parallel, tmp_path / "parts")
     on_ranks(distill, world, parallel, *pair, config, parallel, tmp_path / "parts", True)
     parts = export(tmp_path / "parts", tmp_path / "parts_hf")
     assert all(torch.equal(parts[key], weight) for key, weight in whole.items())

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from minitron_mcore.errors import STOPPED_STATUS
-from tests.helpers import models
-from tests.helpers.launching import ROOT, fork, word_tokenizer, words
+from tests.helpers import tiny_run
+from tests.helpers.launching import ROOT, fork
 
 pytestmark = pytest.mark.slow
 
@@ -73,13 +73,10 @@ def test_a_stage_ends_with_its_pipeline(tmp_path, number, status):
 
 
 def test_a_rank_saves_and_ends_after_torchrun_is_killed(tmp_path):
-    models.tiny_llama(tmp_path / "hf")
-    word_tokenizer(tmp_path / "hf")
-    (tmp_path / "text.txt").write_text(words(400, 0))
-    model = ["+model=smollm2_135m", "model.name=tiny", "model.hf=hf", "model.architecture=null", "dtype=fp32"]
-    fork(tmp_path, "convert", *model)
+    tiny_run.write(tmp_path)
+    fork(tmp_path, "convert", *tiny_run.MODEL)
     sizes = dict(steps=100_000, global_batch=2, micro_batch=1, sequence_length=16, warmup_steps=0, save_every=100_000)
-    command = [*TORCHRUN, str(ROOT / "launch/distill.py"), *model, "data.train=[text.txt]", "student=runs/tiny/convert"]
+    command = [*TORCHRUN, str(ROOT / "launch/distill.py"), *tiny_run.STAGES, "student=runs/tiny/convert"]
     command += [f"distill.{key}={value}" for key, value in sizes.items()]
     env, metrics = os.environ | {"PYTHONPATH": str(ROOT)}, tmp_path / "runs/tiny/distill/metrics.jsonl"
     with open(tmp_path / "log", "w") as log:

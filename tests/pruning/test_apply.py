@@ -16,23 +16,12 @@ from tests.helpers.cutting import ONE, cut_by_hand, export, random_scores, run_p
 from tests.helpers.models import LAYOUTS
 
 
-@pytest.fixture
-def parent(tmp_path):
-    folder = models.tiny_llama(tmp_path / "hf")
-    on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "parent", ONE)
-    return tmp_path / "parent"
-
-
-def test_round_trip_is_bit_equal(tmp_path):
-    folder = models.tiny_llama(tmp_path / "hf", tied=True)
-    for name, (world, parallel) in LAYOUTS.items():
-        on_ranks(models.import_hf, world, parallel, folder, tmp_path / name, parallel)
-        back = export(tmp_path / name, tmp_path / f"{name}_hf")
-        expected = models.weights(folder)
-        assert back.keys() == expected.keys()
-        assert all(torch.equal(back[k], expected[k]) for k in expected)
-    ids = models.tokens()
-    assert torch.equal(models.hf_logits(tmp_path / f"{name}_hf", ids), models.hf_logits(folder, ids))
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A checkpoint; its Hugging Face folder lies beside it."""
+    at = tmp_path_factory.mktemp("parent")
+    on_ranks(models.import_hf, 1, ONE, models.tiny_llama(at / "hf"), at / "parent", ONE)
+    return at / "parent"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -46,7 +35,7 @@ def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
     on_ranks(run_prune, world, parallel, parent, plan, tmp_path / "pruned", parallel)
     found, expected = (
         export(tmp_path / "pruned", tmp_path / "pruned_hf"),
-        cut_by_hand(models.weights(tmp_path / "hf"), plan),
+        cut_by_hand(models.weights(parent.with_name("hf")), plan),
     )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
@@ -76,7 +65,7 @@ def test_keep_everything_changes_nothing(tmp_path, parent):
     opened, parallel = open_checkpoint(parent), ParallelConfig(tensor=3)
     plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig())
     on_ranks(run_prune, 3, parallel, parent, plan, tmp_path / "same", parallel)
-    found, expected = export(tmp_path / "same", tmp_path / "same_hf"), models.weights(tmp_path / "hf")
+    found, expected = export(tmp_path / "same", tmp_path / "same_hf"), models.weights(parent.with_name("hf"))
     assert all(torch.equal(found[k], expected[k]) for k in expected)
     ids = models.tokens()
     before, after = (
@@ -94,14 +83,14 @@ def test_zeroed_parent_gives_the_pruned_logits(tmp_path, parent):
         opened.arch, opened.fingerprint, random_scores(opened.arch), PruneConfig(ffn=18, heads=6, blocks=4)
     )
     on_ranks(run_prune, 3, ParallelConfig(tensor=3), parent, plan, tmp_path / "pruned", ParallelConfig(tensor=3))
-    weights, d = models.weights(tmp_path / "hf"), opened.arch.head_dim
+    weights, d = models.weights(parent.with_name("hf")), opened.arch.head_dim
     for block in range(opened.arch.blocks):
         at, gone = f"model.layers.{block}.", block not in plan.blocks
         dropped_ffn = [i for i in range(opened.arch.ffn) if gone or i not in plan.ffn[block]]
         dropped_rows = [i for i in range(opened.arch.heads * d) if gone or i // d not in plan.heads[block]]
         weights[at + "mlp.down_proj.weight"][:, dropped_ffn] = 0
         weights[at + "self_attn.o_proj.weight"][:, dropped_rows] = 0
-    shutil.copytree(tmp_path / "hf", tmp_path / "zeroed")
+    shutil.copytree(parent.with_name("hf"), tmp_path / "zeroed")
     save_file(weights, tmp_path / "zeroed" / "model.safetensors", metadata={"format": "pt"})
     ids, parallel = models.tokens(), ParallelConfig(tensor=2, pipeline=2)
     found = on_ranks(models.mcore_logits, 4, parallel, tmp_path / "pruned", parallel, ids)[2]
@@ -140,6 +129,7 @@ def test_shares_and_named_blocks(parent):
 
 
 def test_truncated_shard_is_refused_on_every_rank(tmp_path, parent):
+    parent = shutil.copytree(parent, tmp_path / "parent")
     shard = max(parent.glob("step_*/*.distcp"), key=lambda file: file.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-1000])
     parallel = ParallelConfig(tensor=2)

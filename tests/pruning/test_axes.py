@@ -24,16 +24,13 @@ from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
 from tests.helpers.cutting import ONE, export, random_scores
 from tests.helpers.launching import config_of
+from tests.helpers.layouts import layouts
 from tests.helpers.training import CONFIG, distill
 
 TINY = Architecture("llama", 5, 36, 30, 12, 4, 8, 101, 256, 1e-5, 1e4, None, tied=False)
 LENGTHS = [12, 7, 12]  # padded samples
 FINER = {"drop_attention": [1], "drop_mlp": [3, 4]}
-LAYOUTS = {
-    "tp1": (1, ONE),
-    "tp2": (2, ParallelConfig(tensor=2)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
-}
+LAYOUTS = layouts("tp1", "tp2", "pp2")
 
 
 def pairs_by_hand(scores: list[float], groups: list[int], size: int, kept: int) -> dict[int, int]:

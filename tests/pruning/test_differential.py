@@ -15,6 +15,7 @@ from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import ParallelConfig, PruneConfig
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import architecture, build, parameter_table
+from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning import index_maps
 from minitron_mcore.pruning.plan import make_plan, target_architecture
 from minitron_mcore.testing import RankError, on_ranks
@@ -52,14 +53,14 @@ def modelopts_count(arch) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_of_every_model(name):
-    arch = architecture.from_config(identity_of("plan", f"+model={name}")["model"]["architecture"])
+    arch = Architecture(**identity_of("plan", f"+model={name}")["model"]["architecture"])
     assert parameter_table.count(arch) == modelopts_count(arch) == PUBLISHED.get(name, parameter_table.count(arch))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_of_every_recipe(name):
     config = identity_of("plan", f"+recipe={name}")
-    source = architecture.from_config(config["model"]["architecture"])
+    source = Architecture(**config["model"]["architecture"])
     target = target_architecture(source, PruneConfig(**config["prune"]))
     count = parameter_table.count(target)
     assert count == modelopts_count(target) == config["parameters"] == PUBLISHED.get(name, count)

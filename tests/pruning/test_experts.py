@@ -32,19 +32,26 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def parent(tmp_path):
-    folder = families.tiny("qwen3_moe", tmp_path / "hf")
-    on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "parent", ONE)
-    return tmp_path / "parent"
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A checkpoint; its Hugging Face folder lies beside it."""
+    at = tmp_path_factory.mktemp("parent")
+    on_ranks(models.import_hf, 1, ONE, families.tiny("qwen3_moe", at / "hf"), at / "parent", ONE)
+    return at / "parent"
+
+
+@pytest.fixture(scope="module")
+def whole(parent):
+    """Scores on one process."""
+    return on_ranks(collect, 1, ONE, parent, ONE, models.tokens(len(LENGTHS)))[0][0]
 
 
 @pytest.mark.default_cases("tp2_ep2", "cp2_ep2", "ep3_pp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_equal_the_formula(tmp_path, parent, layout):
+def test_scores_equal_the_formula(parent, whole, layout):
     world, parallel = LAYOUTS[layout]
     ids = models.tokens(len(LENGTHS))
-    expected, whole = oracle(tmp_path / "hf", ids), on_ranks(collect, 1, ONE, parent, ONE, ids)[0][0]
+    expected = oracle(parent.with_name("hf"), ids)
     for vectors, metadata in on_ranks(collect, world, parallel, parent, parallel, ids):
         assert vectors.keys() == whole.keys()
         assert (metadata["samples"], metadata["tokens"]) == (str(len(LENGTHS)), str(sum(LENGTHS)))
@@ -72,10 +79,9 @@ def collect_by_all_to_all(*args):
 
 
 @pytest.mark.parametrize("layout", ["one", "ep2"])
-def test_scores_through_the_all_to_all_dispatcher_are_the_same(tmp_path, parent, layout):
+def test_scores_through_the_all_to_all_dispatcher_are_the_same(parent, whole, layout):
     world, parallel = LAYOUTS[layout]
     ids = models.tokens(len(LENGTHS))
-    whole = on_ranks(collect, 1, ONE, parent, ONE, ids)[0][0]
     for vectors, _ in on_ranks(collect_by_all_to_all, world, parallel, parent, parallel, ids):
         for name, vector in whole.items():
             torch.testing.assert_close(vectors[name], vector, rtol=2e-5, atol=1e-7, msg=name)
@@ -88,7 +94,7 @@ def test_pruned_equals_cut_by_hand(tmp_path, parent, layout):
     prune = PruneConfig(hidden=27, ffn=9, heads=6, blocks=2, experts=4)
     plan = make_plan(opened.arch, opened.fingerprint, random_scores(opened.arch), prune)
     on_ranks(run_prune, world, parallel, parent, plan, tmp_path / "pruned", parallel)
-    found, given = export(tmp_path / "pruned", tmp_path / "pruned_hf"), models.weights(tmp_path / "hf")
+    found, given = export(tmp_path / "pruned", tmp_path / "pruned_hf"), models.weights(parent.with_name("hf"))
     hidden = torch.tensor(plan.hidden)
     for new, old in enumerate(plan.blocks):
         at, to = f"model.layers.{old}.mlp.", f"model.layers.{new}.mlp."
@@ -135,10 +141,8 @@ def test_impossible_targets_are_refused(parent, prune, sentence):
         make_plan(arch, "x", random_scores(arch), prune)
 
 
-def test_a_dense_model_has_no_experts(tmp_path):
-    folder = models.tiny_llama(tmp_path / "hf")
-    on_ranks(models.import_hf, 1, ONE, folder, tmp_path / "dense", ONE)
-    arch = open_checkpoint(tmp_path / "dense").arch
+def test_a_dense_model_has_no_experts():
+    arch = models.ARCH
     with pytest.raises(UserError, match="the source has no experts"):
         make_plan(arch, "x", random_scores(arch), PruneConfig(experts=2))
     with pytest.raises(UserError, match="the model has no experts"):

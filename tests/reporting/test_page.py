@@ -14,7 +14,7 @@ import pytest
 from minitron_mcore.checkpoint.stage_record import COMPLETE
 from minitron_mcore.errors import UserError
 from minitron_mcore.pruning.apply import fingerprint
-from minitron_mcore.reporting import overview, read, roles, sections
+from minitron_mcore.reporting import artefacts, overview, sections
 from minitron_mcore.reporting.page import GENERATOR, collect, render, write
 from tests.helpers import work_dir
 from tests.helpers.launching import ROOT, config_of
@@ -144,8 +144,8 @@ def test_the_summary_compares_roles(whole, tmp_path):
     for name, time in (("config.yaml", 1000), (COMPLETE, 1090)):
         (run / "prune" / name).touch()
         os.utime(run / "prune" / name, (time, time))
-    folders = read.folders(run)
-    models = roles.models(folders)
+    folders = artefacts.folders(run)
+    models = artefacts.models(folders)
     rows, tiles = overview.rows(models), overview.tiles(models, folders)
     assert [(row["model"], row["loss"]) for row in rows] == [
         ("teacher", 2.0),
@@ -169,8 +169,8 @@ def test_the_summary_compares_roles(whole, tmp_path):
         f"python launch/generate.py +model=tiny work_dir=w source={run}/distill prompt=Hello",
     ]
     shutil.rmtree(run / "evaluate1")
-    folders = read.folders(run)
-    commands = {row["next"]: row["command"] for row in overview.commands(roles.models(folders), folders)}
+    folders = artefacts.folders(run)
+    commands = {row["next"]: row["command"] for row in overview.commands(artefacts.models(folders), folders)}
     assert commands["Evaluate the pruned model"] == (
         f"python launch/evaluate.py +model=tiny work_dir=w 'data.heldout=[a b.txt]' source={run}/prune "
         f"out_dir={run}/evaluate_pruned"
@@ -180,8 +180,8 @@ def test_the_summary_compares_roles(whole, tmp_path):
         identity = json.loads((run / folder / "minitron" / "lineage.json").read_text())
         identity["fingerprint"] = json.loads((run / made / "model.json").read_text())["fingerprint"]
         (run / folder / "minitron" / "lineage.json").write_text(json.dumps(identity))
-    folders = read.folders(run)
-    commands = {row["next"]: row["command"] for row in overview.commands(roles.models(folders), folders)}
+    folders = artefacts.folders(run)
+    commands = {row["next"]: row["command"] for row in overview.commands(artefacts.models(folders), folders)}
     assert commands["Serve the exported model"] == f"vllm serve {run}/a"
 
 

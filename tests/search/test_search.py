@@ -22,12 +22,13 @@ from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.models import architecture, flops, parameter_table
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning.plan import load_plan
-from minitron_mcore.reporting import search_plots
+from minitron_mcore.reporting import plots
 from minitron_mcore.search.space import Space
 from minitron_mcore.testing import on_ranks
-from tests.helpers import families, models
+from tests.helpers import families, models, tiny_run
 from tests.helpers.cutting import random_scores
-from tests.helpers.launching import composed, word_tokenizer
+from tests.helpers.launching import composed, words
+from tests.helpers.text_files import write_jsonl
 
 ONE = ParallelConfig()
 # (blocks, hidden, ffn, heads, groups, head_dim, vocabulary), total, without embeddings: what was published of each model
@@ -346,11 +347,8 @@ def searches(config, root) -> dict:
 def test_a_search_in_pieces_is_the_search_in_one_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parallel = ParallelConfig(tensor=2)
-    models.tiny_llama(tmp_path / "hf")
-    word_tokenizer(tmp_path / "hf")
-    g = torch.Generator().manual_seed(0)
-    lines = [{"text": " ".join(f"w{i}" for i in torch.randint(2, 101, (40,), generator=g).tolist())} for _ in range(60)]
-    Path("text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny_run.write(tmp_path)
+    write_jsonl(Path("text.jsonl"), [words(40, seed) for seed in range(60)])
     on_ranks(models.import_hf, 2, parallel, Path("hf"), Path("parent"), parallel)
     source = open_checkpoint("parent")
     for name, seed in (("scores", 3), ("other", 4)):
@@ -398,4 +396,4 @@ def test_a_search_is_planned_with_its_largest_candidate(tmp_path, monkeypatch):
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 3.0), (2, 2.5), (3, 2.5), (4, 2.9), (5, 2.8), (5, 3.1)]
-    assert search_plots.pareto_front(points) == [(5, 2.8), (3, 2.5)]
+    assert plots.pareto_front(points) == [(5, 2.8), (3, 2.5)]

@@ -7,13 +7,12 @@ from typing import Any
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import _wrap_exception as wrap_exception
 from torch.distributed.checkpoint.filesystem import _write_item as write_item
 
 # A strategy of its own has to repeat these steps of megatron-core's and torch's save, which have no public function.
 group_by_key = strategy._replace_state_dict_keys_with_sharded_keys
 
-__all__ = ["group_by_key", "reading_through", "wrap_exception", "write_item"]
+__all__ = ["group_by_key", "reading_through", "write_item"]
 
 
 @contextlib.contextmanager
