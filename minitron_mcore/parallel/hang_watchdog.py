@@ -4,7 +4,8 @@ Each rank has a watchdog thread, and its main thread calls `beat` whenever it ma
 beats depends on the `phase`. If it is over on one rank, that rank's thread raises an alarm in the rendezvous store, and every
 thread writes where its main thread is and how much of its own time is left. As long as one rank has time left, the others wait for
 it and the run continues. Otherwise the job ends. A rank that writes nothing is stopped or dead; a rank that is not inside a wait
-for other ranks is the one they wait for. After SIGTERM a rank is not waited for that long (`stops_in_waits`).
+for other ranks is the one they wait for. After SIGTERM a rank is not waited for that long (`stops_in_waits`), and a rank that stops
+alone stops the others.
 """
 
 import itertools
@@ -27,7 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from minitron_mcore.config.performance import HangConfig
-from minitron_mcore.errors import HUNG_STATUS, STOPPED_STATUS
+from minitron_mcore.errors import HUNG_STATUS, STOPPED_STATUS, Stopped
 from minitron_mcore.parallel.megatron_patches import cpu_backend
 
 STOP_SECONDS = 10.0
@@ -108,14 +109,30 @@ class HangWatchdog:
         self.thread.start()
         return self
 
-    def __exit__(self, *unused: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self.ended.set()
         self.thread.join()
+        if isinstance(error, Stopped) and not error.on_all_ranks:
+            self._stop_others()
+
+    def _stop_others(self) -> None:
+        """Have the other ranks' threads send SIGTERM to their processes, which would fail when this one ends, and wait for it."""
+        end = time.monotonic() + self.interval + 1
+        with suppress(dist.DistError):
+            self.store.set("stopped", "")
+            told = self.store.add("told", 1)
+            while told < self.size and time.monotonic() < end:
+                time.sleep(0.05)
+                told = self.store.add("told", 0)
 
     def _run(self) -> None:
-        alarm, quiet_until = 0, 0.0
+        alarm, quiet_until, stops = 0, 0.0, False
         while not self.ended.wait(self.interval):
             with suppress(dist.DistError):  # the process that held the store has ended
+                if not stops and self.store.check(["stopped"]):
+                    stops = True
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    self.store.add("told", 1)
                 if self._seconds_left() < 0 and time.monotonic() > quiet_until:
                     self.store.set(f"alarm {alarm}", "")
                 if self.store.check([f"alarm {alarm}"]):
