@@ -1,5 +1,7 @@
 """The cases of the fault campaign (see faults.py): each is a run that meets one fault, or one after the other, and its outcome."""
 
+import itertools
+import os
 import shutil
 import signal
 import time
@@ -44,15 +46,15 @@ class Campaign:
         inputs = root / "inputs"
         inputs.mkdir()
         converts = []
-        for seed, name in enumerate(("teacher", "student", "other")):
+        for seed, name in enumerate(("teacher", "student")):
             hf = models.tiny_llama(inputs / f"hf_{name}", num_hidden_layers=1, seed=seed)
             word_tokenizer(hf)
             command = [*MODEL, f"model.hf={hf.name}", f"out_dir={name}"]
             converts.append(Start(inputs, "convert", *command, processes=1))
         for convert in converts:
             succeed(convert)
-        for number, name in enumerate(("text", "other", "heldout")):
-            (inputs / f"{name}.txt").write_text(words(200 if name == "heldout" else 2000, number))
+        (inputs / "text.txt").write_text(words(2000, 0))
+        (inputs / "heldout.txt").write_text(words(200, 2))
         whole = train(shutil.copytree(inputs, root / "whole"))
         stopped = train(shutil.copytree(inputs, root / "stopped"), *TP2, f"distill.stop_after={STOPPED_AFTER}")
         succeed(whole)
@@ -66,8 +68,10 @@ class Campaign:
     def difference(self, folder: Path, since: int = 0) -> str:
         """How a finished run differs from the undisturbed one; empty if it does not. Figures are compared after step `since`."""
         found = faults.result(folder)
-        if [row for row in found.figures if row["step"] > since] != self.whole.figures[since:]:
-            return "other figures"
+        rows = [row for row in found.figures if row["step"] > since]
+        if rows != self.whole.figures[since:]:
+            pairs = itertools.zip_longest(rows, self.whole.figures[since:])
+            return "other figures: {} instead of {}".format(*next(pair for pair in pairs if pair[0] != pair[1]))
         return "other weights" if found.weights != self.whole.weights else self._other_model(found)
 
     def _other_model(self, found: faults.Result) -> str:
@@ -197,7 +201,7 @@ def damages(campaign: Campaign, name: str, file: str, how: str, at: float) -> It
     """A file of a stopped run is damaged. A refusal must leave the run as it was: with the file restored, it resumes."""
     folder = campaign.folder(name, "stopped")
     path = folder / RUN / file
-    content = path.read_bytes()
+    content, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     damage(path, how, at)
     newest = STOPPED_AFTER - 1 if file.startswith(f"step_{STOPPED_AFTER:07d}") else STOPPED_AFTER
     ended = train(folder).ended()
@@ -206,6 +210,7 @@ def damages(campaign: Campaign, name: str, file: str, how: str, at: float) -> It
         outcome, detail = refused(ended)
         if outcome == "refused":
             path.write_bytes(content)
+            os.utime(path, ns=times)  # a claim's is its heartbeat
             again, found = resumed(campaign, folder)
             outcome, detail = (outcome, detail) if again == "resumed" else (again, f"after it was restored: {found}")
     elif ended.resumed_after < newest:

@@ -109,7 +109,7 @@ def plan(campaign: Campaign, options, seconds: float) -> Iterator[Case]:
     yield from (case(cases.slow_disk, limit, hangs) for limit, hangs in ((0.03, True), (0.5, False)))
     yield from (case(cases.stopped_rank, rank) for rank in (0, 1))
     yield from (case(cases.not_finite, rank) for rank in (0, 1))
-    for path, other in (("student", "other"), ("teacher", "other"), ("text.txt", "other.txt")):
+    for path, other in (("student", "teacher"), ("teacher", "student"), ("text.txt", "heldout.txt")):
         yield case(cases.replaced_input, path, other)
     for layout, processes in (("single", 2), ("single", 1), ("cp2", 2)):
         yield case(cases.other_layout, layout, processes)
@@ -132,8 +132,8 @@ def stopped_files(root: Path) -> Iterator[Path]:
     return (path for path in run.rglob("*") if path.is_file() and path.suffix != ".png")
 
 
-def execute(case: Case) -> list[dict]:
-    """Lines of the outcomes of a case, without its files."""
+def execute(file: Path | None, case: Case) -> list[dict]:
+    """Lines of the outcomes of a case, which are also written to the file."""
     begin, (made, name, *_) = time.monotonic(), case.args
     try:
         outcomes = list(case())
@@ -143,7 +143,11 @@ def execute(case: Case) -> list[dict]:
     seconds = (time.monotonic() - begin) / len(outcomes)
     for each in outcomes:
         print(f"{name}: {each.outcome}: {each.detail}", flush=True)
-    return [{"case": name, "seconds": round(seconds, 1)} | asdict(each) for each in outcomes]
+    lines = [{"case": name, "seconds": round(seconds, 1)} | asdict(each) for each in outcomes]
+    if file:
+        with file.open("a") as opened:
+            opened.write("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 def table(lines: list[dict]) -> Table:
@@ -166,12 +170,7 @@ def campaign(options) -> list[dict]:
         if options.only:
             chosen = [case for case in chosen if case.func.__name__ in options.only.split(",")]
         with ThreadPoolExecutor(2) as pool:
-            for found in pool.map(execute, chosen):
-                lines += found
-                if file:
-                    with file.open("a") as opened:
-                        opened.writelines(json.dumps(line) + "\n" for line in found)
-    return lines
+            return lines + list(itertools.chain.from_iterable(pool.map(partial(execute, file), chosen)))
 
 
 def main() -> None:

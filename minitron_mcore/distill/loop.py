@@ -57,7 +57,7 @@ def train(
     profiler = StepProfiler(behind.performance.profile, out_dir)
     with stop_signal.at_stop_points(), hang_watchdog.phase(Phase.step, lambda: f"step {behind.step + 1}"):
         for student_run in student_runs:
-            student_run.measure()  # if a signal stopped the measurement of the step that this run resumes after
+            student_run.finish_measurement()
         for step in range(first, last):
             if stop_signal.requested_on_any_rank():
                 break
@@ -120,6 +120,14 @@ class StudentRun:
         if trainer.step % config.save_every == 0 or last or is_lowest:
             self.save()
         return _progress(figures) + self.heldout_message if figures else ""
+
+    def finish_measurement(self) -> None:
+        """Measure and write the held-out loss of the step that this run resumes after, if a signal stopped that (collective)."""
+        self.measure()
+        loss = self.heldout.losses.get(self.trainer.step) if self.heldout else None
+        with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
+            if self.metrics and loss is not None:
+                self.metrics.amend({"step": self.trainer.step, "heldout_loss": loss})
 
     def measure(self, figures: dict[str, float] | None = None) -> bool:
         """Add the held-out figures to `figures` if it is due after this step and not measured yet (collective).

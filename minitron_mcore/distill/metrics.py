@@ -95,13 +95,11 @@ class MetricsWriter:
     """
 
     def __init__(self, out_dir: Path, step: int, log: LogConfig):
-        path = out_dir / FILE
+        self.path, self._unwritten, self._is_full = out_dir / FILE, b"", False
         # A killed run may leave an incomplete line, of a step after its checkpoint.
-        lines = read_json_lines(path, "move it away") if path.is_file() else []
-        with damage_as_user_error(path, "move it away"):
-            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-        disk.replace_text(path, "".join(kept))
-        self.file, self._unwritten, self._is_full = path.open("ab", buffering=0), b"", False
+        lines = read_json_lines(self.path, "move it away") if self.path.is_file() else []
+        with damage_as_user_error(self.path, "move it away"):
+            self._replace([line for line in lines if line["step"] <= step])
         self.sinks: dict[str, Sink] = {}
         if log.tensorboard:
             self._open("tensorboard", lambda: TensorBoard(out_dir, step))
@@ -109,6 +107,18 @@ class MetricsWriter:
             self._open("wandb", lambda: Wandb(out_dir, log.wandb))
         if log.mlflow:
             self._open("mlflow", lambda: Mlflow(out_dir, log.mlflow))
+
+    def _replace(self, lines: list[dict]) -> None:
+        disk.replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.file = self.path.open("ab", buffering=0)
+
+    def amend(self, figures: dict[str, float]) -> None:
+        """Before any `write`, add figures to the line of their step, which a signal has left without them."""
+        lines = read_json_lines(self.path, "move it away")
+        if lines and lines[-1]["step"] == figures["step"] and lines[-1] | figures != lines[-1]:
+            self.file.close()
+            self._replace([*lines[:-1], lines[-1] | figures])
+            self._copy(figures)
 
     def _open(self, name: str, make: Callable[[], Sink]) -> None:
         try:
@@ -126,6 +136,9 @@ class MetricsWriter:
         """
         self._unwritten += (json.dumps(dict.fromkeys(FIELDS) | figures) + "\n").encode()
         self._write_rest()
+        self._copy(figures)
+
+    def _copy(self, figures: dict[str, float]) -> None:
         numbers = {name: value for name, value in figures.items() if name != "step"}
         for name in list(self.sinks):
             self._attempt(name, lambda sink: sink.write(numbers, int(figures["step"])))
@@ -136,9 +149,7 @@ class MetricsWriter:
                 self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
         except OSError as error:
             if not self._is_full:
-                process_groups.log(
-                    f"warning: {self.file.name} cannot be written now ({error.strerror}): training goes on."
-                )
+                process_groups.log(f"warning: {self.path} cannot be written now ({error.strerror}): training goes on.")
             self._is_full = True
 
     def close(self) -> None:

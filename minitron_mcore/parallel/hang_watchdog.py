@@ -4,9 +4,11 @@ Each rank has a watchdog thread, and its main thread calls `beat` whenever it ma
 beats depends on the `phase`. If it is over on one rank, that rank's thread raises an alarm in the rendezvous store, and every
 thread writes where its main thread is and how much of its own time is left. As long as one rank has time left, the others wait for
 it and the run continues. Otherwise the job ends. A rank that writes nothing is stopped or dead; a rank that is not inside a wait
-for other ranks is the one they wait for. After SIGTERM a rank is not waited for that long (`stops_in_waits`).
+for other ranks is the one they wait for. After SIGTERM a rank is not waited for that long (`stops_in_waits`), and a rank that stops
+alone stops the others.
 """
 
+import itertools
 import json
 import linecache
 import os
@@ -26,11 +28,11 @@ from typing import Any
 import torch.distributed as dist
 
 from minitron_mcore.config.performance import HangConfig
-from minitron_mcore.errors import HUNG_STATUS, STOPPED_STATUS
+from minitron_mcore.errors import HUNG_STATUS, STOPPED_STATUS, Stopped
 from minitron_mcore.parallel.megatron_patches import cpu_backend
 
 STOP_SECONDS = 10.0
-"""From SIGTERM to the end of a rank that waits for other ranks all the while. torchrun kills its ranks after 30 s."""
+"""From SIGTERM or Ctrl-C to the end of a rank that waits for other ranks all the while. torchrun kills its ranks after 30 s."""
 _WAITS = (".wait(", "synchronize(")
 _WAITS_CUDA = (".item(", ".tolist(", ".cpu(")  # these wait for NCCL's kernels
 
@@ -107,14 +109,30 @@ class HangWatchdog:
         self.thread.start()
         return self
 
-    def __exit__(self, *unused: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self.ended.set()
         self.thread.join()
+        if isinstance(error, Stopped) and not error.on_all_ranks:
+            self._stop_others()
+
+    def _stop_others(self) -> None:
+        """Have the other ranks' threads send SIGTERM to their processes, which would fail when this one ends, and wait for it."""
+        end = time.monotonic() + self.interval + 1
+        with suppress(dist.DistError):
+            self.store.set("stopped", "")
+            told = self.store.add("told", 1)
+            while told < self.size and time.monotonic() < end:
+                time.sleep(0.05)
+                told = self.store.add("told", 0)
 
     def _run(self) -> None:
-        alarm, quiet_until = 0, 0.0
+        alarm, quiet_until, stops = 0, 0.0, False
         while not self.ended.wait(self.interval):
             with suppress(dist.DistError):  # the process that held the store has ended
+                if not stops and self.store.check(["stopped"]):
+                    stops = True
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    self.store.add("told", 1)
                 if self._seconds_left() < 0 and time.monotonic() > quiet_until:
                     self.store.set(f"alarm {alarm}", "")
                 if self.store.check([f"alarm {alarm}"]):
@@ -152,10 +170,10 @@ class HangWatchdog:
 
 @contextmanager
 def stops_in_waits() -> Iterator[None]:
-    """Inside the block SIGTERM ends this process with STOPPED_STATUS once its main thread has been in one wait for STOP_SECONDS.
+    """Inside the block SIGTERM and SIGINT end this process after STOP_SECONDS of one wait for other ranks in its main thread.
 
     Python calls a signal's handler in the main thread, which a wait for a rank that has ended may never give back. Saves may take
-    any time, and so may the idle phase. Nothing is saved.
+    any time, and so may the idle phase. Nothing is saved; the status is STOPPED_STATUS.
     """
     wakeup, wakes = os.pipe()
     os.set_blocking(wakes, False)
@@ -173,7 +191,7 @@ os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # else its
 
 
 def _end_in_wait(wakeup: int, ended: threading.Event) -> None:
-    while (received := os.read(wakeup, 1)) and received[0] != signal.SIGTERM:
+    while (received := os.read(wakeup, 1)) and received[0] not in (signal.SIGTERM, signal.SIGINT):
         pass
     os.close(wakeup)
     wait, since = None, 0.0
@@ -183,12 +201,10 @@ def _end_in_wait(wakeup: int, ended: threading.Event) -> None:
         if now is None or now != wait:
             wait, since = now, time.monotonic()
         elif time.monotonic() - since > STOP_SECONDS:
-            stack = [
-                f"{each.name} ({Path(each.filename).name}:{each.lineno})" for each in traceback.extract_stack(frame)
-            ]
+            stack = " < ".join(_place(each) for each, _ in itertools.islice(traceback.walk_stack(frame), 5))
             print(
-                f"rank {os.environ.get('RANK', 0)} stops: after SIGTERM it waited for other ranks for {STOP_SECONDS:.0f} s in "
-                f"{_phase[1]()}: {' < '.join(stack[:-6:-1])}",
+                f"rank {os.environ.get('RANK', 0)} stops: after a signal it waited for other ranks for {STOP_SECONDS:.0f} s in "
+                f"{_phase[1]()}: {stack}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -97,6 +97,11 @@ def train(at, parallel, out_dir):
         record = json.loads((out_dir / "parts" / "best.json").read_text())
         record["measured"].pop("4")
         (out_dir / "parts" / "best.json").write_text(json.dumps(record))
+        metrics = out_dir / "parts" / "metrics.jsonl"
+        metrics.write_text(
+            metrics.read_text().replace(f'"heldout_loss": {parts[-1]["heldout_loss"]}', '"heldout_loss": null')
+        )
+        assert json.loads(metrics.read_text().splitlines()[-1])["heldout_loss"] is None
     process_groups.barrier()
     parts += training.distill(*pair, MEASURED, parallel, out_dir / "parts", True, heldout=text)
     run = EvaluateRun(**settings(at), parallel=parallel, source=str(out_dir / "measured"))

@@ -132,8 +132,12 @@ def torchrun(folder: Path, *overrides: str, fault: Fault) -> Ended:
 def send(agent: int, fault: Fault) -> None:
     """Send a fault's signal to processes of a start from outside."""
     with suppress(psutil.NoSuchProcess, ProcessLookupError):
-        ranks = sorted(psutil.Process(agent).children(), key=lambda process: process.create_time())
-        pids = [rank.pid for rank in ranks]
+        process, pids = psutil.Process(agent), []
+        while process.status() != psutil.STATUS_ZOMBIE:
+            pids = [rank.pid for rank in sorted(process.children(), key=lambda rank: rank.create_time())]
+            if fault.target in ("agent", "all") or len(pids) > fault.rank:
+                break
+            time.sleep(0.01)  # the ranks are not there yet
         targets = {"agent": [agent], "rank": pids[fault.rank : fault.rank + 1], "ranks": pids, "all": [agent, *pids]}
         for pid in targets[fault.target]:
             os.kill(pid, fault.number)

@@ -76,5 +76,29 @@ def test_sigterm_ends_a_rank_that_waits_for_ever(tmp_path):
     assert (lost.value.rank, lost.value.reason) == (0, f"died with exit code {STOPPED_STATUS}")
     assert (tmp_path / "log").read_text() == "saved"
     told = (tmp_path / "stderr").read_text()
-    assert "rank 0 stops: after SIGTERM it waited for other ranks for 1 s in setup: " in told
-    assert "barrier (distributed_c10d.py:" in told and "< wait_after_sigterm (test_hang_watchdog.py:" in told
+    assert "rank 0 stops: after a signal it waited for other ranks for 1 s in setup: " in told
+    assert (
+        "barrier (distributed/distributed_c10d.py:" in told
+        and "< wait_after_sigterm (parallel/test_hang_watchdog.py:" in told
+    )
+
+
+def stop_alone(folder):
+    """Rank 1 gets a signal outside of stop points while rank 0 works."""
+    from minitron_mcore.parallel import process_groups, stop_signal
+
+    with stop_signal.at_once():
+        try:
+            if process_groups.rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(20)
+        except BaseException as error:
+            (folder / f"{process_groups.rank()}").write_text(f"{type(error).__name__} {error}")
+            raise
+
+
+def test_a_rank_that_stops_alone_stops_the_others(tmp_path):
+    with pytest.raises(RankError):
+        on_ranks(stop_alone, 2, ParallelConfig(), tmp_path, timeout=30, hang=HangConfig(setup_minutes=0.05))
+    assert (tmp_path / "1").read_text().startswith("Stopped stopped by SIGUSR1")
+    assert (tmp_path / "0").read_text().startswith("Stopped stopped by SIGTERM")
