@@ -46,7 +46,7 @@ def whole(parent):
     return on_ranks(collect, 1, ONE, parent, ONE, models.tokens(len(LENGTHS)))[0][0]
 
 
-@pytest.mark.default_cases("tp2_ep2", "cp2_ep2", "ep3_pp2")
+@pytest.mark.default_cases("tp2_ep2", "dp2", "cp2_ep2", "ep3_pp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_equal_the_formula(parent, whole, layout):
     world, parallel = LAYOUTS[layout]
