@@ -193,7 +193,6 @@ os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # else its
 def _end_in_wait(wakeup: int, ended: threading.Event) -> None:
     while (received := os.read(wakeup, 1)) and received[0] not in (signal.SIGTERM, signal.SIGINT):
         pass
-    os.close(wakeup)
     wait, since = None, 0.0
     while not ended.wait(0.5):
         frame = _main_frame()
@@ -209,6 +208,7 @@ def _end_in_wait(wakeup: int, ended: threading.Event) -> None:
                 flush=True,
             )
             os._exit(STOPPED_STATUS)
+    os.close(wakeup)  # not before: a further signal would find a broken pipe
 
 
 def _main_frame() -> FrameType:
