@@ -170,13 +170,18 @@ def signals(campaign: Campaign, name: str, fault: Fault) -> Iterator[Outcome]:
     folder = campaign.folder(name)
     ended = train(folder, fault=fault).ended()
     what = f"{signal.Signals(fault.number).name} to {fault.target} {fault.rank} at {fault.moment or f'{fault.after:.1f} s'}"
-    yield Outcome("signal", *after_stop(campaign, folder, ended, what))
+    # A process that has not come to its handlers ends by the signal itself; nothing was trained then.
+    by_default = () if faults.trained_steps(folder) else (256 - fault.number,)
+    yield Outcome("signal", *after_stop(campaign, folder, ended, what, by_default))
 
 
-def after_stop(campaign: Campaign, folder: Path, ended: Ended, what: str) -> tuple[str, str]:
+def after_stop(
+    campaign: Campaign, folder: Path, ended: Ended, what: str, statuses: tuple[int, ...] = ()
+) -> tuple[str, str]:
+    """The outcome after a signal: status 0, STOPPED_STATUS or one of `statuses`, every trained step saved."""
     if bad := misbehaved(ended):
         return bad[0], f"{what}: {bad[1]}"
-    if ended.status not in (0, STOPPED_STATUS) or "Traceback" in ended.output:
+    if ended.status not in (0, STOPPED_STATUS, *statuses) or "Traceback" in ended.output:
         return "undetected", f"{what}: status {ended.status}: {tail(ended)}"
     if (saved := faults.newest_step(folder)) != (trained := faults.trained_steps(folder)):
         return "lost", f"{what}: {trained} steps were trained, the newest on disk is {saved}"
