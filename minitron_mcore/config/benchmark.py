@@ -30,5 +30,5 @@ class BenchmarkConfig:
     """Time of such a program, of its processor and by the clock."""
     code_memory_mb: int = 1024
     """Its address space."""
-    published: Any = changeable(None)
+    published: Any = changeable(None)  # Hydra cannot add keys to a typed dictionary
     """Rows to print below the measured ones, {name: {benchmark: per cent}}; the group `benchmark` has those of the papers."""

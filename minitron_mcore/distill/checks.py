@@ -224,6 +224,8 @@ def cache_problems(config: TeacherCacheRun, teacher: Architecture) -> Iterator[s
     yield from ranges.at_least(1, {name: getattr(config, name) for name in names})
     yield from ranges.positions("sequence_length", config.sequence_length, teacher=teacher.max_positions)
     if config.kind != CacheKind.topk:
+        if config.tail_draws:
+            yield f"tail_draws is {config.tail_draws}, but kind {config.kind} has no drawn entries: give 0, or kind=topk."
         return
     yield from ranges.at_least(0, {"top_k": config.top_k, "tail_draws": config.tail_draws})
     if not 1 <= config.entries < teacher.vocab:

@@ -288,6 +288,8 @@ def test_what_is_refused_without_ranks(world):
     )
     (found,) = checks.cache_problems(world.writer("x", kind="hidden", top_k=101, file_samples=0), arch)
     assert "file_samples is 0; it must be at least 1" in found
+    (found,) = checks.cache_problems(world.writer("x", kind="hidden", tail_draws=4), arch)
+    assert "tail_draws is 4, but kind hidden has no drawn entries" in found
     broken = shutil.copytree(world.path / "top", world.path / "broken")
     (broken / "index.json").write_text("{")
     with pytest.raises(UserError, match="index.json cannot be read as JSON"):
