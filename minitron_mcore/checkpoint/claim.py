@@ -89,7 +89,8 @@ def new_run_folder(out_dir: str | Path, settings: dict[str, Any]) -> Iterator[Pa
 def finish(out_dir: str | Path) -> None:
     """Mark a run as finished (rank 0). Runs that resume call this themselves after their last step."""
     if process_groups.rank() == 0:
-        stage_record.finish(out_dir)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        stage_record.finish(out_dir, {"ranks": ranks, "device": process_groups.device_name()})
 
 
 def _claim(out_dir: Path, settings: dict[str, Any], share: str) -> owner.Claim:
