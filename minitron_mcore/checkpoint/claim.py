@@ -15,13 +15,12 @@ import torch.distributed as dist
 import yaml
 
 from minitron_mcore.checkpoint import disk, owner, stage_record, steps
-from minitron_mcore.checkpoint.stage_record import COMPLETE
+from minitron_mcore.checkpoint.stage_record import COMPLETE, CONFIG
 from minitron_mcore.config.identity import differences
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.reading import read_yaml
 
-CONFIG = "config.yaml"
 _BEGINNING = (CONFIG, stage_record.INPUTS, "model.json", "hf", "plans")
 """What a run writes before its first result."""
 

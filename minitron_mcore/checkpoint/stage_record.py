@@ -16,12 +16,11 @@ from minitron_mcore.data import blend
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
 
-COMPLETE, INPUTS = ".complete", "inputs.json"
+CONFIG, COMPLETE, INPUTS = "config.yaml", ".complete", "inputs.json"
 READ_BYTES = 1 << 30
 """Hashed of an input, in equal shares of its files: a second or two. Times and sizes would take none, but copies and git change
 times, and another content may have the same size."""
 _BLOCK = 1 << 20
-_CONFIG = "config.yaml"
 _DAMAGED = "restore it, or remove the folder and run again"
 _HASHED_BYTES = 1 << 20
 """Outputs up to this size are compared by SHA-256, larger ones by size."""
@@ -37,7 +36,7 @@ _TEXTS = {
     "tokenizetext": (),
 }
 """Files of the section `data` that a stage reads; other stages read `train`."""
-_REWRITTEN = ("config.yaml", "model.json", "README.md")
+_REWRITTEN = (CONFIG, "model.json", "README.md")
 """Files that change after their stage has finished: settings, command and versions when it is started again, and results in the
 model card. They must only exist."""
 _LOGS = ("tensorboard", "profile", "wandb", "mlruns")
@@ -198,9 +197,7 @@ def finish(out_dir: str | Path, machine: Mapping[str, Any]) -> None:
     out_dir = Path(out_dir)
     files = {str(path.relative_to(out_dir)): _seen(path) for path in _outputs(out_dir)}
     took = (
-        {"seconds": round(time.time() - (out_dir / _CONFIG).stat().st_mtime, 1)}
-        if (out_dir / _CONFIG).is_file()
-        else {}
+        {"seconds": round(time.time() - (out_dir / CONFIG).stat().st_mtime, 1)} if (out_dir / CONFIG).is_file() else {}
     )
     disk.write_json(out_dir / COMPLETE, {"format_version": FORMAT_VERSION, **took, **machine, "files": files})
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
-from minitron_mcore.checkpoint import disk, lineage
+from minitron_mcore.checkpoint import claim, disk, lineage
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
 from minitron_mcore.config.stages import STAGES
@@ -139,7 +139,7 @@ def model_card(origin: Origin, config: dict[str, Any], loaded: str) -> str:
         "## How it was made",
         *(_step_paragraph(number, step, origin.plans) for number, step in enumerate(steps, 1)),
         f"`{RECORD}/lineage.json` holds the same in machine-readable form.",
-        _results(Path(origin.identity["path"]).parent, steps),
+        _results(_readable(Path(origin.identity["path"]).parent), steps),
         "## Licence",
         _licence(origin, parent),
     ]
@@ -210,9 +210,12 @@ def _losses(identity: dict[str, Any]) -> list[str]:
     return [tables.markdown([rows[0], rows[-1]]).replace("\n", "\n   ")] if rows else []
 
 
-def _results(work_dir: Path, steps: list[lineage.Step]) -> str:
-    """What is known of a model, its teacher and its student in `work_dir`, from the report's data, between the lines RESULTS."""
-    folders, _ = sections.readable(artefacts.classified(work_dir) | {artefacts.FIGURES: []})
+def _readable(work_dir: Path) -> dict[str, list[Path]]:
+    return sections.readable(artefacts.classified(work_dir) | {artefacts.FIGURES: []})[0]
+
+
+def _results(folders: dict[str, list[Path]], steps: list[lineage.Step]) -> str:
+    """Results of a model, its teacher and its student in a work_dir, from the data of the page, between the lines RESULTS."""
     models, locate = artefacts.models(folders, steps), artefacts.locator(folders)
     parts = []
     if rows := [
@@ -241,20 +244,25 @@ def update_results(work_dir: str | Path) -> list[Path]:
         the cards that have the lines RESULTS.
 
     Raises:
-        UserError: a damaged lineage.
+        UserError: a card cannot be written.
     """
-    cards = []
-    for folder in artefacts.classified(Path(work_dir))["export"]:
-        card, record = folder / CARD, read_json(folder / RECORD / "lineage.json", "export again")
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        before, start, rest = text.partition(RESULTS[0])
+    cards, folders = [], _readable(Path(work_dir))
+    for folder in folders["export"]:
+        card, path = folder / CARD, folder / RECORD / "lineage.json"
+        if not card.is_file():
+            continue
+        with damage_as_user_error(card, "export again"):
+            before, _, rest = card.read_text(encoding="utf-8").partition(RESULTS[0])
         _, end, after = rest.partition(RESULTS[1])
-        if start and end:
-            with damage_as_user_error(folder / RECORD / "lineage.json", "export again"):
-                identity = {"path": str(folder), "step": ""} | record
-                results = _results(Path(work_dir), lineage.history(record["lineage"], identity))
-            disk.replace_text(card, before + results + after)
-            cards.append(card)
+        if not end:
+            continue
+        record = read_json(path, "export again")
+        with damage_as_user_error(path, "export again"):
+            made = lineage.history(record["lineage"], {"path": str(folder), "step": ""} | record)
+            text = before + _results(folders, made) + after
+        with claim.writing(folder):
+            disk.replace_text(card, text.encode("utf-8", "replace").decode())
+        cards.append(card)
     return cards
 
 

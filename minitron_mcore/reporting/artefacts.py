@@ -72,9 +72,9 @@ def folders(work_dir: str | Path, figures: Iterable[str] = ()) -> dict[str, list
 
 def classified(work_dir: Path) -> dict[str, list[Path]]:
     """The folders below `work_dir` of each of `KINDS`, the oldest first; of kind "stage" also a benchmark's of each model."""
-    finished = (path for path in work_dir.iterdir() if path.is_dir() and path.suffix != ".part")
+    finished = (path for path in work_dir.glob("*") if os.path.isdir(path) and path.suffix != ".part")
     below = sorted(finished, key=lambda path: (_time(path), path.name))
-    by_kind = {kind: [path for path in below if (path / file).is_file()] for kind, file in KINDS.items()}
+    by_kind = {kind: [path for path in below if os.path.isfile(path / file)] for kind, file in KINDS.items()}
     measured = (path for folder in by_kind["benchmark"] for path in sorted(folder.glob(f"*/{KINDS['stage']}")))
     by_kind["stage"] += [path.parent for path in measured]
     return by_kind

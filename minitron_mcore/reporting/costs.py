@@ -75,7 +75,12 @@ def trained(folder: Path) -> dict[str, Any]:
                 rate = (line.get("student_tflops") or 0.0) + (line.get("teacher_tflops") or 0.0)
                 operations += 1e12 * rate * tokens / speed
         last = lines[-1]
-        return {"steps": last["step"], "tokens": last["tokens"], "seconds": seconds, "FLOPs": operations or None}
+        return {
+            "steps": int(last["step"]),
+            "tokens": int(last["tokens"]),
+            "seconds": seconds,
+            "FLOPs": operations or None,
+        }
 
 
 def _read(
@@ -84,9 +89,9 @@ def _read(
     """Tokens that a stage without training passed through a model, and their operations where the model is known."""
     if folder in scores:
         known = scores[folder].metadata
-        length = (config.get("importance") or {}).get("sequence_length")
         arch = _architecture(str(known.get("fingerprint")), folders)
-        with damage_as_user_error(folder / KINDS["importance"]):
+        with damage_as_user_error(folder / KINDS["stage"]):
+            length = config.get("importance", {}).get("sequence_length")
             tokens = int(known["tokens"]) if "tokens" in known else None
             operations = tokens * flops.forward_flops(arch, length) if tokens and arch and length else None
             return {"tokens": tokens, "FLOPs": operations}

@@ -39,7 +39,8 @@ def sections(folders: dict[str, list[Path]]) -> list[Section]:
         UserError: no folder can be read.
     """
     sound, problems = readable(folders)
-    built = _build(sound)
+    with damage_as_user_error("the work_dir"):
+        built = _build(sound)
     if problems and not built:
         raise UserError(next(iter(problems.values())))
     if problems:
@@ -55,7 +56,8 @@ def readable(folders: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dic
     problems = {}
     for folder in dict.fromkeys(folder for of_kind in folders.values() for folder in of_kind):
         try:
-            _build({kind: [folder] if folder in of_kind else [] for kind, of_kind in folders.items()})
+            with damage_as_user_error(folder):
+                _build({kind: [folder] if folder in of_kind else [] for kind, of_kind in folders.items()})
         except UserError as error:
             problems[folder] = str(error)
     return {kind: [f for f in of_kind if f not in problems] for kind, of_kind in folders.items()}, problems
