@@ -181,9 +181,9 @@ def _ranks(
         rows = memory.training(students, teacher, training, setting, teacher and resolve.cache_content(config))
     elif isinstance(config, DepthRun):
         rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
-    elif isinstance(config, BenchmarkRun | GenerateRun | SynthesizeRun):
+    elif isinstance(config, SynthesizeRun):
         rows = memory.generation(main, setting)
-    elif isinstance(config, ImportanceRun | EvaluateRun | TeacherCacheRun):
+    elif isinstance(config, BenchmarkRun | ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
         rows = memory.forward_passes(main, setting)
     else:
         rows = [
