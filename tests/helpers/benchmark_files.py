@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers import models
+
 PAIRS = [
     ("the cat", " sat on the mat"),
     ("the cat", " x"),
@@ -126,4 +128,4 @@ def hf_answers(folder):
     from lm_eval.models.huggingface import HFLM
 
     with torch.no_grad():
-        return answers(HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2))
+        return answers(HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2, **models.EAGER))
