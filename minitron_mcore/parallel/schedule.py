@@ -82,7 +82,8 @@ def forward(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        pairs = zip(batches, caches or [None] * len(batches), strict=True)
+        own: Sequence[KeyValueCache | None] = caches or [None] * len(batches)
+        pairs = zip(batches, own, strict=True)
         for _, group in itertools.groupby(pairs, key=lambda pair: pair[0]["tokens"].shape):
             run = list(group)
             first, cache = run[0]
