@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from minitron_mcore.checkpoint import disk, steps
@@ -188,11 +189,11 @@ def _named(each: Input) -> str:
     return f"{each.path} ({each.fingerprint})" if each.fingerprint else "nothing"
 
 
-def finish(out_dir: str | Path, machine: Mapping[str, Any]) -> None:
+def finish(out_dir: str | Path, machine: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Mark a stage as finished (one process): write the manifest of its files.
 
     Args:
-        machine: "ranks" and "device" of the stage.
+        machine: "ranks" and "device" of the stage, if they are known.
     """
     out_dir = Path(out_dir)
     files = {str(path.relative_to(out_dir)): _seen(path) for path in _outputs(out_dir)}

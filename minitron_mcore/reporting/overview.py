@@ -134,11 +134,13 @@ def _kept_tiles(models: list[Model], kept: Kept) -> Iterator[Tile]:
 
 
 def rows(models: list[Model]) -> list[dict[str, Any]]:
-    """Rows for a table: size, loss and perplexity of each model; columns without a value are left out."""
+    """Rows for a table: size, loss and perplexity of the models of which one is known; columns without a value are left out."""
     name, teacher = compared_file(models), next((m.parameters for m in models if m.role == "teacher"), None)
     table = []
     for model in models:
         size, row = model.parameters, model.losses.get(name or "", {})
+        if not size and not row:
+            continue
         share = percent(size / teacher) if size and teacher else None
         table.append({"model": model.role, "parameters": size, "of the teacher": share})
         table[-1] |= {key: row.get(key) for key in ("loss", "perplexity", "bits_per_byte")}

@@ -214,7 +214,7 @@ def test_evaluations_of_this_checkpoint_alone(made, tmp_path):
     assert "ours.jsonl" in text and "theirs.jsonl" not in text and "old.jsonl" not in text
 
 
-PATH = re.compile(r"(^|[\s\"'`=\[(,])(/|~|\.\.?/)[\w.]", re.MULTILINE)
+PATH = re.compile(r"(^|[\s\"'`=\[(,])(/|~/?|\.\.?/)[\w.]", re.MULTILINE)
 
 
 def has_no_path(card: str, root: Path) -> bool:
