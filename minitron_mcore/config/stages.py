@@ -237,6 +237,8 @@ class DistillRun(StageRun):
     out_dir/name."""
     teacher: str = changeable(MISSING)
     """Checkpoint of the teacher, or folder of its cache."""
+    teachers: list[str] = changeable(default_factory=list)
+    """Several checkpoints instead of `teacher`, with weights: [0.7,runs/a,0.3,runs/b] (docs/distillation.md)."""
 
     def __post_init__(self) -> None:
         _check_folders("students", self.students)
