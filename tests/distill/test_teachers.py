@@ -119,29 +119,23 @@ def test_gradients_are_those_of_the_mixture(tmp_path, folders, dense, name):
         assert (found[key] - gradient).abs().max() <= 2e-5 * gradient.abs().max(), key
 
 
-def test_a_dry_run_counts_all_and_says_what_cannot_be(folders):
-    given = [
-        "+model=smollm2_135m",
-        "dtype=fp32",
-        f"student={folders}/student",
-        "dry.gpus=1",
-        "data.train=[x]",
-        *tiny_run.training(),
-    ]
-    blend = f"teachers=[{folders}/teacher,{folders}/narrow]"
+def test_a_dry_run_counts_all_and_says_what_cannot_be():
+    wide, narrow = "runs/llama31_8b/convert", "runs/llama31_minitron_4b_width/prune"
+    given = ["+model=llama31_8b", "student=runs/llama31_minitron_4b_depth/prune", "parallel=tp8_sp", "data.train=[x]"]
+    blend = f"teachers=[0.7,{wide},0.3,{narrow}]"
     with conf():
         two, wide, narrow = (
-            dry_run.plan(compose.compose("distill", [*given, *each]))
-            for each in ([blend], [f"teacher={folders}/teacher"], [f"teacher={folders}/narrow"])
+            dry_run.plan(compose.compose("distill", [*given, each]))
+            for each in (blend, f"teacher={wide}", f"teacher={narrow}")
         )
-        wrong = ["distill.hidden_state_loss.weight=1", "distill.teacher_ranks=1", "dry.gpus=2"]
+        wrong = ["distill.hidden_state_loss.weight=1", "distill.teacher_ranks=8"]
         refused = dry_run.plan(compose.compose("distill", [*given, blend, *wrong]))["problems"]
     assert [*two["models"]] == ["teacher", "teacher 2", "student"] and not two["problems"]
     for kind in ("teacher", "hand-off"):
         assert two["ranks"][0][kind] == sum(one["ranks"][0][kind] for one in (wide, narrow))
     assert two["operations"]["flop_a_step"]["teacher 2"] == narrow["operations"]["flop_a_step"]["teacher"]
     assert any("hidden_state_loss.weight is 1.0, but it is for blocks of one teacher" in each for each in refused)
-    assert any("teacher_ranks is 1, but its ranks hold one teacher, not 2: give 0" in each for each in refused)
+    assert any("teacher_ranks is 8, but its ranks hold one teacher, not 2: give 0" in each for each in refused)
     with pytest.raises(UserError, match="The list of teachers"):
         open_teachers(DistillRun(teachers=["0.7", "a", "b"]))
     other = dataclasses.replace(models.ARCH, vocab=102)
