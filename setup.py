@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "eval": ["lm-eval"],  # evaluation/benchmarks reads its task files
+        "align": ["trl"],  # benchmarks/alignment.py and docs/alignment.md; the package itself does not import it
         "data": ["pyarrow"],  # parquet files and .jsonl.zst
         "slurm": ["hydra-submitit-launcher"],
         "wandb": ["wandb"],

@@ -2,7 +2,8 @@
 
     python benchmarks/eval_files.py [folder]    # default runs/cache/eval
 
-XLSum is not there, and no training questions of WinoGrande, HellaSwag and ARC.
+XLSum is not there, and no training questions of WinoGrande, HellaSwag and ARC. In XLSum's place stand pages of WikiText-2's test
+set: the first sentence is the summary of the 120 words after it.
 """
 
 import csv
@@ -37,6 +38,7 @@ def main(folder: Path, source: Path = SOURCE) -> Path:
     _write(
         folder / "mbpp.test.jsonl", (row for row in _rows(source / "mbpp.full.jsonl") if 11 <= row["task_id"] <= 510)
     )
+    _write(folder / "xlsum.test.jsonl", map(_summary, _rows(source / "wikitext2_pages.test.jsonl")))
     with (source / "TruthfulQA.csv").open(encoding="utf-8", newline="") as file:
         _write(folder / "truthfulqa.validation.jsonl", map(_truthfulqa, csv.DictReader(file)))
     return folder
@@ -55,6 +57,11 @@ def _arc(row: dict) -> dict:
     question = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     choices = {"text": row["choices"], "label": list(labels)}
     return {"id": row["id"], "question": question, "choices": choices, "answerKey": labels[row["label"]]}
+
+
+def _summary(row: dict) -> dict:
+    lead, *text = row["page"].split(" = \n", 1)[1].replace("\n", " ").split(" . ")
+    return {"summary": f"{lead.strip()} .", "text": " ".join(" . ".join(text).split()[:120])}
 
 
 def _truthfulqa(row: dict) -> dict:

@@ -70,7 +70,7 @@ def main() -> None:
     rows, figures = [], []
     for name, folder in models.items():
         out_dir = root / f"evaluate_{name.replace(' ', '_')}"
-        losses = _losses(out_dir, folder, heldout, 2 if options.quick else 24)
+        losses = heldout_losses(out_dir, folder, heldout, 2 if options.quick else 24)
         row = {"model": name, "tokens": steps * BATCH * LENGTH * name.startswith("distilled")}
         row |= {f"{text}: perplexity": found["perplexity"] for text, found in zip(names, losses, strict=True)}
         scores = _accuracies(out_dir, folder, questions, options.data / "eval")
@@ -125,7 +125,7 @@ def _train(root: Path, texts: list[Path], steps: int) -> dict[str, Path]:
     return models | {f"distilled by {arm}": root / arm / "hf" for arm in ARMS}
 
 
-def _losses(out_dir: Path, folder: Path, heldout: list[Path], windows: int) -> list[dict]:
+def heldout_losses(out_dir: Path, folder: Path, heldout: list[Path], windows: int) -> list[dict]:
     if not (out_dir / ".complete").is_file():
         where = [
             f"source={folder}",

@@ -183,7 +183,9 @@ def _ranks(
         rows = memory.training(students, teacher, training, setting, cached, others)
     elif isinstance(config, DepthRun):
         rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
-    elif isinstance(config, BenchmarkRun | ImportanceRun | EvaluateRun | GenerateRun | SynthesizeRun | TeacherCacheRun):
+    elif isinstance(config, SynthesizeRun):
+        rows = memory.generation(main, setting)
+    elif isinstance(config, BenchmarkRun | ImportanceRun | EvaluateRun | GenerateRun | TeacherCacheRun):
         rows = memory.forward_passes(main, setting)
     else:
         rows = [
@@ -225,9 +227,10 @@ def _operations(
         tokens = len(config.data.heldout) * config.depth.windows * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length)}
     elif isinstance(config, SynthesizeRun) and not list(prompts.problems(config)):
-        # A step is an answer of full length, which takes a pass for each of its tokens.
+        # A step is an answer of full length. Without a cache each of its tokens takes a pass over all tokens.
         steps, tokens = config.synthesize.samples * len(prompts.read(config)), config.synthesize.tokens
-        operations = {"model": tokens * length * flops.forward_flops(archs["model"], length, head=False)}
+        passes = 1 if config.parallel.context == 1 else tokens
+        operations = {"model": passes * length * flops.forward_flops(archs["model"], length, head=False)}
     else:
         return {}
     total = sum(operations.values())

@@ -40,6 +40,8 @@ class RecipeConfig:
     """Checkpoint of the teacher: the source, the corrected source or, in a chain, the first recipe's teacher."""
     scores: str = MISSING
     """Folder of the importance stage that plan and search read."""
+    student: str = MISSING
+    """Checkpoint to train: the pruned source or, in a recipe that only fine-tunes, the source."""
     parameters: int | None = None
     """Number of parameters that the plan must reach exactly; null accepts any."""
     without_embeddings: int | None = None

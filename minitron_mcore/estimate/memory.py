@@ -282,6 +282,18 @@ def forward_passes(arch: Architecture, setting: Setting) -> list[dict[str, float
     return rows
 
 
+def generation(arch: Architecture, setting: Setting) -> list[dict[str, float]]:
+    """`forward_passes`, and "cache": keys and values of a batch's tokens, which there is none of under context parallelism."""
+    rows = forward_passes(arch, setting)
+    for stage, row in enumerate(rows):
+        own = {block for chunk in sharding.rank_chunks(arch, setting.parallel, stage) for block in chunk}
+        layers = sum(part == "attention" and block in own for block, part in arch.layers)
+        each = 2 * setting.dtype_bytes * arch.groups * arch.head_dim / setting.parallel.tensor
+        row["cache"] = layers * setting.tokens * each * (setting.parallel.context == 1)
+        row["total"] += row["cache"]
+    return rows
+
+
 def depth_study(arch: Architecture, setting: Setting, windows: int) -> list[dict[str, float]]:
     """`forward_passes`, and "hidden states": on the last stage, the final states that a depth study keeps of all `windows`."""
     passes = math.ceil(windows / (setting.micro_batch * setting.replicas))

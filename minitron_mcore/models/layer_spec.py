@@ -22,6 +22,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.models import attention_band
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.megatron_patches import cpu_backend
+from minitron_mcore.parallel.megatron_patches.key_value_cache import CachedAttention
 from minitron_mcore.parallel.megatron_patches.models import Stack
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
@@ -33,7 +34,7 @@ from megatron.core.tensor_parallel import (  # isort: skip
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig  # isort: skip
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
+from megatron.core.transformer.attention import SelfAttentionSubmodules  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # isort: skip
 from megatron.core.transformer.moe.experts import SequentialMLP  # isort: skip
@@ -70,7 +71,8 @@ class TorchNorm(nn.Module):
 class TorchAttention(nn.Module):
     """Causal attention with grouped queries by scaled_dot_product_attention, over `config.window_size` if set.
 
-    `forward` takes query [S_r, B, N_r, D], key and value [S_r, B, G_r, D] of this rank's heads and returns [S_r, B, N_r D]. Its
+    `forward` takes query [S_r, B, N_r, D], key and value [S_r, B, G_r, D] of this rank's heads and returns [S_r, B, N_r D]. With a
+    `KeyValueCache`, key and value begin at the first position, and the queries are the last S_r positions. Its
     `attention_mask` is None, or the document starts [B, S_r] of the queries (see `document_attention`). Padding needs no mask: it
     is at the end of sequences, where the causal mask excludes it.
 
@@ -87,7 +89,7 @@ class TorchAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **unused: Any) -> Tensor:
         rank, size = self.group.rank(), self.group.size()
-        parts, ends = [slice(0, len(query))], [len(query)]
+        parts, ends = [slice(0, len(query))], [len(key)]
         if size > 1:
             key, value = self._whole(torch.cat([key, value], dim=-1)).chunk(2, dim=-1)
             part = len(query) // 2
@@ -109,11 +111,15 @@ class TorchAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of queries at the last of the keys' positions."""
-        if self.window and self.window < len(key):
+        if len(query) == 1:
+            key, value = (x[-self.window :] if self.window else x for x in (key, value))
+        elif self.window and self.window < len(key):
             return banded_attention(query, key, value, self.window, self.scale)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         options: dict[str, Any] = {"scale": self.scale, "enable_gqa": q.shape[1] != k.shape[1]}
-        if len(query) == len(key):
+        if len(query) == 1:
+            pass  # the last position attends to all
+        elif len(query) == len(key):
             options["is_causal"] = True
         elif q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, options["enable_gqa"])):
             options["attn_mask"] = causal_lower_right(len(query), len(key))
@@ -300,7 +306,7 @@ def _stack(norm: Any, column: Any, row: Any, attention: Any, qk_norm: bool) -> M
                 submodules=TransformerLayerSubmodules(
                     input_layernorm=norm,
                     self_attention=ModuleSpec(
-                        module=SelfAttention,
+                        module=CachedAttention,
                         params={"attn_mask_type": AttnMaskType.causal},
                         submodules=SelfAttentionSubmodules(
                             linear_qkv=column,

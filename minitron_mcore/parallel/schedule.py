@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.parallel import hang_watchdog, process_groups
 from minitron_mcore.parallel.layout import Place
+from minitron_mcore.parallel.megatron_patches.key_value_cache import KeyValueCache
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 from megatron.core.utils import get_batch_on_this_cp_rank  # isort: skip
@@ -44,7 +45,12 @@ def positions(length: int, parallel: ParallelConfig, place: Place) -> Tensor:
     return own.view(parallel.tensor, -1)[place.tensor] if parallel.sequence else own
 
 
-def forward(model: Any, batches: Sequence[Batch], on_output: Callable[[Tensor, Batch], None]) -> None:
+def forward(
+    model: Any,
+    batches: Sequence[Batch],
+    on_output: Callable[[Tensor, Batch], None],
+    caches: Sequence[KeyValueCache] | None = None,
+) -> None:
     """Forward passes without gradients over micro-batches, in evaluation mode (collective over the model's replica).
 
     Consecutive micro-batches of one shape share a pipeline run. The interleaved schedule needs a multiple of the pipeline ranks,
@@ -55,13 +61,17 @@ def forward(model: Any, batches: Sequence[Batch], on_output: Callable[[Tensor, B
         batches: each with "tokens" [B, S] int64 and optionally "mask" [B, S] bool, False on padding.
         on_output: called on last-stage ranks with each output and its batch (`cp_shard`). The output is the final norm's hidden
             states [S_r, B, H], S_r = S / CP, or S / CP / TP under sequence parallelism.
+        caches: of the tokens before each batch's, without context parallelism; the batches' keys and values are appended, and
+            `sequence_len_offset` stays as it is.
     """
 
-    def step(iterator: Iterator[Batch], chunk: nn.Module) -> Any:
+    def step(iterator: Iterator[tuple[Batch, KeyValueCache | None]], chunk: nn.Module) -> Any:
         hang_watchdog.beat()
-        whole = next(iterator)
+        whole, cache = next(iterator)
         batch = cp_shard(whole)
-        output = chunk(batch["tokens"], None, batch.get("document_starts"), loss_mask=batch.get("mask"))
+        output = chunk(
+            batch["tokens"], None, batch.get("document_starts"), loss_mask=batch.get("mask"), inference_context=cache
+        )
 
         def collect(output: Tensor, non_loss_data: bool) -> None:
             if whole is not padding:
@@ -72,12 +82,15 @@ def forward(model: Any, batches: Sequence[Batch], on_output: Callable[[Tensor, B
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for _, group in itertools.groupby(batches, key=lambda batch: batch["tokens"].shape):
+        own: Sequence[KeyValueCache | None] = caches or [None] * len(batches)
+        pairs = zip(batches, own, strict=True)
+        for _, group in itertools.groupby(pairs, key=lambda pair: pair[0]["tokens"].shape):
             run = list(group)
-            padding = {"tokens": run[0]["tokens"], "mask": torch.zeros_like(run[0]["tokens"], dtype=torch.bool)}
-            if len(model.chunks) > 1:
-                run += [padding] * (-len(run) % process_groups.pp_group().size())
-            _run(step, model.chunks, run, run[0], len(run), forward_only=True, collect_non_loss_data=True)
+            first, cache = run[0]
+            padding = {"tokens": first["tokens"], "mask": torch.zeros_like(first["tokens"], dtype=torch.bool)}
+            if len(model.chunks) > 1:  # a cache gets the same keys and values again
+                run += [(padding, cache)] * (-len(run) % process_groups.pp_group().size())
+            _run(step, model.chunks, run, first, len(run), forward_only=True, collect_non_loss_data=True)
     model.train(was_training)
 
 
@@ -116,7 +129,7 @@ def forward_backward(
 def _run(
     step: Callable[..., Any],
     chunks: Sequence[nn.Module],
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     example: Batch,
     count: int,
     **options: bool,

@@ -73,6 +73,7 @@ DOORS = {
     "depth": ("convert", ["depth", NEW]),
     "evaluate": ("convert", ["evaluate", "source=runs/tiny/convert"]),
     "generate": ("convert", ["generate", "source=runs/tiny/convert"]),
+    "synthesize": ("convert", ["synthesize", NEW, *tiny_run.SYNTHESIZE]),
     "correct": ("convert", ["correct", NEW]),
     "correct, resumed": ("correct", ["correct"]),
     "distill, student": ("prune", ["distill", NEW]),
@@ -162,7 +163,8 @@ def test_no_command_runs_weights(tmp_path, made, door, name, payload):
 
 @pytest.mark.parametrize(
     "door",
-    [pytest.param(d, marks=SLOW) for d in ("cut", "generate", "distill, teacher", "export")] + ["convert", "evaluate"],
+    [pytest.param(d, marks=SLOW) for d in ("cut", "generate", "synthesize", "distill, teacher", "export")]
+    + ["convert", "evaluate"],
 )
 def test_no_command_runs_code_of_a_folder(tmp_path, made, door):
     """auto_map of config and tokenizer beside a Python file, a template: in the model's folder and in all made of it."""
@@ -194,6 +196,7 @@ def test_no_command_runs_code_of_a_folder(tmp_path, made, door):
                 ("runs/tiny/convert/model.json", ["importance", NEW]),
                 ("runs/tiny/teacher_cache/index.json", ["distill", NEW, "teacher=runs/tiny/teacher_cache"]),
                 ("text.txt", ["importance", NEW]),
+                ("prompts.jsonl", ["synthesize", NEW, *tiny_run.SYNTHESIZE]),
             )
         ),
     ],

@@ -66,6 +66,7 @@ def finish(steps: list[pipeline.Step]) -> list[str]:
         ("llama31_minitron_4b_width", ["recipe.teacher=${recipe.source}"], ["convert", *FROM_IMPORTANCE]),
         ("smollm2_100m", ["recipe.study=${work_dir}/depth"], ["convert", "importance", "depth", *FROM_IMPORTANCE[1:]]),
         ("smollm2_100m", ["data.heldout=[x]", "parallel=tp3"], ["convert", *FROM_IMPORTANCE, "evaluate"]),
+        ("nemotron_mini_4b_instruct", [], ["convert", "distill", "export"]),
     ],
 )
 def test_runs_what_the_last_stages_build_on(recipe, overrides, stages):

@@ -18,10 +18,11 @@ from tests.helpers.launching import conf
 RECIPES = sorted(path.stem for path in (compose.CONF / "recipe").glob("*.yaml"))
 ANYWHERE = ["parallel=tp8_sp", "data.train=[x.jsonl]", "work_dir=w"]
 # (blocks, hidden, ffn, heads, groups, head_dim, vocab): source, then target; parameters, and those without embeddings
-NEMOTRON, LLAMA, NEMO = (
+NEMOTRON, LLAMA, NEMO, MINITRON_4B = (
     (32, 6144, 24576, 48, 8, 128, 256000),
     (32, 4096, 14336, 32, 8, 128, 128256),
     (40, 5120, 14336, 32, 8, 128, 131072),
+    (32, 3072, 9216, 24, 8, 128, 256000),
 )
 PUBLISHED = {
     "llama31_minitron_4b_width": (LLAMA, (32, 3072, 9216, 32, 8, 128, 128256), 4_512_746_496, 3_724_741_632),
@@ -30,10 +31,11 @@ PUBLISHED = {
     "minitron_8b": (NEMOTRON, (32, 4096, 16384, 48, 8, 128, 256000), 8_271_699_968, 6_174_547_968),
     "minitron_4b": (
         (32, 4096, 16384, 48, 8, 128, 256000),
-        (32, 3072, 9216, 24, 8, 128, 256000),
+        MINITRON_4B,
         4_190_509_056,
         2_617_645_056,
     ),
+    "nemotron_mini_4b_instruct": (MINITRON_4B, MINITRON_4B, 4_190_509_056, 2_617_645_056),
 }
 # peak and lowest rate, warm-up, batch, sequence, tokens: of the distillation, then of the teacher's correction
 LLAMA_TRAINING = (1e-4, 1e-5, 40, 1152, 8192, 94e9), (6e-5, 3e-6, 120, 1152, 8192, 100e9)
@@ -99,6 +101,15 @@ def test_training_is_the_published_one(recipe):
     assert (distill.kd_weight, distill.lm_weight, distill.temperature) == (1.0, 0.0, 1.0)
     importance = composed("importance", recipe).importance
     assert (importance.samples, importance.sequence_length) == (1024, expected[4])
+
+
+def test_the_instruct_recipe_trains_its_source_on_answers_alone():
+    """Of its training only the context of 4,096 tokens is published."""
+    run = composed("distill", "nemotron_mini_4b_instruct")
+    assert run.student == run.teacher == composed("convert", "nemotron_mini_4b_instruct").out_dir
+    assert (run.distill.kd_weight, run.distill.lm_weight, run.distill.sequence_length) == (0.0, 1.0, 4096)
+    chained = composed("distill", "nemotron_mini_4b_instruct", "recipe.source=${runs}/minitron_4b/distill")
+    assert chained.student == composed("distill", "minitron_4b").out_dir
 
 
 def test_every_stage_of_every_recipe_takes_the_same_command_line():

@@ -28,6 +28,11 @@ STAGES = {
         [(3, "after 4 of 8 samples: the same command continues.")],
         "resuming after 3 complete files",
     ),
+    "synthesize": (
+        tiny_run.SYNTHESIZE,
+        [(2, "after 2 of 6 answers: the same command continues.")],
+        "answers of runs/tiny/convert",
+    ),
     "search": (
         [],
         [

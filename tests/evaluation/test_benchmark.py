@@ -18,7 +18,7 @@ from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation.benchmarks import run, suite
 from minitron_mcore.evaluation.benchmarks.sandbox import Sandbox
 from minitron_mcore.testing import on_ranks
-from tests.helpers import benchmark_files, models
+from tests.helpers import benchmark_files, families, models
 from tests.helpers.launching import fork
 from tests.helpers.layouts import layouts
 from tests.helpers.text_files import write_tokenizer
@@ -52,6 +52,18 @@ def test_log_likelihoods_and_texts_are_those_of_lm_evals_own_model(made, layout)
     assert [log_p for log_p, _ in found[0]] == pytest.approx([log_p for log_p, _ in scores], rel=1e-6, abs=1e-6)
     assert [greedy for _, greedy in found[0]] == [greedy for _, greedy in scores]
     assert found[1] == texts and all(texts)
+
+
+@pytest.mark.slow
+def test_experts_on_several_ranks_score_and_write_as_on_one(tmp_path):
+    families.tiny("mixtral", tmp_path / "hf", vocab_size=307, max_position_embeddings=1024)
+    write_tokenizer(tmp_path / "hf", bos=True)
+    on_ranks(models.import_hf, 1, ONE, tmp_path / "hf", tmp_path / "ckpt", ONE)
+    scores, texts = benchmark_files.hf_answers(tmp_path / "hf")
+    for world, parallel in layouts("ep2", "ep3_tp3_sp").values():
+        (found, written), *_ = on_ranks(benchmark_files.sharded_answers, world, parallel, tmp_path / "ckpt", parallel)
+        assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in scores], rel=1e-5, abs=1e-5)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in scores] and written == texts
 
 
 def right_choices(doc: dict) -> list[int]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers import models
+
 PAIRS = [
     ("the cat", " sat on the mat"),
     ("the cat", " x"),
@@ -12,8 +14,13 @@ PAIRS = [
     ("naïve 日本", " of the"),
     ("a b c ", "d e"),
     ("", "the cat"),
+    *(
+        (f"{'the cat sat on a mat of ' * 4}{n} the", text)
+        for n in (3, 7)
+        for text in (" cat", " mat of the cat", " x y z 日")
+    ),
 ]
-"""Contexts and continuations: of several tokens and of one, with a space at the end, and no context."""
+"""Contexts and continuations: of several tokens and of one, with a space at the end, no context, and contexts that begin alike."""
 
 
 def write(folder: Path, count: int = 6) -> Path:
@@ -93,7 +100,7 @@ def answers(model) -> tuple[list[tuple[float, bool]], list[str]]:
         return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
 
     options = {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}
-    prompts = ["the cat sat on", "naïve 日本 the", "of a mat of a cat of the mat on"]
+    prompts = ["the cat sat on", "naïve 日本 the", f"{'of a mat of a cat ' * 4}of the mat on"]
     scores = model.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     return scores, model.generate_until(
         requests("generate_until", [(text, dict(options)) for text in prompts]), disable_tqdm=True
@@ -121,4 +128,4 @@ def hf_answers(folder):
     from lm_eval.models.huggingface import HFLM
 
     with torch.no_grad():
-        return answers(HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2))
+        return answers(HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2, **models.EAGER))

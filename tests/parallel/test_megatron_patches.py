@@ -22,10 +22,12 @@ from minitron_mcore.testing import RankError, on_ranks
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
+from megatron.core.inference.contexts import StaticInferenceContext  # isort: skip
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules  # isort: skip
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
 from megatron.core.tensor_parallel import ColumnParallelLinear, model_parallel_cuda_manual_seed  # isort: skip
+from megatron.core.transformer.attention import SelfAttention  # isort: skip
 
 ONE = ParallelConfig()
 ARCH = Architecture("llama", 2, 32, 48, 4, 2, 8, 64, 64, 1e-5, 1e4, None, False)
@@ -171,6 +173,20 @@ def fused_head() -> None:
 def test_models_gradient_accumulation_fusion_needs_apex():
     with pytest.raises(RankError, match="gradient_accumulation_fusion"):
         on_ranks(fused_head, 1, ONE)
+
+
+def own_cache() -> tuple[str, bool]:
+    """megatron-core's mask for two tokens after two cached ones, and whether it caches keys as they are."""
+    attention = build.layers(build.build(ARCH, ONE, "fp32").eval())[0].self_attention
+    context, new = StaticInferenceContext(1, 8), torch.ones(2, 1, 2, 8)
+    context.sequence_len_offset = 2
+    embeddings = (torch.ones(8, 1, 1, 8),) * 2
+    mask = SelfAttention._adjust_key_value_for_inference(attention, context, new, new, new, embeddings)[4]
+    return mask.name, torch.equal(context.key_value_memory_dict[1][0][2:4], new)
+
+
+def test_key_value_cache_megatron_cores_own_masks_nothing_and_rotates_all_keys_in_each_pass():
+    assert on_ranks(own_cache, 1, ONE) == [("no_mask", True)]
 
 
 def nan_step() -> bool:

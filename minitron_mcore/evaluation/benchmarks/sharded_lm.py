@@ -139,8 +139,7 @@ class ShardedLM(TemplateLM):
     def _score(self, rows: list[Request]) -> list[tuple[float, bool]]:
         """Log-likelihoods and whether each label is the most likely token (collective)."""
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        # The longest first, as memory is short there; equal tokens share a pass.
-        order = sorted(range(len(rows)), key=lambda n: (-len(rows[n].tokens), tuple(rows[n].tokens)))
+        order = sorted(range(len(rows)), key=lambda n: tuple(rows[n].tokens))  # rows that begin alike share passes
         for part in self._parts(_BATCHES * self._batch(), order, "log-likelihoods"):
             likelihoods = Likelihoods(self.sharded, self.arch, [rows[n] for n in part], self.micro_batch)
             for n, log_p, is_greedy in zip(part, *(column.tolist() for column in likelihoods.compute()), strict=True):

@@ -4,6 +4,7 @@
     groups          a second parallel layout in one process; process groups that span two torch.distributed worlds
     models          final norm by the layer spec, hidden states without the output head, Llama 3.1's rotary scaling,
                     gradient accumulation by Transformer Engine without Apex
+    key_value_cache attention over cached keys and values
     training        check of the gradient norm before the optimizer step, early wait for the output head's weights
     optimizer_state the distributed optimizer's state by parameter
     checkpoint      safe readers in `dist_checkpointing.load`, private functions of the save path
