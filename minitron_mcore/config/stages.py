@@ -190,7 +190,7 @@ class TeacherCacheRun(StageRun):
     top_k: int = 64
     """kind=topk: largest log-probabilities of a token."""
     tail_draws: int = 0
-    """kind=topk: tokens drawn from the others, with replacement, instead of their sum; they make the student's gradient unbiased."""
+    """kind=topk: tokens drawn from the others with replacement instead of their sum: they make the student's gradient unbiased."""
     file_samples: int = 32
     """Samples of a file; a whole file is held in memory while it is computed."""
     steps: int = MISSING
