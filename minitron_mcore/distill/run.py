@@ -14,7 +14,7 @@ from typing import Protocol
 from minitron_mcore.checkpoint import claim, lineage, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import resolved, run_identity
-from minitron_mcore.config.settings import DistillConfig
+from minitron_mcore.config.settings import DataConfig, DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import blend, datasets, token_cache
 from minitron_mcore.distill import checks, failures, heldout, loop, phases, teachers, vocabulary
@@ -82,10 +82,7 @@ def train(
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = token_cache.prepare(config.data, first.hf, vocab)
-        text = {
-            "files": blend.split_entries(config.data.train, config.data.splits_file),
-            "hash": datasets.data_hash(prefixes) + (f" and prompts {answers.digest}" if answers else ""),
-        }
+        text = _text(config.data, prefixes, answers)
         if isinstance(teacher, Cache):
             samples = teacher.index["samples"] if settings.phase else settings.steps * settings.global_batch
             teacher.check(prefixes, weights, config.data, samples)
@@ -117,6 +114,15 @@ def train(
                     claim.finish(folder)  # after the last file, since it lists them
         if is_stopped:
             raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
+
+
+def _text(data: DataConfig, prefixes: Sequence[str], answers: StudentAnswers | None) -> dict:
+    """Files and hash of what a run reads."""
+    files = blend.split_entries(data.train, data.splits_file)
+    return {
+        "files": files,
+        "hash": datasets.data_hash(prefixes) + (f" and prompts {answers.digest}" if answers else ""),
+    }
 
 
 def check_run(

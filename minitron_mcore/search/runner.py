@@ -44,8 +44,10 @@ MEASURED, TRAINED = "measured.json", "trained.json"
 
 def distill_settings(config: SearchRun) -> DistillConfig:
     """The settings with which candidates are trained: the run's on text alone, with the search's steps and evaluations."""
-    own = {"steps": config.search.steps, "eval_every": config.search.eval_every, "stop_after": None}
-    return replace(config.distill, **own, on_policy=OnPolicyConfig())
+    search = config.search
+    return replace(
+        config.distill, steps=search.steps, eval_every=search.eval_every, stop_after=None, on_policy=OnPolicyConfig()
+    )
 
 
 def run(config: SearchRun) -> None:
