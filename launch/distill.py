@@ -12,7 +12,7 @@ from minitron_mcore.config.stages import DistillRun
 @entry("distill")
 def main(config: DistillRun) -> None:
     from minitron_mcore.checkpoint import run_folder
-    from minitron_mcore.distill import cache, remote_teacher, run
+    from minitron_mcore.distill import remote_teacher, run, teachers
     from minitron_mcore.estimate import announce
     from minitron_mcore.evaluation import heldout
     from minitron_mcore.parallel import process_groups
@@ -29,7 +29,7 @@ def main(config: DistillRun) -> None:
             return remote_teacher.serve(teacher, settings, config.parallel, config.dtype.value, config.performance)
         runs = config.each()
         students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
-        teacher = cache.open_teacher(config.teacher) if settings.needs_teacher else None
+        teacher = teachers.open_teachers(config)
         run.check_run(runs[0], settings, students, teacher)
         announce.print_memory(runs[0], settings, students, teacher)
         text = heldout.HeldOut(config, students[0]) if settings.eval_every else None

@@ -150,6 +150,21 @@ def problems(
     yield from divergence(config, vocabulary.shared(student, teacher), prefix)
 
 
+def several_teachers(teachers: Sequence[Architecture | None], config: DistillConfig) -> Iterator[str]:
+    """Problems of several teachers with each other and with settings that are for one."""
+    if len(teachers) < 2:
+        return
+    if len(sizes := {teacher.vocab for teacher in teachers if teacher}) > 1:
+        yield f"the teachers have vocabularies of {sorted(sizes)} tokens: give teachers that share one tokenizer."
+    if config.hidden_state_loss.weight:
+        yield (
+            f"distill.hidden_state_loss.weight is {config.hidden_state_loss.weight}, but it is for blocks of one teacher, not of "
+            f"{len(teachers)}: give 0."
+        )
+    if config.teacher_ranks:
+        yield f"distill.teacher_ranks is {config.teacher_ranks}, but its ranks hold one teacher, not {len(teachers)}: give 0."
+
+
 def document_problems(data: DataConfig, kernels: Kernels) -> Iterator[str]:
     """Problems of `data.document_mask` with the layers."""
     if data.document_mask and kernels.transformer_engine and os.environ.get("MINITRON_LAYERS") != "torch":

@@ -16,7 +16,7 @@ from minitron_mcore.config.identity import resolved, run_identity
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import blend, datasets, token_cache
-from minitron_mcore.distill import checks, failures, heldout, loop, phases, vocabulary
+from minitron_mcore.distill import checks, failures, heldout, loop, phases, teachers, vocabulary
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.heldout import HeldOutText
 from minitron_mcore.distill.trainer import Trainer, check
@@ -111,10 +111,11 @@ def check_run(
         UserError: see `trainer.check`, `checks.document_problems` and `checks.heldout_problems`; students with different
             vocabularies.
     """
-    first, live = students[0], None if isinstance(teacher, Cache) else teacher and teacher.arch
+    first, live = students[0], [] if isinstance(teacher, Cache) else teachers.members(teacher)
     refuse(checks.document_problems(config.data, tuning.available_kernels()))
     for student in students:
-        refuse(checks.heldout_problems(config, settings, student.arch, live))
+        for each in live or [None]:
+            refuse(checks.heldout_problems(config, settings, student.arch, each and each.arch))
         options = config.parallel, config.dtype.value, config.performance, checks.prefix_of(config)
         check(student, teacher, settings, *options)
         if student.arch.vocab != first.arch.vocab:
@@ -127,9 +128,9 @@ def check_run(
 def _check_teacher_loss(trainer: Trainer, batches: Iterator[Batch], vocab: int) -> Iterator[Batch]:
     """Log the teacher's loss on the first batch, with a warning if it is too high; the same batches (collective)."""
     first = next(batches)
-    loss, uniform = trainer.teacher_loss(first), math.log(vocab)
-    message = f"the teacher's own loss on the first micro-batch is {loss:.3f} nats a token"
-    if not loss < TEACHER_LOSS_WARN_RATIO * uniform:
+    losses, uniform = trainer.teacher_losses(first), math.log(vocab)
+    message = f"the teacher's own loss on the first micro-batch is {' and '.join(f'{loss:.3f}' for loss in losses)} nats a token"
+    if not max(losses) < TEACHER_LOSS_WARN_RATIO * uniform:
         message = (
             f"warning: {message}, close to ln(vocab_size) = {uniform:.2f}, the loss of uniform predictions: check the teacher's "
             "checkpoint and tokenizer."
@@ -152,7 +153,13 @@ def _describe(
         UserError: the tokens are not those of the run's earlier steps.
     """
     parents = {"student": run_folder.identity(student), "teacher": teacher and run_folder.identity(teacher)}
-    details = {
+    details = {}
+    if isinstance(teacher, teachers.Several):
+        parents["teacher"]["weight"] = teacher.weights[0]
+        for n, (other, weight) in enumerate(zip(teacher.others, teacher.weights[1:], strict=True), 2):
+            parents[f"teacher {n}"] = run_folder.identity(other) | {"weight": weight}
+            details[f"teacher {n}"] = other.lineage
+    details |= {
         "plans": lineage.plans(student.path),
         "settings": dataclasses.asdict(trainer.config),
         "phases": phases.values(trainer.phases),
@@ -184,6 +191,8 @@ def fingerprint(student: Checkpoint, teacher: Checkpoint | None, identity: dict,
     kind = {key: teacher.index[key] for key in names if key in teacher.index} if isinstance(teacher, Cache) else None
     weights = blend.parse_blend(text["files"])[1]
     inputs = [student.fingerprint, teacher and teacher.fingerprint, kind, identity, weights, text["hash"]]
+    if isinstance(teacher, teachers.Several):
+        inputs += [teacher.weights, [other.fingerprint for other in teacher.others]]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
