@@ -14,7 +14,7 @@ def main(config: DistillRun) -> None:
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import remote_teacher, run, teachers
     from minitron_mcore.estimate import announce
-    from minitron_mcore.evaluation import heldout
+    from minitron_mcore.evaluation import heldout, on_policy
     from minitron_mcore.parallel import process_groups
 
     settings = config.distill
@@ -33,7 +33,8 @@ def main(config: DistillRun) -> None:
         run.check_run(runs[0], settings, students, teacher)
         announce.print_memory(runs[0], settings, students, teacher)
         text = heldout.HeldOut(config, students[0]) if settings.eval_every else None
-        run.train(runs, settings, students, teacher, text)
+        answers = on_policy.StudentAnswers(config, students[0]) if settings.on_policy.share else None
+        run.train(runs, settings, students, teacher, text, answers)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
     found = {name: Input(str(path), _fingerprint(name, Path(path))) for name, path in read.items()}
     paths, weights = blend.parse_blend(config["teachers"], "teachers") if config.get("teachers") else ([], None)
     for number, path in enumerate(paths):
-        weight = weights[number] if weights else 1.0
-        found[f"teachers[{number}]"] = Input(path, f"{weight:g} x {_fingerprint('teacher', Path(path))}")
+        share = weights[number] if weights else 1.0
+        found[f"teachers[{number}]"] = Input(path, f"{share:g} x {_fingerprint('teacher', Path(path))}")
     for key in _TEXTS.get(config.get("stage", ""), ("train",)):
         entries, split = data.get(key) or [], "train" if key == "train" else "valid"
         if key == "train" or (not entries and (data.get("split") or data.get("splits_file"))):

@@ -12,6 +12,7 @@ from minitron_mcore.config.stages import (
     BenchmarkRun,
     CutRun,
     DepthRun,
+    DistillRun,
     EvaluateRun,
     ExportRun,
     ImportanceRun,
@@ -90,6 +91,8 @@ def _training_problems(
     teachers: list[Architecture | None] = [arch for role, arch in archs.items() if resolve.kind(role) == "teacher"]
     teachers = teachers or [None]
     yield from checks.several_teachers(teachers, training)
+    if isinstance(config, DistillRun):
+        yield from checks.on_policy(training, config.performance, len(config.each()))
     trained = [arch for role, arch in archs.items() if resolve.kind(role) == "student"]
     trained = trained or [arch for role, arch in archs.items() if role == "model"]
     for student, teacher in itertools.product(trained, teachers):

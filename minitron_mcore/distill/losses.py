@@ -93,9 +93,7 @@ def distillation_loss(
     rows, tp = len(student.head), tp_group.size() if tp_group else 1
     if teacher is None and config.kd_weight != 0:
         raise UserError(f"kd_weight is {config.kd_weight} without a teacher: give one, or kd_weight 0.")
-    several = teacher if isinstance(teacher, WeightedTeachers) else None
-    teachers = several.logits if several else [teacher]
-    for each in teachers:
+    for each in teacher.logits if isinstance(teacher, WeightedTeachers) else [teacher]:
         if isinstance(each, FactoredLogits) and len(each.head) != rows:
             raise UserError(
                 f"The teacher's padded vocabulary has {tp * len(each.head)} rows, the student's {tp * rows}: "
@@ -115,21 +113,36 @@ def distillation_loss(
     with_gradient = torch.is_grad_enabled() and (student.hidden.requires_grad or student.head.requires_grad)
     temperature = 1.0 if teacher is None else config.temperature
     config = dataclasses.replace(config, temperature=temperature, gradient_accumulation_fusion=fused)
-    terms = []
-    for each, weight in zip(teachers, several.weights if several else [1.0], strict=True):
-        # The cross-entropy is added once.
-        weighted = dataclasses.replace(
-            config, kd_weight=weight * config.kd_weight, lm_weight=0.0 if terms else config.lm_weight
-        )
-        tiles = Tiles(weighted, vocab_size, tp_group if tp > 1 else None, student, each, with_gradient)
-        terms.append((weight, each, tiles))
+    terms = _terms(config, vocab_size, tp_group if tp > 1 else None, student, teacher, with_gradient)
     return _DistillationLoss.apply(student.hidden, student.head, labels, mask, config, terms)
+
+
+Term = tuple[float, FactoredLogits | TopKLogProbs | None, Tiles]
+"""Weight, logits and tiles of a teacher; the only one's logits may be None."""
+
+
+def _terms(
+    config: LossConfig,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    student: FactoredLogits,
+    teacher: TeacherLogits | None,
+    with_gradient: bool,
+) -> list[Term]:
+    if not isinstance(teacher, WeightedTeachers):
+        return [(1.0, teacher, Tiles(config, vocab_size, tp_group, student, teacher, with_gradient))]
+    terms: list[Term] = []
+    for each, weight in zip(teacher.logits, teacher.weights, strict=True):
+        # The cross-entropy is added once.
+        lm_weight = 0.0 if terms else config.lm_weight
+        own = dataclasses.replace(config, kd_weight=weight * config.kd_weight, lm_weight=lm_weight)
+        terms.append((weight, each, Tiles(own, vocab_size, tp_group, student, each, with_gradient)))
+    return terms
 
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels, mask, config: LossConfig, terms: Sequence[tuple]):
-        """`terms`: weight, logits and tiles of each teacher; of one None without a teacher."""
+    def forward(ctx, hidden, head, labels, mask, config: LossConfig, terms: Sequence[Term]):
         tiles, num_tokens, others = terms[0][2], len(hidden), len(terms) > 1
         hidden_grad, head_grad = (tiles.with_gradient and needed for needed in ctx.needs_input_grad[:2])
         # Several teachers take a third buffer, where gradients of the student's logits are added.

@@ -9,11 +9,12 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from minitron_mcore.checkpoint import claim, lineage, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import resolved, run_identity
-from minitron_mcore.config.settings import DistillConfig
+from minitron_mcore.config.settings import DataConfig, DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import blend, datasets, token_cache
 from minitron_mcore.distill import checks, failures, heldout, loop, phases, teachers, vocabulary
@@ -27,6 +28,18 @@ from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import damage_as_user_error, read_json
 from minitron_mcore.reporting import plots, tables
 
+
+class StudentAnswers(Protocol):
+    """Answers of the student in training (`evaluation.on_policy`)."""
+
+    @property
+    def digest(self) -> str:
+        """Identifies the prompts."""
+
+    def batches(self, trainer: Trainer, text: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches of `text`, with answers in the place of samples."""
+
+
 TEACHER_LOSS_WARN_RATIO = 0.9
 """Warn when the teacher's loss exceeds this fraction of ln(vocab_size), the loss of uniform predictions."""
 
@@ -37,6 +50,7 @@ def train(
     students: Sequence[Checkpoint],
     teacher: Checkpoint | None,
     heldout_text: HeldOutText | None = None,
+    answers: StudentAnswers | None = None,
 ) -> None:
     """Train `students[i]` into `configs[i].out_dir`, or resume a stopped run (collective).
 
@@ -45,6 +59,7 @@ def train(
 
     Args:
         heldout_text: measured every `settings.eval_every` steps.
+        answers: of the one student, for `settings.on_policy`.
 
     Raises:
         UserError: see `check_run`, `token_cache.prepare`, `Cache.check` and `claim.claim_run_folder`.
@@ -67,10 +82,7 @@ def train(
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = token_cache.prepare(config.data, first.hf, vocab)
-        text = {
-            "files": blend.split_entries(config.data.train, config.data.splits_file),
-            "hash": datasets.data_hash(prefixes),
-        }
+        text = _text(config.data, prefixes, answers)
         if isinstance(teacher, Cache):
             samples = teacher.index["samples"] if settings.phase else settings.steps * settings.global_batch
             teacher.check(prefixes, weights, config.data, samples)
@@ -90,6 +102,7 @@ def train(
             )
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
         batches = behind.train_batches(config.data, prefixes, weights)
+        batches = answers.batches(behind, batches) if answers else batches
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _check_teacher_loss(behind, batches, vocab)
         figures = loop.train(trainers, batches, common_folder, heldout_text, config.log)
@@ -103,6 +116,15 @@ def train(
             raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
 
 
+def _text(data: DataConfig, prefixes: Sequence[str], answers: StudentAnswers | None) -> dict:
+    """Files and hash of what a run reads."""
+    files = blend.split_entries(data.train, data.splits_file)
+    return {
+        "files": files,
+        "hash": datasets.data_hash(prefixes) + (f" and prompts {answers.digest}" if answers else ""),
+    }
+
+
 def check_run(
     config: StageRun, settings: DistillConfig, students: Sequence[Checkpoint], teacher: Checkpoint | None
 ) -> None:
@@ -113,6 +135,7 @@ def check_run(
     """
     first, live = students[0], [] if isinstance(teacher, Cache) else teachers.members(teacher)
     refuse(checks.document_problems(config.data, tuning.available_kernels()))
+    refuse(checks.on_policy(settings, config.performance, len(students)))
     for student in students:
         for each in live or [None]:
             refuse(checks.heldout_problems(config, settings, student.arch, each and each.arch))
@@ -176,7 +199,7 @@ def _describe(
             trained = model["lineage"]["data"]["hash"]
         if trained != text["hash"]:  # also where the files are the same, but not the tokenizer
             raise UserError(
-                f"{config.out_dir} was trained on tokens {trained}, but data.train and the tokenizer now give {text['hash']}: "
+                f"{config.out_dir} was trained on tokens {trained}, but the text and the tokenizer now give {text['hash']}: "
                 "restore them, or choose another out_dir."
             )
         is_new = len(trainer.phases) > known

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from minitron_mcore.checkpoint.run_folder import Checkpoint
+from minitron_mcore.config.performance import PerformanceConfig
+from minitron_mcore.config.settings import DistillConfig, ParallelConfig
 from minitron_mcore.config.stages import DistillRun
 from minitron_mcore.data.blend import parse_blend
-from minitron_mcore.distill.cache import Cache, open_teacher
+from minitron_mcore.distill.cache import Cache, CachedTeacher, open_teacher
+from minitron_mcore.distill.remote_teacher import RemoteTeacher
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.errors import UserError
 from minitron_mcore.models.architecture import Architecture
@@ -53,7 +56,7 @@ def members(teacher: Checkpoint | None) -> list[Checkpoint]:
 class SeveralTeachers:
     """What `teacher.Teacher` is to a trainer. Each rank holds its shards of all of them, in the same layout."""
 
-    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float]):
+    def __init__(self, teachers: Sequence[Teacher | RemoteTeacher], weights: Sequence[float]):
         self.teachers, self.weights = teachers, weights
 
     def heads(self) -> dict[str, Tensor]:
@@ -67,6 +70,22 @@ class SeveralTeachers:
             batch | {f"teacher_hidden {n}": each["teacher_hidden"] for n, each in enumerate(outputs)}
             for batch, *outputs in zip(batches, *every, strict=True)
         )
+
+
+def load(
+    teacher: Checkpoint,
+    student: Architecture,
+    config: DistillConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    performance: PerformanceConfig,
+) -> Teacher | SeveralTeachers | RemoteTeacher | CachedTeacher:
+    """The teacher or teachers of a `student`'s trainer (collective). See `Teacher.load`."""
+    if isinstance(teacher, Cache):
+        return CachedTeacher(teacher, student, parallel)
+    kind = RemoteTeacher if config.teacher_ranks else Teacher.load
+    loaded = [kind(each, student, config, parallel, dtype, performance) for each in members(teacher)]
+    return SeveralTeachers(loaded, teacher.weights) if isinstance(teacher, Several) else loaded[0]
 
 
 def run_here(teacher: object) -> list[Architecture]:

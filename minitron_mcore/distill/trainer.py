@@ -22,7 +22,6 @@ from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.failures import BadStep
 from minitron_mcore.distill.hidden_state_loss import HiddenStateLoss
 from minitron_mcore.distill.loss_fn import LossFunction
-from minitron_mcore.distill.remote_teacher import RemoteTeacher
 from minitron_mcore.distill.teacher import Teacher
 from minitron_mcore.distill.teachers import SeveralTeachers
 from minitron_mcore.errors import refuse
@@ -106,14 +105,7 @@ class Trainer:
         )
         self.teacher = source
         if teacher and source is None:
-            if isinstance(teacher, Cache):
-                self.teacher = CachedTeacher(teacher, student.arch, parallel)
-            else:
-                load = RemoteTeacher if config.teacher_ranks else Teacher.load
-                options = student.arch, config, parallel, dtype, performance
-                loaded = [load(each, *options) for each in teachers.members(teacher)]
-                several = isinstance(teacher, teachers.Several)
-                self.teacher = SeveralTeachers(loaded, teacher.weights) if several else loaded[0]
+            self.teacher = teachers.load(teacher, student.arch, config, parallel, dtype, performance)
         if self.hidden_loss:
             self.teacher.routes = sorted({*self.teacher.routes, *self.hidden_loss.routes})
         self.loss_fn = LossFunction(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
