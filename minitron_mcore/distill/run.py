@@ -102,9 +102,9 @@ def train(
             )
         behind = min(trainers.values(), key=lambda trainer: trainer.step)
         batches = behind.train_batches(config.data, prefixes, weights)
-        batches = answers.batches(behind, batches) if answers else batches
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _check_teacher_loss(behind, batches, vocab)
+        batches = answers.batches(behind, batches) if answers else batches
         figures = loop.train(trainers, batches, common_folder, heldout_text, config.log)
         is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         with process_groups.raise_on_all_ranks(), claim.writing(common_folder):
@@ -153,7 +153,7 @@ def _check_teacher_loss(trainer: Trainer, batches: Iterator[Batch], vocab: int) 
     first = next(batches)
     losses, uniform = trainer.teacher_losses(first), math.log(vocab)
     message = f"the teacher's own loss on the first micro-batch is {' and '.join(f'{loss:.3f}' for loss in losses)} nats a token"
-    if not max(losses) < TEACHER_LOSS_WARN_RATIO * uniform:
+    if not all(loss < TEACHER_LOSS_WARN_RATIO * uniform for loss in losses):
         message = (
             f"warning: {message}, close to ln(vocab_size) = {uniform:.2f}, the loss of uniform predictions: check the teacher's "
             "checkpoint and tokenizer."

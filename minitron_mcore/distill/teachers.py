@@ -56,7 +56,7 @@ def members(teacher: Checkpoint | None) -> list[Checkpoint]:
 class SeveralTeachers:
     """What `teacher.Teacher` is to a trainer. Each rank holds its shards of all of them, in the same layout."""
 
-    def __init__(self, teachers: Sequence[Teacher | RemoteTeacher], weights: Sequence[float]):
+    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float]):
         self.teachers, self.weights = teachers, weights
 
     def heads(self) -> dict[str, Tensor]:
@@ -83,8 +83,10 @@ def load(
     """The teacher or teachers of a `student`'s trainer (collective). See `Teacher.load`."""
     if isinstance(teacher, Cache):
         return CachedTeacher(teacher, student, parallel)
-    kind = RemoteTeacher if config.teacher_ranks else Teacher.load
-    loaded = [kind(each, student, config, parallel, dtype, performance) for each in members(teacher)]
+    options = student, config, parallel, dtype, performance
+    if config.teacher_ranks:
+        return RemoteTeacher(teacher, *options)
+    loaded = [Teacher.load(each, *options) for each in members(teacher)]
     return SeveralTeachers(loaded, teacher.weights) if isinstance(teacher, Several) else loaded[0]
 
 
