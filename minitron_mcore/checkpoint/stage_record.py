@@ -61,6 +61,8 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
         UserError: a damaged model.json.
     """
     read = {role: config[role] for role in (*_MODELS, *_FILE_OF) if config.get(role)}
+    if config.get("teachers"):
+        del read["teacher"]
     if config.get("stage") in ("convert", "cut"):
         read |= {f"model.{key}": path for key in ("hf", "weights") if (path := config["model"].get(key))}
     if choices := config.get("depth", {}).get("choices"):
@@ -69,6 +71,10 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
     if data.get("tokenizer"):
         read["data.tokenizer"] = data["tokenizer"]
     found = {name: Input(str(path), _fingerprint(name, Path(path))) for name, path in read.items()}
+    paths, weights = blend.parse_blend(config["teachers"], "teachers") if config.get("teachers") else ([], None)
+    for number, path in enumerate(paths):
+        share = weights[number] if weights else 1.0
+        found[f"teachers[{number}]"] = Input(path, f"{share:g} x {_fingerprint('teacher', Path(path))}")
     for key in _TEXTS.get(config.get("stage", ""), ("train",)):
         entries, split = data.get(key) or [], "train" if key == "train" else "valid"
         if key == "train" or (not entries and (data.get("split") or data.get("splits_file"))):

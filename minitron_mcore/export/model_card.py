@@ -169,7 +169,9 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
         if merged := record.get("merged_heads"):
             lines += [f"Dropped query heads merged into kept ones: {merged}."]
     elif operation:
-        teacher = f" from teacher `{parents['teacher']['fingerprint']}`" if parents["teacher"] else " on cross-entropy"
+        teachers = [f"`{p['fingerprint']}`" for role, p in parents.items() if role.split()[0] == "teacher" and p]
+        plural = "s" if len(teachers) > 1 else ""
+        teacher = f" from teacher{plural} {', '.join(teachers)}" if teachers else " on cross-entropy"
         lines[0] += f": `{parents['student']['fingerprint']}`, {operation}{teacher}."
         files, weights = parse_blend(record["data"]["files"])
         names = [Path(file).name for file in files]

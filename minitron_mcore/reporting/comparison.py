@@ -21,7 +21,7 @@ from minitron_mcore.reporting import artefacts, costs, measurements, overview, p
 from minitron_mcore.reporting.artefacts import KINDS, damage_as_user_error, read_json, read_lines
 
 LOSSES = ("kd_loss", "lm_loss", "heldout_loss")
-_PATHS = ("out_dir", "work_dir", "runs", "student", "students", "teacher", "source", "changed", "stage")
+_PATHS = ("out_dir", "work_dir", "runs", "student", "students", "teacher", "teachers", "source", "changed", "stage")
 _PATH_SECTIONS = ("log.", "model.", "data.cache", "data.train", "data.heldout", "data.tokenizer")
 _DEPTHS = ("", "*/", "*/*/", "*/*/*/")
 
