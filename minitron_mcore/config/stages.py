@@ -382,6 +382,8 @@ class ReportRun(Run):
     reads = ()
     html: str = MISSING
     """HTML page to write; an existing one is replaced."""
+    figures: list[str] = field(default_factory=list)
+    """Files of benchmarks/*.py --json to show, beside those in work_dir/figures."""
 
 
 STAGES = {
