@@ -15,6 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs/findings.md"
 ORDER = (
     "divergence",
     "initialisation",
+    "axes",
     "width_depth",
     "importance_rounds",
     "statistic",
