@@ -9,6 +9,7 @@ All arms of a seed read the same samples in the same order. The seed draws the c
 
 import collections
 import json
+import shutil
 import sys
 import threading
 from dataclasses import dataclass
@@ -104,7 +105,13 @@ class Bench:
         folder, source = self.root / cut.name, self.checkpoint(cut.source)
         if cut.random == "weights":
             return self._initialised(folder, self.cut(Cut(prune=cut.prune)))
-        scores = self.root / "_".join(["importance", *([cut.source.name] if cut.source else []), *cut.statistic])
+        scores = self.root / "_".join(
+            [
+                "importance",
+                *([cut.source.name] if cut.source else []),
+                *(setting.rpartition("=")[2] for setting in cut.statistic),
+            ]
+        )
         scores = self.once("importance", scores, f"source={source}", *cut.statistic)
         if cut.random == "scores":
             scores = self._random_scores(folder / "scores", scores)
@@ -145,10 +152,13 @@ class Bench:
         return self.once("distill", self.root / arm.name / "distill", *models, *settings, *arm.train)
 
     def losses(self, made: "Cut | Arm | None") -> dict[str, float]:
-        """Loss on each held-out text."""
+        """Loss on each held-out text. A trained arm's weights (1.4 GB) are removed then: those that others are made from have no
+        losses."""
         checkpoint = self.checkpoint(made)
         out_dir = checkpoint.parent / (f"evaluate_{checkpoint.name}" if made is None else "evaluate")
         out_dir = self.once("evaluate", out_dir, f"source={checkpoint}", *self.heldout)
+        for weights in checkpoint.glob("step_*") if isinstance(made, Arm) else ():
+            shutil.rmtree(weights)
         files = json.loads((out_dir / "evaluation.json").read_text())["files"]
         return {text: file["loss"] for text, file in zip(TEXTS, files, strict=True)}
 

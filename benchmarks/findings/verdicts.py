@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arms import RESULTS, ROOT, TEXTS, Arm, Bench, parser
+from arms import RESULTS, ROOT, TEXTS, Arm, Bench
+from common import parser
 
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import demo
