@@ -24,6 +24,7 @@ ORDER = (
     "temperature",
     "top_k",
     "correction",
+    "schedule",
 )
 HEAD = f"""# The papers' findings at 135 M parameters
 

@@ -106,6 +106,7 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, str | float]]:
     for row in rows:
         value, error = difference(row, rows[0])
         cells = {"arm": row["arm"], "before": statistics.fmean(row["before"]), "after": statistics.fmean(row["after"])}
-        cells |= {"difference": "" if row is rows[0] else f"{value:+.3f} +- {error:.3f}"}
+        spread = "" if math.isnan(error) else f" +- {error:.3f}"
+        cells |= {"difference": "" if row is rows[0] else f"{value:+.3f}{spread}"}
         table.append(cells | {text: statistics.fmean(losses) for text, losses in row["texts"].items()})
     return table
