@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from arms import RESULTS, STEPS
-from verdicts import sentence, shown
+from verdicts import shown, words
 
 from minitron_mcore.reporting import tables
 
@@ -47,9 +47,7 @@ def page() -> str:
     results = [
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ORDER if (RESULTS / f"{name}.json").is_file()
     ]
-    rows = [
-        {"claim": sentence(claim), "finding": result["finding"]} for result in results for claim in result["claims"]
-    ]
+    rows = [words(claim) for result in results for claim in result["claims"]]
     parts = [HEAD, _table(rows)]
     for result in results:
         title, text = importlib.import_module(result["finding"]).__doc__.split("\n", 1)

@@ -45,7 +45,8 @@ def main(name: str, description: str, arms: dict[str, Arm], claims: list[Claim])
     options = options.parse_args()
     rows = measure(arms, options.seeds[:1] if options.quick else options.seeds, options.quick)
     decided = [judged(claim, {row["arm"]: row for row in rows}) for claim in claims]
-    tables.table(description.splitlines()[0], shown(rows), [sentence(each) for each in decided])
+    tables.table(description.splitlines()[0], shown(rows))
+    tables.table("what the papers found", [words(each) for each in decided])
     result = {"finding": name, "seeds": options.seeds, "rows": rows, "claims": decided}
     disk.write_json((ROOT.with_name("findings_quick") if options.quick else RESULTS) / f"{name}.json", result)
 
@@ -92,12 +93,15 @@ def judged(claim: Claim, rows: dict[str, dict]) -> dict[str, Any]:
     return vars(claim) | {"difference": value, "error": error, "holds": holds}
 
 
-def sentence(claim: dict[str, Any]) -> str:
-    """A judged claim in words."""
-    verdict = {True: "holds", False: "does not hold", None: "not decided"}[claim["holds"]]
+def words(claim: dict[str, Any]) -> dict[str, str]:
+    """A judged claim as a row of a table."""
     says = "has the lower loss than" if claim["expected"] else "is no better than"
     when = "" if claim["key"] == "after" else " before training"
-    return f"{claim['lower']} {says} {claim['upper']}{when}: {verdict} ({claim['difference']:+.3f} +- {claim['error']:.3f})"
+    return {
+        "claim": f"{claim['lower']} {says} {claim['upper']}{when}",
+        "difference": f"{claim['difference']:+.3f} +- {claim['error']:.3f}",
+        "verdict": {True: "holds", False: "does not hold", None: "not decided"}[claim["holds"]],
+    }
 
 
 def shown(rows: list[dict[str, Any]]) -> list[dict[str, str | float]]:
