@@ -46,7 +46,8 @@ def main(name: str, description: str, arms: dict[str, Arm], claims: list[Claim])
     rows = measure(arms, options.seeds[:1] if options.quick else options.seeds, options.quick)
     decided = [judged(claim, {row["arm"]: row for row in rows}) for claim in claims]
     tables.table(description.splitlines()[0], shown(rows))
-    tables.table("what the papers found", [words(each) for each in decided])
+    if decided:
+        tables.table("what the papers found", [words(each) for each in decided])
     result = {"finding": name, "seeds": options.seeds, "rows": rows, "claims": decided}
     disk.write_json((ROOT.with_name("findings_quick") if options.quick else RESULTS) / f"{name}.json", result)
 
