@@ -57,7 +57,7 @@ def main() -> None:
     # An answer and its prompt have about 100 tokens, and some are dropped; an excerpt has 250 or more.
     count = steps * BATCH * LENGTH // 64
     real = work.write_real(texts, max(count, 200))
-    work.prune(real)
+    work.prune(real, 8 if options.quick else 64)
     samples = work.write_samples(real, 16 if options.quick else count)
     models = {"teacher": work.teacher, "just pruned": work.root / "pruned/hf"}
     for arm, (data, settings) in arms(real, samples).items():
@@ -140,10 +140,16 @@ class Work:
             disk.replace_text(real, "\n".join(lines))
         return real
 
-    def prune(self, real: Path) -> None:
-        """The student of all arms."""
+    def prune(self, real: Path, samples: int) -> None:
+        """The student of all arms, by scores of some samples."""
         self.once("convert", self.root / "convert")
-        self.once("importance", self.root / "importance", "importance=small", f"data.train=[{real}]")
+        self.once(
+            "importance",
+            self.root / "importance",
+            "importance=small",
+            f"importance.samples={samples}",
+            f"data.train=[{real}]",
+        )
         self.once("plan", self.root / "plan")
         self.once("prune", self.root / "prune")
         self.once("export", self.root / "pruned/hf", f"source={self.root}/prune")
