@@ -48,14 +48,14 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} x {LENGTH} tokens")
     options = options.parse_args()
-    steps, windows = (2, 1) if options.quick else (options.steps, 6)
+    steps, windows = (2, 1) if options.quick else (options.steps, 4)
     texts = [recovery.DATA / "text" / f"{name}.jsonl.gz" for name in recovery.BLEND]
     heldout = [recovery.DATA / "text" / file for file in recovery.HELDOUT.values()]
     if missing := [path for path in (*texts, *heldout) if not path.is_file()]:
         sys.exit(f"skipped: {missing[0]} is not there.")
     work = Work(Path("runs/synthetic_data_quick" if options.quick else "runs/synthetic_data"))
     # An answer and its prompt have about 100 tokens, and some are dropped; an excerpt has 250 or more.
-    count = steps * BATCH * LENGTH // 64
+    count = steps * BATCH * LENGTH // 80
     real = work.write_real(texts, max(count, 200))
     work.prune(real, 8 if options.quick else 64)
     samples = work.write_samples(real, 16 if options.quick else count)
@@ -95,7 +95,7 @@ def folder_name(arm: str) -> str:
 
 
 def excerpts(texts: list[Path]) -> Iterator[str]:
-    """Parts of `EXCERPT` words, from the files in turn."""
+    """Parts of `EXCERPT` words, from the files in turn; not the first of a document, which is its title or front matter."""
     for some in zip(*map(_parts, texts), strict=False):
         yield from some
 
@@ -104,7 +104,7 @@ def _parts(path: Path) -> Iterator[str]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             words = json.loads(line)["text"].split(" ")
-            for start in itertools.islice(range(0, len(words) - EXCERPT, EXCERPT), 4):
+            for start in itertools.islice(range(EXCERPT, len(words) - EXCERPT, EXCERPT), 4):
                 yield " ".join(words[start : start + EXCERPT])
 
 
