@@ -15,7 +15,7 @@ PAIRS = [
     ("a b c ", "d e"),
     ("", "the cat"),
     *(
-        (f"{'the cat sat on a mat of ' * 4}{n} the", text)
+        (f"{n} {'the cat sat on a mat of ' * 4}the", text)
         for n in (3, 7)
         for text in (" cat", " mat of the cat", " x y z 日")
     ),
