@@ -84,7 +84,9 @@ def generate(
                 "prompt must not be empty."
             )
     new: list[list[int]] = [[] for _ in prompts]
-    passes = _Passes(model, arch, capacity=count + max(map(len, prompts), default=0))
+    longest = torch.tensor(max(map(len, prompts), default=0), device=process_groups.device())
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=process_groups.dp_group())
+    passes = _Passes(model, arch, capacity=count + int(longest))
     active = [row for row in range(len(prompts)) if count]
     while (shape := _common_shape([len(prompts[row]) + len(new[row]) for row in active]))[0]:
         rows = {row: [*prompts[row], *new[row]] for row in active}
@@ -106,7 +108,7 @@ class _Passes:
     """Forward passes over a batch of rows that grow, and become fewer.
 
     Args:
-        capacity: most tokens of a row on this rank.
+        capacity: most tokens of a row of any data-parallel rank, as all make the same passes.
     """
 
     def __init__(self, model: Model, arch: Architecture, capacity: int):
