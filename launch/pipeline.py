@@ -30,9 +30,11 @@ def main(config: PipelineRun) -> None:
         )
     rows, path = pipeline.run(steps, config.processes), f"{config.work_dir}/report.html"
 
-    from minitron_mcore.reporting import page  # imports torch, which the stages' processes have left by now
+    from minitron_mcore.export import model_card  # imports torch, which the stages' processes have left by now
+    from minitron_mcore.reporting import page
 
     page.write(config.work_dir, path)
+    model_card.update_results(config.work_dir)
     tables.table(f"finished: {config.work_dir}", rows, [f"report: {path}"])
 
 

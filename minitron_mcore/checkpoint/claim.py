@@ -15,13 +15,12 @@ import torch.distributed as dist
 import yaml
 
 from minitron_mcore.checkpoint import disk, owner, stage_record, steps
-from minitron_mcore.checkpoint.stage_record import COMPLETE
+from minitron_mcore.checkpoint.stage_record import COMPLETE, CONFIG
 from minitron_mcore.config.identity import differences
 from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.reading import read_yaml
 
-CONFIG = "config.yaml"
 _BEGINNING = (CONFIG, stage_record.INPUTS, "model.json", "hf", "plans")
 """What a run writes before its first result."""
 
@@ -89,7 +88,8 @@ def new_run_folder(out_dir: str | Path, settings: dict[str, Any]) -> Iterator[Pa
 def finish(out_dir: str | Path) -> None:
     """Mark a run as finished (rank 0). Runs that resume call this themselves after their last step."""
     if process_groups.rank() == 0:
-        stage_record.finish(out_dir)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        stage_record.finish(out_dir, {"ranks": ranks, "device": process_groups.device_name()})
 
 
 def _claim(out_dir: Path, settings: dict[str, Any], share: str) -> owner.Claim:

@@ -25,16 +25,17 @@ def history(lineage: dict[str, Any], identity: dict[str, Any]) -> list[Step]:
     """
     _check_form(lineage)
     steps: dict[str, Step] = {}
-    for role, key in (("source", "ancestry"), ("student", "ancestry"), ("teacher", "teacher")):
-        if lineage["parents"].get(role) and lineage.get(key):
-            ancestors = history(lineage[key], lineage["parents"][role])
+    for role, parent in lineage["parents"].items():
+        key = "ancestry" if role in ("source", "student") else role
+        if parent and lineage.get(key):
+            ancestors = history(lineage[key], parent)
             steps |= {step.identity["fingerprint"]: step for step in ancestors}
     return [*steps.values(), Step(lineage, identity)]
 
 
 def _check_form(lineage: dict[str, Any]) -> None:
     for role, parent in lineage["parents"].items():
-        key = "fingerprint" if role in ("source", "student", "teacher") else "sha256"
+        key = "fingerprint" if role.split()[0] in ("source", "student", "teacher") else "sha256"
         if parent and not all(isinstance(parent[name], str) for name in ("path", key)):
             raise ValueError(f"parent {role} {str(parent)[:40]}")
     if "data" in lineage and not isinstance(lineage["data"]["hash"], str):

@@ -8,7 +8,7 @@
       plans/           plans of the ancestors, named by digest
       step_0000000/    Megatron distributed checkpoint; tensors have the parameter table's keys and unpadded global shapes
       inputs.json      path and fingerprint of each input (see `stage_record`)
-      .complete        the run has finished; manifest of its files
+      .complete        the run has finished; manifest of its files, seconds, ranks and device
 
 The content is independent of the parallel layout that wrote it. A step gets its name after it is on disk and hashed (see `steps`),
 so an interrupted run leaves its last complete step.

@@ -1,13 +1,15 @@
 """What a stage's folder was made from and what it holds, by content. No torch import, no time stamps.
 
 inputs.json   written when the folder is claimed: path and fingerprint of each input
-.complete     written when the stage has finished: size of each file, and SHA-256 of small ones
+.complete     written when the stage has finished: size of each file, SHA-256 of small ones, seconds, ranks and device
 """
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from minitron_mcore.checkpoint import disk, steps
@@ -15,11 +17,12 @@ from minitron_mcore.data import blend
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import FORMAT_VERSION, check_format_version, damage_as_user_error, read_json
 
-COMPLETE, INPUTS = ".complete", "inputs.json"
+CONFIG, COMPLETE, INPUTS = "config.yaml", ".complete", "inputs.json"
 READ_BYTES = 1 << 30
 """Hashed of an input, in equal shares of its files: a second or two. Times and sizes would take none, but copies and git change
 times, and another content may have the same size."""
 _BLOCK = 1 << 20
+_DAMAGED = "restore it, or remove the folder and run again"
 _HASHED_BYTES = 1 << 20
 """Outputs up to this size are compared by SHA-256, larger ones by size."""
 _FILE_OF = {"scores": "scores.safetensors", "study": "depth.json", "plan": "plan.json"}
@@ -34,8 +37,9 @@ _TEXTS = {
     "tokenizetext": (),
 }
 """Files of the section `data` that a stage reads; other stages read `train`."""
-_REWRITTEN = ("config.yaml", "model.json")
-"""Files whose settings, command and versions change when a finished stage is started again: they must only exist."""
+_REWRITTEN = (CONFIG, "model.json", "README.md")
+"""Files that change after their stage has finished: settings, command and versions when it is started again, and results in the
+model card. They must only exist."""
 _LOGS = ("tensorboard", "profile", "wandb", "mlruns")
 
 
@@ -57,6 +61,8 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
         UserError: a damaged model.json.
     """
     read = {role: config[role] for role in (*_MODELS, *_FILE_OF) if config.get(role)}
+    if config.get("teachers"):
+        del read["teacher"]
     if config.get("stage") in ("convert", "cut"):
         read |= {f"model.{key}": path for key in ("hf", "weights") if (path := config["model"].get(key))}
     if choices := config.get("depth", {}).get("choices"):
@@ -65,6 +71,10 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
     if data.get("tokenizer"):
         read["data.tokenizer"] = data["tokenizer"]
     found = {name: Input(str(path), _fingerprint(name, Path(path))) for name, path in read.items()}
+    paths, weights = blend.parse_blend(config["teachers"], "teachers") if config.get("teachers") else ([], None)
+    for number, path in enumerate(paths):
+        share = weights[number] if weights else 1.0
+        found[f"teachers[{number}]"] = Input(path, f"{share:g} x {_fingerprint('teacher', Path(path))}")
     for key in _TEXTS.get(config.get("stage", ""), ("train",)):
         entries, split = data.get(key) or [], "train" if key == "train" else "valid"
         if key == "train" or (not entries and (data.get("split") or data.get("splits_file"))):
@@ -185,11 +195,33 @@ def _named(each: Input) -> str:
     return f"{each.path} ({each.fingerprint})" if each.fingerprint else "nothing"
 
 
-def finish(out_dir: str | Path) -> None:
-    """Mark a stage as finished (one process): write the manifest of its files."""
+def finish(out_dir: str | Path, machine: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Mark a stage as finished (one process): write the manifest of its files.
+
+    Args:
+        machine: "ranks" and "device" of the stage, if they are known.
+    """
     out_dir = Path(out_dir)
     files = {str(path.relative_to(out_dir)): _seen(path) for path in _outputs(out_dir)}
-    disk.write_json(out_dir / COMPLETE, {"format_version": FORMAT_VERSION, "files": files})
+    took = (
+        {"seconds": round(time.time() - (out_dir / CONFIG).stat().st_mtime, 1)} if (out_dir / CONFIG).is_file() else {}
+    )
+    disk.write_json(out_dir / COMPLETE, {"format_version": FORMAT_VERSION, **took, **machine, "files": files})
+
+
+def costs(out_dir: Path) -> dict[str, Any]:
+    """Seconds from a finished stage's last start to its end, its ranks and their device; None where COMPLETE does not hold them.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    path, content = out_dir / COMPLETE, {}
+    if is_complete(out_dir) and os.path.getsize(path):
+        content = read_json(path, _DAMAGED)
+        check_format_version(content, path, _DAMAGED)
+    with damage_as_user_error(path, _DAMAGED):
+        kinds = {"seconds": float, "ranks": int, "device": str}
+        return {key: None if content.get(key) is None else kind(content[key]) for key, kind in kinds.items()}
 
 
 def _seen(path: Path) -> dict[str, Any]:
@@ -230,6 +262,7 @@ def damaged_outputs(out_dir: str | Path) -> list[str]:
     sentences = []
     with damage_as_user_error(path, remedy):
         for name, written in content["files"].items():
+            written = {} if os.path.basename(name) in _REWRITTEN else written
             file = path.parent / name
             seen = _seen(file) if file.is_file() else None
             if seen is None:

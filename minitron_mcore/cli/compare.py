@@ -15,8 +15,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", default="compare", help="folder to write (default: %(default)s)")
     options = parser.parse_args(arguments)
 
-    from minitron_mcore.reporting import comparison, tables  # imports torch
+    from minitron_mcore.reporting import comparison, sections, tables  # imports torch
 
     rows = comparison.write(options.dir, Path(options.out))
     files = ", ".join(f"{options.out}/{name}" for name in ("report.html", "losses.png", "compare.csv", "compare.json"))
-    tables.table("runs side by side", tables.without_empty(rows), [f"files: {files}"])
+    tables.table("runs side by side", sections.comparison_rows(rows), [f"files: {files}"])

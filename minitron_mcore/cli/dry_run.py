@@ -103,12 +103,12 @@ def plan(config: Run) -> dict[str, Any]:
         figures["candidates"] = space.rows(resolve.candidates(config), config.search.budget)
     if config.dry.advise:
         figures["layouts"] = []
-        if countable and training and not teacher_ranks:
+        if countable and training and not teacher_ranks and "teacher 2" not in archs:
             figures["layouts"] = _layouts(config, archs, training, setting)
         if not figures["layouts"]:
             problems.append(
-                "dry.advise found no layout: it is for stages that train, without distill.teacher_ranks, on as many dry.gpus as "
-                f"hold them in dry.memory {config.dry.memory:g} GiB each; give more GPUs, or another stage."
+                "dry.advise found no layout: it is for stages that train, without distill.teacher_ranks or several teachers, on as "
+                f"many dry.gpus as hold them in dry.memory {config.dry.memory:g} GiB each; give more GPUs, or another stage."
             )
         return figures
     named = [(f"pipeline stage {stage}", row) for stage, row in enumerate(figures["ranks"])]
@@ -174,11 +174,13 @@ def _ranks(
     main = students[0] if students else next(iter(archs.values()))
     if training:
         teacher, students = archs.get("teacher"), _trained_models(config, archs)
+        others = [arch for role, arch in archs.items() if resolve.kind(role) == "teacher" and role != "teacher"]
         if any(
             list(checks.state_problems(s, teacher, training.hidden_state_loss, training.kd_weight)) for s in students
         ):
             return []  # pairs name blocks that do not exist
-        rows = memory.training(students, teacher, training, setting, teacher and resolve.cache_content(config))
+        cached = teacher and resolve.cache_content(config)
+        rows = memory.training(students, teacher, training, setting, cached, others)
     elif isinstance(config, DepthRun):
         rows = memory.depth_study(main, setting, config.depth.windows * max(1, len(config.data.heldout)))
     elif isinstance(config, SynthesizeRun):

@@ -18,6 +18,7 @@ from minitron_mcore.config.stages import (
     SearchRun,
     TeacherCacheRun,
 )
+from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture
 from minitron_mcore.models.architecture import Architecture
@@ -39,7 +40,10 @@ def models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, st
     elif isinstance(config, TeacherCacheRun):
         makers = {"model": lambda: _architecture_at(config.teacher, config)}
     elif isinstance(config, DistillRun):
-        makers = {"teacher": lambda: _architecture_at(config.teacher, config)} if config.distill.needs_teacher else {}
+        folders = parse_blend(config.teachers, "teachers")[0] if config.teachers else [config.teacher]
+        roles = {f"teacher {n}" if n > 1 else "teacher": folder for n, folder in enumerate(folders, 1)}
+        makers = {role: partial(_architecture_at, folder, config) for role, folder in roles.items()}
+        makers = makers if config.distill.needs_teacher else {}
         several = {
             f"student {name}": partial(_architecture_at, path, config) for name, path in (config.students or {}).items()
         }
@@ -61,7 +65,7 @@ def models(config: Run, problems: list[str]) -> dict[str, tuple[Architecture, st
 
 
 def kind(role: str) -> str:
-    """The role without the name of one of several students."""
+    """The role without the name of one of several students or the number of a further teacher."""
     return role.split()[0]
 
 
@@ -151,11 +155,19 @@ def open_cache(folder: str):
 
 def cache_content(config: Run) -> tuple[CacheKind, int | None] | None:
     """Kind and top_k of the teacher's cache, the default ones if it does not exist yet; None for a teacher without cache."""
-    path = Path(getattr(config, "teacher", ""))
-    if (path / "index.json").is_file():
-        opened = open_cache(path)
+    if opened := existing_cache(config):
         return opened.kind, opened.index["top_k"]
-    return (TeacherCacheRun.kind, TeacherCacheRun.top_k) if path.name == "teacher_cache" else None
+    return (TeacherCacheRun.kind, TeacherCacheRun.top_k) if _one_teacher(config).name == "teacher_cache" else None
+
+
+def existing_cache(config: Run):
+    """The `cache.Cache` that is the teacher of a stage; None if that is none, or does not exist yet."""
+    folder = _one_teacher(config)
+    return open_cache(str(folder)) if (folder / "index.json").is_file() else None
+
+
+def _one_teacher(config: Run) -> Path:
+    return Path("" if getattr(config, "teachers", None) else getattr(config, "teacher", ""))
 
 
 def _maker(path: Path, config: Run) -> Run:

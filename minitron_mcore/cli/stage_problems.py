@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from minitron_mcore.cli import resolve
 from minitron_mcore.config import performance as options
@@ -13,6 +12,7 @@ from minitron_mcore.config.stages import (
     BenchmarkRun,
     CutRun,
     DepthRun,
+    DistillRun,
     EvaluateRun,
     ExportRun,
     ImportanceRun,
@@ -75,7 +75,8 @@ def _layout_problems(
         yield from layout.problems(config.parallel, setting.world, length)
     if min(layout.sizes(config.parallel).values()) >= 1:
         for role, arch in archs.items():
-            if not (role == "teacher" and training and training.teacher_parallel):  # checked by `checks.problems`
+            # Checked by `checks.problems`.
+            if not (resolve.kind(role) == "teacher" and training and training.teacher_parallel):
                 yield from (f"{role}: {problem}" for problem in sharding.model_problems(arch, config.parallel))
 
 
@@ -87,11 +88,15 @@ def _training_problems(
     kernels: options.Kernels,
 ) -> Iterator[str]:
     """Of the models that a stage trains; the same sentence may come from several."""
-    teacher = archs.get("teacher")
+    teachers: list[Architecture | None] = [arch for role, arch in archs.items() if resolve.kind(role) == "teacher"]
+    teachers = teachers or [None]
+    yield from checks.several_teachers(teachers, training)
+    if isinstance(config, DistillRun):
+        yield from checks.on_policy(training, config.performance, len(config.each()))
     trained = [arch for role, arch in archs.items() if resolve.kind(role) == "student"]
     trained = trained or [arch for role, arch in archs.items() if role == "model"]
-    live = None if resolve.cache_content(config) else teacher
-    for student in trained:
+    for student, teacher in itertools.product(trained, teachers):
+        live = None if resolve.cache_content(config) else teacher
         prefix = checks.prefix_of(config)
         yield from checks.problems(student, teacher, training, config.parallel, setting.replicas, prefix)
         if not isinstance(config, SearchRun):  # which has its own
@@ -108,12 +113,12 @@ def _teacher_problems(config: Run, models: Models, training: DistillConfig | Non
     if isinstance(config, TeacherCacheRun) and "model" in models:
         yield from checks.cache_problems(config, models["model"][0])
     students = [role for role in models if resolve.kind(role) == "student"]
-    for role in students if "teacher" in models else ():
-        folders = (resolve.tokenizer_folder(models[each][1]) for each in (role, "teacher"))
-        yield from vocabulary.problems(models[role][0], models["teacher"][0], *folders)
-        folder = Path(getattr(config, "teacher", ""))
-        if (folder / "index.json").is_file():
-            yield from resolve.open_cache(str(folder)).problems(models[role][0], training)
+    teachers = [role for role in models if resolve.kind(role) == "teacher"]
+    for role, teacher in itertools.product(students, teachers):
+        folders = (resolve.tokenizer_folder(models[each][1]) for each in (role, teacher))
+        yield from vocabulary.problems(models[role][0], models[teacher][0], *folders)
+        if cache := resolve.existing_cache(config):
+            yield from cache.problems(models[role][0], training)
 
 
 def _export_problems(config: Run, archs: dict[str, Architecture]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from minitron_mcore.config.settings import DataConfig, EvaluateConfig, TrainConfig
+from minitron_mcore.config.settings import DataConfig, EvaluateConfig, OnPolicyConfig, TrainConfig
 from minitron_mcore.config.stages import (
     EvaluateRun,
     ExportRun,
@@ -100,13 +100,18 @@ def synthesis(config: SynthesizeConfig) -> Iterator[str]:
     """Sampling and filters of a synthesis that are out of range."""
     counts = ("samples", "prompt_tokens", "tokens", "micro_batch", "min_tokens")
     yield from at_least(1, {f"synthesize.{name}": getattr(config, name) for name in counts})
-    yield from not_negative({"synthesize.temperature": config.temperature})
-    if not 0 < config.top_p <= 1:
-        yield f"synthesize.top_p is {config.top_p:g}; it must be above 0 and at most 1."
+    yield from sampling(config, "synthesize.")
     if config.min_tokens > config.tokens:
         yield f"synthesize.min_tokens is {config.min_tokens}; it must be at most synthesize.tokens {config.tokens}."
     if config.min_log_likelihood is not None and not config.min_log_likelihood <= 0:
         yield f"synthesize.min_log_likelihood is {config.min_log_likelihood:g}; it must be at most 0."
+
+
+def sampling(config: SynthesizeConfig | OnPolicyConfig, prefix: str) -> Iterator[str]:
+    """Temperature and top_p that are out of range."""
+    yield from not_negative({f"{prefix}temperature": config.temperature})
+    if not 0 < config.top_p <= 1:
+        yield f"{prefix}top_p is {config.top_p:g}; it must be above 0 and at most 1."
 
 
 def training(config: TrainConfig, prefix: str) -> Iterator[str]:

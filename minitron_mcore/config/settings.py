@@ -314,6 +314,25 @@ class Divergence(StrEnum):
 
 
 @dataclass
+class OnPolicyConfig:
+    """On-policy distillation (arXiv 2306.13649): the student answers prompts, and the teacher's distribution on its answers is what
+    it learns. The paper's loss is divergence=reverse_kl, or jsd."""
+
+    share: float = 0.0
+    """Share of the samples that are the student's answers (the paper's lambda); the others are `data.train`'s. 0 disables it."""
+    prompts: list[str] = changeable(default_factory=list)
+    """.jsonl files of prompts, as those of the stage synthesize; drawn at random, with replacement."""
+    tokens: int = 128
+    """Most tokens of an answer, each of which costs forward passes of the student."""
+    temperature: float = 1.0
+    """Divides the logits before sampling; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Sample from the fewest tokens whose probabilities sum to this share."""
+    micro_batch: int = changeable(8)
+    """Prompts of a forward pass of one rank."""
+
+
+@dataclass
 class DistillConfig(TrainConfig):
     """Knowledge distillation: training the student on the teacher's logits."""
 
@@ -338,6 +357,7 @@ class DistillConfig(TrainConfig):
     """Number of processes, the last ones, that hold only the teacher, in `teacher_parallel`, and compute while the student trains;
     0 keeps both models on all ranks."""
     hidden_state_loss: HiddenStateLossConfig = field(default_factory=HiddenStateLossConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
 
     def __post_init__(self) -> None:
         # The field is Any because OmegaConf cannot override an optional dataclass that is null.

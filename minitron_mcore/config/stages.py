@@ -190,8 +190,7 @@ class TeacherCacheRun(StageRun):
     top_k: int = 64
     """kind=topk: largest log-probabilities of a token."""
     tail_draws: int = 0
-    """kind=topk: tokens drawn from the others, with replacement, each with an equal share of their probability. They take the place
-    of the sum over the others, and make the student's gradient unbiased."""
+    """kind=topk: tokens drawn from the others with replacement instead of their sum: they make the student's gradient unbiased."""
     file_samples: int = 32
     """Samples of a file; a whole file is held in memory while it is computed."""
     steps: int = MISSING
@@ -235,10 +234,11 @@ class DistillRun(StageRun):
     student: str = changeable(MISSING)
     """Checkpoint to train."""
     students: Any = changeable(None)
-    """Several checkpoints instead of `student`, as {name: folder}. One forward pass of the teacher trains all; each writes
-    out_dir/name."""
+    """Several checkpoints instead of `student`, as {name: folder}. They share the teacher's passes; each writes out_dir/name."""
     teacher: str = changeable(MISSING)
     """Checkpoint of the teacher, or folder of its cache."""
+    teachers: list[str] = changeable(default_factory=list)
+    """Several checkpoints instead of `teacher`, with weights: [0.7,runs/a,0.3,runs/b] (docs/distillation.md)."""
 
     def __post_init__(self) -> None:
         _check_folders("students", self.students)
@@ -382,6 +382,8 @@ class ReportRun(Run):
     reads = ()
     html: str = MISSING
     """HTML page to write; an existing one is replaced."""
+    figures: list[str] = field(default_factory=list)
+    """Files of benchmarks/*.py --json to show, beside those in work_dir/figures."""
 
 
 STAGES = {

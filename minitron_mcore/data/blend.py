@@ -14,10 +14,10 @@ UNFINISHED = "unfinished"
 """Folder of a tokenisation that has not reached its end, in its output folder."""
 
 
-def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
+def parse_blend(entries: Sequence[str], what: str = "text files") -> tuple[list[str], list[float] | None]:
     """Split entries like "0.3 path", or weights and paths in turn as in Megatron-LM, into paths and weights.
 
-    Weights are None if no entry has one.
+    Weights are None if no entry has one. `what`: the entries are, for messages.
 
     Raises:
         UserError: no entries, only some entries have a weight, or a weight is 0.
@@ -27,12 +27,12 @@ def parse_blend(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
     if any(numbers):
         if numbers != [True, False] * (len(entries) // 2):
             raise UserError(
-                f"The list of text files, {entries}, has weights and paths that do not alternate: give [0.3,a.jsonl,0.7,b.jsonl]."
+                f"The list of {what}, {entries}, has weights and paths that do not alternate: give [0.3,a.jsonl,0.7,b.jsonl]."
             )
         entries = [" ".join(pair) for pair in zip(entries[::2], entries[1::2], strict=True)]
     matches = [re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\s+)?(\S.*)", entry) for entry in entries]
     if not matches or not all(matches):
-        raise UserError(f"The list of text files, {list(entries)}, has no or empty entries: give [a.jsonl,b.txt].")
+        raise UserError(f"The list of {what}, {list(entries)}, has no or empty entries: give [a.jsonl,b.txt].")
     paths, weights = ([match[group] for match in matches if match] for group in (2, 1))
     if not any(weights):
         return paths, None

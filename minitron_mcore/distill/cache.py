@@ -115,6 +115,11 @@ class Cache(Checkpoint):
                 f"{self.folder} has no intermediate "
                 "states: give weight 0, or the teacher's checkpoint."
             )
+        if config.on_policy.share:
+            yield (
+                f"distill.on_policy.share is {config.on_policy.share:g}, but the teacher cache {self.folder} knows no answers of "
+                "the student: give 0, or the teacher's checkpoint."
+            )
         if config.teacher_ranks or config.teacher_parallel:
             yield (
                 f"distill.teacher_ranks or .teacher_parallel is set, but the teacher cache {self.folder} has no ranks or "

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from minitron_mcore.config import ranges
-from minitron_mcore.config.performance import Kernels
+from minitron_mcore.config.performance import Kernels, PerformanceConfig
 from minitron_mcore.config.settings import (
     DataConfig,
     DistillConfig,
@@ -148,6 +148,51 @@ def problems(
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
     yield from divergence(config, vocabulary.shared(student, teacher), prefix)
+
+
+def several_teachers(teachers: Sequence[Architecture | None], config: DistillConfig) -> Iterator[str]:
+    """Problems of several teachers with each other and with settings that are for one."""
+    if len(teachers) < 2:
+        return
+    if len(sizes := {teacher.vocab for teacher in teachers if teacher}) > 1:
+        yield f"the teachers have vocabularies of {sorted(sizes)} tokens: give teachers that share one tokenizer."
+    if config.hidden_state_loss.weight:
+        yield (
+            f"distill.hidden_state_loss.weight is {config.hidden_state_loss.weight}, but it is for blocks of one teacher, not of "
+            f"{len(teachers)}: give 0."
+        )
+    if config.teacher_ranks:
+        yield f"distill.teacher_ranks is {config.teacher_ranks}, but its ranks hold one teacher, not {len(teachers)}: give 0."
+
+
+def on_policy(config: DistillConfig, performance: PerformanceConfig, students: int) -> Iterator[str]:
+    """Problems of learning on the answers of the `students`."""
+    settings, prefix = config.on_policy, "distill.on_policy."
+    if not 0 <= settings.share <= 1:
+        yield f"{prefix}share is {settings.share:g}; it must be from 0 to 1."
+    if not settings.share:
+        return
+    yield from ranges.at_least(1, {f"{prefix}{name}": getattr(settings, name) for name in ("tokens", "micro_batch")})
+    yield from ranges.sampling(settings, prefix)
+    yield from ranges.text_files(f"{prefix}prompts", settings.prompts)
+    if settings.tokens >= config.sequence_length:
+        yield (
+            f"{prefix}tokens is {settings.tokens}, which leaves no room for a prompt in distill.sequence_length "
+            f"{config.sequence_length}: give fewer."
+        )
+    reason = f"{prefix}share is {settings.share:g}, but"
+    if students > 1:
+        yield f"{reason} {students} students would learn from different answers: train them in separate runs, or give 0."
+    if config.lm_weight or not config.kd_weight:
+        yield (
+            f"{reason} the student's answers are no labels to learn, and distill.lm_weight is {config.lm_weight:g} and .kd_weight "
+            f"{config.kd_weight:g}: give lm_weight 0 and a kd_weight above 0."
+        )
+    if performance.tp_comm_overlap:
+        yield (
+            f"{reason} performance.tp_comm_overlap has buffers for the shape of the training's micro-batches, which answers do not "
+            "have: turn it off."
+        )
 
 
 def document_problems(data: DataConfig, kernels: Kernels) -> Iterator[str]:

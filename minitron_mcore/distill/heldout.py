@@ -17,6 +17,7 @@ from minitron_mcore.checkpoint.steps import BEST
 from minitron_mcore.distill.loss_fn import LossFunction
 from minitron_mcore.distill.remote_teacher import RemoteTeacher
 from minitron_mcore.distill.teacher import Teacher
+from minitron_mcore.distill.teachers import SeveralTeachers
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
@@ -82,7 +83,8 @@ class HeldOutLosses:
             UserError: best.json cannot be written.
         """
         trainer.gather_weights()
-        is_live = isinstance(trainer.teacher, Teacher | RemoteTeacher) and trainer.vocab == trainer.arch.vocab
+        is_live = isinstance(trainer.teacher, Teacher | SeveralTeachers | RemoteTeacher)
+        is_live &= trainer.vocab == trainer.arch.vocab
         figures = self.text.measure(trainer.model, trainer.arch, trainer.loss_fn if is_live else None)
         loss = figures["heldout_loss"]
         with process_groups.raise_on_all_ranks(), claim.writing(self.path.parent):

@@ -7,8 +7,16 @@ from torch import Tensor
 
 from minitron_mcore.config.settings import DistillConfig
 from minitron_mcore.distill.cache import CachedTeacher
-from minitron_mcore.distill.losses import FactoredLogits, LossConfig, TopKLogProbs, distillation_loss
+from minitron_mcore.distill.losses import (
+    FactoredLogits,
+    LossConfig,
+    TeacherLogits,
+    TopKLogProbs,
+    WeightedTeachers,
+    distillation_loss,
+)
 from minitron_mcore.distill.teacher import Teacher
+from minitron_mcore.distill.teachers import SeveralTeachers
 from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import process_groups
 from minitron_mcore.parallel.schedule import Batch
@@ -27,7 +35,7 @@ class LossFunction:
     """Called by megatron-core's schedule with the student's final hidden states of each micro-batch."""
 
     student: Model
-    teacher: Teacher | CachedTeacher | None
+    teacher: Teacher | SeveralTeachers | CachedTeacher | None
     vocab: int
     config: DistillConfig
     chunk_mb: int | None = None
@@ -70,21 +78,27 @@ class LossFunction:
             gradient_accumulation_fusion=self.student.config.gradient_accumulation_fusion,
         )
 
-    def teacher_logits(self, batch: Batch) -> FactoredLogits | TopKLogProbs | None:
+    def teacher_logits(self, batch: Batch) -> TeacherLogits | None:
         """The teacher's outputs in a batch of `add_teacher_outputs`, of the tokens [T] that the tensor-parallel ranks share."""
         if "teacher_ids" in batch:
             ids, log_probs = (batch[key].flatten(0, 1) for key in ("teacher_ids", "teacher_log_probs"))
             return TopKLogProbs(ids, log_probs[:, :-1], log_probs[:, -1])
         if self.teacher is None:
             return None
-        hidden = batch["teacher_hidden"]
+        if isinstance(self.teacher, SeveralTeachers):
+            each = [self._logits(batch[key], head) for key, head in self.teacher.heads().items()]
+            return WeightedTeachers(each, self.teacher.weights)
+        return self._logits(batch["teacher_hidden"], self.teacher.head)
+
+    def _logits(self, hidden: Tensor, head: Tensor) -> FactoredLogits:
         if self.student.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=process_groups.tp_group())
-        return FactoredLogits(hidden.flatten(0, 1), self.teacher.head)
+        return FactoredLogits(hidden.flatten(0, 1), head)
 
-    def teacher_loss(self, batch: Batch) -> Tensor:
-        """[2]: sum of the teacher's own cross-entropy over the share of a batch with teacher outputs, and number of tokens."""
-        mask, group = batch["loss_mask"].t().reshape(-1), process_groups.tp_group()
-        teacher, labels = self.teacher_logits(batch), batch["labels"].t().reshape(-1)
-        _, sums = distillation_loss(teacher, None, labels, mask, vocab_size=self.vocab, tp_group=group, config=LM_LOSS)
-        return torch.stack([sums[1], mask.sum().to(sums)])
+    def teacher_losses(self, batch: Batch) -> Tensor:
+        """Each teacher's own cross-entropy, summed over the share of a batch with teacher outputs, then the number of tokens."""
+        mask, labels = (batch[key].t().reshape(-1) for key in ("loss_mask", "labels"))
+        logits, sizes = self.teacher_logits(batch), {"vocab_size": self.vocab, "tp_group": process_groups.tp_group()}
+        teachers = logits.logits if isinstance(logits, WeightedTeachers) else [logits]
+        sums = [distillation_loss(each, None, labels, mask, **sizes, config=LM_LOSS)[1][1] for each in teachers]
+        return torch.stack([*sums, mask.sum().to(sums[0])])

@@ -20,6 +20,8 @@ a single collective for all chunks, with the logits computed twice, took 1.14 ti
 """
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -32,9 +34,25 @@ from minitron_mcore.distill.tiling import Tiles
 from minitron_mcore.errors import UserError, refuse
 
 
+@dataclass(frozen=True)
+class WeightedTeachers:
+    """Several teachers, whose divergence and entropy are the weighted sums of theirs.
+
+    Under forward_kl the gradient is that of the KL divergence from the mixture of their distributions; the values differ by a
+    constant, sum_i w_i KL(t_i || mixture).
+    """
+
+    logits: Sequence[FactoredLogits]
+    weights: Sequence[float]
+    """Of sum 1."""
+
+
+TeacherLogits = FactoredLogits | TopKLogProbs | WeightedTeachers
+
+
 def distillation_loss(
     student: FactoredLogits,
-    teacher: FactoredLogits | TopKLogProbs | None,
+    teacher: TeacherLogits | None,
     labels: Tensor,
     mask: Tensor,
     *,
@@ -55,7 +73,7 @@ def distillation_loss(
                                  gather_from_sequence_parallel_region, whose backward sums over the ranks
         student.head [V_r, H_s]  rows r * V_r .. (r + 1) * V_r; rows from `vocab_size` on are padding: probability 0, gradient 0
         teacher                  `FactoredLogits` with H_t, sharded likewise, no gradient; or the top entries, the same on all
-                                 ranks; None requires kd_weight 0
+                                 ranks; or several `FactoredLogits`; None requires kd_weight 0
         labels [T] int64, mask [T] float  the same on all ranks. Tokens with mask 0 may hold any values (NaN, label -100)
 
     Args:
@@ -75,11 +93,12 @@ def distillation_loss(
     rows, tp = len(student.head), tp_group.size() if tp_group else 1
     if teacher is None and config.kd_weight != 0:
         raise UserError(f"kd_weight is {config.kd_weight} without a teacher: give one, or kd_weight 0.")
-    if isinstance(teacher, FactoredLogits) and len(teacher.head) != rows:
-        raise UserError(
-            f"The teacher's padded vocabulary has {tp * len(teacher.head)} rows, the student's {tp * rows}: "
-            "pad both to the same size."
-        )
+    for each in teacher.logits if isinstance(teacher, WeightedTeachers) else [teacher]:
+        if isinstance(each, FactoredLogits) and len(each.head) != rows:
+            raise UserError(
+                f"The teacher's padded vocabulary has {tp * len(each.head)} rows, the student's {tp * rows}: "
+                "pad both to the same size."
+            )
     if not 0 < vocab_size <= tp * rows:
         raise UserError(f"vocab_size is {vocab_size}; it must be at least 1 and at most the head's {tp * rows} rows.")
     refuse(checks.divergence(config, vocab_size))
@@ -94,16 +113,40 @@ def distillation_loss(
     with_gradient = torch.is_grad_enabled() and (student.hidden.requires_grad or student.head.requires_grad)
     temperature = 1.0 if teacher is None else config.temperature
     config = dataclasses.replace(config, temperature=temperature, gradient_accumulation_fusion=fused)
-    tiles = Tiles(config, vocab_size, tp_group if tp > 1 else None, student, teacher, with_gradient)
-    return _DistillationLoss.apply(student.hidden, student.head, teacher, labels, mask, tiles)
+    terms = _terms(config, vocab_size, tp_group if tp > 1 else None, student, teacher, with_gradient)
+    return _DistillationLoss.apply(student.hidden, student.head, labels, mask, config, terms)
+
+
+Term = tuple[float, FactoredLogits | TopKLogProbs | None, Tiles]
+"""Weight, logits and tiles of a teacher; the only one's logits may be None."""
+
+
+def _terms(
+    config: LossConfig,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    student: FactoredLogits,
+    teacher: TeacherLogits | None,
+    with_gradient: bool,
+) -> list[Term]:
+    if not isinstance(teacher, WeightedTeachers):
+        return [(1.0, teacher, Tiles(config, vocab_size, tp_group, student, teacher, with_gradient))]
+    terms: list[Term] = []
+    for each, weight in zip(teacher.logits, teacher.weights, strict=True):
+        # The cross-entropy is added once.
+        lm_weight = 0.0 if terms else config.lm_weight
+        own = dataclasses.replace(config, kd_weight=weight * config.kd_weight, lm_weight=lm_weight)
+        terms.append((weight, each, Tiles(own, vocab_size, tp_group, student, each, with_gradient)))
+    return terms
 
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, teacher: FactoredLogits | TopKLogProbs | None, labels, mask, tiles: Tiles):
-        config, num_tokens = tiles.config, len(hidden)
+    def forward(ctx, hidden, head, labels, mask, config: LossConfig, terms: Sequence[Term]):
+        tiles, num_tokens, others = terms[0][2], len(hidden), len(terms) > 1
         hidden_grad, head_grad = (tiles.with_gradient and needed for needed in ctx.needs_input_grad[:2])
-        chunk = tiles.chunk_tokens
+        # Several teachers take a third buffer, where gradients of the student's logits are added.
+        chunk = max(1, 2 * tiles.chunk_tokens // 3) if others else tiles.chunk_tokens
         mask, ignored = mask.to(tiles.dtype), (mask == 0)[:, None]
         per_token = mask.new_zeros(3, num_tokens)
         d_hidden = torch.zeros_like(hidden) if hidden_grad else None
@@ -111,25 +154,26 @@ class _DistillationLoss(torch.autograd.Function):
         sum_dtype = tiles.dtype if chunk < num_tokens or config.gradient_accumulation_fusion else None
         d_head = torch.empty_like(head, dtype=sum_dtype) if head_grad else None
         own_rows = head[: tiles.width]
-        teacher_rows = teacher.head[: tiles.width] if isinstance(teacher, FactoredLogits) else None
         # All chunks share one buffer for logits: on a CPU, allocating fresh memory costs as much as a pass over it.
-        buffer_s, buffer_t = (None if x is None else x.new_empty(chunk, tiles.width) for x in (own_rows, teacher_rows))
+        has_logits = isinstance(terms[0][1], FactoredLogits)
+        buffer_s, buffer_t, total = (
+            head.new_empty(chunk, tiles.width) if needed else None for needed in (True, has_logits, others)
+        )
         for tokens in tile_sizes.slices(num_tokens, chunk):
             # Zero the ignored rows: then every value is finite, and the weight 0 removes them from the sums.
             inputs = hidden[tokens].masked_fill(ignored[tokens], 0)
-            logits_s, logits_t = torch.mm(inputs, own_rows.t(), out=buffer_s[: len(inputs)]), None
-            if isinstance(teacher, TopKLogProbs):
-                logits_t = teacher.chunk(tokens, ignored)
-            elif teacher is not None:
-                inputs_t = teacher.hidden[tokens].masked_fill(ignored[tokens], 0)
-                logits_t = torch.mm(inputs_t, teacher_rows.t(), out=buffer_t[: len(inputs)])
-            per_token[:, tokens] = tiles.run(logits_s, logits_t, labels[tokens], mask[tokens])
+            for n, (weight, teacher, tiles) in enumerate(terms):
+                logits_s = torch.mm(inputs, own_rows.t(), out=buffer_s[: len(inputs)])
+                logits_t = _teacher_chunk(teacher, tokens, ignored, tiles.width, buffer_t)
+                per_token[:, tokens] += weight * tiles.run(logits_s, logits_t, labels[tokens], mask[tokens])
+                if others:
+                    logits_s = total[: len(inputs)].add_(logits_s) if n else total[: len(inputs)].copy_(logits_s)
             if hidden_grad:
                 torch.mm(logits_s, own_rows, out=d_hidden[tokens])
             if head_grad:
                 first = tokens.start == 0
                 _accumulate_head_gradient(d_head[: tiles.width], logits_s, inputs, tiles.elements, first)
-        del logits_s, logits_t, buffer_s, buffer_t  # before the head's gradient is cast
+        del logits_s, logits_t, buffer_s, buffer_t, total  # before the head's gradient is cast
         if head_grad:
             d_head[tiles.width if num_tokens else 0 :] = 0
             d_head = d_head if config.gradient_accumulation_fusion else d_head.to(head.dtype)
@@ -149,6 +193,16 @@ class _DistillationLoss(torch.autograd.Function):
         elif d_head is not None:
             d_head.mul_(d_loss)
         return None if d_hidden is None else d_hidden.mul_(d_loss), d_head, None, None, None, None
+
+
+def _teacher_chunk(
+    teacher: FactoredLogits | TopKLogProbs | None, tokens: slice, ignored: Tensor, width: int, buffer: Tensor | None
+) -> Tensor | TopKLogProbs | None:
+    """The teacher's logits [T, width] of `tokens`, in `buffer`, or its top entries."""
+    if not isinstance(teacher, FactoredLogits):
+        return teacher and teacher.chunk(tokens, ignored)
+    inputs = teacher.hidden[tokens].masked_fill(ignored[tokens], 0)
+    return torch.mm(inputs, teacher.head[:width].t(), out=buffer[: len(inputs)])
 
 
 def _check_labels(per_token: Tensor, labels: Tensor, mask: Tensor, vocab_size: int) -> Tensor:

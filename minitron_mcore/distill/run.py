@@ -9,14 +9,15 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from minitron_mcore.checkpoint import claim, lineage, run_folder
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.identity import resolved, run_identity
-from minitron_mcore.config.settings import DistillConfig
+from minitron_mcore.config.settings import DataConfig, DistillConfig
 from minitron_mcore.config.stages import CacheKind, StageRun
 from minitron_mcore.data import blend, datasets, token_cache
-from minitron_mcore.distill import checks, failures, heldout, loop, phases, vocabulary
+from minitron_mcore.distill import checks, failures, heldout, loop, phases, teachers, vocabulary
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.distill.heldout import HeldOutText
 from minitron_mcore.distill.trainer import Trainer, check
@@ -26,6 +27,18 @@ from minitron_mcore.parallel import process_groups, stop_signal
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import damage_as_user_error, read_json
 from minitron_mcore.reporting import plots, tables
+
+
+class StudentAnswers(Protocol):
+    """Answers of the student in training (`evaluation.on_policy`)."""
+
+    @property
+    def digest(self) -> str:
+        """Identifies the prompts."""
+
+    def batches(self, trainer: Trainer, text: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches of `text`, with answers in the place of samples."""
+
 
 TEACHER_LOSS_WARN_RATIO = 0.9
 """Warn when the teacher's loss exceeds this fraction of ln(vocab_size), the loss of uniform predictions."""
@@ -37,6 +50,7 @@ def train(
     students: Sequence[Checkpoint],
     teacher: Checkpoint | None,
     heldout_text: HeldOutText | None = None,
+    answers: StudentAnswers | None = None,
 ) -> None:
     """Train `students[i]` into `configs[i].out_dir`, or resume a stopped run (collective).
 
@@ -45,6 +59,7 @@ def train(
 
     Args:
         heldout_text: measured every `settings.eval_every` steps.
+        answers: of the one student, for `settings.on_policy`.
 
     Raises:
         UserError: see `check_run`, `token_cache.prepare`, `Cache.check` and `claim.claim_run_folder`.
@@ -67,10 +82,7 @@ def train(
         process_groups.log(layer_spec.describe())
         vocab = vocabulary.shared(first.arch, teacher and teacher.arch)
         prefixes, weights = token_cache.prepare(config.data, first.hf, vocab)
-        text = {
-            "files": blend.split_entries(config.data.train, config.data.splits_file),
-            "hash": datasets.data_hash(prefixes),
-        }
+        text = _text(config.data, prefixes, answers)
         if isinstance(teacher, Cache):
             samples = teacher.index["samples"] if settings.phase else settings.steps * settings.global_batch
             teacher.check(prefixes, weights, config.data, samples)
@@ -92,6 +104,7 @@ def train(
         batches = behind.train_batches(config.data, prefixes, weights)
         if behind.teacher and behind.step == 0 and not (isinstance(teacher, Cache) and teacher.kind == CacheKind.topk):
             batches = _check_teacher_loss(behind, batches, vocab)
+        batches = answers.batches(behind, batches) if answers else batches
         figures = loop.train(trainers, batches, common_folder, heldout_text, config.log)
         is_stopped = behind.step < min(settings.steps, settings.stop_after or settings.steps)
         with process_groups.raise_on_all_ranks(), claim.writing(common_folder):
@@ -103,6 +116,15 @@ def train(
             raise stop_signal.stopped(f"after step {behind.step} of {settings.steps}, which is saved")
 
 
+def _text(data: DataConfig, prefixes: Sequence[str], answers: StudentAnswers | None) -> dict:
+    """Files and hash of what a run reads."""
+    files = blend.split_entries(data.train, data.splits_file)
+    return {
+        "files": files,
+        "hash": datasets.data_hash(prefixes) + (f" and prompts {answers.digest}" if answers else ""),
+    }
+
+
 def check_run(
     config: StageRun, settings: DistillConfig, students: Sequence[Checkpoint], teacher: Checkpoint | None
 ) -> None:
@@ -111,10 +133,12 @@ def check_run(
         UserError: see `trainer.check`, `checks.document_problems` and `checks.heldout_problems`; students with different
             vocabularies.
     """
-    first, live = students[0], None if isinstance(teacher, Cache) else teacher and teacher.arch
+    first, live = students[0], [] if isinstance(teacher, Cache) else teachers.members(teacher)
     refuse(checks.document_problems(config.data, tuning.available_kernels()))
+    refuse(checks.on_policy(settings, config.performance, len(students)))
     for student in students:
-        refuse(checks.heldout_problems(config, settings, student.arch, live))
+        for each in live or [None]:
+            refuse(checks.heldout_problems(config, settings, student.arch, each and each.arch))
         options = config.parallel, config.dtype.value, config.performance, checks.prefix_of(config)
         check(student, teacher, settings, *options)
         if student.arch.vocab != first.arch.vocab:
@@ -127,9 +151,9 @@ def check_run(
 def _check_teacher_loss(trainer: Trainer, batches: Iterator[Batch], vocab: int) -> Iterator[Batch]:
     """Log the teacher's loss on the first batch, with a warning if it is too high; the same batches (collective)."""
     first = next(batches)
-    loss, uniform = trainer.teacher_loss(first), math.log(vocab)
-    message = f"the teacher's own loss on the first micro-batch is {loss:.3f} nats a token"
-    if not loss < TEACHER_LOSS_WARN_RATIO * uniform:
+    losses, uniform = trainer.teacher_losses(first), math.log(vocab)
+    message = f"the teacher's own loss on the first micro-batch is {' and '.join(f'{loss:.3f}' for loss in losses)} nats a token"
+    if not all(loss < TEACHER_LOSS_WARN_RATIO * uniform for loss in losses):
         message = (
             f"warning: {message}, close to ln(vocab_size) = {uniform:.2f}, the loss of uniform predictions: check the teacher's "
             "checkpoint and tokenizer."
@@ -152,7 +176,13 @@ def _describe(
         UserError: the tokens are not those of the run's earlier steps.
     """
     parents = {"student": run_folder.identity(student), "teacher": teacher and run_folder.identity(teacher)}
-    details = {
+    details = {}
+    if isinstance(teacher, teachers.Several):
+        parents["teacher"]["weight"] = teacher.weights[0]
+        for n, (other, weight) in enumerate(zip(teacher.others, teacher.weights[1:], strict=True), 2):
+            parents[f"teacher {n}"] = run_folder.identity(other) | {"weight": weight}
+            details[f"teacher {n}"] = other.lineage
+    details |= {
         "plans": lineage.plans(student.path),
         "settings": dataclasses.asdict(trainer.config),
         "phases": phases.values(trainer.phases),
@@ -169,7 +199,7 @@ def _describe(
             trained = model["lineage"]["data"]["hash"]
         if trained != text["hash"]:  # also where the files are the same, but not the tokenizer
             raise UserError(
-                f"{config.out_dir} was trained on tokens {trained}, but data.train and the tokenizer now give {text['hash']}: "
+                f"{config.out_dir} was trained on tokens {trained}, but the text and the tokenizer now give {text['hash']}: "
                 "restore them, or choose another out_dir."
             )
         is_new = len(trainer.phases) > known
@@ -184,6 +214,8 @@ def fingerprint(student: Checkpoint, teacher: Checkpoint | None, identity: dict,
     kind = {key: teacher.index[key] for key in names if key in teacher.index} if isinstance(teacher, Cache) else None
     weights = blend.parse_blend(text["files"])[1]
     inputs = [student.fingerprint, teacher and teacher.fingerprint, kind, identity, weights, text["hash"]]
+    if isinstance(teacher, teachers.Several):
+        inputs += [teacher.weights, [other.fingerprint for other in teacher.others]]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,13 +17,13 @@ from minitron_mcore.checkpoint.step_saver import StepSaver
 from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DataConfig, DistillConfig, Dtype, ParallelConfig
 from minitron_mcore.data import datasets
-from minitron_mcore.distill import checks, failures, optimizer_state, phases, vocabulary
+from minitron_mcore.distill import checks, failures, optimizer_state, phases, teachers, vocabulary
 from minitron_mcore.distill.cache import Cache, CachedTeacher
 from minitron_mcore.distill.failures import BadStep
 from minitron_mcore.distill.hidden_state_loss import HiddenStateLoss
 from minitron_mcore.distill.loss_fn import LossFunction
-from minitron_mcore.distill.remote_teacher import RemoteTeacher
 from minitron_mcore.distill.teacher import Teacher
+from minitron_mcore.distill.teachers import SeveralTeachers
 from minitron_mcore.errors import refuse
 from minitron_mcore.models import build, flops, performance_checks, tuning
 from minitron_mcore.parallel import process_groups, schedule
@@ -47,17 +47,21 @@ def check(
     """Check a run before a model is built; `prefix`: of the names of its settings, for messages.
 
     Raises:
-        UserError: see `checks.problems`, `performance_checks.problems`, `vocabulary.problems` and `Cache.problems`.
+        UserError: see `checks.problems`, `checks.several_teachers`, `performance_checks.problems`, `vocabulary.problems` and
+            `Cache.problems`.
     """
-    dp_size, teacher_arch = process_groups.dp_group().size(), teacher and teacher.arch
-    problems = [*checks.problems(student.arch, teacher_arch, config, parallel, dp_size, prefix)]
-    live = None if isinstance(teacher, Cache) else teacher_arch
-    kernels = tuning.available_kernels()
-    run = performance_checks.Run(performance, student.arch, live, config, parallel, Dtype(dtype), kernels)
-    problems += performance_checks.problems(run)
-    problems += vocabulary.problems(student.arch, teacher.arch, student.hf, teacher.hf) if teacher else []
-    problems += teacher.problems(student.arch, config) if isinstance(teacher, Cache) else []
-    refuse(problems)
+    dp_size, kernels = process_groups.dp_group().size(), tuning.available_kernels()
+    each_teacher = teachers.members(teacher)
+    problems = [*checks.several_teachers([each.arch for each in each_teacher], config)]
+    for each in each_teacher or [None]:
+        arch = each and each.arch
+        problems += checks.problems(student.arch, arch, config, parallel, dp_size, prefix)
+        live = None if isinstance(each, Cache) else arch
+        run = performance_checks.Run(performance, student.arch, live, config, parallel, Dtype(dtype), kernels)
+        problems += performance_checks.problems(run)
+        problems += vocabulary.problems(student.arch, each.arch, student.hf, each.hf) if each else []
+        problems += each.problems(student.arch, config) if isinstance(each, Cache) else []
+    refuse(dict.fromkeys(problems))
 
 
 class Trainer:
@@ -70,7 +74,7 @@ class Trainer:
         config: DistillConfig,
         parallel: ParallelConfig,
         dtype: str,
-        source: Teacher | None = None,
+        source: Teacher | SeveralTeachers | None = None,
         performance: PerformanceConfig | None = None,
     ):
         """Build both models and load their weights (collective).
@@ -87,13 +91,12 @@ class Trainer:
         self.phases = [phases.first(config)]
         self.step_start = self.work_seconds = 0.0
         """When the last step began, and for how long this rank computed before it reduced gradients."""
-        self.teacher_arch = teacher.arch if teacher else None
         self.saver = StepSaver(config)
         if performance.tp_comm_overlap:
             tokens = config.micro_batch * config.sequence_length // parallel.context
             tuning.start_user_buffers(performance, tokens, student.arch.hidden, parallel.tensor)
         model = run_folder.build_model(student, parallel, dtype, performance)
-        self.vocab = vocabulary.shared(student.arch, self.teacher_arch)
+        self.vocab = vocabulary.shared(student.arch, teacher.arch if teacher else None)
         ddp = tuning.ddp_config(performance)
         self.hidden_loss = (
             HiddenStateLoss(model, student.arch, teacher.arch, config, parallel, ddp)
@@ -102,11 +105,7 @@ class Trainer:
         )
         self.teacher = source
         if teacher and source is None:
-            if isinstance(teacher, Cache):
-                self.teacher = CachedTeacher(teacher, student.arch, parallel)
-            else:
-                load = RemoteTeacher if config.teacher_ranks else Teacher.load
-                self.teacher = load(teacher, student.arch, config, parallel, dtype, performance)
+            self.teacher = teachers.load(teacher, student.arch, config, parallel, dtype, performance)
         if self.hidden_loss:
             self.teacher.routes = sorted({*self.teacher.routes, *self.hidden_loss.routes})
         self.loss_fn = LossFunction(model, self.teacher, self.vocab, config, performance.loss_chunk_mb)
@@ -239,9 +238,10 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": count / seconds,
             "student_tflops": 3 * flops.forward_flops(self.arch, length) * count / seconds / 1e12,
-            "teacher_tflops": flops.forward_flops(self.teacher_arch, length) * count / seconds / 1e12
-            if isinstance(self.teacher, Teacher)
-            else 0.0,
+            "teacher_tflops": sum(flops.forward_flops(arch, length) for arch in teachers.run_here(self.teacher))
+            * count
+            / seconds
+            / 1e12,
         }
 
     def _finalize_gradients(self, *args, **kwargs) -> None:
@@ -251,15 +251,16 @@ class Trainer:
         self.work_seconds = time.monotonic() - self.step_start
         (self.hidden_loss.finalize if self.hidden_loss else finalize_model_grads)(*args, **kwargs)
 
-    def teacher_loss(self, batch: Batch) -> float:
-        """The teacher's own cross-entropy on the data-parallel ranks' micro-batches, nats a token (collective)."""
-        sums = torch.zeros(2, device=process_groups.device())
+    def teacher_losses(self, batch: Batch) -> list[float]:
+        """Each teacher's own cross-entropy on the data-parallel ranks' micro-batches, nats a token (collective)."""
+        count = len(self.teacher.weights) if isinstance(self.teacher, SeveralTeachers) else 1
+        sums = torch.zeros(count + 1, device=process_groups.device())
         with torch.no_grad():
             for with_teacher_outputs in self.teacher.add_teacher_outputs([batch]):
                 if process_groups.is_last_stage():
-                    sums += self.loss_fn.teacher_loss(schedule.cp_shard(with_teacher_outputs))
-        loss, tokens = self._total(sums).tolist()
-        return loss / max(tokens, 1.0)
+                    sums += self.loss_fn.teacher_losses(schedule.cp_shard(with_teacher_outputs))
+        *losses, tokens = self._total(sums).tolist()
+        return [loss / max(tokens, 1.0) for loss in losses]
 
     def skip_step(self) -> None:
         """Count a bad step: advance the data position and the learning-rate schedule."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.settings import Device, DistillConfig
 from minitron_mcore.config.stages import StageRun
+from minitron_mcore.distill import teachers
 from minitron_mcore.distill.cache import Cache
 from minitron_mcore.estimate import checkpoints, memory
 from minitron_mcore.estimate.setting import Setting
@@ -28,7 +29,8 @@ def print_memory(
     sizes, options = (settings.micro_batch, settings.sequence_length), (config.performance, config.data.document_mask)
     setting = Setting(config.parallel, dist.get_world_size(), config.dtype, *sizes, device, *options)
     archs = [student.arch for student in students]
-    rows = memory.training(archs, teacher.arch if teacher else None, settings, setting, cached)
+    others = [each.arch for each in teachers.members(teacher)[1:]]
+    rows = memory.training(archs, teacher.arch if teacher else None, settings, setting, cached, others)
     free = process_groups.free_bytes() / memory.GIB
     stage = max(range(len(rows)), key=lambda n: rows[n]["total"])
     needed = {kind: size / memory.GIB for kind, size in rows[stage].items() if size}

@@ -101,6 +101,7 @@ def training(
     config: DistillConfig,
     setting: Setting,
     cached: CachedTeacher | None = None,
+    other_teachers: Sequence[Architecture] = (),
 ) -> list[dict[str, float]]:
     """Bytes on a rank of each pipeline stage: by kind (see the head of this file), "total", and "host memory of a save".
 
@@ -109,6 +110,7 @@ def training(
     Args:
         teacher: None trains on the text alone.
         cached: of the teacher, if it is not live.
+        other_teachers: of several live ones.
     """
     one, rows = len(students) == 1, []
     micro_batches = _micro_batches(config, setting)
@@ -119,6 +121,10 @@ def training(
         each = [_student(student, logits, config, setting, stage, ahead) for student in students]
         row = {kind: max(student[kind] for student in each) for kind in each[0]}
         row |= {kind: sum(student[kind] for student in each) for kind in ("weights", "gradients", "optimizer")}
+        for other in other_teachers:
+            added = _student(students[0], other, config, setting, stage, ahead)
+            row |= {kind: row[kind] + added[kind] for kind in ("teacher", "hand-off")}
+            row["workspace"] = max(row["workspace"], added["workspace"])
         if cached and teacher:
             # For one student: a micro-batch in use and two that are read ahead.
             row |= _cached_teacher(students[0], teacher, cached, setting, stage, 3 if one else micro_batches)

@@ -108,7 +108,7 @@ class _Passes:
     """Forward passes over a batch of rows that grow, and become fewer.
 
     Args:
-        capacity: most tokens of a row of any data-parallel rank, as all make the same passes.
+        capacity: most tokens of a row on any data-parallel rank.
     """
 
     def __init__(self, model: Model, arch: Architecture, capacity: int):

@@ -61,7 +61,7 @@ def run(config: SynthesizeRun) -> None:
     with process_groups.raise_on_all_ranks():
         tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
         asked = prompts.read(config)
-        tokens = {prompt.id: _tokens(prompt, tokenizer) for prompt in asked}
+        tokens = {prompt.id: prompt_tokens(prompt, tokenizer) for prompt in asked}
     keys = [(prompt.id, sample) for prompt in asked for sample in range(settings.samples)]
     with claim.claim_run_folder(config.out_dir, resolved(config)):
         folder = Path(config.out_dir)
@@ -77,7 +77,7 @@ def run(config: SynthesizeRun) -> None:
                 claim.finish(folder)
 
 
-def _tokens(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """A prompt's token ids up to where the answer begins."""
     try:
         if isinstance(prompt.content, str):
@@ -153,7 +153,7 @@ def _answer_all(
     config: SynthesizeRun, source: Checkpoint, model: Model, tokenizer: Tokenizer, left: dict[Key, list[int]]
 ) -> None:
     """Append the answers to the log, the longest prompts first (collective). `left`: prompts as token ids."""
-    group, ends = process_groups.dp_group(), _end_tokens(source, tokenizer)
+    group, ends = process_groups.dp_group(), end_tokens(source, tokenizer)
     batches = itertools.batched(
         sorted(left, key=lambda key: -len(left[key])), config.synthesize.micro_batch * group.size()
     )
@@ -206,7 +206,7 @@ def _seed(seed: int, key: Key) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {key[0]} {key[1]}".encode()).digest()[:8]) >> 1
 
 
-def _end_tokens(source: Checkpoint, tokenizer: Tokenizer) -> set[int]:
+def end_tokens(source: Checkpoint, tokenizer: Tokenizer) -> set[int]:
     """EOS, and the tokens that end an answer according to the model's generation_config.json."""
     path = source.hf / "generation_config.json"
     listed = read_json(path, "make the checkpoint again").get("eos_token_id") if path.is_file() else None

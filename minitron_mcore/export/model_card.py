@@ -4,6 +4,8 @@ The card's content comes from the checkpoint: its lineage (model.json), which co
 metrics and evaluations in the folders beside it.
 """
 
+import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +15,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.ticker import EngFormatter
 from transformers import GenerationConfig
 
-from minitron_mcore.checkpoint import disk, lineage, steps
+from minitron_mcore.checkpoint import claim, disk, lineage
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
+from minitron_mcore.config.stages import STAGES
 from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
@@ -23,13 +26,26 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.pruning import apply
 from minitron_mcore.pruning.plan import Plan, compare
 from minitron_mcore.reading import FORMAT_VERSION, damage_as_user_error, read_json, read_json_lines
-from minitron_mcore.reporting import tables
+from minitron_mcore.reporting import artefacts, costs, measurements, overview, sections, tables
 
 CARD = "README.md"
 RECORD = "minitron"
+LOSSES = ("loss", "perplexity", "bits_per_byte")
 METRICS = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
-SETTINGS_NOT_SHOWN = ("log_every", "save_every", "stop_after", "teacher_ahead")
+SETTINGS_NOT_SHOWN = (
+    *("log_every", "save_every", "stop_after", "keep_last", "keep_every", "teacher_ahead", "async_save"),
+    *("on_bad_loss", "bad_loss_limit", "teacher_parallel", "teacher_ranks"),
+)
 """Training settings that do not affect the result."""
+RESULTS = ("<!-- results: rewritten by minitron report -->", "<!-- end of results -->")
+"""Lines around the part of the card that `update_results` replaces."""
+_SETTING = re.compile(r"\+{0,2}[\w.]+=[^/~\\]*")
+"""An override whose value holds no path."""
+_PRIVATE = re.compile(
+    r"\+*(model\.(hf|weights)|recipe\.\w+|\w+_dir|\w+_file|runs|source|scores|study|plan|students?|teacher|teacher_cache"
+    r"|data|log|hydra|submit)[.=]"
+)
+"""Overrides that name files, folders, or services of the user."""
 MINITRON = "[2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796)"
 
 
@@ -123,7 +139,7 @@ def model_card(origin: Origin, config: dict[str, Any], loaded: str) -> str:
         "## How it was made",
         *(_step_paragraph(number, step, origin.plans) for number, step in enumerate(steps, 1)),
         f"`{RECORD}/lineage.json` holds the same in machine-readable form.",
-        *_evaluations(Path(origin.identity["path"])),
+        _results(_readable(Path(origin.identity["path"]).parent), steps),
         "## Licence",
         _licence(origin, parent),
     ]
@@ -153,19 +169,38 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
         if merged := record.get("merged_heads"):
             lines += [f"Dropped query heads merged into kept ones: {merged}."]
     elif operation:
-        teacher = f" from teacher `{parents['teacher']['fingerprint']}`" if parents["teacher"] else " on cross-entropy"
+        teachers = [f"`{p['fingerprint']}`" for role, p in parents.items() if role.split()[0] == "teacher" and p]
+        plural = "s" if len(teachers) > 1 else ""
+        teacher = f" from teacher{plural} {', '.join(teachers)}" if teachers else " on cross-entropy"
         lines[0] += f": `{parents['student']['fingerprint']}`, {operation}{teacher}."
         files, weights = parse_blend(record["data"]["files"])
         names = [Path(file).name for file in files]
         names = [f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True)] if weights else names
         lines += [f"Data `{record['data']['hash']}`: {', '.join(names)}."]
-        settings = {key: value for key, value in record["settings"].items() if key not in SETTINGS_NOT_SHOWN}
+        settings = {
+            key: value
+            for key, value in artefacts.shown_settings(record["settings"]).items()
+            if key not in SETTINGS_NOT_SHOWN
+        }
         lines += [f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}."]
         lines += _losses(step.identity)
     else:
         lines[0] += ": " + ", ".join(f"{Path(source['path']).name} ({kind})" for kind, source in parents.items()) + "."
     libraries = ", ".join(f"{name} {release}" for name, release in record["versions"].items())
-    return "\n\n   ".join([*lines, f"`{record['command']}` ({libraries})"])
+    return "\n\n   ".join([*lines, f"{_command(record['command'])}{libraries}."])
+
+
+def _command(line: str) -> str:
+    """The stage and the settings of a command, without those that are paths or name folders of the user, in code; "" if unknown."""
+    try:
+        program, *options = shlex.split(line)
+    except ValueError:  # no command line
+        return ""
+    stage = next((Path(word).stem for word in (program, *options[:1]) if Path(word).stem in STAGES), None)
+    if not stage:
+        return ""
+    settings = [option for option in options if _SETTING.fullmatch(option) and not _PRIVATE.match(option)]
+    return f"`{shlex.join(['minitron', stage, *settings])}`, with "
 
 
 def _losses(identity: dict[str, Any]) -> list[str]:
@@ -177,22 +212,60 @@ def _losses(identity: dict[str, Any]) -> list[str]:
     return [tables.markdown([rows[0], rows[-1]]).replace("\n", "\n   ")] if rows else []
 
 
-def _evaluations(source: Path) -> list[str]:
-    """Results in sibling folders that were evaluated after the checkpoint's last step was written."""
-    rows, step = [], steps.newest_complete(source)
-    if step is None:
-        return []
-    for path in sorted(source.parent.glob("*/evaluation.json")):
-        remedy = "evaluate again, or move it away"
-        evaluation = read_json(path, remedy)
-        with damage_as_user_error(path, remedy):
-            if (
-                Path(evaluation["source"]).resolve() == source.resolve()
-                and path.stat().st_mtime > (step.path / steps.MANIFEST).stat().st_mtime
-            ):
-                rows += evaluation["files"]
-                tables.markdown(rows)
-    return ["## Evaluation", tables.markdown(rows)] if rows else []
+def _readable(work_dir: Path) -> dict[str, list[Path]]:
+    return sections.readable(artefacts.classified(work_dir) | {artefacts.FIGURES: []})[0]
+
+
+def _results(folders: dict[str, list[Path]], steps: list[lineage.Step]) -> str:
+    """Results of a model, its teacher and its student in a work_dir, from the data of the page, between the lines RESULTS."""
+    models, locate = artefacts.models(folders, steps), artefacts.locator(folders)
+    parts = []
+    if rows := [
+        {"model": model.role, "file": name, **{key: row.get(key) for key in LOSSES}}
+        for model in models
+        for name, row in model.losses.items()
+    ]:
+        parts += ["## Evaluation", overview.headline(models), tables.markdown(tables.without_empty(rows))]
+    for folder in folders["benchmark"][-1:]:
+        found = measurements.read_benchmarks(folder, models, locate)
+        roles = {model.role: found.models[model.role] for model in models if model.role in found.models}
+        rows = measurements.benchmark_rows(found._replace(models=roles))
+        parts += ["## Benchmarks", "Per cent ± standard error, by lm-eval.", tables.markdown(rows)] if roles else []
+    made = {locate(step.identity["path"]) for step in steps}
+    own = folders | {"stage": [folder for folder in folders["stage"] if folder.resolve() in made]}
+    if rows := overview.cost_rows(costs.rows(own, {})):
+        rows = tables.without_empty([{k: v for k, v in row.items() if k != "folder"} for row in rows])
+        parts += ["## Cost", "Tokens and floating-point operations of student and teacher.", tables.markdown(rows)]
+    return "\n\n".join([RESULTS[0], *filter(None, parts), RESULTS[1]])
+
+
+def update_results(work_dir: str | Path) -> list[Path]:
+    """Write the present results into the cards of the exported folders in `work_dir`; other parts of a card stay as they are.
+
+    Returns:
+        the cards that have the lines RESULTS.
+
+    Raises:
+        UserError: a card cannot be written.
+    """
+    cards, folders = [], _readable(Path(work_dir))
+    for folder in folders["export"]:
+        card, path = folder / CARD, folder / RECORD / "lineage.json"
+        if not card.is_file():
+            continue
+        with damage_as_user_error(card, "export again"):
+            before, _, rest = card.read_text(encoding="utf-8").partition(RESULTS[0])
+        _, end, after = rest.partition(RESULTS[1])
+        if not end:
+            continue
+        record = read_json(path, "export again")
+        with damage_as_user_error(path, "export again"):
+            made = lineage.history(record["lineage"], {"path": str(folder), "step": ""} | record)
+            text = before + _results(folders, made) + after
+        with claim.writing(folder):
+            disk.replace_text(card, text.encode("utf-8", "replace").decode())
+        cards.append(card)
+    return cards
 
 
 def parent_card_data(origin: Origin) -> ModelCardData:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,13 @@ def log(message: str) -> None:
 def device() -> torch.device:
     """The device of this rank's tensors: its CUDA device, or the CPU without CUDA."""
     return torch.device("cpu") if cpu_backend.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def device_name() -> str:
+    """Name of this rank's CUDA device; without CUDA, the host's processor and its cores."""
+    if cpu_backend.is_cpu():
+        return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    return torch.cuda.get_device_name()
 
 
 def barrier() -> None:

@@ -3,12 +3,13 @@
 import base64
 import os
 import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitron_mcore import reading
-from minitron_mcore.checkpoint import lineage
+from minitron_mcore.checkpoint import lineage, stage_record, steps
 from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.models import parameter_table
@@ -24,10 +25,14 @@ KINDS = {
     "training": "metrics.jsonl",
     "comparison": "compare.json",
     "evaluation": "evaluation.json",
+    "benchmark": "benchmark.json",
     "checkpoint": "model.json",
     "export": "minitron/lineage.json",
+    "stage": "config.yaml",
 }
 """Kind of folder -> the file that identifies it; a folder may be of several kinds."""
+FIGURES = "figures"
+"""Folder of a work_dir with files of benchmarks/*.py --json."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -39,11 +44,14 @@ class Picture(NamedTuple):
     """The PNG in base64."""
 
 
-def folders(work_dir: str | Path) -> dict[str, list[Path]]:
-    """The folders below `work_dir` of each of `KINDS`, the oldest first.
+def folders(work_dir: str | Path, figures: Iterable[str] = ()) -> dict[str, list[Path]]:
+    """The folders below `work_dir` of each of `KINDS`, the oldest first, and under FIGURES the files with figures.
+
+    Args:
+        figures: files of figures beside those in `work_dir`/figures.
 
     Raises:
-        UserError: the folder does not exist, or no stage wrote to it.
+        UserError: a folder or a file does not exist, or no stage wrote to the folder.
     """
     work_dir = Path(work_dir)
     if not work_dir.is_dir():
@@ -51,15 +59,52 @@ def folders(work_dir: str | Path) -> dict[str, list[Path]]:
             f"no folder {work_dir}: give the one that the stages wrote to (work_dir=/path), or name its recipe or model "
             "(+recipe=NAME, +model=NAME)."
         )
-    finished = (path for path in work_dir.iterdir() if path.is_dir() and path.suffix != ".part")
-    below = sorted(finished, key=lambda path: (_time(path), path.name))
-    by_kind = {kind: [path for path in below if (path / file).is_file()] for kind, file in KINDS.items()}
+    if missing := [path for path in figures if not Path(path).is_file()]:
+        raise UserError(f"figures names {missing[0]}, which is no file: give files of benchmarks/*.py --json FILE.")
+    by_kind = classified(work_dir) | {FIGURES: [*sorted(work_dir.glob(f"{FIGURES}/*.jsonl")), *map(Path, figures)]}
     if not any(by_kind.values()):
         raise UserError(
             f"{work_dir} has nothing to report: no folder in it holds one of {', '.join(KINDS.values())}. Run a stage first, "
             "or give another work_dir."
         )
     return by_kind
+
+
+def classified(work_dir: Path) -> dict[str, list[Path]]:
+    """The folders below `work_dir` of each of `KINDS`, the oldest first; of kind "stage" also a benchmark's of each model."""
+    finished = (path for path in work_dir.glob("*") if os.path.isdir(path) and path.suffix != ".part")
+    below = sorted(finished, key=lambda path: (_time(path), path.name))
+    by_kind = {kind: [path for path in below if os.path.isfile(path / file)] for kind, file in KINDS.items()}
+    measured = (path for folder in by_kind["benchmark"] for path in sorted(folder.glob(f"*/{KINDS['stage']}")))
+    by_kind["stage"] += [path.parent for path in measured]
+    return by_kind
+
+
+def locator(folders: dict[str, list[Path]]) -> Callable[[str], Path]:
+    """A function from a recorded path to the resolved path where it is now.
+
+    A path inside the work_dir that the stages recorded is in the present one, which may be a copy or have another name.
+    """
+    present: dict[Path, Path] = {}
+    for folder in folders["stage"]:
+        config = stage_config(folder)
+        recorded = Path(str(config.get("work_dir")))
+        if config.get("out_dir") and Path(str(config["out_dir"])) == recorded / folder.name:
+            present[recorded] = folder.parent
+
+    def locate(path: str) -> Path:
+        for recorded, root in present.items():
+            if Path(path).is_relative_to(recorded):
+                return (root / Path(path).relative_to(recorded)).resolve()
+        return Path(path).resolve()
+
+    return locate
+
+
+def stage_config(folder: Path) -> dict[str, Any]:
+    """config.yaml of a stage's folder; {} without one."""
+    path = folder / KINDS["stage"]
+    return reading.read_yaml(path, REMEDY) if path.is_file() else {}
 
 
 def _time(folder: Path) -> float:
@@ -182,8 +227,20 @@ def _elsewhere(identity: dict[str, Any]) -> str:
     path = Path(identity["path"]) / KINDS["checkpoint"]
     if not path.is_file():
         return f"{path.parent} (not there now)"
-    same = read_json(path).get("fingerprint") == identity["fingerprint"]
+    try:
+        same = read_json(path).get("fingerprint") == identity["fingerprint"]
+    except UserError:
+        return f"{path.parent} (not readable now)"
     return f"{path.parent}" if same else f"{path.parent} (holds other weights now)"
+
+
+def shown_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Training settings of a lineage by full name, without those that are off."""
+    hidden = settings.get("hidden_state_loss")
+    parts = {f"hidden_state_loss.{key}": value for key, value in hidden.items()} if isinstance(hidden, dict) else {}
+    flat = {key: value for key, value in settings.items() if key != "hidden_state_loss"}
+    flat |= parts if parts.get("hidden_state_loss.weight") else {}
+    return {key: value for key, value in flat.items() if value is not None}
 
 
 class Model(NamedTuple):
@@ -195,39 +252,58 @@ class Model(NamedTuple):
     """{} where it is not known."""
     folder: Path | None
     """The checkpoint's, if it is in the work_dir."""
-    parameters: int | None
+    arch: Architecture | None
     losses: dict[str, dict[str, Any]]
     """Name of a held-out file -> its row of evaluation.json."""
     paths: frozenset[Path]
     """Resolved folders with these weights: checkpoints, exported folders, the folder that was converted."""
 
+    @property
+    def parameters(self) -> int | None:
+        return parameter_table.count(self.arch) if self.arch else None
 
-def models(folders: dict[str, list[Path]]) -> list[Model]:
-    """The last distilled model of a work_dir (see `read.folders`), its teacher and its student; [] without any checkpoint.
+
+def models(folders: dict[str, list[Path]], made: list[lineage.Step] | None = None) -> list[Model]:
+    """A model, its teacher and its student by role; [] without any checkpoint.
+
+    Args:
+        folders: see `folders`.
+        made: `lineage.history` of the model; default: that of all folders, whose last distilled model it then is.
 
     Raises:
         UserError: a damaged file.
     """
-    steps = {step.identity["fingerprint"]: step for step in history(folders)}
-    checkpoints, sizes = {}, {}
+    made, locate = history(folders) if made is None else made, locator(folders)
+    steps = {step.identity["fingerprint"]: step for step in made}
+    checkpoints, archs = {}, {}
     for folder in folders["checkpoint"]:
         path = folder / KINDS["checkpoint"]
         record = read_json(path)
         with damage_as_user_error(path):
             checkpoints[record["fingerprint"]] = folder
-            sizes[record["fingerprint"]] = parameter_table.count(Architecture(**record["architecture"]))
+            archs[record["fingerprint"]] = Architecture(**record["architecture"])
+            parameter_table.count(archs[record["fingerprint"]])
     for step in steps.values():
         if before := step.lineage.get("before"):
-            source = step.lineage["parents"]["source"]["fingerprint"]
-            sizes.setdefault(source, parameter_table.count(Architecture(**before)))
-    weights, evaluations = _weights(folders, steps), _evaluations(folders)
+            archs.setdefault(step.lineage["parents"]["source"]["fingerprint"], Architecture(**before))
+    weights, evaluations = _weights(folders, steps, locate), _evaluations(folders, locate)
     rows = []
     for role, fingerprint in _roles(steps).items():
         paths = frozenset(path for path, of in weights.items() if of == fingerprint)
         losses = {name: row for path, files in evaluations if path in paths for name, row in files.items()}
         record = steps[fingerprint].lineage if fingerprint in steps else {}
-        rows.append(Model(role, record, checkpoints.get(fingerprint), sizes.get(fingerprint), losses, paths))
+        rows.append(Model(role, record, checkpoints.get(fingerprint), archs.get(fingerprint), losses, paths))
     return rows
+
+
+def name_of(model: Model) -> str | None:
+    """Name of a model's first ancestor: `model.name` of the stage that made the checkpoint, else that of the converted folder."""
+    named = stage_config(model.folder).get("model") if model.folder else None
+    if isinstance(named, dict) and named.get("name"):
+        return str(named["name"])
+    first = lineage.model_chain(model.lineage)[0] if model.lineage else {}
+    path = next((parent["path"] for parent in first.get("parents", {}).values() if parent), None)
+    return Path(path).name if path else None
 
 
 def _roles(steps: dict[str, lineage.Step]) -> dict[str, str]:
@@ -245,23 +321,41 @@ def _roles(steps: dict[str, lineage.Step]) -> dict[str, str]:
     return {role: of for role, of in roles.items() if of and not (role == "source" and of == teacher)}
 
 
-def _weights(folders: dict[str, list[Path]], steps: dict[str, lineage.Step]) -> dict[Path, str]:
+def _weights(
+    folders: dict[str, list[Path]], steps: dict[str, lineage.Step], locate: Callable[[str], Path]
+) -> dict[Path, str]:
     """Resolved folder -> fingerprint of its weights."""
-    weights = {Path(step.identity["path"]).resolve(): fingerprint for fingerprint, step in steps.items()}
+    weights = {locate(step.identity["path"]): fingerprint for fingerprint, step in steps.items()}
     for fingerprint, step in steps.items():
         for parent in step.lineage["parents"].values():
             if parent and "fingerprint" not in parent:  # a folder that was converted
-                weights[Path(parent["path"]).resolve()] = fingerprint
+                weights[locate(parent["path"])] = fingerprint
     return weights | weights_of(folders)
 
 
-def _evaluations(folders: dict[str, list[Path]]) -> list[tuple[Path, dict[str, dict[str, Any]]]]:
-    """(resolved folder of the model, held-out file's name -> row), the oldest first."""
+def _evaluations(
+    folders: dict[str, list[Path]], locate: Callable[[str], Path]
+) -> list[tuple[Path, dict[str, dict[str, Any]]]]:
+    """(resolved folder of the model, held-out file's name -> row) of evaluations that are not outdated, the oldest first."""
     evaluations = []
     for folder in folders["evaluation"]:
         path = folder / KINDS["evaluation"]
         record = read_json(path)
         with damage_as_user_error(path):
             files = {os.path.basename(row["file"]): row for row in record["files"]}
-            evaluations.append((Path(record["source"]).resolve(), files))
+            if not is_outdated(folder, model := locate(record["source"])):
+                evaluations.append((model, files))
     return evaluations
+
+
+def is_outdated(evaluation: Path, model: Path) -> bool:
+    """Whether the checkpoint in `model` has another step than when it was evaluated.
+
+    By the fingerprint that the stage recorded; without one, by the times of evaluation and step.
+    """
+    if not (newest := steps.newest_complete(model)):
+        return False
+    recorded = stage_record.recorded_inputs(evaluation).get("source")
+    if recorded:
+        return recorded.fingerprint != stage_record.inputs({"source": str(model)})["source"].fingerprint
+    return (evaluation / KINDS["evaluation"]).stat().st_mtime < (newest.path / steps.MANIFEST).stat().st_mtime

@@ -12,16 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint import disk, stage_record
+from minitron_mcore.checkpoint import disk, lineage, stage_record
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import parameter_table
 from minitron_mcore.models.architecture import Architecture
-from minitron_mcore.reading import FORMAT_VERSION, read_yaml
-from minitron_mcore.reporting import page, plots, sections, tables
-from minitron_mcore.reporting.artefacts import KINDS, REMEDY, damage_as_user_error, read_json, read_lines
+from minitron_mcore.reading import FORMAT_VERSION
+from minitron_mcore.reporting import artefacts, costs, measurements, overview, page, plots, sections, tables
+from minitron_mcore.reporting.artefacts import KINDS, damage_as_user_error, read_json, read_lines
 
 LOSSES = ("kd_loss", "lm_loss", "heldout_loss")
-_PATHS = ("out_dir", "work_dir", "runs", "student", "students", "teacher", "source", "changed", "stage")
+_PATHS = ("out_dir", "work_dir", "runs", "student", "students", "teacher", "teachers", "source", "changed", "stage")
 _PATH_SECTIONS = ("log.", "model.", "data.cache", "data.train", "data.heldout", "data.tokenizer")
 _DEPTHS = ("", "*/", "*/*/", "*/*/*/")
 
@@ -61,7 +61,7 @@ def find_runs(folders: Sequence[str]) -> dict[str, Path]:
             raise UserError(
                 f"{folder} holds no training run ({KINDS['training']}): give folders of distill, or work_dirs."
             )
-        distilled = [run for run in runs if _config(run).get("stage") == "distill"]
+        distilled = [run for run in runs if artefacts.stage_config(run).get("stage") == "distill"]
         found += [run for run in distilled or runs if run not in found]
     if len(found) < 2:
         raise UserError(f"{', '.join(folders)} holds one training run, {found[0]}: give at least two.")
@@ -72,24 +72,19 @@ def find_runs(folders: Sequence[str]) -> dict[str, Path]:
 
 
 def compare(runs: dict[str, Path]) -> list[dict[str, Any]]:
-    """A row for each run: settings, inputs and sizes in which the runs differ, then what it reached."""
+    """A row for each run: what it reached, then settings, inputs and sizes in which the runs differ."""
     given = {name: dict(_given(folder)) for name, folder in runs.items()}
     keys = dict.fromkeys(key for values in given.values() for key in values)
     differing = [key for key in keys if len({str(values.get(key)) for values in given.values()}) > 1]
     return [
-        {"run": name} | {key: given[name].get(key) for key in differing} | _reached(folder)
+        {"run": name} | _reached(folder) | {key: given[name].get(key) for key in differing}
         for name, folder in runs.items()
     ]
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    return read_yaml(path, REMEDY) if path.is_file() else {}
-
-
 def _given(folder: Path) -> Iterator[tuple[str, Any]]:
     """Everything that a run was given, by name: settings, fingerprints of its inputs, sizes of its model."""
-    for key, value in _flat(_config(folder)):
+    for key, value in _flat(artefacts.stage_config(folder)):
         if key not in _PATHS and not key.startswith(_PATH_SECTIONS):
             yield key, value
     for name, each in stage_record.recorded_inputs(folder).items():
@@ -112,7 +107,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _reached(folder: Path) -> dict[str, Any]:
-    """Steps, tokens, last losses and median speed of a run, and its losses on held-out files."""
+    """Steps, tokens, last losses, speed and cost of a run, and what its model kept: evaluations and benchmarks."""
     path = folder / KINDS["training"]
     lines = read_lines(path)
     with damage_as_user_error(path):
@@ -122,16 +117,25 @@ def _reached(folder: Path) -> dict[str, Any]:
         row |= {key: next((x[key] for x in reversed(lines) if x.get(key) is not None), None) for key in LOSSES}
         speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
         row["tokens_per_second"] = statistics.median(speeds) if speeds else None
-    for path in sorted(folder.parent.glob(f"*/{KINDS['evaluation']}")):
-        record = read_json(path)
-        with damage_as_user_error(path):
-            if Path(record["source"]).resolve() in (folder.resolve(), *_exports(folder)):
-                row |= {f"loss on {Path(each['file']).name}": each["loss"] for each in record["files"]}
+    training = costs.trained(folder)
+    row |= {"minutes": training.get("seconds", 0.0) / 60 or None, "FLOPs": training.get("FLOPs")}
+    return row | _kept(folder)
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    """Held-out losses of a run's model, the share of the loss that it recovered, and its share of the teacher's benchmarks."""
+    path = folder / KINDS["checkpoint"]
+    if not path.is_file():
+        return {}
+    beside, record = artefacts.classified(folder.parent), read_json(path)
+    with damage_as_user_error(path):
+        identity = {"path": str(folder), "step": "", "fingerprint": record["fingerprint"]}
+        made = lineage.history(record["lineage"], identity)
+    models = artefacts.models(beside, made)
+    row = {f"loss on {name}": figures["loss"] for name, figures in models[-1].losses.items()}
+    row["recovered"] = overview.recovered(overview.losses_by_role(models))
+    for measured in beside["benchmark"]:
+        results = measurements.read_benchmarks(measured, models, artefacts.locator(beside))
+        if share := results.kept():
+            row["benchmarks kept"] = share[1] / share[0] if share[0] else None
     return row
-
-
-def _exports(folder: Path) -> Iterator[Path]:
-    """Exported folders beside a run that were made from it."""
-    for path in folder.parent.glob(f"*/{KINDS['export']}"):
-        if Path(str(read_json(path).get("path"))).resolve() == folder.resolve():
-            yield path.parents[1].resolve()

@@ -2,24 +2,34 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from minitron_mcore.checkpoint.stage_record import COMPLETE
-from minitron_mcore.reporting import tables
-from minitron_mcore.reporting.artefacts import KINDS, Model, damage_as_user_error, read_lines
+from minitron_mcore.pruning.plan import compare
+from minitron_mcore.reporting import artefacts, tables
+from minitron_mcore.reporting.artefacts import Model
+from minitron_mcore.reporting.content import Tile
+from minitron_mcore.reporting.costs import TOTAL, total, trained
+from minitron_mcore.reporting.tables import duration, percent, short, short_flops
 
 _COMMON = re.compile(r"\+?(model|recipe|work_dir|runs)[.=]")
 _DATA = re.compile(r"data[.=]")
+_COUNTS = ("parameters", "without embeddings")
+"""Rows of `plan.compare` that are no sizes of a block."""
+_OPERATIONS = ("pruned", "distilled")
+"""Roles that are named after what made the model."""
 
 
-class Tile(NamedTuple):
-    """One figure in large print."""
+class Kept(NamedTuple):
+    """What a student kept of its teacher beside the loss."""
 
-    label: str
-    value: str
-    note: str
+    benchmarks: tuple[float, float, int] | None = None
+    """See `measurements.Benchmarks.kept`."""
+    speedups: Mapping[str, Sequence[float]] = MappingProxyType({})
+    """What was measured -> ratios to the teacher's speed."""
 
 
 def recovered(losses: dict[str, float]) -> float | None:
@@ -49,23 +59,62 @@ def losses_by_role(models: list[Model]) -> dict[str, float]:
 
 
 def headline(models: list[Model]) -> str:
-    """The run in one or two sentences."""
-    losses = losses_by_role(models)
+    """The run in a few sentences: the models and their losses."""
+    losses, roles = losses_by_role(models), [model.role for model in models]
+    name, operations = artefacts.name_of(models[0]) if models else None, [role for role in roles if role in _OPERATIONS]
+    sentences = [f"{name or 'A model'}, {' and '.join(operations)}."] if operations else []
     if (share := recovered(losses)) is None:
-        return "Models by role. Loss in nats per token of held-out text."
-    return (
-        f"Pruning raised the loss from {losses['teacher']:.3f} to {losses['pruned']:.3f} nats per token. Distillation lowered it "
-        f"to {losses['distilled']:.3f} and recovered {_percent(share)} of the increase."
-    )
+        sentences.append("" if sentences or not models else "Models by role.")
+    else:
+        sentences.append(
+            f"Pruning raised the loss from {losses['teacher']:.3f} to {losses['pruned']:.3f} nats per token. Distillation lowered "
+            f"it to {losses['distilled']:.3f} and recovered {percent(share)} of the increase."
+        )
+    return " ".join(filter(None, sentences))
 
 
-def tiles(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[Tile]:
-    """Sizes, losses, recovered loss and time, as far as they are known."""
-    sizes, losses = {model.role: model.parameters for model in models}, losses_by_role(models)
-    pruned, teacher = sizes.get("distilled") or sizes.get("pruned"), sizes.get("teacher")
-    if teacher and pruned:
-        share = f"{_percent(pruned / teacher)} of the teacher's"
-        yield Tile("parameters", f"{_short(teacher)} → {_short(pruned)}", share)
+def tiles(models: list[Model], costs: list[dict[str, Any]], kept: Kept) -> dict[str, list[Tile]]:
+    """Figures under the headings Model, Cost and Kept, as far as they are known.
+
+    Args:
+        costs: `costs.rows` of the work_dir.
+    """
+    groups = {"Model": _size_tiles(models), "Cost": _cost_tiles(models, costs), "Kept": _kept_tiles(models, kept)}
+    return {heading: found for heading, group in groups.items() if (found := list(group))}
+
+
+def _size_tiles(models: list[Model]) -> Iterator[Tile]:
+    ends = {model.role: model.arch for model in models if model.arch}
+    teacher, student = ends.get("teacher"), ends.get("distilled") or ends.get("pruned")
+    if not teacher or not student:
+        return
+    table = {row["axis"]: row for row in compare(teacher, student)}
+    before, after = table["parameters"]["of"], table["parameters"]["kept"]
+    yield Tile("parameters", f"{short(before)} → {short(after)}", f"{percent(after / before)} of the teacher's")
+    cut = [row for axis, row in table.items() if row["kept"] != row["of"] and axis not in _COUNTS]
+    if cut:
+        shares = ", ".join(f"{row['axis']} {percent(row['share'])}" for row in cut)
+        yield Tile("sizes", shares, ", ".join(f"{row['axis']} {row['kept']:,} of {row['of']:,}" for row in cut))
+
+
+def _cost_tiles(models: list[Model], costs: list[dict[str, Any]]) -> Iterator[Tile]:
+    folder = next((model.folder for model in models if model.role == "distilled"), None)
+    training = trained(folder) if folder else {}
+    if training:
+        yield Tile("distillation", f"{short(training['tokens'])} tokens", f"{training['steps']:,} steps")
+    if training.get("FLOPs"):
+        yield Tile("operations", short_flops(training["FLOPs"]), "of the distillation: student and teacher")
+    if minutes := total(costs).get("minutes"):
+        number = sum(row["minutes"] is not None for row in costs)
+        share = f", of which distillation {duration(training['seconds'] / 60)}" if training.get("seconds") else ""
+        yield Tile("time", duration(minutes), f"{number} stages{share}" if number > 1 else "distillation")
+    if ranks := [row["ranks"] for row in costs if row["ranks"]]:
+        devices = dict.fromkeys(row["device"] for row in costs if row["device"])
+        yield Tile("ranks", f"{max(ranks)}", f"at most, on {', '.join(devices)}")
+
+
+def _kept_tiles(models: list[Model], kept: Kept) -> Iterator[Tile]:
+    losses = losses_by_role(models)
     if losses:
         ends: list[str] = [role for role in ("teacher", "distilled") if role in losses]
         ends = ends or list(losses)
@@ -74,21 +123,42 @@ def tiles(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[Tile]
         values = " → ".join(f"{losses[role]:.2f}" for role in ends)
         yield Tile("loss", values, f"{names}, nats per token of {compared_file(models)}")
     if (removed := recovered(losses)) is not None:
-        yield Tile("recovered", _percent(removed), "of the loss increase from pruning")
-    times = [_minutes(folder) for folder in {folder for kind in folders.values() for folder in kind}]
-    if sum(times):
-        yield Tile("time", f"{sum(times):.1f} min", _training(models) or "all finished stages")
+        yield Tile("recovered", percent(removed), "of the loss increase from pruning")
+    if kept.benchmarks and kept.benchmarks[0]:
+        teacher, student, number = kept.benchmarks
+        note = f"of the teacher's mean over {number}: {100 * teacher:.1f} → {100 * student:.1f}"
+        yield Tile("benchmarks", percent(student / teacher), note)
+    for name, ratios in kept.speedups.items():
+        note = "of the teacher's" + (f", mean of {len(ratios)} lengths" if len(ratios) > 1 else "")
+        yield Tile(f"throughput, {name}", f"{statistics.mean(ratios):.2f}\N{NO-BREAK SPACE}x", note)
 
 
 def rows(models: list[Model]) -> list[dict[str, Any]]:
-    """Rows for a table: size, loss and perplexity of each model; columns without a value are left out."""
+    """Rows for a table: size, loss and perplexity of the models of which one is known; columns without a value are left out."""
     name, teacher = compared_file(models), next((m.parameters for m in models if m.role == "teacher"), None)
     table = []
     for model in models:
         size, row = model.parameters, model.losses.get(name or "", {})
-        share = _percent(size / teacher) if size and teacher else None
+        if not size and not row:
+            continue
+        share = percent(size / teacher) if size and teacher else None
         table.append({"model": model.role, "parameters": size, "of the teacher": share})
-        table[-1] |= {key: row.get(key) for key in ("loss", "perplexity")}
+        table[-1] |= {key: row.get(key) for key in ("loss", "perplexity", "bits_per_byte")}
+    return tables.without_empty(table)
+
+
+def cost_rows(costs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a table: `costs.rows` that have a figure, and their sum."""
+    known = [row for row in costs if any(row[key] is not None for key in ("minutes", "tokens", "FLOPs"))]
+    known += [{"stage": TOTAL, **total(known)}] if len(known) > 1 else []
+    shown = {"minutes": duration, "FLOPs": short_flops}
+    table = [
+        {
+            "time" if key == "minutes" else key: shown[key](value) if key in shown and value else value
+            for key, value in row.items()
+        }
+        for row in known
+    ]
     return tables.without_empty(table)
 
 
@@ -129,35 +199,3 @@ def _options(lineage: dict[str, Any]) -> list[str]:
         return shlex.split(lineage.get("command", ""))[1:]
     except (ValueError, AttributeError):  # not a command line, or not text
         return []
-
-
-def _minutes(folder: Path) -> float:
-    """Time between a folder's claim and its completion; 0 if it is not finished."""
-    start, end = folder / "config.yaml", folder / COMPLETE
-    if not start.is_file() or not end.is_file():
-        return 0.0
-    return max(0.0, end.stat().st_mtime - start.stat().st_mtime) / 60
-
-
-def _training(models: list[Model]) -> str:
-    """Time and tokens of the distillation; "" if there is none in the work_dir."""
-    folder = next((model.folder for model in models if model.role == "distilled"), None)
-    path = folder and folder / KINDS["training"]
-    if not path or not path.is_file() or not (steps := read_lines(path)):
-        return ""
-    with damage_as_user_error(path):
-        before = [0, *(step["tokens"] for step in steps[:-1])]
-        seconds = sum((s["tokens"] - n) / s["tokens_per_second"] for s, n in zip(steps, before, strict=True))
-        return f"distillation {seconds / 60:.1f} min, {steps[-1]['tokens']:,} tokens"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
-
-
-def _short(count: int) -> str:
-    """1,340,000 as 1.34 M."""
-    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g}\N{NO-BREAK SPACE}{unit}"
-    return str(count)

@@ -1,6 +1,7 @@
 """The report as one self-contained HTML file: inline styles and images, no script, no external resource, all values escaped."""
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +11,34 @@ from minitron_mcore.checkpoint import disk, run_folder
 from minitron_mcore.errors import UserError
 from minitron_mcore.reporting import tables
 from minitron_mcore.reporting.artefacts import folders
-from minitron_mcore.reporting.sections import CODE, Section, sections
+from minitron_mcore.reporting.content import Section
+from minitron_mcore.reporting.sections import CODE, sections
 
 GENERATOR = "minitron_mcore report"
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def collect(work_dir: str | Path) -> list[Section]:
-    """The sections of the report on `work_dir`.
+def collect(work_dir: str | Path, figures: Sequence[str] = ()) -> list[Section]:
+    """The sections of the report on `work_dir`, with files of figures.
 
     Raises:
         UserError: see `artefacts.folders` and `sections`.
     """
-    report = sections(folders(work_dir))
+    report = sections(folders(work_dir, figures))
     if not report:
         raise UserError(f"{work_dir} has nothing to report yet: every file that a stage wrote there is empty.")
     return report
 
 
-def write(work_dir: str | Path, html: str | Path) -> list[dict[str, Any]]:
-    """Write the report on `work_dir` to the file `html`; returns the rows of `contents`.
+def write(work_dir: str | Path, html: str | Path, figures: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Write the report on `work_dir`, with files of figures, to the file `html`; returns the rows of `contents`.
 
     Raises:
         UserError: see `collect` and `check`.
     """
     work_dir, html = Path(work_dir), Path(html)
     check(html)
-    report = collect(work_dir)
+    report = collect(work_dir, figures)
     save(work_dir, report, html)
     return contents(report)
 

@@ -1,77 +1,82 @@
 """The sections of the page, each from the files of one kind of stage; stages that did not run have no section."""
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.errors import UserError
 from minitron_mcore.importance.scores import Scores, read_scores
 from minitron_mcore.importance.scores import summary as score_summary
 from minitron_mcore.pruning import summary
 from minitron_mcore.pruning.plan import Plan, load_plan
-from minitron_mcore.reading import read_yaml
-from minitron_mcore.reporting import artefacts, overview
+from minitron_mcore.reporting import artefacts, costs, measurements, overview
 from minitron_mcore.reporting.artefacts import (
     KINDS,
-    REMEDY,
     Model,
-    Picture,
     damage_as_user_error,
     pictures,
     read_json,
     read_lines,
 )
-from minitron_mcore.reporting.overview import Tile
-from minitron_mcore.reporting.tables import TRAINING_FIGURES, without_empty
+from minitron_mcore.reporting.content import Part, Section, Table
+from minitron_mcore.reporting.measurements import Benchmarks
+from minitron_mcore.reporting.tables import TRAINING_FIGURES, short_flops, turned, without_empty
 
 CODE = ("hash", "weights", "from", "with", "folder", "command", "parameters pattern", "shape", "of modules")
 """Columns in a monospaced font: hashes, paths and commands."""
 LOWER_IS_BETTER = ("loss", "kl", "mse")
+_LONG = 30
+"""Rows above which a table of figures is folded."""
 SIZES = ("blocks", "hidden", "ffn", "heads", "groups")
-
-
-@dataclasses.dataclass
-class Table:
-    caption: str
-    rows: list[dict[str, Any]]
-    folded: bool = False
-    """Collapsed; for long tables."""
-
-
-@dataclasses.dataclass
-class Part:
-    """The content of one folder."""
-
-    name: str
-    text: str = ""
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    tables: list[Table] = dataclasses.field(default_factory=list)
-    pictures: list[Picture] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class Section:
-    title: str
-    text: str
-    parts: list[Part]
-    tiles: list[Tile] = dataclasses.field(default_factory=list)
-    """Figures in large print, above the parts."""
 
 
 def sections(folders: dict[str, list[Path]]) -> list[Section]:
     """The sections of the folders of a work_dir (see `artefacts.folders`).
 
+    A folder that cannot be read is left out and named in a section of its own.
+
     Raises:
-        UserError: a file cannot be read.
+        UserError: no folder can be read.
     """
+    sound, problems = readable(folders)
+    with damage_as_user_error("the work_dir"):
+        built = _build(sound)
+    if problems and not built:
+        raise UserError(next(iter(problems.values())))
+    if problems:
+        rows = [{"left out": path.name, "problem": sentence} for path, sentence in problems.items()]
+        table = Table("Everything else on this page is made without them.", rows)
+        section = Section("Problems", "Folders and files that cannot be read.", [Part("", tables=[table])])
+        built.insert(built[0].title == "Summary", section)
+    return built
+
+
+def readable(folders: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[Path, str]]:
+    """The folders without those that cannot be read, and a sentence for each of these."""
+    problems = {}
+    for folder in dict.fromkeys(folder for of_kind in folders.values() for folder in of_kind):
+        try:
+            with damage_as_user_error(folder):
+                _build({kind: [folder] if folder in of_kind else [] for kind, of_kind in folders.items()})
+        except UserError as error:
+            problems[folder] = str(error)
+    return {kind: [f for f in of_kind if f not in problems] for kind, of_kind in folders.items()}, problems
+
+
+def _build(folders: dict[str, list[Path]]) -> list[Section]:
     scores = {folder: _scores(folder) for folder in folders["importance"]}
     plans = _plans(folders)
     depth, search = ([(f, read_json(f / KINDS[kind])) for f in folders[kind]] for kind in ("depth", "search"))
     training = ((folder, None) for folder in folders["training"])
-    models = artefacts.models(folders)
+    models, locate = artefacts.models(folders), artefacts.locator(folders)
+    benchmarks = {f: measurements.read_benchmarks(f, models, locate) for f in folders["benchmark"]}
+    figures = {path: measurements.read_figures(path) for path in folders[artefacts.FIGURES]}
+    speeds = {folder: _search_speeds(folder, study, models) for folder, study in search}
     built = [
-        _summary(folders, models),
-        _evaluations(folders, models),
+        _summary(folders, models, costs.rows(folders, scores), _kept(benchmarks, figures, speeds)),
+        _evaluations(folders, models, locate),
+        _section("Benchmark", "Scores of the models, in per cent.", benchmarks.items(), _benchmark),
+        _throughput(figures, speeds),
         _section(
             "Importance", "Scores of channels, heads and blocks on calibration text.", scores.items(), _importance
         ),
@@ -80,15 +85,77 @@ def sections(folders: dict[str, list[Path]]) -> list[Section]:
         _section("Search", "Architectures within a budget.", search, _search),
         _section("Training", "Losses of each training run.", training, _training),
         comparisons(folders["comparison"]),
+        Section("Findings", "Figures of benchmarks.", _figure_parts(figures, throughput=False)),
         _lineage(folders, scores, plans),
     ]
     return [section for section in built if section.parts]
 
 
-def _summary(folders: dict[str, list[Path]], models: list[Model]) -> Section:
-    commands = Table("Next steps, from the folder in which the stages ran.", list(overview.commands(models, folders)))
-    parts = [Part("", tables=[Table("Models by role.", overview.rows(models)), commands])] if models else []
-    return Section("Summary", overview.headline(models), parts, list(overview.tiles(models, folders)))
+def _summary(
+    folders: dict[str, list[Path]], models: list[Model], costs: list[dict[str, Any]], kept: overview.Kept
+) -> Section:
+    tables = [
+        Table("Models by role. Loss in nats per token.", overview.rows(models)),
+        Table("Time, tokens and floating-point operations of the stages.", overview.cost_rows(costs)),
+        Table(
+            "Next steps, from the folder in which the stages ran.",
+            list(overview.commands(models, folders)),
+            bool(costs),
+        ),
+    ]
+    tables = [table for table in tables if table.rows]
+    tiles = overview.tiles(models, costs, kept)
+    return Section("Summary", overview.headline(models), [Part("", tables=tables)] if tables else [], tiles)
+
+
+def _kept(
+    benchmarks: dict[Path, Benchmarks],
+    figures: dict[Path, list[dict[str, Any]]],
+    speeds: dict[Path, list[dict[str, Any]]],
+) -> overview.Kept:
+    """The last results with teacher and student."""
+    shares = [share for results in benchmarks.values() if (share := results.kept())]
+    ratios = measurements.speedups([figure for lines in figures.values() for figure in lines])
+    for rows in filter(None, speeds.values()):
+        ratios["generated tokens per second"] = [rows[-1]["decode_tokens_per_second"]]
+    return overview.Kept(shares[-1] if shares else None, ratios)
+
+
+def _benchmark(folder: Path, results: Benchmarks) -> Part:
+    limits = {result.get("limit") for scores in results.models.values() for result in scores.values()}
+    asked = ", ".join(
+        "all questions" if n is None else f"the first {n} questions of each" for n in sorted(limits, key=str)
+    )
+    caption = (
+        f"Per cent ± standard error, {asked}. Kept: the student's score over the teacher's; the score of guessing is not "
+        "subtracted."
+    )
+    return Part(folder.name, tables=[Table(caption, measurements.benchmark_rows(results))])
+
+
+def _search_speeds(folder: Path, study: dict[str, Any], models: list[Model]) -> list[dict[str, Any]]:
+    with damage_as_user_error(folder / KINDS["search"]):
+        return measurements.search_speeds(study, models)
+
+
+def _throughput(figures: dict[Path, list[dict[str, Any]]], speeds: dict[Path, list[dict[str, Any]]]) -> Section:
+    caption = (
+        "Teacher's and student's sizes with random weights, as the search measured them; the ratio is the student's."
+    )
+    parts = [Part(folder.name, tables=[Table(caption, rows)]) for folder, rows in speeds.items() if rows]
+    parts += _figure_parts(figures, throughput=True)
+    return Section("Throughput", "Speed of the models. A roofline is an estimate.", parts)
+
+
+def _figure_parts(figures: dict[Path, list[dict[str, Any]]], throughput: bool) -> list[Part]:
+    """A part for each benchmark of a file: those in `measurements.THROUGHPUT`, or the others."""
+    parts = []
+    for path, lines in figures.items():
+        for name in dict.fromkeys(line["benchmark"] for line in lines):
+            if (name in measurements.THROUGHPUT) == throughput:
+                rows = measurements.figure_rows([line for line in lines if line["benchmark"] == name])
+                parts.append(Part(name, tables=[Table(f"From {path.name}.", rows, len(rows) > _LONG)]))
+    return parts
 
 
 def _section(title: str, text: str, sources: Iterable[tuple[Path, Any]], part: Callable[[Path, Any], Part]) -> Section:
@@ -116,21 +183,24 @@ def _plans(folders: dict[str, list[Path]]) -> dict[Path, Plan]:
     return plans
 
 
-def _evaluations(folders: dict[str, list[Path]], models: list[Model]) -> Section:
+def _evaluations(folders: dict[str, list[Path]], models: list[Model], locate: Callable[[str], Path]) -> Section:
     known, role_of = artefacts.weights_of(folders), {path: model.role for model in models for path in model.paths}
     rows = []
     for folder in folders["evaluation"]:
         path = folder / KINDS["evaluation"]
         record = read_json(path)
         with damage_as_user_error(path):
-            model = Path(record["source"]).resolve()
+            model = locate(record["source"])
             inside = model.is_relative_to(folder.parent.resolve())
             name = str(model.relative_to(folder.parent.resolve())) if inside else record["source"]
-            about = {"model": role_of.get(model), "folder": name, "weights": known.get(model)}
+            role = "outdated" if artefacts.is_outdated(folder, model) else role_of.get(model)
+            about = {"model": role, "folder": name, "weights": known.get(model)}
             about["parameters"] = record.get("parameters")
             rows += [about | figures | {"file": Path(figures["file"]).name} for figures in record["files"]]
             rows.sort(key=lambda row: (row["file"], row["loss"]))
-    table = Table("Best first for each file. Loss in nats per token; perplexity is its exponential.", rows)
+    table = Table(
+        "Best first for each file. Loss in nats per token; perplexity is its exponential.", without_empty(rows)
+    )
     return Section("Evaluation", "Prediction of held-out text.", [Part("", tables=[table])] if rows else [])
 
 
@@ -158,8 +228,7 @@ def _importance(folder: Path, scores: Scores) -> Part:
 
 
 def _plan(folder: Path, plan: Plan) -> Part:
-    config = folder / "config.yaml"
-    dtype = (read_yaml(config, REMEDY) if config.is_file() else {}).get("dtype", "bf16")
+    dtype = artefacts.stage_config(folder).get("dtype", "bf16")
     axes = summary.axes(plan, dtype)
     kept = "; ".join(f"{row['axis']} {row['kept']} of {row['of']}" for row in axes[:-1])
     caption = (
@@ -169,7 +238,7 @@ def _plan(folder: Path, plan: Plan) -> Part:
     dropped = ", ".join(map(str, plan.dropped_blocks())) or "none"
     return Part(
         folder.name,
-        f"{summary.counts(plan)[:1].upper()}{summary.counts(plan)[1:]}.",
+        f"{summary.counts(plan)[:1].upper()}{summary.counts(plan)[1:]}.".replace("->", "→"),
         {
             "plan": plan.digest(),
             "cuts weights": plan.fingerprint,
@@ -278,8 +347,8 @@ def _training(folder: Path, _: None) -> Part:
     return Part(
         folder.name,
         f"{last['tokens']:,} tokens in {last['step']:,} steps" + (f": {changes}." if changes else "."),
-        {key: value for key, value in record.get("settings", {}).items() if value is not None},
-        [Table("Steps, evenly spaced over the run.", rows)],
+        artefacts.shown_settings(record.get("settings", {})),
+        [Table("Steps, evenly spaced over the run.", without_empty(rows))],
         pictures(folder, {"losses.png": (caption, f"Loss curves: {changes}.")}),
     )
 
@@ -290,12 +359,22 @@ def comparisons(folders: list[Path]) -> Section:
     return _section("Comparison", "Training runs side by side.", sources, _comparison)
 
 
+def comparison_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a table of the runs in compare.json; the runs are its columns where there is much to compare."""
+    shown = [row | {"FLOPs": short_flops(row["FLOPs"])} if row.get("FLOPs") else row for row in runs]
+    return turned(without_empty(shown))
+
+
 def _comparison(folder: Path, record: dict[str, Any]) -> Part:
     rows = record["runs"]
-    text = "Settings, inputs and sizes in which the runs differ; last losses in nats per token."
+    text = "What the runs reached, last losses in nats per token; then settings, inputs and sizes in which they differ."
     caption = "Losses in nats per token and learning rate of the runs against tokens."
     alt = "Loss curves of the runs; their last losses are in the table."
-    return Part(folder.name, tables=[Table(text, rows)], pictures=pictures(folder, {"losses.png": (caption, alt)}))
+    return Part(
+        folder.name,
+        tables=[Table(text, comparison_rows(rows))],
+        pictures=pictures(folder, {"losses.png": (caption, alt)}),
+    )
 
 
 def _lineage(folders: dict[str, list[Path]], scores: dict[Path, Scores], plans: dict[Path, Plan]) -> Section:

@@ -1,6 +1,7 @@
 """Printed tables and JSON files of stages. Plots are in `plots`, the HTML report in `page`."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ from minitron_mcore.parallel.rendezvous import is_rank_zero
 
 Row = Mapping[str, Any]
 _PIPED_WIDTH = 160
+_MOST_COLUMNS = 10
+_NUMBER = re.compile(r"-?[\d.,]+( ± [\d.]+)?(\s(%|x|[kMBT]|[GTPEZY]?FLOP|s|min|h))?")
+_UNITS = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}
+_PREFIXES = {"Y": 1e24, "Z": 1e21, "E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9}
 TRAINING_FIGURES = (
     *("step", "tokens", "kd_loss", "lm_loss", "heldout_loss", "heldout_kl"),
     *("hidden_state_loss", "teacher_entropy", "grad_norm", "lr"),
@@ -69,12 +74,46 @@ def without_empty(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{key: row.get(key) for key in known} for row in rows]
 
 
+def turned(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows with many columns as columns: a row for each key but the first, whose values are the headings."""
+    first, *keys = columns(rows)
+    if len(keys) <= _MOST_COLUMNS:
+        return list(map(dict, rows))
+    return [{first: label(key)} | {str(row[first]): format_value(row.get(key)) for row in rows} for key in keys]
+
+
 def label(column: str) -> str:
     """Heading of a column."""
     return column.replace("_", " ")
 
 
 def is_numeric(rows: Sequence[Row], column: str) -> bool:
-    """Whether a column is right-aligned: numbers and percentages."""
+    """Whether a column is right-aligned: numbers, also as text, with a standard error, a unit prefix or a per cent sign."""
     values = [row.get(column) for row in rows]
-    return all(isinstance(value, int | float | None) or str(value).endswith("%") for value in values)
+    return all(isinstance(value, int | float | None) or _NUMBER.fullmatch(str(value)) for value in values)
+
+
+def percent(share: float) -> str:
+    """0.745 as 75 %."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+
+
+def short(count: float) -> str:
+    """1,340,000 as 1.34 M."""
+    for unit, factor in _UNITS.items():
+        if count >= factor:
+            return f"{count / factor:.3g}\N{NO-BREAK SPACE}{unit}"
+    return f"{count:.3g}"
+
+
+def short_flops(operations: float) -> str:
+    """1.34e15 floating-point operations as 1.34 PFLOP."""
+    prefix = next((prefix for prefix, factor in _PREFIXES.items() if operations >= factor), "")
+    return f"{operations / _PREFIXES.get(prefix, 1):.3g}\N{NO-BREAK SPACE}{prefix}FLOP"
+
+
+def duration(minutes: float) -> str:
+    """Minutes as text: seconds below a minute, hours from two hours."""
+    if minutes < 1:
+        return f"{60 * minutes:.0f}\N{NO-BREAK SPACE}s"
+    return f"{minutes:.1f}\N{NO-BREAK SPACE}min" if minutes < 120 else f"{minutes / 60:.1f}\N{NO-BREAK SPACE}h"

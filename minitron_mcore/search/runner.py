@@ -24,7 +24,7 @@ from minitron_mcore.checkpoint import claim, run_folder, stage_record, streaming
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config import ranges
 from minitron_mcore.config.identity import resolved
-from minitron_mcore.config.settings import DistillConfig, PruneConfig
+from minitron_mcore.config.settings import DistillConfig, OnPolicyConfig, PruneConfig
 from minitron_mcore.config.stages import DistillRun, Run, SearchRun
 from minitron_mcore.distill import cache, heldout
 from minitron_mcore.distill.run import check_run, train
@@ -43,8 +43,11 @@ MEASURED, TRAINED = "measured.json", "trained.json"
 
 
 def distill_settings(config: SearchRun) -> DistillConfig:
-    """The settings with which candidates are trained: the run's, with the search's steps and evaluations."""
-    return replace(config.distill, steps=config.search.steps, eval_every=config.search.eval_every, stop_after=None)
+    """The settings with which candidates are trained: the run's on text alone, with the search's steps and evaluations."""
+    search = config.search
+    return replace(
+        config.distill, steps=search.steps, eval_every=search.eval_every, stop_after=None, on_policy=OnPolicyConfig()
+    )
 
 
 def run(config: SearchRun) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from minitron_mcore.checkpoint import claim, owner
+from minitron_mcore.checkpoint import claim, owner, stage_record
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import RankError, on_ranks
@@ -175,3 +175,19 @@ def test_an_artefact_appears_whole_or_not_at_all(tmp_path):
         ):
             pass
     assert (out_dir / "whole/a").read_text() == "a"
+    costs = stage_record.costs(out_dir)
+    assert 0 <= costs["seconds"] < 60 and costs["ranks"] == 1 and costs["device"]
+
+
+def test_a_manifest_of_an_earlier_version(tmp_path):
+    """It holds no costs, and hashes of files that change later; other files are compared."""
+    for name in ("README.md", "other"):
+        (tmp_path / name).write_text("new")
+    seen = {"bytes": 3, "sha256": "0" * 64}
+    record = {"format_version": 1, "files": {"README.md": seen | {"bytes": 9}, "other": seen}}
+    (tmp_path / ".complete").write_text(json.dumps(record))
+    (sentence,) = stage_record.damaged_outputs(tmp_path)
+    assert "other has another content" in sentence
+    assert stage_record.costs(tmp_path) == {"seconds": None, "ranks": None, "device": None}
+    (tmp_path / ".complete").write_text("")
+    assert stage_record.costs(tmp_path) == {"seconds": None, "ranks": None, "device": None}

@@ -1,7 +1,9 @@
 """What lies beside exported weights: a failure means a card that lies, or a folder that others can't load."""
 
+import getpass
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -210,6 +212,65 @@ def test_evaluations_of_this_checkpoint_alone(made, tmp_path):
     deliver(tmp_path / "distill", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "ours.jsonl" in text and "theirs.jsonl" not in text and "old.jsonl" not in text
+
+
+PATH = re.compile(r"(^|[\s\"'`=\[(,])(/|~/?|\.\.?/)[\w.]", re.MULTILINE)
+
+
+def has_no_path(card: str, root: Path) -> bool:
+    private = (str(root), str(Path.home()), f" {getpass.getuser()}", "somebody")
+    return not PATH.search(card) and not any(text in card for text in private)
+
+
+def test_results_measured_after_the_export_reach_the_card(made):
+    """From the same data as the report's page; what is outside the results stays, and no path of this machine is told."""
+    root, _ = made
+    card = root / "out" / "README.md"
+    before = card.read_text()
+    edited = before.replace("## Licence", "My words.\n\n## Licence")
+    card.write_text(edited)
+    folders = [root / f"evaluate{number}" for number in range(3)]
+    try:
+        for folder, (name, loss) in zip(folders, {"Tiny-Llama": 2.0, "pruned": 6.0, "out": 3.0}.items(), strict=True):
+            folder.mkdir()
+            found = {"source": str(root / name), "files": [{"file": "/home/somebody/held.txt", "loss": loss}]}
+            (folder / "evaluation.json").write_text(json.dumps(found))
+        assert model_card.update_results(root) == [card]
+        text = card.read_text()
+    finally:
+        card.write_text(before)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["pruned", "held.txt", "6.000"] in rows and ["distilled", "held.txt", "3.000"] in rows
+    assert ["teacher", "held.txt", "2.000"] in rows and "recovered 75\N{NO-BREAK SPACE}% of the increase" in text
+    (trained,) = [row for row in rows if row[0] == "distill"]
+    tokens = json.loads((root / "distill" / "metrics.jsonl").read_text().splitlines()[-1])["tokens"]
+    assert f"{tokens:,}" in trained
+    start, end = (text.index(line) for line in model_card.RESULTS)
+    assert text[:start] == edited[: edited.index(model_card.RESULTS[0])]
+    assert text[end:] == edited[edited.index(model_card.RESULTS[1]) :] and "My words." in text[end:]
+    assert has_no_path(text, root) and not has_no_path("`x=/home/a`", root) and not has_no_path("in ~/x", root)
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (
+            "/home/somebody/clone/launch/distill.py +recipe=llama31_minitron_4b_width parallel=tp8 work_dir=somebody "
+            "'data.train=[/data/somebody/a.jsonl]' distill.peak_lr=1e-4 'run.note=../somebody' ++model.hf=somebody runs=somebody",
+            "`minitron distill +recipe=llama31_minitron_4b_width parallel=tp8 distill.peak_lr=1e-4`, with ",
+        ),
+        (
+            "/home/somebody/.venv/bin/minitron prune --config-dir /home/somebody/conf prune.hidden=24 recipe.source=somebody",
+            "`minitron prune prune.hidden=24`, with ",
+        ),
+        ("python -c 'from somebody import x'", ""),
+        ("an unclosed ' quote", ""),
+    ],
+)
+def test_a_command_is_told_without_paths(command, shown):
+    assert model_card._command(command) == shown
 
 
 def test_cutting_in_one_pass_is_told_as_pruning(made, tmp_path):

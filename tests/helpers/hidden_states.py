@@ -93,7 +93,7 @@ def first_step(folders, parallel, out_dir):
         projection = trainer.hidden_loss.projection
         before = None if projection is None else projection.detach().clone()
         batches = list(models.placed(micro_batches(config, 0, dp.rank(), dp.size())))[: 4 // dp.size()]
-        probed = trainer.teacher_loss(batches[0])
+        (probed,) = trainer.teacher_losses(batches[0])
         figures = trainer.train_step(batches) | {"probed": probed}
         training.gather_gradients(trainer)
         found[case] = figures, before, None if projection is None else projection.main_grad.clone()

@@ -4,17 +4,17 @@ import base64
 import html.parser
 import inspect
 import json
-import os
 import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 
+from minitron_mcore.checkpoint import stage_record
 from minitron_mcore.checkpoint.stage_record import COMPLETE
 from minitron_mcore.errors import UserError
 from minitron_mcore.pruning.apply import fingerprint
-from minitron_mcore.reporting import artefacts, overview, sections
+from minitron_mcore.reporting import artefacts, costs, overview, sections
 from minitron_mcore.reporting.page import GENERATOR, collect, render, write
 from tests.helpers import work_dir
 from tests.helpers.launching import ROOT, config_of
@@ -141,12 +141,22 @@ def test_the_summary_compares_roles(whole, tmp_path):
         )
     steps = [{"step": n, "tokens": 64 * n, "tokens_per_second": 64.0} for n in range(1, 31)]
     (run / "distill" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    for name, time in (("config.yaml", 1000), (COMPLETE, 1090)):
-        (run / "prune" / name).touch()
-        os.utime(run / "prune" / name, (time, time))
+    (run / "prune" / "config.yaml").write_text(f"stage: prune\nwork_dir: {tmp_path}\nout_dir: {tmp_path}/prune\n")
+    stage_record.finish(run / "prune", {"ranks": 3, "device": "H100"})
+    complete = json.loads((run / "prune" / COMPLETE).read_text())
+    assert complete["seconds"] < 60
+    (run / "prune" / COMPLETE).write_text(json.dumps(complete | {"seconds": 90.0}))
+    for name in ("prune", "distill"):
+        (run / name / "config.yaml").write_text(
+            f"stage: {name}\nwork_dir: w\nout_dir: w/{name}\nmodel: {{name: tiny}}\n"
+        )
     folders = artefacts.folders(run)
     models = artefacts.models(folders)
-    rows, tiles = overview.rows(models), overview.tiles(models, folders)
+    costed = costs.rows(folders, {})
+    rows, tiles = (
+        overview.rows(models),
+        overview.tiles(models, costed, overview.Kept((0.5, 0.4, 3), {"width": [1.5, 1.7]})),
+    )
     assert [(row["model"], row["loss"]) for row in rows] == [
         ("teacher", 2.0),
         ("pruned", 6.0),
@@ -156,14 +166,24 @@ def test_the_summary_compares_roles(whole, tmp_path):
     assert rows[2][
         "of the teacher"
     ] == "67\N{NO-BREAK SPACE}%" and "recovered 75\N{NO-BREAK SPACE}% of the increase" in overview.headline(models)
-    tiles = list(tiles)
-    assert tiles[-1].note == "distillation 0.5 min, 1,920 tokens"
-    assert [tile.value.replace("\N{NO-BREAK SPACE}", " ") for tile in tiles] == [
-        "75.7 k → 50.5 k",
-        "2.00 → 3.00",
-        "75 %",
-        "1.5 min",
+    shown = {h: [(t.label, t.value.replace("\N{NO-BREAK SPACE}", " ")) for t in group] for h, group in tiles.items()}
+    assert shown == {
+        "Model": [("parameters", "75.7 k → 50.5 k"), ("sizes", "hidden 67 %")],
+        "Cost": [("distillation", "1.92 k tokens"), ("time", "2.0 min"), ("ranks", "3")],
+        "Kept": [
+            ("loss", "2.00 → 3.00"),
+            ("recovered", "75 %"),
+            ("benchmarks", "80 %"),
+            ("throughput, width", "1.60 x"),
+        ],
+    }
+    assert [(row["stage"], row["minutes"], row["tokens"], row["ranks"], row["device"]) for row in costed] == [
+        ("prune", 1.5, None, 3, "H100"),
+        ("distill", 0.5, 1920, None, None),
     ]
+    assert overview.headline(models).startswith(
+        "Tiny, pruned and distilled. Pruning raised the loss from 2.000 to 6.000"
+    )
     assert [row["command"] for row in overview.commands(models, folders)] == [
         "python launch/export.py +model=tiny work_dir=w",
         f"python launch/generate.py +model=tiny work_dir=w source={run}/distill prompt=Hello",
@@ -265,14 +285,25 @@ def test_sections_that_a_study_left_out(tmp_path, content):
         ("depth/loss_by_last_block.png", b"<svg/>"),
     ],
 )
-def test_a_damaged_file_is_named_and_the_old_page_stays(whole, tmp_path, file, content):
-    shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "report.html").write_text(f"{GENERATOR}, an older one")
-    (tmp_path / "run" / file).write_bytes(content)
+def test_a_damaged_file_is_named_and_its_folder_left_out(whole, tmp_path, file, content):
+    """Without any other folder nothing is written, and an older page stays."""
+    run, folder = tmp_path / "run", file.split("/")[0]
+    shutil.copytree(whole, run)
+    (run / file).write_bytes(content)
+    found = collect(run)
+    (problems,) = [section for section in found if section.title == "Problems"]
+    (row,) = problems.parts[0].tables[0].rows
+    assert row["left out"] == folder and file in row["problem"] and "\n" not in row["problem"]
+    page = Page(render(run, found))
+    assert page.row(folder, row["problem"]) and "Importance" in "".join(page.text) or folder == "importance"
+    for other in run.iterdir():
+        if other.is_dir() and other.name != folder:
+            shutil.rmtree(other)
+    (run / "report.html").write_text(f"{GENERATOR}, an older one")
     with pytest.raises(UserError, match=file.split("/")[-1].replace(".", r"\.")) as refused:
-        write(tmp_path / "run", tmp_path / "run" / "report.html")
+        write(run, run / "report.html")
     assert "\n" not in str(refused.value)
-    assert (tmp_path / "run" / "report.html").read_text() == f"{GENERATOR}, an older one"
+    assert (run / "report.html").read_text() == f"{GENERATOR}, an older one"
 
 
 def launched(*overrides) -> None:
