@@ -1,8 +1,8 @@
 """What a pruned model is best trained on: real text, or what its teacher writes, by cross-entropy or by the teacher's logits.
 
-SmolLM2-135M continues prompts (`minitron synthesize`), 12 words each from the text that `recovery.py` trains on. Its answers are
-sampled, filtered by likelihood and length, and deduplicated. A sample is a prompt and its answer; both are trained on.
-The same pruned 100 M student is trained in four arms on equally many tokens:
+The real text is excerpts from the files that `recovery.py` trains on. SmolLM2-135M continues the first 12 words of each, by
+`minitron synthesize`. Its answers are sampled, filtered by likelihood and length, and deduplicated. A sample is a prompt and its
+answer; both are trained on. The same pruned 100 M student is trained in four arms on equally many tokens:
 
     cross-entropy, samples    sequence-level distillation (arXiv 1606.07947), the usual fine-tuning on synthetic data
     logits, real text         as in Minitron (arXiv 2407.14679)
@@ -37,7 +37,7 @@ from minitron_mcore.cli.pipeline import run_stage
 from minitron_mcore.reporting import tables
 
 LENGTH, BATCH, STEPS = 256, 4, 16
-WORDS, ANSWER = 12, 96  # of a prompt, in words; of an answer, in tokens
+EXCERPT, WORDS, ANSWER = 200, 12, 96  # words of a text and of a prompt; tokens of an answer
 ANSWERS = [f"synthesize.tokens={ANSWER}", "synthesize.prompt_tokens=64", "synthesize.micro_batch=16"]
 ANSWERS += ["synthesize.temperature=0.8", "synthesize.keep_unfinished=true"]
 ANSWERS += ["synthesize.min_tokens=32", "synthesize.min_log_likelihood=-3"]
@@ -48,16 +48,19 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} x {LENGTH} tokens")
     options = options.parse_args()
-    steps, windows = (2, 1) if options.quick else (options.steps, 6)
+    steps, windows = (2, 1) if options.quick else (options.steps, 4)
     texts = [recovery.DATA / "text" / f"{name}.jsonl.gz" for name in recovery.BLEND]
     heldout = [recovery.DATA / "text" / file for file in recovery.HELDOUT.values()]
     if missing := [path for path in (*texts, *heldout) if not path.is_file()]:
         sys.exit(f"skipped: {missing[0]} is not there.")
     work = Work(Path("runs/synthetic_data_quick" if options.quick else "runs/synthetic_data"))
-    work.prune(texts)
-    samples = work.write_samples(texts, 12 if options.quick else steps * BATCH * LENGTH // 64)
+    # An answer and its prompt have about 100 tokens, and some are dropped; an excerpt has 250 or more.
+    count = steps * BATCH * LENGTH // 80
+    real = work.write_real(texts, max(count, 200))
+    work.prune(real, 8 if options.quick else 64)
+    samples = work.write_samples(real, 16 if options.quick else count)
     models = {"teacher": work.teacher, "just pruned": work.root / "pruned/hf"}
-    for arm, (data, settings) in arms(texts, samples).items():
+    for arm, (data, settings) in arms(real, samples).items():
         models[arm] = work.train(arm, data, steps, settings)
     heldout.append(demo.write_stdlib_text(work.root / "text")[1])
     rows, figures = [], []
@@ -77,15 +80,13 @@ def main() -> None:
     write(figures, options.json)
 
 
-def arms(texts: list[Path], samples: Path) -> dict[str, tuple[dict[Path, float], list[str]]]:
-    """Arm -> weights of its files, and its settings."""
-    real = dict(zip(texts, recovery.BLEND.values(), strict=True))
-    half = {path: weight / 2 for path, weight in real.items()} | {samples: 0.5}
+def arms(real: Path, samples: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Arm -> its training text, and its settings."""
     return {
-        "cross-entropy, samples": ({samples: 1.0}, SFT),
-        "logits, real text": (real, []),
-        "logits, samples": ({samples: 1.0}, []),
-        "logits, both": (half, []),
+        "cross-entropy, samples": ([f"{samples}"], SFT),
+        "logits, real text": ([f"{real}"], []),
+        "logits, samples": ([f"{samples}"], []),
+        "logits, both": ([f"'0.5 {real}'", f"'0.5 {samples}'"], []),
     }
 
 
@@ -93,19 +94,18 @@ def folder_name(arm: str) -> str:
     return arm.replace(", ", "_").replace(" ", "_")
 
 
-def openings(texts: list[Path], count: int) -> Iterator[str]:
-    """`count` prompts, from the files in turn: the words after the first 50 of each document that has so many."""
-    documents = [_documents(path) for path in texts]
-    for number in range(count):
-        yield next(documents[number % len(documents)])
+def excerpts(texts: list[Path]) -> Iterator[str]:
+    """Parts of `EXCERPT` words, from the files in turn; not the first of a document, which is its title or front matter."""
+    for some in zip(*map(_parts, texts), strict=False):
+        yield from some
 
 
-def _documents(path: Path) -> Iterator[str]:
+def _parts(path: Path) -> Iterator[str]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
-            words = json.loads(line)["text"].split()
-            for start in itertools.islice(range(50, len(words) - WORDS, 400), 8):
-                yield " ".join(words[start : start + WORDS])
+            words = json.loads(line)["text"].split(" ")
+            for start in itertools.islice(range(EXCERPT, len(words) - EXCERPT, EXCERPT), 4):
+                yield " ".join(words[start : start + EXCERPT])
 
 
 class Work:
@@ -113,6 +113,7 @@ class Work:
 
     def __init__(self, root: Path):
         self.root = root
+        root.mkdir(parents=True, exist_ok=True)
         self.teacher = demo.fetch_teacher(Path("runs/cache/smollm2_135m"))
         self.model = [
             "+model=smollm2_135m",
@@ -131,34 +132,49 @@ class Work:
             self.seconds[str(out_dir.relative_to(self.root))] = seconds
             disk.write_json(self.times, self.seconds)
 
-    def prune(self, texts: list[Path]) -> None:
-        """The student of all arms."""
+    def write_real(self, texts: list[Path], count: int) -> Path:
+        """`count` excerpts."""
+        real = self.root / "real.jsonl"
+        if not real.is_file():
+            lines = [json.dumps({"text": text}) for text in itertools.islice(excerpts(texts), count)]
+            disk.replace_text(real, "\n".join(lines))
+        return real
+
+    def prune(self, real: Path, samples: int) -> None:
+        """The student of all arms, by scores of some samples."""
         self.once("convert", self.root / "convert")
-        self.once("importance", self.root / "importance", "importance=small", f"data.train=[{texts[0]}]")
+        self.once(
+            "importance",
+            self.root / "importance",
+            "importance=small",
+            f"importance.samples={samples}",
+            f"data.train=[{real}]",
+        )
         self.once("plan", self.root / "plan")
         self.once("prune", self.root / "prune")
         self.once("export", self.root / "pruned/hf", f"source={self.root}/prune")
 
-    def write_samples(self, texts: list[Path], count: int) -> Path:
-        """The teacher's answers to `count` prompts, as text."""
+    def write_samples(self, real: Path, count: int) -> Path:
+        """The teacher's answers to the first words of `count` excerpts, as text."""
         prompts, out_dir, samples = self.root / "prompts.jsonl", self.root / "synthesize", self.root / "samples.jsonl"
         if not prompts.is_file():
-            lines = [json.dumps({"prompt": prompt}) for prompt in openings(texts, count)]
-            disk.replace_text(prompts, "\n".join(lines))
+            texts = [json.loads(line)["text"] for line in real.read_text(encoding="utf-8").splitlines()[:count]]
+            starts = [" ".join(text.split(" ")[:WORDS]) for text in texts]
+            disk.replace_text(prompts, "\n".join(json.dumps({"prompt": start}) for start in starts if start.strip()))
         self.once("synthesize", out_dir, f"prompts=[{prompts}]", *ANSWERS)
         answers = [json.loads(line) for line in (out_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-        disk.replace_text(
-            samples, "".join(json.dumps({"text": row["prompt"] + row["completion"]}) + "\n" for row in answers)
-        )
+        if not samples.is_file():
+            lines = [json.dumps({"text": row["prompt"] + row["completion"]}) for row in answers]
+            disk.replace_text(samples, "\n".join(lines))
         return samples
 
-    def train(self, arm: str, data: dict[Path, float], steps: int, settings: list[str]) -> Path:
+    def train(self, arm: str, data: list[str], steps: int, settings: list[str]) -> Path:
         """The exported folder of an arm."""
-        folder, blend = self.root / folder_name(arm), ",".join(f"'{weight} {path}'" for path, weight in data.items())
+        folder = self.root / folder_name(arm)
         sizes = {"steps": steps, "global_batch": BATCH, "micro_batch": BATCH, "sequence_length": LENGTH}
         sizes |= {"warmup_steps": max(1, steps // 8), "save_every": 8}
         given = [f"distill.{key}={value}" for key, value in sizes.items()]
-        self.once("distill", folder / "distill", f"data.train=[{blend}]", *given, *settings)
+        self.once("distill", folder / "distill", f"data.train=[{','.join(data)}]", *given, *settings)
         self.once("export", folder / "hf", f"source={folder}/distill")
         return folder / "hf"
 

@@ -201,4 +201,7 @@ def test_settings_out_of_range_and_dry_run(folder, monkeypatch):
     names += ["top_p is 1.5", "temperature is -1", "min_log_likelihood is 1"]
     assert len(problems) == len(names) and all(any(name in problem for problem in problems) for name in names), problems
     figures = dry_run.plan(config_of("synthesize", *COMMON, "parallel=tp2", "dry_run=true"))
-    assert not figures["problems"] and figures["operations"]["tokens"] == 13 * 6 and figures["ranks"][0]["total"]
+    assert not figures["problems"] and figures["operations"]["tokens"] == 13 * 6
+    assert (
+        figures["ranks"][0]["cache"] == 5 * 8 * (8 + 6) * 2 * 3 * 8 * 4
+    )  # layers, rows, tokens, k and v, own groups, head_dim, fp32

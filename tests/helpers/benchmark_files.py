@@ -15,7 +15,7 @@ PAIRS = [
     ("a b c ", "d e"),
     ("", "the cat"),
     *(
-        (f"{'the cat sat on a mat of ' * 4}{n} the", text)
+        (f"{n} {'the cat sat on a mat of ' * 4}the", text)
         for n in (3, 7)
         for text in (" cat", " mat of the cat", " x y z 日")
     ),
@@ -93,14 +93,15 @@ def write(folder: Path, count: int = 6) -> Path:
 
 
 def answers(model) -> tuple[list[tuple[float, bool]], list[str]]:
-    """Log-likelihoods of `PAIRS`, and greedy continuations of three prompts of different lengths."""
+    """Log-likelihoods of `PAIRS`, and greedy continuations of prompts of different lengths, two of them much longer."""
     from lm_eval.api.instance import Instance
 
     def requests(kind: str, arguments: list) -> list[Instance]:
         return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
 
     options = {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}
-    prompts = ["the cat sat on", "naïve 日本 the", f"{'of a mat of a cat ' * 4}of the mat on"]
+    long = "of a mat of a cat " * 4
+    prompts = ["the cat sat on", "naïve 日本 the", f"{long}of the mat on", f"{long}of the cat on a mat"]
     scores = model.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     return scores, model.generate_until(
         requests("generate_until", [(text, dict(options)) for text in prompts]), disable_tqdm=True
