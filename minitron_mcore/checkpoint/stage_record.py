@@ -4,7 +4,9 @@ inputs.json   written when the folder is claimed: path and fingerprint of each i
 .complete     written when the stage has finished: size of each file, SHA-256 of small ones, seconds, ranks and device
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -196,13 +198,17 @@ def _named(each: Input) -> str:
 
 
 def finish(out_dir: str | Path, machine: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Mark a stage as finished (one process): write the manifest of its files.
+    """Mark a stage as finished (one process): write the manifest of its files. That of a stage which was finished before and made
+    nothing new stays, with its seconds.
 
     Args:
         machine: "ranks" and "device" of the stage, if they are known.
     """
     out_dir = Path(out_dir)
     files = {str(path.relative_to(out_dir)): _seen(path) for path in _outputs(out_dir)}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
+        if json.loads((out_dir / COMPLETE).read_text())["files"] == files:
+            return
     took = (
         {"seconds": round(time.time() - (out_dir / CONFIG).stat().st_mtime, 1)} if (out_dir / CONFIG).is_file() else {}
     )

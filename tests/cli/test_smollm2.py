@@ -63,11 +63,12 @@ def test_generation(tmp_path, smollm2, expected):
 
 
 def test_benchmarks(tmp_path, smollm2):
-    """Log-likelihoods and continuations on tensor-parallel ranks are those of lm-eval's own model."""
+    """Log-likelihoods and continuations on tensor-parallel ranks are those of lm-eval's own model, in fp64: its fp32 is up to 5e-5
+    away from that, ours 2e-5."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install minitron_mcore[eval])")
     world, parallel = LAYOUTS["tp3_sp"]
     on_ranks(models.import_hf, world, parallel, smollm2, tmp_path / "ckpt", parallel)
     found = on_ranks(benchmark_files.sharded_answers, world, parallel, tmp_path / "ckpt", parallel)[0]
-    expected = benchmark_files.hf_answers(smollm2)
-    assert [log_p for log_p, _ in found[0]] == pytest.approx([log_p for log_p, _ in expected[0]], rel=1e-5)
+    expected = benchmark_files.hf_answers(smollm2, "float64")
+    assert [log_p for log_p, _ in found[0]] == pytest.approx([log_p for log_p, _ in expected[0]], rel=5e-6)
     assert [greedy for _, greedy in found[0]] == [greedy for _, greedy in expected[0]] and found[1] == expected[1]

@@ -124,9 +124,9 @@ def sharded_answers(checkpoint, parallel):
         return answers(model)
 
 
-def hf_answers(folder):
+def hf_answers(folder, dtype="float32"):
     """`answers` of lm-eval's own model of a Hugging Face folder."""
     from lm_eval.models.huggingface import HFLM
 
     with torch.no_grad():
-        return answers(HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2, **models.EAGER))
+        return answers(HFLM(pretrained=str(folder), dtype=dtype, device="cpu", batch_size=2, **models.EAGER))
