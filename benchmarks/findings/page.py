@@ -48,7 +48,8 @@ def page() -> str:
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ORDER if (RESULTS / f"{name}.json").is_file()
     ]
     rows = [words(claim) for result in results for claim in result["claims"]]
-    parts = [HEAD, _table(rows)]
+    missing = [f"`{name}.py`" for name in ORDER if not (RESULTS / f"{name}.json").is_file()]
+    parts = [HEAD, _table(rows), f"Not run yet, in benchmarks/findings: {', '.join(missing)}." if missing else ""]
     for result in results:
         title, text = importlib.import_module(result["finding"]).__doc__.split("\n", 1)
         parts += [f"## {title.rstrip('.')}\n", f"`python benchmarks/findings/{result['finding']}.py`", text]
