@@ -1,7 +1,7 @@
 """What to cut for 100 M parameters: channels of the residual stream, or only the MLPs, or MLPs and a few blocks.
 
 Of the 15 B model, neurons and heads alone were better before training, and neurons, heads and channels after a few steps (arXiv
-2407.14679, section 4.2); its successor keeps the heads and cuts MLPs and channels (arXiv 2408.11796). All arms keep the heads
+2407.14679); its successor keeps the heads and cuts MLPs and channels (arXiv 2408.11796). All arms keep the heads
 here and have 99.6 to 100.3 M parameters.
 """
 

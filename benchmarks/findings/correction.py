@@ -1,9 +1,10 @@
 """Teacher correction on text that the teacher does not know well.
 
 A teacher first trained on the distillation text gave the student a loss more than 6 % lower; pruning the original and
-distilling from the corrected teacher was on par (arXiv 2408.11796, figures 4 and 5). Correction here: a third of the tokens (at
-a quarter of the rate of distillation, as the recipes' ratio of 1/5), then two thirds of distillation. Both budgets are shown:
-the papers count the student's tokens; at equal tokens in all, the plain arm trains the student half as long again.
+distilling from the corrected teacher was on par (arXiv 2408.11796, figure 5). Correction here: a third of the tokens (at a
+quarter of the peak rate of distillation; the papers took a fifth of the teacher's own), then two thirds of distillation. Both
+budgets are shown: the papers count the student's tokens; at equal tokens in all, the plain arm trains the student half as long
+again.
 """
 
 from arms import Arm, Cut

@@ -1,7 +1,8 @@
 """Forward KL against cross-entropy and their sum.
 
 The papers train on KL(teacher || student) of the logits alone: 2.107 against 2.117 with cross-entropy added (arXiv 2407.14679,
-table 15), and far ahead of cross-entropy alone (table 14). Reverse KL was behind: 2.665 against 2.155 (table 16).
+table 15); at equal compute it had an MMLU of 37.8, cross-entropy alone 24.6 (table 14). Reverse KL was behind: 2.665 against
+2.155 (table 16).
 """
 
 from arms import Arm

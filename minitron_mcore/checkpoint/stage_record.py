@@ -1,4 +1,4 @@
-"""What a stage's folder was made from and what it holds, by content. No torch import, no time stamps.
+"""What a stage's folder was made from and what it holds, by content. No torch import.
 
 inputs.json   written when the folder is claimed: path and fingerprint of each input
 .complete     written when the stage has finished: size of each file, SHA-256 of small ones, seconds, ranks and device
@@ -209,9 +209,8 @@ def finish(out_dir: str | Path, machine: Mapping[str, Any] = MappingProxyType({}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
         if json.loads((out_dir / COMPLETE).read_text())["files"] == files:
             return
-    took = (
-        {"seconds": round(time.time() - (out_dir / CONFIG).stat().st_mtime, 1)} if (out_dir / CONFIG).is_file() else {}
-    )
+    begun = out_dir / CONFIG  # written when the stage starts
+    took = {"seconds": round(time.time() - begun.stat().st_mtime, 1)} if begun.is_file() else {}
     disk.write_json(out_dir / COMPLETE, {"format_version": FORMAT_VERSION, **took, **machine, "files": files})
 
 

@@ -216,9 +216,7 @@ class TeacherCacheRun(StageRun):
 def _check_folders(setting: str, folders: Any) -> None:
     """Refuse what is not null or {name: folder}: Hydra cannot add keys to a typed dictionary, so such fields are Any."""
     if folders is not None and not (isinstance(folders, dict) and folders and all(map(_is_name, folders))):
-        raise UserError(
-            f"{setting} is {folders}: name the folders, {setting}={{wide: runs/a/prune, deep: runs/b/prune}}."
-        )
+        raise UserError(f"{setting} is {folders}: name the folders, {setting}={{wide: runs/a, deep: runs/b}}.")
 
 
 def _is_name(key: object) -> bool:
@@ -289,8 +287,7 @@ class BenchmarkRun(StageRun):
     source: str | None = changeable(None)
     """Hugging Face folder, which transformers runs on one process, or sharded checkpoint."""
     models: Any = changeable(None)
-    """Several of them instead of `source`, as {name: folder}; without both, the teacher, the pruned and the distilled checkpoint of
-    the recipe."""
+    """Several instead of `source`, as {name: folder}; without both, the recipe's teacher, pruned and distilled checkpoint."""
     step: str = "newest"
     """Step of sharded checkpoints: newest, best (the lowest held-out loss, see `distill.eval_every`), or a number."""
 

@@ -48,10 +48,9 @@ def device() -> torch.device:
 
 
 def device_name() -> str:
-    """Name of this rank's CUDA device; without CUDA, the host's processor and its cores."""
-    if cpu_backend.is_cpu():
-        return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    return torch.cuda.get_device_name()
+    """Name of this rank's CUDA device; without CUDA, the host's processor and the threads of a rank."""
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return cpu if cpu_backend.is_cpu() else torch.cuda.get_device_name()
 
 
 def barrier() -> None:

@@ -3,7 +3,6 @@
 The time of a matrix product does not depend on its values, so a candidate is measured before it is pruned or trained.
 """
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -55,7 +54,7 @@ def measure(arch: Architecture, hf_folder: Path, speed: SpeedConfig, dtype: str)
         return {
             "prefill_tokens_per_second": speed.batch * speed.prompt / statistics.median(prefill[1:]),
             "decode_tokens_per_second": speed.batch * speed.generated / statistics.median(decode[1:]),
-            "measured_on": f"{_device_name()}, {dtype}",
+            "measured_on": f"{process_groups.device_name()}, {dtype}",
         }
     finally:
         torch.set_num_threads(threads)
@@ -104,9 +103,3 @@ def _decode(model: torch.nn.Module, output: Any, count: int) -> Tensor:
         token = output.logits[:, -1:].argmax(-1)
         output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
     return token
-
-
-def _device_name() -> str:
-    if process_groups.device().type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
