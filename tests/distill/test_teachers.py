@@ -79,7 +79,6 @@ def run_of(at, config) -> DistillRun:
 
 def first_step(at, config, parallel, out_dir):
     """Figures of a step, and the divergence as it is measured on held-out text; its gradients are saved as if they were weights."""
-    from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.evaluation.perplexity import ShardedModel
     from minitron_mcore.parallel import process_groups
@@ -93,12 +92,7 @@ def first_step(at, config, parallel, out_dir):
         heldout += model.nll(batch["tokens"], torch.cat([mask[:, :1], mask[:, :-1]], 1))
     dist.all_reduce(heldout, group=dp)
     figures = trainer.train_step(batches) | {"heldout": heldout[1].item()}
-    training.gather_gradients(trainer)
-    for parameter in trainer.model.parameters():
-        parameter.data.copy_(parameter.main_grad)
-    trainer.save(out_dir)
-    trainer.finish_save()
-    run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
+    training.save_gradients(trainer, student, out_dir)
     return figures
 
 

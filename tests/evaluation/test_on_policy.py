@@ -48,7 +48,6 @@ def run_of(at, config, **changes) -> DistillRun:
 
 def drawn_and_learned(at, parallel, out_dir):
     """Samples of the first step by temperature, in their order, and its figures at temperature 1; its gradients are saved."""
-    from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.trainer import Trainer
     from minitron_mcore.evaluation.on_policy import StudentAnswers
     from minitron_mcore.parallel import process_groups
@@ -63,12 +62,7 @@ def drawn_and_learned(at, parallel, out_dir):
         rows = [batch for micro_batch in zip(*every, strict=True) for batch in micro_batch]
         drawn[temperature] = {key: torch.cat([row[key] for row in rows]) for key in KEYS}
     figures = trainer.train_step(batches)
-    training.gather_gradients(trainer)
-    for parameter in trainer.model.parameters():
-        parameter.data.copy_(parameter.main_grad)
-    trainer.save(out_dir)
-    trainer.finish_save()
-    run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
+    training.save_gradients(trainer, student, out_dir)
     return drawn, figures
 
 

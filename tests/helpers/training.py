@@ -60,3 +60,15 @@ def distill(student, teacher, config, parallel, out_dir, resume=False, dtype="fp
     batches = micro_batches(config, trainer.step * config.global_batch, dp.rank(), dp.size())
     with failures.hangs_reported(lambda: trainer.step + 1, Path(out_dir)):
         return train({Path(out_dir): trainer}, models.placed(batches), Path(out_dir), heldout)[0]
+
+
+def save_gradients(trainer, student, out_dir):
+    """Write the gradients of a step as if they were weights, to be compared in full on one process (collective)."""
+    from minitron_mcore.checkpoint import run_folder
+
+    gather_gradients(trainer)
+    for parameter in trainer.model.parameters():
+        parameter.data.copy_(parameter.main_grad)
+    trainer.save(out_dir)
+    trainer.finish_save()
+    run_folder.describe(out_dir, student.arch, "test", {}, student.hf)

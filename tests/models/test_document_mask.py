@@ -123,7 +123,6 @@ def samples() -> dict[str, torch.Tensor]:
 
 def one_step(folders, config, parallel, out_dir):
     """Figures of a step; its gradients are saved as if they were weights."""
-    from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill import remote_teacher
     from minitron_mcore.distill.trainer import Trainer
 
@@ -137,12 +136,7 @@ def one_step(folders, config, parallel, out_dir):
     rows = range(dp.rank(), 4, dp.size())
     batches = [{key: tensor[row : row + 1] for key, tensor in samples().items()} for row in rows]
     figures = trainer.train_step(list(models.placed(batches)))
-    training.gather_gradients(trainer)
-    for parameter in trainer.model.parameters():
-        parameter.data.copy_(parameter.main_grad)
-    trainer.save(out_dir)
-    trainer.finish_save()
-    run_folder.describe(out_dir, student.arch, "test", {}, student.hf)
+    training.save_gradients(trainer, student, out_dir)
     return figures
 
 
