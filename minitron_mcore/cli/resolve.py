@@ -19,6 +19,7 @@ from minitron_mcore.config.stages import (
     TeacherCacheRun,
 )
 from minitron_mcore.data.blend import parse_blend
+from minitron_mcore.distill import checks
 from minitron_mcore.errors import UserError
 from minitron_mcore.models import architecture
 from minitron_mcore.models.architecture import Architecture
@@ -126,7 +127,7 @@ def _architecture_at(folder: str, config: Run) -> tuple[Architecture, str]:
         from minitron_mcore.checkpoint import run_folder  # imports torch
 
         return run_folder.open_checkpoint(path).arch, folder
-    if (path / "index.json").is_file():
+    if (path / checks.CACHE_INDEX).is_file():
         return open_cache(folder).arch, folder
     if (path / "config.json").is_file():
         return architecture.read_hf(path)[0], folder
@@ -163,7 +164,7 @@ def cache_content(config: Run) -> tuple[CacheKind, int | None] | None:
 def existing_cache(config: Run):
     """The `cache.Cache` that is the teacher of a stage; None if that is none, or does not exist yet."""
     folder = _one_teacher(config)
-    return open_cache(str(folder)) if (folder / "index.json").is_file() else None
+    return open_cache(str(folder)) if (folder / checks.CACHE_INDEX).is_file() else None
 
 
 def _one_teacher(config: Run) -> Path:

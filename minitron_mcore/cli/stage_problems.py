@@ -22,6 +22,7 @@ from minitron_mcore.config.stages import (
     SynthesizeRun,
     TeacherCacheRun,
 )
+from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.depth import study
 from minitron_mcore.distill import checks, vocabulary
 from minitron_mcore.errors import UserError
@@ -112,6 +113,8 @@ def _teacher_problems(config: Run, models: Models, training: DistillConfig | Non
     """Of students with their teacher, and of a teacher's cache."""
     if isinstance(config, TeacherCacheRun) and "model" in models:
         yield from checks.cache_problems(config, models["model"][0])
+    if isinstance(config, DistillRun) and config.teachers:
+        yield from checks.teacher_folders(parse_blend(config.teachers, "teachers")[0])
     students = [role for role in models if resolve.kind(role) == "student"]
     teachers = [role for role in models if resolve.kind(role) == "teacher"]
     for role, teacher in itertools.product(students, teachers):

@@ -43,7 +43,7 @@ from minitron_mcore.parallel.prefetch import run_ahead
 from minitron_mcore.parallel.schedule import Batch
 from minitron_mcore.reading import check_format_version, damage_as_user_error, open_tensors, read_json
 
-INDEX, HEAD = "index.json", "head.safetensors"
+INDEX, HEAD = checks.CACHE_INDEX, "head.safetensors"
 STEP = 2.0**-11  # nats
 
 

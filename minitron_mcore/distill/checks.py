@@ -26,6 +26,8 @@ EMBEDDINGS = -1
 Route = tuple[int, int, int]
 """(teacher's block, the teacher's pipeline rank that computes it, the student's pipeline rank that needs it)."""
 
+CACHE_INDEX = "index.json"
+"""The file that makes a folder a teacher cache."""
 DISTILL = "distill."
 """Before the names of a distillation's settings."""
 NO_TEACHER_RANKS = "distill.teacher_ranks is for launch/distill.py: give 0 here."
@@ -148,6 +150,13 @@ def problems(
     yield from teacher_problems(teacher, config, parallel, dp_size)
     yield from state_problems(student, teacher, config.hidden_state_loss, config.kd_weight)
     yield from divergence(config, vocabulary.shared(student, teacher), prefix)
+
+
+def teacher_folders(folders: Sequence[str]) -> Iterator[str]:
+    """Problems of the folders that `teachers` names."""
+    for folder in folders:
+        if os.path.isfile(os.path.join(folder, CACHE_INDEX)):
+            yield f"teachers has {folder}, a teacher cache: give checkpoints, or this cache alone as teacher."
 
 
 def several_teachers(teachers: Sequence[Architecture | None], config: DistillConfig) -> Iterator[str]:

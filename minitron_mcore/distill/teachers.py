@@ -10,10 +10,11 @@ from minitron_mcore.config.performance import PerformanceConfig
 from minitron_mcore.config.settings import DistillConfig, ParallelConfig
 from minitron_mcore.config.stages import DistillRun
 from minitron_mcore.data.blend import parse_blend
+from minitron_mcore.distill import checks
 from minitron_mcore.distill.cache import Cache, CachedTeacher, open_teacher
 from minitron_mcore.distill.remote_teacher import RemoteTeacher
 from minitron_mcore.distill.teacher import Teacher
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import refuse
 from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.parallel.schedule import Batch
 
@@ -38,10 +39,8 @@ def open_teachers(config: DistillRun) -> Checkpoint | None:
     if not config.teachers:
         return open_teacher(config.teacher)
     paths, weights = parse_blend(config.teachers, "teachers")
-    first, *others = opened = [open_teacher(path) for path in paths]
-    for path, each in zip(paths, opened, strict=True):
-        if isinstance(each, Cache):
-            raise UserError(f"teachers has {path}, a teacher cache: give checkpoints, or this cache alone as teacher.")
+    refuse(checks.teacher_folders(paths))
+    first, *others = [open_teacher(path) for path in paths]
     if not others:
         return first
     weights = weights or [1.0] * len(paths)

@@ -113,8 +113,8 @@ def test_gradients_are_those_of_the_mixture(tmp_path, folders, dense, name):
         assert (found[key] - gradient).abs().max() <= 2e-5 * gradient.abs().max(), key
 
 
-def test_a_dry_run_counts_all_and_says_what_cannot_be():
-    wide, narrow = "runs/llama31_8b/convert", "runs/llama31_minitron_4b_width/prune"
+def test_a_dry_run_counts_all_and_says_what_cannot_be(tmp_path):
+    wide, narrow = wide_folder, _ = "runs/llama31_8b/convert", "runs/llama31_minitron_4b_width/prune"
     given = ["+model=llama31_8b", "student=runs/llama31_minitron_4b_depth/prune", "parallel=tp8_sp", "data.train=[x]"]
     blend = f"teachers=[0.7,{wide},0.3,{narrow}]"
     with conf():
@@ -132,6 +132,14 @@ def test_a_dry_run_counts_all_and_says_what_cannot_be():
     assert any("teacher_ranks is 8, but its ranks hold one teacher, not 2: give 0" in each for each in refused)
     with pytest.raises(UserError, match="The list of teachers"):
         open_teachers(DistillRun(teachers=["0.7", "a", "b"]))
+    (tmp_path / "index.json").touch()
+    cache = f"teachers=[{wide_folder},{tmp_path}]"
+    with conf():
+        planned = dry_run.plan(compose.compose("distill", [*given, cache]))["problems"]
+    sentence = f"teachers has {tmp_path}, a teacher cache: give checkpoints, or this cache alone as teacher."
+    assert sentence in planned
+    with pytest.raises(UserError, match="a teacher cache: give checkpoints"):
+        open_teachers(DistillRun(teachers=[wide_folder, str(tmp_path)]))
     other = dataclasses.replace(models.ARCH, vocab=102)
     assert "of [101, 102] tokens" in next(checks.several_teachers([models.ARCH, other], training.CONFIG))
 
