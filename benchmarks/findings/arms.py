@@ -31,6 +31,12 @@ LOCKS: dict[Path, threading.Lock] = collections.defaultdict(threading.Lock)
 """By the folder of a stage, which several arms may need at once."""
 
 
+def texts() -> list[Path]:
+    """What the runs read of ../shared/data."""
+    names = [*(f"{name}.jsonl.gz" for name in BLEND), *HELDOUT.values(), "wikitext2.valid.txt"]
+    return [DATA / "text" / name for name in names]
+
+
 @dataclass(frozen=True)
 class Cut:
     """A student before training."""

@@ -10,13 +10,14 @@ t) excludes 0.
 import math
 import os
 import statistics
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arms import RESULTS, ROOT, TEXTS, Arm, Bench
-from common import parser
+from arms import RESULTS, ROOT, TEXTS, Arm, Bench, texts
+from common import Figure, parser, write
 
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import demo
@@ -43,6 +44,8 @@ def main(name: str, description: str, arms: dict[str, Arm], claims: list[Claim])
     options = parser(description)
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options = options.parse_args()
+    if missing := [path for path in texts() if not path.is_file()]:
+        sys.exit(f"skipped: {missing[0]} is not there.")
     rows = measure(arms, options.seeds[:1] if options.quick else options.seeds, options.quick)
     decided = [judged(claim, {row["arm"]: row for row in rows}) for claim in claims]
     tables.table(description.splitlines()[0], shown(rows))
@@ -50,6 +53,16 @@ def main(name: str, description: str, arms: dict[str, Arm], claims: list[Claim])
         tables.table("what the papers found", [words(each) for each in decided])
     result = {"finding": name, "seeds": options.seeds, "rows": rows, "claims": decided}
     disk.write_json((ROOT.with_name("findings_quick") if options.quick else RESULTS) / f"{name}.json", result)
+    write(figures(name, rows), options.json)
+
+
+def figures(name: str, rows: list[dict[str, Any]]) -> list[Figure]:
+    """Mean losses over the seeds, for `minitron report`."""
+    return [
+        Figure(name, f"{key} training", row["arm"], "loss", statistics.fmean(row[key]), "nats/token")
+        for row in rows
+        for key in ("before", "after")
+    ]
 
 
 def measure(arms: dict[str, Arm], seeds: list[int], quick: bool) -> list[dict[str, Any]]:

@@ -10,11 +10,12 @@ import pytest
 from scipy import stats
 
 from minitron_mcore.config.settings import Divergence
+from minitron_mcore.reporting import measurements
 from tests.helpers.launching import config_of
 
 FOLDER = Path(__file__).parents[2] / "benchmarks/findings"
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
-arms, page, verdicts = (importlib.import_module(name) for name in ("arms", "page", "verdicts"))
+arms, common, page, verdicts = (importlib.import_module(name) for name in ("arms", "common", "page", "verdicts"))
 FINDINGS = sorted({path.stem for path in FOLDER.glob("*.py")} - {"arms", "page", "verdicts"})
 
 
@@ -36,6 +37,16 @@ def test_a_claim_is_decided_by_students_paired_test(shift, expected):
 def test_the_page_is_of_the_results():
     assert page.PAGE.read_text() == page.page()
     assert set(page.ORDER) == set(FINDINGS)
+
+
+def test_figures_are_those_that_the_report_reads(tmp_path):
+    rows = [{"arm": name, "before": [2.0, 4.0], "after": [1.0, 2.0]} for name in ("a", "b")]
+    common.write(verdicts.figures("divergence", rows), tmp_path / "figures.jsonl")
+    shown = measurements.figure_rows(measurements.read_figures(tmp_path / "figures.jsonl"))
+    assert [(row["case"], row["implementation"], row["loss (nats/token)"]) for row in shown][:2] == [
+        ("before training", "a", 3.0),
+        ("after training", "a", 1.5),
+    ]
 
 
 composed = functools.cache(config_of)
