@@ -76,7 +76,7 @@ def main() -> None:
     if (options.data / "wheels").is_dir():
         os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(options.data / "wheels")}
         sys.path.append(str(options.data / "lm_eval"))
-    steps, questions = (2, 8) if options.quick else (options.steps, options.questions)
+    steps, questions = (2, min(8, options.questions)) if options.quick else (options.steps, options.questions)
     root = Path("runs/recovery_quick" if options.quick else "runs/recovery")
     models = _train(root, texts, steps, options.arms)
     heldout = [*held, demo.write_stdlib_text(root / "text")[1]]
@@ -98,7 +98,8 @@ def main() -> None:
         ]
     curves = {arm: root / _folder(arm) / "distill/metrics.jsonl" for arm in options.arms}
     plots.plot_losses(curves, root / "losses.png")
-    notes = [f"accuracies of {questions} questions a task", f"curves: {root}/losses.png"]
+    notes = [f"accuracies of {questions} questions a task"] if questions else []
+    notes.append(f"curves: {root}/losses.png")
     tables.table(f"SmolLM2-135M -> 100 M, {steps * BATCH * LENGTH:,} tokens each", rows, notes)
     write(figures, options.json)
 
