@@ -24,6 +24,8 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
 """Signals that this process received since it entered the outermost block."""
 _depth = 0
+_stopping = False
+"""Whether all ranks have agreed to stop. torchrun signals the others when the first has ended, which must not interrupt them."""
 _resumes: bool | None = None
 """Inside `at_stop_points`: whether the same command continues the stage; None outside."""
 
@@ -31,7 +33,7 @@ _resumes: bool | None = None
 @contextmanager
 def _handled_by(handle: Callable[[int], None]) -> Iterator[None]:
     """Call `handle` for each signal inside the block. Only the main thread receives signals; in others nothing changes."""
-    global _depth
+    global _depth, _stopping
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -44,6 +46,7 @@ def _handled_by(handle: Callable[[int], None]) -> Iterator[None]:
 
     if _depth == 0:
         _received.clear()
+        _stopping = False
     _depth += 1
     before = {number: signal.signal(number, receive) for number in SIGNALS}
     try:
@@ -58,7 +61,10 @@ def at_once() -> AbstractContextManager[None]:
     """A block in which a signal raises `Stopped`, on this rank only."""
 
     def stop(number: int) -> None:
-        raise Stopped(f"stopped by {signal.Signals(number).name}: the same command continues from what is complete.")
+        if not _stopping:
+            raise Stopped(
+                f"stopped by {signal.Signals(number).name}: the same command continues from what is complete."
+            )
 
     return _handled_by(stop)
 
@@ -81,17 +87,19 @@ def at_stop_points(resumes: bool = True) -> Iterator[None]:
 
 
 def requested_on_any_rank() -> bool:
-    """Whether a rank of this world received a signal (collective)."""
+    """Whether a rank of this world received a signal, on which all ranks then stop (collective)."""
+    global _stopping
     import torch
     import torch.distributed as dist
 
     from minitron_mcore.parallel import process_groups
 
-    if not dist.is_initialized():
-        return bool(_received)
-    requested = torch.tensor(float(bool(_received)), device=process_groups.device())
-    dist.all_reduce(requested, op=dist.ReduceOp.MAX)
-    return bool(requested.item())
+    _stopping = bool(_received)
+    if dist.is_initialized():
+        requested = torch.tensor(float(_stopping), device=process_groups.device())
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        _stopping = bool(requested.item())
+    return _stopping
 
 
 def stopped(done: str) -> Stopped:

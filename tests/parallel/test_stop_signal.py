@@ -40,6 +40,17 @@ def test_setup_stops_at_once_and_a_long_stage_at_its_next_stop_point(number):
         stop_signal.stop_point("of another command")
 
 
+def test_a_signal_does_not_interrupt_a_stop_that_is_decided():
+    """torchrun sends SIGTERM to all ranks when the first of them has stopped."""
+    with stop_signal.at_once():
+        with pytest.raises(Stopped, match="after one"), stop_signal.at_stop_points():
+            os.kill(os.getpid(), TERM)
+            stop_signal.stop_point("after one")
+        os.kill(os.getpid(), TERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), stop_signal.at_once():
+        os.kill(os.getpid(), TERM)
+
+
 @pytest.mark.parametrize("pair", [(INT, INT), (TERM, INT), (INT, TERM)])
 def test_a_second_signal_interrupts_if_one_is_ctrl_c(pair):
     for block in (stop_signal.at_stop_points, stop_signal.ignored):
