@@ -27,6 +27,7 @@ ROOT = Path("runs/findings")
 RESULTS = Path(__file__).parent / "results"
 TEXTS = [*HELDOUT, "code"]
 STEPS = 24
+HIDDEN = ("kind=hidden",)
 LOCKS: dict[Path, threading.Lock] = collections.defaultdict(threading.Lock)
 """By the folder of a stage, which several arms may need at once."""
 
@@ -64,8 +65,8 @@ class Arm:
     steps: int = STEPS
     teacher: "Arm | None" = None
     """A corrected teacher; None: SmolLM2-135M."""
-    cached: bool = True
-    """Whether the teacher's final hidden states are read from a cache, which all arms of a seed share."""
+    cache: tuple[str, ...] = HIDDEN
+    """Settings of the teacher's cache, which all such arms of a seed share; empty: the teacher runs beside."""
     stage: str = "distill"
     """Or "correct": trains the teacher itself."""
 
@@ -97,10 +98,11 @@ class Bench:
     def teacher(self) -> Path:
         return self.once("convert", self.root.parent / "teacher")
 
-    def cache(self) -> Path:
-        """The teacher's final hidden states on the samples of STEPS steps."""
-        settings = [f"teacher={self.teacher()}", "kind=hidden", *self.steps(STEPS), "distill=small"]
-        return self.once("teacher_cache", self.root / "teacher_cache", *settings)
+    def cache(self, kept: tuple[str, ...] = HIDDEN) -> Path:
+        """The teacher's outputs on the samples of STEPS steps; by default the final hidden states."""
+        folder = "_".join(["teacher_cache", *(setting.replace("=", "_") for setting in kept if kept != HIDDEN)])
+        settings = [f"teacher={self.teacher()}", *kept, *self.steps(STEPS), "distill=small"]
+        return self.once("teacher_cache", self.root / folder, *settings)
 
     def checkpoint(self, made: "Cut | Arm | None") -> Path:
         if made is None:
@@ -152,8 +154,7 @@ class Bench:
             return self.once(
                 "correct", self.root / arm.name / "correct", f"source={self.teacher()}", *settings, *arm.train
             )
-        cached = arm.cached and not arm.teacher
-        teacher = self.cache() if cached else self.checkpoint(arm.teacher)
+        teacher = self.cache(arm.cache) if arm.cache and not arm.teacher else self.checkpoint(arm.teacher)
         models = [f"student={self.cut(arm.cut)}", f"teacher={teacher}"]
         return self.once("distill", self.root / arm.name / "distill", *models, *settings, *arm.train)
 

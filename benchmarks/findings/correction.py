@@ -12,8 +12,8 @@ from verdicts import Claim, main
 
 CORRECTED = Arm("correct", stage="correct", steps=16)
 ARMS = {
-    "not corrected, 32 steps": Arm("plain_32", steps=32, cached=False),
-    "not corrected, 48 steps": Arm("plain_48", steps=48, cached=False),
+    "not corrected, 32 steps": Arm("plain_32", steps=32, cache=()),
+    "not corrected, 48 steps": Arm("plain_48", steps=48, cache=()),
     "corrected, then pruned: 16 + 32": Arm(
         "corrected_32", Cut("corrected", source=CORRECTED), steps=32, teacher=CORRECTED
     ),

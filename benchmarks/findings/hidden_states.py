@@ -12,7 +12,7 @@ HALF = Cut("half_loss", prune=("prune=keep",), without=("loss", 15))
 STATES = ("distill.hidden_state_loss.weight=1", "distill.hidden_state_loss.dynamic=true")
 ARMS = {
     "logits": Arm("kl_half_loss", HALF),
-    "logits and states": Arm("states_half_loss", HALF, STATES, cached=False),
+    "logits and states": Arm("states_half_loss", HALF, STATES, cache=()),
 }
 CLAIMS = [Claim("logits and states", "logits")]
 

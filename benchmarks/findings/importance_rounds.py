@@ -14,7 +14,7 @@ ARMS = {
     "one round, one cut": Arm(),
     "two rounds of importance": Arm("kl_two_rounds", Cut("two_rounds", source=Cut("width_115m", HALF))),
     "two cuts with training between": Arm(
-        "kl_chain", Cut("chain", source=BETWEEN), ("data.seed=1235",), STEPS // 2, cached=False
+        "kl_chain", Cut("chain", source=BETWEEN), ("data.seed=1235",), STEPS // 2, cache=()
     ),
 }
 CLAIMS = [

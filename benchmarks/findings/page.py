@@ -23,6 +23,7 @@ ORDER = (
     "depth_metric",
     "temperature",
     "top_k",
+    "sampled_logits",
     "correction",
     "schedule",
 )

@@ -17,7 +17,7 @@ ARMS = {
     "L2 over tokens, peak 1.6e-3": Arm("kl_mlps_l2_fast", L2, ("distill.peak_lr=1.6e-3",)),
     "L2 over tokens, peak 4e-4": Arm("kl_mlps_l2_slow", L2, ("distill.peak_lr=4e-4",)),
     "L2 over tokens, peak 2e-4": Arm("kl_mlps_l2_slower", L2, ("distill.peak_lr=2e-4",)),
-    "L2 over tokens, peak 8e-4, 48 steps of 512 tokens": Arm("kl_mlps_l2_48", L2, SMALL, 2 * STEPS, cached=False),
+    "L2 over tokens, peak 8e-4, 48 steps of 512 tokens": Arm("kl_mlps_l2_48", L2, SMALL, 2 * STEPS, cache=()),
 }
 CLAIMS = []
 
