@@ -14,19 +14,22 @@ from minitron_mcore.cli.compose import compose, group_options, search_path
 from minitron_mcore.config.identity import differences, resolved
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.config.stages import STAGES, DistillRun, EvaluateRun, ExportRun, PipelineRun, StageRun
+from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.errors import STOPPED_STATUS, Stopped, UserError, refuse
 from minitron_mcore.reading import read_yaml
 
-INPUTS = ("source", "scores", "study", "plan", "student", "teacher")
-"""Settings that name the folder of an earlier stage."""
+INPUTS = ("source", "scores", "study", "plan", "student")
+"""Settings that name the folder of an earlier stage, besides the teacher or teachers."""
 FINAL_STAGES = ("export", "evaluate")
 ONE_PROCESS_STAGES = ("plan", "export", "evaluate")
 RESUMED_STAGES = ("depth", "correct", "teacher_cache", "distill")
 """Stages that continue an unfinished folder; the others begin it anew."""
 UNSHARDED = [f"parallel.{axis}={size}" for axis, size in vars(ParallelConfig()).items()]
 """The layout for evaluation by transformers, which runs on one process."""
-_OWN = ("processes=", "stages=", "submit=", "students=")
-"""Settings that the stages do not have; only distill has `students`."""
+_DISTILL = ("students=", "teachers=")
+"""Settings that only distill has."""
+_OWN = ("processes=", "stages=", "submit=", *_DISTILL)
+"""Settings that not all stages have."""
 
 
 class Step(NamedTuple):
@@ -46,8 +49,14 @@ class Step(NamedTuple):
     @property
     def inputs(self) -> set[Path]:
         """Folders of earlier stages that this one reads."""
-        paths = (getattr(run, name, None) for run in self.folders.values() for name in INPUTS)
+        paths = (path for run in self.folders.values() for path in _inputs(run))
         return {Path(path) for path in paths if path}
+
+
+def _inputs(run: StageRun) -> Iterator[str | None]:
+    yield from (getattr(run, name, None) for name in INPUTS)
+    several = getattr(run, "teachers", None)
+    yield from parse_blend(several, "teachers")[0] if several else [getattr(run, "teacher", None)]
 
 
 def run_stage(name: str, *overrides: str, processes: int = 1, number: int = 1, total: int = 1) -> float:
@@ -141,8 +150,7 @@ def plan(config: PipelineRun, overrides: list[str]) -> list[Step]:
     if unknown := set(config.stages) - set(STAGES):
         raise UserError(f"stages names {', '.join(sorted(unknown))}: give some of {', '.join(STAGES)}.")
     shared = [override for override in overrides if not override.startswith(_OWN)]
-    students = [override for override in overrides if override.startswith("students=")]
-    more = {"distill": students, "evaluate": UNSHARDED}
+    more = {"distill": [override for override in overrides if override.startswith(_DISTILL)], "evaluate": UNSHARDED}
     steps: list[Step] = []
     for name in STAGES:
         step = _step(name, [*shared, *more.get(name, [])])

@@ -341,6 +341,8 @@ class PipelineRun(Run):
     """Stages to run; empty runs export, with data.heldout also evaluate, and all stages that these depend on."""
     students: Any = None
     """Several checkpoints to distil instead of the pruned one, as in the stage distill; each is exported and evaluated."""
+    teachers: list[str] = field(default_factory=list)
+    """Several checkpoints with weights instead of the recipe's teacher, as in the stage distill."""
     submit: str | None = None
     """Command that queues one SLURM job for each unfinished stage, which waits for the one before ("sbatch --nodes 2
     launch/slurm/distill.sbatch"); null runs the stages here."""

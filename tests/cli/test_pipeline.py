@@ -166,6 +166,20 @@ def test_several_students():
     assert pipeline.is_finished(distill)
 
 
+def test_several_teachers():
+    """They are inputs instead of the recipe's teacher: one that a stage writes is made, another must be there."""
+    steps = planned("+recipe=smollm2_100m", "teachers=[0.7,runs/smollm2_100m/correct,0.3,runs/b/convert]")
+    assert "correct" in [step.name for step in steps]
+    distill = next(step for step in steps if step.name == "distill")
+    assert {str(path) for path in distill.inputs} == {
+        "runs/smollm2_100m/correct",
+        "runs/b/convert",
+        "runs/smollm2_100m/prune",
+    }
+    with pytest.raises(UserError, match="runs/b/convert, which minitron distill reads, does not exist"):
+        pipeline.check(steps)
+
+
 SBATCH = """#!/bin/sh
 echo "$STAGE $PROCESSES" "$@" >> jobs
 [ "$STAGE" = "$REFUSE" ] && echo "no such partition" >&2 && exit 1
