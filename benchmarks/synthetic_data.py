@@ -34,6 +34,7 @@ from common import Figure, parser, write
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
+from minitron_mcore.reading import read_json_lines
 from minitron_mcore.reporting import tables
 
 LENGTH, BATCH, STEPS = 256, 4, 16
@@ -162,7 +163,7 @@ class Work:
             starts = [" ".join(text.split(" ")[:WORDS]) for text in texts]
             disk.replace_text(prompts, "\n".join(json.dumps({"prompt": start}) for start in starts if start.strip()))
         self.once("synthesize", out_dir, f"prompts=[{prompts}]", *ANSWERS)
-        answers = [json.loads(line) for line in (out_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        answers = read_json_lines(out_dir / "train.jsonl", "remove the folder and run again")
         if not samples.is_file():
             lines = [json.dumps({"text": row["prompt"] + row["completion"]}) for row in answers]
             disk.replace_text(samples, "\n".join(lines))

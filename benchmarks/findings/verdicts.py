@@ -23,7 +23,7 @@ from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import demo
 from minitron_mcore.reporting import tables
 
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """By degrees of freedom."""
 
 
@@ -44,6 +44,8 @@ def main(name: str, description: str, arms: dict[str, Arm], claims: list[Claim])
     options = parser(description)
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options = options.parse_args()
+    if len(options.seeds) > 1 + max(T_95):
+        sys.exit(f"--seeds names {len(options.seeds)}; verdicts are for {1 + max(T_95)} or fewer.")
     if missing := [path for path in texts() if not path.is_file()]:
         sys.exit(f"skipped: {missing[0]} is not there.")
     rows = measure(arms, options.seeds[:1] if options.quick else options.seeds, options.quick)
@@ -102,8 +104,7 @@ def judged(claim: Claim, rows: dict[str, dict]) -> dict[str, Any]:
     value, error = difference(rows[claim.lower], rows[claim.upper], claim.key)
     seeds = len(rows[claim.lower][claim.key])
     is_decided = seeds > 1 and abs(value) > T_95[seeds - 1] * error
-    benefit = value < 0 if is_decided else None
-    holds = benefit if claim.expected else not benefit
+    holds = (value < 0) == claim.expected if is_decided else None
     return vars(claim) | {"difference": value, "error": error, "holds": holds}
 
 

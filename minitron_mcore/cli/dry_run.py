@@ -214,6 +214,10 @@ def _operations(
         operations = {
             role: times[resolve.kind(role)] * tokens * flops.forward_flops(arch, length) for role, arch in archs.items()
         }
+        if (policy := training.on_policy).share:
+            # Answers of full length. Without a cache each of their tokens takes a pass over all tokens.
+            passes = policy.share * (1 if config.parallel.context == 1 else policy.tokens)
+            operations["answers"] = round(passes * tokens * flops.forward_flops(archs["student"], length, head=False))
     elif isinstance(config, TeacherCacheRun):
         steps, tokens = config.steps, config.global_batch * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}
@@ -226,9 +230,12 @@ def _operations(
         steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length)}
-    elif isinstance(config, SynthesizeRun) and not list(prompts.problems(config)):
+    elif isinstance(config, SynthesizeRun) and not list(prompts.problems(config.prompts, config.data)):
         # A step is an answer of full length. Without a cache each of its tokens takes a pass over all tokens.
-        steps, tokens = config.synthesize.samples * len(prompts.read(config)), config.synthesize.tokens
+        steps, tokens = (
+            config.synthesize.samples * len(prompts.read(config.prompts, config.data)),
+            config.synthesize.tokens,
+        )
         passes = 1 if config.parallel.context == 1 else tokens
         operations = {"model": passes * length * flops.forward_flops(archs["model"], length, head=False)}
     else:
