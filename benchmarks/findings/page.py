@@ -5,9 +5,10 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from arms import RESULTS, STEPS
-from verdicts import shown, words
+from verdicts import judged, shown, words
 
 from minitron_mcore.reporting import tables
 
@@ -48,14 +49,18 @@ def page() -> str:
     results = [
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ORDER if (RESULTS / f"{name}.json").is_file()
     ]
-    rows = [words(claim) for result in results for claim in result["claims"]]
+    rows = [words(judged(claim, each["rows"])) for each in results for claim in _module(each).CLAIMS]
     missing = [f"`{name}.py`" for name in ORDER if not (RESULTS / f"{name}.json").is_file()]
     parts = [HEAD, _table(rows), f"Not run yet, in benchmarks/findings: {', '.join(missing)}." if missing else ""]
     for result in results:
-        title, text = importlib.import_module(result["finding"]).__doc__.split("\n", 1)
+        title, text = _module(result).__doc__.split("\n", 1)
         parts += [f"## {title.rstrip('.')}\n", f"`python benchmarks/findings/{result['finding']}.py`", text]
         parts += [_table(shown(result["rows"])), _crossing(result)]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
+
+
+def _module(result: dict) -> ModuleType:
+    return importlib.import_module(result["finding"])
 
 
 def _table(rows: list[dict]) -> str:

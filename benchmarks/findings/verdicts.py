@@ -49,11 +49,10 @@ def main(name: str, description: str, arms: dict[str, Arm], claims: list[Claim])
     if missing := [path for path in texts() if not path.is_file()]:
         sys.exit(f"skipped: {missing[0]} is not there.")
     rows = measure(arms, options.seeds[:1] if options.quick else options.seeds, options.quick)
-    decided = [judged(claim, {row["arm"]: row for row in rows}) for claim in claims]
     tables.table(description.splitlines()[0], shown(rows))
-    if decided:
-        tables.table("what the papers found", [words(each) for each in decided])
-    result = {"finding": name, "seeds": options.seeds, "rows": rows, "claims": decided}
+    if claims:
+        tables.table("what the papers found", [words(judged(claim, rows)) for claim in claims])
+    result = {"finding": name, "seeds": options.seeds, "rows": rows}
     disk.write_json((ROOT.with_name("findings_quick") if options.quick else RESULTS) / f"{name}.json", result)
     write(figures(name, rows), options.json)
 
@@ -99,10 +98,11 @@ def difference(row: dict, base: dict, key: str = "after") -> tuple[float, float]
     return statistics.fmean(paired), error
 
 
-def judged(claim: Claim, rows: dict[str, dict]) -> dict[str, Any]:
+def judged(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The claim, its difference and "holds": True, False, or None where it is not decided."""
-    value, error = difference(rows[claim.lower], rows[claim.upper], claim.key)
-    seeds = len(rows[claim.lower][claim.key])
+    lower, upper = (next(row for row in rows if row["arm"] == arm) for arm in (claim.lower, claim.upper))
+    value, error = difference(lower, upper, claim.key)
+    seeds = len(lower[claim.key])
     is_decided = seeds > 1 and abs(value) > T_95[seeds - 1] * error
     holds = (value < 0) == claim.expected if is_decided else None
     return vars(claim) | {"difference": value, "error": error, "holds": holds}

@@ -24,7 +24,7 @@ FINDINGS = sorted({path.stem for path in FOLDER.glob("*.py")} - {"arms", "page",
 def test_a_claim_is_decided_by_students_paired_test(shift, expected):
     upper = [3.9, 4.1, 4.0]
     lower = [loss + shift + noise for loss, noise in zip(upper, (0.012, -0.01, 0.001), strict=True)]
-    rows = {name: {"after": losses} for name, losses in (("a", lower), ("b", upper))}
+    rows = [{"arm": name, "after": losses} for name, losses in (("a", lower), ("b", upper))]
     found = verdicts.judged(verdicts.Claim("a", "b", expected=expected), rows)
     test = stats.ttest_rel(lower, upper)
     assert math.isclose(found["difference"] / found["error"], test.statistic)
