@@ -110,10 +110,9 @@ def judged(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def words(claim: dict[str, Any]) -> dict[str, str]:
     """A judged claim as a row of a table."""
-    says = "has the lower loss than" if claim["expected"] else "is no better than"
-    when = "" if claim["key"] == "after" else " before training"
     return {
-        "claim": f"{claim['lower']} {says} {claim['upper']}{when}",
+        "claim on the losses": f"{claim['lower']} {'<' if claim['expected'] else '>='} {claim['upper']}",
+        "training": claim["key"],
         "difference": f"{claim['difference']:+.3f} +- {claim['error']:.3f}",
         "verdict": {True: "holds", False: "does not hold", None: "not decided"}[claim["holds"]],
     }
