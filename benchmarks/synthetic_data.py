@@ -17,8 +17,9 @@ Expected from the papers: logits beat cross-entropy on the same tokens, since a 
 below 1 hold less of the tail of the distribution, and training on them alone loses it (2305.17493): the arm of both should lie
 between. With a pruned student, far from converged, all differences are small beside what any training gives.
 
-Finished stages below runs/synthetic_data are kept, and a stopped one goes on: remove the folder to start anew. About twelve minutes
-on two free cores by estimate; generation is stated apart. --quick takes two steps and 16 prompts, and shows only that it runs.
+Finished stages below runs/synthetic_data_STEPS are kept, and a stopped one goes on: remove the folder to start anew. About
+twelve minutes on two free cores by estimate; generation is stated apart. --quick takes two steps and 16 prompts, and shows only
+that it runs.
 """
 
 import gzip
@@ -54,7 +55,7 @@ def main() -> None:
     heldout = [recovery.DATA / "text" / file for file in recovery.HELDOUT.values()]
     if missing := [path for path in (*texts, *heldout) if not path.is_file()]:
         sys.exit(f"skipped: {missing[0]} is not there.")
-    work = Work(Path("runs/synthetic_data_quick" if options.quick else "runs/synthetic_data"))
+    work = Work(Path(f"runs/synthetic_data_{'quick_' if options.quick else ''}{steps}"))
     # An answer and its prompt have about 100 tokens, and some are dropped; an excerpt has 250 or more.
     count = steps * BATCH * LENGTH // 80
     real = work.write_real(texts, max(count, 200))
