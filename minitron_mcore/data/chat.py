@@ -34,7 +34,8 @@ class ChatTemplate:
         """Tokenizers with equal identities render equally; "" without a template."""
         if self._tokenizer is None or self._tokenizer.chat_template is None:
             return ""
-        return f"{DATE}{self._tokenizer.chat_template}{sorted(self._tokenizer.special_tokens_map.items())}"
+        date = DATE if "strftime_now" in str(self._tokenizer.chat_template) else ""
+        return f"{date}{self._tokenizer.chat_template}{sorted(self._tokenizer.special_tokens_map.items())}"
 
     def conversation(self, messages: object) -> Text:
         """A conversation with an answer as a document, whose `loss_spans` are the turns of the assistant.
