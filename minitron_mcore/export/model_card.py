@@ -18,7 +18,6 @@ from transformers import GenerationConfig
 from minitron_mcore.checkpoint import claim, disk, lineage
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
-from minitron_mcore.config.stages import STAGES
 from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
@@ -192,11 +191,7 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
 
 def _command(line: str) -> str:
     """The stage and the settings of a command, without those that are paths or name folders of the user, in code; "" if unknown."""
-    try:
-        program, *options = shlex.split(line)
-    except ValueError:  # no command line
-        return ""
-    stage = next((Path(word).stem for word in (program, *options[:1]) if Path(word).stem in STAGES), None)
+    stage, options = lineage.stage_of(line)
     if not stage:
         return ""
     settings = [option for option in options if _SETTING.fullmatch(option) and not _PRIVATE.match(option)]
