@@ -235,11 +235,13 @@ def _elsewhere(identity: dict[str, Any]) -> str:
 
 
 def shown_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Training settings of a lineage by full name, without those that are off."""
-    hidden = settings.get("hidden_state_loss")
-    parts = {f"hidden_state_loss.{key}": value for key, value in hidden.items()} if isinstance(hidden, dict) else {}
-    flat = {key: value for key, value in settings.items() if key != "hidden_state_loss"}
-    flat |= parts if parts.get("hidden_state_loss.weight") else {}
+    """Training settings of a lineage by full name, without nulls and sections that are off: those whose first setting is 0."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if not isinstance(value, dict):
+            flat[name] = value
+        elif next(iter(value.values()), None):
+            flat |= {f"{name}.{key}": each for key, each in value.items()}
     return {key: value for key, value in flat.items() if value is not None}
 
 
