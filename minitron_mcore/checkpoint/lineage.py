@@ -1,9 +1,11 @@
 """Lineages (see `run_folder.make_lineage`) as sequences of steps. No torch import."""
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minitron_mcore.config.stages import STAGES
 from minitron_mcore.reading import damage_as_user_error
 
 
@@ -49,12 +51,24 @@ def model_chain(lineage: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def operation(lineage: dict[str, Any]) -> str | None:
-    """How a checkpoint was made from its parents: "pruned", "distilled" or "trained"; None if it was converted."""
+    """How a checkpoint was made from its parents: "pruned", "distilled", "corrected" (a teacher, by the stage correct) or "trained"
+    (without a teacher); None if it was converted."""
     if "plan" in lineage:
         return "pruned"
-    if "settings" in lineage:
-        return "distilled" if lineage["parents"]["teacher"] else "trained"
-    return None
+    if "settings" not in lineage:
+        return None
+    if lineage["parents"]["teacher"]:
+        return "distilled"
+    return "corrected" if stage_of(lineage.get("command", ""))[0] == "correct" else "trained"
+
+
+def stage_of(command: str) -> tuple[str | None, list[str]]:
+    """The stage that a command line runs, None if it runs none, and the words after the program."""
+    try:
+        program, *words = shlex.split(command)
+    except (ValueError, AttributeError):  # no command line, or not text
+        return None, []
+    return next((Path(word).stem for word in (program, *words[:1]) if Path(word).stem in STAGES), None), words
 
 
 def plans(folder: str | Path) -> dict[str, str]:

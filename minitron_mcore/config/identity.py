@@ -17,10 +17,9 @@ from minitron_mcore.config.stages import (
     TokenizeTextRun,
 )
 
-SECTIONS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)} - {
-    "model",
-    "parallel",
-}
+CONFIG_GROUPS = {field.name for field in dataclasses.fields(Run) if dataclasses.is_dataclass(field.type)}
+"""Sections that every stage's config has; NAME=FILE chooses one of conf/."""
+SECTIONS = CONFIG_GROUPS - {"model", "parallel"}
 _REMOVED = object()
 """The new value of a setting that this version does not have."""
 
@@ -45,7 +44,18 @@ def resolved(config: StageRun) -> dict[str, Any]:
 
 def run_identity(config: StageRun) -> dict[str, Any]:
     """The settings in `resolved` that identify the run."""
-    return {"stage": _stage_name(type(config)), **_identifying(resolved(config), type(config))}
+    return {"stage": _stage_name(type(config)), **identifying(resolved(config), type(config))}
+
+
+def identifies(name: str, schema: Any) -> bool:
+    """Whether the setting `name`, such as distill.peak_lr, identifies a run; False for sections, paths and unknown names."""
+    first, _, rest = name.partition(".")
+    field = next((field for field in dataclasses.fields(schema) if field.name == first), None)
+    if field is None or is_changeable(field):
+        return False
+    if dataclasses.is_dataclass(field.type):
+        return bool(rest) and identifies(rest, field.type)
+    return not rest
 
 
 def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -88,10 +98,11 @@ def _changes(stored: Any, current: dict[str, Any], schema: Any, prefix: str = ""
             yield name, old, new
 
 
-def _identifying(data: dict[str, Any], schema: Any) -> dict[str, Any]:
+def identifying(data: dict[str, Any], schema: Any) -> dict[str, Any]:
+    """Those of the settings `data` of a config class that identify a run."""
     kept = {field.name: field.type for field in dataclasses.fields(schema) if not is_changeable(field)}
     return {
-        key: _identifying(value, kept[key]) if dataclasses.is_dataclass(kept[key]) else value
+        key: identifying(value, kept[key]) if dataclasses.is_dataclass(kept[key]) else value
         for key, value in data.items()
         if key in kept
     }

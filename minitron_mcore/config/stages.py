@@ -34,19 +34,19 @@ from minitron_mcore.errors import UserError
 class RecipeConfig:
     """Checkpoints and parameter counts that the stages of one model share."""
 
-    source: str = MISSING
+    source: str = changeable(MISSING)
     """Checkpoint to prune: the converted model or, in a chain, the previous recipe's student."""
-    teacher: str = MISSING
+    teacher: str = changeable(MISSING)
     """Checkpoint of the teacher: the source, the corrected source or, in a chain, the first recipe's teacher."""
-    scores: str = MISSING
+    scores: str = changeable(MISSING)
     """Folder of the importance stage that plan and search read."""
-    student: str = MISSING
+    student: str = changeable(MISSING)
     """Checkpoint to train: the pruned source or, in a recipe that only fine-tunes, the source."""
     parameters: int | None = None
     """Number of parameters that the plan must reach exactly; null accepts any."""
     without_embeddings: int | None = None
     """The same without the embedding table and the output head."""
-    study: str | None = None
+    study: str | None = changeable(None)
     """Folder of the depth study that chooses the blocks for prune.blocks; null uses the scores."""
 
 

@@ -18,7 +18,9 @@ from transformers import GenerationConfig
 from minitron_mcore.checkpoint import claim, disk, lineage
 from minitron_mcore.checkpoint.hf_assets import LICENCE_PATTERNS
 from minitron_mcore.checkpoint.run_folder import Checkpoint, command, identity, versions
-from minitron_mcore.config.stages import STAGES
+from minitron_mcore.config.identity import CONFIG_GROUPS, identifies, identifying
+from minitron_mcore.config.settings import DistillConfig
+from minitron_mcore.config.stages import STAGES, StageRun
 from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.export import transformers_check
 from minitron_mcore.models import parameter_table
@@ -32,20 +34,12 @@ CARD = "README.md"
 RECORD = "minitron"
 LOSSES = ("loss", "perplexity", "bits_per_byte")
 METRICS = ("step", "tokens", "kd_loss", "lm_loss", "teacher_entropy", "lr")
-SETTINGS_NOT_SHOWN = (
-    *("log_every", "save_every", "stop_after", "keep_last", "keep_every", "teacher_ahead", "async_save"),
-    *("on_bad_loss", "bad_loss_limit", "teacher_parallel", "teacher_ranks"),
-)
-"""Training settings that do not affect the result."""
 RESULTS = ("<!-- results: rewritten by minitron report -->", "<!-- end of results -->")
 """Lines around the part of the card that `update_results` replaces."""
-_SETTING = re.compile(r"\+{0,2}[\w.]+=[^/~\\]*")
-"""An override whose value holds no path."""
-_PRIVATE = re.compile(
-    r"\+*(model\.(hf|weights)|recipe\.\w+|\w+_dir|\w+_file|runs|source|scores|study|plan|students?|teacher|teacher_cache"
-    r"|data|log|hydra|submit)[.=]"
-)
-"""Overrides that name files, folders, or services of the user."""
+_SETTING = re.compile(r"\+{0,2}([\w.]+)=([^/~\\]*)")
+"""Name and value of an override whose value holds no path."""
+_CHOICE = re.compile(r"[\w-]+")
+"""Value of an override that chooses a file of conf/."""
 MINITRON = "[2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796)"
 
 
@@ -177,11 +171,7 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
         names = [Path(file).name for file in files]
         names = [f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True)] if weights else names
         lines += [f"Data `{record['data']['hash']}`: {', '.join(names)}."]
-        settings = {
-            key: value
-            for key, value in artefacts.shown_settings(record["settings"]).items()
-            if key not in SETTINGS_NOT_SHOWN
-        }
+        settings = artefacts.shown_settings(identifying(record["settings"], DistillConfig))
         lines += [f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}."]
         lines += _losses(step.identity)
     else:
@@ -191,16 +181,19 @@ def _step_paragraph(number: int, step: lineage.Step, plans: dict[str, str]) -> s
 
 
 def _command(line: str) -> str:
-    """The stage and the settings of a command, without those that are paths or name folders of the user, in code; "" if unknown."""
-    try:
-        program, *options = shlex.split(line)
-    except ValueError:  # no command line
-        return ""
-    stage = next((Path(word).stem for word in (program, *options[:1]) if Path(word).stem in STAGES), None)
+    """The stage and the settings of a command that identify its run, so none that is a path, in code; "" if unknown."""
+    stage, options = lineage.stage_of(line)
     if not stage:
         return ""
-    settings = [option for option in options if _SETTING.fullmatch(option) and not _PRIVATE.match(option)]
+    settings = [option for option in options if _is_shown(option, STAGES[stage])]
     return f"`{shlex.join(['minitron', stage, *settings])}`, with "
+
+
+def _is_shown(option: str, schema: type[StageRun]) -> bool:
+    if not (found := _SETTING.fullmatch(option)):
+        return False
+    name, value = found.groups()
+    return bool(name in CONFIG_GROUPS and _CHOICE.fullmatch(value)) or identifies(name, schema)
 
 
 def _losses(identity: dict[str, Any]) -> list[str]:

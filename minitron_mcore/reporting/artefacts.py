@@ -235,11 +235,13 @@ def _elsewhere(identity: dict[str, Any]) -> str:
 
 
 def shown_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Training settings of a lineage by full name, without those that are off."""
-    hidden = settings.get("hidden_state_loss")
-    parts = {f"hidden_state_loss.{key}": value for key, value in hidden.items()} if isinstance(hidden, dict) else {}
-    flat = {key: value for key, value in settings.items() if key != "hidden_state_loss"}
-    flat |= parts if parts.get("hidden_state_loss.weight") else {}
+    """Training settings of a lineage by full name, without nulls and sections that are off: those whose first setting is 0."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if not isinstance(value, dict):
+            flat[name] = value
+        elif next(iter(value.values()), None):
+            flat |= {f"{name}.{key}": each for key, each in value.items()}
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -247,7 +249,8 @@ class Model(NamedTuple):
     """A model of the run."""
 
     role: str
-    """teacher, source (of the pruning, if it is not the teacher), pruned or distilled"""
+    """teacher: the recorded one, else the converted or corrected model at the beginning; source: of the pruning or training, if it
+    is not the teacher; pruned, distilled or trained (without a teacher): the last model on the way that was made so"""
     lineage: dict[str, Any]
     """{} where it is not known."""
     folder: Path | None
@@ -264,17 +267,19 @@ class Model(NamedTuple):
 
 
 def models(folders: dict[str, list[Path]], made: list[lineage.Step] | None = None) -> list[Model]:
-    """A model, its teacher and its student by role; [] without any checkpoint.
+    """A model by its role, the last, after its teacher and what it was made from, back to the last pruning; [] without any
+    checkpoint.
 
     Args:
         folders: see `folders`.
-        made: `lineage.history` of the model; default: that of all folders, whose last distilled model it then is.
+        made: `lineage.history` of the model; default: that of all folders, of which it then is the last result (see `_result`).
 
     Raises:
         UserError: a damaged file.
     """
-    made, locate = history(folders) if made is None else made, locator(folders)
-    steps = {step.identity["fingerprint"]: step for step in made}
+    everything, locate = history(folders) if made is None else made, locator(folders)
+    steps = {step.identity["fingerprint"]: step for step in everything}
+    own = made[-1].identity["fingerprint"] if made else _result(steps)
     checkpoints, archs = {}, {}
     for folder in folders["checkpoint"]:
         path = folder / KINDS["checkpoint"]
@@ -288,7 +293,7 @@ def models(folders: dict[str, list[Path]], made: list[lineage.Step] | None = Non
             archs.setdefault(step.lineage["parents"]["source"]["fingerprint"], Architecture(**before))
     weights, evaluations = _weights(folders, steps, locate), _evaluations(folders, locate)
     rows = []
-    for role, fingerprint in _roles(steps).items():
+    for role, fingerprint in _roles(steps, own).items() if own else ():
         paths = frozenset(path for path, of in weights.items() if of == fingerprint)
         losses = {name: row for path, files in evaluations if path in paths for name, row in files.items()}
         record = steps[fingerprint].lineage if fingerprint in steps else {}
@@ -306,19 +311,36 @@ def name_of(model: Model) -> str | None:
     return Path(path).name if path else None
 
 
-def _roles(steps: dict[str, lineage.Step]) -> dict[str, str]:
-    """Role -> fingerprint."""
-    made = {fingerprint: lineage.operation(step.lineage) for fingerprint, step in steps.items()}
-    last = {deed: fingerprint for fingerprint, deed in made.items()}
-    distilled, pruned, source, teacher = last.get("distilled"), last.get("pruned"), None, next(reversed(made), None)
-    if distilled:
-        parents = steps[distilled].lineage["parents"]
-        pruned, teacher = parents["student"]["fingerprint"], parents["teacher"]["fingerprint"]
-    if pruned and made.get(pruned) == "pruned":
-        source = steps[pruned].lineage["parents"]["source"]["fingerprint"]
-        teacher = teacher if distilled else source
-    roles = {"teacher": teacher, "source": source, "pruned": pruned, "distilled": distilled}
-    return {role: of for role, of in roles.items() if of and not (role == "source" and of == teacher)}
+def _result(steps: dict[str, lineage.Step]) -> str | None:
+    """Fingerprint of the last trained model of which no other was made; without one of the last pruned one, else of the last."""
+    parents = [parent for step in steps.values() for parent in step.lineage["parents"].values() if parent]
+    used = {parent.get("fingerprint") for parent in parents}
+    ends = [fingerprint for fingerprint in steps if fingerprint not in used]
+    rank = {"distilled": 2, "trained": 2, "pruned": 1}
+    return max(reversed(ends), key=lambda each: rank.get(lineage.operation(steps[each].lineage) or "", 0), default=None)
+
+
+def _roles(steps: dict[str, lineage.Step], own: str) -> dict[str, str]:
+    """Role -> fingerprint, as in `models`, for the model `own`."""
+    chain: list[str] = []  # from the model to its first ancestor
+    teachers: list[str] = []
+    fingerprint: str | None = own
+    while fingerprint and fingerprint not in chain:
+        chain.append(fingerprint)
+        parents = steps[fingerprint].lineage["parents"] if fingerprint in steps else {}
+        teachers += [parent["fingerprint"] for role, parent in parents.items() if role == "teacher" and parent]
+        fingerprint = (parents.get("student") or parents.get("source") or {}).get("fingerprint")
+    made = [lineage.operation(steps[each].lineage) if each in steps else None for each in chain]
+    original = next(each for each, how in zip(chain, made, strict=True) if how in (None, "corrected"))
+    cut = made.index("pruned") if "pruned" in made else None
+    source = original if cut is None else chain[cut + 1]
+    roles = {"teacher": (teachers or [original])[0]}
+    roles |= {"source": source} if source != roles["teacher"] else {}
+    for each, how in reversed(list(zip(chain, made, strict=True))[: None if cut is None else cut + 1]):
+        if how not in (None, "corrected"):
+            roles.pop(how, None)
+            roles[how] = each
+    return roles
 
 
 def _weights(

@@ -133,7 +133,7 @@ def _kept(folder: Path) -> dict[str, Any]:
         made = lineage.history(record["lineage"], identity)
     models = artefacts.models(beside, made)
     row = {f"loss on {name}": figures["loss"] for name, figures in models[-1].losses.items()}
-    row["recovered"] = overview.recovered(overview.losses_by_role(models))
+    row["recovered"] = overview.recovered(models)
     for measured in beside["benchmark"]:
         results = measurements.read_benchmarks(measured, models, artefacts.locator(beside))
         if share := results.kept():

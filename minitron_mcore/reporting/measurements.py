@@ -22,10 +22,12 @@ class Benchmarks(NamedTuple):
     """Role, or a name where the model has none -> benchmark -> {score, stderr, questions, ...}, scores as shares."""
     published: dict[str, dict[str, float]]
     """Name -> benchmark -> per cent."""
+    student: str
+    """Role of the model that is compared with the teacher."""
 
     def kept(self) -> tuple[float, float, int] | None:
         """Mean scores of the teacher and of the student over the benchmarks that both have, and their number; None without both."""
-        student = next((self.models[role] for role in ("distilled", "pruned") if role in self.models), {})
+        student = self.models.get(self.student, {})
         common = [name for name in self.models.get("teacher", {}) if name in student]
         if not common:
             return None
@@ -37,20 +39,21 @@ def read_benchmarks(folder: Path, models: Sequence[Model], locate: Callable[[str
     """The results in a folder, by role of the model.
 
     Args:
-        models: see `artefacts.models`; a result belongs to the one whose folder was measured.
+        models: see `artefacts.models`; a result belongs to the one whose folder was measured. The last is the student.
         locate: see `artefacts.locator`.
 
     Raises:
         UserError: a damaged file.
     """
     path, role_of = folder / KINDS["benchmark"], {path: model.role for model in models for path in model.paths}
+    roles = {model.role for model in models if model.paths}
     content = read_json(path)
     with damage_as_user_error(path):
         measured = {}
         for name, results in content.get("models", {}).items():
             own = folder / name / KINDS["benchmark"]
             source = read_json(own)["source"]["path"] if own.is_file() else ""
-            role = role_of.get(locate(source), name)
+            role = role_of.get(locate(source), f"{name} ({Path(source).name})" if name in roles and source else name)
             measured[name if role in measured else role] = {
                 benchmark: {**result, "score": float(result["score"])} for benchmark, result in results.items()
             }
@@ -58,7 +61,8 @@ def read_benchmarks(folder: Path, models: Sequence[Model], locate: Callable[[str
             name: {benchmark: float(value) for benchmark, value in row.items()}
             for name, row in (content.get("published") or {}).items()
         }
-        return Benchmarks(measured, published)
+        named = next((name for name in ("distilled", "pruned") if name in measured), "")
+        return Benchmarks(measured, published, models[-1].role if models else named)
 
 
 def benchmark_rows(results: Benchmarks) -> list[dict[str, Any]]:
@@ -101,7 +105,7 @@ def _score(result: Mapping[str, Any] | None) -> str | None:
 
 def _kept(results: Benchmarks, names: Sequence[str]) -> str | None:
     models = {model: {n: scores[n] for n in names if n in scores} for model, scores in results.models.items()}
-    kept = Benchmarks(models, {}).kept()
+    kept = results._replace(models=models).kept()
     return percent(kept[1] / kept[0]) if kept and kept[0] else None
 
 

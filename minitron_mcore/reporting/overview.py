@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from minitron_mcore.checkpoint import lineage
 from minitron_mcore.pruning.plan import compare
 from minitron_mcore.reporting import artefacts, tables
 from minitron_mcore.reporting.artefacts import Model
@@ -19,7 +20,9 @@ _COMMON = re.compile(r"\+?(model|recipe|work_dir|runs)[.=]")
 _DATA = re.compile(r"data[.=]")
 _COUNTS = ("parameters", "without embeddings")
 """Rows of `plan.compare` that are no sizes of a block."""
-_OPERATIONS = ("pruned", "distilled")
+_TRAINING = {"distilled": "distillation", "trained": "training"}
+"""Role -> what made the model."""
+_OPERATIONS = ("pruned", *_TRAINING)
 """Roles that are named after what made the model."""
 
 
@@ -32,18 +35,16 @@ class Kept(NamedTuple):
     """What was measured -> ratios to the teacher's speed."""
 
 
-def recovered(losses: dict[str, float]) -> float | None:
-    """Fraction of the loss increase from pruning that distillation removed.
-
-    Args:
-        losses: role -> nats per token.
+def recovered(models: list[Model]) -> float | None:
+    """Fraction of the loss increase from pruning that the training of the last model removed.
 
     Returns:
-        None where a role is missing, or where pruning did not raise the loss.
+        None where a loss is missing, where the last model is not a trained one, or where pruning did not raise the loss.
     """
-    if not {"teacher", "pruned", "distilled"} <= set(losses) or losses["pruned"] <= losses["teacher"]:
+    losses, own = losses_by_role(models), models[-1].role if models else ""
+    if own not in _TRAINING or not {"teacher", "pruned", own} <= set(losses) or losses["pruned"] <= losses["teacher"]:
         return None
-    return (losses["pruned"] - losses["distilled"]) / (losses["pruned"] - losses["teacher"])
+    return (losses["pruned"] - losses[own]) / (losses["pruned"] - losses["teacher"])
 
 
 def compared_file(models: list[Model]) -> str | None:
@@ -63,12 +64,13 @@ def headline(models: list[Model]) -> str:
     losses, roles = losses_by_role(models), [model.role for model in models]
     name, operations = artefacts.name_of(models[0]) if models else None, [role for role in roles if role in _OPERATIONS]
     sentences = [f"{name or 'A model'}, {' and '.join(operations)}."] if operations else []
-    if (share := recovered(losses)) is None:
+    if (share := recovered(models)) is None:
         sentences.append("" if sentences or not models else "Models by role.")
     else:
+        own = models[-1].role
         sentences.append(
-            f"Pruning raised the loss from {losses['teacher']:.3f} to {losses['pruned']:.3f} nats per token. Distillation lowered "
-            f"it to {losses['distilled']:.3f} and recovered {percent(share)} of the increase."
+            f"Pruning raised the loss from {losses['teacher']:.3f} to {losses['pruned']:.3f} nats per token. "
+            f"{_TRAINING[own].capitalize()} lowered it to {losses[own]:.3f} and recovered {percent(share)} of the increase."
         )
     return " ".join(filter(None, sentences))
 
@@ -85,7 +87,7 @@ def tiles(models: list[Model], costs: list[dict[str, Any]], kept: Kept) -> dict[
 
 def _size_tiles(models: list[Model]) -> Iterator[Tile]:
     ends = {model.role: model.arch for model in models if model.arch}
-    teacher, student = ends.get("teacher"), ends.get("distilled") or ends.get("pruned")
+    teacher, student = ends.get("teacher"), next((ends[role] for role in reversed(ends) if role in _OPERATIONS), None)
     if not teacher or not student:
         return
     table = {row["axis"]: row for row in compare(teacher, student)}
@@ -98,16 +100,17 @@ def _size_tiles(models: list[Model]) -> Iterator[Tile]:
 
 
 def _cost_tiles(models: list[Model], costs: list[dict[str, Any]]) -> Iterator[Tile]:
-    folder = next((model.folder for model in models if model.role == "distilled"), None)
-    training = trained(folder) if folder else {}
+    last = models[-1] if models else None
+    what = _TRAINING.get(last.role, "") if last else ""
+    training = trained(last.folder) if last and last.folder and what else {}
     if training:
-        yield Tile("distillation", f"{short(training['tokens'])} tokens", f"{training['steps']:,} steps")
+        yield Tile(what, f"{short(training['tokens'])} tokens", f"{training['steps']:,} steps")
     if training.get("FLOPs"):
-        yield Tile("operations", short_flops(training["FLOPs"]), "of the distillation: student and teacher")
+        yield Tile("operations", short_flops(training["FLOPs"]), f"of the {what}: student and teacher")
     if minutes := total(costs).get("minutes"):
         number = sum(row["minutes"] is not None for row in costs)
-        share = f", of which distillation {duration(training['seconds'] / 60)}" if training.get("seconds") else ""
-        yield Tile("time", duration(minutes), f"{number} stages{share}" if number > 1 else "distillation")
+        share = f", of which {what} {duration(training['seconds'] / 60)}" if training.get("seconds") else ""
+        yield Tile("time", duration(minutes), f"{number} stages{share}" if number > 1 else what or "one stage")
     if ranks := [row["ranks"] for row in costs if row["ranks"]]:
         devices = dict.fromkeys(row["device"] for row in costs if row["device"])
         yield Tile("ranks", f"{max(ranks)}", f"at most, on {', '.join(devices)}")
@@ -116,13 +119,13 @@ def _cost_tiles(models: list[Model], costs: list[dict[str, Any]]) -> Iterator[Ti
 def _kept_tiles(models: list[Model], kept: Kept) -> Iterator[Tile]:
     losses = losses_by_role(models)
     if losses:
-        ends: list[str] = [role for role in ("teacher", "distilled") if role in losses]
+        ends: list[str] = [role for role in dict.fromkeys(("teacher", models[-1].role)) if role in losses]
         ends = ends or list(losses)
         between = ", ".join(f"{role} {loss:.2f}" for role, loss in losses.items() if role not in ends)
         names = " → ".join(ends) + (f" ({between})" if between else "")
         values = " → ".join(f"{losses[role]:.2f}" for role in ends)
         yield Tile("loss", values, f"{names}, nats per token of {compared_file(models)}")
-    if (removed := recovered(losses)) is not None:
+    if (removed := recovered(models)) is not None:
         yield Tile("recovered", percent(removed), "of the loss increase from pruning")
     if kept.benchmarks and kept.benchmarks[0]:
         teacher, student, number = kept.benchmarks
@@ -167,35 +170,30 @@ def commands(models: list[Model], folders: dict[str, list[Path]]) -> Iterator[di
     if not models:
         return
     roles, last = {model.role for model in models}, models[-1]
-    options = _options(last.lineage)
+    options = lineage.stage_of(last.lineage.get("command", ""))[1]
     common = [option for option in options if _COMMON.match(option)]
     data = [option for option in options if _DATA.match(option)]
 
     def row(purpose: str, stage: str, *more: str) -> dict[str, Any]:
         return {"next": purpose, "command": shlex.join(["python", f"launch/{stage}.py", *common, *more])}
 
-    if "pruned" not in roles:
+    exported = [folder for folder in folders["export"] if folder.resolve() in last.paths]
+    if last.role in _TRAINING:
+        has_default_name = not last.folder or last.folder.name == "distill"
+        paths = [] if has_default_name else [f"source={last.folder}", f"out_dir={last.folder}_hf"]
+        yield from [] if exported else [row("Export to a Hugging Face folder", "export", *paths)]
+    elif "pruned" not in roles:
         stage = "prune" if folders["plan"] else "plan" if folders["importance"] else "importance"
         yield row(f"Run the next stage, {stage}", stage, *(data if stage == "importance" else []))
-    elif "distilled" not in roles:
+    else:
         yield row("Distil the pruned model", "distill", *data)
-    elif not folders["export"]:
-        yield row("Export to a Hugging Face folder", "export")
     for model in models:
         if not model.losses and model.folder:
             out_dir = model.folder.parent / f"evaluate_{model.role}"
             yield row(
                 f"Evaluate the {model.role} model", "evaluate", *data, f"source={model.folder}", f"out_dir={out_dir}"
             )
-    if last.folder and "pruned" in roles:
+    if last.folder and last.role in _OPERATIONS:
         yield row("Continue a prompt", "generate", f"source={last.folder}", "prompt=Hello")
-    for folder in [folder for folder in folders["export"] if folder.resolve() in last.paths][-1:]:
+    for folder in exported[-1:]:
         yield {"next": "Serve the exported model", "command": shlex.join(["vllm", "serve", str(folder)])}
-
-
-def _options(lineage: dict[str, Any]) -> list[str]:
-    """The overrides of the command that wrote a checkpoint."""
-    try:
-        return shlex.split(lineage.get("command", ""))[1:]
-    except (ValueError, AttributeError):  # not a command line, or not text
-        return []

@@ -1,5 +1,6 @@
 """What lies beside exported weights: a failure means a card that lies, or a folder that others can't load."""
 
+import dataclasses
 import getpass
 import json
 import os
@@ -13,9 +14,16 @@ import yaml
 
 from minitron_mcore.checkpoint import lineage
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.fields import is_changeable
 from minitron_mcore.config.model import ModelConfig
-from minitron_mcore.config.settings import DataConfig, DistillConfig, PruneConfig
-from minitron_mcore.config.stages import DistillRun
+from minitron_mcore.config.settings import (
+    DataConfig,
+    DistillConfig,
+    HiddenStateLossConfig,
+    OnPolicyConfig,
+    PruneConfig,
+)
+from minitron_mcore.config.stages import STAGES, DistillRun
 from minitron_mcore.data import datasets, token_cache
 from minitron_mcore.errors import UserError
 from minitron_mcore.export import model_card, transformers_check
@@ -25,6 +33,7 @@ from minitron_mcore.importance.scores import Scores, load_scores, save_scores
 from minitron_mcore.models import architecture, parameter_table
 from minitron_mcore.pruning import apply
 from minitron_mcore.pruning.plan import load_plan, make_plan
+from minitron_mcore.reporting import artefacts
 from minitron_mcore.testing import on_ranks
 from tests.helpers import families, models
 from tests.helpers.cutting import ONE, cut_by_hand, random_scores, run_prune
@@ -265,12 +274,54 @@ def test_results_measured_after_the_export_reach_the_card(made):
             "/home/somebody/.venv/bin/minitron prune --config-dir /home/somebody/conf prune.hidden=24 recipe.source=somebody",
             "`minitron prune prune.hidden=24`, with ",
         ),
+        (
+            "launch/distill.py model=tiny prompts=[somebody.jsonl] teachers=[0.5,somebody,0.5,b] distill.on_policy.share=0.5 "
+            "distill.on_policy.prompts=[somebody.jsonl] +a.later.path=somebody distill.teacher_parallel.tensor=2 log.wandb=x "
+            "'distill.on_policy={prompts: [somebody]}' recipe.student=somebody data.seed=7 data.cache=somebody distill=on_policy",
+            "`minitron distill model=tiny distill.on_policy.share=0.5 data.seed=7 distill=on_policy`, with ",
+        ),
         ("python -c 'from somebody import x'", ""),
         ("an unclosed ' quote", ""),
     ],
 )
 def test_a_command_is_told_without_paths(command, shown):
     assert model_card._command(command) == shown
+
+
+def test_settings_are_told_by_name_without_paths(made):
+    """Sections that are off are left out, also those of later versions; the only texts among the others are no paths."""
+    assert not [key for key in artefacts.shown_settings(dataclasses.asdict(DistillConfig())) if "." in key]
+    card = (made[0] / "out" / "README.md").read_text()
+    assert not re.search(r"on_policy|prompts|teacher_parallel|save_every|\{", card[card.index("Settings:") :])
+    on = OnPolicyConfig(share=0.5, prompts=["/home/somebody/p.jsonl", "somebody.jsonl"])
+    hidden = HiddenStateLossConfig(weight=0.25)
+    settings = DistillConfig(on_policy=on, hidden_state_loss=hidden, teacher_parallel={"tensor": 2})
+    trained = {
+        "parents": {"student": {"fingerprint": "a"}, "teacher": None},
+        "data": {"files": ["/home/any/text.jsonl"], "hash": "dada"},
+        "settings": dataclasses.asdict(settings),
+        **{"command": "", "versions": {}},
+    }
+    identity = {"path": "nowhere", "fingerprint": "b", "step": "step_0000001"}
+    text = model_card._step_paragraph(1, lineage.Step(trained, identity), {})
+    assert "on_policy.share 0.5, on_policy.tokens 128" in text and "hidden_state_loss.weight 0.25" in text
+    assert not re.search("somebody|home|prompts|teacher_parallel", text) and "{" not in text
+    names = {name for schema in STAGES.values() for name in texts(schema)}
+    assert names == {"data.split", "step"}, "a setting that holds a path is changeable (config/fields.py)"
+
+
+def texts(schema: type, prefix: str = "") -> list[str]:
+    """The settings of a stage that a card shows and that may hold any text."""
+    names = []
+    for field in dataclasses.fields(schema):
+        name = f"{prefix}{field.name}"
+        if is_changeable(field):
+            continue
+        if dataclasses.is_dataclass(field.type):
+            names += texts(field.type, f"{name}.")
+        elif re.search(r"\bstr\b", str(field.type)):
+            names.append(name)
+    return names
 
 
 def test_cutting_in_one_pass_is_told_as_pruning(made, tmp_path):
