@@ -4,12 +4,12 @@
     smollm2_100m, cross-entropy    the same student and rate, without the teacher
     smollm2_laptop                 the MLPs alone, by the L2 norm over the tokens; the recipe's rate
 
-All are run by the launch files below runs/recovery, where finished stages are kept and a stopped one goes on: remove the folder
-to start anew. They see the same samples in the same order, a blend of ../shared/data's text, on one process for each CPU core or
-GPU. Losses are those of the exported folders in transformers, fp32, windows of 512: on books and WikiText-2 that are held out, on
-a book of technical prose that nobody trained on, and on the standard library's code. Accuracies are lm-eval's, 0-shot, of the
-first questions of each task (400 of them: standard error 0.025; normalised by length but for WinoGrande; 0 leaves them out). pip
-install -e .[eval] -c constraints.txt.
+All are run by the launch files below runs/recovery_STEPS, where finished stages are kept and a stopped one goes on: remove the
+folder to start anew. They see the same samples in the same order, a blend of ../shared/data's text, on one process for each CPU
+core or GPU. Losses are those of the exported folders in transformers, fp32, windows of 512: on books and WikiText-2 that are
+held out, on a book of technical prose that nobody trained on, and on the standard library's code. Accuracies are lm-eval's,
+0-shot, of the first questions of each task (400 of them: standard error 0.025; normalised by length but for WinoGrande; 0
+leaves them out). pip install -e .[eval] -c constraints.txt.
 
 On two cores an arm takes about half an hour; --quick takes two steps and eight questions, and shows only that it runs. On a GPU
 smollm2_laptop and smollm2_100m train side by side on 12 M tokens each, 32 x 1,024 a step. --data names what
@@ -77,7 +77,7 @@ def main() -> None:
         os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(options.data / "wheels")}
         sys.path.append(str(options.data / "lm_eval"))
     steps, questions = (2, min(8, options.questions)) if options.quick else (options.steps, options.questions)
-    root = Path("runs/recovery_quick" if options.quick else "runs/recovery")
+    root = Path(f"runs/recovery_{'quick_' if options.quick else ''}{steps}")
     models = _train(root, texts, steps, options.arms)
     heldout = [*held, demo.write_stdlib_text(root / "text")[1]]
     names = [*HELDOUT, "code"]
@@ -159,7 +159,7 @@ def heldout_losses(out_dir: Path, folder: Path, heldout: list[Path], windows: in
 
 
 def _accuracies(out_dir: Path, folder: Path, questions: int, files: Path) -> dict[str, float]:
-    kept = out_dir / "lm_eval.json"
+    kept = out_dir / f"lm_eval_{questions}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     from lm_eval.models.huggingface import HFLM

@@ -17,8 +17,9 @@ Expected from the papers: logits beat cross-entropy on the same tokens, since a 
 below 1 hold less of the tail of the distribution, and training on them alone loses it (2305.17493): the arm of both should lie
 between. With a pruned student, far from converged, all differences are small beside what any training gives.
 
-Finished stages below runs/synthetic_data are kept, and a stopped one goes on: remove the folder to start anew. About twelve minutes
-on two free cores by estimate; generation is stated apart. --quick takes two steps and 16 prompts, and shows only that it runs.
+Finished stages below runs/synthetic_data_STEPS are kept, and a stopped one goes on: remove the folder to start anew. About
+twelve minutes on two free cores by estimate; generation is stated apart. --quick takes two steps and 16 prompts, and shows only
+that it runs.
 """
 
 import gzip
@@ -34,6 +35,7 @@ from common import Figure, parser, write
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import demo
 from minitron_mcore.cli.pipeline import run_stage
+from minitron_mcore.reading import read_json_lines
 from minitron_mcore.reporting import tables
 
 LENGTH, BATCH, STEPS = 256, 4, 16
@@ -53,7 +55,7 @@ def main() -> None:
     heldout = [recovery.DATA / "text" / file for file in recovery.HELDOUT.values()]
     if missing := [path for path in (*texts, *heldout) if not path.is_file()]:
         sys.exit(f"skipped: {missing[0]} is not there.")
-    work = Work(Path("runs/synthetic_data_quick" if options.quick else "runs/synthetic_data"))
+    work = Work(Path(f"runs/synthetic_data_{'quick_' if options.quick else ''}{steps}"))
     # An answer and its prompt have about 100 tokens, and some are dropped; an excerpt has 250 or more.
     count = steps * BATCH * LENGTH // 80
     real = work.write_real(texts, max(count, 200))
@@ -162,7 +164,7 @@ class Work:
             starts = [" ".join(text.split(" ")[:WORDS]) for text in texts]
             disk.replace_text(prompts, "\n".join(json.dumps({"prompt": start}) for start in starts if start.strip()))
         self.once("synthesize", out_dir, f"prompts=[{prompts}]", *ANSWERS)
-        answers = [json.loads(line) for line in (out_dir / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        answers = read_json_lines(out_dir / "train.jsonl", "remove the folder and run again")
         if not samples.is_file():
             lines = [json.dumps({"text": row["prompt"] + row["completion"]}) for row in answers]
             disk.replace_text(samples, "\n".join(lines))

@@ -19,8 +19,8 @@ def main(config: GenerateRun) -> None:
     with process_groups.stage_context(config):
         source = run_folder.open_checkpoint(config.source)
         words = tokenizer.open_tokenizer(config.data, source.hf, source.arch.vocab)
+        prompt = words.prompt(config.prompt)
         model = run_folder.build_model(source, config.parallel, config.dtype.value)
-        prompt = words.documents([config.prompt])[0][:-1]  # without the EOS that ends a document
         [new] = generate(model, source.arch, [prompt], config.tokens, lambda new: new[-1] == words.eos)
         text = words.decode(prompt + new)
         process_groups.log(text)

@@ -5,9 +5,10 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from arms import RESULTS, STEPS
-from verdicts import shown, words
+from verdicts import judged, shown, words
 
 from minitron_mcore.reporting import tables
 
@@ -39,8 +40,9 @@ not its end.
 Losses are nats a token, the mean of four held-out texts that count alike: books, technical prose, WikiText-2 and code, 8
 windows of 512 tokens each. Each arm ran with three seeds, which draw the calibration text and the training samples; arms of
 one seed read the same samples. Differences are means over the seeds of the difference to the first arm, with their standard
-error. A claim is decided where the 95 % interval of its difference excludes 0 (Student's t, two degrees of freedom). Claims
-were written down before the runs; one in twenty would be decided by chance alone.
+error; where one is negative, the arm named first has the lower loss. A claim is decided where the 95 % interval of its
+difference excludes 0 (Student's t, two degrees of freedom). Claims were written down before the runs; one in twenty would be
+decided by chance alone.
 """
 
 
@@ -48,14 +50,18 @@ def page() -> str:
     results = [
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ORDER if (RESULTS / f"{name}.json").is_file()
     ]
-    rows = [words(claim) for result in results for claim in result["claims"]]
+    rows = [words(judged(claim, each["rows"])) for each in results for claim in _module(each).CLAIMS]
     missing = [f"`{name}.py`" for name in ORDER if not (RESULTS / f"{name}.json").is_file()]
     parts = [HEAD, _table(rows), f"Not run yet, in benchmarks/findings: {', '.join(missing)}." if missing else ""]
     for result in results:
-        title, text = importlib.import_module(result["finding"]).__doc__.split("\n", 1)
+        title, text = _module(result).__doc__.split("\n", 1)
         parts += [f"## {title.rstrip('.')}\n", f"`python benchmarks/findings/{result['finding']}.py`", text]
         parts += [_table(shown(result["rows"])), _crossing(result)]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
+
+
+def _module(result: dict) -> ModuleType:
+    return importlib.import_module(result["finding"])
 
 
 def _table(rows: list[dict]) -> str:

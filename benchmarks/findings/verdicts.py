@@ -23,7 +23,7 @@ from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import demo
 from minitron_mcore.reporting import tables
 
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """By degrees of freedom."""
 
 
@@ -44,14 +44,15 @@ def main(name: str, description: str, arms: dict[str, Arm], claims: list[Claim])
     options = parser(description)
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options = options.parse_args()
+    if len(options.seeds) > 1 + max(T_95):
+        sys.exit(f"--seeds names {len(options.seeds)}; verdicts are for {1 + max(T_95)} or fewer.")
     if missing := [path for path in texts() if not path.is_file()]:
         sys.exit(f"skipped: {missing[0]} is not there.")
     rows = measure(arms, options.seeds[:1] if options.quick else options.seeds, options.quick)
-    decided = [judged(claim, {row["arm"]: row for row in rows}) for claim in claims]
     tables.table(description.splitlines()[0], shown(rows))
-    if decided:
-        tables.table("what the papers found", [words(each) for each in decided])
-    result = {"finding": name, "seeds": options.seeds, "rows": rows, "claims": decided}
+    if claims:
+        tables.table("what the papers found", [words(judged(claim, rows)) for claim in claims])
+    result = {"finding": name, "seeds": options.seeds, "rows": rows}
     disk.write_json((ROOT.with_name("findings_quick") if options.quick else RESULTS) / f"{name}.json", result)
     write(figures(name, rows), options.json)
 
@@ -97,22 +98,21 @@ def difference(row: dict, base: dict, key: str = "after") -> tuple[float, float]
     return statistics.fmean(paired), error
 
 
-def judged(claim: Claim, rows: dict[str, dict]) -> dict[str, Any]:
+def judged(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The claim, its difference and "holds": True, False, or None where it is not decided."""
-    value, error = difference(rows[claim.lower], rows[claim.upper], claim.key)
-    seeds = len(rows[claim.lower][claim.key])
+    lower, upper = (next(row for row in rows if row["arm"] == arm) for arm in (claim.lower, claim.upper))
+    value, error = difference(lower, upper, claim.key)
+    seeds = len(lower[claim.key])
     is_decided = seeds > 1 and abs(value) > T_95[seeds - 1] * error
-    benefit = value < 0 if is_decided else None
-    holds = benefit if claim.expected else not benefit
+    holds = (value < 0) == claim.expected if is_decided else None
     return vars(claim) | {"difference": value, "error": error, "holds": holds}
 
 
 def words(claim: dict[str, Any]) -> dict[str, str]:
     """A judged claim as a row of a table."""
-    says = "has the lower loss than" if claim["expected"] else "is no better than"
-    when = "" if claim["key"] == "after" else " before training"
     return {
-        "claim": f"{claim['lower']} {says} {claim['upper']}{when}",
+        "claim on the losses": f"{claim['lower']} {'<' if claim['expected'] else '>='} {claim['upper']}",
+        "training": claim["key"],
         "difference": f"{claim['difference']:+.3f} +- {claim['error']:.3f}",
         "verdict": {True: "holds", False: "does not hold", None: "not decided"}[claim["holds"]],
     }

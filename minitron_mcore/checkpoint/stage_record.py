@@ -64,7 +64,7 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
     """
     read = {role: config[role] for role in (*_MODELS, *_FILE_OF) if config.get(role)}
     if config.get("teachers"):
-        del read["teacher"]
+        read.pop("teacher", None)
     if config.get("stage") in ("convert", "cut"):
         read |= {f"model.{key}": path for key in ("hf", "weights") if (path := config["model"].get(key))}
     if choices := config.get("depth", {}).get("choices"):
@@ -77,6 +77,9 @@ def inputs(config: Mapping[str, Any]) -> dict[str, Input]:
     for number, path in enumerate(paths):
         share = weights[number] if weights else 1.0
         found[f"teachers[{number}]"] = Input(path, f"{share:g} x {_fingerprint('teacher', Path(path))}")
+    answered = config.get("distill", {}).get("on_policy", {})
+    for number, path in enumerate(answered["prompts"] if answered.get("share") else []):
+        found[f"distill.on_policy.prompts[{number}]"] = Input(path, _text_fingerprint(path))
     for key in _TEXTS.get(config.get("stage", ""), ("train",)):
         entries, split = data.get(key) or [], "train" if key == "train" else "valid"
         if key == "train" or (not entries and (data.get("split") or data.get("splits_file"))):

@@ -9,6 +9,7 @@ from typing import Any
 
 from minitron_mcore.checkpoint import disk
 from minitron_mcore.cli import resolve, stage_problems
+from minitron_mcore.cli.compose import LAUNCH_FILES
 from minitron_mcore.config.settings import DistillConfig, ParallelConfig
 from minitron_mcore.config.stages import (
     BenchmarkRun,
@@ -69,7 +70,8 @@ def plan(config: Run) -> dict[str, Any]:
     problems: list[str] = []
     models = resolve.models(config, problems)
     archs = {role: arch for role, (arch, _) in models.items()}
-    training, name = _training_settings(config), type(config).__name__.removesuffix("Run").lower()
+    training = _training_settings(config)
+    name = next(each for each, schema in LAUNCH_FILES.items() if schema is type(config))
     settings = config if isinstance(config, TeacherCacheRun) else training or getattr(config, name, None)
     world = config.dry.gpus or int(os.environ.get("WORLD_SIZE", 0)) or _min_processes(config, training)
     teacher_ranks = training.teacher_ranks if training else 0
@@ -214,6 +216,10 @@ def _operations(
         operations = {
             role: times[resolve.kind(role)] * tokens * flops.forward_flops(arch, length) for role, arch in archs.items()
         }
+        if (policy := training.on_policy).share:
+            # Answers of full length. Without a cache each of their tokens takes a pass over all tokens.
+            passes = policy.share * (1 if config.parallel.context == 1 else policy.tokens)
+            operations["answers"] = round(passes * tokens * flops.forward_flops(archs["student"], length, head=False))
     elif isinstance(config, TeacherCacheRun):
         steps, tokens = config.steps, config.global_batch * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length, head=config.kind == CacheKind.topk)}
@@ -226,9 +232,12 @@ def _operations(
         steps = 1 + study.max_points(config.depth, archs["model"].blocks)
         tokens = len(config.data.heldout) * config.depth.windows * length
         operations = {"model": tokens * flops.forward_flops(archs["model"], length)}
-    elif isinstance(config, SynthesizeRun) and not list(prompts.problems(config)):
+    elif isinstance(config, SynthesizeRun) and not list(prompts.problems(config.prompts, config.data)):
         # A step is an answer of full length. Without a cache each of its tokens takes a pass over all tokens.
-        steps, tokens = config.synthesize.samples * len(prompts.read(config)), config.synthesize.tokens
+        steps, tokens = (
+            config.synthesize.samples * len(prompts.read(config.prompts, config.data)),
+            config.synthesize.tokens,
+        )
         passes = 1 if config.parallel.context == 1 else tokens
         operations = {"model": passes * length * flops.forward_flops(archs["model"], length, head=False)}
     else:
@@ -257,6 +266,18 @@ def _axes(p: ParallelConfig, world: int) -> str:
     return f"{axes}{', sequence parallel' if p.sequence else ''}"
 
 
+def _assumptions(config: Run, models: dict[str, dict[str, Any]]) -> list[str]:
+    """What the figures leave open."""
+    found = []
+    reads_text = _training_settings(config) or isinstance(config, ImportanceRun | TeacherCacheRun)
+    if reads_text and not (config.data.train or config.data.splits_file):
+        found.append("data.train is not given: no text was checked")
+    counts = {role: row["parameters"] for role, row in models.items()}
+    if models.get("student", {}).get("from", "").endswith("prune.*") and counts["student"] == counts.get("teacher"):
+        found.append("there is no plan, and prune= cuts nothing: the student has the teacher's size")
+    return found
+
+
 def _show(config: Run, figures: dict[str, Any]) -> None:
     dry, world, training = config.dry, figures["gpus"], _training_settings(config)
     teacher_ranks = training.teacher_ranks if training else 0
@@ -265,6 +286,7 @@ def _show(config: Run, figures: dict[str, Any]) -> None:
         notes.append(
             f"teacher: {_axes(teacher_layout, teacher_ranks or world)}{', on its own ranks' if teacher_ranks else ''}"
         )
+    notes += _assumptions(config, figures["models"])
     shown = [key for key in SHAPE if any(model[key] for model in figures["models"].values())]
     models = [
         {"model": role} | {key: model[key] for key in ("parameters", "without_embeddings", *shown, "from")}

@@ -94,6 +94,8 @@ def _training_problems(
     yield from checks.several_teachers(teachers, training)
     if isinstance(config, DistillRun):
         yield from checks.on_policy(training, config.performance, len(config.each()))
+        if training.on_policy.share and training.on_policy.prompts:
+            yield from prompts.problems(training.on_policy.prompts, config.data)
     trained = [arch for role, arch in archs.items() if resolve.kind(role) == "student"]
     trained = trained or [arch for role, arch in archs.items() if role == "model"]
     for student, teacher in itertools.product(trained, teachers):
@@ -150,5 +152,5 @@ def _measurement_problems(config: Run, archs: dict[str, Architecture], setting: 
     if isinstance(config, EvaluateRun | SearchRun):
         yield from ranges.positions("evaluate.sequence_length", config.evaluate.sequence_length, **positions)
     if isinstance(config, SynthesizeRun):
-        yield from prompts.problems(config)
+        yield from prompts.problems(config.prompts, config.data)
         yield from ranges.positions("prompt_tokens + tokens", config.synthesize.sequence_length, **positions)

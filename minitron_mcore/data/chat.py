@@ -5,6 +5,7 @@ tags a turn is what its message adds to the rendering of the messages before it 
 token that ends the turn.
 """
 
+import datetime
 import re
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from minitron_mcore.data.text_reader import Text
 from minitron_mcore.errors import UserError
 from minitron_mcore.reading import first_line
 
+DATE = datetime.date(2024, 7, 26)
+"""What templates print that ask for today's date, on any day, so that a text has the same tokens tomorrow. It is the date that
+Llama 3's template prints where it cannot ask."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -30,7 +34,8 @@ class ChatTemplate:
         """Tokenizers with equal identities render equally; "" without a template."""
         if self._tokenizer is None or self._tokenizer.chat_template is None:
             return ""
-        return f"{self._tokenizer.chat_template}{sorted(self._tokenizer.special_tokens_map.items())}"
+        date = DATE if "strftime_now" in str(self._tokenizer.chat_template) else ""
+        return f"{date}{self._tokenizer.chat_template}{sorted(self._tokenizer.special_tokens_map.items())}"
 
     def conversation(self, messages: object) -> Text:
         """A conversation with an answer as a document, whose `loss_spans` are the turns of the assistant.
@@ -74,9 +79,8 @@ class ChatTemplate:
     def _render(self, messages: list[Message], **options: bool) -> tuple[str, list[tuple[int, int]]]:
         template = self._template()
         try:
-            rendered, spans = render_jinja_template(
-                [messages], chat_template=template, **options, **self._tokenizer.special_tokens_map
-            )
+            names = {"strftime_now": DATE.strftime, **self._tokenizer.special_tokens_map}
+            rendered, spans = render_jinja_template([messages], chat_template=template, **options, **names)
         except MemoryError:
             raise
         except Exception as error:  # a template may raise anything

@@ -91,6 +91,17 @@ class Tokenizer(ABC):
         self._check_rows([spans.ids for spans in placed])
         return placed
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text to continue: a document without the EOS that ends it, but with one that the text itself ends with.
+
+        Raises:
+            UserError: see `documents`; the text has no tokens.
+        """
+        [spans] = self.spans([text])
+        if not (ids := spans.ids[:-1] if spans.special[-1] else spans.ids):
+            raise UserError(f"the tokenizer gives {text[:40]!r} no tokens: write another text.")
+        return ids
+
     def _check_rows(self, documents: list[list[int]]) -> None:
         largest = max((max(ids) for ids in documents), default=0)
         if self.rows is not None and largest >= self.rows:

@@ -197,6 +197,10 @@ def on_policy(config: DistillConfig, performance: PerformanceConfig, students: i
             f"{reason} the student's answers are no labels to learn, and distill.lm_weight is {config.lm_weight:g} and .kd_weight "
             f"{config.kd_weight:g}: give lm_weight 0 and a kd_weight above 0."
         )
+    if performance.fp8 is not None:
+        yield (
+            f"{reason} performance.fp8 needs multiples of 16 tokens, and generation has any number of them: give null."
+        )
     if performance.tp_comm_overlap:
         yield (
             f"{reason} performance.tp_comm_overlap has buffers for the shape of the training's micro-batches, which answers do not "

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from minitron_mcore.checkpoint.run_folder import Checkpoint
-from minitron_mcore.config.stages import DistillRun, SynthesizeRun
+from minitron_mcore.config.stages import DistillRun
 from minitron_mcore.data.tokenizer import open_tokenizer
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import UserError
@@ -37,7 +37,7 @@ class StudentAnswers:
         longest = config.distill.sequence_length - self.settings.tokens
         with process_groups.raise_on_all_ranks():
             tokenizer = open_tokenizer(config.data, student.hf, student.arch.vocab)
-            asked = prompts.read(SynthesizeRun(prompts=self.settings.prompts, data=config.data))
+            asked = prompts.read(self.settings.prompts, config.data)
             every = [synthesis.prompt_tokens(prompt, tokenizer) for prompt in asked]
             self.ends = synthesis.end_tokens(student, tokenizer)
         self.prompts = [ids for ids in every if len(ids) <= longest]

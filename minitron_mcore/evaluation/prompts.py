@@ -3,11 +3,11 @@ No torch import."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from minitron_mcore.config import ranges
-from minitron_mcore.config.stages import SynthesizeRun
+from minitron_mcore.config.settings import DataConfig
 from minitron_mcore.data.blend import expand
 from minitron_mcore.data.messages import ASSISTANT, Message, check_messages
 from minitron_mcore.data.text_reader import check_readable, lines
@@ -30,30 +30,30 @@ class Prompt(NamedTuple):
         return {"messages": [*self.content, {"role": ASSISTANT, "content": completion}]}
 
 
-def read(config: SynthesizeRun) -> list[Prompt]:
-    """The prompts of the files, folders and patterns in `prompts`, in order; equal ones once. Answers in the lines are ignored.
+def read(entries: Sequence[str], data: DataConfig) -> list[Prompt]:
+    """The prompts of files, folders and patterns, in order; equal ones once. Answers in the lines are ignored.
 
     Raises:
         UserError: see `blend.expand` and `text_reader.lines`; a file of another kind, a line without a prompt, no prompts.
     """
-    refuse(ranges.text_files("prompts", config.prompts))
+    refuse(ranges.text_files("prompts", entries))
     prompts: dict[str, Prompt] = {}
-    for path in (path for entry in config.prompts for path in expand(entry)):
+    for path in (path for entry in entries for path in expand(entry)):
         check_readable(path)
         if not path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
             raise UserError(f"{path} is no file of prompts: write them as .jsonl, .jsonl.gz or .jsonl.zst.")
-        for number, line, _ in lines(path, config.data.line_mb):
+        for number, line, _ in lines(path, data.line_mb):
             prompt = _prompt(line, f"{path}, line {number}")
             prompts.setdefault(prompt.id, prompt)
     if not prompts:
-        raise UserError(f'{", ".join(config.prompts)}: no prompts: write one {{"prompt": ...}} a line.')
+        raise UserError(f'{", ".join(entries)}: no prompts: write one {{"prompt": ...}} a line.')
     return list(prompts.values())
 
 
-def problems(config: SynthesizeRun) -> Iterator[str]:
+def problems(entries: Sequence[str], data: DataConfig) -> Iterator[str]:
     """Why prompts cannot be read."""
     try:
-        read(config)
+        read(entries, data)
     except UserError as error:
         yield str(error)
 

@@ -60,7 +60,7 @@ def run(config: SynthesizeRun) -> None:
     refuse(ranges.positions("prompt_tokens + tokens", settings.sequence_length, model=source.arch.max_positions))
     with process_groups.raise_on_all_ranks():
         tokenizer = open_tokenizer(config.data, source.hf, source.arch.vocab)
-        asked = prompts.read(config)
+        asked = prompts.read(config.prompts, config.data)
         tokens = {prompt.id: prompt_tokens(prompt, tokenizer) for prompt in asked}
     keys = [(prompt.id, sample) for prompt in asked for sample in range(settings.samples)]
     with claim.claim_run_folder(config.out_dir, resolved(config)):
@@ -81,7 +81,7 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """A prompt's token ids up to where the answer begins."""
     try:
         if isinstance(prompt.content, str):
-            return tokenizer.documents([prompt.content])[0][:-1]  # without the EOS that ends a document
+            return tokenizer.prompt(prompt.content)
         return tokenizer.spans([tokenizer.chat.prompt(prompt.content)])[0].ids
     except UserError as error:
         raise UserError(f"{prompt.where}: {error}") from error

@@ -252,6 +252,8 @@ def test_llama_8b_on_256_gpus(tmp_path):
     weights = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) + 128256 * 4096
     flops = 4 * (2 * weights + 32 * 4 * 4096 * 4096.5) * 9960 * 1152 * 8192
     days = flops / (256 * 989e12 * 0.4) / 86400
+    assert "dry run of distill" in output and "data.train is not given: no text was checked" in output
+    assert "there is no plan, and prune= cuts nothing: the student has the teacher's size" in output
     assert f"{days:#.4g}" in output and f"{9960 * 1152 * 8192:,}" in output
 
 
@@ -314,11 +316,13 @@ def stage(name, *overrides):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_stage_plans(tmp_path, monkeypatch, name):
+def test_every_stage_plans(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     with stage(name, "+recipe=smollm2_100m", "dry.device=cpu") as config:
         dry_run.run(config)
         found = dry_run.plan(config)
+    output = capsys.readouterr().out
+    assert f"dry run of {name}, smollm2" in output and "prune= cuts nothing" not in output
     cut = {"source": 134_515_008, "target": 100_282_392}
     expected = {"plan": cut, "prune": cut, "cut": cut, "distill": {"teacher": cut["source"], "student": cut["target"]}}
     one = {"model": cut["target" if name in ("export", "evaluate") else "source"]}

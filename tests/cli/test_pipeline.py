@@ -168,6 +168,7 @@ def test_several_students():
 
 def test_several_teachers():
     """They are inputs instead of the recipe's teacher: one that a stage writes is made, another must be there."""
+    assert stage_record.inputs({"teacher": "", "teachers": ["a", "b"]}).keys() == {"teachers[0]", "teachers[1]"}
     steps = planned("+recipe=smollm2_100m", "teachers=[0.7,runs/smollm2_100m/correct,0.3,runs/b/convert]")
     assert "correct" in [step.name for step in steps]
     distill = next(step for step in steps if step.name == "distill")

@@ -103,6 +103,16 @@ def test_other_conversations_are_refused(tmp_path, template, messages, sentence)
     assert len(str(refusal.value).splitlines()) == 1 and not (tmp_path / "flag").exists()
 
 
+def test_the_date_of_a_template_is_the_same_every_day(tmp_path):
+    dated = "{{ strftime_now('%d %b %Y') }}" + MARKED
+    rendered = [
+        load(write_chat_tokenizer(tmp_path / name, template)).chat.conversation([USER, ANSWER])
+        for name, template in (("dated", dated), ("undated", MARKED))
+    ]
+    assert rendered[0] == f"26 Jul 2024{rendered[1]}"
+    assert rendered[0].loss_spans == tuple((first + 11, end + 11) for first, end in rendered[1].loss_spans)
+
+
 def test_sentencepiece_models_have_no_template(tmp_path):
     folder = train(tmp_path, model_type="bpe")
     with pytest.raises(UserError, match="has no chat template"):

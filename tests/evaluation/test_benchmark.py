@@ -14,6 +14,7 @@ from lm_eval.api.model import LM
 
 from minitron_mcore.config.benchmark import BENCHMARKS, BenchmarkConfig
 from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.config.stages import BenchmarkRun
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation.benchmarks import run, suite
 from minitron_mcore.evaluation.benchmarks.sandbox import Sandbox
@@ -202,6 +203,34 @@ def test_what_is_wrong_is_said_before_work_starts(tmp_path, files, monkeypatch):
                 suite.make_task(unit, 1, Sandbox(1, 256).pass_at_1)
     monkeypatch.setattr(suite, "PACKAGE", "not_installed")
     assert "pip install minitron_mcore[eval]" in problems()
+
+
+def test_few_examples_are_refused_before_a_model_is_loaded_and_failures_reach_all_ranks(tmp_path, made, files):
+    def few(examples: int, questions: int = 9) -> str:
+        for split, count in (("train", examples), ("test", questions)):
+            rows = (files / f"gsm8k.{split}.jsonl").read_text().splitlines(keepends=True)
+            (tmp_path / f"gsm8k.{split}.jsonl").write_text("".join(rows[:count]))
+            if not count:
+                (tmp_path / f"gsm8k.{split}.jsonl").unlink()
+        try:
+            [unit] = suite.units("gsm8k", BenchmarkConfig(data_dir=str(tmp_path)))
+            run.evaluate(Oracle(), suite.make_task(unit, 1, Sandbox(1, 256).pass_at_1), None, 1)
+        except UserError as error:
+            return str(error)
+
+    assert few(5) is None and few(0, 6) is None
+    assert "gsm8k.test.jsonl has 4 other questions as examples of a question, but a prompt of gsm8k has 5: add" in few(
+        0, 5
+    )
+    message = (
+        f"{tmp_path}/gsm8k.train.jsonl has 3 examples, but a prompt of gsm8k has 5: add at least 2 rows, or leave gsm8k"
+    )
+    assert few(3) == f"{message} out of benchmark.tasks."
+    settings = BenchmarkConfig(data_dir=str(tmp_path), tasks=["gsm8k"])
+    config = BenchmarkRun(source=str(made / "ckpt"), out_dir=str(tmp_path / "out"), work_dir="w", benchmark=settings)
+    (refused, failed), (other, raised) = on_ranks(benchmark_files.refusal_and_failure, 2, ONE, config, timeout=60)
+    assert refused == other == few(3) and not (tmp_path / "out").exists()
+    assert (failed, raised) == ("ValueError: a bug", "UserError: ValueError: a bug")
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 
+from minitron_mcore.checkpoint import stage_record
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.cli import compose, dry_run
+from minitron_mcore.config import identity
 from minitron_mcore.config.settings import DataConfig, Divergence, OnPolicyConfig
 from minitron_mcore.config.stages import DistillRun
 from minitron_mcore.errors import UserError
@@ -133,7 +135,7 @@ def test_a_resumed_run_draws_the_same(at):
     fork(at, "distill", *given, prompts, "out_dir=whole")
     fork(at, "distill", *given, prompts, "out_dir=halves", "distill.stop_after=1")
     output = fork(at, "distill", *given, "out_dir=halves", "distill.on_policy.prompts=[other.jsonl]", fails=2)
-    assert "but the text and the tokenizer now give" in output
+    assert "halves was made from distill.on_policy.prompts[0] prompts.jsonl" in output
     fork(at, "distill", *given, prompts, "out_dir=halves")
     losses = [
         [json.loads(line)["kd_loss"] for line in (at / name / "metrics.jsonl").read_text().splitlines()]
@@ -150,6 +152,7 @@ def test_a_resumed_run_draws_the_same(at):
         ("tokens=1024", "leaves no room for a prompt in distill.sequence_length 1024"),
         ("prompts=[]", "distill.on_policy.prompts is empty"),
         ("top_p=0", "distill.on_policy.top_p is 0; it must be above 0"),
+        ("share=0.2", "x.jsonl is neither a file nor"),
     ],
 )
 def test_impossible_settings_are_refused(change, sentence):
@@ -158,8 +161,35 @@ def test_impossible_settings_are_refused(change, sentence):
         problems = dry_run.plan(compose.compose("distill", [*given, f"distill.on_policy.{change}"]))["problems"]
         assert any(sentence in problem for problem in problems)
         learned = dry_run.plan(compose.compose("distill", [*given, "distill.lm_weight=1", "students={a: x, b: y}"]))
+        eight_bits = dry_run.plan(compose.compose("distill", [*given, "performance=fp8"]))["problems"]
+    assert any("fp8 needs multiples of 16 tokens" in problem for problem in eight_bits)
     assert any("2 students would learn from different answers" in problem for problem in learned["problems"])
     assert any("answers are no labels to learn" in problem for problem in learned["problems"])
+
+
+def test_changed_prompts_are_noticed_and_counted(at, monkeypatch):
+    monkeypatch.chdir(at)
+    given = [
+        "+model=smollm2_135m",
+        "distill=on_policy",
+        "distill.on_policy.prompts=[prompts.jsonl]",
+        "data.train=[text.txt]",
+    ]
+    with conf():
+        runs = [compose.compose("distill", [*given, f"distill.on_policy.share={share}"]) for share in (0.5, 0)]
+        with_answers, without = (dry_run.plan(run)["operations"]["flop_a_step"] for run in runs)
+    # Half of the samples take one more forward pass of the student, the head aside.
+    assert (
+        with_answers["student"] / 8 < with_answers["answers"] <= with_answers["student"] / 6
+        and "answers" not in without
+    )
+    with_prompts, without = (stage_record.inputs(identity.resolved(run)) for run in runs)
+    (name,) = with_prompts.keys() - without.keys()
+    (at / "prompts.jsonl").rename(kept := at / "kept.jsonl")
+    (at / "prompts.jsonl").write_text(kept.read_text()[:-2])
+    changed = stage_record.inputs(identity.resolved(runs[0]))
+    kept.replace(at / "prompts.jsonl")
+    assert [key for key in changed if changed[key] != with_prompts[key]] == [name] == ["distill.on_policy.prompts[0]"]
 
 
 def test_prompts_that_leave_no_room_are_refused(at):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from minitron_mcore.cli import dry_run
-from minitron_mcore.config.settings import ParallelConfig
-from minitron_mcore.config.stages import SynthesizeRun
+from minitron_mcore.config.settings import DataConfig, ParallelConfig
 from minitron_mcore.config.synthesis import SynthesizeConfig
 from minitron_mcore.data.tokenizer import load
 from minitron_mcore.errors import UserError
@@ -178,7 +177,24 @@ def test_other_prompts_are_refused(tmp_path, line, sentence):
     path = tmp_path / "a.jsonl"
     path.write_text(line)
     with pytest.raises(UserError, match=sentence):
-        prompts.read(SynthesizeRun(prompts=[str(path)]))
+        prompts.read([str(path)], DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"), [("w5 w6", [5, 6]), ("w5 <eos>", [5, 0]), ("<eos>", [0]), ("w5 <eos> w6", [5, 0, 6]), ("x", None)]
+)
+def test_a_prompt_ends_where_its_text_ends(folder, text, ids):
+    """With an EOS of its own, without that of a document; one that the tokenizer removes as a whole is refused."""
+    from tokenizers import normalizers
+
+    tokenizer = load(folder / "hf")
+    tokenizer.backend.normalizer = normalizers.Replace("x", "")
+    asked = prompts.Prompt(text, "p.jsonl, line 3", "")
+    if ids:
+        assert synthesis.prompt_tokens(asked, tokenizer) == ids
+    else:
+        with pytest.raises(UserError, match="p.jsonl, line 3: the tokenizer gives 'x' no tokens: write another text"):
+            synthesis.prompt_tokens(asked, tokenizer)
 
 
 def test_settings_out_of_range_and_dry_run(folder, monkeypatch):

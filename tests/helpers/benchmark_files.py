@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from minitron_mcore.errors import UserError
 from tests.helpers import models
 
 PAIRS = [
@@ -122,6 +123,37 @@ def sharded_answers(checkpoint, parallel):
         return model.serve()
     with model.leading():
         return answers(model)
+
+
+def refusal(config) -> str | None:
+    """With what the stage is refused on this rank; None if it ends."""
+    from minitron_mcore.evaluation.benchmarks import run
+
+    try:
+        run.run(config)
+    except UserError as error:
+        return str(error)
+
+
+def refusal_and_failure(config) -> tuple[str | None, str]:
+    """`refusal`, and how this rank ends when rank 0 fails between two requests."""
+    from minitron_mcore.checkpoint import run_folder
+    from minitron_mcore.data import tokenizer
+    from minitron_mcore.evaluation.benchmarks.sharded_lm import ShardedLM
+    from minitron_mcore.parallel import process_groups
+
+    refused, opened = refusal(config), run_folder.open_checkpoint(config.source)
+    sharded = run_folder.build_model(opened, config.parallel, "fp32")
+    model = ShardedLM(sharded, opened.arch, tokenizer.load(opened.hf), micro_batch=2, seed=1)
+    try:
+        if process_groups.rank():
+            model.serve()
+        with model.leading():
+            model.loglikelihood([])
+            raise ValueError("a bug")
+    except (UserError, ValueError) as error:
+        return refused, f"{type(error).__name__}: {error}"
+    return refused, "no error"
 
 
 def hf_answers(folder, dtype="float32"):

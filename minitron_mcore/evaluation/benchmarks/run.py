@@ -22,7 +22,7 @@ from minitron_mcore.evaluation.benchmarks.sandbox import Sandbox
 from minitron_mcore.evaluation.benchmarks.suite import SUITE, Unit
 from minitron_mcore.export import transformers_check
 from minitron_mcore.models.build import DTYPES
-from minitron_mcore.parallel import process_groups, stop_signal
+from minitron_mcore.parallel import hang_watchdog, process_groups, stop_signal
 from minitron_mcore.reading import FORMAT_VERSION, damage_as_user_error, read_json
 from minitron_mcore.reporting import tables
 
@@ -34,13 +34,14 @@ def run(config: BenchmarkRun) -> None:
     """Measure every model, and print and write the table (collective).
 
     Raises:
-        UserError: `suite.problems`; a model that cannot be opened; questions of another form; programs cannot be confined.
+        UserError: `suite.problems`; a model that cannot be opened; see `suite.make_task`; programs cannot be confined.
     """
     refuse(suite.problems(config.benchmark))
     os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # datasets is imported later
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if any(SUITE[name].runs_code for name in config.benchmark.tasks):
         process_groups.on_rank_0(_sandbox(config).check)
+    process_groups.on_rank_0(lambda: _check_tasks(config))
     rows = {name: measure(name, each) for name, each in config.each().items()}
     if process_groups.rank() == 0:
         _write_table(config, rows)
@@ -56,7 +57,7 @@ def measure(name: str, config: BenchmarkRun) -> dict[str, Any]:
         UserError: another run in the folder, or a damaged file of a task.
     """
     with claim.claim_run_folder(config.out_dir, resolved(config)):
-        units = [unit for benchmark in config.benchmark.tasks for unit in suite.units(benchmark, config.benchmark)]
+        units = _units(config)
         missing = process_groups.on_rank_0(lambda: [unit for unit in units if not _path(config, unit).is_file()])
         if missing:
             _measure_units(name, config, missing)
@@ -79,6 +80,18 @@ def _summarize(config: BenchmarkRun, units: Sequence[Unit]) -> dict[str, Any]:
     content = {"format_version": FORMAT_VERSION, "source": source._asdict(), "benchmarks": summary}
     disk.write_json(Path(config.out_dir) / FILE, content)
     return summary
+
+
+def _check_tasks(config: BenchmarkRun) -> None:
+    """Make each task that a model lacks: what is wrong with its files is said before a model is loaded (rank 0)."""
+    for unit in _units(config):
+        if not all(_path(each, unit).is_file() for each in config.each().values()):
+            hang_watchdog.beat()
+            suite.make_task(unit, config.seed, _sandbox(config).pass_at_1)
+
+
+def _units(config: BenchmarkRun) -> list[Unit]:
+    return [unit for benchmark in config.benchmark.tasks for unit in suite.units(benchmark, config.benchmark)]
 
 
 def _path(config: BenchmarkRun, unit: Unit) -> Path:

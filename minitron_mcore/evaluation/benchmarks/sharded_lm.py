@@ -19,6 +19,7 @@ from minitron_mcore.models.architecture import Architecture
 from minitron_mcore.models.build import Model
 from minitron_mcore.parallel import hang_watchdog, process_groups, stop_signal
 from minitron_mcore.parallel.hang_watchdog import Phase
+from minitron_mcore.reading import first_line
 
 _BATCHES = 16
 """Micro-batches of each data-parallel rank between two stop points."""
@@ -36,6 +37,8 @@ class ShardedLM(TemplateLM):
         super().__init__()
         self.sharded, self.arch, self.words = model, arch, tokenizer
         self.micro_batch, self.seed = micro_batch, seed
+        self._is_computing = False
+        """On rank 0, whether the other ranks compute too, not waiting for a request."""
         # Of its own, because rank 0 may tokenise or run programs for longer than the default group's timeout.
         self.requests = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
@@ -92,7 +95,10 @@ class ShardedLM(TemplateLM):
     def _call(self, name: str, *arguments: Any) -> Any:
         """The result of a method that all ranks run; called on rank 0."""
         self._share((name, arguments))
-        return getattr(self, name)(*arguments)
+        self._is_computing = True
+        result = getattr(self, name)(*arguments)
+        self._is_computing = False
+        return result
 
     def _share(self, message: Any = None) -> Any:
         """Rank 0's message on all ranks (collective)."""
@@ -102,11 +108,13 @@ class ShardedLM(TemplateLM):
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
-        """Rank 0's block, which runs lm-eval while the other ranks are in `serve`; a UserError of it is raised there too."""
+        """Rank 0's block, which runs lm-eval while the other ranks are in `serve`, where its exception is raised as a UserError."""
         try:
             yield
-        except UserError as error:
-            self._share(("error", str(error)))
+        except Exception as error:
+            if not self._is_computing:
+                text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+                self._share(("error", text))
             raise
         self._share()
 

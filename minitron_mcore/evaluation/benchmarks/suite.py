@@ -4,6 +4,7 @@ A benchmark is one task, or for MMLU one a subject. The prompts are those of lm-
 the papers'. Questions come from local files of rows as in the Hugging Face Hub's data sets.
 """
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 from minitron_mcore.config.benchmark import BENCHMARKS, BenchmarkConfig
 from minitron_mcore.data.text_reader import lines
-from minitron_mcore.errors import UserError
+from minitron_mcore.errors import UserError, refuse
 from minitron_mcore.reading import damage_as_user_error
 
 PACKAGE = "lm_eval"
@@ -233,7 +234,7 @@ def make_task(unit: Unit, seed: int, pass_at_1: Callable[..., float]) -> Any:
         pass_at_1: metric of tasks that run code, `sandbox.Sandbox.pass_at_1`.
 
     Raises:
-        UserError: a file cannot be read, or its rows are not those of the benchmark.
+        UserError: a file cannot be read, its rows are not those of the benchmark, or they are too few for the examples.
     """
     benchmark = SUITE[unit.benchmark]
     questions = _file(unit.questions)
@@ -243,7 +244,24 @@ def make_task(unit: Unit, seed: int, pass_at_1: Callable[..., float]) -> Any:
     own = {"task": unit.name, "num_fewshot": benchmark.shots, **benchmark.settings}
     if benchmark.runs_code:
         own["metric_list"] = [{"metric": pass_at_1, "aggregation": "mean", "higher_is_better": True}]
-    return build_task(unit.stock, splits, own, seed, questions, unit.limit, unsafe=benchmark.runs_code)
+    task = build_task(unit.stock, splits, own, seed, questions, unit.limit, unsafe=benchmark.runs_code)
+    refuse(_example_problems(unit, splits))
+    return task
+
+
+def _example_problems(unit: Unit, splits: dict[str, list[dict]]) -> Iterator[str]:
+    """Why there are too few examples. A question is no example of itself, nor is a copy of it."""
+    benchmark, file, every, what = SUITE[unit.benchmark], unit.examples, 1, "examples"
+    count = len(splits.get("examples", ()))
+    if not file:
+        file, every, what = _file(unit.questions), benchmark.every, "other questions as examples of a question"
+        copies = collections.Counter(json.dumps(row, sort_keys=True) for row in splits["questions"])
+        count = copies.total() - max(copies.values())
+    if count < benchmark.shots:
+        yield (
+            f"{file} has {count} {what}, but a prompt of {unit.name} has {benchmark.shots}: add at least "
+            f"{(benchmark.shots - count) * every} rows, or leave {unit.benchmark} out of benchmark.tasks."
+        )
 
 
 def build_task(
