@@ -133,7 +133,7 @@ def step_seconds(text: str, repetitions: int) -> dict[str, list[float]]:
     for _ in range(repetitions + 1):
         for name, (trainer, batches) in runs.items():
             figures = trainer.train_step([next(batches)])
-            seconds[name].append(SETTINGS.global_batch * SETTINGS.sequence_length / figures["tokens_per_second"])
+            seconds[name].append(figures["step_seconds"])
     return {name: found[1:] for name, found in seconds.items()}
 
 

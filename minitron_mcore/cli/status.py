@@ -142,7 +142,9 @@ def _is_slow(line: dict[str, Any]) -> bool:
 
 
 def _data_share(line: dict[str, Any]) -> float:
-    """Data wait over the time of the step, which begins when the batches are there."""
+    """Data wait over the time of the step; in files of an older version that begins when the batches are there."""
+    if line.get("step_seconds"):
+        return float(line["data_seconds"] / max(line["step_seconds"], line["data_seconds"]))
     seconds = line["tokens"] / line["step"] / line["tokens_per_second"]
     return float(line["data_seconds"] / (line["data_seconds"] + seconds))
 

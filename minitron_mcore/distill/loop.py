@@ -68,11 +68,12 @@ def train(
             with_teacher_outputs = (
                 list(teacher.add_teacher_outputs(micro_batches)) if teacher and len(student_runs) > 1 else None
             )
+            training = [student_run for student_run in student_runs if student_run.trainer.step == step]
+            shared_seconds = (time.monotonic() - start) / len(training)
             try:
                 messages = [
-                    student_run.step(micro_batches, with_teacher_outputs, data_seconds)
-                    for student_run in student_runs
-                    if student_run.trainer.step == step
+                    student_run.step(micro_batches, with_teacher_outputs, data_seconds, shared_seconds)
+                    for student_run in training
                 ]
             except (NotFinite, Stopped):
                 for student_run in student_runs:
@@ -100,8 +101,19 @@ class StudentRun:
         self.heldout = HeldOutLosses(heldout_text, out_dir, trainer.step) if heldout_text else None
         self.heldout_message = ""
 
-    def step(self, batches: list[Batch], with_teacher_outputs: Sequence[Batch] | None, data_seconds: float) -> str:
-        """Run one step, write metrics and checkpoints (collective); its part of the progress line."""
+    def step(
+        self,
+        batches: list[Batch],
+        with_teacher_outputs: Sequence[Batch] | None,
+        data_seconds: float,
+        shared_seconds: float,
+    ) -> str:
+        """Run one step, write metrics and checkpoints (collective); its part of the progress line.
+
+        Args:
+            data_seconds: for how long this rank waited for `batches`.
+            shared_seconds: this student's share of the time that the step took before.
+        """
         trainer, config = self.trainer, self.trainer.config
         run = partial(trainer.train_step, batches, with_teacher_outputs)
         figures = self.guard.step(trainer.step + 1, run, trainer.bad_gradient, batches)
@@ -110,6 +122,7 @@ class StudentRun:
         trainer.finish_save(wait=False)
         last = trainer.step == min(config.steps, config.stop_after or config.steps)
         if figures:
+            figures |= trainer.speeds(shared_seconds + figures["step_seconds"])
             figures |= metrics.rank_figures(data_seconds, trainer.work_seconds)
             self.history.append(figures)
         try:

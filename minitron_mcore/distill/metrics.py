@@ -38,7 +38,8 @@ FIELDS = (
     "heldout_kl",  # divergence from a live teacher on the held-out text
     "grad_norm",  # before clipping
     "lr",
-    "tokens_per_second",
+    "step_seconds",  # from the request for the micro-batches to the updated weights
+    "tokens_per_second",  # global_batch x sequence_length, masked or not, over step_seconds
     "student_tflops",  # of all ranks together
     "teacher_tflops",
     "data_seconds",  # the longest that a rank waited for its batches

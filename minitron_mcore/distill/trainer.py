@@ -185,7 +185,7 @@ class Trainer:
             with_teacher_outputs: the micro-batches of `add_teacher_outputs`; None: the teacher runs now.
 
         Returns:
-            The step's figures, the same on all ranks; losses in nats a token.
+            The step's figures, the same on all ranks; losses in nats a token. Speeds are those of this call.
 
         Raises:
             BadStep: on all ranks, for a loss or gradient that is not finite; weights, optimizer and schedule are unchanged.
@@ -226,7 +226,7 @@ class Trainer:
         if hidden_figures:
             kd_term = self.config.kd_weight * self.config.temperature**2 * kd / max(tokens, 1.0)
             self.hidden_loss.update_weight(kd_term, hidden_figures["hidden_state_loss"])
-        seconds, count, length = time.monotonic() - self.step_start, max(tokens, 1.0), self.config.sequence_length
+        count = max(tokens, 1.0)
         return {
             "step": self.step,
             "tokens": self.phases[-1].tokens(self.step),
@@ -236,12 +236,19 @@ class Trainer:
             "teacher_entropy": entropy / count,
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": count / seconds,
-            "student_tflops": 3 * flops.forward_flops(self.arch, length) * count / seconds / 1e12,
-            "teacher_tflops": sum(flops.forward_flops(arch, length) for arch in teachers.run_here(self.teacher))
-            * count
-            / seconds
-            / 1e12,
+            **self.speeds(time.monotonic() - self.step_start),
+        }
+
+    def speeds(self, seconds: float) -> dict[str, float]:
+        """Tokens and operations per second of a step of this length; masked and padded positions are computed, so they count."""
+        length = self.config.sequence_length
+        speed = self.config.global_batch * length / seconds
+        teacher_flops = sum(flops.forward_flops(arch, length) for arch in teachers.run_here(self.teacher))
+        return {
+            "step_seconds": seconds,
+            "tokens_per_second": speed,
+            "student_tflops": 3 * flops.forward_flops(self.arch, length) * speed / 1e12,
+            "teacher_tflops": teacher_flops * speed / 1e12,
         }
 
     def _finalize_gradients(self, *args, **kwargs) -> None:

@@ -60,20 +60,26 @@ def total(table: list[dict[str, Any]]) -> dict[str, Any]:
 def trained(folder: Path) -> dict[str, Any]:
     """Steps, tokens, seconds and operations of a training run, from its metrics; {} for a folder without steps.
 
-    Seconds are those of steps and of saves that training waited for, in all starts of the run. Operations are those of the
-    student's forward and backward passes and of a live teacher's forward passes.
+    Seconds are those of steps and of saves that training waited for, in all starts of the run; a step without a line counts as the
+    next one that has a line. Operations are those of the student's forward and backward passes and of a live teacher's forward
+    passes.
     """
     path = folder / KINDS["training"]
     if not path.is_file() or not (lines := read_lines(path)):
         return {}
     with damage_as_user_error(path):
-        seconds, operations, before = 0.0, 0.0, 0
+        seconds, operations, before = 0.0, 0.0, {"step": 0, "tokens": 0}
         for line in lines:
-            tokens, before = line["tokens"] - before, line["tokens"]
-            if speed := line.get("tokens_per_second"):
-                seconds += tokens / speed + (line.get("save_seconds") or 0.0)
-                rate = (line.get("student_tflops") or 0.0) + (line.get("teacher_tflops") or 0.0)
-                operations += 1e12 * rate * tokens / speed
+            steps, tokens = line["step"] - before["step"], line["tokens"] - before["tokens"]
+            before = line
+            if line.get("step_seconds"):
+                spent = steps * line["step_seconds"]
+            elif line.get("tokens_per_second"):  # of an older version
+                spent = tokens / line["tokens_per_second"]
+            else:
+                continue
+            seconds += spent + (line.get("save_seconds") or 0.0)
+            operations += 1e12 * spent * ((line.get("student_tflops") or 0.0) + (line.get("teacher_tflops") or 0.0))
         last = lines[-1]
         return {
             "steps": int(last["step"]),

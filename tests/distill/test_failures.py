@@ -150,6 +150,11 @@ def test_masked_micro_batches(tmp_path, pair):
         for found in on_ranks(steps, 2 * layout.pipeline, layout, *pair, CONFIG, layout, masks):
             assert [figures["kept"] for figures in found] == [False, False, True, False]
             assert found[2]["kd_loss"] == found[2]["grad_norm"] == 0
+            for figures in found:  # masked tokens are computed too
+                tokens = figures["tokens_per_second"] * figures["step_seconds"]
+                assert tokens == pytest.approx(CONFIG.global_batch * CONFIG.sequence_length)
+                operations = [figures["student_tflops"] * figures["step_seconds"] for figures in (figures, found[0])]
+                assert operations[0] == pytest.approx(operations[1])
             for a, b in zip(alone, found, strict=True):
                 for key in ("kd_loss", "lm_loss", "grad_norm", "lr"):
                     assert b[key] == pytest.approx(a[key], rel=2e-5), key

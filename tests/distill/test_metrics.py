@@ -23,7 +23,7 @@ INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("wand
 
 
 def train_with_a_slow_rank(folder: Path, out_dir: Path, log: LogConfig, config) -> list[dict]:
-    """Rank 1 computes 0.5 s longer in step 2, and waits 0.5 s for each of its batches of step 3."""
+    """Rank 1 computes 0.5 s longer in step 2, and waits 0.5 s for each of its batches of step 3, both ranks 0.3 s in step 4."""
     from minitron_mcore.checkpoint import run_folder
     from minitron_mcore.distill.loop import train
     from minitron_mcore.distill.trainer import Trainer
@@ -38,7 +38,7 @@ def train_with_a_slow_rank(folder: Path, out_dir: Path, log: LogConfig, config) 
     def batches():
         start = trainer.step * config.global_batch
         for batch in training.micro_batches(config, start, dp.rank(), dp.size()):
-            time.sleep(0.5 if dp.rank() == 1 and trainer.step == 2 else 0)
+            time.sleep(0.5 if dp.rank() == 1 and trainer.step == 2 else 0.3 if trainer.step == 3 else 0)
             yield batch
 
     whole = trainer.chunks[0].zero_grad_buffer
@@ -68,6 +68,9 @@ def test_one_line_a_step_with_fixed_fields(tmp_path, monkeypatch):
     for line, data in zip(lines[1:3], (False, True), strict=True):
         assert line["slowest_rank"] == 1 and line["slowest_rank_seconds"] > line["mean_rank_seconds"] + 0.2
         assert (line["data_seconds"] > 0.9) == data
+    assert lines[3]["step_seconds"] > lines[3]["slowest_rank_seconds"] - 0.1 > 0.5, (
+        "the wait for data is part of the step"
+    )
     assert all(0.1 < line["memory_gib"] < 8 and line["kd_loss"] == 0 for line in lines)
     assert all(line[name] is None for line in lines for name in ("hidden_state_loss", "heldout_loss"))
     assert list((out / "tensorboard").iterdir())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.errors import UserError
-from minitron_mcore.reporting import artefacts, measurements
+from minitron_mcore.reporting import artefacts, costs, measurements
 from minitron_mcore.reporting.page import collect, render
 from minitron_mcore.reporting.sections import Section
 from tests.helpers import work_dir
@@ -146,6 +146,24 @@ def test_damaged_results_do_not_break_the_page(run, tmp_path, content):
     (tmp_path / "benchmark" / "benchmark.json").write_text(content)
     with pytest.raises(UserError, match="benchmark/benchmark.json"):
         collect(tmp_path)
+
+
+def test_cost_of_steps(tmp_path):
+    """Sums of `step_seconds`, of all steps where not each has a line; older files have speeds only."""
+    (tmp_path / "distill").mkdir()
+    speed = {"tokens_per_second": 6.4, "student_tflops": 2.0, "teacher_tflops": 1.0}  # of masked tokens
+    steps = [{"step": n, "tokens": 64 * n, "step_seconds": 1.0} | speed for n in range(1, 11)]
+    for lines, seconds in (
+        (steps, 10.0),
+        (steps[4::5], 10.0),
+        ([steps[0] | {"save_seconds": 2.5}], 3.5),
+        ([{key: value for key, value in step.items() if key != "step_seconds"} for step in steps], 100.0),
+    ):
+        (tmp_path / "distill" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = costs.trained(tmp_path / "distill")
+        waited = sum(line.get("save_seconds", 0.0) for line in lines)
+        assert found["seconds"] == pytest.approx(seconds) and found["tokens"] == lines[-1]["tokens"]
+        assert found["FLOPs"] == pytest.approx(3e12 * (seconds - waited))
 
 
 def test_what_an_old_run_lacks_leaves_no_hole(tmp_path):
