@@ -43,8 +43,9 @@ def run(config: BenchmarkRun) -> None:
         process_groups.on_rank_0(_sandbox(config).check)
     process_groups.on_rank_0(lambda: _check_tasks(config))
     rows = {name: measure(name, each) for name, each in config.each().items()}
-    if process_groups.rank() == 0:
-        _write_table(config, rows)
+    with process_groups.raise_on_all_ranks(), claim.writing(Path(config.out_dir)):
+        if process_groups.rank() == 0:
+            _write_table(config, rows)
 
 
 def measure(name: str, config: BenchmarkRun) -> dict[str, Any]:
@@ -61,13 +62,11 @@ def measure(name: str, config: BenchmarkRun) -> dict[str, Any]:
         missing = process_groups.on_rank_0(lambda: [unit for unit in units if not _path(config, unit).is_file()])
         if missing:
             _measure_units(name, config, missing)
-        summary = process_groups.on_rank_0(lambda: _summarize(config, units))
-        claim.finish(config.out_dir)
-        return summary
+        return process_groups.on_rank_0(lambda: _summarize(config, units))
 
 
 def _summarize(config: BenchmarkRun, units: Sequence[Unit]) -> dict[str, Any]:
-    """Read the files of all tasks, and write the scores of the benchmarks (rank 0)."""
+    """Read the files of all tasks, write the scores of the benchmarks and mark the folder as finished (rank 0)."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in config.benchmark.tasks}
     for unit in units:
         path, remedy = _path(config, unit), "remove it and run again"
@@ -78,7 +77,9 @@ def _summarize(config: BenchmarkRun, units: Sequence[Unit]) -> dict[str, Any]:
     summary = {name: _pooled(each) for name, each in results.items()}
     source = stage_record.recorded_inputs(config.out_dir)["source"]
     content = {"format_version": FORMAT_VERSION, "source": source._asdict(), "benchmarks": summary}
-    disk.write_json(Path(config.out_dir) / FILE, content)
+    with claim.writing(Path(config.out_dir)):
+        disk.write_json(Path(config.out_dir) / FILE, content)
+        claim.finish(config.out_dir)
     return summary
 
 
@@ -168,8 +169,9 @@ def _lead(name: str, model: Any, config: BenchmarkRun, units: Sequence[Unit]) ->
             "seconds": round(time.monotonic() - start, 1),
         }
         result["stderr"] = result["stderr"] if isinstance(result["stderr"], float) else None  # of one question
-        _path(config, unit).parent.mkdir(exist_ok=True)
-        disk.write_json(_path(config, unit), result)
+        with claim.writing(_path(config, unit).parent):
+            _path(config, unit).parent.mkdir(exist_ok=True)
+            disk.write_json(_path(config, unit), result)
         process_groups.log(
             f"{name}: {unit.name} {_percent(result)} ({result['questions']} questions, {result['seconds']:g} s)"
         )
@@ -223,7 +225,6 @@ def _write_table(config: BenchmarkRun, measured: Mapping[str, Mapping[str, Any]]
     asked = "all questions" if limit is None else f"the first {limit} questions of each benchmark"
     notes = [f"per cent ± standard error (shots); {asked}; seed {config.seed}, {config.dtype.value}"]
     figures = {"format_version": FORMAT_VERSION, "models": measured, "published": config.benchmark.published}
-    with claim.writing(folder):
-        disk.write_json(folder / FILE, figures)
-        (folder / "benchmark.md").write_text(f"{tables.markdown(rows)}\n\n{notes[0]}\n", encoding="utf-8")
+    disk.write_json(folder / FILE, figures)
+    (folder / "benchmark.md").write_text(f"{tables.markdown(rows)}\n\n{notes[0]}\n", encoding="utf-8")
     tables.table("benchmarks", rows, [*notes, f"figures: {folder}/{FILE}, {folder}/benchmark.md"])
