@@ -20,11 +20,12 @@ def main(config: EvaluateRun) -> None:
         model, tokenizer = perplexity.open_model(config)
         with claim.new_run_folder(config.out_dir, resolved(config)) as folder:
             rows = perplexity.evaluate_run(model, tokenizer, config)
-            if process_groups.rank() == 0:
-                disk.write_json(
-                    folder / "evaluation.json",
-                    {"source": config.source, "parameters": model.parameters, "files": rows},
-                )
+            with process_groups.raise_on_all_ranks(), claim.writing(folder):
+                if process_groups.rank() == 0:
+                    disk.write_json(
+                        folder / "evaluation.json",
+                        {"source": config.source, "parameters": model.parameters, "files": rows},
+                    )
         tables.table(f"evaluation of {config.source}", rows, [f"figures: {config.out_dir}/evaluation.json"])
 
 

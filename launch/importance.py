@@ -36,8 +36,9 @@ def main(config: ImportanceRun) -> None:
             model = run_folder.build_model(source, config.parallel, config.dtype.value)
             result = score(model, source, tokens, mask, settings.micro_batch, settings)
             result.metadata["data"] = datasets.data_hash(prefixes)
-            if process_groups.rank() == 0:
-                plots.plot_importance(scores.save_scores(folder, result), folder / "importance.png")
+            with process_groups.raise_on_all_ranks(), claim.writing(folder):
+                if process_groups.rank() == 0:
+                    plots.plot_importance(scores.save_scores(folder, result), folder / "importance.png")
         if process_groups.rank() == 0:
             files = [f"scores: {config.out_dir}/{scores.FILE}", f"picture: {config.out_dir}/importance.png"]
             tables.table("importance", scores.summary(result), files)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 
 from minitron_mcore.checkpoint import disk, owner, stage_record, steps
 from minitron_mcore.checkpoint.stage_record import COMPLETE, CONFIG
@@ -181,10 +182,9 @@ def _has_results(out_dir: Path) -> bool:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """An OSError of the block, such as a full disk or a missing permission, as a UserError."""
+    """An OSError of the block, such as a full disk or a missing permission, as a UserError; safetensors raises its own error."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}): choose another out_dir, or make room."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written ({reason}): choose another out_dir, or make room.") from error

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron_mcore.checkpoint import disk, safe_metadata, sharded, steps
+from minitron_mcore.checkpoint import claim, disk, safe_metadata, sharded, steps
 from minitron_mcore.checkpoint.hf_assets import copy_path, hf_asset_files
 from minitron_mcore.config.model import ArchitectureConfig
 from minitron_mcore.config.performance import PerformanceConfig
@@ -125,16 +125,21 @@ def describe(
     plans: dict[str, str] | None = None,
     **details: Any,
 ) -> None:
-    """Write model.json, hf/ and plans/ of a checkpoint folder (rank 0).
+    """Write model.json, hf/ and plans/ of a checkpoint folder on rank 0 (collective).
 
     Args:
         parents: role ("source", "student", "teacher", ...) -> `identity` of that checkpoint.
         hf: Hugging Face folder whose config and tokenizer are copied.
         plans: those of the parent (see `lineage.plans`).
         details: further entries of the lineage, such as settings and the parents' lineages.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
-    if process_groups.rank() == 0:
-        out_dir = Path(out_dir)
+    out_dir = Path(out_dir)
+    with process_groups.raise_on_all_ranks(), claim.writing(out_dir):
+        if process_groups.rank() != 0:
+            return
         copy_hf_assets(hf, out_dir)
         for digest, text in (plans or {}).items():
             (out_dir / "plans").mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint import disk
+from minitron_mcore.checkpoint import claim, disk
 from minitron_mcore.config.identity import differences
 from minitron_mcore.depth.study import FIGURES, Measure
 from minitron_mcore.errors import UserError
@@ -32,7 +32,7 @@ class PointLog:
             UserError: the file is damaged, or holds points of another subject.
         """
         self.path, self._measure = Path(out_dir) / FILE, measure
-        with process_groups.raise_on_all_ranks():
+        with process_groups.raise_on_all_ranks(), claim.writing(self.path.parent):
             points = self._read(subject, has_accuracy) if process_groups.rank() == 0 else {}
         self.points: dict[tuple[int, ...], dict[str, Any]] = process_groups.from_rank_0(points)
         if self.points:
@@ -70,12 +70,16 @@ class PointLog:
             stop_signal.stop_point(f"after {len(self.points)} of at most {self.total} points")
             # Ranks differ in the last bit, and must choose the same blocks.
             point = process_groups.from_rank_0(self._measure(dropped))
-            if process_groups.rank() == 0:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(point) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+            with process_groups.raise_on_all_ranks(), claim.writing(self.path.parent):
+                if process_groups.rank() == 0:
+                    self._append(point)
             self.points[tuple(dropped)] = point
             self.measured += 1
             self.progress.update(self.measured)
         return self.points[tuple(dropped)]
+
+    def _append(self, point: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(point) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -83,10 +83,11 @@ def run(config: DepthRun) -> None:
             "chosen": chosen,
             "drop": {str(row["size"]): row["dropped"] for row in chosen if row["taken"]},
         }
-        if process_groups.rank() == 0:
-            warnings = study.warnings(chosen, settings.metric, rank, chance, len(questions))
-            _write(Path(config.out_dir), results, list(warnings))
-        claim.finish(config.out_dir)
+        with process_groups.raise_on_all_ranks(), claim.writing(Path(config.out_dir)):
+            if process_groups.rank() == 0:
+                warnings = study.warnings(chosen, settings.metric, rank, chance, len(questions))
+                _write(Path(config.out_dir), results, list(warnings))
+                claim.finish(config.out_dir)
 
 
 def _windows(config: DepthRun, tokenizer: Tokenizer) -> Windows:

@@ -35,7 +35,7 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
 
     Raises:
         UserError: see `checks.cache_problems`, `checks.document_problems`, `token_cache.prepare` and
-            `claim.claim_run_folder`; a folder with a cache of another teacher or text.
+            `claim.claim_run_folder`; a folder with a cache of another teacher or text; the disk is full, on all ranks.
     """
     refuse(checks.cache_problems(config, teacher.arch))
     refuse(checks.document_problems(config.data, tuning.available_kernels()))
@@ -46,7 +46,8 @@ def run(config: TeacherCacheRun, teacher: Checkpoint) -> None:
         samples = datasets.Samples(order, config.data.cache, teacher.arch.vocab)
         with stop_signal.at_stop_points(), hang_watchdog.phase(Phase.step, lambda: "the teacher's pass"):
             rows = writer.run(samples)
-        claim.finish(config.out_dir)
+        with process_groups.raise_on_all_ranks(), claim.writing(writer.out_dir):
+            claim.finish(config.out_dir)
     tables.table(
         f"teacher cache of {teacher.path}",
         rows,
@@ -82,7 +83,7 @@ class CacheWriter:
             "lineage": teacher.lineage,
             "files": {},
         }
-        with process_groups.raise_on_all_ranks():
+        with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
             found = self._begin_index() if process_groups.rank() == 0 else ([], {})
         self.hashes: dict[str, str] = {}
         """Of the files that this rank has written, and of its share of a stopped run's complete files."""
@@ -115,7 +116,9 @@ class CacheWriter:
     def _find_pending(self, files: list[str], hashes: dict[str, str]) -> list[int]:
         """Numbers of the files to be written; sets `hashes` and `has_head` (collective)."""
         own = files[process_groups.rank() :: dist.get_world_size()]
-        digests = {name: disk.sha256(self.out_dir / name) for name in own}
+        remedy = "remove the folder, and write the teacher cache again"
+        with process_groups.raise_on_all_ranks(), damage_as_user_error(self.out_dir, remedy):
+            digests = {name: disk.sha256(self.out_dir / name) for name in own}
         self.hashes = {name: digest for name, digest in digests.items() if hashes.get(name, digest) == digest}
         complete = self._all_hashes()
         numbers = range(math.ceil(self.config.samples / self.config.file_samples))
@@ -136,9 +139,10 @@ class CacheWriter:
             model = run_folder.build_model(
                 self.teacher, config.parallel, config.dtype.value, config.performance.frozen()
             )
-        if not self.has_head and process_groups.rank() == 0:
-            head = read_head(self.teacher, 0, self.teacher.arch.vocab)
-            self._write(cache.HEAD, {"head": head.to(self._dtype)})
+        with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
+            if not self.has_head and process_groups.rank() == 0:
+                head = read_head(self.teacher, 0, self.teacher.arch.vocab)
+                self._write(cache.HEAD, {"head": head.to(self._dtype)})
         rows = [
             range(n * config.file_samples, min((n + 1) * config.file_samples, config.samples)) for n in self.pending
         ]
@@ -153,15 +157,16 @@ class CacheWriter:
             own = files[min(dp.rank(), len(files) - 1)]
             padded = [own[min(i, len(own) - 1)] for i in range(size)]
             outputs = self._outputs(model, dataset, padded)
-            if outputs and dp.rank() < len(files):
-                name = cache.file_name(self.pending[at + dp.rank()])
-                self._write(name, {key: tensor[: len(own)] for key, tensor in outputs.items()})
+            with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
+                if outputs and dp.rank() < len(files):
+                    name = cache.file_name(self.pending[at + dp.rank()])
+                    self._write(name, {key: tensor[: len(own)] for key, tensor in outputs.items()})
             done += sum(map(len, files))
             progress.update(done)
         files = self._all_hashes()
-        if process_groups.rank() == 0:
-            disk.write_json(self.out_dir / cache.INDEX, self.index | {"files": dict(sorted(files.items()))})
-        process_groups.barrier()
+        with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
+            if process_groups.rank() == 0:
+                disk.write_json(self.out_dir / cache.INDEX, self.index | {"files": dict(sorted(files.items()))})
         tokens = config.samples * config.sequence_length
         total = {"samples": config.samples, "tokens": tokens, "files": len(files), "bytes a token": self.bytes_a_token}
         return [{"kind": str(self.kind)} | total | {"GB": tokens * self.bytes_a_token / 1e9}]

@@ -204,8 +204,7 @@ def _describe(
             )
         is_new = len(trainer.phases) > known
         name = fingerprint(student, teacher, identity | {"before": before}, text) if is_new else before
-    with process_groups.raise_on_all_ranks(), claim.writing(Path(config.out_dir)):
-        run_folder.describe(config.out_dir, student.arch, name, parents, student.hf, **details)
+    run_folder.describe(config.out_dir, student.arch, name, parents, student.hf, **details)
 
 
 def fingerprint(student: Checkpoint, teacher: Checkpoint | None, identity: dict, text: dict) -> str:

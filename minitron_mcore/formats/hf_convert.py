@@ -53,7 +53,6 @@ def import_folder(
     fingerprint = weights.fingerprint(arch)
     origin = {weights.kind: {"path": str(weights.path), "sha256": fingerprint}}
     run_folder.describe(out_dir, arch, fingerprint, origin, path)
-    process_groups.barrier()  # no rank returns before the checkpoint is complete
     return arch
 
 

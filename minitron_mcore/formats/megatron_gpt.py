@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore.checkpoint import disk, run_folder, safe_metadata, saving, streaming
+from minitron_mcore.checkpoint import claim, disk, run_folder, safe_metadata, saving, streaming
 from minitron_mcore.checkpoint.hf_assets import tensor_bytes
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError, refuse
@@ -240,11 +240,13 @@ def export_folder(
             )
             make[location.key, at] = partial(_read_padded, reader, parameter, offset, shape, placeholder)
         state |= _extra_state(parameter, location, names)
-    if process_groups.rank() == 0:
-        write_config(source.hf, arch, out_dir / "hf", build.DTYPES[dtype])
+    with process_groups.raise_on_all_ranks(), claim.writing(out_dir):
+        if process_groups.rank() == 0:
+            write_config(source.hf, arch, out_dir / "hf", build.DTYPES[dtype])
     saving.Save(out_dir / "release", state, "export", make).finish()
-    if process_groups.rank() == 0:
-        disk.replace_text(out_dir / TRACKER, "release")
+    with process_groups.raise_on_all_ranks(), claim.writing(out_dir):
+        if process_groups.rank() == 0:
+            disk.replace_text(out_dir / TRACKER, "release")
     return parameter_table.count(arch)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_mcore.checkpoint import disk, lineage, run_folder, sharded, streaming
+from minitron_mcore.checkpoint import claim, disk, lineage, run_folder, sharded, streaming
 from minitron_mcore.checkpoint.streaming import Slice
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
@@ -55,8 +55,9 @@ def prune(source: run_folder.Checkpoint, plan: Plan, out_dir: str | Path, parall
     run_folder.describe(
         out_dir, plan.target, fingerprint(plan), parents, source.hf, plans, **_lineage_details(plan, source.lineage)
     )
-    if process_groups.rank() == 0:
-        disk.replace_text(Path(out_dir) / FILE, plan.to_json())
+    with process_groups.raise_on_all_ranks(), claim.writing(Path(out_dir)):
+        if process_groups.rank() == 0:
+            disk.replace_text(Path(out_dir) / FILE, plan.to_json())
     streaming.save(out_dir, pieces, hf_convert.replica, "prune")
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint import disk
+from minitron_mcore.checkpoint import claim, disk
 from minitron_mcore.checkpoint.run_folder import Checkpoint
 from minitron_mcore.config.search import SearchConfig
 from minitron_mcore.config.settings import PruneConfig
@@ -88,10 +88,11 @@ class CandidateStore:
 
     def write(self, candidate: Candidate, name: str, result: dict[str, Any]) -> dict[str, Any]:
         """Write a result file; returns rank 0's result, since ranks may differ in the last bit (collective)."""
-        if process_groups.rank() == 0:
-            self.folder(candidate).mkdir(exist_ok=True)
-            disk.write_json(self.folder(candidate) / name, self._inputs(candidate) | result)
-        process_groups.barrier()
+        folder = self.folder(candidate)
+        with process_groups.raise_on_all_ranks(), claim.writing(folder):
+            if process_groups.rank() == 0:
+                folder.mkdir(exist_ok=True)
+                disk.write_json(folder / name, self._inputs(candidate) | result)
         return self.read(candidate, name)
 
     def _inputs(self, candidate: Candidate) -> dict[str, Any]:

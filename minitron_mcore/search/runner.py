@@ -120,15 +120,16 @@ class SearchRunner:
         collected = collect(self.store, self.space, list(measured))
         trained = sum(row["loss"] is not None for row in collected["candidates"])
         complete = len(measured) == self.total and trained == min(self.search.best, self.total)
-        if process_groups.rank() == 0:
-            write(self.out_dir, collected, self.search, self.total, complete)
-        if complete:
-            claim.finish(self.out_dir)
+        with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
+            if process_groups.rank() == 0:
+                write(self.out_dir, collected, self.search, self.total, complete)
+            if complete:
+                claim.finish(self.out_dir)
 
     def _prepare_folder(self) -> None:
-        if process_groups.rank() == 0:
-            (self.out_dir / "candidates").mkdir(exist_ok=True)
-        process_groups.barrier()
+        with process_groups.raise_on_all_ranks(), claim.writing(self.out_dir):
+            if process_groups.rank() == 0:
+                (self.out_dir / "candidates").mkdir(exist_ok=True)
 
     def _in_shard(self, number: int) -> bool:
         return number % self.search.shards == self.search.shard

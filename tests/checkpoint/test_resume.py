@@ -1,5 +1,6 @@
 """Runs that meet damage, a full disk or a kill: a failure means that steps are lost, or that a run silently starts anew."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,13 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_mcore.checkpoint import disk, steps
+from minitron_mcore.checkpoint import disk, run_folder, steps
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
+from minitron_mcore.config.stages import SearchRun
+from minitron_mcore.depth.point_log import PointLog
 from minitron_mcore.distill.trainer import Trainer
 from minitron_mcore.errors import UserError
 from minitron_mcore.parallel import process_groups
+from minitron_mcore.search.results import CandidateStore
+from minitron_mcore.search.space import Candidate
 from minitron_mcore.testing import RankError, on_ranks
 from tests.helpers.cutting import ONE
+from tests.helpers.full_disk import full_disk
 from tests.helpers.training import CONFIG, distill, micro_batches
 from tests.helpers.weights import tensors
 
@@ -172,6 +178,35 @@ def test_a_full_disk(tmp_path, pair, trained):
         subprocess.run(["umount", out_dir], check=True)
     messages, before, resumed = found[0]
     assert "No space left on device" in messages[0] and found[1] == found[0] and before == [1] and resumed == 1
+
+
+def write_on_rank_0_alone(source, folder) -> list[str]:
+    """What rank 0 writes for all ranks, while its disk is full: a checkpoint's description, a study's point, a search's result."""
+    opened = open_checkpoint(source)
+    store = CandidateStore(SearchRun(out_dir=str(folder), source=str(source)), opened, None, "text")
+    points = PointLog(folder, lambda dropped: {"dropped": list(dropped), "loss": 1.0}, 1, False, model="m")
+    candidate, sentences = Candidate(opened.arch, ()), []
+    store._digests[candidate] = "digest"
+    (folder / "candidates").mkdir(exist_ok=True)
+    for write in (
+        lambda: run_folder.describe(folder, opened.arch, "fingerprint", {}, opened.hf),
+        lambda: points([]),
+        lambda: store.write(candidate, "measured.json", {"zero_shot_loss": 1.0}),
+    ):
+        try:
+            with full_disk(30) if process_groups.rank() == 0 else contextlib.nullcontext():
+                write()
+        except UserError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def test_rank_0s_full_disk_is_one_sentence_on_all_ranks(tmp_path, pair):
+    first, second = on_ranks(write_on_rank_0_alone, 2, ONE, pair[0], tmp_path, timeout=60)
+    assert first == second and len(first) == 3
+    assert all(
+        text.startswith(f"rank 0: {tmp_path}") and "cannot be written (File too large)" in text for text in first
+    )
 
 
 def killed_while(at, student, teacher, config, parallel, out_dir):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.checkpoint.run_folder import open_checkpoint
 from minitron_mcore.config.settings import (
     HiddenStateLossConfig,
@@ -44,6 +45,7 @@ from tests.helpers.cached_teacher import (
     write_text,
 )
 from tests.helpers.cutting import write_family
+from tests.helpers.full_disk import full_disk
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3])
@@ -75,16 +77,42 @@ def record_and_die(config: TeacherCacheRun) -> None:
     record(config)
 
 
+def record_on_full_disks(config: TeacherCacheRun) -> tuple[list[str], list[str]]:
+    """Write while the disk is full for rank 1's files, then for the index, then for none: the sentences, and the first's files."""
+
+    def fill(module, name: str) -> None:
+        usual = getattr(module, name)
+
+        def write(*args):
+            setattr(module, name, usual)
+            with full_disk(400):
+                usual(*args)
+
+        setattr(module, name, write)
+
+    sentences, left = [], []
+    for rank, *written in ((1, cache_writer, "save_file"), (0, disk, "write_json")):
+        if process_groups.rank() == rank:
+            fill(*written)
+        with pytest.raises(UserError) as refused:
+            record(config)
+        sentences.append(str(refused.value))
+        left = left or sorted(path.name for path in Path(config.out_dir).glob("*.safetensors"))
+        torch.distributed.barrier()
+    record(config)
+    return sentences, left
+
+
 def record_damage_and_mend(killed: TeacherCacheRun, whole: TeacherCacheRun) -> None:
     """Go on with one; write another, change a bit of it, write again."""
     record(killed, whole)
     if process_groups.rank() == 0:
-        damage(Path(whole.out_dir) / "samples_0000001.safetensors")
+        change_last_bit(Path(whole.out_dir) / "samples_0000001.safetensors")
     torch.distributed.barrier()
     record(whole)
 
 
-def damage(path: Path) -> None:
+def change_last_bit(path: Path) -> None:
     changed = bytearray(path.read_bytes())
     changed[-1] ^= 1
     path.write_bytes(changed)
@@ -237,10 +265,22 @@ def test_killed_and_damaged_caches_are_completed_to_the_same_bytes(world):
     assert {path.name for path in (world.path / "killed").iterdir()} >= {"hf", ".complete", "config.yaml"}
 
 
+def test_a_full_disk_is_one_sentence_on_all_ranks_and_the_same_command_continues(world):
+    on_disk, *_ = found = on_ranks(record_on_full_disks, 2, ONE, world.writer("full", **KINDS["hidden"]), timeout=60)
+    assert found == [on_disk] * 2
+    sentences, left = on_disk
+    folder = world.path / "full"
+    assert len(sentences) == 2 and all(text.count("\n") == 0 and "File too large" in text for text in sentences)
+    assert sentences[0].startswith(f"rank 1: {folder} cannot be written") and sentences[0].endswith("or make room.")
+    assert left and "samples_0000000.safetensors" in left and "samples_0000001.safetensors" not in left
+    assert len(list(folder.glob("*.safetensors"))) == 7 and not list(folder.glob("*.part"))
+    assert open_teacher(folder).kind == "hidden" and (folder / ".complete").is_file()
+
+
 def test_what_a_cache_cannot_teach_is_refused_before_work(world):
     missing, damaged = (shutil.copytree(world.path / "top", world.path / name) for name in ("missing", "damaged"))
     (missing / "samples_0000004.safetensors").unlink()
-    damage(damaged / "samples_0000000.safetensors")
+    change_last_bit(damaged / "samples_0000000.safetensors")
     states = HiddenStateLossConfig(weight=1.0)
     cases = [
         ({"teacher": "missing"}, "missing/samples_0000004.safetensors of the teacher cache is missing: run the same"),

@@ -4,7 +4,6 @@ ends a run."""
 import dataclasses
 import importlib.util
 import json
-import resource
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from minitron_mcore.config.stages import DistillRun
 from minitron_mcore.distill.metrics import FIELDS, MetricsWriter
 from minitron_mcore.testing import on_ranks
 from tests.helpers import models, training
+from tests.helpers.full_disk import full_disk
 
 CONFIG = dataclasses.replace(training.CONFIG, lm_weight=1.0, kd_weight=0.0)
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("wandb", "mlflow")}
@@ -100,15 +100,12 @@ def test_a_program_that_fails_does_not_end_the_run(tmp_path, capsys):
 
 def test_a_full_disk_does_not_end_the_run_or_lose_lines(tmp_path, capsys):
     """The disk fills in the middle of a line, stays full for another one, and then has space again."""
-    writer, limits = MetricsWriter(tmp_path, 0, LogConfig(tensorboard=False)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = MetricsWriter(tmp_path, 0, LogConfig(tensorboard=False))
     path = tmp_path / "metrics.jsonl"
     writer.write({"step": 1})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
-    try:
+    with full_disk(path.stat().st_size + 20):
         for step in (2, 3):
             writer.write({"step": step})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text().count("\n") == 1 and not path.read_text().endswith("\n")
     writer.write({"step": 4})
     writer.close()

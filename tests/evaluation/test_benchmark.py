@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install min
 from lm_eval.api.model import LM
 
 from minitron_mcore.config.benchmark import BENCHMARKS, BenchmarkConfig
-from minitron_mcore.config.settings import ParallelConfig
+from minitron_mcore.config.settings import Dtype, ParallelConfig
 from minitron_mcore.config.stages import BenchmarkRun
 from minitron_mcore.errors import UserError
 from minitron_mcore.evaluation.benchmarks import run, suite
@@ -231,6 +233,46 @@ def test_few_examples_are_refused_before_a_model_is_loaded_and_failures_reach_al
     (refused, failed), (other, raised) = on_ranks(benchmark_files.refusal_and_failure, 2, ONE, config, timeout=60)
     assert refused == other == few(3) and not (tmp_path / "out").exists()
     assert (failed, raised) == ("ValueError: a bug", "UserError: ValueError: a bug")
+
+
+def test_results_of_other_questions_and_models_that_cannot_run_are_refused_before_work(tmp_path, made):
+    files, out = benchmark_files.write(tmp_path / "questions"), tmp_path / "out"
+
+    def config(tasks="truthfulqa", **models) -> BenchmarkRun:
+        settings = BenchmarkConfig(data_dir=str(files), tasks=tasks.split(), limit=1)
+        models = {name: str(folder) for name, folder in models.items()}
+        return BenchmarkRun(models=models, out_dir=str(out), work_dir="w", benchmark=settings, dtype=Dtype.fp32)
+
+    first, gone, folder = (
+        config(a=made / "ckpt"),
+        config(a=made / "ckpt", b="gone"),
+        config(a=made / "ckpt", b=made / "hf"),
+    )
+    found = on_ranks(benchmark_files.refusals, 2, ONE, gone, folder, timeout=60)
+    assert found[0] == found[1] and not out.exists()
+    assert (
+        found[0][0] == "gone is no Hugging Face folder: it has no config.json." and "start one process" in found[0][1]
+    )
+    assert on_ranks(benchmark_files.refusal, 1, ONE, first) == [None]
+    result, path = out / "a/tasks/truthfulqa.json", files / "truthfulqa.validation.jsonl"
+    kept, questions = json.loads(result.read_text()), path.read_text()
+    other = replace(first, models={"a": str(made / "other")})
+    shutil.copytree(made / "ckpt", made / "other")
+    model = json.loads((made / "other/model.json").read_text())
+    (made / "other/model.json").write_text(json.dumps(model | {"fingerprint": "another"}))
+    path.write_text(questions.replace("0?", "00?"))
+    changed = on_ranks(
+        benchmark_files.refusal, 1, ONE, config("truthfulqa winogrande", new=made / "ckpt", a=made / "ckpt")
+    )[0]
+    assert f"truthfulqa was measured with other inputs than {path} (questions was" in changed
+    assert changed.endswith(f"restore them, or remove {result} to measure it again.") and not (out / "new").exists()
+    path.write_text(questions)
+    result.write_text(json.dumps(kept | {"inputs": kept["inputs"] | {"lm_eval": "0.4.0"}}))
+    [version] = on_ranks(benchmark_files.refusal, 1, ONE, first)
+    assert "lm_eval was 0.4.0, is" in version
+    result.write_text(json.dumps(kept))
+    again, another = on_ranks(benchmark_files.refusals, 1, ONE, first, other)[0]
+    assert again is None and "was made from source" in another
 
 
 @pytest.mark.slow

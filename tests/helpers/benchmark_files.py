@@ -135,6 +135,10 @@ def refusal(config) -> str | None:
         return str(error)
 
 
+def refusals(*configs) -> list[str | None]:
+    return [refusal(config) for config in configs]
+
+
 def refusal_and_failure(config) -> tuple[str | None, str]:
     """`refusal`, and how this rank ends when rank 0 fails between two requests."""
     from minitron_mcore.checkpoint import run_folder

@@ -6,6 +6,7 @@ the papers'. Questions come from local files of rows as in the Hugging Face Hub'
 
 import collections
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.checkpoint import disk
 from minitron_mcore.config.benchmark import BENCHMARKS, BenchmarkConfig
 from minitron_mcore.data.text_reader import lines
 from minitron_mcore.errors import UserError, refuse
@@ -226,6 +228,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def questions_file(unit: Unit) -> Path | None:
+    return _file(unit.questions)
+
+
+def inputs(unit: Unit) -> dict[str, Any]:
+    """What a result depends on besides the model and the settings that identify the run."""
+    files = {"questions": questions_file(unit), "examples": unit.examples if SUITE[unit.benchmark].shots else None}
+    hashes = {name: path and disk.sha256(path)[:16] for name, path in files.items()}
+    return {"shots": SUITE[unit.benchmark].shots, "lm_eval": importlib.metadata.version(PACKAGE), **hashes}
+
+
 def make_task(unit: Unit, seed: int, pass_at_1: Callable[..., float]) -> Any:
     """lm-eval's task of a unit.
 
@@ -237,7 +250,7 @@ def make_task(unit: Unit, seed: int, pass_at_1: Callable[..., float]) -> Any:
         UserError: a file cannot be read, its rows are not those of the benchmark, or they are too few for the examples.
     """
     benchmark = SUITE[unit.benchmark]
-    questions = _file(unit.questions)
+    questions = questions_file(unit)
     splits = {"questions": read_rows(questions)[:: benchmark.every]}
     if benchmark.shots and unit.examples:
         splits["examples"] = read_rows(unit.examples)
@@ -254,7 +267,7 @@ def _example_problems(unit: Unit, splits: dict[str, list[dict]]) -> Iterator[str
     benchmark, file, every, what = SUITE[unit.benchmark], unit.examples, 1, "examples"
     count = len(splits.get("examples", ()))
     if not file:
-        file, every, what = _file(unit.questions), benchmark.every, "other questions as examples of a question"
+        file, every, what = questions_file(unit), benchmark.every, "other questions as examples of a question"
         copies = collections.Counter(json.dumps(row, sort_keys=True) for row in splits["questions"])
         count = copies.total() - max(copies.values())
     if count < benchmark.shots:
