@@ -18,7 +18,7 @@ below 1 hold less of the tail of the distribution, and training on them alone lo
 between. With a pruned student, far from converged, all differences are small beside what any training gives.
 
 Finished stages below runs/synthetic_data_STEPS are kept, and a stopped one goes on: remove the folder to start anew. About
-twelve minutes on two free cores by estimate; generation is stated apart. --quick takes two steps and 16 prompts, and shows only
+ten minutes on two cores; generation is stated apart. --quick takes two steps and 16 prompts, and shows only
 that it runs.
 """
 
