@@ -100,7 +100,8 @@ class Bench:
 
     def cache(self, kept: tuple[str, ...] = HIDDEN) -> Path:
         """The teacher's outputs on the samples of STEPS steps; by default the final hidden states."""
-        folder = "_".join(["teacher_cache", *(setting.replace("=", "_") for setting in kept if kept != HIDDEN)])
+        names = [] if kept == HIDDEN else [setting.replace("=", "_") for setting in kept]
+        folder = "_".join(["teacher_cache", *names])
         settings = [f"teacher={self.teacher()}", *kept, *self.steps(STEPS), "distill=small"]
         return self.once("teacher_cache", self.root / folder, *settings)
 

@@ -41,8 +41,8 @@ Losses are nats a token, the mean of four held-out texts that count alike: books
 windows of 512 tokens each. Each arm ran with three seeds, which draw the calibration text and the training samples; arms of
 one seed read the same samples. Differences are means over the seeds of the difference to the first arm, with their standard
 error; where one is negative, the arm named first has the lower loss. A claim is decided where the 95 % interval of its
-difference excludes 0 (Student's t, two degrees of freedom). Claims were written down before the runs; one in twenty would be
-decided by chance alone.
+difference excludes 0 (Student's t, two degrees of freedom). Claims were written down before the runs, unless said otherwise;
+one in twenty would be decided by chance alone.
 """
 
 

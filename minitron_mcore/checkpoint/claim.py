@@ -7,7 +7,7 @@ NAME.part, which is renamed to NAME when it is complete. Nothing in a folder is 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def new_run_folder(out_dir: str | Path, settings: dict[str, Any]) -> Iterator[Pa
         out_dir.part, which rank 0 has made.
 
     Raises:
-        UserError: another process that still runs owns out_dir.part; out_dir is not empty.
+        UserError: another process that still runs owns out_dir.part; out_dir is not empty; in a stage of one process, the block
+            cannot write. Ranks have to tell each other (`writing` inside `raise_on_all_ranks`).
     """
     out_dir, claim = Path(out_dir), None
     part = Path(f"{out_dir}.part")
@@ -71,7 +72,8 @@ def new_run_folder(out_dir: str | Path, settings: dict[str, Any]) -> Iterator[Pa
         if process_groups.rank() == 0:
             claim = _claim_part(out_dir, part, settings)
     try:
-        yield part
+        with nullcontext() if dist.is_initialized() else writing(out_dir):
+            yield part
         if dist.is_initialized():
             process_groups.barrier()
         with process_groups.raise_on_all_ranks():

@@ -344,8 +344,7 @@ class PipelineRun(Run):
     teachers: list[str] = field(default_factory=list)
     """Several checkpoints with weights instead of the recipe's teacher, as in the stage distill."""
     submit: str | None = None
-    """Command that queues one SLURM job for each unfinished stage, which waits for the one before ("sbatch --nodes 2
-    launch/slurm/distill.sbatch"); null runs the stages here."""
+    """Command that queues each unfinished stage as a SLURM job ("sbatch --nodes 2 launch/slurm/distill.sbatch"); null runs here."""
 
 
 @dataclass

@@ -12,10 +12,11 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from minitron_mcore.checkpoint import claim, owner, stage_record
+from minitron_mcore.checkpoint import claim, disk, owner, stage_record
 from minitron_mcore.config.settings import ParallelConfig
 from minitron_mcore.errors import UserError
 from minitron_mcore.testing import RankError, on_ranks
+from tests.helpers.full_disk import full_disk
 
 ONE = ParallelConfig()
 RUN = {"stage": "test", "seed": 1}
@@ -45,6 +46,13 @@ def contend(folder: Path) -> list[bool]:
         if mine:
             mine.release()
     return won
+
+
+def test_a_full_disk_is_one_sentence_in_a_stage_of_one_process(tmp_path):
+    sentence = f"{tmp_path}/out cannot be written .File too large.: choose another out_dir, or make room"
+    with pytest.raises(UserError, match=sentence), claim.new_run_folder(tmp_path / "out", RUN) as folder, full_disk(30):
+        disk.replace_text(folder / "plan.json", "x" * 100)
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_simultaneous_starts_one_wins(tmp_path):
